@@ -1,0 +1,415 @@
+"""`VmapMode`: the dispatch mode of one vmap level."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
+from chainrule.batching.fallback import loop_over_samples
+from chainrule.batching.random import run_random
+from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
+from chainrule.rules.batching import METADATA_INPLACE
+from chainrule.rules.batching_base import Batched, any_batched, logical_shape
+
+_ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
+_AUTOCAST = functools.reduce(
+    torch._C.DispatchKeySet.__or__,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, "Autocast" + device))
+        for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1")
+    ),
+)
+
+
+class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """One active vmap: every op on a `BatchTensor` of this level runs once, on the stored tensors.
+
+    Inside the handler the mode is off, so that the inner ops go to the next outer mode (another vmap, or a tape).
+
+    Args:
+        size: the batch size.
+        randomness: ``"error"``, ``"different"`` or ``"same"``.
+
+    Attributes:
+        fallbacks: the names of the ops that ran by a loop over the samples.
+
+    """
+
+    def __init__(self, size: int, randomness: str = "error") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.size = size
+        self.randomness = randomness
+        self.fallbacks: list[str] = []
+        # Modes run below autograd, and below the lazy conjugation of complex tensors. The inner ops must be seen by
+        # autograd when an inner tensor requires a gradient, and complex kernels rely on the conjugation.
+        # Autocast has acted on the outer op already, so it stays off.
+        self._include = torch._C._dispatch_tls_local_include_set()
+        self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
+        # With an outer mode, the inner ops pass by autograd too, which splits composite ops before that mode sees them.
+        self._nested = torch._C._len_torch_dispatch_stack() > 0
+        self._records = torch.is_grad_enabled()
+        self._always_guard = self._nested or size == 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch wraps the handler in a context manager that costs 2 µs an op
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        entry = _ENTRIES.get(func)
+        if entry is None:
+            entry = entry_of(func)
+        batched = False
+        ours = False
+        guarded = self._always_guard
+        inner: list[Any] = []
+        for arg in args:
+            if arg.__class__ is BatchTensor and arg.mode is self:
+                ours = True
+                arg = arg.inner
+                if arg.__class__ is Batched:
+                    batched = True
+                    value = arg.value
+                    guarded = guarded or value.requires_grad or value.is_complex()
+                else:
+                    guarded = guarded or arg.requires_grad or arg.is_complex()
+            elif isinstance(arg, Tensor):
+                guarded = guarded or arg.requires_grad or arg.is_complex()
+            elif arg.__class__ is list or arg.__class__ is tuple:
+                arg = self._unwrap(arg)
+                batched = batched or any_batched(*arg)
+                guarded = guarded or _needs_guard(arg)
+            inner.append(arg)
+        named: dict[str, Any] = {}
+        if kwargs:
+            named = {key: self._unwrap(value) for key, value in kwargs.items()}
+            batched = batched or any_batched(*named.values())
+            guarded = guarded or _needs_guard(named.values())
+        if entry.aliases:
+            # An alias of a tensor from outside is returned as it is: autograd has seen this op above.
+            guarded = ours if args and isinstance(args[0], Tensor) else True
+        if guarded:
+            if self._records and not torch.is_grad_enabled():
+                _refuse_hidden_backward(func, inner)
+            with _ForceDispatchKeyGuard(self._include, self._exclude):
+                return self._run(entry, func, args, kwargs, inner, named, batched)
+        if batched and entry.pointwise and not kwargs:
+            # `align` for the commonest calls, without its bookkeeping.
+            first = inner[0]
+            if len(inner) == 1:
+                return wrap_batched(Batched(entry.call(first.value)), self)
+            if len(inner) == 2 and first.__class__ is Batched:
+                first, second = first.value, inner[1]
+                if second.__class__ is Batched:
+                    second = second.value
+                    if first.dim() == second.dim() and first.dtype is second.dtype:
+                        return wrap_batched(Batched(entry.call(first, second)), self)
+                elif second.__class__ is float or second.__class__ is int:
+                    return wrap_batched(Batched(entry.call(first, second)), self)
+        if batched and entry.strategy is not None and not entry.aliases and not entry.random:
+            result = entry.strategy(func, inner, named, self.size)
+            if result.__class__ is Batched:
+                return wrap_batched(result, self)
+            if result is not NotImplemented:
+                return self._wrap(result)
+            return self._fall_back(entry, func, args, kwargs, inner, named)
+        return self._run(entry, func, args, kwargs, inner, named, batched)
+
+    def _unwrap(self, arg: Any) -> Any:
+        if arg.__class__ is BatchTensor:
+            return arg.inner if arg.mode is self else arg
+        if arg.__class__ is list or arg.__class__ is tuple:
+            return [self._unwrap(item) for item in arg]
+        return arg
+
+    def _run(
+        self,
+        entry: OpEntry,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None,
+        inner: list[Any],
+        named: dict[str, Any],
+        batched: bool,
+    ) -> Any:
+        """Every call but the plain functional one, which the handler does itself."""
+        if entry.random and not entry.composite:
+            result = run_random(self, entry, func, args, inner, named, batched)
+            if result is not NotImplemented:
+                return result
+        if entry.kind == INPLACE_KIND:
+            return self._write(entry, func, args, kwargs, inner, named, batched)
+        if entry.kind == OUT:
+            return self._write_out(entry, func, args, kwargs or {}, inner, named, batched)
+        if not batched:
+            if entry.composite:
+                return self._decompose(func, args, kwargs)
+            result = func(*inner, **named)
+            if entry.kind == VIEW:
+                source = args[0] if args else None
+                if source.__class__ is not BatchTensor or source.mode is not self:
+                    return result
+                return self._wrap_view(result, func, args, inner, named)
+            return self._wrap(result)
+        if entry.strategy is not None:
+            try:
+                result = entry.strategy(func, inner, named, self.size)
+            except RuntimeError:
+                if self.size:
+                    raise
+                # Some kernels refuse a batch of nothing: the shapes are those of a sample.
+                result = loop_over_samples(func, inner, named, 0)
+            if result is not NotImplemented:
+                return self._wrap(result)
+        return self._fall_back(entry, func, args, kwargs, inner, named)
+
+    def _fall_back(
+        self,
+        entry: OpEntry,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None,
+        inner: list[Any],
+        named: dict[str, Any],
+    ) -> Any:
+        """Torch's decomposition of the op into others, and at last a loop over the samples."""
+        if entry.data_dependent is not None:
+            raise RuntimeError(entry.data_dependent)
+        if entry.composite:
+            return self._decompose(func, args, kwargs)
+        if entry.decomposition is not None:
+            with self:
+                result = entry.decomposition(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        self.fallbacks.append(str(func))
+        return self._wrap(loop_over_samples(func, inner, named, self.size))
+
+    def _decompose(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
+        with self:
+            return func.decompose(*args, **(kwargs or {}))
+
+    def _wrap(self, result: Any) -> Any:
+        if result.__class__ is Batched:
+            return wrap_batched(result, self)
+        if isinstance(result, Tensor):
+            if result.layout is not torch.strided:
+                return result
+            return wrap_constant(result, self)
+        if isinstance(result, (list, tuple)):
+            items = [self._wrap(item) for item in result]
+            return items if isinstance(result, list) else tuple(items)
+        return result
+
+    def _wrap_view(self, result: Any, func: Any, args: Sequence[Any], inner: list[Any], named: dict[str, Any]) -> Any:
+        """Views of a tensor made inside the function: they remember how they were made."""
+        parent: BatchTensor = args[0]
+        root = root_of(parent)
+        if root.views is None:
+            root.views = []
+
+        def wrap_one(value: Tensor, output: int | None) -> BatchTensor:
+            view = wrap_constant(value, self)
+            view.parent = parent
+            view.recipe = (func, inner[1:], named, output)
+            root.views.append(weakref.ref(view))  # type: ignore[union-attr]
+            return view
+
+        if isinstance(result, Tensor):
+            return wrap_one(result, None)
+        return type(result)(wrap_one(value, output) for output, value in enumerate(result))
+
+    def _run_strategy(self, func: Any, inner: Sequence[Any], named: dict[str, Any]) -> Any:
+        """A strategy on unwrapped arguments, without the fallbacks that need wrapped ones."""
+        entry = entry_of(func)
+        result = NotImplemented
+        if not any_batched(*inner, *named.values()):
+            return func(*inner, **named)
+        if entry.strategy is not None:
+            result = entry.strategy(func, inner, named, self.size)
+        if result is NotImplemented:
+            self.fallbacks.append(str(func))
+            result = loop_over_samples(func, inner, named, self.size)
+        return result
+
+    def upgrade(self, target: Any, func: Any) -> Batched:
+        """`target` as a batched tensor that can be written to, or the error that it cannot."""
+        if target.__class__ is not BatchTensor or target.mode is not self:
+            raise RuntimeError(
+                f"vmap: {func}(self, ...) is not possible: it would write a value that differs between samples into "
+                f"a tensor of shape {list(target.shape)} that came from outside the vmapped function (or from an "
+                "argument with in_dims=None) and has no batch dimension. Pass that tensor as an argument with an "
+                "in_dim, make it inside the function, or use the out-of-place version of the op. (If these are the "
+                "running statistics of a batch norm in training: use track_running_stats=False, or "
+                "replace_all_batch_norm_modules_.)"
+            )
+        if target.inner.__class__ is not Batched:
+            make_batched(target, self.size, self._run_strategy)
+        batched: Batched = target.inner
+        return batched
+
+    def _write(
+        self,
+        entry: OpEntry,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None,
+        inner: list[Any],
+        named: dict[str, Any],
+        batched: bool,
+    ) -> Any:
+        """An op that writes to its first argument."""
+        if func in METADATA_INPLACE:
+            return self._write_metadata(func, args, inner, named)
+        if not batched:
+            if entry.composite:
+                return self._decompose(func, args, kwargs)
+            result = func(*inner, **named)
+            return args[0] if isinstance(result, Tensor) else result
+        if entry.composite:
+            return self._decompose(func, args, kwargs)
+        first_is_target = func._schema.arguments[0].is_write and isinstance(args[0], Tensor)
+        if not first_is_target:
+            if entry.strategy is not None:
+                return self._wrap(entry.strategy(func, inner, named, self.size))
+            if entry.decomposition is not None:
+                with self:
+                    return entry.decomposition(*args, **(kwargs or {}))
+            self.fallbacks.append(str(func))
+            return self._wrap(loop_over_samples(func, inner, named, self.size))
+        inner[0] = self.upgrade(args[0], func)
+        if entry.strategy is not None:
+            entry.strategy(func, inner, named, self.size)
+        elif entry.functional is not None:
+            result = self._functional(entry.functional, args, kwargs, inner, named)
+            if logical_shape(result) != inner[0].shape:
+                raise RuntimeError(
+                    f"{func}: output with shape {list(inner[0].shape)} doesn't match the broadcast shape "
+                    f"{list(logical_shape(result))}"
+                )
+            inner[0].value.copy_(result.value if result.__class__ is Batched else result)
+        else:
+            self.fallbacks.append(str(func))
+            loop_over_samples(func, inner, named, self.size)
+        return args[0]
+
+    def _functional(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None, inner: list[Any], named: dict[str, Any]
+    ) -> Any:
+        """The result of the functional op, unwrapped."""
+        entry = entry_of(func)
+        if entry.strategy is not None:
+            result = entry.strategy(func, inner, named, self.size)
+            if result is not NotImplemented:
+                return result
+        wrapped = self._fall_back(entry, func, args, kwargs, inner, named)
+        return self._unwrap(wrapped)
+
+    def _write_metadata(self, func: Any, args: Sequence[Any], inner: list[Any], named: dict[str, Any]) -> Any:
+        """``t_``, ``unsqueeze_`` and their like: the op changes the shape of the tensor object itself."""
+        target = args[0]
+        if target.__class__ is not BatchTensor or target.mode is not self:
+            func(*inner, **named)
+            return target
+        view = METADATA_INPLACE[func]
+        if target.inner.__class__ is Batched:
+            target.inner = self._run_strategy(view, inner, named)
+        else:
+            become_view(target, view, inner, named, wrap_constant(target.inner, self))
+        with torch._C._DisableTorchDispatch():
+            target.as_strided_(
+                logical_shape(target.inner),
+                target.value.stride()[1:] if target.batched else target.value.stride(),
+                target.value.storage_offset(),
+            )
+        return target
+
+    def _write_out(
+        self,
+        entry: OpEntry,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        inner: list[Any],
+        named: dict[str, Any],
+        batched: bool,
+    ) -> Any:
+        """An op with ``out=``: the op without it, then a copy."""
+        outputs = [kwargs[name] for name in entry.out_names]
+        if not batched:
+            func(*inner, **named)
+        else:
+            if entry.functional is None:
+                raise RuntimeError(f"vmap: {func} with out= has no form without it; call it without out=")
+            kept = {key: value for key, value in kwargs.items() if key not in entry.out_names}
+            with self:
+                results = entry.functional(*args, **kept)
+                results = (results,) if isinstance(results, Tensor) else results
+                for output, result in zip(outputs, results, strict=True):
+                    self._copy_out(output, result, func)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _copy_out(self, output: Tensor, result: Tensor, func: Any) -> None:
+        if output.shape != result.shape:
+            if output.numel() or output.__class__ is not BatchTensor:
+                raise RuntimeError(
+                    f"vmap: {func}: out= has shape {list(output.shape)} but the result has shape {list(result.shape)}"
+                )
+            value = result.value if isinstance(result, BatchTensor) else result
+            output.inner = Batched(value) if isinstance(result, BatchTensor) and result.batched else value
+            with torch._C._DisableTorchDispatch():
+                output.as_strided_(result.shape, result.stride(), result.storage_offset())
+            return
+        output.copy_(result)
+
+
+_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _refuse_hidden_backward(func: Any, inner: Sequence[Any]) -> None:
+    """Refuse a user's `torch.autograd.Function` on a value whose gradient is recorded outside of vmap.
+
+    Its forward runs without recording, so that the gradient of the result would silently be nothing: the user's
+    backward belongs to the tensors that the function sees, and the gradient is wanted of the stored ones.
+
+    Raises:
+        RuntimeError: the op runs inside such a forward.
+
+    """
+    values = [item.value if item.__class__ is Batched else item for item in inner]
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        return
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _FUNCTION_APPLY:
+            raise RuntimeError(
+                f"vmap: a torch.autograd.Function was applied (it ran {func}) to a tensor that requires a gradient "
+                "outside of vmap. Its backward would not be used, and the gradient would be lost. Take the gradient "
+                "with a chainrule transform, or inside the mapped function, or detach the inputs."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _needs_guard(items: Any) -> bool:
+    for item in items:
+        if item.__class__ is Batched:
+            item = item.value
+        if isinstance(item, Tensor):
+            if item.requires_grad or item.is_complex():
+                return True
+        elif isinstance(item, (list, tuple)) and _needs_guard(item):
+            return True
+    return False

@@ -1,0 +1,281 @@
+"""Writes to memory made functional: after a write, the written tensor and every view of its memory are new values.
+
+A write is really executed (the user sees the memory change), and recorded as the functional op that gives the same
+values. The new value then travels up the chain of views to the tensor that owns the memory (``select_scatter`` and its
+like) and from there, on demand, down to every other view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+
+from chainrule.capture.schema import OpFacts
+
+if TYPE_CHECKING:
+    from chainrule.capture.tape import Tape
+
+aten = torch.ops.aten
+
+
+class Link(NamedTuple):
+    """How a view was made: ``view = op(parent, *args, **kwargs)`` (its ``output``-th result)."""
+
+    view: torch.Tensor
+    parent: torch.Tensor
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class AliasTracker:
+    """The views that were made while a tape was active, and what writes do to them."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.links: dict[int, Link] = {}
+        self.roots: dict[int, torch.Tensor] = {}
+        self.families: dict[int, list[torch.Tensor]] = {}
+        self.has_writes = False
+        self._read_slots: set[int] = set()
+        self._scanned = 0
+
+    def note_view(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Remember that ``out`` is a view of the first argument."""
+        parent = args[0]
+        if isinstance(out, torch.Tensor):
+            if out is not parent:
+                self._link(out, parent, op, args[1:], kwargs)
+            return
+        for position, view in enumerate(out):
+            self._link(view, parent, *_one_of_many(op, args, kwargs, position, out))
+
+    def _link(
+        self, view: torch.Tensor, parent: torch.Tensor, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.links[id(view)] = Link(view, parent, op, args, kwargs)
+        root = self.roots.get(id(parent), parent)
+        self.roots[id(view)] = root
+        self.families.setdefault(id(root), []).append(view)
+
+    def resolve(self, tensor: torch.Tensor) -> int | None:
+        """The slot of a view whose memory was written through another tensor: read it anew from its parent."""
+        slot = self.tape.slots.get(id(tensor))
+        if slot is not None:
+            return slot
+        link = self.links.get(id(tensor))
+        if link is None:
+            return None
+        parent = self.resolve(link.parent)
+        if parent is None:
+            return None
+        slot = self.tape.record_value(link.op, (parent,), link.args, link.kwargs, tensor)
+        root = self.roots[id(tensor)]
+        self.families.setdefault(id(root), []).append(tensor)
+        return slot
+
+    def run_write(self, op: OpOverload, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Execute an op that writes to its arguments and record what it did as new values."""
+        tape = self.tape
+        written = self._written(facts, args, kwargs)
+        known = any(id(t) in tape.slots or id(t) in self.links or id(t) in self.families for t in written)
+        inputs = args
+        if facts.is_out:
+            kwargs_in = {name: item for name, item in kwargs.items() if name not in facts.writes}
+        else:
+            kwargs_in = kwargs
+        touched = tape.touches(inputs) or tape.touches(kwargs_in.values())
+        if not touched and not known:
+            return op(*args, **kwargs)
+        constant = tape.is_blocked() or not touched or tape.facts(facts.functional).inactive if facts.functional else True
+        if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
+            raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
+        lowered = None if constant else (tape.lower(inputs), tape.lower_kwargs(kwargs_in))
+        shapes = [tensor.shape for tensor in written]
+        for tensor in written:
+            self._save_old(tensor)
+        result = op(*args, **kwargs)
+        self.has_writes = True
+        if constant:
+            for tensor in written:
+                self._forget(tensor)
+            return result
+        assert lowered is not None
+        assert facts.functional is not None
+        self._publish(facts.functional, lowered, written, shapes)
+        return result
+
+    def _publish(
+        self, functional: OpOverload, lowered: tuple[Any, Any], written: list[torch.Tensor], shapes: list[torch.Size]
+    ) -> None:
+        tape = self.tape
+        slots = tape.record_lowered(functional, *lowered, written)
+        for tensor, slot, shape in zip(written, slots, shapes, strict=True):
+            if tensor.shape != shape:
+                # An out= argument that was resized: it owns its memory from now on.
+                self.links.pop(id(tensor), None)
+                self.roots.pop(id(tensor), None)
+            self._climb(tensor, slot)
+
+    def _written(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        written: list[torch.Tensor] = []
+        for name in facts.writes:
+            position = facts.argument_names.index(name)
+            item = args[position] if position < len(args) else kwargs.get(name)
+            if isinstance(item, torch.Tensor):
+                written.append(item)
+            elif isinstance(item, (list, tuple)):
+                written.extend(t for t in item if isinstance(t, torch.Tensor))
+        return written
+
+    def _family(self, tensor: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        root = self.roots.get(id(tensor), tensor)
+        return root, self.families.get(id(root), [])
+
+    def _save_old(self, tensor: torch.Tensor) -> None:
+        """Keep copies of the old values that some derivative reads, before the memory is overwritten."""
+        tape = self.tape
+        root, members = self._family(tensor)
+        self._scan_reads()
+        for member in {id(m): m for m in (root, *members)}.values():
+            slot = tape.slots.get(id(member))
+            if slot is not None and slot in self._read_slots and tape.values[slot] is member:
+                tape.values[slot] = tape.outside(torch.clone, member)
+                tape.kept.append(member)
+
+    def _scan_reads(self) -> None:
+        tape = self.tape
+        for record in tape.records[self._scanned :]:
+            if tape.policy.reads_values(record.op):
+                self._read_slots.update(record.outputs)
+                _collect_slots(record.args, self._read_slots)
+                _collect_slots([item for _, item in record.kwargs], self._read_slots)
+        self._scanned = len(tape.records)
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        """The memory now holds constants: a later use of any of its tensors is a new constant."""
+        root, members = self._family(tensor)
+        slots = self.tape.slots
+        link = self.links.get(id(tensor))
+        if link is None:
+            for member in (root, *members):
+                self.tape.kept.append(member)
+                slots.pop(id(member), None)
+            return
+        if any(id(m) in slots for m in (root, *members)):
+            # Part of a known tensor became constant: the rest of it did not.
+            self._climb(tensor, self._fresh_constant(tensor))
+
+    def _fresh_constant(self, tensor: torch.Tensor) -> int:
+        self.tape.slots.pop(id(tensor), None)
+        return self.tape.constant(tensor)
+
+    def _climb(self, tensor: torch.Tensor, slot: int) -> None:
+        """Write the new value of a view back into its parents, and make every other view of the memory stale."""
+        tape = self.tape
+        chain = [tensor]
+        link = self.links.get(id(tensor))
+        while link is not None:
+            parent = link.parent
+            old = self.resolve(parent)
+            if old is None:
+                old = tape.constant(parent)
+            slot = self._write_back(link, old, slot, parent)
+            chain.append(parent)
+            link = self.links.get(id(parent))
+        root, members = self._family(tensor)
+        on_chain = {id(t) for t in chain}
+        stale = [m for m in members if id(m) not in on_chain]
+        for member in stale:
+            tape.kept.append(member)
+            tape.slots.pop(id(member), None)
+        self.families[id(root)] = [m for m in members if id(m) in on_chain]
+
+    def _write_back(self, link: Link, parent_slot: int, slot: int, parent: torch.Tensor) -> int:
+        """Record the parent's new value: its old one with the view's new value written into it."""
+        tape = self.tape
+        if link.op in (aten.detach.default,):
+            # Writing through .detach() or .data changes the memory and not the derivative.
+            return tape.record_value(aten.alias.default, (parent_slot,), (), {}, parent)
+        scatter = SCATTERS.get(link.op)
+        if scatter is not None:
+            return tape.record_value(scatter, (parent_slot, slot), link.args, link.kwargs, parent)
+        inverse = INVERSES.get(link.op)
+        if inverse is None:
+            raise RuntimeError(f"chainrule: in-place write through a view made by {link.op} is not supported")
+        op, arguments = inverse(parent, link.args)
+        return tape.record_value(op, (slot,), arguments, {}, parent)
+
+
+def _collect_slots(tree: Any, into: set[int]) -> None:
+    for item in tree:
+        if hasattr(item, "index") and type(item).__name__ == "Slot":
+            into.add(item[0])
+        elif isinstance(item, (list, tuple)):
+            _collect_slots(item, into)
+
+
+def _is_random(op: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def _one_of_many(
+    op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], position: int, outputs: Any
+) -> tuple[OpOverload, tuple[Any, ...], dict[str, Any]]:
+    """The single view op that gives one result of ``split``, ``unbind`` and their like."""
+    name = op._schema.name
+    arguments = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
+    dim = arguments.get("dim", 0)
+    if name == "aten::unbind":
+        return aten.select.int, (dim, position), {}
+    if name in ("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::tensor_split"):
+        start = sum(o.shape[dim] for o in outputs[:position])
+        return aten.slice.Tensor, (dim, start, start + outputs[position].shape[dim], 1), {}
+    return op, args[1:], kwargs
+
+
+SCATTERS: dict[Any, Any] = {
+    aten.select.int: aten.select_scatter.default,
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.diagonal.default: aten.diagonal_scatter.default,
+    aten.as_strided.default: aten.as_strided_scatter.default,
+}
+
+Inverse = Callable[[torch.Tensor, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
+
+
+def _back_to_shape(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    return aten.view.default, (tuple(parent.shape),)
+
+
+def _inverse_permute(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    dims = [d % parent.ndim for d in args[0]]
+    return aten.permute.default, (tuple(dims.index(d) for d in range(len(dims))),)
+
+
+def _same_transpose(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    return aten.transpose.int, args
+
+
+def _inverse_t(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    return aten.t.default, ()
+
+
+INVERSES: dict[Any, Inverse] = {
+    aten.view.default: _back_to_shape,
+    aten._unsafe_view.default: _back_to_shape,
+    aten.reshape.default: _back_to_shape,
+    aten._reshape_alias.default: _back_to_shape,
+    aten.squeeze.default: _back_to_shape,
+    aten.squeeze.dim: _back_to_shape,
+    aten.squeeze.dims: _back_to_shape,
+    aten.unsqueeze.default: _back_to_shape,
+    aten.alias.default: _back_to_shape,
+    aten.lift_fresh.default: _back_to_shape,
+    aten.permute.default: _inverse_permute,
+    aten.transpose.int: _same_transpose,
+    aten.t.default: _inverse_t,
+}

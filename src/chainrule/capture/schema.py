@@ -1,0 +1,69 @@
+"""What capture needs to know of an op: its schema's memory facts, and how it is to be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch._ops import OpOverload
+
+
+class Policy(Protocol):
+    """How ops are recorded; given by the layer that knows the rules."""
+
+    def is_inactive(self, op: OpOverload) -> bool:
+        """Whether the op's outputs do not depend differentiably on its inputs."""
+
+    def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
+        """A function that computes the op by other ops, to be recorded in its place; None to record the op itself."""
+
+    def reads_values(self, op: OpOverload) -> bool:
+        """Whether the op's derivative needs the values of its inputs or outputs."""
+
+
+class OpFacts:
+    """The facts about an overload that capture needs, read once per policy.
+
+    Attributes:
+        writes: names of the arguments that the op writes to (``self`` of an in-place op, ``out`` of an out variant …).
+        is_out: whether it is an out variant (the old content of what it writes does not matter).
+        is_view: whether a result is a view of the first argument.
+        functional: the overload that computes the same values without writing, or None when torch has none.
+        argument_names: the positional argument names, in order.
+        inactive: whether the outputs are constants for differentiation.
+        expansion: the composite form that is recorded instead of the op, or None.
+        special: whether anything but "run it and record it" has to happen.
+    """
+
+    __slots__ = ("argument_names", "expansion", "functional", "inactive", "is_out", "is_view", "special", "writes")
+
+    def __init__(self, op: OpOverload, policy: Policy) -> None:
+        schema = op._schema
+        self.argument_names = tuple(a.name for a in schema.arguments)
+        self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+        self.is_out = any(a.is_out for a in schema.arguments)
+        self.is_view = not self.writes and any(a.alias_info is not None for a in schema.arguments)
+        self.functional = functional_twin(op) if self.writes else None
+        self.inactive = not self.writes and policy.is_inactive(op)
+        self.expansion = None if self.writes or self.inactive else policy.expansion(op)
+        self.special = bool(self.writes) or self.is_view or self.inactive or self.expansion is not None
+
+
+def functional_twin(op: OpOverload) -> OpOverload | None:
+    """The functional overload behind an in-place or out one, found by its schema: same arguments, nothing written."""
+    name = op._schema.name.split("::")[1]
+    namespace = getattr(torch.ops, op.namespace)
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out]
+    for candidate in (name[:-1] if name.endswith("_") and not name.endswith("__") else name, name + "_functional"):
+        packet = getattr(namespace, candidate, None)
+        if packet is None:
+            continue
+        for overload in packet.overloads():
+            found = getattr(packet, overload)
+            arguments = found._schema.arguments
+            if any(a.is_out or (a.alias_info is not None and a.alias_info.is_write) for a in arguments):
+                continue
+            if [(a.name, str(a.type)) for a in arguments] == wanted:
+                return found
+    return None

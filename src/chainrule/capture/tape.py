@@ -1,0 +1,278 @@
+"""The tape: a straight-line record of one run of a function, made below autograd on real values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chainrule.capture.aliasing import AliasTracker
+from chainrule.capture.schema import OpFacts, Policy
+
+
+class Slot(NamedTuple):
+    """A recorded value standing in an op's arguments."""
+
+    index: int
+
+
+class Record(NamedTuple):
+    """One recorded op.
+
+    Attributes:
+        op: the ATen overload (the functional twin of an in-place one).
+        args: positional arguments, with :class:`Slot` for each tensor.
+        kwargs: keyword arguments, likewise, sorted by name.
+        outputs: the slots of the outputs (``-1`` for an output that is no tensor).
+        is_tuple: whether the op returned several values.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    outputs: tuple[int, ...]
+    is_tuple: bool
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+_FACTS: dict[Any, dict[OpOverload, OpFacts]] = {}
+
+
+def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _differentiable(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+
+class Tape(TorchDispatchMode):
+    """Records the ATen ops that touch the inputs while it is active.
+
+    Only ops with an *active* argument (one that depends on an input through floating-point values) are kept. Other
+    tensors that such ops read are constants of the tape. The record is in static single assignment form: an in-place
+    op gives the written tensor, and every view of the same memory, new slots (:mod:`chainrule.capture.aliasing`).
+
+    Args:
+        policy: which ops are constants for differentiation, and which are recorded in parts.
+        respect_no_grad: whether ops run under ``torch.no_grad()`` inside the function are constants (as reverse mode
+            in torch has it).
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch wraps the handler in a function that costs about 2 µs per op.
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled regions run as they are."""
+        return True
+
+    def __init__(self, policy: Policy, *, respect_no_grad: bool = True) -> None:
+        super().__init__()
+        self.policy = policy
+        self.values: list[Any] = []
+        self.active: list[bool] = []
+        self.records: list[Record] = []
+        self.inputs: list[int] = []
+        self.key: list[Any] = []
+        self.slots: dict[int, int] = {}
+        # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
+        self.kept: list[Any] = []
+        self.respect_no_grad = respect_no_grad
+        self.alias = AliasTracker(self)
+        self._facts = _FACTS.setdefault(policy, {})
+        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        self._nodes_indexed = 0
+        self._by_node: dict[tuple[int, int], int] = {}
+
+    def facts(self, op: OpOverload) -> OpFacts:
+        """What is known of ``op`` under this tape's policy."""
+        facts = self._facts.get(op)
+        if facts is None:
+            facts = self._facts[op] = OpFacts(op, self.policy)
+        return facts
+
+    def add_input(self, tensor: torch.Tensor) -> int:
+        """Make ``tensor`` (a fresh alias that nobody else holds) an input of the tape."""
+        slot = self._append(tensor, True)
+        self.inputs.append(slot)
+        self.key.append(_meta(tensor))
+        return slot
+
+    def _append(self, tensor: Any, active: bool) -> int:
+        slot = len(self.values)
+        self.values.append(tensor)
+        self.active.append(active)
+        self.slots[id(tensor)] = slot
+        return slot
+
+    def constant(self, tensor: torch.Tensor) -> int:
+        """Give a tensor that the tape has not seen a slot as a constant."""
+        slot = self._append(tensor, False)
+        self.key.append(_meta(tensor))
+        return slot
+
+    def slot_of(self, tensor: torch.Tensor) -> int | None:
+        """The current slot of a tensor, or None for one that the tape has never seen."""
+        slot = self.slots.get(id(tensor))
+        if slot is not None:
+            return slot
+        if self.alias.has_writes:
+            slot = self.alias.resolve(tensor)
+            if slot is not None:
+                return slot
+        if tensor.grad_fn is not None:
+            return self._resolve_by_node(tensor)
+        return None
+
+    def _resolve_by_node(self, tensor: torch.Tensor) -> int | None:
+        """Autograd hands saved results back as new tensors of the same graph node: find the value by its node."""
+        for slot in range(self._nodes_indexed, len(self.values)):
+            value = self.values[slot]
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                self._by_node[id(value.grad_fn), value.output_nr] = slot
+        self._nodes_indexed = len(self.values)
+        found = self._by_node.get((id(tensor.grad_fn), tensor.output_nr))
+        if found is None or self.values[found].grad_fn is not tensor.grad_fn:
+            return None
+        if self.values[found].shape != tensor.shape:
+            return None
+        self.kept.append(tensor)
+        self.slots[id(tensor)] = found
+        return found
+
+    def is_active(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor depends on the inputs."""
+        slot = self.slot_of(tensor)
+        return slot is not None and self.active[slot]
+
+    def is_blocked(self) -> bool:
+        """Whether what runs now is a constant by ``torch.no_grad()``."""
+        return self.respect_no_grad and not torch.is_grad_enabled()
+
+    def outside(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function`` as if from outside the handler: with autograd, and without this tape recording it."""
+        with torch._C._ForceDispatchKeyGuard(*self._outside):
+            return function(*args)
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one op and record it."""
+        facts = self._facts.get(func) or self.facts(func)
+        if not facts.special:
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            if not (self.respect_no_grad and not torch.is_grad_enabled()):
+                self._record(func, args, kwargs, out)
+            return out
+        if facts.writes:
+            return self.alias.run_write(func, facts, args, kwargs or {})
+        if facts.expansion is not None and self._any_active(args, kwargs):
+            with self:
+                return facts.expansion(*args, **(kwargs or {}))
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if facts.is_view and args:
+            self.alias.note_view(func, args, kwargs or {}, out)
+        if not facts.inactive and not self.is_blocked():
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _any_active(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        slots = self.slots
+        for item in args:
+            if isinstance(item, torch.Tensor):
+                slot = slots.get(id(item))
+                if slot is None:
+                    slot = self.slot_of(item)
+                if slot is not None and self.active[slot]:
+                    return True
+            elif type(item) is list or type(item) is tuple:
+                if self.touches(item):
+                    return True
+        return bool(kwargs) and self.touches(kwargs.values())  # type: ignore[union-attr]
+
+    def touches(self, items: Iterable[Any]) -> bool:
+        """Whether an active tensor is among ``items``, at any depth of lists."""
+        for item in items:
+            if isinstance(item, torch.Tensor):
+                if self.is_active(item):
+                    return True
+            elif isinstance(item, (list, tuple)) and self.touches(item):
+                return True
+        return False
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+        if not self._any_active(args, kwargs):
+            return
+        if isinstance(out, torch.Tensor):
+            if _differentiable(out):
+                self.record_lowered(func, self.lower(args), self.lower_kwargs(kwargs), out)
+        elif isinstance(out, (list, tuple)) and any(_differentiable(o) for o in out):
+            self.record_lowered(func, self.lower(args), self.lower_kwargs(kwargs), out)
+
+    def record_lowered(self, func: Any, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> tuple[int, ...]:
+        """Append a record whose arguments are lowered already; the outputs get new slots."""
+        if isinstance(out, torch.Tensor):
+            outputs: tuple[int, ...] = (self._append(out, True),)
+            self.key.append((func, args, kwargs, out.shape, out.dtype))
+            self.records.append(Record(func, args, kwargs, outputs, False))
+            return outputs
+        outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
+        self.key.append((func, args, kwargs, tuple(_meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
+        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func))))
+        return outputs
+
+    def record_value(
+        self, func: Any, slots: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
+    ) -> int:
+        """Append an op on known slots that was not executed: ``out`` already holds its value."""
+        active = any(self.active[slot] for slot in slots)
+        lowered = (*(Slot(slot) for slot in slots), *self.lower(args))
+        if not active:
+            return self._append_constant(out)
+        (slot,) = self.record_lowered(func, lowered, self.lower_kwargs(kwargs), [out])
+        return slot
+
+    def _append_constant(self, tensor: torch.Tensor) -> int:
+        self.key.append(_meta(tensor))
+        return self._append(tensor, False)
+
+    def lower(self, args: Iterable[Any]) -> tuple[Any, ...]:
+        """Replace tensors by slots, lists by tuples."""
+        slots = self.slots
+        lowered = []
+        for item in args:
+            if isinstance(item, torch.Tensor):
+                slot = slots.get(id(item))
+                lowered.append(Slot(self._slot_or_constant(item) if slot is None else slot))
+            elif type(item) in _PLAIN:
+                lowered.append(item)
+            elif isinstance(item, (list, tuple)):
+                lowered.append(self.lower(item))
+            else:
+                lowered.append(item)
+        return tuple(lowered)
+
+    def lower_kwargs(self, kwargs: dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+        """Lower keyword arguments, sorted by name."""
+        if not kwargs:
+            return ()
+        names = sorted(kwargs)
+        return tuple(zip(names, self.lower([kwargs[name] for name in names]), strict=True))
+
+    def _slot_or_constant(self, tensor: torch.Tensor) -> int:
+        slot = self.slot_of(tensor)
+        return self.constant(tensor) if slot is None else slot
+
+    def signature(self, extra: Any) -> tuple[Any, ...]:
+        """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
+        return (tuple(self.key), tuple(self.inputs), extra)
+
+
+def _returns_one(func: Any) -> bool:
+    return len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor"

@@ -1,0 +1,113 @@
+"""Running requests: look the plan up by the tape's signature, replay it, or plan it now."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from chainrule.execute.replay import Runner, compile_program, owned
+from chainrule.maps.staging import Program, Staged
+from chainrule.plan.planner import Request, plan
+
+
+@dataclass
+class CachedPlan:
+    """A plan without the tensors of the run that made it.
+
+    Attributes:
+        keys: what each result is.
+        summary: the account of the plan for ``explain``.
+    """
+
+    keys: list[Any]
+    recorded: tuple[Program, list[Staged | None]] | None
+    runner: Runner | None = None
+
+    def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
+        """Replay the plan on other values of the same signature."""
+        if self.runner is None:
+            assert self.recorded is not None
+            self.runner = compile_program(*self.recorded)
+            self.recorded = None
+        return dict(zip(self.keys, self.runner(values, seeds), strict=True))
+
+
+class PlanCache:
+    """A bounded cache, least recently used first out; safe to use from several threads."""
+
+    def __init__(self, limit: int = 512) -> None:
+        self.limit = limit
+        self._plans: OrderedDict[Any, CachedPlan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> CachedPlan | None:
+        """The plan for a key, if it is there."""
+        with self._lock:
+            found = self._plans.get(key)
+            if found is not None:
+                self._plans.move_to_end(key)
+            return found
+
+    def put(self, key: Any, value: CachedPlan) -> None:
+        """Keep a plan, dropping the least recently used one when there are too many."""
+        with self._lock:
+            self._plans[key] = value
+            while len(self._plans) > self.limit:
+                self._plans.popitem(last=False)
+
+    def __len__(self) -> int:
+        """The number of plans kept."""
+        return len(self._plans)
+
+    def clear(self) -> None:
+        """Forget every plan."""
+        with self._lock:
+            self._plans.clear()
+
+
+CACHE = PlanCache()
+
+
+def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> dict[Any, torch.Tensor | None]:
+    """The results of a request on a finished tape, by key; None stands for zeros.
+
+    Args:
+        tape: the tape.
+        request: what is asked.
+        seeds: the seed tensors, in the order of ``request.seeds``.
+    """
+    key = _key(tape, request, seeds)
+    cached = CACHE.get(key) if key is not None else None
+    if cached is not None:
+        return cached.run(tape.values, seeds)
+    planned = plan(tape, request, seeds)
+    results = owned(planned.program, planned.results)
+    values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    if key is not None:
+        CACHE.put(key, CachedPlan(planned.keys, (_without_values(planned.program), [_bare(r) for r in results])))
+    return values
+
+
+def _key(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Any:
+    key = (tape.signature(request), tuple((seed.shape, seed.dtype) for seed in seeds))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _bare(staged: Staged | None) -> Staged | None:
+    return None if staged is None else Staged(staged.program, staged.slot, None)  # type: ignore[arg-type]
+
+
+def _without_values(program: Program) -> Program:
+    """Drop the tensors of the recording run, so that a cached plan holds no memory."""
+    program._input_values.clear()
+    program._known.clear()
+    return program

@@ -1,0 +1,324 @@
+"""Composition of terms: align dimensions, unify axes, push one-hot factors outwards, and contract on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from chainrule.maps.contract import contract
+from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.onehots import Memo, dense_relation, gather, mask_factor, scatter
+from chainrule.maps.staging import Program
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup
+
+
+class Workspace:
+    """What one plan shares: the dtype and device of its maps and the nodes it has made."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.memo: Memo = {}
+
+    def ones(self, sizes: tuple[int, ...]) -> Node:
+        """An array of ones."""
+        key = ("ones", sizes)
+        node = self.memo.get(key)
+        if node is None:
+            dtype, device = self.dtype, self.device
+            node = self.memo[key] = leaf(
+                sizes, lambda program: program.call(torch.ones, sizes, dtype=dtype, device=device), label="ones"
+            )
+        return node
+
+    def eye(self, size: int) -> Node:
+        """A dense identity."""
+        key = ("eye", size)
+        node = self.memo.get(key)
+        if node is None:
+            dtype, device = self.dtype, self.device
+            node = self.memo[key] = leaf(
+                (size, size), lambda program: program.call(torch.eye, size, dtype=dtype, device=device), flops=size * size, label="eye"
+            )
+        return node
+
+
+def join(left: Term, right: Term, workspace: Workspace) -> Term:
+    """The composition ``left ∘ right`` as one network: nothing is multiplied yet, one-hots are pushed outwards.
+
+    ``left`` maps from the space that ``right`` maps to. ``right`` is given fresh axes first.
+    """
+    right = right.fresh()
+    left, right = align(left, right, workspace)
+    mapping = _unify(left.in_dims, right.out_dims)
+    merged = Term(
+        left.out_dims,
+        right.in_dims,
+        left.factors + right.factors,
+        left.onehots + right.onehots,
+        left.scale * right.scale,
+    ).rename(mapping)
+    return push_onehots(merged, workspace)
+
+
+def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]) -> dict[Axis, Axis]:
+    parent: dict[Axis, Axis] = {}
+
+    def find(axis: Axis) -> Axis:
+        while axis in parent:
+            axis = parent[axis]
+        return axis
+
+    for one, two in zip(first, second, strict=True):
+        big_one = [axis for axis in one if axis.size != 1]
+        big_two = [axis for axis in two if axis.size != 1]
+        for a, b in zip(big_one, big_two, strict=True):
+            a, b = find(a), find(b)
+            if a is not b:
+                parent[b] = a
+    return {axis: find(axis) for axis in parent}
+
+
+def align(left: Term, right: Term, workspace: Workspace) -> tuple[Term, Term]:
+    """Split axes until each dimension between the two terms is the same tuple of sizes (size-one axes aside)."""
+    for position in range(len(left.in_dims)):
+        while True:
+            one = [axis for axis in left.in_dims[position] if axis.size != 1]
+            two = [axis for axis in right.out_dims[position] if axis.size != 1]
+            step = _first_difference(one, two)
+            if step is None:
+                break
+            a, b = one[step], two[step]
+            big, small = (a, b) if a.size > b.size else (b, a)
+            if small.size == 0 or big.size % small.size:
+                left = _bridge(left, position, right.out_dims[position], workspace)
+                break
+            parts = (Axis(small.size), Axis(big.size // small.size))
+            if big is a:
+                left = left.split(a, parts)
+                # An axis may stand on several places of the term; positions are read again.
+            else:
+                right = right.split(b, parts)
+    return left, right
+
+
+def _first_difference(one: list[Axis], two: list[Axis]) -> int | None:
+    for step, (a, b) in enumerate(zip(one, two, strict=False)):
+        if a.size != b.size:
+            return step
+    return None
+
+
+def _bridge(left: Term, position: int, wanted: tuple[Axis, ...], workspace: Workspace) -> Term:
+    """Dimensions whose splits do not divide each other: tie the old axes to new ones by index relations."""
+    old = left.in_dims[position]
+    new = tuple(Axis(axis.size) for axis in wanted)
+    onehots = [*left.onehots, *regroup(new, old, workspace.device)]
+    in_dims = (*left.in_dims[:position], new, *left.in_dims[position + 1 :])
+    return replace(left, in_dims=in_dims, onehots=tuple(onehots))
+
+
+def push_onehots(term: Term, workspace: Workspace) -> Term:
+    """Gather every dense factor (and every further relation) that carries a target, and drop relations that are done."""
+    if not term.onehots:
+        return term
+    outer = term.outer_axes()
+    changed = True
+    while changed:
+        changed = False
+        for onehot in term.onehots:
+            target = onehot.target
+            others = [h for h in term.onehots if h is not onehot]
+            if any(h.target is target for h in others):
+                if target in outer:
+                    continue  # two relations on one outer axis: settled when the term is made dense
+                dense = dense_relation(onehot, workspace.dtype, workspace.memo)
+                term = replace(term, factors=(*term.factors, dense), onehots=tuple(others))
+                changed = True
+                break
+            factors = tuple(
+                gather(f, onehot, workspace.memo) if target in f.axes and f.node.numel else f for f in term.factors
+            )
+            chained = any(target in h.sources for h in others)
+            if chained:
+                others = [_chain(h, onehot, workspace) if target in h.sources else h for h in others]
+            if target not in outer:
+                if onehot.partial:
+                    factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
+                term = replace(term, factors=factors, onehots=tuple(others))
+                changed = True
+                break
+            if chained or factors != term.factors:
+                term = replace(term, factors=factors, onehots=(*others, onehot))
+                changed = chained or any(a.node is not b.node for a, b in zip(factors, term.factors, strict=False))
+                if chained:
+                    break
+    return term
+
+
+def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
+    """``target = outer[.., inner[sources], ..]``: one relation from the inner one's sources."""
+    if (
+        outer.affine is not None
+        and inner.affine is not None
+        and len(inner.sources) == 1
+        and len(outer.sources) == 1
+    ):
+        start, step = outer.affine[0] + outer.affine[1] * inner.affine[0], outer.affine[1] * inner.affine[1]
+        size = inner.sources[0].size
+        index = constant_index((size,), lambda d: start + step * torch.arange(size, device=d), workspace.device)
+        return OneHot(index, inner.sources, outer.target, False, (start, step))
+    index = Factor(outer.index, outer.sources)
+    plain = inner._replace(partial=False)
+    if inner.partial:
+        clamped = Node(inner.index.sizes, (inner.index,), lambda program, value: torch.clamp(value, min=0), label="index")
+        plain = plain._replace(index=clamped)
+    read = gather(index, plain, workspace.memo)
+    node = read.node
+    if inner.partial:
+        shape = tuple(a.size if a in inner.sources else 1 for a in read.axes)
+        order = tuple(inner.sources.index(a) for a in read.axes if a in inner.sources)
+
+        def forget(program: Program, value: object, guard: object) -> object:
+            valid = torch.reshape(torch.permute(guard, order), shape) >= 0  # type: ignore[arg-type]
+            return torch.where(valid, value, -1)  # type: ignore[call-overload]
+
+        node = Node(node.sizes, (node, inner.index), forget, label="index")  # type: ignore[arg-type]
+    return OneHot(node, read.axes, outer.target, outer.partial or inner.partial)
+
+
+def internal_axes(term: Term) -> list[Axis]:
+    """Axes that stand neither in an output nor in an input dimension."""
+    outer = term.outer_axes()
+    return [axis for axis in term.all_axes() if axis not in outer]
+
+
+def fold_uncarried(term: Term) -> Term:
+    """Internal axes that no factor carries are sums of ones: their sizes go into the scale."""
+    if not (internal := internal_axes(term)):
+        return term
+    carried = term.carried_axes()
+    tied = {axis for h in term.onehots for axis in (*h.sources, h.target)}
+    scale = term.scale
+    for axis in internal:
+        if axis not in carried and axis not in tied:
+            scale *= axis.size
+    return term if scale == term.scale else replace(term, scale=scale)
+
+
+def settle(term: Term, workspace: Workspace) -> Term:
+    """Contract everything that a plan in a pinned order contracts: sums over internal axes, and factors into larger ones.
+
+    The result has no internal axis. Factors that share no summed axis and would only form an outer product stay apart.
+    """
+    term = fold_uncarried(term)
+    term = scatter_internal(term, workspace)
+    term = _contract_connected(term, workspace)
+    return _absorb(term, workspace)
+
+
+def scatter_internal(term: Term, workspace: Workspace) -> Term:
+    """Sum over the sources of relations when those sources are internal: the relation goes, its target becomes dense."""
+    while True:
+        outer = term.outer_axes()
+        ready = next((h for h in term.onehots if any(axis not in outer for axis in h.sources)), None)
+        if ready is None:
+            return term
+        sources = set(ready.sources)
+        group = [h for h in term.onehots if set(h.sources) & sources and set(h.sources) == sources]
+        group = [_reorder(h, ready.sources) for h in group]
+        later = [h for h in term.onehots if set(h.sources) != sources]
+        gone = {axis for axis in sources if axis not in outer and not any(axis in h.sources for h in later)}
+        touching = [f for f in term.factors if any(axis in gone for axis in f.axes)]
+        rest = tuple(f for f in term.factors if not any(f is t for t in touching))
+        keep: dict[Axis, None] = {}
+        needed = {a for f in rest for a in f.axes} | set(outer) | {a for h in later for a in (*h.sources, h.target)}
+        for axis in [a for f in touching for a in f.axes] + list(sources):
+            if axis not in gone and axis in needed | sources:
+                keep[axis] = None
+        if not gone:
+            raise AssertionError("relations with shared internal sources of different shapes")
+        # Internal axes that only these factors carry are summed by the contraction itself.
+        dense = scatter(touching, group, tuple(keep), None, workspace.memo)
+        term = replace(term, factors=(*rest, dense), onehots=tuple(later))
+        term = push_onehots(term, workspace)
+
+
+def _reorder(onehot: OneHot, sources: tuple[Axis, ...]) -> OneHot:
+    if onehot.sources == sources:
+        return onehot
+    permutation = tuple(onehot.sources.index(axis) for axis in sources)
+    index = Node(
+        (a.size for a in sources), (onehot.index,), lambda program, value: torch.permute(value, permutation), label="index"
+    )
+    return onehot._replace(index=index, sources=sources)
+
+
+def _needed_axes(term: Term) -> dict[Axis, None]:
+    needed = term.outer_axes()
+    for onehot in term.onehots:
+        needed.update(dict.fromkeys(onehot.sources))
+        needed[onehot.target] = None
+    return needed
+
+
+def _contract_connected(term: Term, workspace: Workspace) -> Term:
+    """Contract each group of factors that is held together by summed axes."""
+    needed = _needed_axes(term)
+    summed = {axis for f in term.factors for axis in f.axes if axis not in needed}
+    if not summed:
+        return term
+    groups: list[list[Factor]] = []
+    alone: list[Factor] = []
+    for factor in term.factors:
+        touched = {axis for axis in factor.axes if axis in summed}
+        if not touched:
+            alone.append(factor)
+            continue
+        linked = [g for g in groups if any(touched & set(f.axes) for f in g)]
+        merged = [f for g in linked for f in g] + [factor]
+        groups = [g for g in groups if not any(g is l for l in linked)] + [merged]
+    results = [contract(group, list(needed), workspace.memo) for group in groups]
+    scale = term.scale
+    return replace(term, factors=(*alone, *results), scale=scale)
+
+
+def _absorb(term: Term, workspace: Workspace) -> Term:
+    """Multiply factors whose axes are a subset of another's into it."""
+    factors = sorted(term.factors, key=lambda f: -f.node.numel)
+    kept: list[Factor] = []
+    for factor in factors:
+        host = next((i for i, k in enumerate(kept) if set(factor.axes) <= set(k.axes)), None)
+        if host is None:
+            kept.append(factor)
+        else:
+            kept[host] = contract([kept[host], factor], list(kept[host].axes), workspace.memo)
+    if len(kept) == len(term.factors):
+        return term
+    return replace(term, factors=tuple(kept))
+
+
+def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace) -> Factor:
+    """All factors of a settled term as one factor over exactly ``axes`` (scale included)."""
+    scale = term.scale
+    if term.factors:
+        factor = contract(term.factors, list(axes), workspace.memo)
+    else:
+        factor = Factor(workspace.ones(()), ())
+    if scale != 1.0:
+        key = ("scale", id(factor.node), scale)
+        node = workspace.memo.get(key)
+        if node is None:
+            node = workspace.memo[key] = Node(
+                factor.node.sizes,
+                (factor.node,),
+                lambda program, value: torch.mul(value, scale),
+                flops=factor.node.numel,
+                moved=2 * factor.node.numel,
+                label="scale",
+            )
+        factor = Factor(node, factor.axes)
+    return factor

@@ -1,0 +1,256 @@
+"""Contraction of factors: the order from opt_einsum, each pair lowered to the fewest torch calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import opt_einsum
+import torch
+
+from chainrule.maps.nodes import Node
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Factor
+
+
+def contract(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object, Node]) -> Factor:
+    """Multiply ``factors``, sum every axis that is not in ``keep``, and return one factor over the kept carried axes.
+
+    Args:
+        factors: at least one factor.
+        keep: the axes that survive; the result has those of them that some factor carries, in this order.
+        memo: nodes already made in this plan, so that equal contractions are one node.
+    """
+    operands = list(factors)
+    kept = set(keep)
+    if len(operands) > 2:
+        for left, right in _path(operands, keep):
+            second = operands.pop(right)
+            first = operands.pop(left)
+            still = kept.union(axis for factor in operands for axis in factor.axes)
+            operands.append(_pair(first, second, still, memo))
+    if len(operands) == 2:
+        operands = [_pair(operands[0], operands[1], kept, memo)]
+    result = _sum_axes(operands[0], kept, memo)
+    carried = set(result.axes)
+    return transpose_to(result, [axis for axis in keep if axis in carried], memo)
+
+
+def contraction_cost(factors: Sequence[Factor], keep: Sequence[Axis]) -> int:
+    """The flops of the contraction that :func:`contract` would plan."""
+    operands = [set(f.axes) for f in factors]
+    kept = set(keep)
+    total = 0
+    for left, right in _path(list(factors), keep) if len(factors) > 1 else []:
+        second = operands.pop(right)
+        first = operands.pop(left)
+        total += math.prod(axis.size for axis in first | second)
+        still = kept.union(*operands) if operands else kept
+        operands.append((first | second) & still)
+    return total
+
+
+def _path(factors: list[Factor], keep: Sequence[Axis]) -> list[tuple[int, int]]:
+    names: dict[Axis, int] = {}
+    inputs = tuple(tuple(names.setdefault(axis, len(names)) for axis in factor.axes) for factor in factors)
+    output = tuple(names[axis] for axis in keep if axis in names)
+    return _cached_path(inputs, output, tuple(axis.size for axis in names))
+
+
+@lru_cache(maxsize=4096)
+def _cached_path(
+    inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    if len(inputs) == 2:
+        return [(0, 1)]
+    size_of = dict(enumerate(sizes))
+    sets = [frozenset(axes) for axes in inputs]
+    # "optimal" is exhaustive: at most a few factors; beyond that opt_einsum's dynamic programming and greedy searches.
+    optimizer = opt_einsum.paths.optimal if len(inputs) <= 6 else opt_einsum.paths.auto
+    path = optimizer(sets, frozenset(output), size_of, None)
+    steps: list[tuple[int, int]] = []
+    count = len(inputs)
+    for step in path:
+        positions = sorted(step)
+        if len(positions) == 1:
+            continue
+        if len(positions) == 2:
+            steps.append((positions[0], positions[1]))
+            count -= 1
+            continue
+        # A step of several operands: left to right. The result of each pair goes to the end.
+        first = positions[0]
+        rest = positions[1:]
+        steps.append((first, rest[0]))
+        removed = sorted((first, rest[0]))
+        count -= 1
+        for later in rest[1:]:
+            moved = later - sum(r < later for r in removed)
+            steps.append((moved, count - 1))
+            removed.append(later)
+    return steps
+
+
+def _sum_axes(factor: Factor, kept: set[Axis], memo: dict[object, Node]) -> Factor:
+    gone = tuple(i for i, axis in enumerate(factor.axes) if axis not in kept)
+    if not gone:
+        return factor
+    axes = tuple(axis for axis in factor.axes if axis in kept)
+    key = ("sum", id(factor.node), gone)
+    node = memo.get(key)
+    if node is None:
+        node = memo[key] = Node(
+            (axis.size for axis in axes),
+            (factor.node,),
+            lambda program, value: torch.sum(value, gone),
+            flops=factor.node.numel,
+            moved=factor.node.numel,
+            label="sum",
+        )
+    return Factor(node, axes)
+
+
+def transpose_to(factor: Factor, order: Sequence[Axis], memo: dict[object, Node]) -> Factor:
+    """Permute a factor's axes (a view)."""
+    axes = tuple(order)
+    if axes == factor.axes:
+        return factor
+    permutation = tuple(factor.axes.index(axis) for axis in axes)
+    key = ("permute", id(factor.node), permutation)
+    node = memo.get(key)
+    if node is None:
+        node = memo[key] = Node(
+            (axis.size for axis in axes), (factor.node,), lambda program, value: permute(value, permutation), label="permute"
+        )
+    return Factor(node, axes)
+
+
+def permute(value: Staged, permutation: tuple[int, ...]) -> Staged:
+    """Permute dimensions; nothing is recorded for the identity."""
+    if permutation == tuple(range(len(permutation))):
+        return value
+    if len(permutation) == 2:
+        return torch.t(value)
+    return torch.permute(value, permutation)
+
+
+def _pair(first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node]) -> Factor:
+    """Contract two factors; axes outside ``still`` are summed."""
+    # An axis that only one of them carries and nobody needs is summed before the product.
+    both = set(first.axes) & set(second.axes)
+    first = _sum_axes(first, still | both, memo)
+    second = _sum_axes(second, still | both, memo)
+    summed = [axis for axis in first.axes if axis in both and axis not in still]
+    names: dict[Axis, int] = {}
+    left = tuple(names.setdefault(axis, len(names)) for axis in first.axes)
+    right = tuple(names.setdefault(axis, len(names)) for axis in second.axes)
+    gone = tuple(names[axis] for axis in summed)
+    key = ("pair", id(first.node), left, id(second.node), right, gone)
+    batch = [axis for axis in first.axes if axis in both and axis in still]
+    left_only = [axis for axis in first.axes if axis not in both]
+    right_only = [axis for axis in second.axes if axis not in both]
+    if summed:
+        axes = tuple(batch + left_only + right_only)
+    else:
+        axes = _product_order(first, second)
+    node = memo.get(key)
+    if node is None:
+        groups = (
+            tuple(names[a] for a in batch),
+            tuple(names[a] for a in left_only),
+            tuple(names[a] for a in right_only),
+            gone,
+        )
+        order = tuple(names[a] for a in axes)
+        sizes = {names[a]: a.size for a in names}
+        flops = math.prod(sizes.values())
+        moved = first.node.numel + second.node.numel + math.prod(a.size for a in axes)
+
+        def compute(program: Program, x: Staged, y: Staged) -> Staged:
+            x, y = _common_dtype(x, y)
+            if gone:
+                return _matrix_product(x, left, y, right, groups, sizes)
+            return _broadcast_product(x, left, y, right, order)
+
+        node = memo[key] = Node(
+            (a.size for a in axes), (first.node, second.node), compute, flops=flops, moved=moved, label="product"
+        )
+    return Factor(node, axes)
+
+
+def _product_order(first: Factor, second: Factor) -> tuple[Axis, ...]:
+    """The axis order of an element-wise product: the order of the larger operand, so that it is not permuted."""
+    big, small = (first, second) if len(first.axes) >= len(second.axes) else (second, first)
+    extra = [axis for axis in small.axes if axis not in big.axes]
+    return (*extra, *big.axes)
+
+
+def _common_dtype(x: Staged, y: Staged) -> tuple[Staged, Staged]:
+    if x.dtype == y.dtype:
+        return x, y
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return (x if x.dtype == dtype else x.to(dtype)), (y if y.dtype == dtype else y.to(dtype))
+
+
+def _broadcast_product(
+    x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+) -> Staged:
+    return torch.mul(expand_to(x, left, order), expand_to(y, right, order))
+
+
+def expand_to(value: Staged, names: tuple[int, ...], order: tuple[int, ...]) -> Staged:
+    """View ``value`` (dimensions called ``names``) so that it broadcasts against dimensions called ``order``."""
+    wanted = tuple(name for name in order if name in names)
+    if wanted != names:
+        value = permute(value, tuple(names.index(name) for name in wanted))
+    for position, name in enumerate(order[order.index(wanted[0]) :] if wanted else ()):
+        if name not in names:
+            value = torch.unsqueeze(value, position)
+    return value
+
+
+def _matrix_product(
+    x: Staged,
+    left: tuple[int, ...],
+    y: Staged,
+    right: tuple[int, ...],
+    groups: tuple[tuple[int, ...], ...],
+    sizes: dict[int, int],
+) -> Staged:
+    """Lower a contraction with summed axes to dot, mv, mm or bmm, with the fewest reshapes."""
+    batch, left_only, right_only, gone = groups
+    if not batch and len(gone) == len(left) == len(right):
+        if len(gone) == 1:
+            return torch.dot(x, y)
+        if left == right:
+            return torch.sum(torch.mul(x, y))
+    x_order, y_order = batch + left_only + gone, batch + gone + right_only
+    x = permute(x, tuple(left.index(name) for name in x_order))
+    y = permute(y, tuple(right.index(name) for name in y_order))
+    shape = [[math.prod(sizes[n] for n in group)] for group in groups]
+    b, m, n, k = (s[0] for s in shape)
+    x_shape = ([b] if batch else []) + ([m] if left_only else []) + [k]
+    y_shape = ([b] if batch else []) + [k] + ([n] if right_only else [])
+    if batch and not left_only:
+        x_shape.insert(1, 1)
+    if batch and not right_only:
+        y_shape.append(1)
+    x = _view(x, x_shape)
+    y = _view(y, y_shape)
+    result = torch.bmm(x, y) if batch else _plain_product(x, y)
+    return _view(result, [sizes[name] for name in batch + left_only + right_only])
+
+
+def _plain_product(x: Staged, y: Staged) -> Staged:
+    if x.ndim == 2 and y.ndim == 2:
+        return torch.mm(x, y)
+    if x.ndim == 2:
+        return torch.mv(x, y)
+    if y.ndim == 2:
+        return torch.mv(torch.t(y), x)
+    return torch.dot(x, y)
+
+
+def _view(value: Staged, shape: list[int]) -> Staged:
+    return value if list(value.shape) == shape else torch.reshape(value, shape)

@@ -1,0 +1,468 @@
+"""Linear maps: sums of terms, operators known by how they act, their composition, addition and dense form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from chainrule.maps.compose import Workspace, dense_factor, join, settle
+from chainrule.maps.contract import expand_to, permute
+from chainrule.maps.nodes import Node
+from chainrule.maps.onehots import dense_relation
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Dims, Factor, Term
+
+Action = Callable[[Program, Staged], Staged]
+
+#: More terms than this at one vertex are summed into a dense one.
+TERM_LIMIT = 4
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A local Jacobian known by how it acts on rows of tangents or cotangents.
+
+    Attributes:
+        out_shape: the shape of the op's output.
+        in_shape: the shape of its input.
+        push: tangents of shape ``(R, *in_shape)`` to ``(R, *out_shape)``.
+        pull: cotangents of shape ``(R, *out_shape)`` to ``(R, *in_shape)``.
+        diagonal: pairs ``(output dimension, input dimension)`` on which the op acts entry by entry (a batch dimension).
+        flops: multiply-adds of one row.
+        label: the op's name, for ``explain``.
+    """
+
+    out_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    push: Action
+    pull: Action
+    diagonal: tuple[tuple[int, int], ...] = ()
+    flops: int = 0
+    label: str = ""
+
+    def transpose(self) -> Operator:
+        """The operator read from the output to the input."""
+        return Operator(
+            self.in_shape,
+            self.out_shape,
+            self.pull,
+            self.push,
+            tuple((i, o) for o, i in self.diagonal),
+            self.flops,
+            self.label,
+        )
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A map from tensors of ``in_shape`` to tensors of ``out_shape``: the sum of its terms and operators."""
+
+    out_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    terms: tuple[Term, ...] = ()
+    operators: tuple[Operator, ...] = ()
+
+    def transpose(self) -> LinearMap:
+        """The transposed map."""
+        return LinearMap(
+            self.in_shape,
+            self.out_shape,
+            tuple(term.transpose() for term in self.terms),
+            tuple(operator.transpose() for operator in self.operators),
+        )
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the map has no term at all."""
+        return not self.terms and not self.operators
+
+
+def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: bool) -> LinearMap:
+    """The composition ``left ∘ right``.
+
+    At most one of the two may hold operators. With ``eager`` every product with an internal sum is contracted at once
+    (a pinned accumulation order); without, the network is kept for a contraction order to be chosen later.
+    """
+    terms: list[Term] = []
+    for one in left.terms:
+        for two in right.terms:
+            if not _has_empty_axis(one, two):
+                joined = join(one, two, workspace)
+                terms.append(settle(joined, workspace) if eager else joined)
+    for operator in right.operators:
+        terms.extend(_pull(term, operator, workspace) for term in merge(left.terms, workspace, force=False))
+    if left.operators:
+        lifted = merge(tuple(t.transpose() for t in right.terms), workspace, force=False)
+        for operator in left.operators:
+            flipped = operator.transpose()
+            terms.extend(_pull(term, flipped, workspace).transpose() for term in lifted)
+    return LinearMap(left.out_shape, right.in_shape, tuple(terms))
+
+
+def _has_empty_axis(one: Term, two: Term) -> bool:
+    return any(axis.size == 0 for term in (one, two) for axis in term.all_axes())
+
+
+def _pull(term: Term, operator: Operator, workspace: Workspace) -> Term:
+    """Apply ``operator`` transposed to the rows of a term (whose input is the operator's output)."""
+    term = settle(term, workspace)
+    in_axes = {axis for dim in term.in_dims for axis in dim}
+    term = _densify_onehots(term, workspace, lambda h: h.target in in_axes or bool(in_axes.intersection(h.sources)))
+    diagonal_out = {out for out, _ in operator.diagonal}
+    acted = [axis for d, dim in enumerate(term.in_dims) if d not in diagonal_out for axis in dim]
+    outside = {axis for dim in term.out_dims for axis in dim} | {
+        axis for d, dim in enumerate(term.in_dims) if d in diagonal_out for axis in dim
+    }
+    term = _break_diagonals(term, [a for a in dict.fromkeys(acted) if a in outside], workspace, only=diagonal_out)
+    term = settle(term, workspace)
+    inner = list(dict.fromkeys(axis for dim in term.in_dims for axis in dim))
+    if len(inner) != sum(len(dim) for dim in term.in_dims):
+        raise AssertionError("an operator was applied to a term with a diagonal inside its input")
+    inner_set = set(inner)
+    carried = term.carried_axes()
+    rest = [axis for axis in term.outer_axes() if axis in carried and axis not in inner_set]
+    factor = dense_factor(term, [*rest, *inner], workspace)
+    rows = math.prod(axis.size for axis in rest)
+    names = {axis: number for number, axis in enumerate([*rest, *inner])}
+    have, want = tuple(names[a] for a in factor.axes), tuple(range(len(names)))
+    full = tuple(a.size for a in [*rest, *inner])
+    out_shape, in_shape = operator.out_shape, operator.in_shape
+
+    def compute(program: Program, value: Staged) -> Staged:
+        value = expand_to(value, have, want)
+        if tuple(value.shape) != full:
+            value = torch.broadcast_to(value, full)
+        if full != (rows, *out_shape):
+            value = torch.reshape(value, (rows, *out_shape))
+        return operator.pull(program, value)
+
+    raw = Node(
+        (rows, *in_shape),
+        (factor.node,),
+        compute,
+        flops=rows * max(operator.flops, math.prod(out_shape)),
+        moved=rows * (math.prod(out_shape) + math.prod(in_shape)),
+        label=operator.label,
+    )
+    in_dims: list[tuple[Axis, ...]] = []
+    source = {i: o for o, i in operator.diagonal}
+    for dim, size in enumerate(in_shape):
+        in_dims.append(term.in_dims[source[dim]] if dim in source else (Axis(size),))
+    axes = (*rest, *(axis for dim in in_dims for axis in dim))
+    sizes = tuple(a.size for a in axes)
+    node = raw if sizes == raw.sizes else Node(sizes, (raw,), lambda p, v: torch.reshape(v, sizes), label="reshape")
+    return Term(term.out_dims, tuple(in_dims), (Factor(node, axes),), term.onehots)
+
+
+def _densify_onehots(term: Term, workspace: Workspace, which: Callable[..., bool]) -> Term:
+    chosen = [h for h in term.onehots if which(h)]
+    if not chosen:
+        return term
+    dense = tuple(dense_relation(h, workspace.dtype, workspace.memo) for h in chosen)
+    kept = tuple(h for h in term.onehots if not which(h))
+    return replace(term, factors=term.factors + dense, onehots=kept)
+
+
+def _break_diagonals(term: Term, axes: Sequence[Axis], workspace: Workspace, only: set[int]) -> Term:
+    """Give the input dimensions (those not in ``only``) fresh axes tied to the old ones by dense identities."""
+    if not axes:
+        return term
+    mapping = {axis: Axis(axis.size) for axis in axes}
+    in_dims = tuple(
+        dim if d in only else tuple(mapping.get(axis, axis) for axis in dim) for d, dim in enumerate(term.in_dims)
+    )
+    ties = tuple(Factor(workspace.eye(axis.size), (axis, new)) for axis, new in mapping.items())
+    return replace(term, in_dims=in_dims, factors=term.factors + ties)
+
+
+def _pattern(term: Term) -> tuple[object, ...]:
+    """The structure of a term apart from its factors: dimensions by axis numbers, sizes, relations."""
+    names: dict[Axis, int] = {}
+    dims = tuple(
+        tuple(tuple(names.setdefault(axis, len(names)) for axis in dim if axis.size != 1) for dim in side)
+        for side in (term.out_dims, term.in_dims)
+    )
+    sizes = tuple(axis.size for axis in names)
+    relations = tuple(
+        sorted(
+            (id(h.index), tuple(names.setdefault(a, len(names)) for a in h.sources), names.setdefault(h.target, len(names)))
+            for h in term.onehots
+        )
+    )
+    return dims, sizes, relations
+
+
+def merge(terms: Sequence[Term], workspace: Workspace, *, force: bool) -> tuple[Term, ...]:
+    """Add terms of one structure into one term; with ``force``, or when many are left, make all of one structure."""
+    if len(terms) < 2:
+        return tuple(terms)
+    settled = [settle(term, workspace) for term in terms]
+    merged = _merge_equal(settled, workspace, force)
+    if len(merged) > (1 if force else TERM_LIMIT):
+        common = _common_diagonals(merged)
+        merged = _merge_equal([_to_common(term, common, workspace) for term in merged], workspace, True)
+    return tuple(merged)
+
+
+def _merge_equal(terms: Sequence[Term], workspace: Workspace, force: bool) -> list[Term]:
+    groups: dict[object, list[Term]] = {}
+    for term in terms:
+        groups.setdefault(_pattern(term), []).append(term)
+    merged: list[Term] = []
+    for group in groups.values():
+        stack = sorted(group, key=lambda t: -sum(f.node.numel for f in t.factors))
+        kept: list[Term] = []
+        for term in stack:
+            for position, host in enumerate(kept):
+                added = _add(host, term, workspace, force)
+                if added is not None:
+                    kept[position] = added
+                    break
+            else:
+                kept.append(term)
+        merged.extend(kept)
+    return merged
+
+
+def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | None:
+    """The sum of two terms of one pattern as one term, unless it would carry more axes than either of them."""
+    mapping = _matching(term, host)
+    if mapping is None:
+        return None
+    term = term.rename(mapping)
+    if host.factors and term.factors == host.factors:
+        return replace(host, scale=host.scale + term.scale)
+    one, two = host.carried_axes(), term.carried_axes()
+    if not force and not (two <= one or one <= two):
+        return None
+    if not force and (len(host.factors) > 1 or len(term.factors) > 1) and _outer_blowup(host, term):
+        return None
+    axes = [axis for axis in dict.fromkeys([*host.outer_axes(), *host.all_axes()]) if axis in one | two]
+    first, second = dense_factor(host, axes, workspace), dense_factor(term, axes, workspace)
+    order = tuple(range(len(axes)))
+    names = {axis: number for number, axis in enumerate(axes)}
+    left, right = tuple(names[a] for a in first.axes), tuple(names[a] for a in second.axes)
+
+    def compute(program: Program, x: Staged, y: Staged) -> Staged:
+        return torch.add(expand_to(x, left, order), expand_to(y, right, order))
+
+    sizes = tuple(a.size for a in axes)
+    numel = math.prod(sizes)
+    node = Node(sizes, (first.node, second.node), compute, flops=numel, moved=3 * numel, label="add")
+    return replace(host, factors=(Factor(node, tuple(axes)),), scale=1.0)
+
+
+def _outer_blowup(host: Term, term: Term) -> bool:
+    full = math.prod(axis.size for axis in host.carried_axes() | term.carried_axes())
+    return full > 2 * max((f.node.numel for f in (*host.factors, *term.factors)), default=1)
+
+
+def _matching(term: Term, host: Term) -> dict[Axis, Axis] | None:
+    """Axes of ``term`` to the axes of ``host`` that stand in the same places (patterns are equal)."""
+    mapping: dict[Axis, Axis] = {}
+    for mine, theirs in ((term.out_dims, host.out_dims), (term.in_dims, host.in_dims)):
+        for one, two in zip(mine, theirs, strict=True):
+            big_one = [a for a in one if a.size != 1]
+            big_two = [a for a in two if a.size != 1]
+            for a, b in zip(big_one, big_two, strict=True):
+                if mapping.setdefault(a, b) is not b:
+                    return None
+    host_sources = {axis for h in host.onehots for axis in (*h.sources, h.target)}
+    for h in term.onehots:
+        twin = next((o for o in host.onehots if o.index is h.index), None)
+        if twin is None:
+            return None
+        for a, b in zip((*h.sources, h.target), (*twin.sources, twin.target), strict=True):
+            if mapping.setdefault(a, b) is not b:
+                return None
+    del host_sources
+    return mapping
+
+
+def _common_diagonals(terms: Sequence[Term]) -> set[tuple[int, int]]:
+    """Pairs (output dimension, input dimension) that are one and the same axis in every term."""
+    common: set[tuple[int, int]] | None = None
+    for term in terms:
+        pairs = {
+            (o, i)
+            for o, out in enumerate(term.out_dims)
+            for i, inner in enumerate(term.in_dims)
+            if len(out) == 1 and out == inner and out[0].size > 1
+        }
+        common = pairs if common is None else common & pairs
+    return common or set()
+
+
+def _to_common(term: Term, common: set[tuple[int, int]], workspace: Workspace) -> Term:
+    """Make a term dense apart from the diagonals in ``common``, with one axis per dimension."""
+    term = _densify_onehots(term, workspace, lambda h: True)
+    shared = {term.out_dims[o][0] for o, _ in common}
+    used: set[Axis] = set()
+    factors = list(term.factors)
+    diagonal_in = {i: term.in_dims[i] for _, i in common}
+
+    def fresh_dims(dims: Dims, fixed: dict[int, tuple[Axis, ...]]) -> Dims:
+        result: list[tuple[Axis, ...]] = []
+        for position, dim in enumerate(dims):
+            if position in fixed:
+                result.append(dim)
+                continue
+            axes = []
+            for axis in dim:
+                if axis in used or axis in shared:
+                    new = Axis(axis.size)
+                    factors.append(Factor(workspace.eye(axis.size), (axis, new)))
+                    axes.append(new)
+                else:
+                    used.add(axis)
+                    axes.append(axis)
+            result.append(tuple(axes))
+        return tuple(result)
+
+    out_dims = fresh_dims(term.out_dims, {o: term.out_dims[o] for o, _ in common})
+    in_dims = fresh_dims(term.in_dims, diagonal_in)
+    carried = {axis for f in factors for axis in f.axes}
+    for axis in dict.fromkeys(a for dims in (out_dims, in_dims) for dim in dims for a in dim):
+        if axis not in carried and axis not in shared:
+            factors.append(Factor(workspace.ones((axis.size,)), (axis,)))
+    flat = settle(replace(term, out_dims=out_dims, in_dims=in_dims, factors=tuple(factors)), workspace)
+    order = [axis for axis in flat.outer_axes() if axis in flat.carried_axes()]
+    factor = dense_factor(flat, order, workspace)
+    return _one_axis_per_dim(replace(flat, factors=(factor,), scale=1.0), shared)
+
+
+def _one_axis_per_dim(term: Term, shared: set[Axis]) -> Term:
+    """Merge the axes of each dimension of a one-factor term (its factor's axes are in the order of the dimensions)."""
+    (factor,) = term.factors
+    dims = [dim for side in (term.out_dims, term.in_dims) for dim in side]
+    if all(len(dim) == 1 for dim in dims):
+        return term
+    seen: set[Axis] = set()
+    axes: list[Axis] = []
+    merged: list[tuple[Axis, ...]] = []
+    carried = set(factor.axes)
+    for dim in dims:
+        if len(dim) == 1 and (dim[0] in shared or dim[0] in seen):
+            merged.append(dim)
+            if dim[0] in carried and dim[0] not in seen:
+                axes.append(dim[0])
+            seen.add(dim[0])
+            continue
+        axis = Axis(math.prod(a.size for a in dim))
+        merged.append((axis,))
+        axes.append(axis)
+        seen.update(dim)
+    sizes = tuple(axis.size for axis in axes)
+    node = Node(sizes, (factor.node,), lambda program, value: torch.reshape(value, sizes), label="reshape")
+    count = len(term.out_dims)
+    return Term(tuple(merged[:count]), tuple(merged[count:]), (Factor(node, tuple(axes)),))
+
+
+def add_maps(maps: Sequence[LinearMap], workspace: Workspace, *, force: bool = False) -> LinearMap:
+    """The sum of maps between the same spaces (none of them with operators)."""
+    first = maps[0]
+    terms = merge([term for m in maps for term in m.terms], workspace, force=force)
+    return LinearMap(first.out_shape, first.in_shape, terms)
+
+
+def densify(linear_map: LinearMap, workspace: Workspace) -> Node:
+    """The map as one dense array of shape ``(*out_shape, *in_shape)``."""
+    shape = (*linear_map.out_shape, *linear_map.in_shape)
+    if linear_map.operators:
+        start = LinearMap(linear_map.out_shape, linear_map.out_shape, (_identity_like(linear_map.out_shape),))
+        linear_map = add_maps(
+            [replace(linear_map, operators=()), compose(start, replace(linear_map, terms=()), workspace, eager=True)],
+            workspace,
+        )
+    terms = [t for t in linear_map.terms if not any(a.size == 0 for a in t.all_axes())]
+    if not terms or math.prod(shape) == 0:
+        dtype, device = workspace.dtype, workspace.device
+        return Node(
+            shape, (), lambda program: program.call(torch.zeros, shape, dtype=dtype, device=device), label="zeros"
+        )
+    nodes = [dense_term(settle(term, workspace), workspace, shape) for term in merge(terms, workspace, force=False)]
+    total = nodes[0]
+    for node in nodes[1:]:
+        total = Node(
+            shape, (total, node), lambda program, x, y: torch.add(x, y), flops=total.numel, moved=3 * total.numel, label="add"
+        )
+    return total
+
+
+def _identity_like(shape: tuple[int, ...]) -> Term:
+    dims = tuple((Axis(size),) for size in shape)
+    return Term(dims, dims)
+
+
+def dense_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
+    """A settled term as a dense array; diagonals are written into zeros, nothing else is multiplied by them."""
+    term = _densify_onehots(term, workspace, lambda h: True)
+    term = settle(term, workspace)
+    positions = [axis for side in (term.out_dims, term.in_dims) for dim in side for axis in dim]
+    unique = list(dict.fromkeys(positions))
+    repeated = [axis for axis in unique if positions.count(axis) > 1 and axis.size != 1]
+    singles = [axis for axis in unique if axis not in repeated]
+    if not repeated:
+        factor = dense_factor(term, unique, workspace)
+        return _broadcast_node(factor, tuple(positions), shape)
+    factor = dense_factor(term, [*singles, *repeated], workspace)
+    order = tuple(range(len(singles) + len(repeated)))
+    names = {axis: number for number, axis in enumerate([*singles, *repeated])}
+    have = tuple(names[a] for a in factor.axes)
+    sizes = tuple(axis.size for axis in positions)
+    pairs = tuple(tuple(p for p, a in enumerate(positions) if a is axis) for axis in repeated)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        return program.call(embed_diagonals, expand_to(value, have, order), sizes, pairs, shape)
+
+    return Node(shape, (factor.node,), compute, moved=math.prod(shape) + factor.node.numel, label="block diagonal")
+
+
+def _broadcast_node(factor: Factor, positions: tuple[Axis, ...], shape: tuple[int, ...]) -> Node:
+    # A size-one axis may stand twice (it is not worth a diagonal): its later places are plain size-one dimensions.
+    order_axes = list(dict.fromkeys(positions))
+    names = {axis: number for number, axis in enumerate(order_axes)}
+    have, order = tuple(names[a] for a in factor.axes), tuple(range(len(order_axes)))
+    full = tuple(a.size for a in order_axes)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        if have != order:
+            value = torch.broadcast_to(expand_to(value, have, order), full)
+        return value if tuple(value.shape) == shape else torch.reshape(value, shape)
+
+    moved = 0 if have == order else math.prod(shape)
+    return Node(shape, (factor.node,), compute, moved=moved, label="output")
+
+
+def embed_diagonals(
+    value: torch.Tensor, sizes: tuple[int, ...], repeated: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Write ``value`` into the diagonals of zeros.
+
+    Args:
+        value: broadcastable to (dimensions that stand once, in order; then one dimension per diagonal).
+        sizes: the sizes of all positions of the result, diagonals counted at each of their places.
+        repeated: for each diagonal, the positions that it ties together.
+        shape: the shape of the result (the same elements as ``sizes``).
+
+    Returns:
+        A fresh tensor of ``shape``.
+    """
+    result = value.new_zeros(sizes)
+    view = result
+    present = list(range(len(sizes)))
+    for places in repeated:
+        first = present.index(places[0])
+        for later in places[1:]:
+            second = present.index(later)
+            view = torch.diagonal(view, 0, first, second)
+            present = [p for i, p in enumerate(present) if i not in (first, second)] + [places[0]]
+            first = len(present) - 1
+    view.copy_(value)
+    return result if tuple(sizes) == shape else result.reshape(shape)
+
+
+__all__ = ["LinearMap", "Operator", "add_maps", "compose", "densify", "embed_diagonals", "merge", "permute"]

@@ -1,0 +1,92 @@
+"""Lazy dense arrays: the factors' values, known by size and cost before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from chainrule.maps.staging import Program, Staged
+
+
+class Node:
+    """A dense array to be computed: its sizes, the nodes it needs, its cost, and how to stage it.
+
+    Attributes:
+        sizes: the array's shape.
+        inputs: the nodes whose values ``compute`` receives.
+        flops: multiply-adds of this step alone.
+        bytes: elements read and written by this step alone, in elements (not yet times the item size).
+        label: a word for ``explain``.
+    """
+
+    __slots__ = ("_compute", "bytes", "flops", "inputs", "label", "sizes", "staged")
+
+    def __init__(
+        self,
+        sizes: Iterable[int],
+        inputs: tuple[Node, ...],
+        compute: Callable[..., Staged],
+        *,
+        flops: int = 0,
+        moved: int = 0,
+        label: str = "",
+    ) -> None:
+        self.sizes = tuple(sizes)
+        self.inputs = inputs
+        self._compute = compute
+        self.flops = flops
+        self.bytes = moved
+        self.label = label
+        self.staged: Staged | None = None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.sizes)
+
+    def force(self, program: Program) -> Staged:
+        """Stage this node and everything it needs into ``program`` (once)."""
+        if self.staged is None:
+            for node in postorder([self]):
+                if node.staged is None:
+                    node.staged = node._compute(program, *[item.staged for item in node.inputs])
+                    if tuple(node.staged.shape) != node.sizes:
+                        raise AssertionError(
+                            f"{node.label or 'a node'} was declared with sizes {node.sizes} and gave {tuple(node.staged.shape)}"
+                        )
+        assert self.staged is not None
+        return self.staged
+
+
+def postorder(roots: Iterable[Node]) -> list[Node]:
+    """Return the nodes that ``roots`` need, each after its inputs; staged nodes are leaves."""
+    done: set[int] = set()
+    order: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        node, expanded = stack.pop()
+        if id(node) in done:
+            continue
+        if expanded:
+            done.add(id(node))
+            order.append(node)
+            continue
+        stack.append((node, True))
+        if node.staged is None:
+            stack.extend((item, False) for item in reversed(node.inputs) if id(item) not in done)
+    return order
+
+
+def leaf(sizes: Iterable[int], thunk: Callable[[Program], Any], *, flops: int = 0, label: str = "") -> Node:
+    """A node that needs no other node: a value of the tape, or a rule's formula over such values."""
+    shape = tuple(sizes)
+    return Node(shape, (), thunk, flops=flops, moved=math.prod(shape) if flops else 0, label=label)
+
+
+def reshaped(node: Node, sizes: Iterable[int]) -> Node:
+    """The same array with axes split or merged."""
+    shape = tuple(sizes)
+    if shape == node.sizes:
+        return node
+    return Node(shape, (node,), lambda program, value: value.reshape(shape), label="reshape")

@@ -1,0 +1,199 @@
+"""What a one-hot factor does to dense factors: gather along its target, scatter along its sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from chainrule.maps.contract import contract, expand_to, transpose_to
+from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Factor, OneHot
+
+Memo = dict[object, Node]
+
+
+def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
+    """Read a factor that carries the relation's target at ``index[sources]``: it then carries the sources instead."""
+    target = onehot.target
+    position = factor.axes.index(target)
+    extra = tuple(axis for axis in onehot.sources if axis not in factor.axes)
+    shared = tuple(axis for axis in onehot.sources if axis in factor.axes)
+    if shared:
+        return _gather_shared(factor, onehot, shared, extra, memo)
+    axes = factor.axes[:position] + onehot.sources + factor.axes[position + 1 :]
+    sizes = tuple(axis.size for axis in axes)
+    affine, partial = onehot.affine, onehot.partial
+    length = onehot.sources[0].size if len(onehot.sources) == 1 else 0
+    tail = len(factor.axes) - position - 1
+
+    if affine is not None and affine[1] > 0:
+
+        def slice_affine(program: Program, value: Staged) -> Staged:
+            return _slice(value, position, affine[0], affine[1], length)
+
+        return Factor(_node(("slice", id(factor.node), position, *affine, length), sizes, (factor.node,), slice_affine, memo), axes)
+
+    def index_select(program: Program, value: Staged, index: Staged) -> Staged:
+        flat = torch.reshape(index, (-1,)) if index.ndim != 1 else index
+        taken = torch.index_select(value, position, torch.clamp(flat, min=0) if partial else flat)
+        if index.ndim != 1:
+            taken = torch.reshape(taken, sizes)
+        if partial:
+            mask = torch.reshape(index >= 0, (*index.shape, *(1,) * tail))
+            taken = torch.where(mask, taken, 0.0)
+        return taken
+
+    key = ("gather", id(factor.node), position, id(onehot.index))
+    return Factor(_node(key, sizes, (factor.node, onehot.index), index_select, memo), axes)
+
+
+def _node(key: object, sizes: Sequence[int], inputs: tuple[Node, ...], compute: object, memo: Memo) -> Node:
+    node = memo.get(key)
+    if node is None:
+        numel = math.prod(sizes)
+        node = memo[key] = Node(sizes, inputs, compute, flops=numel, moved=2 * numel, label=str(key[0]))  # type: ignore[arg-type, index]
+    return node
+
+
+def _slice(value: Staged, dim: int, start: int, step: int, length: int) -> Staged:
+    if step == 1:
+        return torch.narrow(value, dim, start, length)
+    index = [slice(None)] * dim + [slice(start, start + step * (length - 1) + 1 if length else start, step)]
+    return value[tuple(index)]
+
+
+def _gather_shared(
+    factor: Factor, onehot: OneHot, shared: tuple[Axis, ...], extra: tuple[Axis, ...], memo: Memo
+) -> Factor:
+    """The relation depends on axes that the factor already carries: ``torch.gather`` along the target."""
+    order = (*shared, *(a for a in factor.axes if a not in shared and a is not onehot.target), onehot.target)
+    moved = transpose_to(factor, order, memo)
+    rest = order[len(shared) : -1]
+    axes = (*shared, *rest, *extra)
+    count = math.prod(a.size for a in extra)
+    sizes = tuple(a.size for a in axes)
+    permutation = tuple(onehot.sources.index(a) for a in (*shared, *extra))
+    partial = onehot.partial
+
+    def compute(program: Program, value: Staged, index: Staged) -> Staged:
+        if permutation != tuple(range(len(permutation))):
+            index = torch.permute(index, permutation)
+        index = torch.reshape(index, (*(a.size for a in shared), *(1,) * len(rest), count))
+        index = torch.broadcast_to(index, (*(a.size for a in shared), *(a.size for a in rest), count))
+        taken = torch.gather(value, -1, torch.clamp(index, min=0) if partial else index)
+        if partial:
+            taken = torch.where(index >= 0, taken, 0.0)
+        return torch.reshape(taken, sizes)
+
+    key = ("gather", id(moved.node), tuple(a.size for a in shared), permutation, id(onehot.index))
+    return Factor(_node(key, sizes, (moved.node, onehot.index), compute, memo), axes)
+
+
+def scatter(
+    factors: Sequence[Factor], group: Sequence[OneHot], keep: Sequence[Axis], like: Staged | None, memo: Memo
+) -> Factor:
+    """Sum ``factors`` into the targets of ``group`` (one-hots with the same sources); the sources that are not kept go.
+
+    Returns a factor over the kept axes that the factors carry, followed by the targets.
+    """
+    sources = group[0].sources
+    targets = tuple(onehot.target for onehot in group)
+    summed = tuple(axis for axis in sources if axis not in keep)
+    diagonal = tuple(axis for axis in sources if axis in keep)
+    full = list(factors)
+    carried = {axis for factor in full for axis in factor.axes}
+    missing = [axis for axis in sources if axis not in carried]
+    for axis in missing:
+        full.append(Factor(ones((axis.size,), group[0].index), (axis,)))
+    carried.update(missing)
+    rest = tuple(axis for axis in keep if axis in carried and axis not in sources)
+    product = contract(full, (*diagonal, *rest, *summed), memo)
+    axes = (*diagonal, *rest, *targets)
+    count = math.prod(a.size for a in summed)
+    extent = math.prod(a.size for a in targets)
+    sizes = tuple(a.size for a in axes)
+    permutation = tuple(sources.index(a) for a in (*diagonal, *summed))
+    partial = any(onehot.partial for onehot in group)
+    affine = group[0].affine if len(group) == 1 and len(sources) == 1 else None
+
+    def slice_back(program: Program, value: Staged, *indices: Staged) -> Staged:
+        start, step = affine  # type: ignore[misc]
+        if step == 1:
+            return torch.nn.functional.pad(value, (start, extent - start - count))
+        stop = start + step * (count - 1) + 1
+        return torch.slice_scatter(torch.zeros_like(value[..., :1]).expand(sizes), value, -1, start, stop, step)
+
+    if affine is not None and affine[1] == 1:
+        key = ("pad", id(product.node), affine, extent)
+        return Factor(_node(key, sizes, (product.node,), slice_back, memo), axes)
+
+    def compute(program: Program, value: Staged, *indices: Staged) -> Staged:
+        linear = indices[0]
+        for onehot, index in zip(group[1:], indices[1:], strict=True):
+            linear = linear * onehot.target.size + index
+        if partial:
+            valid = indices[0] >= 0
+            linear = torch.where(valid, linear, 0)
+        if permutation != tuple(range(len(permutation))):
+            linear = torch.permute(linear, permutation)
+        lead = tuple(a.size for a in diagonal)
+        middle = tuple(a.size for a in rest)
+        if partial:
+            mask = torch.permute(valid, permutation) if permutation else valid
+            mask = torch.reshape(mask, (*lead, *(1,) * len(middle), *(a.size for a in summed)))
+            value = torch.where(mask, value, 0.0)
+        value = torch.reshape(value, (*lead, *middle, count))
+        if not lead:
+            zeros = program.call(torch.zeros, (*middle, extent), dtype=value.dtype, device=value.device)
+            added = torch.index_add(zeros, -1, torch.reshape(linear, (count,)), value)
+        else:
+            linear = torch.reshape(linear, (*lead, *(1,) * len(middle), count))
+            linear = torch.broadcast_to(linear, (*lead, *middle, count))
+            zeros = program.call(torch.zeros, (*lead, *middle, extent), dtype=value.dtype, device=value.device)
+            added = torch.scatter_add(zeros, -1, linear, value)
+        return torch.reshape(added, sizes)
+
+    key = ("scatter", id(product.node), tuple(id(o.index) for o in group), tuple(a.size for a in (*diagonal, *rest)), sizes)
+    return Factor(_node(key, sizes, (product.node, *(o.index for o in group)), compute, memo), axes)
+
+
+def dense_relation(onehot: OneHot, dtype: torch.dtype, memo: Memo) -> Factor:
+    """The relation as a dense array of zeros and ones over (sources, target)."""
+    axes = (*onehot.sources, onehot.target)
+    size = onehot.target.size
+
+    def compute(program: Program, index: Staged) -> Staged:
+        grid = program.constant(torch.arange(size, device=index.device))
+        return torch.eq(torch.unsqueeze(index, -1), grid).to(dtype)
+
+    key = ("relation", id(onehot.index), size, dtype)
+    return Factor(_node(key, tuple(a.size for a in axes), (onehot.index,), compute, memo), axes)
+
+
+def mask_factor(onehot: OneHot, dtype: torch.dtype, memo: Memo) -> Factor:
+    """One where a partial relation has a target, zero elsewhere."""
+    sizes = tuple(a.size for a in onehot.sources)
+    key = ("mask", id(onehot.index), dtype)
+    return Factor(
+        _node(key, sizes, (onehot.index,), lambda program, index: (index >= 0).to(dtype), memo), onehot.sources
+    )
+
+
+def ones(sizes: tuple[int, ...], beside: Node, dtype: torch.dtype | None = None) -> Node:
+    """An array of ones on the device of ``beside``."""
+
+    def compute(program: Program, value: Staged) -> Staged:
+        return program.call(torch.ones, sizes, dtype=dtype or torch.get_default_dtype(), device=value.device)
+
+    return Node(sizes, (beside,), compute, label="ones")
+
+
+def eye(size: int, dtype: torch.dtype, device: torch.device) -> Node:
+    """A dense identity matrix, for the few places where a diagonal has to become dense."""
+    return leaf((size, size), lambda program: program.call(torch.eye, size, dtype=dtype, device=device), label="eye")
+
+
+__all__ = ["Memo", "dense_relation", "expand_to", "eye", "gather", "mask_factor", "ones", "scatter"]

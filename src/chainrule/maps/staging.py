@@ -1,0 +1,275 @@
+"""Staged tensors: write a computation once as ordinary torch code, run it now and replay it later.
+
+A :class:`Program` is a straight line of calls.  A :class:`Staged` stands for one value of it.  Torch functions and
+operators applied to a staged value run at once on the real tensor behind it *and* append one instruction, so that the
+first execution of a plan is also its recording.  Later executions replay the instructions on other tensors without any
+planning (see :mod:`chainrule.execute`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Ref(NamedTuple):
+    """A place in a program: instruction results and inputs are numbered alike."""
+
+    slot: int
+
+
+class Instruction(NamedTuple):
+    """One call of a straight-line program; ``args`` and ``kwargs`` hold :class:`Ref` where a tensor goes."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    is_tuple: bool
+
+
+def _lower(tree: Any) -> Any:
+    """Replace staged values by references, and lists by tuples-of-the-same-kind, recursively."""
+    if isinstance(tree, Staged):
+        return Ref(tree.slot)
+    if isinstance(tree, (list, tuple)):
+        lowered = [_lower(item) for item in tree]
+        return lowered if isinstance(tree, list) else tuple(lowered)
+    return tree
+
+
+def _real(tree: Any) -> Any:
+    if isinstance(tree, Staged):
+        return tree.value
+    if isinstance(tree, (list, tuple)):
+        values = [_real(item) for item in tree]
+        return values if isinstance(tree, list) else tuple(values)
+    return tree
+
+
+def _freeze(tree: Any) -> Any:
+    """Return a hashable picture of lowered arguments (types kept apart: ``1`` is not ``1.0`` is not ``True``)."""
+    if isinstance(tree, Ref):
+        return tree
+    if isinstance(tree, (list, tuple)):
+        return tuple(_freeze(item) for item in tree)
+    if isinstance(tree, torch.Tensor):
+        return ("tensor", id(tree))
+    return (type(tree), tree)
+
+
+class Program:
+    """A straight line of calls, recorded while it first runs.
+
+    Inputs are named by arbitrary hashable keys (a tape slot, a seed's number); constants are tensors kept in the program.
+    """
+
+    def __init__(self) -> None:
+        self.instructions: list[Instruction] = []
+        self.inputs: dict[Any, int] = {}
+        self.constants: dict[int, torch.Tensor] = {}
+        self._input_values: dict[Any, Staged] = {}
+        self._known: dict[Any, Any] = {}
+        self._slots = 0
+
+    def _new_slot(self) -> int:
+        slot = self._slots
+        self._slots += 1
+        return slot
+
+    def input(self, key: Any, value: torch.Tensor) -> Staged:
+        """Return the staged value of the input called ``key``; ``value`` is what it is in this first run."""
+        staged = self._input_values.get(key)
+        if staged is None:
+            slot = self._new_slot()
+            self.inputs[key] = slot
+            staged = self._input_values[key] = Staged(self, slot, value)
+        return staged
+
+    def constant(self, value: torch.Tensor) -> Staged:
+        """Return a staged value for a tensor that is the same in every run (an index relation, a mask)."""
+        slot = self._new_slot()
+        self.constants[slot] = value
+        return Staged(self, slot, value)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``function`` on the values behind the staged arguments and record the call.
+
+        The same call on the same values is recorded once: later requests return the first result.
+        """
+        lowered = _lower(args)
+        lowered_kwargs = {name: _lower(item) for name, item in kwargs.items()}
+        try:
+            key = (function, _freeze(lowered), tuple((n, _freeze(v)) for n, v in sorted(lowered_kwargs.items())))
+            known = self._known.get(key)
+        except TypeError:
+            key, known = None, None
+        if known is not None:
+            return known
+        result = function(*_real(args), **{name: _real(item) for name, item in kwargs.items()})
+        staged = self._record(function, lowered, lowered_kwargs, result)
+        if key is not None:
+            self._known[key] = staged
+        return staged
+
+    def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            slot = self._new_slot()
+            self.instructions.append(Instruction(function, args, kwargs, (slot,), False))
+            return Staged(self, slot, result)
+        if isinstance(result, (list, tuple)):
+            staged = tuple(Staged(self, self._new_slot(), item) for item in result)
+            self.instructions.append(Instruction(function, args, kwargs, tuple(s.slot for s in staged), True))
+            return staged
+        raise TypeError(f"a staged call must return tensors, {function} returned {type(result)}")
+
+
+class Staged:
+    """A value of a :class:`Program`; torch functions, operators and tensor methods on it are recorded."""
+
+    __slots__ = ("program", "slot", "value")
+
+    def __init__(self, program: Program, slot: int, value: torch.Tensor) -> None:
+        self.program = program
+        self.slot = slot
+        self.value = value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Record ``func``; torch calls this for every torch function that receives a staged value."""
+        return _find_program((args, kwargs)).call(func, *args, **(kwargs or {}))
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor behind this value."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor behind this value."""
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensor behind this value."""
+        return self.value.device
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions of the tensor behind this value."""
+        return self.value.ndim
+
+    def dim(self) -> int:
+        """The number of dimensions of the tensor behind this value."""
+        return self.value.ndim
+
+    def numel(self) -> int:
+        """The number of elements of the tensor behind this value."""
+        return self.value.numel()
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one entry of it, of the tensor behind this value."""
+        return self.value.shape if dim is None else self.value.shape[dim]
+
+    def is_complex(self) -> bool:
+        """Whether the tensor behind this value is complex."""
+        return self.value.is_complex()
+
+    def is_floating_point(self) -> bool:
+        """Whether the tensor behind this value is of a floating-point dtype."""
+        return self.value.is_floating_point()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the tensor method called ``name``, recorded when it is called."""
+        method = getattr(torch.Tensor, name)
+        if not callable(method):
+            raise AttributeError(f"a staged tensor has no attribute {name!r}: only methods are recorded")
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            return self.program.call(method, self, *args, **kwargs)
+
+        return recorded
+
+    def __bool__(self) -> bool:
+        """Refuse: a plan must not depend on values."""
+        raise TypeError("a rule branched on the value of a tensor: a plan is made from structure alone")
+
+    def __neg__(self) -> Any:
+        return self.program.call(torch.neg, self)
+
+    def __add__(self, other: Any) -> Any:
+        return self.program.call(torch.add, self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self.program.call(torch.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self.program.call(torch.rsub, self, other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.program.call(torch.mul, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.program.call(torch.div, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self.program.call(torch.mul, self.program.call(torch.reciprocal, self), other)
+
+    def __pow__(self, other: Any) -> Any:
+        return self.program.call(torch.pow, self, other)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.program.call(torch.matmul, self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.program.call(torch.gt, self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self.program.call(torch.ge, self, other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self.program.call(torch.lt, self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self.program.call(torch.le, self, other)
+
+    def __eq__(self, other: object) -> Any:  # type: ignore[override]
+        return self.program.call(torch.eq, self, other)
+
+    def __ne__(self, other: object) -> Any:  # type: ignore[override]
+        return self.program.call(torch.ne, self, other)
+
+    __hash__ = object.__hash__
+
+    def __and__(self, other: Any) -> Any:
+        return self.program.call(torch.logical_and, self, other)
+
+    def __or__(self, other: Any) -> Any:
+        return self.program.call(torch.logical_or, self, other)
+
+    def __invert__(self) -> Any:
+        return self.program.call(torch.logical_not, self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.program.call(torch.Tensor.__getitem__, self, index)
+
+
+def _find_program(tree: Any) -> Program:
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Staged):
+            return item.program
+        if isinstance(item, (list, tuple)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+    raise TypeError("no staged tensor among the arguments")

@@ -1,0 +1,117 @@
+"""The graph of local Jacobians of a tape, pruned to what connects the inputs with the outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from chainrule.maps.compose import Workspace
+from chainrule.maps.linear_map import LinearMap
+from chainrule.rules.base import Call
+from chainrule.rules.opaque import opaque_edges
+from chainrule.rules.table import rule_for
+
+
+@dataclass
+class Step:
+    """One op on the way from inputs to outputs, for ``explain``."""
+
+    op: Any
+    kind: str
+    family: str
+    outputs: tuple[int, ...]
+    out_shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Graph:
+    """Vertices are tape slots, edges local Jacobians.
+
+    Attributes:
+        into: for each slot, its edges ``(source slot, local map)``.
+        out_of: for each slot, its edges ``(target slot, local map)``.
+        order: the slots that have edges into them, in tape order.
+        steps: the ops, for ``explain``.
+    """
+
+    into: dict[int, list[tuple[int, LinearMap]]] = field(default_factory=dict)
+    out_of: dict[int, list[tuple[int, LinearMap]]] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def add(self, source: int, target: int, local: LinearMap) -> None:
+        """Insert an edge."""
+        self.into.setdefault(target, []).append((source, local))
+        self.out_of.setdefault(source, []).append((target, local))
+
+
+def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Workspace) -> Graph:
+    """Make the local Jacobians of the ops that lie between ``inputs`` and ``outputs``.
+
+    Args:
+        tape: the finished tape.
+        inputs: slots that are differentiated with respect to.
+        outputs: slots that are differentiated.
+        workspace: where nodes are shared.
+    """
+    reachable = set(inputs)
+    for record in tape.records:
+        if any(slot in reachable for slot in argument_slots(record)):
+            reachable.update(record.outputs)
+    needed = {slot for slot in outputs if slot in reachable}
+    kept = []
+    for record in reversed(tape.records):
+        if any(slot in needed for slot in record.outputs):
+            needed.update(slot for slot in argument_slots(record) if slot in reachable)
+            kept.append(record)
+    graph = Graph()
+    for record in reversed(kept):
+        _add_record(graph, record, tape, needed, reachable, workspace)
+    return graph
+
+
+def argument_slots(record: Any) -> list[int]:
+    """The slots among a record's arguments, at any depth."""
+    found: list[int] = []
+    stack: list[Any] = [record.args, tuple(item for _, item in record.kwargs)]
+    while stack:
+        tree = stack.pop()
+        for item in tree:
+            if type(item).__name__ == "Slot":
+                found.append(item.index)
+            elif isinstance(item, tuple):
+                stack.append(item)
+    return found
+
+
+def _involves_complex(record: Any, tape: Any) -> bool:
+    slots = [*argument_slots(record), *(slot for slot in record.outputs if slot >= 0)]
+    return any(tape.values[slot].is_complex() for slot in slots)
+
+
+def _add_record(
+    graph: Graph, record: Any, tape: Any, needed: set[int], reachable: set[int], workspace: Workspace
+) -> None:
+    call = Call(record, _Reachable(tape, reachable), workspace)
+    rule = rule_for(record.op)
+    # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
+    is_complex = _involves_complex(record, tape)
+    edges = opaque_edges(call) if is_complex else rule.linearize(call)
+    for edge in edges:
+        target = record.outputs[edge.output]
+        if target in needed and not edge.map.is_zero:
+            graph.add(edge.source, target, edge.map)
+    graph.order.extend(slot for slot in record.outputs if slot in needed)
+    kind = "opaque" if is_complex else rule.kind
+    shapes = tuple(tuple(tape.values[s].shape) for s in record.outputs if s >= 0)
+    graph.steps.append(Step(record.op, kind, rule.family, record.outputs, shapes))
+
+
+class _Reachable:
+    """A tape on which only what depends on the wanted inputs counts as active."""
+
+    def __init__(self, tape: Any, reachable: set[int]) -> None:
+        self.values: list[torch.Tensor] = tape.values
+        self.active = [flag and slot in reachable for slot, flag in enumerate(tape.active)]

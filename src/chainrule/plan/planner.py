@@ -1,0 +1,171 @@
+"""Choosing a plan: candidates by elimination order, compared by cost, recorded as a program by their first execution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from chainrule.maps.compose import Workspace
+from chainrule.maps.linear_map import LinearMap, densify
+from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Factor, Term, dims_of, new_axes
+from chainrule.plan import elimination
+from chainrule.plan.elimination import Candidate, Maps
+from chainrule.plan.graph import Graph, build_graph
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a tape.
+
+    Attributes:
+        kind: ``jacobian``, ``pull`` (cotangents to the inputs) or ``push`` (tangents to the outputs).
+        inputs: the tape slots differentiated with respect to.
+        outputs: the tape slots differentiated.
+        order: ``forward``, ``reverse`` or ``auto`` (Jacobians only).
+        seeds: which outputs (pull) or inputs (push) have a seed; the others' seeds are zero.
+        cast: whether results take the dtype of the ``input`` or of the ``output``.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    order: str = "auto"
+    seeds: tuple[int, ...] = ()
+    cast: str = "input"
+
+
+@dataclass
+class Planned:
+    """A plan that ran once: its program, its results in that run, and how it was chosen.
+
+    Attributes:
+        keys: what each result is: ``(output slot, input slot)`` of a Jacobian, a slot otherwise.
+        results: staged results, None for zeros.
+    """
+
+    program: Program
+    keys: list[Any]
+    results: list[Staged | None]
+    graph: Graph
+    chosen: str
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+def make_workspace(tape: Any, slots: Sequence[int]) -> Workspace:
+    """The dtype and device in which maps between these slots are computed."""
+    dtype: torch.dtype | None = None
+    device = torch.device("cpu")
+    for slot in slots:
+        value = tape.values[slot]
+        real = value.dtype.to_real() if value.dtype.is_complex else value.dtype
+        if real.is_floating_point:
+            dtype = real if dtype is None else torch.promote_types(dtype, real)
+            device = value.device
+    return Workspace(dtype or torch.get_default_dtype(), device)
+
+
+def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Planned:
+    """Plan a request on a finished tape and execute it once."""
+    slots = (*request.inputs, *request.outputs)
+    workspace = make_workspace(tape, slots)
+    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
+    graph = build_graph(tape, inputs, outputs, workspace)
+    if request.kind == "jacobian":
+        return _plan_jacobian(tape, request, graph, inputs, outputs, workspace)
+    return _plan_sweep(tape, request, graph, seeds, workspace)
+
+
+def _shapes(tape: Any) -> Any:
+    return lambda slot: tuple(tape.values[slot].shape)
+
+
+def candidates(
+    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
+) -> list[Candidate]:
+    """The ways to compute a Jacobian that the request allows, with their predicted costs."""
+    shapes = _shapes(tape)
+    makers: dict[str, Any] = {
+        "reverse": lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace),
+        "forward": lambda: elimination.forward(graph, inputs, outputs, shapes, workspace),
+    }
+    if request.order != "auto":
+        makers = {request.order: makers[request.order]}
+    else:
+        has_operators = any(local.operators for edges in graph.into.values() for _, local in edges)
+        makers["network"] = lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace, eager=False)
+        if not has_operators and len(graph.order) <= 64:
+            makers["greedy"] = lambda: elimination.greedy(graph, inputs, outputs, shapes, workspace)
+    found = []
+    for name, make in makers.items():
+        maps: Maps = make()
+        nodes = {key: densify(m, workspace) for key, m in maps.items()}
+        found.append(elimination.measure(Candidate(name, nodes, maps)))
+    return found
+
+
+def _plan_jacobian(
+    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
+) -> Planned:
+    found = candidates(tape, request, graph, inputs, outputs, workspace)
+    best = min(found, key=lambda c: c.cost)
+    program = Program()
+    keys = [(o, i) for o in outputs for i in inputs]
+    results: list[Staged | None] = []
+    for output, slot in keys:
+        node = best.nodes.get((output, slot))
+        target = tape.values[output if request.cast == "output" else slot].dtype
+        results.append(None if node is None else _cast(node.force(program), target))
+    return Planned(program, keys, results, graph, best.name, found)
+
+
+def _cast(value: Staged, dtype: torch.dtype) -> Staged:
+    if value.dtype == dtype or value.dtype.is_complex != dtype.is_complex:
+        return value
+    return value.to(dtype)
+
+
+def seed_map(tape: Any, slot: int, number: int, seeds: Sequence[torch.Tensor], transposed: bool) -> LinearMap:
+    """A cotangent as the map to a scalar, or a tangent as the map from one."""
+    shape = tuple(tape.values[slot].shape)
+    axes = new_axes(shape)
+    node = leaf(shape, lambda program: program.input(("seed", number), seeds[number]), label="seed")
+    factors = (Factor(node, axes),)
+    if transposed:
+        return LinearMap(shape, (), (Term(dims_of(axes), (), factors),))
+    return LinearMap((), shape, (Term((), dims_of(axes), factors),))
+
+
+def _plan_sweep(
+    tape: Any, request: Request, graph: Graph, seeds: Sequence[torch.Tensor], workspace: Workspace
+) -> Planned:
+    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
+    forward = request.kind == "push"
+    seeded: dict[int, LinearMap] = {}
+    extra: dict[int, list[LinearMap]] = {}
+    for number, slot in enumerate(request.seeds):
+        made = seed_map(tape, slot, number, seeds, forward)
+        if slot in seeded:
+            extra.setdefault(slot, [seeded[slot]]).append(made)
+        else:
+            seeded[slot] = made
+    for slot, several in extra.items():
+        seeded[slot] = elimination.add_maps(several, workspace, force=True)
+    if forward:
+        maps = elimination.sweep_forward(graph, seeded, outputs, workspace)
+        keys = outputs
+    else:
+        maps = elimination.sweep_back(graph, seeded, inputs, workspace)
+        keys = inputs
+    nodes = {slot: densify(m, workspace) for slot, m in maps.items()}
+    program = Program()
+    results = [None if (node := nodes.get(slot)) is None else _cast(node.force(program), tape.values[slot].dtype) for slot in keys]
+    candidate = elimination.measure_nodes(request.kind, nodes)
+    return Planned(program, list(keys), results, graph, "forward" if forward else "reverse", [candidate])
+
+
+__all__ = ["Node", "Planned", "Request", "candidates", "plan"]

@@ -1,0 +1,190 @@
+"""What a rule is: one declaration per ATen overload, from which every mode follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch._ops import OpOverload
+
+from chainrule.maps.compose import Workspace
+from chainrule.maps.linear_map import LinearMap, Operator
+from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_axes
+
+
+class TapeView(Protocol):
+    """The part of a tape that rules may look at."""
+
+    values: list[Any]
+    active: list[bool]
+
+
+class Call:
+    """One recorded op as a rule sees it: shapes and static arguments now, tensor values only when they are staged.
+
+    Attributes:
+        op: the overload.
+        args: positional arguments; a tensor is a ``Slot``.
+        kwargs: keyword arguments by name.
+        outputs: slots of the outputs.
+        workspace: dtype, device and shared nodes of the plan.
+    """
+
+    def __init__(self, record: Any, tape: TapeView, workspace: Workspace) -> None:
+        self.op: OpOverload = record.op
+        self.args: tuple[Any, ...] = record.args
+        self.kwargs: dict[str, Any] = dict(record.kwargs)
+        self.outputs: tuple[int, ...] = record.outputs
+        self.is_tuple: bool = record.is_tuple
+        self.workspace = workspace
+        self._tape = tape
+
+    def tensor(self, slot: Any) -> torch.Tensor:
+        """The tensor in a slot: only its shape, dtype and device may be looked at."""
+        value = self._tape.values[slot if isinstance(slot, int) else slot.index]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def shape(self, slot: Any) -> tuple[int, ...]:
+        """The shape of the tensor in a slot."""
+        return tuple(self.tensor(slot).shape)
+
+    def is_slot(self, item: Any) -> bool:
+        """Whether an argument is a tensor."""
+        return type(item).__name__ == "Slot"
+
+    def is_active(self, item: Any) -> bool:
+        """Whether an argument is a tensor that depends on the inputs."""
+        return self.is_slot(item) and self._tape.active[item.index]
+
+    def stage(self, program: Program, item: Any) -> Any:
+        """The staged value of an argument (numbers and other static arguments stay what they are)."""
+        if self.is_slot(item):
+            return program.input(item.index, self._tape.values[item.index])
+        if isinstance(item, tuple):
+            return [self.stage(program, element) for element in item]
+        return item
+
+    def stage_output(self, program: Program, number: int = 0) -> Staged:
+        """The staged value of an output."""
+        slot = self.outputs[number]
+        return program.input(slot, self._tape.values[slot])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of the first output."""
+        return tuple(self._tape.values[self.outputs[0]].shape)
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its schema name, its schema default, or ``default``."""
+        for position, argument in enumerate(self.op._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args):
+                    return self.args[position]
+                if name in self.kwargs:
+                    return self.kwargs[name]
+                return argument.default_value if argument.has_default_value() else default
+        return default
+
+    def position(self, name: str) -> int:
+        """The position of a named argument in the schema."""
+        return next(i for i, a in enumerate(self.op._schema.arguments) if a.name == name)
+
+    def bound(self) -> dict[str, Any]:
+        """All arguments by name, defaults included."""
+        return {a.name: self.argument(a.name) for a in self.op._schema.arguments}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The local Jacobian of output ``output`` (its number) with respect to the tensor in slot ``source``."""
+
+    source: int
+    output: int
+    map: LinearMap
+
+
+Linearize = Callable[[Call], Iterable[Edge]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One op's declaration.
+
+    Attributes:
+        family: the family's name, for ``explain``.
+        linearize: the local Jacobians of a recorded call with respect to its active tensor arguments.
+        reads: whether these need the values of the op's inputs or outputs.
+        batch: how the op runs on batched arguments; None for the way its schema suggests
+            (:mod:`chainrule.rules.batching`).
+        kind: ``structured`` or ``opaque``.
+    """
+
+    family: str
+    linearize: Linearize
+    reads: bool = True
+    batch: Callable[..., Any] | None = None
+    kind: str = "structured"
+
+
+def single(call: Call, item: Any, terms: Sequence[Term], operators: Sequence[Operator] = (), output: int = 0) -> Edge:
+    """The edge from one tensor argument, given its terms."""
+    out_shape = call.shape(call.outputs[output])
+    return Edge(item.index, output, LinearMap(out_shape, call.shape(item), tuple(terms), tuple(operators)))
+
+
+def value_node(call: Call, item: Any, sizes: Iterable[int] | None = None) -> Node:
+    """A dense node that holds an argument's value (viewed with ``sizes``); shared by all rules of a plan."""
+    shape = call.shape(item)
+    wanted = shape if sizes is None else tuple(sizes)
+    key = ("value", item.index, wanted)
+    node = call.workspace.memo.get(key)
+    if node is None:
+
+        def stage(program: Program) -> Staged:
+            value = call.stage(program, item)
+            return value if wanted == shape else torch.reshape(value, wanted)
+
+        node = call.workspace.memo[key] = leaf(wanted, stage, label="value")
+    return node
+
+
+def formula_node(call: Call, sizes: Iterable[int], formula: Callable[[Program], Any], label: str = "", flops: int = 0) -> Node:
+    """A dense node computed from the call's values by ``formula``; numbers and broadcastable results are expanded."""
+    shape = tuple(sizes)
+
+    def stage(program: Program) -> Staged:
+        value = formula(program)
+        if not isinstance(value, Staged):
+            return program.call(torch.full, shape, value, dtype=call.workspace.dtype, device=call.workspace.device)
+        return value if tuple(value.shape) == shape else torch.broadcast_to(value, shape)
+
+    numel = 1
+    for size in shape:
+        numel *= size
+    return leaf(shape, stage, flops=flops or numel, label=label or call.op.name())
+
+
+def broadcast_axes(shape: tuple[int, ...], out_axes: Sequence[Axis]) -> Dims:
+    """The dimensions of an operand that was broadcast to ``out_axes``: a stretched dimension carries no axis."""
+    offset = len(out_axes) - len(shape)
+    return tuple(
+        () if size == 1 and out_axes[offset + d].size != 1 else (out_axes[offset + d],) for d, size in enumerate(shape)
+    )
+
+
+def diagonal_term(
+    shape: tuple[int, ...], out_axes: Sequence[Axis], factors: Sequence[Factor] = (), scale: float = 1.0
+) -> Term:
+    """The term of an element-wise op: the operand's (broadcast) axes are the output's."""
+    return Term(dims_of(out_axes), broadcast_axes(shape, out_axes), tuple(factors), (), scale)
+
+
+__all__ = [
+    "Axis", "Call", "Edge", "Factor", "LinearMap", "OneHot", "Operator", "Rule", "Term", "broadcast_axes",
+    "diagonal_term", "dims_of", "formula_node", "new_axes", "single", "value_node",
+]  # fmt: skip

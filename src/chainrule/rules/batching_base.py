@@ -1,0 +1,149 @@
+"""What every batching strategy shares: the ``Batched`` marker and a few helpers.
+
+A strategy is ``strategy(func, args, kwargs, size) -> result``. In ``args`` and ``kwargs`` a tensor that carries
+the batch is a `Batched` (batch dimension at physical dimension 0); every other tensor is the same for all
+samples. The result uses the same convention. A strategy may return ``NotImplemented``: the caller then tries
+torch's decomposition of the op, and at last a loop over the samples.
+
+"Logical" means what the user's function sees (no batch dimension), "physical" what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BatchStrategy = Callable[[Any, Sequence[Any], dict[str, Any], int], Any]
+
+
+class Batched:
+    """A physical tensor whose dimension 0 is the batch."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    @property
+    def rank(self) -> int:
+        """The logical rank."""
+        return self.value.dim() - 1
+
+    @property
+    def shape(self) -> torch.Size:
+        """The logical shape."""
+        return self.value.shape[1:]
+
+    def __repr__(self) -> str:
+        return f"Batched({self.value!r})"
+
+
+def is_batched(x: Any) -> bool:
+    """Whether `x` carries the batch."""
+    return x.__class__ is Batched
+
+
+def logical_rank(x: Any) -> int:
+    """The rank that the user's function sees."""
+    rank: int = x.value.dim() - 1 if x.__class__ is Batched else x.dim()
+    return rank
+
+
+def logical_shape(x: Any) -> torch.Size:
+    """The shape that the user's function sees."""
+    shape: torch.Size = x.value.shape[1:] if x.__class__ is Batched else x.shape
+    return shape
+
+
+def physical(x: Any, size: int) -> Any:
+    """`x` with a batch dimension at 0: a view for a batched one, expanded for a tensor, anything else as it is."""
+    if x.__class__ is Batched:
+        return x.value
+    if isinstance(x, Tensor):
+        return x.unsqueeze(0).expand(size, *x.shape)
+    return x
+
+
+def value_of(x: Any) -> Any:
+    """The stored tensor of `x`, whether batched or not."""
+    return x.value if x.__class__ is Batched else x
+
+
+def pad_rank(x: Any, rank: int) -> Any:
+    """The stored tensor, ones inserted after the batch until the logical rank is `rank`; anything else as it is."""
+    if x.__class__ is not Batched:
+        return x
+    value: Tensor = x.value
+    missing = rank - (value.dim() - 1)
+    for _ in range(missing):
+        value = value.unsqueeze(1)
+    return value
+
+
+def wrap_dim(dim: int, rank: int) -> int:
+    """`dim` as a non-negative logical dimension; a scalar counts as rank one, as in ATen."""
+    limit = max(rank, 1)
+    if not -limit <= dim < limit:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-limit}, {limit - 1}], but got {dim})")
+    return dim % limit
+
+
+def mark(result: Any) -> Any:
+    """Every tensor of a result (a tensor, or a list or tuple of them) marked as batched."""
+    if isinstance(result, Tensor):
+        return Batched(result)
+    if isinstance(result, (list, tuple)):
+        return tuple(mark(item) for item in result)
+    return result
+
+
+def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to every tensor or `Batched` in nested lists, tuples and dictionaries."""
+    if tree.__class__ is Batched or isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (list, tuple)):
+        return [map_tensors(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return tree
+
+
+def any_batched(*items: Any) -> bool:
+    """Whether a `Batched` occurs in nested lists and tuples."""
+    for item in items:
+        if item.__class__ is Batched:
+            return True
+        if isinstance(item, (list, tuple)) and any_batched(*item):
+            return True
+    return False
+
+
+def bind(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of an op by name, defaults filled in."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(func._schema.arguments):
+        name = argument.name
+        if position < len(args):
+            bound[name] = args[position]
+        elif name in kwargs:
+            bound[name] = kwargs[name]
+        else:
+            bound[name] = argument.default_value
+    return bound
+
+
+def is_composite(func: Any) -> bool:
+    """Whether torch defines the op by other ops, so that no kernel of its own is run."""
+    try:
+        return bool(func._can_decompose())
+    except (AttributeError, RuntimeError):  # an overload that only TorchScript has
+        return False
+
+
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
+    """The shape that tensors of these shapes broadcast to."""
+    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return shape

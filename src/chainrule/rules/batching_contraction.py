@@ -1,0 +1,178 @@
+"""Batching of matrix products: fold the batch into a free dimension where one side is the same for all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, physical, value_of
+from chainrule.rules.batching_pointwise import align
+
+aten = torch.ops.aten
+
+
+def matrix_matrix(first: Any, second: Any, size: int) -> Tensor:
+    """(n, k) @ (k, m), at least one batched, as a stored tensor (batch, n, m)."""
+    a: Tensor = value_of(first)
+    b: Tensor = value_of(second)
+    if is_batched(first) and is_batched(second):
+        return a.bmm(b)
+    if is_batched(first):
+        _, n, k = a.shape
+        return a.reshape(size * n, k).mm(b).view(size, n, b.shape[1])
+    return a.unsqueeze(0).expand(size, *a.shape).bmm(b)
+
+
+def matrix_vector(first: Any, second: Any, size: int) -> Tensor:
+    """(n, k) @ (k,) as a stored tensor (batch, n)."""
+    a: Tensor = value_of(first)
+    b: Tensor = value_of(second)
+    if is_batched(first) and is_batched(second):
+        return a.bmm(b.unsqueeze(2)).squeeze(2)
+    if is_batched(first):
+        _, n, k = a.shape
+        return a.reshape(size * n, k).mv(b).view(size, n)
+    return b.mm(a.t())
+
+
+def vector_vector(first: Any, second: Any, size: int) -> Tensor:
+    """(k,) · (k,) as a stored tensor (batch,)."""
+    a: Tensor = value_of(first)
+    b: Tensor = value_of(second)
+    if is_batched(first) and is_batched(second):
+        return a.unsqueeze(1).bmm(b.unsqueeze(2)).view(size)
+    return a.mv(b) if is_batched(first) else b.mv(a)
+
+
+def batch_matrix(first: Any, second: Any, size: int) -> Tensor:
+    """(p, n, k) @ (p, k, m) as a stored tensor (batch, p, n, m)."""
+    a: Tensor = value_of(first)
+    b: Tensor = value_of(second)
+    if is_batched(first) and is_batched(second):
+        _, p, n, k = a.shape
+        m = b.shape[3]
+        return a.reshape(size * p, n, k).bmm(b.reshape(size * p, b.shape[2], m)).view(size, p, n, m)
+    if is_batched(first):
+        _, p, n, k = a.shape
+        folded = a.transpose(0, 1).reshape(p, size * n, k).bmm(b)
+        return folded.view(p, size, n, b.shape[2]).transpose(0, 1)
+    _, p, k, m = b.shape
+    folded = a.bmm(b.permute(1, 2, 0, 3).reshape(p, k, size * m))
+    return folded.view(p, a.shape[1], size, m).permute(2, 0, 1, 3)
+
+
+def mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
+    """Mm."""
+    _check_ranks(func, args[:2], (2, 2))
+    return Batched(matrix_matrix(args[0], args[1], size))
+
+
+def mv(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
+    """Mv."""
+    _check_ranks(func, args[:2], (2, 1))
+    return Batched(matrix_vector(args[0], args[1], size))
+
+
+def dot(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
+    """Dot and vdot."""
+    _check_ranks(func, args[:2], (1, 1))
+    first, second = args
+    if func is aten.vdot.default:
+        first = Batched(first.value.conj().resolve_conj()) if is_batched(first) else first.conj().resolve_conj()
+    return Batched(vector_vector(first, second, size))
+
+
+def bmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
+    """Bmm."""
+    _check_ranks(func, args[:2], (3, 3))
+    return Batched(batch_matrix(args[0], args[1], size))
+
+
+def _check_ranks(func: Any, args: Sequence[Any], ranks: tuple[int, ...]) -> None:
+    for position, (arg, rank) in enumerate(zip(args, ranks, strict=True)):
+        found = arg.rank if is_batched(arg) else arg.dim()
+        if found != rank:
+            raise RuntimeError(
+                f"{func}: expected argument {position} to be of dimension {rank}, got {found} (in a vmap)"
+            )
+
+
+def add_product(product: Callable[[Any, Any, int], Tensor]) -> BatchStrategy:
+    """``beta * self + alpha * product``: addmm, addmv, baddbmm and their like."""
+
+    def add_scaled(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+        bound = bind(func, args, kwargs)
+        names = list(bound)
+        added, first, second = (bound[name] for name in names[:3])
+        beta, alpha = bound["beta"], bound["alpha"]
+        if func is aten.addmm.default and not is_batched(added) and not is_batched(second):
+            a = first.value
+            if added.dim() == 1 or added.shape[0] == 1:
+                _, n, k = a.shape
+                flat = func(added, a.reshape(size * n, k), second, beta=beta, alpha=alpha)
+                return Batched(flat.view(size, n, second.shape[1]))
+        if is_batched(first) or is_batched(second):
+            result: Any = Batched(product(first, second, size))
+        else:
+            result = _unbatched_product(func, first, second)
+        if alpha != 1:
+            result = Batched(result.value * alpha) if is_batched(result) else result * alpha
+        if beta == 0:
+            return result if is_batched(result) else Batched(physical(result, size))
+        if beta != 1:
+            added = Batched(added.value * beta) if is_batched(added) else added * beta
+        return align(aten.add.Tensor, [added, result], {}, size)
+
+    return add_scaled
+
+
+def _unbatched_product(func: Any, first: Tensor, second: Tensor) -> Tensor:
+    if func is aten.addmm.default:
+        return first.mm(second)
+    if func is aten.addmv.default:
+        return first.mv(second)
+    if func is aten.addr.default:
+        return first.unsqueeze(1) * second
+    if func is aten.addbmm.default:
+        return first.bmm(second).sum(0)
+    return first.bmm(second)
+
+
+def _outer(first: Any, second: Any, size: int) -> Tensor:
+    a: Tensor = first.value.unsqueeze(2) if is_batched(first) else first.unsqueeze(1)
+    b: Tensor = second.value.unsqueeze(1) if is_batched(second) else second
+    return a * b
+
+
+def _sum_batch_matrix(first: Any, second: Any, size: int) -> Tensor:
+    return batch_matrix(first, second, size).sum(1)
+
+
+def addmm_activation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """_addmm_activation: addmm, then relu or gelu."""
+    bound = bind(func, args, kwargs)
+    added = CONTRACTIONS[aten.addmm.default](
+        aten.addmm.default,
+        [bound["self"], bound["mat1"], bound["mat2"]],
+        {"beta": bound["beta"], "alpha": bound["alpha"]},
+        size,
+    )
+    return Batched(aten.gelu.default(added.value, approximate="tanh") if bound["use_gelu"] else added.value.relu())
+
+
+CONTRACTIONS: dict[Any, BatchStrategy] = {
+    aten.mm.default: mm,
+    aten.mv.default: mv,
+    aten.dot.default: dot,
+    aten.vdot.default: dot,
+    aten.bmm.default: bmm,
+    aten.addmm.default: add_product(matrix_matrix),
+    aten.addmv.default: add_product(matrix_vector),
+    aten.addr.default: add_product(_outer),
+    aten.addbmm.default: add_product(_sum_batch_matrix),
+    aten.baddbmm.default: add_product(batch_matrix),
+    aten._addmm_activation.default: addmm_activation,
+}

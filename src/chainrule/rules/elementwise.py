@@ -1,0 +1,151 @@
+"""Element-wise ops: one line each, the derivative in torch code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from chainrule.rules.base import Rule
+from chainrule.rules.families import Number, Other, pointwise
+
+aten = torch.ops.aten
+
+
+def _alpha(*args: Any, alpha: float = 1, **_: Any) -> float:
+    return args[2] if len(args) > 2 else alpha
+
+
+def _minus_alpha(*args: Any, alpha: float = 1, **_: Any) -> float:
+    return -_alpha(*args, alpha=alpha)
+
+
+def _pow_scalar(x: Any, exponent: float, out: Any) -> Any:
+    if exponent == 0:
+        return torch.zeros_like(x)
+    if exponent == 1:
+        return torch.ones_like(x)
+    if exponent == 2:
+        return 2 * x
+    return exponent * torch.pow(x, exponent - 1)
+
+
+def _pow_base(x: Any, exponent: Any, out: Any) -> Any:
+    return torch.where(exponent == 0, 0.0, exponent * torch.pow(x, exponent - 1))
+
+
+def _pow_exponent(x: Any, exponent: Any, out: Any) -> Any:
+    log = torch.log(torch.where(x > 0, x, 1.0))
+    infinite = torch.where((x == 0) & (exponent < 0), -math.inf, 0.0)
+    return torch.where(x > 0, out * log, infinite.to(out.dtype))
+
+
+def _pow_scalar_base(base: float, exponent: Any, out: Any) -> Any:
+    if base == 0:
+        return torch.where(exponent >= 0, 0.0, out * (-math.inf))
+    return out * math.log(base) if base > 0 else out * math.nan
+
+
+def _div_first(x: Any, y: Any, out: Any) -> Any:
+    return torch.reciprocal(y) if not isinstance(y, (int, float)) else 1 / y
+
+
+def _div_second(x: Any, y: Any, out: Any) -> Any:
+    return -out / y
+
+
+def _div_mode_first(x: Any, y: Any, out: Any, rounding_mode: str | None = None) -> Any:
+    return _div_first(x, y, out) if rounding_mode is None else 0.0
+
+
+def _div_mode_second(x: Any, y: Any, out: Any, rounding_mode: str | None = None) -> Any:
+    return _div_second(x, y, out) if rounding_mode is None else 0.0
+
+
+def _clamp(x: Any, low: Any = None, high: Any = None, out: Any = None) -> Any:
+    # Positional tail: (x, min, max, out), (x, min, out) or with keywords; torch passes gradients at the bounds.
+    inside = None
+    if low is not None:
+        inside = x >= low
+    if high is not None:
+        upper = x <= high
+        inside = upper if inside is None else inside & upper
+    return torch.ones_like(x) if inside is None else inside.to(x.dtype)
+
+
+def _clamp_rule(*args: Any, min: Any = None, max: Any = None) -> Any:
+    x, *bounds, _out = args
+    low = bounds[0] if bounds else min
+    high = bounds[1] if len(bounds) > 1 else max
+    return _clamp(x, low, high)
+
+
+RULES: dict[Any, Rule] = {
+    # linear
+    aten.add.Tensor: pointwise(1.0, Number(_alpha)),
+    aten.add.Scalar: pointwise(1.0),
+    aten.sub.Tensor: pointwise(1.0, Number(_minus_alpha)),
+    aten.sub.Scalar: pointwise(1.0),
+    aten.rsub.Tensor: pointwise(Number(_minus_alpha), 1.0),
+    aten.rsub.Scalar: pointwise(Number(_minus_alpha)),
+    aten.neg.default: pointwise(-1.0),
+    aten.positive.default: pointwise(1.0),
+    aten.clone.default: pointwise(1.0),
+    aten.alias.default: pointwise(1.0),
+    aten.lift_fresh.default: pointwise(1.0),
+    aten.lift_fresh_copy.default: pointwise(1.0),
+    aten._to_copy.default: pointwise(1.0),
+    aten.contiguous.default: pointwise(1.0),
+    aten.copy.default: pointwise(None, 1.0),
+    aten.mul.Tensor: pointwise(Other(1), Other(0)),
+    aten.mul.Scalar: pointwise(Other(1)),
+    aten.div.Tensor: pointwise(_div_first, _div_second),
+    aten.div.Scalar: pointwise(Number(lambda x, y: 1 / y)),
+    aten.div.Tensor_mode: pointwise(_div_mode_first, _div_mode_second),
+    aten.div.Scalar_mode: pointwise(_div_mode_first),
+    aten.reciprocal.default: pointwise(lambda x, out: -(out * out)),
+    # powers, exponentials, logarithms
+    aten.pow.Tensor_Scalar: pointwise(_pow_scalar),
+    aten.pow.Tensor_Tensor: pointwise(_pow_base, _pow_exponent),
+    aten.pow.Scalar: pointwise(None, _pow_scalar_base),
+    aten.square.default: pointwise(lambda x, out: 2 * x),
+    aten.sqrt.default: pointwise(lambda x, out: 0.5 / out),
+    aten.rsqrt.default: pointwise(lambda x, out: -0.5 * out * out * out),
+    aten.exp.default: pointwise(lambda x, out: out),
+    aten.exp2.default: pointwise(lambda x, out: out * math.log(2)),
+    aten.expm1.default: pointwise(lambda x, out: out + 1),
+    aten.log.default: pointwise(lambda x, out: torch.reciprocal(x)),
+    aten.log2.default: pointwise(lambda x, out: torch.reciprocal(x * math.log(2))),
+    aten.log10.default: pointwise(lambda x, out: torch.reciprocal(x * math.log(10))),
+    aten.log1p.default: pointwise(lambda x, out: torch.reciprocal(x + 1)),
+    # trigonometric and hyperbolic
+    aten.sin.default: pointwise(lambda x, out: torch.cos(x)),
+    aten.cos.default: pointwise(lambda x, out: -torch.sin(x)),
+    aten.tan.default: pointwise(lambda x, out: 1 + out * out),
+    aten.asin.default: pointwise(lambda x, out: torch.rsqrt(1 - x * x)),
+    aten.acos.default: pointwise(lambda x, out: -torch.rsqrt(1 - x * x)),
+    aten.atan.default: pointwise(lambda x, out: torch.reciprocal(1 + x * x)),
+    aten.sinh.default: pointwise(lambda x, out: torch.cosh(x)),
+    aten.cosh.default: pointwise(lambda x, out: torch.sinh(x)),
+    aten.tanh.default: pointwise(lambda x, out: 1 - out * out),
+    aten.asinh.default: pointwise(lambda x, out: torch.rsqrt(x * x + 1)),
+    aten.acosh.default: pointwise(lambda x, out: torch.rsqrt(x * x - 1)),
+    aten.atanh.default: pointwise(lambda x, out: torch.reciprocal(1 - x * x)),
+    # activations
+    aten.sigmoid.default: pointwise(lambda x, out: out * (1 - out)),
+    aten.relu.default: pointwise(lambda x, out: (out > 0).to(out.dtype)),
+    aten.clamp.default: pointwise(_clamp_rule),
+    aten.clamp_min.default: pointwise(lambda x, low, out: (x >= low).to(x.dtype)),
+    aten.clamp_max.default: pointwise(lambda x, high, out: (x <= high).to(x.dtype)),
+    aten.abs.default: pointwise(lambda x, out: torch.sign(x)),
+    aten.softplus.default: pointwise(
+        lambda x, *rest: _softplus(x, *rest[:-1]),
+    ),
+    aten.where.self: pointwise(None, lambda c, x, y, out: c.to(out.dtype), lambda c, x, y, out: (~c).to(out.dtype)),
+}
+
+
+def _softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    scaled = x * beta if beta != 1 else x
+    return torch.where(scaled > threshold, 1.0, torch.sigmoid(scaled))

@@ -1,0 +1,66 @@
+"""All rules in one table, and what happens to an op that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from chainrule.rules import constants, elementwise, products, reductions, views
+from chainrule.rules.base import Rule
+from chainrule.rules.decompositions import DECOMPOSITIONS, composite
+from chainrule.rules.opaque import opaque_rule
+
+
+def _merged(tables: Iterable[Mapping[Any, Rule]]) -> dict[Any, Rule]:
+    merged: dict[Any, Rule] = {}
+    for table in tables:
+        for op, rule in table.items():
+            if op in merged:
+                raise ValueError(f"two rules are declared for {op}")
+            merged[op] = rule
+    return merged
+
+
+#: The families' tables; a new family is added here.
+FAMILIES: tuple[Mapping[Any, Rule], ...] = (
+    elementwise.RULES,
+    views.RULES,
+    products.RULES,
+    reductions.RULES,
+)
+
+RULES: dict[Any, Rule] = _merged(FAMILIES)
+
+
+@cache
+def rule_for(op: OpOverload) -> Rule:
+    """The rule of an op: declared here, or the opaque fallback (the op's own autograd formula)."""
+    rule = RULES.get(op)
+    return rule if rule is not None else opaque_rule(op)
+
+
+class Rules:
+    """How capture treats ops, from the tables (see ``chainrule.capture.schema.Policy``)."""
+
+    def is_inactive(self, op: OpOverload) -> bool:
+        """Whether the op's outputs do not depend differentiably on its inputs."""
+        return constants.is_inactive(op)
+
+    def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
+        """A composite form to record instead of the op, for ops without a rule of their own."""
+        if op in RULES:
+            return None
+        return DECOMPOSITIONS.get(op) or composite(op)
+
+    def reads_values(self, op: OpOverload) -> bool:
+        """Whether the op's derivative needs values of the tape."""
+        return rule_for(op).reads
+
+
+POLICY = Rules()
+
+__all__ = ["FAMILIES", "POLICY", "RULES", "rule_for", "torch"]

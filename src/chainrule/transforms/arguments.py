@@ -1,0 +1,102 @@
+"""Argument conventions shared by the transforms: pytrees, argnums, checks and their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Argnums = int | Sequence[int]
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """A readable name of a user's function."""
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def resolve_argnums(argnums: Argnums, count: int, transform: str) -> tuple[tuple[int, ...], bool]:
+    """Normalise ``argnums``.
+
+    Returns:
+        The positions, non-negative, and whether a single integer was given (results are then not wrapped in a tuple).
+
+    Raises:
+        RuntimeError: if they are of the wrong type, empty, repeated or out of range.
+    """
+    if isinstance(argnums, bool) or not isinstance(argnums, (int, tuple, list)):
+        raise RuntimeError(f"{transform}: argnums must be an int or a tuple or list of ints, got: {type(argnums)}")
+    single = isinstance(argnums, int)
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not positions:
+        raise RuntimeError(f"{transform}: argnums must be non-empty")
+    resolved = []
+    for number in positions:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise RuntimeError(f"{transform}: argnums must hold ints only, got: {type(number)} in {argnums!r}")
+        if not -count <= number < count:
+            raise RuntimeError(f"{transform}: got argnum={number}, but only {count} positional inputs")
+        resolved.append(number % count)
+    if len(set(resolved)) != len(resolved):
+        raise RuntimeError(f"{transform}: argnums elements must be unique, got {argnums!r}")
+    return tuple(resolved), single
+
+
+def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeSpec]:
+    """Flatten differentiated inputs and check that all leaves are floating-point or complex tensors.
+
+    Raises:
+        ValueError: if a leaf is not a tensor.
+        RuntimeError: if a leaf has an integer dtype, or belongs to a torch.func transform.
+    """
+    leaves, spec = tree_flatten(tree)
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise ValueError(
+                f"{transform}: expected every differentiated input to be a Tensor, got {type(leaf)} at flattened position {number}"
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            raise RuntimeError(
+                f"{transform}: a chainrule transform was called inside a torch.func transform, whose tensors it cannot "
+                "see through. Use the chainrule transform of the same name outside as well."
+            )
+        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
+            raise RuntimeError(
+                f"{transform}: only Tensors of floating point and complex dtype can be differentiated, got {leaf.dtype} at "
+                f"flattened position {number}"
+            )
+    return leaves, spec
+
+
+def flatten_outputs(output: Any, transform: str, function: Callable[..., Any]) -> tuple[list[torch.Tensor], TreeSpec]:
+    """Flatten the outputs of a function and check that all leaves are tensors.
+
+    Raises:
+        RuntimeError: if there is no output, or a leaf is not a tensor.
+    """
+    leaves, spec = tree_flatten(output)
+    name = function_name(function)
+    if not leaves or (len(leaves) == 1 and leaves[0] is None):
+        raise RuntimeError(f"{transform}({name}): expected {name} to have a non-empty output, got {output!r}")
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            raise RuntimeError(f"{transform}({name}): expected {name} to return only tensors, got unsupported type {type(leaf)}")
+    return leaves, spec
+
+
+def split_aux(output: Any, transform: str, function: Callable[..., Any]) -> tuple[Any, Any]:
+    """Take ``(output, aux)`` apart.
+
+    Raises:
+        RuntimeError: if the function did not return a pair.
+    """
+    if not (isinstance(output, tuple) and len(output) == 2):
+        name = function_name(function)
+        raise RuntimeError(
+            f"{transform}({name}): output of {name} should be a tuple (output, aux) if has_aux is True, got {type(output)}"
+        )
+    return output
+
+
+__all__ = ["TreeSpec", "tree_flatten", "tree_unflatten"]

@@ -1,0 +1,334 @@
+"""First-order transforms: grad, grad_and_value, vjp, jvp, linearize, and the second-order products hvp and vhp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
+from chainrule.transforms.trace import Traced, trace
+
+
+def _zeros(result: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if result is None else result
+
+
+def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """Return a function that computes the gradient of ``func`` and its value.
+
+    Args:
+        func: a function that returns a scalar tensor (shape ``()``), or ``(scalar, aux)`` with ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+
+    Returns:
+        A function returning ``(gradient, value)``, or ``(gradient, (value, aux))``. The gradient has the structure,
+        shapes and dtypes of the arguments.
+
+    Raises:
+        RuntimeError: if the output is not a scalar tensor, or the arguments cannot be differentiated.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.grad_and_value(lambda x: (x * x).sum())(torch.tensor([1.0, 2.0]))
+        (tensor([2., 4.]), tensor(5.))
+    """
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        gradient, value, aux = _gradient(func, argnums, has_aux, args, kwargs, "grad_and_value")
+        return (gradient, (value, aux)) if has_aux else (gradient, value)
+
+    return wrapper
+
+
+def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """Return a function that computes the gradient of ``func``.
+
+    Args:
+        func: a function that returns a scalar tensor (shape ``()``), or ``(scalar, aux)`` with ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+
+    Returns:
+        A function returning the gradient, or ``(gradient, aux)``.
+
+    Raises:
+        RuntimeError: if the output is not a scalar tensor, or the arguments cannot be differentiated.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.grad(torch.sin)(torch.tensor(0.0))
+        tensor(1.)
+    """
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        gradient, _, aux = _gradient(func, argnums, has_aux, args, kwargs, "grad")
+        return (gradient, aux) if has_aux else gradient
+
+    return wrapper
+
+
+def _gradient(
+    func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> tuple[Any, torch.Tensor, Any]:
+    positions, single = resolve_argnums(argnums, len(args), name)
+    traced = trace(func, args, positions, kwargs, name, has_aux=has_aux)
+    value = _scalar_output(traced, func, name)
+    slot = traced.out_slots[0]
+    found = {} if slot is None else traced.run("jacobian", "reverse", outputs=[slot])
+    leaves = [_zeros(found.get((slot, s)), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]
+    gradient = tree_unflatten(leaves, traced.in_spec)
+    return (gradient[0] if single else gradient), traced.release(value), traced.aux
+
+
+def _scalar_output(traced: Traced, func: Callable[..., Any], name: str) -> torch.Tensor:
+    label = function_name(func)
+    if len(traced.out_leaves) != 1 or not traced.out_spec.is_leaf():
+        raise RuntimeError(f"{name}({label}): expected {label} to return a scalar Tensor, got {traced.output()!r}")
+    value = traced.out_leaves[0]
+    if value.dim() != 0:
+        raise RuntimeError(
+            f"{name}({label}): expected {label} to return a scalar Tensor, got a tensor with {value.dim()} dims of shape "
+            f"{tuple(value.shape)}. Maybe you wanted to use vjp or jacrev instead?"
+        )
+    if value.is_complex():
+        raise RuntimeError(f"{name}({label}): grad can be created only for real scalar outputs but got {value.dtype}")
+    return value
+
+
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
+    """Run ``func`` and return its output and its pullback.
+
+    Args:
+        func: the function.
+        primals: its positional arguments, all differentiated; pytrees of tensors.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        kwargs: passed to ``func``, not differentiated.
+
+    Returns:
+        ``(output, vjp_fn)`` or ``(output, vjp_fn, aux)``. ``vjp_fn(cotangents)`` takes cotangents in the output's
+        structure and returns a tuple with one entry per primal. It can be called many times; the record of the run is
+        kept as long as ``vjp_fn`` lives.
+
+    Raises:
+        RuntimeError: if outputs are not floating-point tensors, or the cotangents do not match the outputs.
+
+    Example:
+        >>> import torch, chainrule
+        >>> _, pullback = chainrule.vjp(torch.sin, torch.zeros(2))
+        >>> pullback(torch.ones(2))
+        (tensor([1., 1.]),)
+    """
+    traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux)
+    for leaf in traced.out_leaves:
+        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
+            raise RuntimeError(
+                f"vjp({function_name(func)}): all outputs must be floating-point or complex Tensors, got {leaf.dtype}"
+            )
+    active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
+    seeds = tuple(traced.out_slots[number] for number in active)
+
+    def vjp_fn(*cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
+        """Pull cotangents back to the primals."""
+        given = cotangents[0] if len(cotangents) == 1 else cotangents
+        leaves, spec = tree_flatten(given)
+        if spec != traced.out_spec:
+            raise RuntimeError(
+                "vjp: expected pytree structure of cotangents to be the same as pytree structure of outputs to the "
+                f"function. cotangents: {spec}, primal output: {traced.out_spec}"
+            )
+        for number, (leaf, out) in enumerate(zip(leaves, traced.out_leaves, strict=True)):
+            _check_seed(leaf, out, f"vjp: cotangent {number}", "output")
+        tensors = tuple(_match_dtype(leaves[number], traced.out_leaves[number]) for number in active)
+        found = traced.run("pull", seeds=seeds, tensors=tensors) if active else {}  # type: ignore[arg-type]
+        results = [_zeros(found.get(s), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]
+        return tree_unflatten(results, traced.in_spec)
+
+    output = traced.output()
+    return (output, vjp_fn, traced.aux) if has_aux else (output, vjp_fn)
+
+
+def _check_seed(seed: Any, like: torch.Tensor, what: str, partner: str) -> None:
+    if not isinstance(seed, torch.Tensor):
+        raise RuntimeError(f"{what} must be a Tensor, got {type(seed)}")
+    if seed.shape != like.shape:
+        raise RuntimeError(
+            f"{what}: mismatch in shape, it has shape {tuple(seed.shape)} and the {partner} has shape {tuple(like.shape)}"
+        )
+    if seed.device != like.device:
+        raise RuntimeError(f"{what}: mismatch in device, it is on {seed.device} and the {partner} is on {like.device}")
+
+
+def _match_dtype(seed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return seed if seed.dtype == like.dtype else seed.to(like.dtype)
+
+
+def jvp(
+    func: Callable[..., Any], primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False, **kwargs: Any
+) -> Any:
+    """Run ``func`` and push tangents forward through it.
+
+    Args:
+        func: the function.
+        primals: a tuple of its positional arguments; pytrees of floating-point tensors.
+        tangents: a tuple of the same structure and shapes.
+        strict: whether an output that is independent of the primals is an error instead of a zero tangent.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        kwargs: passed to ``func``, not differentiated.
+
+    Returns:
+        ``(output, output tangents)``, or ``(output, output tangents, aux)``.
+
+    Raises:
+        RuntimeError: if primals and tangents do not match, or, with ``strict``, an output is independent.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+        (tensor(0.), tensor(1.))
+    """
+    leaves = _check_tangents(primals, tangents)
+    traced = trace(func, tuple(primals), tuple(range(len(primals))), kwargs, "jvp", has_aux=has_aux, respect_no_grad=False)
+    pushed = _push(traced, leaves)
+    if strict and any(slot is None for slot in traced.out_slots):
+        raise RuntimeError(
+            f"jvp({function_name(func)}, primals, tangents, strict=True): the output of {function_name(func)} is "
+            "independent of the inputs. This is not allowed with strict=True."
+        )
+    output = traced.output()
+    return (output, pushed, traced.aux) if has_aux else (output, pushed)
+
+
+def _check_tangents(primals: Any, tangents: Any) -> list[torch.Tensor]:
+    if not isinstance(primals, tuple):
+        raise RuntimeError(
+            f"jvp(f, primals, tangents): expected primals to be a tuple, got {type(primals)}. E.g. it should be valid to call f(*primals)."
+        )
+    _, spec = tree_flatten(primals)
+    leaves, tangent_spec = tree_flatten(tangents)
+    if spec != tangent_spec:
+        raise RuntimeError(
+            "jvp(f, primals, tangents): expected primals and tangents to have the same python structure. For example, if "
+            f"primals is a tuple of 3 tensors, tangents also must be. Got primals with structure {spec} and tangents with "
+            f"structure {tangent_spec}"
+        )
+    if not leaves:
+        raise RuntimeError("jvp(f, primals, tangents): expected at least one Tensor in primals")
+    return leaves
+
+
+def _push(traced: Traced, tangents: list[Any]) -> Any:
+    for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
+        _check_seed(leaf, primal, f"jvp: tangent {number}", "primal")
+    tensors = tuple(_match_dtype(leaf, primal) for leaf, primal in zip(tangents, traced.in_leaves, strict=True))
+    found = {}
+    if any(slot is not None for slot in traced.out_slots):
+        found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tensors, cast="output")
+    results = [
+        _zeros(None if slot is None else found.get(slot), leaf)
+        for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)
+    ]
+    return tree_unflatten(results, traced.out_spec)
+
+
+def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
+    """Run ``func`` and return its output and its pushforward, a linear function that can be called many times.
+
+    Args:
+        func: the function.
+        primals: its positional arguments, all differentiated; pytrees of floating-point tensors.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        kwargs: passed to ``func``, not differentiated.
+
+    Returns:
+        ``(output, jvp_fn)`` or ``(output, jvp_fn, aux)``; ``jvp_fn(*tangents)`` returns the output tangents.
+
+    Raises:
+        RuntimeError: if the tangents given to ``jvp_fn`` do not match the primals.
+
+    Example:
+        >>> import torch, chainrule
+        >>> _, push = chainrule.linearize(torch.sin, torch.zeros(2))
+        >>> push(torch.ones(2))
+        tensor([1., 1.])
+    """
+    traced = trace(
+        func, primals, tuple(range(len(primals))), kwargs, "linearize", has_aux=has_aux, respect_no_grad=False
+    )
+
+    def jvp_fn(*tangents: Any) -> Any:
+        """Push tangents forward."""
+        leaves, spec = tree_flatten(tangents)
+        if spec != traced.in_spec:
+            raise RuntimeError(f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}")
+        return _push(traced, leaves)
+
+    output = traced.output()
+    return (output, jvp_fn, traced.aux) if has_aux else (output, jvp_fn)
+
+
+def hvp(
+    func: Callable[..., Any], primals: Any, tangents: Any, *, has_aux: bool = False, **kwargs: Any
+) -> Any:
+    """The product of the Hessian of a scalar function with a vector, forward over reverse.
+
+    Args:
+        func: a function that returns a scalar tensor.
+        primals: a tuple of its positional arguments; pytrees of floating-point tensors.
+        tangents: a tuple of the same structure and shapes.
+        has_aux: whether ``func`` returns ``(scalar, aux)``.
+        kwargs: passed to ``func``.
+
+    Returns:
+        ``H v`` in the structure of ``primals`` (a single tree when there is one primal), or ``(H v, aux)``.
+
+    Raises:
+        RuntimeError: if the output is not a scalar, or primals and tangents do not match.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.hvp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
+        tensor([ 6., 12.])
+    """
+    count = len(primals) if isinstance(primals, tuple) else 1
+    gradient = grad(func, argnums=0 if count == 1 else tuple(range(count)), has_aux=has_aux)
+    result = jvp(gradient, primals, tangents, has_aux=has_aux, **kwargs)
+    return (result[1], result[2]) if has_aux else result[1]
+
+
+def vhp(
+    func: Callable[..., Any], primals: Any, cotangents: Any, *, has_aux: bool = False, **kwargs: Any
+) -> Any:
+    """The product of a vector with the Hessian of a scalar function, reverse over reverse.
+
+    Args:
+        func: a function that returns a scalar tensor.
+        primals: a tuple of its positional arguments; pytrees of floating-point tensors.
+        cotangents: a tuple of the same structure and shapes.
+        has_aux: whether ``func`` returns ``(scalar, aux)``.
+        kwargs: passed to ``func``.
+
+    Returns:
+        ``v H`` in the structure of ``primals`` (a single tree when there is one primal), or ``(v H, aux)``.
+
+    Raises:
+        RuntimeError: if the output is not a scalar, or primals and cotangents do not match.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.vhp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
+        tensor([ 6., 12.])
+    """
+    _check_tangents(primals, cotangents)
+    count = len(primals)
+    gradient = grad(func, argnums=0 if count == 1 else tuple(range(count)), has_aux=has_aux)
+    outcome = vjp(gradient, *primals, has_aux=has_aux, **kwargs)
+    pulled = outcome[1](cotangents[0] if count == 1 else tuple(cotangents))
+    result = pulled[0] if count == 1 else pulled
+    return (result, outcome[2]) if has_aux else result

@@ -1,0 +1,192 @@
+"""Jacobians and Hessians as dense tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_unflatten
+
+from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
+from chainrule.transforms.trace import Traced, trace
+
+
+def jacrev(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    _preallocate_and_copy: bool = False,
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func``, accumulated in reverse order.
+
+    Args:
+        func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+        chunk_size: accepted for the sake of torch.func's signature; must be positive.
+
+    Returns:
+        A function returning, for each output leaf, the tree of Jacobians with respect to the arguments (a tuple when
+        ``argnums`` is one), each of shape ``(*output.shape, *input.shape)`` and of the input's dtype; or
+        ``(jacobian, aux)``.
+
+    Raises:
+        RuntimeError: if arguments or outputs cannot be differentiated.
+        ValueError: if ``chunk_size`` is not positive.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.jacrev(lambda x: x * x)(torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    return _jacobian_transform(func, argnums, has_aux, chunk_size, "jacrev", "reverse", "input")
+
+
+def jacfwd(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func``, accumulated in forward order.
+
+    Args:
+        func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+        randomness: accepted for the sake of torch.func's signature. ``func`` runs once here, whatever the number of
+            columns, so that a random op in it is the same for all of them.
+        chunk_size: accepted like ``randomness``; must be positive.
+
+    Returns:
+        As :func:`jacrev`, with Jacobians of the output's dtype.
+
+    Raises:
+        RuntimeError: if arguments or outputs cannot be differentiated, or ``randomness`` is unknown.
+        ValueError: if ``chunk_size`` is not positive.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.jacfwd(lambda x: x * x)(torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    if randomness not in ("error", "different", "same"):
+        raise RuntimeError(f"jacfwd: only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}")
+    return _jacobian_transform(func, argnums, has_aux, chunk_size, "jacfwd", "forward", "output")
+
+
+def jacobian(
+    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: int | None = None
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func`` in the order that costs least.
+
+    Forward, reverse, greedy vertex elimination and an optimised contraction of the whole network of local Jacobians
+    are compared by predicted cost; :func:`chainrule.explain` shows the comparison.
+
+    Args:
+        func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+        chunk_size: accepted for the sake of torch.func's signatures; must be positive.
+
+    Returns:
+        As :func:`jacrev`.
+
+    Raises:
+        RuntimeError: if arguments or outputs cannot be differentiated.
+        ValueError: if ``chunk_size`` is not positive.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.jacobian(lambda x: x[:1] * 3)(torch.tensor([1.0, 2.0]))
+        tensor([[3., 0.]])
+    """
+    return _jacobian_transform(func, argnums, has_aux, chunk_size, "jacobian", "auto", "input")
+
+
+def hessian(
+    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: int | None = None
+) -> Callable[..., Any]:
+    """Return a function that computes the Hessian of ``func``: the Jacobian of its Jacobian.
+
+    Args:
+        func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+        chunk_size: as in :func:`jacobian`.
+
+    Returns:
+        A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
+        shape ``(*output.shape, *first input.shape, *second input.shape)``; or ``(hessian, aux)``.
+
+    Raises:
+        RuntimeError: if arguments or outputs cannot be differentiated.
+        ValueError: if ``chunk_size`` is not positive.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    inner = _jacobian_transform(func, argnums, has_aux, chunk_size, "hessian", "reverse", "input")
+    return _jacobian_transform(inner, argnums, has_aux, chunk_size, "hessian", "auto", "input")
+
+
+def _jacobian_transform(
+    func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None, name: str, order: str, cast: str
+) -> Callable[..., Any]:
+    if chunk_size is not None and chunk_size <= 0:
+        raise ValueError(f"{name}: `chunk_size` should be greater than 0, got {chunk_size}.")
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        positions, single = resolve_argnums(argnums, len(args), name)
+        traced = trace(
+            func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward"
+        )
+        _check_real(traced, func, name, cast)
+        found = traced.run("jacobian", order, cast=cast) if any(s is not None for s in traced.out_slots) else {}
+        result = tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
+        return (result, traced.aux) if has_aux else result
+
+    return wrapper
+
+
+def _check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) -> None:
+    for number, leaf in enumerate(traced.in_leaves):
+        if leaf.is_complex():
+            raise RuntimeError(f"{name}: Expected all inputs to be real but received complex tensor at flattened input idx: {number}")
+    for number, leaf in enumerate(traced.out_leaves):
+        if leaf.is_complex():
+            raise RuntimeError(f"{name}: Expected all outputs to be real but received complex tensor at flattened output idx: {number}")
+        if cast == "input" and not leaf.dtype.is_floating_point:
+            raise RuntimeError(f"{name}({function_name(func)}): all outputs must be floating-point Tensors, got {leaf.dtype}")
+
+
+def _blocks(traced: Traced, found: dict[Any, torch.Tensor | None], cast: str, single: bool) -> list[Any]:
+    """For each output leaf, its blocks in the structure of the arguments."""
+    blocks = []
+    given: set[Any] = set()
+    for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
+        row = []
+        for source, leaf in zip(traced.in_slots, traced.in_leaves, strict=True):
+            block = found.get((slot, source))
+            if block is None:
+                dtype = out.dtype if cast == "output" else leaf.dtype
+                block = leaf.new_zeros((*out.shape, *leaf.shape), dtype=dtype)
+            elif (slot, source) in given:
+                block = block.clone()
+            given.add((slot, source))
+            row.append(block)
+        tree = tree_unflatten(row, traced.in_spec)
+        blocks.append(tree[0] if single else tree)
+    return blocks

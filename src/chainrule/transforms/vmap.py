@@ -1,0 +1,250 @@
+"""`vmap`: map a function over a batch dimension of its arguments, without a loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, _broadcast_to_and_flatten, tree_flatten, tree_map_, tree_unflatten
+
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor, wrap_batched
+from chainrule.rules.batching_base import Batched
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Map `func` over one dimension of its arguments.
+
+    ``vmap(func)(x)`` is ``torch.stack([func(sample) for sample in x])``, computed with batched ops. Inside `func` the
+    batch dimension is not seen. Transforms nest in any order.
+
+    Args:
+        func: takes tensors (in any nesting of tuples, lists and dictionaries) and returns tensors likewise.
+        in_dims: for each argument, the dimension to map over, or None to give the argument whole to each sample.
+            An int for all arguments, or a tuple whose structure is a prefix of that of the arguments. Keyword
+            arguments are given whole to each sample, as in torch.vmap.
+        out_dims: where the batch dimension goes in each result; None for a result that is the same for all samples.
+        randomness: ``"error"`` (random ops raise), ``"different"`` (each sample has its own draws) or ``"same"``.
+        chunk_size: how many samples to run at once; None for all.
+
+    Returns:
+        A function with the arguments of `func`, each mapped tensor with one dimension more, and so the results.
+
+    Raises:
+        ValueError: `chunk_size` is not positive; when called: `in_dims` or `out_dims` do not fit, or the mapped
+            dimensions differ in size.
+        RuntimeError: `randomness` is not one of the three; when called: `func` needs a Python value of a mapped
+            tensor, has a shape that depends on values, or writes a mapped value into a tensor from outside.
+
+    Example:
+        >>> import torch
+        >>> from chainrule import vmap
+        >>> vmap(torch.dot)(torch.ones(3, 5), torch.ones(3, 5))
+        tensor([5., 5., 5.])
+
+    """
+    if randomness not in ("error", "different", "same"):
+        raise RuntimeError(
+            f"vmap: Only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}"
+        )
+    if chunk_size is not None and chunk_size <= 0:
+        raise ValueError(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
+
+    @functools.wraps(func)
+    def vmapped(*args: Any, **kwargs: Any) -> Any:
+        _check_out_dims(out_dims, func)
+        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args)
+        size = _batch_size(func, flat_args, flat_dims)
+        call = functools.partial(func, **kwargs) if kwargs else func
+        if chunk_size is not None and size > chunk_size:
+            return _run_in_chunks(call, (flat_args, flat_dims, args_spec), out_dims, randomness, size, chunk_size)
+        return _run(call, flat_args, flat_dims, args_spec, out_dims, randomness, size)
+
+    return vmapped
+
+
+def _name(func: Any) -> str:
+    if hasattr(func, "__name__"):
+        return str(func.__name__)
+    if isinstance(func, functools.partial):
+        return f"functools.partial({_name(func.func)}, ...)"
+    return repr(func)
+
+
+def _check_out_dims(out_dims: Any, func: Any) -> None:
+    if isinstance(out_dims, int):
+        return
+
+    def check(leaf: Any) -> None:
+        if leaf is not None and not isinstance(leaf, int):
+            raise ValueError(
+                f"vmap({_name(func)}, ..., out_dims={out_dims}): `out_dims` must be an int, None or a python "
+                f"collection of ints representing where in the outputs the vmapped dimension should appear, "
+                f"got {leaf!r}."
+            )
+
+    tree_map_(check, out_dims)
+
+
+def _flatten_inputs(
+    func: Any, in_dims: Any, args: tuple[Any, ...]
+) -> tuple[list[Any], list[int | None], TreeSpec | None]:
+    """The arguments as a list, the dimension of each, and their structure (None for plain tensors)."""
+    call = f"vmap({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
+    if not isinstance(in_dims, (int, tuple)):
+        raise ValueError(
+            f"{call}: expected `in_dims` to be int or a (potentially nested) tuple matching the structure of inputs, "
+            f"got: {type(in_dims)}."
+        )
+    if not args:
+        raise ValueError(
+            f"vmap({_name(func)})(<inputs>): got no inputs. Maybe you forgot to add inputs, or you are trying to vmap "
+            "over a function with no inputs. The latter is unsupported."
+        )
+    if isinstance(in_dims, int) and all(isinstance(arg, Tensor) for arg in args):
+        return list(args), [_check_in_dim(call, arg, in_dims) for arg in args], None
+    flat_args, spec = tree_flatten(args)
+    dims = _broadcast_to_and_flatten(in_dims, spec)
+    if dims is None:
+        raise ValueError(
+            f"{call}: in_dims is not compatible with the structure of `inputs`. in_dims has structure "
+            f"{tree_flatten(in_dims)[1]} but inputs has structure {spec}."
+        )
+    return flat_args, [_check_in_dim(call, arg, dim) for arg, dim in zip(flat_args, dims, strict=True)], spec
+
+
+def _check_in_dim(call: str, arg: Any, dim: Any) -> int | None:
+    if dim is None:
+        return None
+    if not isinstance(dim, int):
+        raise ValueError(
+            f"{call}: Got in_dim={dim} for an input but in_dim must be either an integer dimension or None."
+        )
+    if not isinstance(arg, Tensor):
+        raise ValueError(
+            f"{call}: Got in_dim={dim} for an input but the input is of type {type(arg)}. We cannot vmap over "
+            "non-Tensor arguments, please use None as the respective in_dim"
+        )
+    rank = arg.dim()
+    if not -rank <= dim < rank:
+        raise ValueError(
+            f"{call}: Got in_dim={dim} for some input, but that input is a Tensor of dimensionality {rank} so expected "
+            f"in_dim to satisfy -{rank} <= in_dim < {rank}."
+        )
+    return dim % rank
+
+
+def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None]) -> int:
+    sizes = [arg.size(dim) for arg, dim in zip(flat_args, flat_dims, strict=True) if dim is not None]
+    if not sizes:
+        raise ValueError(f"vmap({_name(func)}): Expected at least one Tensor to vmap over, but every in_dim is None")
+    if any(size != sizes[0] for size in sizes):
+        raise ValueError(
+            f"vmap({_name(func)}): Expected all tensors to have the same size in the mapped dimension, got "
+            f"sizes {sizes} for the mapped dimension"
+        )
+    return int(sizes[0])
+
+
+def _run(
+    func: Any,
+    flat_args: Sequence[Any],
+    flat_dims: Sequence[int | None],
+    args_spec: TreeSpec | None,
+    out_dims: Any,
+    randomness: str,
+    size: int,
+) -> Any:
+    mode = VmapMode(size, randomness)
+
+    def wrap(arg: Any, dim: int | None) -> Any:
+        if dim is None or not isinstance(arg, Tensor):
+            return arg
+        if arg.is_conj() or arg.is_neg():
+            arg = arg.resolve_conj().resolve_neg()
+        return wrap_batched(Batched(arg if dim == 0 else arg.movedim(dim, 0)), mode)
+
+    args = [wrap(arg, dim) for arg, dim in zip(flat_args, flat_dims, strict=True)]
+    if args_spec is not None:
+        args = tree_unflatten(args, args_spec)
+    with mode:
+        outputs = func(*args)
+    if isinstance(outputs, Tensor) and isinstance(out_dims, int):
+        return _unwrap(func, outputs, out_dims, mode)
+    flat_outputs, spec = _flatten_outputs(func, outputs, out_dims)
+    return tree_unflatten([_unwrap(func, output, dim, mode) for output, dim in flat_outputs], spec)
+
+
+def _flatten_outputs(func: Any, outputs: Any, out_dims: Any) -> tuple[list[tuple[Any, int | None]], TreeSpec]:
+    flat, spec = tree_flatten(outputs)
+    if isinstance(outputs, Tensor) and isinstance(out_dims, tuple) and len(out_dims) == 1:
+        dims: list[Any] | None = list(out_dims)
+    elif isinstance(outputs, Tensor) and not (out_dims is None or isinstance(out_dims, int)):
+        dims = None
+    else:
+        dims = _broadcast_to_and_flatten(out_dims, spec)
+    if dims is None:
+        raise ValueError(
+            f"vmap({_name(func)}, ..., out_dims={out_dims})(<inputs>): out_dims is not compatible with the structure "
+            f"of `outputs`. out_dims has structure {tree_flatten(out_dims)[1]} but outputs has structure {spec}."
+        )
+    return list(zip(flat, dims, strict=True)), spec
+
+
+def _unwrap(func: Any, output: Any, dim: int | None, mode: VmapMode) -> Any:
+    ours = isinstance(output, BatchTensor) and output.mode is mode
+    if dim is None:
+        if ours and output.batched:
+            raise ValueError(
+                f"vmap({_name(func)}, ...): `{_name(func)}` can not return a BatchedTensor when out_dim is None"
+            )
+        return output.inner if ours else output
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"vmap({_name(func)}, ...): `{_name(func)}` must only return Tensors, got type {type(output)}. "
+            "Did you mean to set out_dims= to None for output?"
+        )
+    rank = output.dim() + 1
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"vmap({_name(func)}, ..., out_dims={dim}): expected an out_dim in [{-rank}, {rank - 1}] for an output of "
+            f"shape {list(output.shape)} and its batch dimension"
+        )
+    value: Tensor = output.value if ours else output  # type: ignore[attr-defined]
+    if not (ours and output.batched):  # type: ignore[attr-defined]
+        value = value.unsqueeze(0).expand(mode.size, *value.shape)
+    return value if dim == 0 else value.movedim(0, dim)
+
+
+def _run_in_chunks(
+    func: Any, flat: tuple[Any, Any, Any], out_dims: Any, randomness: str, size: int, chunk_size: int
+) -> Any:
+    flat_args, flat_dims, args_spec = flat
+    state = torch.get_rng_state() if randomness == "same" else None
+    outputs = []
+    for start in range(0, size, chunk_size):
+        length = min(chunk_size, size - start)
+        args = [
+            arg if dim is None else arg.narrow(dim, start, length)
+            for arg, dim in zip(flat_args, flat_dims, strict=True)
+        ]
+        if state is not None:
+            torch.set_rng_state(state)
+        result = _run(func, args, flat_dims, args_spec, out_dims, randomness, length)
+        outputs.append(_flatten_outputs(func, result, out_dims))
+    spec = outputs[0][1]
+    joined = []
+    for pieces in zip(*(pairs for pairs, _ in outputs), strict=True):
+        value, dim = pieces[0]
+        joined.append(value if dim is None else torch.cat([piece for piece, _ in pieces], dim))
+    return tree_unflatten(joined, spec)
