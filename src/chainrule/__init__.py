@@ -1,12 +1,23 @@
 """Function transforms for PyTorch that cost what the structure of the function costs."""
 
+from chainrule.transforms import autograd_bridge
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
 from chainrule.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
+from chainrule.transforms.modules import (
+    functional_call,
+    functionalize,
+    replace_all_batch_norm_modules_,
+    stack_module_state,
+)
 from chainrule.transforms.vmap import vmap
+
+autograd_bridge.install()
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "functional_call",
+    "functionalize",
     "grad",
     "grad_and_value",
     "hessian",
@@ -16,6 +27,8 @@ __all__ = [
     "jacrev",
     "jvp",
     "linearize",
+    "replace_all_batch_norm_modules_",
+    "stack_module_state",
     "vhp",
     "vjp",
     "vmap",

@@ -117,6 +117,13 @@ class Tape(TorchDispatchMode):
         self.key.append(_meta(tensor))
         return slot
 
+    def add_object(self, item: Any) -> int:
+        """Give something that is no tensor (the context of a user's function) a slot as a constant."""
+        slot = len(self.values)
+        self.values.append(item)
+        self.active.append(False)
+        return slot
+
     def slot_of(self, tensor: torch.Tensor) -> int | None:
         """The current slot of a tensor, or None for one that the tape has never seen."""
         slot = self.slots.get(id(tensor))
@@ -275,4 +282,6 @@ class Tape(TorchDispatchMode):
 
 
 def _returns_one(func: Any) -> bool:
+    if not isinstance(func, OpOverload):
+        return False
     return len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor"

@@ -88,7 +88,8 @@ def argument_slots(record: Any) -> list[int]:
 
 def _involves_complex(record: Any, tape: Any) -> bool:
     slots = [*argument_slots(record), *(slot for slot in record.outputs if slot >= 0)]
-    return any(tape.values[slot].is_complex() for slot in slots)
+    values = (tape.values[slot] for slot in slots)
+    return any(isinstance(value, torch.Tensor) and value.is_complex() for value in values)
 
 
 def _add_record(

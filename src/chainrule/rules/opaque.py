@@ -62,6 +62,12 @@ def _strip(tensor: torch.Tensor) -> torch.Tensor:
         return aten.alias.default(tensor)
 
 
+def strip_graph(result: torch.Tensor, *sources: Any) -> torch.Tensor:
+    """Drop torch's graph from a result unless one of the tensors it came from has one."""
+    joined = any(isinstance(t, torch.Tensor) and t.requires_grad for t in sources) and torch.is_grad_enabled()
+    return result if joined or not result.requires_grad else _strip(result)
+
+
 class OpaqueAction:
     """Pullback and pushforward of one op with respect to one of its tensors.
 

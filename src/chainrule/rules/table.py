@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from chainrule.rules import constants, elementwise, products, reductions, views
+from chainrule.rules import constants, custom_function, elementwise, products, reductions, views
 from chainrule.rules.base import Rule
 from chainrule.rules.decompositions import DECOMPOSITIONS, composite
 from chainrule.rules.opaque import opaque_rule
@@ -37,10 +37,16 @@ RULES: dict[Any, Rule] = _merged(FAMILIES)
 
 
 @cache
-def rule_for(op: OpOverload) -> Rule:
-    """The rule of an op: declared here, or the opaque fallback (the op's own autograd formula)."""
+def _overload_rule(op: OpOverload) -> Rule:
     rule = RULES.get(op)
     return rule if rule is not None else opaque_rule(op)
+
+
+def rule_for(op: Any) -> Rule:
+    """The rule of an op: declared here, the user's own, or the opaque fallback (the op's own autograd formula)."""
+    if isinstance(op, custom_function.FunctionOp):
+        return custom_function.RULE
+    return _overload_rule(op)
 
 
 class Rules:

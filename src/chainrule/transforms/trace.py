@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from chainrule.capture.hooks import entered
 from chainrule.capture.tape import Tape
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
@@ -87,7 +86,7 @@ def trace(
         called = list(args)
         for number, value in zip(argnums, tree_unflatten(aliases, in_spec), strict=True):
             called[number] = value
-        with entered(tape), tape:
+        with tape:
             output = function(*called, **kwargs)
     aux = None
     if has_aux:

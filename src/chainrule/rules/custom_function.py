@@ -1,0 +1,188 @@
+"""Users' ``torch.autograd.Function``: the derivative is the one the user wrote, never that of its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from chainrule.maps.staging import Program, Staged
+from chainrule.rules.base import Call, Edge, Rule
+from chainrule.rules.families import operator_edge
+from chainrule.rules.opaque import strip_graph
+
+
+class FunctionContext:
+    """The ``ctx`` of a user's function that runs without torch's own graph: what torch's has, and any attribute."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.saved_for_forward: tuple[Any, ...] = ()
+        self.non_differentiable: tuple[Any, ...] = ()
+        self.dirty_tensors: tuple[Any, ...] = ()
+        self.materialize_grads = True
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Keep tensors for ``backward``."""
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *tensors: Any) -> None:
+        """Keep tensors for ``jvp``."""
+        self.saved_for_forward = tensors
+        if not self.saved_tensors:
+            self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        """Name outputs that have no derivative."""
+        self.non_differentiable = tensors
+
+    def mark_dirty(self, *tensors: Any) -> None:
+        """Name inputs that the forward writes to."""
+        self.dirty_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Whether missing cotangents are given as zeros (else as None)."""
+        self.materialize_grads = value
+
+
+class FunctionOp:
+    """Stands for a call of a user's function on a tape: equal for the same function and static arguments."""
+
+    namespace = "autograd.Function"
+
+    def __init__(self, function: Any, static: tuple[Any, ...]) -> None:
+        self.function = function
+        self.static = static
+        self.tags: tuple[Any, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two calls have the same derivative, given the same tensors and context."""
+        return isinstance(other, FunctionOp) and self.function is other.function and self.static == other.static
+
+    def __hash__(self) -> int:
+        """A hash that agrees with equality."""
+        return hash((FunctionOp, self.function))
+
+    def name(self) -> str:
+        """The user's name of the function."""
+        return str(self.function.__name__)
+
+    def __repr__(self) -> str:
+        """The name, marked as a user's function."""
+        return f"autograd.Function {self.name()}"
+
+
+class FunctionAction:
+    """Pullback and pushforward of a user's function from one input to one output.
+
+    Args:
+        function: the user's class.
+        number: which argument of ``forward``.
+        output: which output.
+        likes: shape and dtype of each output (None for one that is no tensor).
+    """
+
+    def __init__(self, function: Any, number: int, output: int, count: int) -> None:
+        self.function = function
+        self.number = number
+        self.output = output
+        self.count = count
+
+    def _backward(self, row: torch.Tensor, context: Any, outputs: tuple[Any, ...]) -> torch.Tensor | None:
+        materialize = getattr(context, "materialize_grads", True)
+        cotangents = [
+            row if n == self.output else (torch.zeros_like(out) if materialize and isinstance(out, torch.Tensor) else None)
+            for n, out in enumerate(outputs)
+        ]
+        result = self.function.backward(context, *cotangents)
+        if isinstance(result, (tuple, list)):
+            result = result[self.number]
+        return result
+
+    def pull(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
+        """Cotangents ``(R, *out_shape)`` through the user's ``backward``."""
+        pulled = []
+        for row in rows.unbind(0):
+            result = self._backward(row, context, outputs)
+            pulled.append(torch.zeros_like(like) if result is None else result)
+        return torch.stack(pulled) if pulled else rows.new_zeros((0, *like.shape))
+
+    def push(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
+        """Tangents ``(R, *in_shape)`` through the user's ``jvp``, or the transpose of ``backward``."""
+        out = outputs[self.output]
+        if self.function.jvp is not torch.autograd.Function.jvp:
+            return self._push_by_jvp(rows, context, out)
+        with torch.enable_grad():
+            try:
+                pushed = self._push_transposed(rows, like, context, outputs, out)
+            except (RuntimeError, NotImplementedError):
+                pushed = self._push_dense(rows, like, context, outputs, out)
+        return strip_graph(pushed, rows, like, *outputs)
+
+    def _push_by_jvp(self, rows: torch.Tensor, context: Any, out: torch.Tensor) -> torch.Tensor:
+        pushed = []
+        if hasattr(context, "saved_for_forward") and isinstance(context, FunctionContext) and context.saved_for_forward:
+            context.saved_tensors = context.saved_for_forward
+        for row in rows.unbind(0):
+            tangents = [row if n == self.number else None for n in range(self.count)]
+            result = self.function.jvp(context, *tangents)
+            if isinstance(result, (tuple, list)):
+                result = result[self.output]
+            pushed.append(torch.zeros_like(out) if result is None else result)
+        return torch.stack(pushed) if pushed else rows.new_zeros((0, *out.shape))
+
+    def _push_transposed(
+        self, rows: torch.Tensor, like: torch.Tensor, context: Any, outputs: tuple[Any, ...], out: torch.Tensor
+    ) -> torch.Tensor:
+        probe = torch.zeros_like(out).requires_grad_()
+        pulled = self._backward(probe, context, outputs)
+        if pulled is None:
+            return rows.new_zeros((rows.shape[0], *out.shape))
+        if not pulled.requires_grad:
+            raise NotImplementedError("the user's backward is not differentiable")
+        pushed = []
+        for row in rows.unbind(0):
+            (result,) = torch.autograd.grad(
+                pulled, probe, row.to(pulled.dtype), retain_graph=True, create_graph=True, allow_unused=True
+            )
+            pushed.append(torch.zeros_like(out) if result is None else result)
+        return torch.stack(pushed) if pushed else rows.new_zeros((0, *out.shape))
+
+    def _push_dense(
+        self, rows: torch.Tensor, like: torch.Tensor, context: Any, outputs: tuple[Any, ...], out: torch.Tensor
+    ) -> torch.Tensor:
+        count = out.numel()
+        basis = torch.eye(count, dtype=out.dtype, device=out.device).reshape(count, *out.shape)
+        local = self.pull(basis, like, context, *outputs)
+        flat = rows.reshape(rows.shape[0], -1) @ local.reshape(count, -1).t()
+        return flat.reshape(rows.shape[0], *out.shape)
+
+
+def _linearize(call: Call) -> Iterable[Edge]:
+    function = call.op.function  # type: ignore[attr-defined]
+    context, arguments = call.args[0], call.args[1:]
+    for number, item in enumerate(arguments):
+        if not call.is_active(item):
+            continue
+        for output, slot in enumerate(call.outputs):
+            if slot < 0 or not call.tensor(slot).dtype.is_floating_point:
+                continue
+            action = FunctionAction(function, number, output, len(arguments))
+            size = call.tensor(item).numel() + call.tensor(slot).numel()
+            yield operator_edge(call, item, _staged(action.push, item, context), _staged(action.pull, item, context), (), size, output)
+
+
+def _staged(method: Any, item: Any, context: Any) -> Any:
+    def act(call: Call, program: Program, rows: Staged, count: int) -> Staged:
+        outputs = [None if slot < 0 else call.stage_output(program, n) for n, slot in enumerate(call.outputs)]
+        result: Staged = program.call(method, rows, call.stage(program, item), call.stage(program, context), *outputs)
+        return result
+
+    return act
+
+
+RULE = Rule("autograd.Function", _linearize, reads=True, kind="opaque")
+
+__all__ = ["RULE", "FunctionContext", "FunctionOp"]

@@ -1,0 +1,238 @@
+"""torch.autograd inside a transformed function: ``autograd.grad``, ``backward`` and users' ``autograd.Function``.
+
+A tape does not ask torch to build a graph (it would cost every op), so torch's engine does not know the tape's tensors.
+Two entry points of torch are wrapped once, when chainrule is imported; outside of a chainrule transform, and for tensors
+that torch's own graph knows, both do exactly what they did before:
+
+- the backward engine: a request for gradients with respect to tensors of an active tape is answered from the tape;
+- ``autograd.Function.apply``: on tensors of an active tape the call is recorded as one op whose derivative is the
+  user's own ``backward`` (and ``jvp``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd.variable import Variable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor, wrap_batched
+from chainrule.capture.tape import Slot, Tape
+from chainrule.execute.engine import execute
+from chainrule.plan.planner import Request
+from chainrule.rules.batching_base import Batched
+from chainrule.rules.custom_function import FunctionContext, FunctionOp
+
+
+class EngineBridge:
+    """torch's backward engine, with requests about taped tensors answered from the tape."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is torch's engine."""
+        return getattr(self._engine, name)
+
+    def run_backward(self, tensors: Sequence[Any], grad_tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute gradients; the arguments are those of torch's engine."""
+        if torch._C._len_torch_dispatch_stack():
+            names = ("keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad")
+            options = dict(zip(names, args, strict=False)) | kwargs
+            tape = _tape_for(tensors, options.get("inputs") or ())
+            if tape is not None:
+                return _answer(tape, tensors, grad_tensors, options)
+        return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+
+
+def _tape_for(outputs: Sequence[Any], inputs: Sequence[Any]) -> Tape | None:
+    """The innermost tape that alone can answer: it knows tensors that torch's graph does not."""
+    if not all(isinstance(t, torch.Tensor) for t in (*outputs, *inputs)):
+        return None
+    foreign = [t for t in inputs if not t.requires_grad] if inputs else [t for t in outputs if not t.requires_grad]
+    if not foreign:
+        return None
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        if isinstance(mode, Tape) and all(mode.is_active(t) for t in foreign):
+            return mode
+    return None
+
+
+def _answer(tape: Tape, outputs: Sequence[torch.Tensor], cotangents: Sequence[Any], options: dict[str, Any]) -> Any:
+    inputs = list(options.get("inputs") or ())
+    accumulate = bool(options.get("accumulate_grad"))
+    if not inputs:
+        inputs = [tape.values[slot] for slot in tape.inputs]
+    seeds, slots = [], []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        slot = tape.slot_of(output)
+        if slot is None or not tape.active[slot]:
+            continue
+        if cotangent is None:
+            if output.numel() != 1:
+                raise RuntimeError("grad can be implicitly created only for scalar outputs")
+            cotangent = torch.ones_like(output)
+        seeds.append(cotangent)
+        slots.append(slot)
+    wanted = [tape.slot_of(t) for t in inputs]
+    known = tuple(dict.fromkeys(slot for slot in wanted if slot is not None))
+    request = Request("pull", known, tuple(slots), "auto", tuple(slots))
+    found = execute(tape, request, seeds) if slots else {}
+    results = [None if slot is None else found.get(slot) for slot in wanted]
+    if not options.get("create_graph"):
+        results = [None if r is None else r.detach() for r in results]
+    if accumulate:
+        for tensor, result in zip(inputs, results, strict=True):
+            if result is not None:
+                tensor.grad = result if tensor.grad is None else tensor.grad + result
+        return ()
+    if not options.get("allow_unreachable") and any(r is None for r in results):
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this "
+            "is the desired behavior."
+        )
+    return tuple(results)
+
+
+def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``function.apply`` under the modes that are active: peeled off one by one, innermost first."""
+    stack = _get_current_dispatch_mode_stack()
+    if not stack or not any(isinstance(mode, (Tape, VmapMode)) for mode in stack):
+        return original(*args, **kwargs)
+    if function.__module__.startswith("torch.utils.checkpoint"):
+        # Reentrant checkpointing is no derivative of its own: run what it would run.
+        return args[0](*args[2:])
+    mode = stack[-1]
+    if isinstance(mode, Tape):
+        return _apply_under_tape(original, function, mode, args, kwargs)
+    if isinstance(mode, VmapMode) and any(isinstance(m, Tape) for m in stack) and _batched(mode, args):
+        return _apply_per_sample(original, function, mode, args, kwargs)
+    if isinstance(mode, VmapMode):
+        return original(*args, **kwargs)
+    with _pop_mode_temporarily():
+        return _apply_function(original, function, args, kwargs)
+
+
+def _apply_under_tape(
+    original: Callable[..., Any], function: Any, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    touched = tape.touches(args) and not tape.is_blocked()
+    if not touched:
+        with _pop_mode_temporarily():
+            return _apply_function(original, function, args, kwargs)
+    with _pop_mode_temporarily():
+        outputs, context = _run_forward(original, function, args, kwargs)
+    several = isinstance(outputs, (tuple, list))
+    flat = list(outputs) if several else [outputs]
+    fresh: list[Any] = []
+    for out in flat:
+        if isinstance(out, torch.Tensor) and tape.slot_of(out) is not None:
+            # An input returned as it is (or written to) is a new value of the function.
+            with _pop_mode_temporarily():
+                out = torch.ops.aten.alias.default(out)
+        fresh.append(out)
+    inert = {id(t) for t in getattr(context, "non_differentiable", None) or ()}
+    slot = tape.add_object(context)
+    static = tuple(item for item in args if not isinstance(item, torch.Tensor))
+    lowered = (Slot(slot), *tape.lower(args))
+    recorded = [out if isinstance(out, torch.Tensor) and id(out) not in inert else None for out in fresh]
+    tape.record_lowered(FunctionOp(function, static), lowered, tape.lower_kwargs(kwargs), recorded)
+    return (tuple(fresh) if isinstance(outputs, tuple) else fresh) if several else fresh[0]
+
+
+def _run_forward(original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Run the forward once, outside of the innermost tape; return the outputs and the context for ``backward``."""
+    stack = _get_current_dispatch_mode_stack()
+    for number, mode in enumerate(stack):
+        if isinstance(mode, VmapMode) and any(isinstance(m, Tape) and m.touches(_inner(args, mode)) for m in stack[:number]):
+            raise RuntimeError(
+                f"chainrule: autograd.Function {function.__name__} is differentiated both inside and outside of a vmap; "
+                "its own backward cannot be kept for the outer derivative. Move the vmap outside of all derivatives."
+            )
+    if any(isinstance(m, Tape) for m in stack):
+        outer = next(m for m in reversed(stack) if isinstance(m, Tape))
+        if outer is stack[-1] and outer.touches(args):
+            return _forward_and_record_outer(original, function, outer, args, kwargs)
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args) and not stack:
+        outputs = original(*args, **kwargs)
+        first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+        if isinstance(first, torch.Tensor) and first.grad_fn is not None:
+            return outputs, first.grad_fn
+        return outputs, FunctionContext(tuple(False for _ in args))
+    context = FunctionContext(tuple(isinstance(a, torch.Tensor) and a.dtype.is_floating_point for a in args))
+    with torch.no_grad():
+        if function.setup_context is torch.autograd.Function.setup_context:
+            return function.forward(context, *args, **kwargs), context
+        outputs = function.forward(*args, **kwargs)
+        function.setup_context(context, args, outputs)
+        return outputs, context
+
+
+def _forward_and_record_outer(
+    original: Callable[..., Any], function: Any, outer: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A tape outside of the innermost one sees the inputs too: it records the same call with the same context."""
+    with _pop_mode_temporarily():
+        outputs, context = _run_forward(original, function, args, kwargs)
+    several = isinstance(outputs, (tuple, list))
+    flat = list(outputs) if several else [outputs]
+    slot = outer.add_object(context)
+    static = tuple(item for item in args if not isinstance(item, torch.Tensor))
+    inert = {id(t) for t in getattr(context, "non_differentiable", None) or ()}
+    recorded = [out if isinstance(out, torch.Tensor) and id(out) not in inert else None for out in flat]
+    if not outer.is_blocked():
+        outer.record_lowered(
+            FunctionOp(function, static), (Slot(slot), *outer.lower(args)), outer.lower_kwargs(kwargs), recorded
+        )
+    return outputs, context
+
+
+def _inner(args: Sequence[Any], mode: VmapMode) -> list[Any]:
+    return [a.value if isinstance(a, BatchTensor) and a.mode is mode else a for a in args]
+
+
+def _batched(mode: VmapMode, args: Sequence[Any]) -> bool:
+    return any(isinstance(a, BatchTensor) and a.mode is mode and a.batched for a in args)
+
+
+def _apply_per_sample(
+    original: Callable[..., Any], function: Any, mode: VmapMode, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Under a vmap inside of a derivative: one call per sample, so that each is recorded with its own backward."""
+    with _pop_mode_temporarily():
+        outputs = []
+        for number in range(mode.size):
+            sample = [
+                (a.value[number] if a.batched else a.value) if isinstance(a, BatchTensor) and a.mode is mode else a
+                for a in args
+            ]
+            outputs.append(_apply_function(original, function, tuple(sample), kwargs))
+        several = isinstance(outputs[0], (tuple, list))
+        stacked = [torch.stack(column) for column in (zip(*outputs, strict=True) if several else [outputs])]
+    mode.fallbacks.append(f"autograd.Function {function.__name__}")
+    wrapped = [wrap_batched(Batched(value), mode) for value in stacked]
+    return tuple(wrapped) if several else wrapped[0]
+
+
+def install() -> None:
+    """Wrap torch's two entry points (once)."""
+    engine = Variable._execution_engine  # type: ignore[attr-defined]
+    if isinstance(engine, EngineBridge):
+        return
+    Variable._execution_engine = EngineBridge(engine)  # type: ignore[attr-defined]
+    plain = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    @wraps(plain)
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            return _apply_function(lambda *a, **k: plain(cls, *a, **k), cls, args, kwargs)
+        return plain(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+
+
+__all__ = ["EngineBridge", "install"]
