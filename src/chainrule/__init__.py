@@ -1,5 +1,6 @@
 """Function transforms for PyTorch that cost what the structure of the function costs."""
 
+from chainrule.explain import Explanation, explain
 from chainrule.transforms import autograd_bridge
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
 from chainrule.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
@@ -16,6 +17,8 @@ autograd_bridge.install()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
+    "explain",
     "functional_call",
     "functionalize",
     "grad",

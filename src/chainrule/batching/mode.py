@@ -64,6 +64,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
+        """Stay out of torch.compile's own tensors."""
         return True
 
     def __torch_dispatch__(

@@ -16,7 +16,7 @@ from chainrule.capture.schema import OpFacts, Policy
 class Slot(NamedTuple):
     """A recorded value standing in an op's arguments."""
 
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Record(NamedTuple):
@@ -28,6 +28,7 @@ class Record(NamedTuple):
         kwargs: keyword arguments, likewise, sorted by name.
         outputs: the slots of the outputs (``-1`` for an output that is no tensor).
         is_tuple: whether the op returned several values.
+        origin: the op that was recorded in parts, of which this is one.
     """
 
     op: Any
@@ -35,6 +36,7 @@ class Record(NamedTuple):
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[int, ...]
     is_tuple: bool
+    origin: Any = None
 
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -87,6 +89,7 @@ class Tape(TorchDispatchMode):
         self.alias = AliasTracker(self)
         self._facts = _FACTS.setdefault(policy, {})
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        self._origin: Any = None
         self._nodes_indexed = 0
         self._by_node: dict[tuple[int, int], int] = {}
 
@@ -180,8 +183,12 @@ class Tape(TorchDispatchMode):
         if facts.writes:
             return self.alias.run_write(func, facts, args, kwargs or {})
         if facts.expansion is not None and self._any_active(args, kwargs):
-            with self:
-                return facts.expansion(*args, **(kwargs or {}))
+            outer, self._origin = self._origin, self._origin or func
+            try:
+                with self:
+                    return facts.expansion(*args, **(kwargs or {}))
+            finally:
+                self._origin = outer
         out = func(*args, **kwargs) if kwargs else func(*args)
         if facts.is_view and args:
             self.alias.note_view(func, args, kwargs or {}, out)
@@ -227,11 +234,11 @@ class Tape(TorchDispatchMode):
         if isinstance(out, torch.Tensor):
             outputs: tuple[int, ...] = (self._append(out, True),)
             self.key.append((func, args, kwargs, out.shape, out.dtype))
-            self.records.append(Record(func, args, kwargs, outputs, False))
+            self.records.append(Record(func, args, kwargs, outputs, False, self._origin))
             return outputs
         outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
         self.key.append((func, args, kwargs, tuple(_meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
-        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func))))
+        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func)), self._origin))
         return outputs
 
     def record_value(
@@ -252,7 +259,7 @@ class Tape(TorchDispatchMode):
     def lower(self, args: Iterable[Any]) -> tuple[Any, ...]:
         """Replace tensors by slots, lists by tuples."""
         slots = self.slots
-        lowered = []
+        lowered: list[Any] = []
         for item in args:
             if isinstance(item, torch.Tensor):
                 slot = slots.get(id(item))

@@ -1,0 +1,1 @@
+"""Running plans: the plan cache and straight-line replay."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from chainrule.execute.accounts import Account, Ledger, current_ledger
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.staging import Program, Staged
-from chainrule.plan.planner import Request, plan
+from chainrule.plan.planner import Planned, Request, plan
 
 
 @dataclass
@@ -81,6 +82,9 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
         request: what is asked.
         seeds: the seed tensors, in the order of ``request.seeds``.
     """
+    ledger = current_ledger()
+    if ledger is not None:
+        return _execute_accounted(tape, request, seeds, ledger)
     key = _key(tape, request, seeds)
     cached = CACHE.get(key) if key is not None else None
     if cached is not None:
@@ -91,6 +95,41 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
     if key is not None:
         CACHE.put(key, CachedPlan(planned.keys, (_without_values(planned.program), [_bare(r) for r in results])))
     return values
+
+
+def _execute_accounted(
+    tape: Any, request: Request, seeds: Sequence[torch.Tensor], ledger: Ledger
+) -> dict[Any, torch.Tensor | None]:
+    """Plan anew, run, and put the account of it into the ledger."""
+    planned = plan(tape, request, seeds, compare=True)
+    results = owned(planned.program, planned.results)
+    ledger.accounts.append(_account(tape, request, planned))
+    return {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+
+
+def _account(tape: Any, request: Request, planned: Planned) -> Account:
+    slots = dict.fromkeys((*request.inputs, *request.outputs))
+    size = max((tape.values[slot].element_size() for slot in slots), default=4)
+    return Account(
+        kind=request.kind,
+        order=request.order if request.kind == "jacobian" else planned.chosen,
+        chosen=planned.chosen,
+        input_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.inputs)],
+        output_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.outputs)],
+        recorded=len(tape.records),
+        ops=[
+            {"op": str(step.op), "kind": step.kind, "family": step.family, "shapes": list(step.out_shapes)}
+            for step in planned.graph.steps
+        ],
+        alternatives=[
+            {"order": c.name, "flops": c.flops, "bytes": c.moved * size, "peak_bytes": c.peak * size, "cost": c.cost}
+            for c in planned.candidates
+        ],
+        calls=[
+            {"call": getattr(i.function, "__name__", str(i.function)), "results": len(i.outputs)}
+            for i in planned.program.instructions
+        ],
+    )
 
 
 def _key(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Any:

@@ -36,7 +36,10 @@ def owned(program: Program, results: Sequence[Staged | None]) -> list[Staged | N
         root, broadcast = _memory(staged.slot, producers)
         if root is None or root in taken or broadcast:
             copy = torch.Tensor.clone
-            staged = program.call(copy, staged, memory_format=torch.contiguous_format) if root not in taken else _again(program, staged)
+            if root in taken:
+                staged = _again(program, staged)
+            else:
+                staged = program.call(copy, staged, memory_format=torch.contiguous_format)
         else:
             taken.add(root)
         fresh.append(staged)

@@ -1,0 +1,1 @@
+"""Structured linear maps: terms over named axes, their products and sums."""

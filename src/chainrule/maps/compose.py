@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -41,7 +40,10 @@ class Workspace:
         if node is None:
             dtype, device = self.dtype, self.device
             node = self.memo[key] = leaf(
-                (size, size), lambda program: program.call(torch.eye, size, dtype=dtype, device=device), flops=size * size, label="eye"
+                (size, size),
+                lambda program: program.call(torch.eye, size, dtype=dtype, device=device),
+                flops=size * size,
+                label="eye",
             )
         return node
 
@@ -280,7 +282,7 @@ def _contract_connected(term: Term, workspace: Workspace) -> Term:
             continue
         linked = [g for g in groups if any(touched & set(f.axes) for f in g)]
         merged = [f for g in linked for f in g] + [factor]
-        groups = [g for g in groups if not any(g is l for l in linked)] + [merged]
+        groups = [g for g in groups if not any(g is other for other in linked)] + [merged]
     results = [contract(group, list(needed), workspace.memo) for group in groups]
     scale = term.scale
     return replace(term, factors=(*alone, *results), scale=scale)

@@ -34,7 +34,8 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
         def slice_affine(program: Program, value: Staged) -> Staged:
             return _slice(value, position, affine[0], affine[1], length)
 
-        return Factor(_node(("slice", id(factor.node), position, *affine, length), sizes, (factor.node,), slice_affine, memo), axes)
+        key = ("slice", id(factor.node), position, *affine, length)
+        return Factor(_node(key, sizes, (factor.node,), slice_affine, memo), axes)
 
     def index_select(program: Program, value: Staged, index: Staged) -> Staged:
         flat = torch.reshape(index, (-1,)) if index.ndim != 1 else index

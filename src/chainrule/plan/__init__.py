@@ -1,0 +1,1 @@
+"""Choosing the order in which local Jacobians are multiplied."""

@@ -79,7 +79,8 @@ def reverse(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callabl
     for output in outputs:
         shape = shapes(output)
         seed = LinearMap(shape, shape, (identity(shape),))
-        result.update({(output, slot): m for slot, m in sweep_back(graph, {output: seed}, inputs, workspace, eager=eager).items()})
+        found = sweep_back(graph, {output: seed}, inputs, workspace, eager=eager)
+        result.update({(output, slot): m for slot, m in found.items()})
     return result
 
 
@@ -113,7 +114,8 @@ def forward(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callabl
     for slot in inputs:
         shape = shapes(slot)
         seed = LinearMap(shape, shape, (identity(shape),))
-        result.update({(output, slot): m for output, m in sweep_forward(graph, {slot: seed}, outputs, workspace, eager=eager).items()})
+        found = sweep_forward(graph, {slot: seed}, outputs, workspace, eager=eager)
+        result.update({(output, slot): m for output, m in found.items()})
     return result
 
 

@@ -106,6 +106,8 @@ def _add_record(
             graph.add(edge.source, target, edge.map)
     graph.order.extend(slot for slot in record.outputs if slot in needed)
     kind = "opaque" if is_complex else rule.kind
+    if record.origin is not None and kind == "structured":
+        kind = "decomposed"
     shapes = tuple(tuple(tape.values[s].shape) for s in record.outputs if s >= 0)
     graph.steps.append(Step(record.op, kind, rule.family, record.outputs, shapes))
 

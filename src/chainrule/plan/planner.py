@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,14 +69,21 @@ def make_workspace(tape: Any, slots: Sequence[int]) -> Workspace:
     return Workspace(dtype or torch.get_default_dtype(), device)
 
 
-def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Planned:
-    """Plan a request on a finished tape and execute it once."""
+def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare: bool = False) -> Planned:
+    """Plan a request on a finished tape and execute it once.
+
+    Args:
+        tape: the tape.
+        request: what is asked.
+        seeds: the seed tensors, in the order of ``request.seeds``.
+        compare: whether to predict the cost of the other orders too when the order is pinned (for ``explain``).
+    """
     slots = (*request.inputs, *request.outputs)
     workspace = make_workspace(tape, slots)
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
     if request.kind == "jacobian":
-        return _plan_jacobian(tape, request, graph, inputs, outputs, workspace)
+        return _plan_jacobian(tape, request, graph, inputs, outputs, workspace, compare)
     return _plan_sweep(tape, request, graph, seeds, workspace)
 
 
@@ -109,10 +116,13 @@ def candidates(
 
 
 def _plan_jacobian(
-    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
+    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace,
+    compare: bool,
 ) -> Planned:
-    found = candidates(tape, request, graph, inputs, outputs, workspace)
-    best = min(found, key=lambda c: c.cost)
+    asked = replace(request, order="auto") if compare else request
+    found = candidates(tape, asked, graph, inputs, outputs, workspace)
+    allowed = found if request.order == "auto" else [c for c in found if c.name == request.order]
+    best = min(allowed, key=lambda c: c.cost)
     program = Program()
     keys = [(o, i) for o in outputs for i in inputs]
     results: list[Staged | None] = []
@@ -163,7 +173,9 @@ def _plan_sweep(
         keys = inputs
     nodes = {slot: densify(m, workspace) for slot, m in maps.items()}
     program = Program()
-    results = [None if (node := nodes.get(slot)) is None else _cast(node.force(program), tape.values[slot].dtype) for slot in keys]
+    results = [
+        None if (node := nodes.get(slot)) is None else _cast(node.force(program), tape.values[slot].dtype) for slot in keys
+    ]
     candidate = elimination.measure_nodes(request.kind, nodes)
     return Planned(program, list(keys), results, graph, "forward" if forward else "reverse", [candidate])
 

@@ -1,0 +1,1 @@
+"""One declaration per op: its local Jacobians and how it batches."""

@@ -171,7 +171,8 @@ def _linearize(call: Call) -> Iterable[Edge]:
                 continue
             action = FunctionAction(function, number, output, len(arguments))
             size = call.tensor(item).numel() + call.tensor(slot).numel()
-            yield operator_edge(call, item, _staged(action.push, item, context), _staged(action.pull, item, context), (), size, output)
+            push, pull = _staged(action.push, item, context), _staged(action.pull, item, context)
+            yield operator_edge(call, item, push, pull, (), size, output)
 
 
 def _staged(method: Any, item: Any, context: Any) -> Any:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._decomp
 from torch._ops import OpOverload
 
 aten = torch.ops.aten
 
 
 def composite(op: OpOverload) -> Callable[..., Any] | None:
-    """torch's composite implementation of an op, for ops that are nothing but a composition of others."""
+    """Torch's composite implementation of an op, for ops that are nothing but a composition of others."""
     if op._can_decompose():
         return op.decompose
     return None

@@ -54,7 +54,8 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise ValueError(
-                f"{transform}: expected every differentiated input to be a Tensor, got {type(leaf)} at flattened position {number}"
+                f"{transform}: expected every differentiated input to be a Tensor, got {type(leaf)} at flattened position "
+                f"{number}"
             )
         if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
             raise RuntimeError(

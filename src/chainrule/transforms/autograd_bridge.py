@@ -223,7 +223,7 @@ def install() -> None:
     engine = Variable._execution_engine  # type: ignore[attr-defined]
     if isinstance(engine, EngineBridge):
         return
-    Variable._execution_engine = EngineBridge(engine)  # type: ignore[attr-defined]
+    Variable._execution_engine = EngineBridge(engine)  # type: ignore[attr-defined,assignment]
     plain = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     @wraps(plain)

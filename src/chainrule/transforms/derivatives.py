@@ -208,7 +208,8 @@ def jvp(
 def _check_tangents(primals: Any, tangents: Any) -> list[torch.Tensor]:
     if not isinstance(primals, tuple):
         raise RuntimeError(
-            f"jvp(f, primals, tangents): expected primals to be a tuple, got {type(primals)}. E.g. it should be valid to call f(*primals)."
+            f"jvp(f, primals, tangents): expected primals to be a tuple, got {type(primals)}. "
+            "E.g. it should be valid to call f(*primals)."
         )
     _, spec = tree_flatten(primals)
     leaves, tangent_spec = tree_flatten(tangents)
@@ -266,7 +267,9 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         """Push tangents forward."""
         leaves, spec = tree_flatten(tangents)
         if spec != traced.in_spec:
-            raise RuntimeError(f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}")
+            raise RuntimeError(
+                f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}"
+            )
         return _push(traced, leaves)
 
     output = traced.output()

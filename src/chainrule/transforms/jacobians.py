@@ -164,10 +164,14 @@ def _jacobian_transform(
 def _check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) -> None:
     for number, leaf in enumerate(traced.in_leaves):
         if leaf.is_complex():
-            raise RuntimeError(f"{name}: Expected all inputs to be real but received complex tensor at flattened input idx: {number}")
+            raise RuntimeError(
+                f"{name}: Expected all inputs to be real but received complex tensor at flattened input idx: {number}"
+            )
     for number, leaf in enumerate(traced.out_leaves):
         if leaf.is_complex():
-            raise RuntimeError(f"{name}: Expected all outputs to be real but received complex tensor at flattened output idx: {number}")
+            raise RuntimeError(
+                f"{name}: Expected all outputs to be real but received complex tensor at flattened output idx: {number}"
+            )
         if cast == "input" and not leaf.dtype.is_floating_point:
             raise RuntimeError(f"{name}({function_name(func)}): all outputs must be floating-point Tensors, got {leaf.dtype}")
 

@@ -50,14 +50,18 @@ def functional_call(
         tensors = {}
         for number, given in enumerate(parameter_and_buffer_dicts):
             if not isinstance(given, dict):
-                raise TypeError(f"functional_call: expected all elements of the sequence to be dictionaries, element {number} is {type(given)}")
+                raise TypeError(
+                    "functional_call: expected all elements of the sequence to be dictionaries, "
+                    f"element {number} is {type(given)}"
+                )
             repeated = tensors.keys() & given.keys()
             if repeated:
                 raise ValueError(f"functional_call: {sorted(repeated)} appear in several of the given dictionaries")
             tensors.update(given)
     else:
         raise TypeError(
-            f"functional_call: expected a dictionary or a sequence of dictionaries of tensors, got {type(parameter_and_buffer_dicts)}"
+            "functional_call: expected a dictionary or a sequence of dictionaries of tensors, got "
+            f"{type(parameter_and_buffer_dicts)}"
         )
     return stateless._functional_call(module, tensors, args, kwargs, tie_weights=tie_weights, strict=strict)
 

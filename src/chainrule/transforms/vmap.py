@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, _broadcast_to_and_flatten, tree_flatte
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
+from chainrule.execute.accounts import current_ledger
 from chainrule.rules.batching_base import Batched
 
 
@@ -179,6 +180,8 @@ def _run(
         args = tree_unflatten(args, args_spec)
     with mode:
         outputs = func(*args)
+    if mode.fallbacks and (ledger := current_ledger()) is not None:
+        ledger.loops.extend(mode.fallbacks)
     if isinstance(outputs, Tensor) and isinstance(out_dims, int):
         return _unwrap(func, outputs, out_dims, mode)
     flat_outputs, spec = _flatten_outputs(func, outputs, out_dims)

@@ -1,0 +1,68 @@
+"""Accounts of executed plans, collected on request (``explain`` reads them)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Account:
+    """What one execution of a request did.
+
+    Attributes:
+        kind: ``jacobian``, ``pull`` or ``push``.
+        order: the order asked for: ``forward``, ``reverse`` or ``auto``.
+        chosen: the order taken.
+        input_shapes: shapes of what is differentiated with respect to.
+        output_shapes: shapes of what is differentiated.
+        recorded: how many ops the tape holds.
+        ops: the ops between inputs and outputs: name, kind (structured / decomposed / opaque), family, output shapes.
+        alternatives: predicted cost of every order: flops, bytes moved, peak bytes.
+        calls: the straight-line program: function names and result shapes.
+    """
+
+    kind: str
+    order: str
+    chosen: str
+    input_shapes: list[tuple[int, ...]]
+    output_shapes: list[tuple[int, ...]]
+    recorded: int
+    ops: list[dict[str, Any]] = field(default_factory=list)
+    alternatives: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Ledger:
+    """The accounts of one explained call.
+
+    Attributes:
+        accounts: one per executed request, innermost transforms first.
+        loops: ops that ``vmap`` ran by a loop over the samples.
+    """
+
+    accounts: list[Account] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+
+
+_LEDGER: ContextVar[Ledger | None] = ContextVar("chainrule_ledger", default=None)
+
+
+def current_ledger() -> Ledger | None:
+    """The ledger that is being filled in this context, if any."""
+    return _LEDGER.get()
+
+
+@contextmanager
+def collecting() -> Iterator[Ledger]:
+    """Collect accounts of everything executed inside."""
+    ledger = Ledger()
+    token = _LEDGER.set(ledger)
+    try:
+        yield ledger
+    finally:
+        _LEDGER.reset(token)

@@ -1,0 +1,134 @@
+"""``explain``: what was recorded, which order was taken and why, and what each alternative would have cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from chainrule.execute.accounts import Account, Ledger, collecting
+
+_ORDERS = {
+    "forward": "forward accumulation",
+    "reverse": "reverse accumulation",
+    "network": "one contraction of the whole network of local Jacobians",
+    "greedy": "greedy vertex elimination",
+}
+
+
+class Explanation:
+    """The account of one call of a transformed function.
+
+    ``str()`` gives readable text, :attr:`data` the same as plain dictionaries.
+
+    Attributes:
+        result: what the transformed function returned.
+        accounts: one account per executed request; those of inner transforms come first.
+        loops: names of ops that ``vmap`` ran sample by sample.
+    """
+
+    def __init__(self, result: Any, ledger: Ledger) -> None:
+        self.result = result
+        self.accounts: list[Account] = ledger.accounts
+        self.loops = list(ledger.loops)
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        """The accounts as plain dictionaries."""
+        return [asdict(account) for account in self.accounts]
+
+    @property
+    def opaque(self) -> list[str]:
+        """Names of the ops whose derivative is torch's own formula, in order of first use."""
+        names = [op["op"] for account in self.accounts for op in account.ops if op["kind"] == "opaque"]
+        return list(dict.fromkeys(names))
+
+    def __str__(self) -> str:
+        """The readable account."""
+        if not self.accounts:
+            return "nothing was differentiated: no output depends on the inputs, or the call is a plain vmap"
+        parts = [_account_text(account, number, len(self.accounts)) for number, account in enumerate(self.accounts, 1)]
+        if self.loops:
+            parts.append("run sample by sample under vmap: " + ", ".join(dict.fromkeys(self.loops)))
+        return "\n\n".join(parts)
+
+    __repr__ = __str__
+
+
+def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
+    """Return a function that runs a transformed function and explains how its derivative was computed.
+
+    Args:
+        transformed: a transformed function, as ``chainrule.jacobian(f)``, or any function that uses transforms.
+
+    Returns:
+        A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
+        (structured, decomposed, opaque), the elimination order taken and why, predicted flops, bytes moved and peak
+        bytes of each alternative, and the calls that a replay makes. Plans are made anew for it, not taken from the cache.
+
+    Example:
+        >>> import torch, chainrule
+        >>> account = chainrule.explain(chainrule.jacobian(torch.tanh))(torch.ones(3))
+        >>> account.data[0]["chosen"] in ("forward", "reverse", "network", "greedy")
+        True
+    """
+
+    def explained(*args: Any, **kwargs: Any) -> Explanation:
+        with collecting() as ledger:
+            result = transformed(*args, **kwargs)
+        return Explanation(result, ledger)
+
+    return explained
+
+
+def _account_text(account: Account, number: int, count: int) -> str:
+    title = {"jacobian": "Jacobian", "pull": "pullback (vjp)", "push": "pushforward (jvp)"}[account.kind]
+    which = f"[{number}/{count}] " if count > 1 else ""
+    shapes = ", ".join(map(str, account.output_shapes)), ", ".join(map(str, account.input_shapes))
+    lines = [f"{which}{title} of outputs {shapes[0]} with respect to inputs {shapes[1]}"]
+    lines.append(f"  tape: {account.recorded} recorded ops, {len(account.ops)} between inputs and outputs")
+    for op in account.ops:
+        lines.append(f"    {op['op']:<44} {op['kind']:<11} {op['family']:<13} {_shapes(op['shapes'])}")
+    kinds = Counter(op["kind"] for op in account.ops)
+    if kinds.get("opaque"):
+        text = "op(s) are opaque: differentiated by torch's own formula, one row at a time where needed"
+        lines.append(f"  {kinds['opaque']} {text}")
+    lines.append(f"  order: {_ORDERS.get(account.chosen, account.chosen)} ({_reason(account)})")
+    for item in sorted(account.alternatives, key=lambda a: float(a["cost"])):
+        mark = "→" if item["order"] == account.chosen else " "
+        lines.append(
+            f"    {mark} {item['order']:<8} {_number(item['flops'])}flops  {_number(item['bytes'])}B moved  "
+            f"{_number(item['peak_bytes'])}B peak"
+        )
+    names = Counter(call["call"] for call in account.calls)
+    listed = ", ".join(f"{name}×{times}" if times > 1 else name for name, times in names.items())
+    lines.append(f"  program: {len(account.calls)} calls ({listed})")
+    return "\n".join(lines)
+
+
+def _reason(account: Account) -> str:
+    if account.kind != "jacobian":
+        return "one vector is pushed or pulled through the tape"
+    if account.order != "auto":
+        return "pinned by the transform"
+    others = [a for a in account.alternatives if a["order"] != account.chosen]
+    if not others:
+        return "the only candidate"
+    mine = next(a for a in account.alternatives if a["order"] == account.chosen)
+    second = min(others, key=lambda a: float(a["cost"]))
+    if second["cost"] == mine["cost"]:
+        return f"as cheap as {second['order']}"
+    return f"predicted {second['cost'] / max(mine['cost'], 1):.2f}x cheaper than {second['order']}"
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("×".join(map(str, shape)) if shape else "scalar" for shape in shapes)
+
+
+def _number(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:6.4g} {unit}"
+        value /= 1000
+    return f"{value:6.4g} P"
