@@ -40,10 +40,17 @@ class AliasTracker:
         self.roots: dict[int, torch.Tensor] = {}
         self.families: dict[int, list[torch.Tensor]] = {}
         self.has_writes = False
+        # View calls not yet looked at: they matter only once something is written.
+        self.pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]] = []
         self._read_slots: set[int] = set()
         self._scanned = 0
 
-    def note_view(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _settle_views(self) -> None:
+        for op, args, kwargs, out in self.pending:
+            self._note_view(op, args, kwargs or {}, out)
+        self.pending.clear()
+
+    def _note_view(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember that ``out`` is a view of the first argument."""
         parent = args[0]
         if isinstance(out, torch.Tensor):
@@ -66,6 +73,7 @@ class AliasTracker:
         slot = self.tape.slots.get(id(tensor))
         if slot is not None:
             return slot
+        self._settle_views()
         link = self.links.get(id(tensor))
         if link is None:
             return None
@@ -80,6 +88,7 @@ class AliasTracker:
     def run_write(self, op: OpOverload, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Execute an op that writes to its arguments and record what it did as new values."""
         tape = self.tape
+        self._settle_views()
         written = self._written(facts, args, kwargs)
         known = any(id(t) in tape.slots or id(t) in self.links or id(t) in self.families for t in written)
         inputs = args

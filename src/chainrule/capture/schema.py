@@ -36,10 +36,13 @@ class OpFacts:
         special: whether anything but "run it and record it" has to happen.
     """
 
-    __slots__ = ("argument_names", "expansion", "functional", "inactive", "is_out", "is_view", "special", "writes")
+    __slots__ = ("argument_names", "call", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special", "writes")
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
         schema = op._schema
+        self.op = op
+        # The op without the Python layer of OpOverload.__call__.
+        self.call = op._op
         self.argument_names = tuple(a.name for a in schema.arguments)
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         self.is_out = any(a.is_out for a in schema.arguments)

@@ -40,7 +40,16 @@ class Record(NamedTuple):
 
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
-_FACTS: dict[Any, dict[OpOverload, OpFacts]] = {}
+#: Per policy, by the identity of the overload (its own hash is slow); the facts keep the overload alive.
+_FACTS: dict[Any, dict[int, OpFacts]] = {}
+#: Slots are made once: they stand in every record.
+_SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
+
+
+def slot_object(number: int) -> Slot:
+    """The slot of a number."""
+    return _SLOTS[number] if number < 4096 else Slot(number)
+
 
 
 def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -95,9 +104,9 @@ class Tape(TorchDispatchMode):
 
     def facts(self, op: OpOverload) -> OpFacts:
         """What is known of ``op`` under this tape's policy."""
-        facts = self._facts.get(op)
+        facts = self._facts.get(id(op))
         if facts is None:
-            facts = self._facts[op] = OpFacts(op, self.policy)
+            facts = self._facts[id(op)] = OpFacts(op, self.policy)
         return facts
 
     def add_input(self, tensor: torch.Tensor) -> int:
@@ -174,11 +183,11 @@ class Tape(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one op and record it."""
-        facts = self._facts.get(func) or self.facts(func)
+        facts = self._facts.get(id(func)) or self.facts(func)
         if not facts.special:
-            out = func(*args, **kwargs) if kwargs else func(*args)
-            if not (self.respect_no_grad and not torch.is_grad_enabled()):
-                self._record(func, args, kwargs, out)
+            out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+            if not self.respect_no_grad or torch.is_grad_enabled():
+                self._record(facts, args, kwargs, out)
             return out
         if facts.writes:
             return self.alias.run_write(func, facts, args, kwargs or {})
@@ -189,11 +198,11 @@ class Tape(TorchDispatchMode):
                     return facts.expansion(*args, **(kwargs or {}))
             finally:
                 self._origin = outer
-        out = func(*args, **kwargs) if kwargs else func(*args)
+        out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
         if facts.is_view and args:
-            self.alias.note_view(func, args, kwargs or {}, out)
+            self.alias.pending.append((func, args, kwargs, out))
         if not facts.inactive and not self.is_blocked():
-            self._record(func, args, kwargs, out)
+            self._record(facts, args, kwargs, out)
         return out
 
     def _any_active(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
@@ -220,26 +229,61 @@ class Tape(TorchDispatchMode):
                 return True
         return False
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
-        if not self._any_active(args, kwargs):
-            return
+    def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Record an op that ran, if an argument is active and an output differentiable."""
+        slots, active = self.slots, self.active
+        touched = False
+        lowered: list[Any] = []
+        for item in args:
+            kind = item.__class__
+            if kind in _PLAIN:
+                lowered.append(item)
+            elif isinstance(item, torch.Tensor):
+                slot = slots.get(id(item))
+                if slot is None:
+                    break
+                touched = touched or active[slot]
+                lowered.append(_SLOTS[slot] if slot < 4096 else Slot(slot))
+            elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
+                lowered.append(tuple(item))
+            else:
+                break
+        else:
+            if not kwargs:
+                if touched:
+                    self._append_record(facts, tuple(lowered), (), out)
+                return
+        if self._any_active(args, kwargs):
+            self._append_record(facts, self.lower(args), self.lower_kwargs(kwargs), out)
+
+    def _append_record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> None:
         if isinstance(out, torch.Tensor):
-            if _differentiable(out):
-                self.record_lowered(func, self.lower(args), self.lower_kwargs(kwargs), out)
+            dtype = out.dtype
+            if not (dtype.is_floating_point or dtype.is_complex):
+                return
+            slot = len(self.values)
+            self.values.append(out)
+            self.active.append(True)
+            self.slots[id(out)] = slot
+            self.key.append((facts, args, kwargs, out.shape, dtype))
+            self.records.append(Record(facts.op, args, kwargs, (slot,), False, self._origin))
         elif isinstance(out, (list, tuple)) and any(_differentiable(o) for o in out):
-            self.record_lowered(func, self.lower(args), self.lower_kwargs(kwargs), out)
+            self.record_lowered(facts.op, args, kwargs, out)
 
     def record_lowered(self, func: Any, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> tuple[int, ...]:
         """Append a record whose arguments are lowered already; the outputs get new slots."""
         if isinstance(out, torch.Tensor):
             outputs: tuple[int, ...] = (self._append(out, True),)
-            self.key.append((func, args, kwargs, out.shape, out.dtype))
+            self.key.append((self._key_of(func), args, kwargs, out.shape, out.dtype))
             self.records.append(Record(func, args, kwargs, outputs, False, self._origin))
             return outputs
         outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
-        self.key.append((func, args, kwargs, tuple(_meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
+        self.key.append((self._key_of(func), args, kwargs, tuple(_meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
         self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func)), self._origin))
         return outputs
+
+    def _key_of(self, func: Any) -> Any:
+        return self.facts(func) if isinstance(func, OpOverload) else func
 
     def record_value(
         self, func: Any, slots: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
@@ -263,7 +307,7 @@ class Tape(TorchDispatchMode):
         for item in args:
             if isinstance(item, torch.Tensor):
                 slot = slots.get(id(item))
-                lowered.append(Slot(self._slot_or_constant(item) if slot is None else slot))
+                lowered.append(slot_object(self._slot_or_constant(item) if slot is None else slot))
             elif type(item) in _PLAIN:
                 lowered.append(item)
             elif isinstance(item, (list, tuple)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ class CachedPlan:
     keys: list[Any]
     recorded: tuple[Program, list[Staged | None]] | None
     runner: Runner | None = None
+    used: bool = False
 
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on other values of the same signature."""
@@ -39,27 +39,30 @@ class CachedPlan:
 
 
 class PlanCache:
-    """A bounded cache, least recently used first out; safe to use from several threads."""
+    """A bounded cache; a plan that was used since it was last looked at survives (second chance). Thread-safe."""
 
     def __init__(self, limit: int = 512) -> None:
         self.limit = limit
-        self._plans: OrderedDict[Any, CachedPlan] = OrderedDict()
+        self._plans: dict[Any, CachedPlan] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Any) -> CachedPlan | None:
         """The plan for a key, if it is there."""
-        with self._lock:
-            found = self._plans.get(key)
-            if found is not None:
-                self._plans.move_to_end(key)
-            return found
+        found = self._plans.get(key)
+        if found is not None:
+            found.used = True
+        return found
 
     def put(self, key: Any, value: CachedPlan) -> None:
-        """Keep a plan, dropping the least recently used one when there are too many."""
+        """Keep a plan, dropping the oldest unused ones when there are too many."""
         with self._lock:
             self._plans[key] = value
             while len(self._plans) > self.limit:
-                self._plans.popitem(last=False)
+                oldest = next(iter(self._plans))
+                plan = self._plans.pop(oldest)
+                if plan.used:
+                    plan.used = False
+                    self._plans[oldest] = plan
 
     def __len__(self) -> int:
         """The number of plans kept."""
@@ -86,7 +89,10 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
     if ledger is not None:
         return _execute_accounted(tape, request, seeds, ledger)
     key = _key(tape, request, seeds)
-    cached = CACHE.get(key) if key is not None else None
+    try:
+        cached = CACHE.get(key)
+    except TypeError:  # an unhashable static argument: such a plan is not kept
+        key = cached = None
     if cached is not None:
         return cached.run(tape.values, seeds)
     planned = plan(tape, request, seeds)
@@ -133,12 +139,20 @@ def _account(tape: Any, request: Request, planned: Planned) -> Account:
 
 
 def _key(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Any:
-    key = (tape.signature(request), tuple((seed.shape, seed.dtype) for seed in seeds))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return _Key((tape.signature(request), tuple((seed.shape, seed.dtype) for seed in seeds)))
+
+
+class _Key(tuple[Any, ...]):
+    """A key that is hashed once."""
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        """The hash of the tuple, kept."""
+        found = self._hash
+        if found is None:
+            found = self._hash = tuple.__hash__(self)
+        return found
 
 
 def _bare(staged: Staged | None) -> Staged | None:
