@@ -98,15 +98,17 @@ class AliasTracker:
             kwargs_in = kwargs
         touched = tape.touches(inputs) or tape.touches(kwargs_in.values())
         if not touched and not known:
-            return op(*args, **kwargs)
+            return tape.outside(op, *args, **kwargs)
         constant = tape.is_blocked() or not touched or tape.facts(facts.functional).inactive if facts.functional else True
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
         lowered = None if constant else (tape.lower(inputs), tape.lower_kwargs(kwargs_in))
+        if lowered is not None and facts.functional is not None and tape.policy.reads_values(facts.functional):
+            _collect_slots(lowered[0], self._read_slots)
         shapes = [tensor.shape for tensor in written]
         for tensor in written:
             self._save_old(tensor)
-        result = op(*args, **kwargs)
+        result = tape.outside(op, *args, **kwargs)
         self.has_writes = True
         if constant:
             for tensor in written:

@@ -33,10 +33,11 @@ class OpFacts:
         argument_names: the positional argument names, in order.
         inactive: whether the outputs are constants for differentiation.
         expansion: the composite form that is recorded instead of the op, or None.
+        composite: whether torch defines the op as a composition of others.
         special: whether anything but "run it and record it" has to happen.
     """
 
-    __slots__ = ("argument_names", "call", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special", "writes")
+    __slots__ = ("argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special", "writes")
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
         schema = op._schema
@@ -50,7 +51,8 @@ class OpFacts:
         self.functional = functional_twin(op) if self.writes else None
         self.inactive = not self.writes and policy.is_inactive(op)
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
-        self.special = bool(self.writes) or self.is_view or self.inactive or self.expansion is not None
+        self.composite = op._can_decompose() and not self.writes
+        self.special = self.composite or bool(self.writes) or self.is_view or self.inactive or self.expansion is not None
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

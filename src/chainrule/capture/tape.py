@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -174,10 +175,31 @@ class Tape(TorchDispatchMode):
         """Whether what runs now is a constant by ``torch.no_grad()``."""
         return self.respect_no_grad and not torch.is_grad_enabled()
 
-    def outside(self, function: Callable[..., Any], *args: Any) -> Any:
+    def outside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` as if from outside the handler: with autograd, and without this tape recording it."""
         with torch._C._ForceDispatchKeyGuard(*self._outside):
-            return function(*args)
+            return function(*args, **kwargs)
+
+    def joins(self, args: Iterable[Any]) -> bool:
+        """Whether torch's own autograd has to see a call, because a tensor among ``args`` requires grad.
+
+        The function runs with autograd switched off, so that ops arrive whole and cheaply; it is switched on for just
+        the calls that need it.
+        """
+        for item in args:
+            if isinstance(item, torch.Tensor):
+                if item.requires_grad:
+                    return torch.is_grad_enabled()
+            elif (item.__class__ is list or item.__class__ is tuple) and item and item[0].__class__ is not int:
+                if self.joins(item):
+                    return True
+        return False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside."""
+        with torch._C._AutoDispatchBelowADInplaceOrView(), self:
+            yield
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,7 +207,10 @@ class Tape(TorchDispatchMode):
         """Run one op and record it."""
         facts = self._facts.get(id(func)) or self.facts(func)
         if not facts.special:
-            out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+            if self.joins(args):
+                out = self.outside(func, *args, **kwargs) if kwargs else self.outside(func, *args)
+            else:
+                out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
             if not self.respect_no_grad or torch.is_grad_enabled():
                 self._record(facts, args, kwargs, out)
             return out
@@ -198,7 +223,10 @@ class Tape(TorchDispatchMode):
                     return facts.expansion(*args, **(kwargs or {}))
             finally:
                 self._origin = outer
-        out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+        if facts.composite and self.joins(args):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        out = self.outside(func, *args, **(kwargs or {}))  if facts.is_view or self.joins(args) else facts.call(*args, **(kwargs or {}))
         if facts.is_view and args:
             self.alias.pending.append((func, args, kwargs, out))
         if not facts.inactive and not self.is_blocked():

@@ -27,7 +27,19 @@ def _added(equation: str) -> Rule:
     return Rule("contraction", linearize)
 
 
+def _linear(call: Call) -> Iterable[Edge]:
+    """``input @ weight.T + bias`` with any number of leading dimensions."""
+    item, weight, bias = call.args[0], call.args[1], call.args[2] if len(call.args) > 2 else None
+    letters = "abcdefghij"[: len(call.shape(item)) - 1]
+    vector = len(call.shape(weight)) == 1
+    out = letters if vector else letters + "o"
+    yield from contraction_edges(call, f"{letters}k,{'k' if vector else 'ok'}->{out}", (0, 1))
+    if bias is not None and call.is_active(bias):
+        yield single(call, bias, [diagonal_term(call.shape(bias), new_axes(call.out_shape))])
+
+
 RULES: dict[Any, Rule] = {
+    aten.linear.default: Rule("contraction", _linear),
     aten.mm.default: contraction("ik,kj->ij", (0, 1)),
     aten.bmm.default: contraction("bik,bkj->bij", (0, 1)),
     aten.mv.default: contraction("ik,k->i", (0, 1)),

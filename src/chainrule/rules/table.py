@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from chainrule.rules import constants, custom_function, elementwise, products, reductions, views
+from chainrule.rules import constants, custom_function, elementwise, moves, products, reductions, selections, views
 from chainrule.rules.base import Rule
 from chainrule.rules.decompositions import DECOMPOSITIONS, composite
 from chainrule.rules.opaque import opaque_rule
@@ -29,6 +29,8 @@ def _merged(tables: Iterable[Mapping[Any, Rule]]) -> dict[Any, Rule]:
 FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     elementwise.RULES,
     views.RULES,
+    moves.RULES,
+    selections.RULES,
     products.RULES,
     reductions.RULES,
 )

@@ -86,7 +86,7 @@ def trace(
         called = list(args)
         for number, value in zip(argnums, tree_unflatten(aliases, in_spec), strict=True):
             called[number] = value
-        with tape:
+        with tape.recording():
             output = function(*called, **kwargs)
     aux = None
     if has_aux:

@@ -1,0 +1,304 @@
+"""Agreement, times and peak memory of a workload's expressions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.benchmark import Timer
+
+import chainrule
+from benchmarks.workload import Expression, Workload
+
+COMPILE = getattr(chainrule, "compile", None)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        threads: threads of one operation, for every library.
+        rounds: how often the expressions are timed in turn; the median over all rounds counts.
+        seconds: least time spent on an expression in one round.
+        compiled: whether ``torch.compile`` of the peers is timed.
+        jax: the ``jax`` module, or None.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    rounds: int = 5
+    seconds: float = 0.1
+    compiled: bool = True
+    jax: Any = None
+
+
+@dataclass
+class Row:
+    """What was measured of a workload; times in seconds, memory in bytes.
+
+    Attributes:
+        key: the workload's key.
+        title: its title.
+        times: time of the fastest expression by column: eager, compiled, peer, peer_compiled, jax, hand, write.
+        names: which expression was the fastest, by column.
+        all_times: time of every expression, by column and name.
+        first_call: time of the first call of ours in a process where its plan is not known yet.
+        memory: peak of what the call allocates, by column, the result included.
+        ratios: the ratios of interest: peer_eager, eager_hand, best_compiled.
+        targets: the ratios to reach, by the same names.
+        problems: what could not be run, and why.
+    """
+
+    key: str
+    title: str
+    times: dict[str, float] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    all_times: dict[str, dict[str, float]] = field(default_factory=dict)
+    first_call: float = math.nan
+    memory: dict[str, int] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class Disagreement(AssertionError):
+    """Two expressions of a workload gave different results."""
+
+
+def check_agreement(workload: Workload, device: str, jax: Any = None) -> float:
+    """Compare every expression with the first peer in float64.
+
+    Returns:
+        The largest difference, relative to the largest entry.
+
+    Raises:
+        Disagreement: if one is off by more than the workload's tolerance.
+    """
+    inputs = workload.tensors(torch.float64, device)
+    expressions = {f"torch.func {name}": made for name, made in workload.peers.items()}
+    expressions |= {f"chainrule {name}": made for name, made in workload.ours.items()}
+    if workload.hand is not None:
+        expressions["hand"] = workload.hand
+    reference: list[torch.Tensor] = []
+    worst = 0.0
+    for name, expression in expressions.items():
+        # Twice: the first call plans, the second replays the plan.
+        for _ in range(2 if name.startswith("chainrule") else 1):
+            result = [leaf.detach() for leaf in tree_leaves(expression(*inputs))]
+            reference = reference or result
+            worst = max(worst, _compare(workload, name, result, reference))
+    if jax is not None and workload.jax is not None:
+        arrays = [jax.numpy.asarray(t.cpu().numpy()) for t in workload.tensors(torch.float32, "cpu")]
+        single = [leaf.float() for leaf in reference]
+        for name, expression in workload.jax(jax).items():
+            result = [torch.tensor(leaf.tolist()) for leaf in tree_leaves(expression(*arrays))] if _small(reference) else single
+            _compare(workload, f"jax {name}", result, [s.cpu() for s in single], 1e-3)
+    return worst
+
+
+def _small(reference: list[torch.Tensor]) -> bool:
+    return sum(leaf.numel() for leaf in reference) <= 200_000
+
+
+def _compare(
+    workload: Workload, name: str, result: list[torch.Tensor], reference: list[torch.Tensor], tolerance: float | None = None
+) -> float:
+    tolerance = workload.tolerance if tolerance is None else tolerance
+    if len(result) != len(reference):
+        raise Disagreement(f"{workload.key}: {name} returns {len(result)} tensors, expected {len(reference)}")
+    worst = 0.0
+    for got, expected in zip(result, reference, strict=True):
+        if got.shape != expected.shape:
+            raise Disagreement(f"{workload.key}: {name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+        if not expected.numel():
+            continue
+        scale = max(expected.abs().max().item(), 1e-300)
+        error = (got.to(expected.device) - expected).abs().max().item() / scale
+        if not error <= tolerance:
+            raise Disagreement(f"{workload.key}: {name} is off by {error:.2e} of the largest entry (tolerance {tolerance:.0e})")
+        worst = max(worst, error)
+    return worst
+
+
+def measure(workload: Workload, options: Options) -> Row:
+    """Check that all expressions agree, then time them in turn."""
+    row = Row(workload.key, workload.title, targets=_targets(workload))
+    check_agreement(workload, options.device, options.jax)
+    inputs = workload.tensors(workload.dtype, options.device)
+    torch.set_num_threads(options.threads)
+    row.first_call = _first_call(next(iter(workload.ours.values())), inputs, options)
+    columns = _columns(workload, inputs, options, row)
+    times = _interleaved(columns, options)
+    for column, by_name in times.items():
+        if by_name:
+            row.all_times[column] = by_name
+            row.names[column] = min(by_name, key=by_name.__getitem__)
+            row.times[column] = min(by_name.values())
+    for column in ("eager", "peer", "hand"):
+        if column in row.names:
+            expression, arguments = columns[column][row.names[column]]
+            row.memory[column] = peak_memory(expression, arguments, options.device)
+    row.ratios = _ratios(row.times)
+    return row
+
+
+def _targets(workload: Workload) -> dict[str, float]:
+    found = vars(workload.targets)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _ratios(times: Mapping[str, float]) -> dict[str, float]:
+    ratios = {}
+    if "peer" in times:
+        ratios["peer_eager"] = times["peer"] / times["eager"]
+    if "hand" in times:
+        ratios["eager_hand"] = times["eager"] / times["hand"]
+    peers = [times[name] for name in ("peer", "peer_compiled", "jax") if name in times]
+    if "compiled" in times and peers:
+        ratios["best_compiled"] = min(peers) / times["compiled"]
+    return ratios
+
+
+Runnable = tuple[Expression, tuple[Any, ...]]
+
+
+def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Options, row: Row) -> dict[str, dict[str, Runnable]]:
+    columns: dict[str, dict[str, Runnable]] = {
+        "eager": {name: (made, inputs) for name, made in workload.ours.items()},
+        "peer": {name: (made, inputs) for name, made in workload.peers.items()},
+        "hand": {} if workload.hand is None else {"formula": (workload.hand, inputs)},
+        "write": {},
+        "compiled": {},
+        "peer_compiled": {},
+        "jax": {},
+    }
+    result = next(iter(workload.ours.values()))(*inputs)
+    columns["write"]["clone"] = (lambda: tree_map(torch.clone, result), ())
+    if options.compiled:
+        if COMPILE is not None:
+            columns["compiled"] = _compiled(COMPILE, workload.ours, inputs, row, "chainrule.compile")
+        columns["peer_compiled"] = _compiled(torch.compile, _fast(workload.peers, inputs, options), inputs, row, "torch.compile")
+    if options.jax is not None and workload.jax is not None:
+        columns["jax"] = _jitted(workload, options, row)
+    return columns
+
+
+def _fast(expressions: Mapping[str, Expression], inputs: tuple[torch.Tensor, ...], options: Options) -> dict[str, Expression]:
+    """Those worth compiling: at most three times slower than the fastest."""
+    times = {name: _time((made, inputs), options, 0.02) for name, made in expressions.items()}
+    best = min(times.values())
+    return {name: expressions[name] for name, spent in times.items() if spent <= 3 * best}
+
+
+def _compiled(
+    compiler: Expression, expressions: Mapping[str, Expression], inputs: tuple[torch.Tensor, ...], row: Row, label: str
+) -> dict[str, Runnable]:
+    found: dict[str, Runnable] = {}
+    for name, expression in expressions.items():
+        try:
+            made = compiler(expression)
+            made(*inputs)
+            made(*inputs)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            row.problems.append(f"{label}({name}): {type(error).__name__}: {reason[:160]}")
+        else:
+            found[name] = (made, inputs)
+    return found
+
+
+def _jitted(workload: Workload, options: Options, row: Row) -> dict[str, Runnable]:
+    jax = options.jax
+    assert workload.jax is not None
+    arrays = tuple(jax.numpy.asarray(t.cpu().numpy()) for t in workload.tensors(workload.dtype, "cpu"))
+    found: dict[str, Runnable] = {}
+    for name, expression in workload.jax(jax).items():
+        try:
+            jitted = jax.jit(expression)
+            jax.block_until_ready(jitted(*arrays))
+        except Exception as error:
+            row.problems.append(f"jax.jit({name}): {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        else:
+            found[name] = (_blocking(jitted, jax.block_until_ready), arrays)
+    return found
+
+
+def _blocking(function: Expression, wait: Expression) -> Expression:
+    def run(*args: Any) -> Any:
+        return wait(function(*args))
+
+    return run
+
+
+def _first_call(expression: Expression, inputs: tuple[torch.Tensor, ...], options: Options) -> float:
+    """The plan for these shapes and dtypes is not known yet (agreement ran in another dtype)."""
+    _synchronize(options.device)
+    start = time.perf_counter()
+    expression(*inputs)
+    _synchronize(options.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _time(runnable: Runnable, options: Options, seconds: float) -> float:
+    expression, arguments = runnable
+    expression(*arguments)
+    timer = Timer("f(*a)", globals={"f": expression, "a": arguments}, num_threads=options.threads)
+    return timer.blocked_autorange(min_run_time=seconds).median
+
+
+def _interleaved(columns: Mapping[str, Mapping[str, Runnable]], options: Options) -> dict[str, dict[str, float]]:
+    """Every expression once per round, one after another; the median over the rounds.
+
+    From the second round on, only expressions within twice the fastest of their column are timed again.
+    """
+    samples: dict[tuple[str, str], list[float]] = {}
+    for number in range(options.rounds):
+        for column, expressions in columns.items():
+            fastest = min((statistics.median(s) for (c, _), s in samples.items() if c == column), default=math.inf)
+            for name, runnable in expressions.items():
+                if number and statistics.median(samples[column, name]) > 2 * fastest:
+                    continue
+                samples.setdefault((column, name), []).append(_time(runnable, options, options.seconds))
+    return {
+        column: {name: statistics.median(samples[column, name]) for name in expressions}
+        for column, expressions in columns.items()
+    }
+
+
+def peak_memory(expression: Expression, arguments: tuple[Any, ...], device: str) -> int:
+    """The most that one call holds at once, over what was held before, its result included.
+
+    On a GPU by the caching allocator's statistics; on a CPU as the peak of the running sum of the allocator's events,
+    as ``torch.profiler`` records them.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = expression(*arguments)
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = expression(*arguments)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del result
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
