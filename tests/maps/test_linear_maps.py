@@ -66,7 +66,7 @@ def brute(term, out_shape, in_shape):
         if all(index[tuple(point[s] for s in sources)] == point[target] for index, sources, target in relations):
             entry = term.scale * math.prod(values[tuple(point[a] for a in own)] for values, own in factors)
             result[flat(term.out_dims, point), flat(term.in_dims, point)] += entry
-    return result.reshape(*out_shape, *in_shape)
+    return result.reshape((*out_shape, *in_shape))
 
 
 def brute_map(linear_map):
@@ -94,7 +94,7 @@ def as_matrix(array, out_shape, in_shape):
 
 def composed(left, right, one, two):
     product = as_matrix(one, left.out_shape, left.in_shape) @ as_matrix(two, right.out_shape, right.in_shape)
-    return product.reshape(*left.out_shape, *right.in_shape)
+    return product.reshape((*left.out_shape, *right.in_shape))
 
 
 # Random networks.
@@ -195,7 +195,7 @@ def test_many_terms_are_merged(data):
 def test_transpose(data):
     linear_map = data.draw(maps(data.draw(shapes()), data.draw(shapes()), 2))
     expected = as_matrix(brute_map(linear_map), linear_map.out_shape, linear_map.in_shape).T
-    check(linear_map.transpose(), expected.reshape(*linear_map.in_shape, *linear_map.out_shape))
+    check(linear_map.transpose(), expected.reshape((*linear_map.in_shape, *linear_map.out_shape)))
 
 
 @SETTINGS
@@ -217,7 +217,7 @@ def test_compose_three(data, eager):
     half = compose(two, three, workspace, eager=eager)
     joined = compose(one, half, workspace, eager=eager)
     expected = as_matrix(composed(two, three, brute_map(two), brute_map(three)), b, d)
-    expected = (as_matrix(brute_map(one), a, b) @ expected).reshape(*a, *d)
+    expected = (as_matrix(brute_map(one), a, b) @ expected).reshape((*a, *d))
     check(joined, expected, workspace)
 
 
@@ -247,10 +247,10 @@ def test_apply_to_one_and_many(data, forward, rows):
     columns = seed.reshape(-1, math.prod(shape)).T
     if forward:
         joined = compose(linear_map, tangents, workspace, eager=True)
-        check(joined, (matrix @ columns).reshape(*linear_map.out_shape, *rows), workspace)
+        check(joined, (matrix @ columns).reshape((*linear_map.out_shape, *rows)), workspace)
     else:
         joined = compose(tangents.transpose(), linear_map, workspace, eager=True)
-        check(joined, (columns.T @ matrix).reshape(*rows, *linear_map.in_shape), workspace)
+        check(joined, (columns.T @ matrix).reshape((*rows, *linear_map.in_shape)), workspace)
 
 
 @SETTINGS
@@ -315,7 +315,7 @@ def test_reshapes_split_and_merge_axes(one, two, eager):
     middle = LinearMap(two, two, (Term(dims_of(axes), dims_of(axes), (Factor(dense_node(diagonal), axes),)),))
     check(there, numpy.eye(math.prod(one)).reshape(*two, *one), workspace)
     through = compose(back, compose(middle, there, workspace, eager=eager), workspace, eager=eager)
-    check(through, numpy.diag(diagonal.reshape(-1)).reshape(*one, *one), workspace)
+    check(through, numpy.diag(diagonal.reshape(-1)).reshape((*one, *one)), workspace)
 
 
 def test_a_diagonal_stays_diagonal():
@@ -359,7 +359,8 @@ def test_zero_size(shape):
 def test_dtype_is_the_workspace_s(dtype):
     workspace = Workspace(dtype, CPU)
     part = LinearMap((2,), (5,), (slice_term((5,), 0, 1, 2, 2, CPU),))
-    masked = LinearMap((5,), (2,), (Term(*(dims_of(a) for a in (out := new_axes((5,)), new_axes((2,)))), (), (
-        OneHot(index_node([[0, -1], [1, 1], [-1, 2], [4, 0], [3, 3]]), (out[0], Axis(2)), Axis(5), True),)),))
+    out, inner = Axis(5), Axis(2)
+    relation = OneHot(index_node([[0, -1], [1, 1], [-1, 2], [4, 0], [3, 3]]), (out, inner), Axis(5), True)
+    masked = LinearMap((5,), (2,), (Term(((out,),), ((inner,),), (), (relation,)),))
     for linear_map in (part, part.transpose(), masked, compose(part, masked, workspace, eager=True)):
         assert densify(linear_map, workspace).force(Program()).value.dtype == dtype

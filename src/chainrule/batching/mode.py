@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,6 +129,18 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return self._wrap(result)
             return self._fall_back(entry, func, args, kwargs, inner, named)
         return self._run(entry, func, args, kwargs, inner, named, batched)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Run this level inside of modes that were pushed after it was made: they then see its inner ops."""
+        before = self._include, self._exclude
+        self._include = torch._C._dispatch_tls_local_include_set()
+        self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
+        try:
+            with self:
+                yield
+        finally:
+            self._include, self._exclude = before
 
     def _unwrap(self, arg: Any) -> Any:
         if arg.__class__ is BatchTensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from chainrule.execute.accounts import Account, Ledger, current_ledger
+from chainrule.execute.batched import record_batched, sole_vmap, stored, stored_key, wrap
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.planner import Planned, Request, plan
@@ -28,14 +29,45 @@ class CachedPlan:
     recorded: tuple[Program, list[Staged | None]] | None
     runner: Runner | None = None
     used: bool = False
+    needs: list[Any] = field(default_factory=list)
+    batched: dict[Any, tuple[Runner | None, list[bool]]] = field(default_factory=dict)
 
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on other values of the same signature."""
         if self.runner is None:
             assert self.recorded is not None
             self.runner = compile_program(*self.recorded)
+            self.needs = list(self.recorded[0].inputs)
             self.recorded = None
+        if torch._C._len_torch_dispatch_stack() == 1:
+            given = [values[key] if isinstance(key, int) else seeds[key[1]] for key in self.needs]
+            mode = sole_vmap(given)
+            if mode is not None:
+                return dict(zip(self.keys, self._run_batched(values, seeds, given, mode), strict=True))
         return dict(zip(self.keys, self.runner(values, seeds), strict=True))
+
+    def _run_batched(self, values: Sequence[Any], seeds: Sequence[Any], given: list[Any], mode: Any) -> Sequence[Any]:
+        """Replay on stored tensors under the one vmap that is active; record that form the first time."""
+        assert self.runner is not None
+        key = stored_key(mode, given)
+        found = self.batched.get(key)
+        runner = self.runner
+        tensors = stored(given)
+        if found is None:
+            if len({id(t) for t in tensors}) < len(tensors):
+                return runner(values, seeds)
+            outcome = record_batched(lambda: runner(values, seeds), mode, tensors)
+            assert outcome is not None
+            results, program, staged, flags = outcome
+            if len(self.batched) < 64:
+                self.batched[key] = (compile_program(program, staged), flags) if staged else (None, [])
+            return results
+        batched_runner, flags = found
+        if batched_runner is None:
+            return runner(values, seeds)
+        with torch._C._DisableTorchDispatch():
+            results = batched_runner(tensors, ())
+        return wrap(results, flags, mode)
 
 
 class PlanCache:

@@ -75,7 +75,7 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
     Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``.
     """
     wanted = [None if staged is None else staged.slot for staged in results]
-    kept = _needed(program, [slot for slot in wanted if slot is not None])
+    kept = list(program.instructions) if program.writes else _needed(program, [s for s in wanted if s is not None])
     namespace: dict[str, Any] = {}
     lines = ["def run(tape, seeds):"]
     used = {slot for instruction in kept for slot in _refs((instruction.args, tuple(instruction.kwargs.values())))}
@@ -114,7 +114,8 @@ def _line(instruction: Instruction, namespace: dict[str, Any], names: dict[int, 
     targets = ", ".join(f"v{slot}" for slot in instruction.outputs)
     if instruction.is_tuple and len(instruction.outputs) == 1:
         targets += ","
-    return f"{targets} = {name}({', '.join(parts)})"
+    call = f"{name}({', '.join(parts)})"
+    return f"{targets} = {call}" if targets else call
 
 
 def _expression(item: Any, namespace: dict[str, Any]) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from chainrule.maps.contract import contract
+from chainrule.maps.coincidence import coincide
+from chainrule.maps.contract import contract, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
-from chainrule.maps.onehots import Memo, dense_relation, gather, mask_factor, scatter
-from chainrule.maps.staging import Program
+from chainrule.maps.onehots import Memo, gather, mask_factor, scatter
+from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup
 
 
@@ -63,7 +65,8 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
         left.onehots + right.onehots,
         left.scale * right.scale,
     ).rename(mapping)
-    return push_onehots(merged, workspace)
+    between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
+    return push_onehots(_keep_count(merged, tuple(between)), workspace)
 
 
 def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]) -> dict[Axis, Axis]:
@@ -124,41 +127,47 @@ def _bridge(left: Term, position: int, wanted: tuple[Axis, ...], workspace: Work
 
 
 def push_onehots(term: Term, workspace: Workspace) -> Term:
-    """Gather every dense factor (and every further relation) that carries a target, and drop relations that are done."""
-    if not term.onehots:
-        return term
-    outer = term.outer_axes()
-    changed = True
-    while changed:
-        changed = False
-        for onehot in term.onehots:
-            target = onehot.target
-            others = [h for h in term.onehots if h is not onehot]
-            if any(h.target is target for h in others):
-                if target in outer:
-                    continue  # two relations on one outer axis: settled when the term is made dense
-                dense = dense_relation(onehot, workspace.dtype, workspace.memo)
-                term = replace(term, factors=(*term.factors, dense), onehots=tuple(others))
-                changed = True
-                break
-            factors = tuple(
-                gather(f, onehot, workspace.memo) if target in f.axes and f.node.numel else f for f in term.factors
-            )
-            chained = any(target in h.sources for h in others)
-            if chained:
-                others = [_chain(h, onehot, workspace) if target in h.sources else h for h in others]
-            if target not in outer:
-                if onehot.partial:
-                    factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
-                term = replace(term, factors=factors, onehots=tuple(others))
-                changed = True
-                break
-            if chained or factors != term.factors:
-                term = replace(term, factors=factors, onehots=(*others, onehot))
-                changed = chained or any(a.node is not b.node for a, b in zip(factors, term.factors, strict=False))
-                if chained:
-                    break
+    """Gather every dense factor (and every further relation) that carries a target, and drop relations that are done.
+
+    Afterwards each target is an outer axis, is tied by one relation only, and stands neither in a dense factor nor among
+    the sources of another relation.
+    """
+    while term.onehots:
+        step = _push_one(term, workspace)
+        if step is None:
+            return term
+        term = step
     return term
+
+
+def _push_one(term: Term, workspace: Workspace) -> Term | None:
+    """The first push that changes the term, or None when nothing is left to do."""
+    outer = term.outer_axes()
+    for onehot in term.onehots:
+        target = onehot.target
+        others = tuple(h for h in term.onehots if h is not onehot)
+        twin = next((h for h in others if h.target is target), None)
+        if twin is not None:
+            return coincide(term, onehot, twin, workspace)
+        carried = any(target in f.axes for f in term.factors)
+        chained = any(target in h.sources for h in others)
+        if target in outer and not carried and not chained:
+            continue
+        factors = tuple(gather(f, onehot, workspace.memo) if target in f.axes else f for f in term.factors)
+        others = tuple(_chain(h, onehot, workspace) if target in h.sources else h for h in others)
+        if target in outer:
+            return replace(term, factors=factors, onehots=(*others, onehot))
+        if onehot.partial:
+            factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
+        return _keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
+    return None
+
+
+def _keep_count(term: Term, axes: Sequence[Axis]) -> Term:
+    """Axes that stand nowhere in the term any more are sums of ones: their sizes go into its scale."""
+    left = term.all_axes()
+    lost = math.prod(axis.size for axis in axes if axis not in left)
+    return term if lost == 1 else replace(term, scale=term.scale * lost)
 
 
 def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
@@ -216,7 +225,7 @@ def settle(term: Term, workspace: Workspace) -> Term:
 
     The result has no internal axis. Factors that share no summed axis and would only form an outer product stay apart.
     """
-    term = fold_uncarried(term)
+    term = fold_uncarried(push_onehots(term, workspace))
     term = scatter_internal(term, workspace)
     term = _contract_connected(term, workspace)
     return _absorb(term, workspace)
@@ -229,34 +238,45 @@ def scatter_internal(term: Term, workspace: Workspace) -> Term:
         ready = next((h for h in term.onehots if any(axis not in outer for axis in h.sources)), None)
         if ready is None:
             return term
-        sources = set(ready.sources)
-        group = [h for h in term.onehots if set(h.sources) & sources and set(h.sources) == sources]
-        group = [_reorder(h, ready.sources) for h in group]
-        later = [h for h in term.onehots if set(h.sources) != sources]
-        gone = {axis for axis in sources if axis not in outer and not any(axis in h.sources for h in later)}
+        group = _linked(ready, term.onehots, outer)
+        sources = tuple(dict.fromkeys(axis for h in group for axis in h.sources))
+        later = tuple(h for h in term.onehots if not any(h is g for g in group))
+        gone = {axis for axis in sources if axis not in outer}
         touching = [f for f in term.factors if any(axis in gone for axis in f.axes)]
         rest = tuple(f for f in term.factors if not any(f is t for t in touching))
-        keep: dict[Axis, None] = {}
         needed = {a for f in rest for a in f.axes} | set(outer) | {a for h in later for a in (*h.sources, h.target)}
-        for axis in [a for f in touching for a in f.axes] + list(sources):
-            if axis not in gone and axis in needed | sources:
-                keep[axis] = None
-        if not gone:
-            raise AssertionError("relations with shared internal sources of different shapes")
+        carried = [a for f in touching for a in f.axes]
+        keep = dict.fromkeys(axis for axis in (*carried, *sources) if axis not in gone and axis in needed)
         # Internal axes that only these factors carry are summed by the contraction itself.
-        dense = scatter(touching, group, tuple(keep), None, workspace.memo)
-        term = replace(term, factors=(*rest, dense), onehots=tuple(later))
-        term = push_onehots(term, workspace)
+        dense = scatter(touching, [_spread(h, sources) for h in group], tuple(keep), workspace.dtype, workspace.memo)
+        term = push_onehots(replace(term, factors=(*rest, dense), onehots=later), workspace)
 
 
-def _reorder(onehot: OneHot, sources: tuple[Axis, ...]) -> OneHot:
+def _linked(first: OneHot, onehots: Sequence[OneHot], outer: dict[Axis, None]) -> list[OneHot]:
+    """The relations that share an internal source with ``first``, directly or through each other."""
+    group = [first]
+    while True:
+        inner = {axis for h in group for axis in h.sources if axis not in outer}
+        more = [h for h in onehots if inner.intersection(h.sources)]
+        if len(more) == len(group):
+            return more
+        group = more
+
+
+def _spread(onehot: OneHot, sources: tuple[Axis, ...]) -> OneHot:
+    """The same relation as a function of more sources, in the given order."""
     if onehot.sources == sources:
         return onehot
-    permutation = tuple(onehot.sources.index(axis) for axis in sources)
-    index = Node(
-        (a.size for a in sources), (onehot.index,), lambda program, value: torch.permute(value, permutation), label="index"
-    )
-    return onehot._replace(index=index, sources=sources)
+    own = tuple(axis for axis in sources if axis in onehot.sources)
+    permutation = tuple(onehot.sources.index(axis) for axis in own)
+    ranks = {axis: number for number, axis in enumerate(sources)}
+    names, order = tuple(ranks[axis] for axis in own), tuple(range(len(sources)))
+    sizes = tuple(axis.size for axis in sources)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        return torch.broadcast_to(expand_to(permute(value, permutation), names, order), sizes)
+
+    return onehot._replace(index=Node(sizes, (onehot.index,), compute, label="index"), sources=sources, affine=None)
 
 
 def _needed_axes(term: Term) -> dict[Axis, None]:

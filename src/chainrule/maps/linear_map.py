@@ -91,7 +91,8 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
         for two in right.terms:
             if not _has_empty_axis(one, two):
                 joined = join(one, two, workspace)
-                terms.append(settle(joined, workspace) if eager else joined)
+                if joined.scale != 0.0:
+                    terms.append(settle(joined, workspace) if eager else joined)
     for operator in right.operators:
         terms.extend(_pull(term, operator, workspace) for term in merge(left.terms, workspace, force=False))
     if left.operators:

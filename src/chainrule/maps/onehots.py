@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chainrule.maps.contract import contract, expand_to, transpose_to
+from chainrule.maps.contract import contract, expand_to, permute, transpose_to
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot
@@ -94,7 +94,7 @@ def _gather_shared(
 
 
 def scatter(
-    factors: Sequence[Factor], group: Sequence[OneHot], keep: Sequence[Axis], like: Staged | None, memo: Memo
+    factors: Sequence[Factor], group: Sequence[OneHot], keep: Sequence[Axis], dtype: torch.dtype, memo: Memo
 ) -> Factor:
     """Sum ``factors`` into the targets of ``group`` (one-hots with the same sources); the sources that are not kept go.
 
@@ -107,8 +107,7 @@ def scatter(
     full = list(factors)
     carried = {axis for factor in full for axis in factor.axes}
     missing = [axis for axis in sources if axis not in carried]
-    for axis in missing:
-        full.append(Factor(ones((axis.size,), group[0].index), (axis,)))
+    full.extend(Factor(ones((axis.size,), group[0].index, dtype), (axis,)) for axis in missing)
     carried.update(missing)
     rest = tuple(axis for axis in keep if axis in carried and axis not in sources)
     product = contract(full, (*diagonal, *rest, *summed), memo)
@@ -117,34 +116,22 @@ def scatter(
     extent = math.prod(a.size for a in targets)
     sizes = tuple(a.size for a in axes)
     permutation = tuple(sources.index(a) for a in (*diagonal, *summed))
-    partial = any(onehot.partial for onehot in group)
-    affine = group[0].affine if len(group) == 1 and len(sources) == 1 else None
-
-    def slice_back(program: Program, value: Staged, *indices: Staged) -> Staged:
-        start, step = affine  # type: ignore[misc]
-        if step == 1:
-            return torch.nn.functional.pad(value, (start, extent - start - count))
-        stop = start + step * (count - 1) + 1
-        return torch.slice_scatter(torch.zeros_like(value[..., :1]).expand(sizes), value, -1, start, stop, step)
+    lead, middle = tuple(a.size for a in diagonal), tuple(a.size for a in rest)
+    affine = group[0].affine if len(group) == 1 and len(sources) == 1 and not diagonal else None
 
     if affine is not None and affine[1] == 1:
-        key = ("pad", id(product.node), affine, extent)
-        return Factor(_node(key, sizes, (product.node,), slice_back, memo), axes)
+
+        def pad(program: Program, value: Staged) -> Staged:
+            return torch.nn.functional.pad(value, (affine[0], extent - affine[0] - count))
+
+        key: object = ("pad", id(product.node), affine, extent)
+        return Factor(_node(key, sizes, (product.node,), pad, memo), axes)
 
     def compute(program: Program, value: Staged, *indices: Staged) -> Staged:
-        linear = indices[0]
-        for onehot, index in zip(group[1:], indices[1:], strict=True):
-            linear = linear * onehot.target.size + index
-        if partial:
-            valid = indices[0] >= 0
-            linear = torch.where(valid, linear, 0)
-        if permutation != tuple(range(len(permutation))):
-            linear = torch.permute(linear, permutation)
-        lead = tuple(a.size for a in diagonal)
-        middle = tuple(a.size for a in rest)
-        if partial:
-            mask = torch.permute(valid, permutation) if permutation else valid
-            mask = torch.reshape(mask, (*lead, *(1,) * len(middle), *(a.size for a in summed)))
+        linear, valid = _linear_index(group, indices)
+        linear = permute(linear, permutation)
+        if valid is not None:
+            mask = torch.reshape(permute(valid, permutation), (*lead, *(1,) * len(middle), *(a.size for a in summed)))
             value = torch.where(mask, value, 0.0)
         value = torch.reshape(value, (*lead, *middle, count))
         if not lead:
@@ -157,8 +144,21 @@ def scatter(
             added = torch.scatter_add(zeros, -1, linear, value)
         return torch.reshape(added, sizes)
 
-    key = ("scatter", id(product.node), tuple(id(o.index) for o in group), tuple(a.size for a in (*diagonal, *rest)), sizes)
+    key = ("scatter", id(product.node), tuple(id(o.index) for o in group), permutation, len(diagonal), sizes)
     return Factor(_node(key, sizes, (product.node, *(o.index for o in group)), compute, memo), axes)
+
+
+def _linear_index(group: Sequence[OneHot], indices: Sequence[Staged]) -> tuple[Staged, Staged | None]:
+    """The row-major index into all targets, and where it counts (None: everywhere)."""
+    linear = valid = None
+    for onehot, index in zip(group, indices, strict=True):
+        if onehot.partial:
+            known = index >= 0
+            valid = known if valid is None else torch.logical_and(valid, known)
+            index = torch.clamp(index, min=0)
+        linear = index if linear is None else linear * onehot.target.size + index
+    assert linear is not None
+    return linear, valid
 
 
 def dense_relation(onehot: OneHot, dtype: torch.dtype, memo: Memo) -> Factor:
@@ -183,11 +183,11 @@ def mask_factor(onehot: OneHot, dtype: torch.dtype, memo: Memo) -> Factor:
     )
 
 
-def ones(sizes: tuple[int, ...], beside: Node, dtype: torch.dtype | None = None) -> Node:
+def ones(sizes: tuple[int, ...], beside: Node, dtype: torch.dtype) -> Node:
     """An array of ones on the device of ``beside``."""
 
     def compute(program: Program, value: Staged) -> Staged:
-        return program.call(torch.ones, sizes, dtype=dtype or torch.get_default_dtype(), device=value.device)
+        return program.call(torch.ones, sizes, dtype=dtype, device=value.device)
 
     return Node(sizes, (beside,), compute, label="ones")
 

@@ -73,6 +73,7 @@ class Program:
         self._input_values: dict[Any, Staged] = {}
         self._known: dict[Any, Any] = {}
         self._slots = 0
+        self.writes = False
 
     def _new_slot(self) -> int:
         slot = self._slots
@@ -113,6 +114,22 @@ class Program:
         if key is not None:
             self._known[key] = staged
         return staged
+
+    def append(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, known: dict[int, Staged]
+    ) -> None:
+        """Append a call that ran already; its results (and writes to its arguments) are entered into ``known``."""
+        lowered = _lower(args)
+        named = {name: _lower(item) for name, item in kwargs.items()}
+        if isinstance(result, torch.Tensor) and id(result) in known:
+            # A write: the call is kept for what it does.
+            self.instructions.append(Instruction(function, lowered, named, (), False))
+            self.writes = True
+            return
+        staged = self._record(function, lowered, named, result)
+        items = staged if isinstance(staged, tuple) else (staged,)
+        for item in items:
+            known[id(item.value)] = item
 
     def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         if isinstance(result, torch.Tensor):

@@ -47,7 +47,8 @@ class Factor(NamedTuple):
 class OneHot(NamedTuple):
     """An integer relation ``target == index[sources]``; a negative index stands for no target (a zero row).
 
-    ``affine`` is ``(start, step)`` when the index is ``start + step * source`` and always in range.
+    ``affine`` is ``(start, step)`` when the index is ``start + step * source`` and always in range; ``(start, 0)`` when
+    there is no source.
     """
 
     index: Node

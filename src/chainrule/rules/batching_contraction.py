@@ -163,7 +163,17 @@ def addmm_activation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], siz
     return Batched(aten.gelu.default(added.value, approximate="tanh") if bound["use_gelu"] else added.value.relu())
 
 
+def linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """``linear`` that arrives whole: only its input is batched, else it is split into its parts."""
+    item, weight = args[0], args[1]
+    bias = args[2] if len(args) > 2 else None
+    if kwargs or not is_batched(item) or is_batched(weight) or is_batched(bias) or weight.dim() != 2:
+        return NotImplemented
+    return Batched(torch._C._nn.linear(item.value, weight, bias))
+
+
 CONTRACTIONS: dict[Any, BatchStrategy] = {
+    aten.linear.default: linear,
     aten.mm.default: mm,
     aten.mv.default: mv,
     aten.dot.default: dot,

@@ -128,6 +128,8 @@ def _gathered(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) 
     device = call.workspace.device
     dim = _dim(call, whole)
     axes, out = list(new_axes(_rank_one(whole))), new_axes(_rank_one(part))
+    if len(out) != len(axes):  # an empty index may have any rank
+        return Term(_dims(out, part), _dims(axes, whole))
     relations = []
     for d, axis in enumerate(out):
         if d == dim:
@@ -150,6 +152,9 @@ def _scattered(call: Call, source: Any) -> Term:
     index = call.argument("index")
     term = _gathered(call, call.out_shape, call.shape(index), index).transpose()
     have, used = _rank_one(call.shape(source)), _rank_one(call.shape(index))
+    if math.prod(used) == 0:
+        empty = new_axes((0, *have))
+        return Term(term.out_dims, _dims(empty[1:], call.shape(source)), (Factor(value_node(call, index, (0,)), empty[:1]),))
     if have == used:
         return term
     device = call.workspace.device
@@ -169,7 +174,7 @@ def _place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
     shape = _rank_one(call.shape(item))
 
     def formula(program: Program) -> Staged:
-        index = torch.reshape(call.stage(program, item), shape)
+        index = torch.reshape(call.stage(program, item), shape if math.prod(shape) else (0,) * len(sizes))
         full = program.call(torch.ones, sizes, dtype=call.workspace.dtype, device=call.workspace.device)
         return torch.scatter(full, dim, index, 0.0)
 

@@ -6,9 +6,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
 Argnums = int | Sequence[int]
+
+
+_LEAF = pytree.tree_flatten(0)[1]
+_TUPLES = tuple(pytree.tree_flatten((0,) * count)[1] for count in range(9))
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """``torch.utils._pytree.tree_flatten``, without the walk for a tensor and for a short tuple of tensors."""
+    if isinstance(tree, torch.Tensor):
+        return [tree], _LEAF
+    if tree.__class__ is tuple and len(tree) < 9 and all(isinstance(item, torch.Tensor) for item in tree):
+        return list(tree), _TUPLES[len(tree)]
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
+    """``torch.utils._pytree.tree_unflatten``, with the same short cuts."""
+    if spec is _LEAF:
+        return leaves[0]
+    if len(leaves) < 9 and spec is _TUPLES[len(leaves)]:
+        return tuple(leaves)
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -98,6 +121,3 @@ def split_aux(output: Any, transform: str, function: Callable[..., Any]) -> tupl
             f"{transform}({name}): output of {name} should be a tuple (output, aux) if has_aux is True, got {type(output)}"
         )
     return output
-
-
-__all__ = ["TreeSpec", "tree_flatten", "tree_unflatten"]

@@ -7,9 +7,8 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
+from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.trace import Traced, trace
 
 

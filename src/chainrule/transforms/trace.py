@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_map
 
+from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.tape import Tape
+from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
-from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, split_aux
+from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, split_aux, tree_unflatten
 
 aten = torch.ops.aten
 
@@ -63,6 +65,8 @@ class Traced:
 
 def fresh_alias(tensor: torch.Tensor) -> torch.Tensor:
     """A new tensor object for the same value and memory: the identity by which this transform knows its input."""
+    if tensor.__class__ is BatchTensor and (again := same_stored(tensor)) is not None:
+        return again
     return aten.alias.default(tensor)
 
 
@@ -101,6 +105,3 @@ def trace(
 def _active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
     slot = tape.slot_of(leaf)
     return slot if slot is not None and tape.active[slot] else None
-
-
-__all__ = ["Traced", "fresh_alias", "trace", "tree_flatten"]

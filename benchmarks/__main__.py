@@ -1,0 +1,132 @@
+"""``python -m benchmarks [--only A2,A3] [--quick] [--device cpu|cuda]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import overhead, report, section_a
+from benchmarks.measure import Disagreement, Options, Row, measure
+from benchmarks.workload import Workload
+
+#: Modules that hold a tuple ``WORKLOADS``; a further section is one more entry.
+SECTIONS = (section_a,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the chosen workloads; 0 if all expressions agreed."""
+    options, chosen, target = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    rows: list[Row] = []
+    growth: list[dict[str, Any]] = []
+    failed = []
+    for workload in chosen:
+        print(f"{workload.key} {workload.title}", file=sys.stderr, flush=True)
+        try:
+            rows.append(measure(workload, options))
+            if workload.sizes:
+                growth.append(_growth(workload, options))
+        except Disagreement as error:
+            failed.append(str(error))
+            print(f"DISAGREE {error}", file=sys.stderr)
+    budget = overhead.overhead_budget(options.threads, options.seconds) if options.device == "cpu" else {}
+    settings = _settings(options)
+    for name, value in settings.items():
+        print(f"{name}: {value}")
+    report.print_table(report.header(), [report.cells(row) for row in rows], "times and ratios")
+    for entry in growth:
+        print(f"\ngrowth of {entry['key']}\n{report.growth_table(entry)}")
+    if budget:
+        report.print_table(["piece", "time"], report.budget_rows(budget), "overhead budget")
+    for row in rows:
+        for problem in row.problems:
+            print(f"{row.key}: {problem}")
+    if target is not None:
+        report.write_results(target, rows, settings, budget, growth)
+        print(f"written: {target / 'RESULTS.md'}, {target / 'results.json'}")
+    return 1 if failed else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Path | None]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default="", help="comma-separated rows or sections, such as A2,A3 or A")
+    parser.add_argument("--quick", action="store_true", help="short measurements, nothing compiled")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of one operation (default 1)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="time torch.compile of the peers")
+    parser.add_argument("--jax", action=argparse.BooleanOptionalAction, default=True, help="time jax.jit where jax is installed")
+    parser.add_argument("--output", type=Path, default=None, help="folder for RESULTS.md and results.json")
+    given = parser.parse_args(arguments)
+    names = [name.strip() for name in given.only.split(",") if name.strip()]
+    workloads = [workload for section in SECTIONS for workload in section.WORKLOADS]
+    chosen = [w for w in workloads if not names or w.key in names or w.key[0] in names or w.key.rstrip("frs") in names]
+    if not chosen:
+        parser.error(f"no workload matches {given.only!r}; there are {', '.join(w.key for w in workloads)}")
+    options = Options(
+        device=given.device,
+        threads=given.threads,
+        rounds=3 if given.quick else 7,
+        seconds=0.03 if given.quick else 0.15,
+        compiled=not given.quick if given.compile is None else given.compile,
+        jax=_import_jax(given.threads) if given.jax and given.device == "cpu" else None,
+    )
+    output: Path | None = given.output
+    if output is None and not names and not given.quick:
+        output = Path(__file__).parent
+    return options, chosen, output
+
+
+def _import_jax(threads: int) -> Any:
+    if find_spec("jax") is None:
+        return None
+    if threads == 1:
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)  # for the agreement; float32 arrays stay float32
+    return jax
+
+
+def _growth(workload: Workload, options: Options) -> dict[str, Any]:
+    short = Options(device=options.device, threads=options.threads, rounds=3, seconds=min(options.seconds, 0.1), compiled=False)
+    sizes = sorted(workload.sizes)
+    measured = [measure(workload.sizes[n], short) for n in sizes]
+    entry: dict[str, Any] = {"key": workload.key, "sizes": sizes}
+    for column in ("eager", "peer"):
+        times = [row.times[column] for row in measured]
+        entry[column] = times
+        entry[f"{column}_exponent"] = _slope([math.log(n) for n in sizes], [math.log(t) for t in times])
+    return entry
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    found = {
+        "processor": report.processor(options.device),
+        "device": options.device,
+        "threads": options.threads,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if options.jax is not None:
+        found["jax"] = options.jax.__version__
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

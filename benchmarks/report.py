@@ -1,0 +1,202 @@
+"""The table on the terminal, ``RESULTS.md`` and ``results.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Row
+
+if find_spec("rich"):
+    from rich.console import Console
+    from rich.table import Table
+else:
+    Console = Table = None  # type: ignore[assignment,misc]
+
+COLUMNS = {
+    "eager": "chainrule",
+    "compiled": "compiled",
+    "peer": "torch.func",
+    "peer_compiled": "torch.compile",
+    "jax": "jax.jit",
+    "hand": "by hand",
+    "write": "write output",
+}
+RATIOS = {"peer_eager": ("tf/eager", ">="), "eager_hand": ("eager/hand", "<="), "best_compiled": ("best peer/compiled", ">=")}
+
+
+def processor(device: str) -> str:
+    """The model of the processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds(value: float) -> str:
+    """A time in readable units."""
+    if math.isnan(value):
+        return "–"
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} µs" if value >= 1e-5 else f"{value * 1e6:.1f} µs"
+    if value < 1:
+        return f"{value * 1e3:.2f} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
+    return f"{value:.2f} s"
+
+
+def size(value: int) -> str:
+    """A number of bytes in readable units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return f"{value} B"
+
+
+def ratio(row: Row, name: str) -> str:
+    """A measured ratio with the one to reach; a row that misses it is marked with ``!``."""
+    got, wanted = row.ratios.get(name), row.targets.get(name)
+    if got is None:
+        return "–" if wanted is None else f"– (want {wanted:g})"
+    text = f"{got:.1f}" if got >= 10 else f"{got:.2f}"
+    if wanted is None:
+        return text
+    reached = got >= wanted if RATIOS[name][1] == ">=" else got <= wanted
+    sign = "≥" if RATIOS[name][1] == ">=" else "≤"
+    return f"{text} ({sign} {wanted:g}{'' if reached else ' !'})"
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table of times."""
+    return [
+        row.key,
+        row.title,
+        *(seconds(row.times.get(column, math.nan)) for column in COLUMNS),
+        *(ratio(row, name) for name in RATIOS),
+    ]
+
+
+def header() -> list[str]:
+    """The head of the table of times."""
+    return ["", "workload", *COLUMNS.values(), *(title for title, _ in RATIOS.values())]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """A table on the terminal, by ``rich`` where it is installed."""
+    if Console is None:
+        print(f"\n{title}\n{markdown_table(head, rows)}")
+        return
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, 190) if not console.is_terminal else None).print(table)
+
+
+def markdown(
+    rows: Sequence[Row], settings: Mapping[str, Any], budget: Mapping[str, float], growth: Sequence[Mapping[str, Any]]
+) -> str:
+    """The results as a document."""
+    parts = ["# Results", "", "Written by `python -m benchmarks`.", ""]
+    parts += [f"- {name}: {value}" for name, value in settings.items()]
+    parts += [
+        "",
+        "Each time is the median over interleaved rounds of `torch.utils.benchmark.Timer.blocked_autorange`; where a library has",
+        "several expressions of the same thing, the fastest one. All of them agree in float64 before anything is timed. `write",
+        "output` is a copy of the result. Ratios: `tf/eager` is how many times faster than torch.func a plain call is,",
+        "`eager/hand` how far it is from the formula written by hand, `best peer/compiled` compares us compiled with the best of",
+        "all peers; in parentheses what is to be reached, with `!` where it is not.",
+        "",
+        markdown_table(header(), [cells(row) for row in rows]),
+        "",
+        "## Which expression was the fastest, first call and peak memory",
+        "",
+        "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
+        "caching allocator's own statistics), the result included.",
+        "",
+        markdown_table(
+            ["", "torch.func", "jax.jit", "our first call", "peak: chainrule", "torch.func", "by hand"],
+            [
+                [
+                    row.key,
+                    row.names.get("peer", "–"),
+                    row.names.get("jax", "–"),
+                    seconds(row.first_call),
+                    *(size(row.memory[c]) if c in row.memory else "–" for c in ("eager", "peer", "hand")),
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    for entry in growth:
+        parts += ["", f"## Growth of {entry['key']}", "", growth_table(entry)]
+    if budget:
+        parts += ["", "## Overhead budget", "", markdown_table(["piece", "time"], budget_rows(budget))]
+    problems = [f"- {row.key}: {problem}" for row in rows for problem in row.problems]
+    if problems:
+        parts += ["", "## What could not be run", "", *problems]
+    return "\n".join(parts) + "\n"
+
+
+def budget_rows(budget: Mapping[str, float]) -> list[list[str]]:
+    """The overhead budget as rows."""
+    return [[name.replace("  ", "· "), f"{value * 1e6:.2f} µs"] for name, value in budget.items()]
+
+
+def growth_table(entry: Mapping[str, Any]) -> str:
+    """Times by size and the fitted exponents."""
+    head = ["", *(f"n={n}" for n in entry["sizes"]), "exponent"]
+    rows = [
+        [COLUMNS[column], *(seconds(t) for t in entry[column]), f"{entry[f'{column}_exponent']:.2f}"]
+        for column in ("eager", "peer")
+    ]
+    return markdown_table(head, rows)
+
+
+def write_results(
+    folder: Path,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    budget: Mapping[str, float],
+    growth: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write ``RESULTS.md`` and ``results.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "RESULTS.md").write_text(markdown(rows, settings, budget, growth))
+    data = {
+        "settings": dict(settings),
+        "rows": [asdict(row) for row in rows],
+        "overhead_seconds": dict(budget),
+        "growth": [dict(entry) for entry in growth],
+    }
+    (folder / "results.json").write_text(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {key: _finite(value) for key, value in item.items()}
+    if isinstance(item, list):
+        return [_finite(value) for value in item]
+    if isinstance(item, float):
+        return None if math.isnan(item) else float(f"{item:.6g}")
+    return item

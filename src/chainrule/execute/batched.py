@@ -1,0 +1,154 @@
+"""Replaying a plan under ``vmap`` on the stored tensors: the batched form of a program is recorded once, then replayed.
+
+A program that runs under a vmap would pass every call through the vmap's handler. What the handler does depends on
+shapes only, so the ops that it runs on the stored tensors are recorded as a program of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_dispatch_stack_at, _pop_mode_temporarily
+
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
+from chainrule.maps.staging import Program, Staged
+from chainrule.rules.batching_base import Batched
+
+Runner = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+Key = tuple[Any, ...]
+
+
+def sole_vmap(values: Sequence[Any]) -> VmapMode | None:
+    """The vmap that is the only active mode, if these values may be replayed on stored tensors under it.
+
+    Not so when torch's autograd has to see the calls, or a value belongs to another level.
+    """
+    if torch._C._len_torch_dispatch_stack() != 1:
+        return None
+    mode = _get_dispatch_stack_at(0)
+    if mode.__class__ is not VmapMode or mode.size == 0:
+        return None
+    for value in values:
+        if value.__class__ is BatchTensor:
+            stored = value.inner.value if value.inner.__class__ is Batched else value.inner
+            if value.mode is not mode or stored.requires_grad or value.requires_grad or stored.__class__ is BatchTensor:
+                return None
+            if stored.is_complex():
+                return None
+        elif isinstance(value, torch.Tensor):
+            if value.requires_grad or value.is_complex():
+                return None
+        else:
+            return None
+    return mode
+
+
+def same_stored(tensor: BatchTensor) -> BatchTensor | None:
+    """A new tensor object over the same stored tensor, when no outer mode and no autograd has to see an alias."""
+    mode = tensor.mode
+    inner = tensor.inner
+    if inner.__class__ is not Batched or inner.value.requires_grad or tensor.requires_grad or inner.value.is_complex():
+        return None
+    if torch._C._len_torch_dispatch_stack() != 1 or _get_dispatch_stack_at(0) is not mode:
+        return None
+    return wrap_batched(inner, mode)
+
+
+def stored_key(mode: VmapMode, values: Sequence[Any]) -> Key:
+    """What the batched program depends on beside the plan: which values are batched, and their layout."""
+    parts: list[Any] = [mode.size]
+    for value in values:
+        inner = value.inner if value.__class__ is BatchTensor else value
+        if inner.__class__ is Batched:
+            parts.append((True, inner.value.shape, inner.value.stride()))
+        else:
+            parts.append((False, inner.shape, inner.stride()))
+    return tuple(parts)
+
+
+def stored(values: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors behind values."""
+    return [value.value if value.__class__ is BatchTensor else value for value in values]
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the ops that reach it as a program."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.program = Program()
+        self.known: dict[int, Staged] = {}
+        self.alive: list[Any] = []
+        for number, tensor in enumerate(inputs):
+            self.known[id(tensor)] = self.program.input(number, tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op and append it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        lowered = self._staged(args)
+        named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
+        self.program.append(func._op, lowered, named, out, self.known)
+        self.alive.append(out)
+        return out
+
+    def _staged(self, items: Sequence[Any]) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for item in items:
+            if isinstance(item, torch.Tensor):
+                known = self.known.get(id(item))
+                if known is None:
+                    known = self.known[id(item)] = self.program.constant(item)
+                    self.alive.append(item)
+                found.append(known)
+            elif isinstance(item, (list, tuple)):
+                found.append(list(self._staged(item)))
+            else:
+                found.append(item)
+        return tuple(found)
+
+
+def record_batched(
+    run: Callable[[], tuple[Any, ...]], mode: VmapMode, inputs: Sequence[torch.Tensor]
+) -> tuple[tuple[Any, ...], Program, list[Staged | None], list[bool]] | None:
+    """Run a program under its vmap and record what it does to the stored tensors.
+
+    Returns:
+        The results, the batched program, its results, and which of them are batched; the last three are what
+        :func:`wrap` needs later. None instead of the record when a result cannot be traced.
+    """
+    recorder = _Recorder(inputs)
+    loops = len(mode.fallbacks)
+    with _pop_mode_temporarily(), recorder, mode.inside():
+        results = run()
+    staged: list[Staged | None] = []
+    batched: list[bool] = []
+    for result in results:
+        if result is None:
+            staged.append(None)
+            batched.append(False)
+            continue
+        tensor = result.value if result.__class__ is BatchTensor else result
+        known = recorder.known.get(id(tensor))
+        if known is None or len(mode.fallbacks) > loops:
+            return results, Program(), [], []
+        staged.append(known)
+        batched.append(result.__class__ is BatchTensor and result.batched)
+    return results, recorder.program, staged, batched
+
+
+def wrap(results: Sequence[Any], batched: Sequence[bool], mode: VmapMode) -> list[Any]:
+    """Stored results as tensors of the vmap's level."""
+    return [
+        None if r is None else wrap_batched(Batched(r), mode) if flag else wrap_constant(r, mode)
+        for r, flag in zip(results, batched, strict=True)
+    ]

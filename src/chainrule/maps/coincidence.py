@@ -1,0 +1,104 @@
+"""Two relations on one axis: where their targets coincide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from chainrule.maps.contract import expand_to, permute
+from chainrule.maps.nodes import Node
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index
+
+if TYPE_CHECKING:
+    from chainrule.maps.compose import Workspace
+
+
+def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term:
+    """Leave one relation of two with the same target.
+
+    Two affine relations tie their sources to each other (a slice of a slice written back, an element of a row); nothing
+    becomes dense, and a term in which they never meet gets the scale zero. Of other relations, one is replaced by a mask
+    over the sources of both.
+    """
+    if one.affine is not None and two.affine is not None:
+        solved = _solve(term, one, two, workspace.device)
+        if solved is not None:
+            return solved
+    dropped, kept = (two, one) if one.affine is not None else (one, two)
+    rest = tuple(h for h in term.onehots if h is not dropped)
+    return replace(term, factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
+
+
+def _solve(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
+    """Read the source of one affine relation off the other's, when nothing else ties it."""
+    taken = {h.target for h in term.onehots}
+    solutions = []
+    for solved, kept in ((one, two), (two, one)):
+        if not solved.sources:
+            continue
+        (unknown,) = solved.sources
+        if unknown not in taken and unknown not in kept.sources:
+            solutions.append((_positions(solved, kept, unknown), solved, kept, unknown))
+    rest = tuple(h for h in term.onehots if h is not one and h is not two)
+    if not one.sources and not two.sources:
+        assert one.affine is not None
+        assert two.affine is not None
+        scale = term.scale if one.affine[0] == two.affine[0] else 0.0
+        return replace(term, onehots=(*rest, two), scale=scale)
+    if not solutions:
+        return None
+    positions, _, kept, unknown = min(solutions, key=lambda found: any(p < 0 for p in found[0]))
+    if all(p < 0 for p in positions):
+        return replace(term, onehots=(*rest, kept), scale=0.0)
+    return replace(term, onehots=(*rest, kept, _listed(positions, kept.sources, unknown, device)))
+
+
+def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
+    """For each position of the kept relation's source: where the solved one's source has the same target, or -1."""
+    assert solved.affine is not None
+    assert kept.affine is not None
+    start, step = solved.affine
+    positions = []
+    for k in range(kept.sources[0].size if kept.sources else 1):
+        place, left = divmod(kept.affine[0] + kept.affine[1] * k - start, step)
+        positions.append(place if left == 0 and 0 <= place < unknown.size else -1)
+    return positions
+
+
+def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, device: torch.device) -> OneHot:
+    if not sources:
+        fixed = positions[0]
+        return OneHot(constant_index((), lambda d: torch.tensor(fixed, device=d), device), (), target, False, (fixed, 0))
+    index = constant_index((len(positions),), lambda d: torch.tensor(positions, device=d), device)
+    steps = {b - a for a, b in zip(positions, positions[1:], strict=False)} or {1}
+    partial = any(p < 0 for p in positions)
+    affine = (positions[0], steps.pop()) if not partial and len(steps) == 1 else None
+    return OneHot(index, sources, target, partial, affine)
+
+
+def _equality(dropped: OneHot, kept: OneHot, workspace: Workspace) -> Factor:
+    """One where both relations have the same target, over the sources of both."""
+    axes = tuple(dict.fromkeys((*kept.sources, *dropped.sources)))
+    names = {axis: number for number, axis in enumerate(axes)}
+    order = tuple(range(len(axes)))
+    sizes = tuple(axis.size for axis in axes)
+
+    def spread(value: Staged, sources: tuple[Axis, ...]) -> Staged:
+        own = tuple(axis for axis in axes if axis in sources)
+        value = permute(value, tuple(sources.index(axis) for axis in own))
+        return expand_to(value, tuple(names[axis] for axis in own), order)
+
+    def compute(program: Program, first: Staged, second: Staged) -> Staged:
+        equal = torch.eq(spread(first, dropped.sources), spread(second, kept.sources))
+        return torch.broadcast_to(equal, sizes).to(workspace.dtype)
+
+    node = Node(sizes, (dropped.index, kept.index), compute, label="coincidence")
+    node.flops = node.bytes = node.numel
+    return Factor(node, axes)
+
+
+__all__ = ["coincide"]
