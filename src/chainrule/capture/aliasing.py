@@ -7,6 +7,7 @@ like) and from there, on demand, down to every other view.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +36,8 @@ class AliasTracker:
     """The views that were made while a tape was active, and what writes do to them."""
 
     def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+        # Weak, so that a tape is freed with its last user and not by the garbage collector.
+        self._tape = weakref.ref(tape)
         self.links: dict[int, Link] = {}
         self.roots: dict[int, torch.Tensor] = {}
         self.families: dict[int, list[torch.Tensor]] = {}
@@ -44,6 +46,13 @@ class AliasTracker:
         self.pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]] = []
         self._read_slots: set[int] = set()
         self._scanned = 0
+
+    @property
+    def tape(self) -> Tape:
+        """The tape that this belongs to."""
+        tape = self._tape()
+        assert tape is not None
+        return tape
 
     def _settle_views(self) -> None:
         for op, args, kwargs, out in self.pending:

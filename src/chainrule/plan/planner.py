@@ -83,8 +83,12 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
     if request.kind == "jacobian":
-        return _plan_jacobian(tape, request, graph, inputs, outputs, workspace, compare)
-    return _plan_sweep(tape, request, graph, seeds, workspace)
+        planned = _plan_jacobian(tape, request, graph, inputs, outputs, workspace, compare)
+    else:
+        planned = _plan_sweep(tape, request, graph, seeds, workspace)
+    # Nodes refer to the tape and to each other: without this the run's tensors would wait for the garbage collector.
+    workspace.memo.clear()
+    return planned
 
 
 def _shapes(tape: Any) -> Any:

@@ -152,9 +152,6 @@ def _scattered(call: Call, source: Any) -> Term:
     index = call.argument("index")
     term = _gathered(call, call.out_shape, call.shape(index), index).transpose()
     have, used = _rank_one(call.shape(source)), _rank_one(call.shape(index))
-    if math.prod(used) == 0:
-        empty = new_axes((0, *have))
-        return Term(term.out_dims, _dims(empty[1:], call.shape(source)), (Factor(value_node(call, index, (0,)), empty[:1]),))
     if have == used:
         return term
     device = call.workspace.device
@@ -184,14 +181,14 @@ def _place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
 def _scatter(call: Call) -> Iterable[Edge]:
     yield from _base(call, lambda axes: [_place_mask(call, axes)])
     source = call.argument("src")
-    if call.is_active(source):
+    if call.is_active(source) and math.prod(call.shape(call.argument("index"))):
         yield single(call, source, [_scattered(call, source)])
 
 
 def _scatter_add(call: Call) -> Iterable[Edge]:
     yield from _base(call)
     source = call.argument("src")
-    if call.is_active(source):
+    if call.is_active(source) and math.prod(call.shape(call.argument("index"))):
         yield single(call, source, [_scattered(call, source)])
 
 
