@@ -16,6 +16,9 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.plan.planner import Planned, Request, plan
 
 
+_COMPILING = threading.Lock()
+
+
 @dataclass
 class CachedPlan:
     """A plan without the tensors of the run that made it.
@@ -35,10 +38,12 @@ class CachedPlan:
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on other values of the same signature."""
         if self.runner is None:
-            assert self.recorded is not None
-            self.runner = compile_program(*self.recorded)
-            self.needs = list(self.recorded[0].inputs)
-            self.recorded = None
+            with _COMPILING:
+                if self.recorded is not None:
+                    self.needs = list(self.recorded[0].inputs)
+                    self.runner = compile_program(*self.recorded)
+                    self.recorded = None
+        assert self.runner is not None
         if torch._C._len_torch_dispatch_stack() == 1:
             given = [values[key] if isinstance(key, int) else seeds[key[1]] for key in self.needs]
             mode = sole_vmap(given)

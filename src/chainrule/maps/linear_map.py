@@ -10,6 +10,7 @@ import torch
 
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
+from chainrule.maps.entries import embed_diagonals, written_term
 from chainrule.maps.nodes import Node
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.staging import Program, Staged
@@ -399,9 +400,9 @@ def _identity_like(shape: tuple[int, ...]) -> Term:
 
 
 def dense_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
-    """A settled term as a dense array; diagonals are written into zeros, nothing else is multiplied by them."""
-    term = _densify_onehots(term, workspace, lambda h: True)
-    term = settle(term, workspace)
+    """A settled term as a dense array; diagonals and relations are written into zeros, nothing is multiplied by them."""
+    if term.onehots:
+        return written_term(term, workspace, shape)
     positions = [axis for side in (term.out_dims, term.in_dims) for dim in side for axis in dim]
     unique = list(dict.fromkeys(positions))
     repeated = [axis for axis in unique if positions.count(axis) > 1 and axis.size != 1]
@@ -436,34 +437,6 @@ def _broadcast_node(factor: Factor, positions: tuple[Axis, ...], shape: tuple[in
 
     moved = 0 if have == order else math.prod(shape)
     return Node(shape, (factor.node,), compute, moved=moved, label="output")
-
-
-def embed_diagonals(
-    value: torch.Tensor, sizes: tuple[int, ...], repeated: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
-) -> torch.Tensor:
-    """Write ``value`` into the diagonals of zeros.
-
-    Args:
-        value: broadcastable to (dimensions that stand once, in order; then one dimension per diagonal).
-        sizes: the sizes of all positions of the result, diagonals counted at each of their places.
-        repeated: for each diagonal, the positions that it ties together.
-        shape: the shape of the result (the same elements as ``sizes``).
-
-    Returns:
-        A fresh tensor of ``shape``.
-    """
-    result = value.new_zeros(sizes)
-    view = result
-    present = list(range(len(sizes)))
-    for places in repeated:
-        first = present.index(places[0])
-        for later in places[1:]:
-            second = present.index(later)
-            view = torch.diagonal(view, 0, first, second)
-            present = [p for i, p in enumerate(present) if i not in (first, second)] + [places[0]]
-            first = len(present) - 1
-    view.copy_(value)
-    return result if tuple(sizes) == shape else result.reshape(shape)
 
 
 __all__ = ["LinearMap", "Operator", "add_maps", "compose", "densify", "embed_diagonals", "merge", "permute"]

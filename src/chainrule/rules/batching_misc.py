@@ -173,6 +173,7 @@ def _pointwise_table() -> dict[Any, BatchStrategy]:
     table[aten.native_dropout_backward.default] = masked_scale
     table[aten._to_copy.default] = cast
     table[aten.copy.default] = functional_copy
+    table[aten.fill.Tensor] = functional_copy
     table[aten.masked_fill.Scalar] = masked_fill
     table[aten.masked_fill.Tensor] = masked_fill
     table[aten.masked_select.default] = masked_select
@@ -190,7 +191,7 @@ POINTWISE: dict[Any, BatchStrategy] = _pointwise_table()
 POINTWISE_INPLACE: dict[Any, BatchStrategy] = {
     aten.copy_.default: copy_inplace,
     aten.fill_.Scalar: align_inplace,
-    aten.fill_.Tensor: align_inplace,
+    aten.fill_.Tensor: copy_inplace,
     aten.zero_.default: align_inplace,
     aten.masked_fill_.Scalar: masked_fill_inplace,
     aten.masked_fill_.Tensor: masked_fill_inplace,

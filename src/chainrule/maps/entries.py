@@ -1,0 +1,161 @@
+"""Terms with relations as dense arrays: their entries are written into zeros, nothing is multiplied by a one-hot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from chainrule.maps.compose import Workspace, dense_factor
+from chainrule.maps.contract import expand_to, permute
+from chainrule.maps.nodes import Node
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, OneHot, Term
+
+#: ``(position, start, step, length)`` of a slice of one dimension.
+Slice = tuple[int, int, int, int]
+
+
+def written_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
+    """A settled term with relations (each outer target tied by one) as a dense array of ``shape``."""
+    if all(_is_slice(h) for h in term.onehots):
+        return _sliced_term(term, workspace, shape)
+    return _scattered_term(term, workspace, shape)
+
+
+def _positions(term: Term) -> list[Axis]:
+    return [axis for side in (term.out_dims, term.in_dims) for dim in side for axis in dim]
+
+
+def _is_slice(onehot: OneHot) -> bool:
+    return onehot.affine is not None and (onehot.affine[1] > 0 or onehot.index.numel == 1)
+
+
+def _sliced_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
+    """All relations are slices: the entries stand in a strided view of the zeros."""
+    positions = _positions(term)
+    relations = {h.target: h for h in term.onehots}
+    slices: list[Slice] = []
+    labels: list[Axis] = []
+    for place, axis in enumerate(positions):
+        relation = relations.get(axis)
+        label = axis
+        if relation is not None:
+            assert relation.affine is not None
+            start, step = relation.affine
+            label = relation.sources[0] if relation.sources else Axis(1)
+            slices.append((place, start, max(step, 1), label.size))
+        labels.append(label if label.size != 1 else Axis(1))
+    unique = list(dict.fromkeys(labels))
+    repeated = [axis for axis in unique if labels.count(axis) > 1]
+    order = [axis for axis in unique if axis not in repeated] + repeated
+    factor = dense_factor(term, _wide(order), workspace)
+    names = {axis: number for number, axis in enumerate(order)}
+    carried = [axis for axis in factor.axes if axis in names]
+    have = tuple(names[a] for a in carried)
+    squeezed = tuple(a.size for a in carried)
+    sizes = tuple(axis.size for axis in positions)
+    pairs = tuple(tuple(p for p, a in enumerate(labels) if a is axis) for axis in repeated)
+    numbers = tuple(range(len(order)))
+
+    def compute(program: Program, value: Staged) -> Staged:
+        value = value if tuple(value.shape) == squeezed else torch.reshape(value, squeezed)
+        return program.call(embed_diagonals, expand_to(value, have, numbers), sizes, pairs, shape, tuple(slices))
+
+    return Node(shape, (factor.node,), compute, moved=math.prod(shape) + factor.node.numel, label="written slices")
+
+
+def _wide(axes: Sequence[Axis]) -> list[Axis]:
+    return [axis for axis in axes if axis.size != 1]
+
+
+def _scattered_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
+    """Relations by index tensors: one flat index per entry."""
+    positions = _positions(term)
+    relations = {h.target: h for h in term.onehots}
+    grid = list(dict.fromkeys(axis for axis in positions if axis not in relations and axis.size != 1))
+    names = {axis: number for number, axis in enumerate(grid)}
+    order = tuple(range(len(grid)))
+    sizes = tuple(axis.size for axis in grid)
+    strides: dict[Axis, int] = {}
+    stride = 1
+    for axis in reversed(positions):
+        strides[axis] = strides.get(axis, 0) + stride
+        stride *= axis.size
+    factor = dense_factor(term, grid, workspace)
+    have = tuple(names[a] for a in factor.axes)
+    tied = [h for h in term.onehots if h.target.size != 1 or h.partial]
+    total = stride
+
+    def own_places(device: torch.device) -> torch.Tensor:
+        places = torch.zeros(sizes, dtype=torch.long, device=device)
+        for axis, number in names.items():
+            counted = torch.arange(axis.size, device=device) * strides[axis]
+            places = places + counted.reshape([-1 if n == number else 1 for n in order])
+        return places
+
+    def compute(program: Program, value: Staged, *indices: Staged) -> Staged:
+        places = program.constant(own_places(value.device))
+        value = torch.broadcast_to(expand_to(value, have, order), sizes)
+        for onehot, index in zip(tied, indices, strict=True):
+            index = _over_grid(index, onehot, names, order)
+            if onehot.partial:
+                value = torch.where(index >= 0, value, 0.0)
+                index = torch.clamp(index, min=0)
+            places = places + index * strides[onehot.target]
+        zeros = program.call(torch.zeros, (total,), dtype=value.dtype, device=value.device)
+        places = torch.reshape(places, (-1,))
+        return torch.reshape(torch.scatter(zeros, 0, places, torch.reshape(value, (-1,))), shape)
+
+    count = math.prod(sizes)
+    inputs = (factor.node, *(h.index for h in tied))
+    return Node(shape, inputs, compute, moved=total + 4 * count, label="written entries")
+
+
+def _over_grid(index: Staged, onehot: OneHot, names: dict[Axis, int], order: tuple[int, ...]) -> Staged:
+    """View a relation's index so that it broadcasts over the grid of free axes."""
+    sources = tuple(axis for axis in onehot.sources if axis in names)
+    if len(sources) != len(onehot.sources):
+        index = torch.reshape(index, tuple(axis.size for axis in sources))
+    sorted_sources = sorted(sources, key=lambda axis: names[axis])
+    index = permute(index, tuple(sources.index(axis) for axis in sorted_sources))
+    return expand_to(index, tuple(names[axis] for axis in sorted_sources), order)
+
+
+def embed_diagonals(
+    value: torch.Tensor,
+    sizes: tuple[int, ...],
+    repeated: tuple[tuple[int, ...], ...],
+    shape: tuple[int, ...],
+    slices: tuple[Slice, ...] = (),
+) -> torch.Tensor:
+    """Write ``value`` into (slices of) the diagonals of zeros.
+
+    Args:
+        value: broadcastable to (dimensions that stand once, in order; then one dimension per diagonal).
+        sizes: the sizes of all positions of the result, diagonals counted at each of their places.
+        repeated: for each diagonal, the positions that it ties together.
+        shape: the shape of the result (the same elements as ``sizes``).
+        slices: the parts of positions that are written; the others are written as a whole.
+
+    Returns:
+        A fresh tensor of ``shape``.
+    """
+    result = value.new_zeros(sizes)
+    view = result
+    for place, start, step, length in slices:
+        view = torch.ops.aten.slice.Tensor(view, place, start, start + step * (length - 1) + 1, step)
+    present = list(range(len(sizes)))
+    for places in repeated:
+        first = present.index(places[0])
+        for later in places[1:]:
+            second = present.index(later)
+            view = torch.diagonal(view, 0, first, second)
+            present = [p for i, p in enumerate(present) if i not in (first, second)] + [places[0]]
+            first = len(present) - 1
+    view.copy_(value)
+    return result if tuple(sizes) == shape else result.reshape(shape)
+
+
+__all__ = ["embed_diagonals", "written_term"]

@@ -1,0 +1,56 @@
+"""``explain``: its text and its data."""
+
+from __future__ import annotations
+
+import torch
+
+import chainrule
+
+
+def test_text_names_ops_orders_and_costs() -> None:
+    found = chainrule.explain(chainrule.jacobian(lambda x: torch.tanh(x).sum()))(torch.randn(4))
+    text = str(found)
+    for part in ("aten.tanh.default", "structured", "pointwise", "order:", "flops", "peak", "program:"):
+        assert part in text
+    assert torch.equal(found.result, chainrule.jacobian(lambda x: torch.tanh(x).sum())(torch.randn(4))) is False
+
+
+def test_data_holds_every_alternative_of_a_free_choice() -> None:
+    found = chainrule.explain(chainrule.jacobian(torch.sin))(torch.randn(4))
+    orders = {alternative["order"] for alternative in found.data[0]["alternatives"]}
+    assert {"forward", "reverse", "network", "greedy"} <= orders
+    assert all(a["peak_bytes"] >= 0 and a["flops"] >= 0 for a in found.data[0]["alternatives"])
+
+
+def test_pinned_orders_are_kept_and_compared() -> None:
+    found = chainrule.explain(chainrule.jacfwd(torch.sin))(torch.randn(4))
+    assert found.accounts[0].chosen == "forward"
+    assert len(found.accounts[0].alternatives) > 1
+
+
+def test_opaque_and_decomposed_ops_are_named() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            (x,) = ctx.saved_tensors
+            return 3 * g * x**2
+
+    found = chainrule.explain(chainrule.jacrev(Cube.apply))(torch.randn(3))
+    assert any("Cube" in name for name in found.opaque)
+    parts = chainrule.explain(chainrule.jacrev(lambda x: torch.einsum("i,j->ij", x, x)))(torch.randn(3))
+    assert any(op["kind"] == "decomposed" for op in parts.accounts[0].ops)
+
+
+def test_nested_transforms_have_one_account_each() -> None:
+    found = chainrule.explain(chainrule.hessian(lambda x: (x**3).sum()))(torch.randn(3))
+    assert len(found.accounts) == 2
+    assert found.accounts[0].output_shapes == [()]
+
+
+def test_nothing_to_explain() -> None:
+    assert "nothing" in str(chainrule.explain(chainrule.jacrev(lambda x: torch.ones(2)))(torch.randn(3)))
