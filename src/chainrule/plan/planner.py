@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ from chainrule.plan.elimination import Candidate, Maps
 from chainrule.plan.graph import Graph, build_graph
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What is asked of a tape.
 
     Attributes:
@@ -123,7 +122,7 @@ def _plan_jacobian(
     tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace,
     compare: bool,
 ) -> Planned:
-    asked = replace(request, order="auto") if compare else request
+    asked = request._replace(order="auto") if compare else request
     found = candidates(tape, asked, graph, inputs, outputs, workspace)
     allowed = found if request.order == "auto" else [c for c in found if c.name == request.order]
     best = min(allowed, key=lambda c: c.cost)
