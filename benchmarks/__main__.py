@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen workloads; 0 if all expressions agreed."""
     options, chosen, target = _parse(arguments)
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module="torch")
     rows: list[Row] = []
     growth: list[dict[str, Any]] = []
     failed = []

@@ -53,7 +53,9 @@ def brute(term, out_shape, in_shape):
     axes = list(term.all_axes())
     where = {axis: number for number, axis in enumerate(axes)}
     factors = [(f.node._compute(Program()).value.numpy(), [where[a] for a in f.axes]) for f in term.factors]
-    relations = [(h.index._compute(Program()).value.numpy(), [where[a] for a in h.sources], where[h.target]) for h in term.onehots]
+    relations = [
+        (h.index._compute(Program()).value.numpy(), [where[a] for a in h.sources], where[h.target]) for h in term.onehots
+    ]
     result = numpy.zeros((math.prod(out_shape), math.prod(in_shape)))
 
     def flat(dims, point):
@@ -325,7 +327,8 @@ def test_a_diagonal_stays_diagonal():
     for _ in range(4):
         axes = new_axes((size,))
         factor = Factor(dense_node(numpy.random.default_rng(0).standard_normal(size)), axes)
-        total = compose(LinearMap((size,), (size,), (Term(dims_of(axes), dims_of(axes), (factor,)),)), total, workspace, eager=True)
+        diagonal = LinearMap((size,), (size,), (Term(dims_of(axes), dims_of(axes), (factor,)),))
+        total = compose(diagonal, total, workspace, eager=True)
     (term,) = total.terms
     assert term.out_dims == term.in_dims
     assert sum(f.node.numel for f in term.factors) == size

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import chainrule
-from chainrule.plan.planner import Request, plan
-from chainrule.maps.nodes import postorder
-from chainrule.rules.table import POLICY
 from chainrule.capture.tape import Tape
+from chainrule.maps.nodes import postorder
+from chainrule.plan.planner import Request, plan
+from chainrule.rules.table import POLICY
 from tests.rules.selection_oracle import check_first_order, check_second_order, check_under_vmap, parametrized, points
 
 aten = torch.ops.aten

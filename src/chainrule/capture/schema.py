@@ -37,7 +37,9 @@ class OpFacts:
         special: whether anything but "run it and record it" has to happen.
     """
 
-    __slots__ = ("argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special", "writes")
+    __slots__ = (
+        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special", "writes",
+    )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
         schema = op._schema

@@ -226,7 +226,10 @@ class Tape(TorchDispatchMode):
         if facts.composite and self.joins(args):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
-        out = self.outside(func, *args, **(kwargs or {}))  if facts.is_view or self.joins(args) else facts.call(*args, **(kwargs or {}))
+        if facts.is_view or self.joins(args):
+            out = self.outside(func, *args, **(kwargs or {}))
+        else:
+            out = facts.call(*args, **(kwargs or {}))
         if facts.is_view and args:
             self.alias.pending.append((func, args, kwargs, out))
         if not facts.inactive and not self.is_blocked():

@@ -15,7 +15,6 @@ from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.planner import Planned, Request, plan
 
-
 _COMPILING = threading.Lock()
 
 

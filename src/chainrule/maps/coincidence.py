@@ -41,7 +41,8 @@ def _solve(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term |
         if not solved.sources:
             continue
         (unknown,) = solved.sources
-        if unknown not in taken and unknown not in kept.sources:
+        # Neither may follow from other axes: the new relation could close a circle.
+        if unknown not in taken and unknown not in kept.sources and not taken.intersection(kept.sources):
             solutions.append((_positions(solved, kept, unknown), solved, kept, unknown))
     rest = tuple(h for h in term.onehots if h is not one and h is not two)
     if not one.sources and not two.sources:

@@ -143,7 +143,9 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
 def _push_one(term: Term, workspace: Workspace) -> Term | None:
     """The first push that changes the term, or None when nothing is left to do."""
     outer = term.outer_axes()
-    for onehot in term.onehots:
+    read = {axis for h in term.onehots for axis in h.sources}
+    # Relations that others read come first: what they are tied to is then a matter of free axes only.
+    for onehot in sorted(term.onehots, key=lambda h: h.target not in read):
         target = onehot.target
         others = tuple(h for h in term.onehots if h is not onehot)
         twin = next((h for h in others if h.target is target), None)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
+from chainrule.rules import attention
+
 aten = torch.ops.aten
+Tensor = torch.Tensor
 
 
 def composite(op: OpOverload) -> Callable[..., Any] | None:
@@ -18,4 +23,105 @@ def composite(op: OpOverload) -> Callable[..., Any] | None:
     return None
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    """Dropout with the draw that torch makes on the same device (fused on accelerators, one bernoulli else)."""
+    if not train or p == 0 or input.numel() == 0:
+        return input.clone() if p == 0 and train else input
+    if p == 1:
+        return input * torch.zeros((), dtype=input.dtype, device=input.device)
+    if input.device.type == "cuda":
+        return torch.native_dropout(input, p, train)[0]
+    noise = torch.empty_like(input).bernoulli_(1 - p)
+    return input * noise.div_(1 - p)
+
+
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Cosine similarity; as in torch, the clamp of the norms does not stop their derivative."""
+    dtype = torch.promote_types(x1.dtype, x2.dtype)
+    x1, x2 = torch.broadcast_tensors(x1.to(dtype), x2.to(dtype))
+    return torch.sum(_normalised(x1, dim, eps) * _normalised(x2, dim, eps), dim)
+
+
+def _normalised(x: Tensor, dim: int, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, 2, dim, keepdim=True)
+    return x / (norm + (norm.clamp_min(eps) - norm).detach())
+
+
+def _rrelu(
+    input: Tensor,
+    lower: float = 0.125,
+    upper: float = 0.3333333333333333,
+    training: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A leaky ReLU whose slope is drawn in training and fixed otherwise."""
+    if not training:
+        return torch.nn.functional.leaky_relu(input, (lower + upper) / 2)
+    noise = torch.empty_like(input)
+    aten.rrelu_with_noise.default(input.detach(), noise, lower, upper, True, generator)
+    return input * noise
+
+
+def _distances(difference: Tensor, p: float) -> Tensor:
+    """The p-norm over the last dimension, whose derivative at zero is zero in every order."""
+    size = difference.abs()
+    if p == 0:
+        return torch.ne(difference, 0).to(difference.dtype).sum(-1)
+    if p == 1:
+        return size.sum(-1)
+    if p == math.inf:
+        return size.amax(-1) if difference.shape[-1] else size.sum(-1)
+    one = torch.ones((), dtype=difference.dtype, device=difference.device)
+    zero = torch.zeros_like(one)
+    if p == 2:
+        power = (difference * difference).sum(-1)
+    else:
+        power = torch.where(torch.eq(size, 0), zero, torch.where(torch.eq(size, 0), one, size) ** p).sum(-1)
+    apart = torch.ne(power, 0)
+    safe = torch.where(apart, power, one)
+    return torch.where(apart, safe.sqrt() if p == 2 else safe ** (1 / p), zero)
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    return _distances(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+
+
+def _pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    first, second = torch.triu_indices(input.shape[0], input.shape[0], 1, device=input.device).unbind(0)
+    return _distances(torch.index_select(input, 0, first) - torch.index_select(input, 0, second), p)
+
+
+_FROM_TORCH = """
+    nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
+    binary_cross_entropy_with_logits huber_loss smooth_l1_loss soft_margin_loss mse_loss grid_sampler_2d
+    addr renorm reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+    pixel_shuffle pixel_unshuffle channel_shuffle
+""".split()
+
+
+def _torch_table() -> dict[Any, Callable[..., Any]]:
+    core = core_aten_decompositions()
+    found = {}
+    for name in _FROM_TORCH:
+        op = getattr(aten, name).default
+        function = core.get(op) or decomposition_table.get(op)
+        if function is not None:
+            found[op] = function
+    return found
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    **_torch_table(),
+    aten.scaled_dot_product_attention.default: attention.scaled_dot_product_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: attention.flash_attention_for_cpu,
+    aten._scaled_dot_product_efficient_attention.default: attention.efficient_attention,
+    aten._scaled_dot_product_flash_attention.default: attention.flash_attention,
+    aten.dropout.default: _dropout,
+    aten.cosine_similarity.default: _cosine_similarity,
+    aten.rrelu.default: _rrelu,
+    aten.cdist.default: _cdist,
+    aten._cdist_forward.default: _cdist,
+    aten._pdist_forward.default: _pdist,
+}
+
+__all__ = ["DECOMPOSITIONS", "composite"]

@@ -38,6 +38,12 @@ class Arguments:
         return self._call.stage_output(self._program, 1)
 
 
+    @property
+    def loss_scale(self) -> float:
+        """The number that a loss's reduction multiplies each element with."""
+        return loss_scale(self._call)
+
+
 class Over:
     """A derivative that depends on one operand alone: it is computed over that operand's own axes.
 

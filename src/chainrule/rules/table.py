@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from chainrule.rules import constants, custom_function, elementwise, moves, products, reductions, selections, views
+from chainrule.rules import (
+    constants,
+    custom_function,
+    elementwise,
+    layers,
+    moves,
+    pooling,
+    products,
+    reductions,
+    selections,
+    views,
+)
 from chainrule.rules.base import Rule
 from chainrule.rules.decompositions import DECOMPOSITIONS, composite
 from chainrule.rules.opaque import opaque_rule
@@ -33,6 +44,8 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     selections.RULES,
     products.RULES,
     reductions.RULES,
+    layers.RULES,
+    pooling.RULES,
 )
 
 RULES: dict[Any, Rule] = _merged(FAMILIES)

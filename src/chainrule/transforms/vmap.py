@@ -116,7 +116,8 @@ def _flatten_inputs(
         return list(args), [_check_in_dim(call, arg, in_dims) for arg in args], None
     if isinstance(in_dims, tuple) and len(in_dims) == len(args):
         if all(isinstance(a, Tensor) and (d is None or d.__class__ is int) for a, d in zip(args, in_dims, strict=True)):
-            return list(args), [None if d is None else _check_in_dim(call, a, d) for a, d in zip(args, in_dims, strict=True)], None
+            checked = [None if d is None else _check_in_dim(call, a, d) for a, d in zip(args, in_dims, strict=True)]
+            return list(args), checked, None
     flat_args, spec = tree_flatten(args)
     dims = _broadcast_to_and_flatten(in_dims, spec)
     if dims is None:

@@ -1,0 +1,242 @@
+"""Activations and their backward ops: first derivatives, and second ones where a backward op needs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from chainrule.maps.staging import Program
+from chainrule.maps.terms import Axis, Factor, Term, affine_onehot, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, formula_node, single
+from chainrule.rules.elementwise_named import Arguments, Over, elementwise
+
+aten = torch.ops.aten
+
+_TANH_SCALE = math.sqrt(2 / math.pi)
+_TANH_CUBE = 0.044715
+_SELU_ALPHA = 1.6732632423543772
+_SELU_SCALE = 1.0507009873554805
+
+
+def _step(condition: Any, like: Any) -> Any:
+    return condition.to(like.dtype)
+
+
+def _density(x: Any) -> Any:
+    return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+def gelu_slope(x: Any, approximate: str) -> Any:
+    """The derivative of gelu."""
+    if approximate == "none":
+        return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * _density(x)
+    t = torch.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x))
+    inner = _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
+
+
+def gelu_curvature(x: Any, approximate: str) -> Any:
+    """The second derivative of gelu."""
+    if approximate == "none":
+        return _density(x) * (2 - x * x)
+    t = torch.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x))
+    inner = _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)
+    bend = _TANH_SCALE * 6 * _TANH_CUBE * x
+    return (1 - t * t) * (inner + 0.5 * x * (bend - 2 * t * inner * inner))
+
+
+def _silu_slope(x: Any) -> Any:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _silu_curvature(x: Any) -> Any:
+    s = torch.sigmoid(x)
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _mish_slope(x: Any) -> Any:
+    t = torch.tanh(torch.nn.functional.softplus(x))
+    return t + x * torch.sigmoid(x) * (1 - t * t)
+
+
+def _mish_curvature(x: Any) -> Any:
+    t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
+    return (1 - t * t) * s * (2 + x * (1 - s - 2 * t * s))
+
+
+def elu_slope(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
+    """The derivative of elu."""
+    below = (alpha * scale * input_scale) * torch.exp(torch.clamp(x, max=0) * input_scale)
+    return torch.where(x <= 0, below, scale)
+
+
+def _elu_backward_slope(a: Arguments) -> Any:
+    if not a.is_result:
+        return elu_slope(a.self_or_result, a.alpha, a.scale, a.input_scale)
+    y = a.self_or_result
+    return torch.where(y <= 0, (y + a.alpha * a.scale) * a.input_scale, a.scale)
+
+
+def _elu_backward_curvature(a: Arguments) -> Any:
+    y, rate = a.self_or_result, a.input_scale
+    if a.is_result:
+        return a.grad_output * torch.where(y <= 0, torch.full_like(y, rate), 0.0)
+    below = (a.alpha * a.scale * rate * rate) * torch.exp(torch.clamp(y, max=0) * rate)
+    return a.grad_output * torch.where(y <= 0, below, 0.0)
+
+
+def _between(x: Any, low: float, high: float) -> Any:
+    return _step((x > low) & (x < high), x)
+
+
+def _outside(x: Any, bound: float) -> Any:
+    return _step(torch.logical_not((x >= -bound) & (x <= bound)), x)
+
+
+def _hardswish_slope(x: Any) -> Any:
+    middle = torch.where(x < 3, x / 3 + 0.5, 1.0)
+    return torch.where(x <= -3, 0.0, middle)
+
+
+def softplus_slope(x: Any, beta: float, threshold: float) -> Any:
+    """The derivative of softplus."""
+    scaled = x * beta if beta != 1 else x
+    return torch.where(scaled > threshold, 1.0, torch.sigmoid(scaled))
+
+
+def _softplus_curvature(x: Any, beta: float, threshold: float) -> Any:
+    s = torch.sigmoid(x * beta)
+    return torch.where(x * beta > threshold, 0.0, beta * s * (1 - s))
+
+
+def logit_slope(x: Any, eps: float | None) -> Any:
+    """The derivative of logit; NaN outside [0, 1] without ``eps``, 0 outside [eps, 1 - eps] with it."""
+    if eps is None:
+        return torch.where((x >= 0) & (x <= 1), torch.reciprocal(x * (1 - x)), math.nan)
+    inside = (x >= eps) & (x <= 1 - eps)
+    return torch.where(inside, torch.reciprocal(x * (1 - x)), 0.0)
+
+
+def _logit_curvature(x: Any, eps: float | None) -> Any:
+    slope = logit_slope(x, eps)
+    return (2 * x - 1) * slope * slope
+
+
+def _leaky(x: Any, slope: float) -> Any:
+    return torch.where(x > 0, torch.ones_like(x), slope)
+
+
+def _rrelu(a: Arguments) -> Any:
+    return _leaky(a.self, (a.lower + a.upper) / 2) if not a.training else a.out1
+
+
+def _sigmoid_bend(x: Any) -> Any:
+    s = torch.sigmoid(x)
+    return s * (1 - s)
+
+
+def _glu(call: Call) -> Iterable[Edge]:
+    """``first * sigmoid(second)`` of the two halves of a dimension."""
+    item = call.args[0]
+    if not call.is_active(item):
+        return
+    shape = call.shape(item)
+    dim = call.argument("dim") % len(shape)
+    half = shape[dim] // 2
+    terms = []
+    for start, derivative in ((0, lambda x, s: s), (half, lambda x, s: x * s * (1 - s))):
+        axes = list(new_axes(call.out_shape))
+        whole = Axis(shape[dim])
+        in_axes = [*axes[:dim], whole, *axes[dim + 1 :]]
+
+        def formula(program: Program, derivative: Callable[[Any, Any], Any] = derivative) -> Any:
+            x = call.stage(program, item)
+            gate = torch.sigmoid(torch.narrow(x, dim, half, half))
+            return derivative(torch.narrow(x, dim, 0, half), gate)
+
+        node = formula_node(call, call.out_shape, formula)
+        relation = affine_onehot(axes[dim], whole, start, 1, call.workspace.device)
+        terms.append(Term(dims_of(axes), dims_of(in_axes), (Factor(node, tuple(axes)),), (relation,)))
+    yield single(call, item, terms)
+
+
+def _of(slope: Callable[[Any], Any]) -> Rule:
+    return elementwise(self_=lambda a: slope(a.self))
+
+
+def _backward(slope: Callable[[Arguments], Any], curvature: Callable[[Arguments], Any] | None = None) -> Rule:
+    """A backward op ``grad_output * slope(self)``."""
+    if curvature is None:
+        return elementwise(grad_output=slope)
+    bend = curvature
+    return elementwise(grad_output=slope, self_=lambda a: a.grad_output * bend(a))
+
+
+_LINEAR_PIECES: dict[Any, Rule] = {
+    aten.leaky_relu.default: elementwise(self_=lambda a: _leaky(a.self, a.negative_slope)),
+    aten.hardtanh.default: elementwise(self_=lambda a: _between(a.self, a.min_val, a.max_val)),
+    aten.hardsigmoid.default: elementwise(self_=lambda a: _between(a.self, -3, 3) / 6),
+    aten.hardswish.default: _of(_hardswish_slope),
+    aten.hardshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
+    aten.softshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
+    aten.threshold.default: elementwise(self_=lambda a: _step(a.self > a.threshold, a.self)),
+    aten.rrelu_with_noise.default: elementwise(self_=lambda a: _leaky(a.self, (a.lower + a.upper) / 2)),
+    aten.rrelu_with_noise_functional.default: elementwise(self_=_rrelu),
+    aten._prelu_kernel.default: elementwise(
+        self_=lambda a: torch.where(a.self > 0, 1.0, a.weight),
+        weight=Over("self", lambda x: torch.clamp(x, max=0)),
+    ),
+}
+
+_SMOOTH: dict[Any, Rule] = {
+    aten.elu.default: elementwise(self_=lambda a: elu_slope(a.self, a.alpha, a.scale, a.input_scale)),
+    aten.celu.default: elementwise(self_=lambda a: elu_slope(a.self, a.alpha, 1.0, 1.0 / a.alpha)),
+    aten.selu.default: _of(lambda x: elu_slope(x, _SELU_ALPHA, _SELU_SCALE, 1.0)),
+    aten.gelu.default: elementwise(self_=lambda a: gelu_slope(a.self, a.approximate)),
+    aten.silu.default: _of(_silu_slope),
+    aten.mish.default: _of(_mish_slope),
+    aten.log_sigmoid_forward.default: _of(lambda x: torch.sigmoid(-x)),
+    aten.softplus.default: elementwise(self_=lambda a: softplus_slope(a.self, a.beta, a.threshold)),
+    aten.logit.default: elementwise(self_=lambda a: logit_slope(a.self, a.eps)),
+    aten.glu.default: Rule("pointwise", _glu),
+}
+
+_BACKWARD: dict[Any, Rule] = {
+    aten.tanh_backward.default: elementwise(
+        grad_output=lambda a: 1 - a.output * a.output, output=lambda a: -2 * a.output * a.grad_output
+    ),
+    aten.sigmoid_backward.default: elementwise(
+        grad_output=lambda a: a.output * (1 - a.output), output=lambda a: a.grad_output * (1 - 2 * a.output)
+    ),
+    aten.threshold_backward.default: _backward(lambda a: _step(a.self > a.threshold, a.self)),
+    aten.leaky_relu_backward.default: _backward(lambda a: _leaky(a.self, a.negative_slope)),
+    aten.hardtanh_backward.default: _backward(lambda a: _between(a.self, a.min_val, a.max_val)),
+    aten.hardsigmoid_backward.default: _backward(lambda a: _between(a.self, -3, 3) / 6),
+    aten.hardshrink_backward.default: elementwise(grad_out=lambda a: _outside(a.self, a.lambd)),
+    aten.softshrink_backward.default: _backward(lambda a: _outside(a.self, a.lambd)),
+    aten.hardswish_backward.default: _backward(
+        lambda a: _hardswish_slope(a.self), lambda a: _between(a.self, -3, 3) / 3
+    ),
+    aten.gelu_backward.default: _backward(
+        lambda a: gelu_slope(a.self, a.approximate), lambda a: gelu_curvature(a.self, a.approximate)
+    ),
+    aten.silu_backward.default: _backward(lambda a: _silu_slope(a.self), lambda a: _silu_curvature(a.self)),
+    aten.mish_backward.default: _backward(lambda a: _mish_slope(a.self), lambda a: _mish_curvature(a.self)),
+    aten.elu_backward.default: elementwise(grad_output=_elu_backward_slope, self_or_result=_elu_backward_curvature),
+    aten.softplus_backward.default: _backward(
+        lambda a: softplus_slope(a.self, a.beta, a.threshold),
+        lambda a: _softplus_curvature(a.self, a.beta, a.threshold),
+    ),
+    aten.log_sigmoid_backward.default: _backward(lambda a: torch.sigmoid(-a.self), lambda a: -_sigmoid_bend(a.self)),
+    aten.logit_backward.default: _backward(
+        lambda a: logit_slope(a.self, a.eps), lambda a: _logit_curvature(a.self, a.eps)
+    ),
+}
+
+RULES: dict[Any, Rule] = {**_LINEAR_PIECES, **_SMOOTH, **_BACKWARD}
+
+__all__ = ["RULES", "elu_slope", "gelu_curvature", "gelu_slope", "logit_slope", "softplus_slope"]

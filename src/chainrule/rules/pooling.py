@@ -1,0 +1,172 @@
+"""Pooling and resampling: maxima keep the index relation that the op returns; averages and resamplings are linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from chainrule.maps.nodes import leaf
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import OneHot, Term, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, single
+from chainrule.rules.families import operator_edge
+
+aten = torch.ops.aten
+
+
+def _maximum(rank: int) -> Rule:
+    """A maximum over windows of the last ``rank`` dimensions; its second output holds flat places in the plane."""
+
+    def linearize(call: Call) -> Iterable[Edge]:
+        item = call.args[0]
+        if not call.is_active(item):
+            return
+        shape = call.shape(item)
+        sources = new_axes(call.out_shape)
+        lead = len(shape) - rank
+        targets = new_axes(shape[lead:])
+        onehots, stride = [], 1
+        for target in reversed(targets):
+            node = leaf(call.out_shape, _digit(call, stride, target.size), label="index")
+            onehots.append(OneHot(node, sources, target))
+            stride *= target.size
+        yield single(
+            call, item, [Term(dims_of(sources), dims_of((*sources[:lead], *targets)), (), tuple(reversed(onehots)))]
+        )
+
+    return Rule("selection", linearize)
+
+
+def _digit(call: Call, stride: int, size: int) -> Callable[[Program], Staged]:
+    def stage(program: Program) -> Staged:
+        flat = call.stage_output(program, 1)
+        return torch.remainder(torch.div(flat, max(stride, 1), rounding_mode="floor"), max(size, 1))
+
+    return stage
+
+
+def _folded(rank: int, forward: Callable[[Call, Staged, tuple[int, ...]], Staged], backward: Callable[..., Staged]) -> Rule:
+    """A linear op on the last ``rank`` dimensions that acts on rows folded into the batch.
+
+    Args:
+        rank: the number of spatial dimensions.
+        forward: ``(call, values, folded output shape)``: the op on folded rows.
+        backward: ``(call, values, folded input shape)``: its transpose.
+    """
+
+    def linearize(call: Call) -> Iterable[Edge]:
+        item = call.args[0]
+        if not call.is_active(item):
+            return
+        in_shape, out_shape = call.shape(item), call.out_shape
+        lead = len(in_shape) - rank
+
+        def acting(action: Callable[..., Staged], source: tuple[int, ...], target: tuple[int, ...]) -> Callable[..., Staged]:
+            def act(c: Call, program: Program, rows: Staged, count: int) -> Staged:
+                channels = source[lead - 1]
+                numel = count
+                for size in source[: lead - 1]:
+                    numel *= size
+                folded = torch.reshape(rows, (numel, channels, *source[lead:]))
+                done = action(c, folded, (numel, target[lead - 1], *target[lead:]))
+                return torch.reshape(done, (count, *target))
+
+            return act
+
+        diagonal = tuple((d, d) for d in range(lead))
+        size = call.tensor(item).numel() + call.tensor(call.outputs[0]).numel()
+        yield operator_edge(
+            call, item, acting(forward, in_shape, out_shape), acting(backward, out_shape, in_shape), diagonal, size
+        )
+
+    return Rule("resampling", linearize, reads=False)
+
+
+def _average(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
+    """An average pooling and its backward op, which is its transpose."""
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+    def statics(call: Call) -> list[Any]:
+        return [list(v) if isinstance(v, tuple) else v for v in (call.argument(name) for name in names)]
+
+    def forward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        return op(value, *statics(call))
+
+    def backward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        return transpose(value, value.new_zeros(shape), *statics(call))
+
+    def forward_of_backward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        size = (value.shape[0], *call.shape(call.args[1])[-rank - 1 :])
+        return transpose(value, value.new_zeros(size), *statics(call))
+
+    return _folded(rank, forward, backward), _folded(rank, forward_of_backward, forward)
+
+
+def _adaptive(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
+    def forward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        return op(value, list(shape[2:]))
+
+    def backward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        return transpose(value, value.new_zeros(shape))
+
+    return _folded(rank, forward, backward), _folded(rank, backward, forward)
+
+
+_AVERAGE2 = _average(2, aten.avg_pool2d.default, aten.avg_pool2d_backward.default)
+_AVERAGE3 = _average(3, aten.avg_pool3d.default, aten.avg_pool3d_backward.default)
+_ADAPTIVE2 = _adaptive(2, aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default)
+_ADAPTIVE3 = _adaptive(3, aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default)
+
+
+def _upsampling(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
+    """An interpolation to a larger or smaller grid, and its backward op."""
+
+    def extras(call: Call) -> list[Any]:
+        known = ("align_corners", *(("scales",) if rank == 1 else ("scales_d", "scales_h", "scales_w")[-rank:]))
+        names = {argument.name for argument in call.op._schema.arguments}
+        return [call.argument(name) for name in known if name in names]
+
+    def forward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        return op(value, list(shape[2:]), *extras(call))
+
+    def backward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
+        return transpose(value, list(value.shape[2:]), list(shape), *extras(call))
+
+    return _folded(rank, forward, backward), _folded(rank, backward, forward)
+
+
+_UPSAMPLINGS = {
+    "upsample_nearest1d": 1, "_upsample_nearest_exact1d": 1, "upsample_linear1d": 1,
+    "upsample_nearest2d": 2, "_upsample_nearest_exact2d": 2, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2,
+    "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
+    "upsample_nearest3d": 3, "_upsample_nearest_exact3d": 3, "upsample_trilinear3d": 3,
+}  # fmt: skip
+
+
+def _upsampling_rules() -> dict[Any, Rule]:
+    rules: dict[Any, Rule] = {}
+    for name, rank in _UPSAMPLINGS.items():
+        op, transpose = getattr(aten, name).default, getattr(aten, f"{name}_backward").default
+        rules[op], rules[transpose] = _upsampling(rank, op, transpose)
+    return rules
+
+
+RULES: dict[Any, Rule] = {
+    aten.max_pool2d_with_indices.default: _maximum(2),
+    aten.max_pool3d_with_indices.default: _maximum(3),
+    aten.adaptive_max_pool2d.default: _maximum(2),
+    aten.adaptive_max_pool3d.default: _maximum(3),
+    aten.fractional_max_pool2d.default: _maximum(2),
+    aten.fractional_max_pool3d.default: _maximum(3),
+    aten.avg_pool2d.default: _AVERAGE2[0],
+    aten.avg_pool2d_backward.default: _AVERAGE2[1],
+    aten.avg_pool3d.default: _AVERAGE3[0],
+    aten.avg_pool3d_backward.default: _AVERAGE3[1],
+    aten._adaptive_avg_pool2d.default: _ADAPTIVE2[0],
+    aten._adaptive_avg_pool2d_backward.default: _ADAPTIVE2[1],
+    aten._adaptive_avg_pool3d.default: _ADAPTIVE3[0],
+    aten._adaptive_avg_pool3d_backward.default: _ADAPTIVE3[1],
+    **_upsampling_rules(),
+}
