@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -230,7 +231,9 @@ def _hvp(key: str, title: str, ours: Mapping[str, Expression]) -> Workload:
 
 
 def _growth(sizes: tuple[int, ...]) -> dict[int, Workload]:
-    return {size: _layer_jacobian("A2", 32, size, Targets()) for size in sizes}
+    # Reverse mode would need an identity matrix of the output's size squared.
+    forward = {"jacfwd": tf.jacfwd(predict, argnums=2)}
+    return {size: replace(_layer_jacobian("A2", 32, size, Targets()), peers=forward) for size in sizes}
 
 
 _ours_batched = chainrule.vmap(chainrule.jacobian(predict, argnums=2), in_dims=(None, None, 0))

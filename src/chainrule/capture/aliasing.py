@@ -115,8 +115,12 @@ class AliasTracker:
         if lowered is not None and facts.functional is not None and tape.policy.reads_values(facts.functional):
             _collect_slots(lowered[0], self._read_slots)
         shapes = [tensor.shape for tensor in written]
+        reshaping = torch.Tag.inplace_view in op.tags
         for tensor in written:
-            self._save_old(tensor)
+            if reshaping:
+                self._keep_shape(tensor)
+            else:
+                self._save_old(tensor)
         result = tape.outside(op, *args, **kwargs)
         self.has_writes = True
         if constant:
@@ -125,17 +129,22 @@ class AliasTracker:
             return result
         assert lowered is not None
         assert facts.functional is not None
-        self._publish(facts.functional, lowered, written, shapes)
+        self._publish(facts.functional, lowered, written, shapes, reshaping)
         return result
 
     def _publish(
-        self, functional: OpOverload, lowered: tuple[Any, Any], written: list[torch.Tensor], shapes: list[torch.Size]
+        self,
+        functional: OpOverload,
+        lowered: tuple[Any, Any],
+        written: list[torch.Tensor],
+        shapes: list[torch.Size],
+        reshaping: bool,
     ) -> None:
         tape = self.tape
         slots = tape.record_lowered(functional, *lowered, written)
         for tensor, slot, shape in zip(written, slots, shapes, strict=True):
-            if tensor.shape != shape:
-                # An out= argument that was resized: it owns its memory from now on.
+            if tensor.shape != shape or reshaping:
+                # An in-place change of shape (``squeeze_``), or an out= argument that was resized: it owns its memory from now on.
                 self.links.pop(id(tensor), None)
                 self.roots.pop(id(tensor), None)
             self._climb(tensor, slot)
@@ -165,6 +174,14 @@ class AliasTracker:
             if slot is not None and slot in self._read_slots and tape.values[slot] is member:
                 tape.values[slot] = tape.outside(torch.clone, member)
                 tape.kept.append(member)
+
+    def _keep_shape(self, tensor: torch.Tensor) -> None:
+        """Keep the tape's value as it was before its shape is changed in place."""
+        tape = self.tape
+        slot = tape.slots.get(id(tensor))
+        if slot is not None and tape.values[slot] is tensor:
+            tape.values[slot] = tape.outside(aten.alias.default, tensor)
+            tape.kept.append(tensor)
 
     def _scan_reads(self) -> None:
         tape = self.tape

@@ -38,7 +38,8 @@ class OpFacts:
     """
 
     __slots__ = (
-        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special", "writes",
+        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special",
+        "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chainrule.rules.base import Rule
+from chainrule.rules.elementwise_named import Over, elementwise
 from chainrule.rules.families import Number, Other, pointwise
 
 aten = torch.ops.aten
@@ -47,8 +48,12 @@ def _pow_scalar_base(base: float, exponent: Any, out: Any) -> Any:
     return out * math.log(base) if base > 0 else out * math.nan
 
 
-def _div_first(x: Any, y: Any, out: Any) -> Any:
+def _reciprocal(y: Any) -> Any:
     return torch.reciprocal(y) if not isinstance(y, (int, float)) else 1 / y
+
+
+def _div_first(x: Any, y: Any, out: Any) -> Any:
+    return _reciprocal(y)
 
 
 def _div_second(x: Any, y: Any, out: Any) -> Any:
@@ -100,7 +105,7 @@ RULES: dict[Any, Rule] = {
     aten.copy.default: pointwise(None, 1.0),
     aten.mul.Tensor: pointwise(Other(1), Other(0)),
     aten.mul.Scalar: pointwise(Other(1)),
-    aten.div.Tensor: pointwise(_div_first, _div_second),
+    aten.div.Tensor: elementwise(self_=Over("other", _reciprocal), other=lambda a: -a.out / a.other),
     aten.div.Scalar: pointwise(Number(lambda x, y: 1 / y)),
     aten.div.Tensor_mode: pointwise(_div_mode_first, _div_mode_second),
     aten.div.Scalar_mode: pointwise(_div_mode_first),
@@ -139,13 +144,7 @@ RULES: dict[Any, Rule] = {
     aten.clamp_min.default: pointwise(lambda x, low, out: (x >= low).to(x.dtype)),
     aten.clamp_max.default: pointwise(lambda x, high, out: (x <= high).to(x.dtype)),
     aten.abs.default: pointwise(lambda x, out: torch.sign(x)),
-    aten.softplus.default: pointwise(
-        lambda x, *rest: _softplus(x, *rest[:-1]),
+    aten.where.self: elementwise(
+        self_=Over("condition", lambda c: c), other=Over("condition", lambda c: torch.logical_not(c))
     ),
-    aten.where.self: pointwise(None, lambda c, x, y, out: c.to(out.dtype), lambda c, x, y, out: (~c).to(out.dtype)),
 }
-
-
-def _softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
-    scaled = x * beta if beta != 1 else x
-    return torch.where(scaled > threshold, 1.0, torch.sigmoid(scaled))

@@ -20,11 +20,47 @@ from chainrule.rules.families import operator_edge
 aten = torch.ops.aten
 
 
+def _copy(input: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return torch.broadcast_to(source.to(input.dtype), input.shape)
+
+
+def _slice_scatter(
+    input: torch.Tensor, source: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> torch.Tensor:
+    places = torch.arange(input.shape[dim], device=input.device)[start:end:step]
+    return torch.index_copy(input, dim, places, source)
+
+
+def _select_scatter(input: torch.Tensor, source: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    place = torch.full((1,), index % input.shape[dim], dtype=torch.long, device=input.device)
+    return torch.index_copy(input, dim, place, source.unsqueeze(dim))
+
+
+def _complex_to_real(input: torch.Tensor, dims: list[int], normalization: int, size: int) -> torch.Tensor:
+    """The inverse transform of the full Hermitian spectrum, of which the op gets one half."""
+    last, others = dims[-1], list(dims[:-1])
+    if others:
+        input = aten._fft_c2c.default(input, others, normalization, False)
+    half = input.narrow(last, 0, size // 2 + 1)
+    mirrored = torch.conj_physical(half.narrow(last, 1, (size - 1) // 2)).flip([last])
+    full = aten._fft_c2c.default(torch.cat([half, mirrored], last), [last], normalization, False)
+    return torch.real(full)
+
+
+#: Ops whose own autograd formula is missing for complex values or cannot be batched, by ops whose formula is not.
+SUBSTITUTES: dict[Any, Any] = {
+    aten.copy.default: _copy,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten._fft_c2r.default: _complex_to_real,
+}
+
+
 class _Template:
     """A call with holes where its tensors go."""
 
     def __init__(self, call: Call) -> None:
-        self.op = call.op
+        self.op = SUBSTITUTES.get(call.op, call.op)
         self.tensors: list[Any] = []
         self.args = tuple(self._dig(call, item) for item in call.args)
         self.kwargs = {name: self._dig(call, item) for name, item in call.kwargs.items()}
@@ -106,7 +142,9 @@ class OpaqueAction:
             return torch.zeros_like(leaf)
         row = row if row.dtype == out.dtype else row.to(out.dtype)
         (pulled,) = torch.autograd.grad(out, leaf, row, retain_graph=True, create_graph=True, allow_unused=True)
-        return torch.zeros_like(leaf) if pulled is None else pulled
+        if pulled is None:
+            return torch.zeros_like(leaf)
+        return pulled.to_dense() if pulled.layout != torch.strided else pulled
 
     def push(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Tangents ``(R, *in_shape)`` to tangents ``(R, *out_shape)``."""

@@ -13,11 +13,16 @@ from chainrule.rules import (
     constants,
     custom_function,
     elementwise,
+    elementwise_activations,
+    elementwise_special,
     layers,
+    linalg,
     moves,
+    normalisations,
     pooling,
     products,
     reductions,
+    scans,
     selections,
     views,
 )
@@ -39,13 +44,18 @@ def _merged(tables: Iterable[Mapping[Any, Rule]]) -> dict[Any, Rule]:
 #: The families' tables; a new family is added here.
 FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     elementwise.RULES,
+    elementwise_activations.RULES,
+    elementwise_special.RULES,
     views.RULES,
     moves.RULES,
     selections.RULES,
     products.RULES,
     reductions.RULES,
+    scans.RULES,
+    normalisations.RULES,
     layers.RULES,
     pooling.RULES,
+    linalg.RULES,
 )
 
 RULES: dict[Any, Rule] = _merged(FAMILIES)

@@ -1,0 +1,107 @@
+"""Scans along a dimension: cumulative sums, products, extrema."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, formula_node, single
+from chainrule.rules.families import operator_edge
+from chainrule.rules.reductions import PICKS
+
+aten = torch.ops.aten
+
+
+def _dim(call: Call) -> int:
+    """The scanned dimension, from the front."""
+    dim: int = call.argument("dim")
+    return dim % max(len(call.shape(call.args[0])), 1)
+
+
+def _cumsum(call: Call) -> Iterable[Edge]:
+    """A running sum acts on each line along its dimension; transposed it runs backwards."""
+    item = call.args[0]
+    if not call.is_active(item):
+        return
+    shape = call.shape(item)
+    if not shape:
+        yield single(call, item, [Term((), ())])
+        return
+    dim = _dim(call)
+
+    def push(call: Call, program: Program, rows: Staged, count: int) -> Staged:
+        return torch.cumsum(rows, dim + 1)  # type: ignore[call-overload, no-any-return]
+
+    def pull(call: Call, program: Program, rows: Staged, count: int) -> Staged:
+        backwards = torch.flip(rows, [dim + 1])  # type: ignore[arg-type]
+        return torch.flip(torch.cumsum(backwards, dim + 1), [dim + 1])  # type: ignore[return-value]
+
+    diagonal = tuple((d, d) for d in range(len(shape)) if d != dim)
+    yield operator_edge(call, item, push, pull, diagonal, math.prod(shape))
+
+
+def _lines(entries: Callable[[Any, Any, int, int], Any]) -> Rule:
+    """A scan whose local Jacobian along its dimension is a lower triangle ``entries(x, out, dim, size)``.
+
+    The array has the result's position at ``dim`` and the argument's right after it; the other dimensions are diagonal.
+    """
+
+    def linearize(call: Call) -> Iterable[Edge]:
+        item = call.args[0]
+        if not call.is_active(item):
+            return
+        shape = call.shape(item)
+        if not shape:
+            yield single(call, item, [Term((), ())])
+            return
+        dim = _dim(call)
+        axes = new_axes(shape)
+        source = Axis(shape[dim])
+        in_axes = (*axes[:dim], source, *axes[dim + 1 :])
+        all_axes = (*axes[: dim + 1], source, *axes[dim + 1 :])
+
+        def formula(program: Program) -> Any:
+            return entries(call.stage(program, item), call.stage_output(program), dim, shape[dim])
+
+        node = formula_node(call, (axis.size for axis in all_axes), formula)
+        yield single(call, item, [Term(dims_of(axes), dims_of(in_axes), (Factor(node, all_axes),))])
+
+    return Rule("scan", linearize)
+
+
+def _pattern(x: Any, dim: int, size: int, diagonal: int | None) -> Any:
+    """The lower triangle (or, without ``diagonal``, the identity) as a mask over ``(position, source)`` at ``dim``."""
+    first = torch.arange(size, device=x.device)
+    rows, columns = torch.reshape(first, (size, 1)), torch.reshape(first, (1, size))
+    mask = columns <= rows if diagonal == 0 else columns == rows
+    return torch.reshape(mask, (*((1,) * dim), size, size, *((1,) * (x.ndim - dim - 1))))
+
+
+def _cumprod_entries(x: Any, out: Any, dim: int, size: int) -> Any:
+    """Products up to each position with one element left out: no division, so zeros are no special case."""
+    x = x if x.dtype == out.dtype else x.to(out.dtype)
+    spread = torch.unsqueeze(x, dim + 1)
+    without = torch.where(_pattern(x, dim, size, None), 1.0, spread)
+    return torch.where(_pattern(x, dim, size, 0), torch.cumprod(without, dim), 0.0)
+
+
+def _logcumsumexp_entries(x: Any, out: Any, dim: int, size: int) -> Any:
+    exponent = torch.unsqueeze(x, dim) - torch.unsqueeze(torch.where(out == -math.inf, 0.0, out), dim + 1)
+    return torch.exp(torch.where(_pattern(x, dim, size, 0), exponent, -math.inf))
+
+
+RULES: dict[Any, Rule] = {
+    aten.cumsum.default: Rule("scan", _cumsum, reads=False),
+    aten.cumprod.default: _lines(_cumprod_entries),
+    aten.logcumsumexp.default: _lines(_logcumsumexp_entries),
+    # The dispatched op has two outputs, the values and where they stand.
+    aten.cummax.default: PICKS,
+    aten.cummin.default: PICKS,
+}
+
+__all__ = ["RULES"]
