@@ -121,6 +121,7 @@ def _settings(options: Options) -> dict[str, Any]:
         "processor": report.processor(options.device),
         "device": options.device,
         "threads": options.threads,
+        "rounds": f"{options.rounds} of at least {options.seconds:g} s per expression",
         "Python": platform.python_version(),
         "torch": torch.__version__,
     }

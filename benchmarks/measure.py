@@ -20,6 +20,7 @@ from torch.utils.benchmark import Timer
 
 import chainrule
 from benchmarks.workload import Expression, Workload
+from chainrule.execute import engine
 
 COMPILE = getattr(chainrule, "compile", None)
 
@@ -245,7 +246,8 @@ def _blocking(function: Expression, wait: Expression) -> Expression:
 
 
 def _first_call(expression: Expression, inputs: tuple[torch.Tensor, ...], options: Options) -> float:
-    """The plan for these shapes and dtypes is not known yet (agreement ran in another dtype)."""
+    """The time of a call that has to plan first."""
+    engine.CACHE.clear()
     _synchronize(options.device)
     start = time.perf_counter()
     expression(*inputs)

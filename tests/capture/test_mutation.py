@@ -18,10 +18,10 @@ CASES = {}
 
 
 def case(functional, *inputs):
-    """Register a mutating function beside its functional twin."""
+    """Register a mutating function beside its functional twin (None: torch.func runs the function as it is)."""
 
     def register(mutating):
-        CASES[mutating.__name__] = (mutating, functional, inputs)
+        CASES[mutating.__name__] = (mutating, functional or mutating, inputs)
         return mutating
 
     return register
@@ -309,6 +309,79 @@ def expanded_view_of_a_view(x):
     return y * 2
 
 
+@case(lambda x: torch.cat([x[:1] * 2, x[1:]]), vector(2, 3))
+def a_view_changes_shape_in_place(x):
+    y = x.clone()
+    row = y[0]
+    row.unsqueeze_(0)
+    row.mul_(2)
+    return y
+
+
+@case(lambda x: (x * x).t() * 1, vector(2, 3))
+def a_base_changes_shape_in_place(x):
+    y = x.clone()
+    flat = y.view(-1)
+    y.t_()
+    flat.mul_(x.reshape(-1))
+    return y * 1
+
+
+@case(lambda x: x.t() + 1, vector(2, 3))
+def shapes_change_in_place(x):
+    y = x.clone()
+    y.transpose_(0, 1)
+    y.unsqueeze_(0)
+    y.squeeze_(0)
+    y += 1
+    return y.swapaxes_(0, 1).swapaxes_(0, 1)
+
+
+@case(None, vector(2, 3))
+def a_reshape_that_copies(x):
+    y = x.clone()
+    flat = y.t().reshape(-1)
+    flat.mul_(2)
+    whole = y.t().contiguous()
+    whole += 1
+    last = y.t().flatten()
+    last.sin_()
+    return y, flat, whole, last
+
+
+@case(None, vector(2, 3))
+def composite_views_of_constants(x):
+    y = torch.zeros(2, 3, dtype=x.dtype)
+    y.flatten().add_(x.flatten())
+    y.view_as(y).mul_(3)
+    y.narrow(0, 0, 1).mul_(2)
+    y.movedim(0, 1)[1].mul_(2)
+    y.swapaxes(0, 1)[0] += 1
+    return y
+
+
+@case(lambda x: (x[:, :2] + x[:, 2:], x[:, 2:] * 1), vector(2, 4))
+def chunks_added_to_each_other(x):
+    one, two = x.clone().chunk(2, 1)
+    one += two
+    return one, two
+
+
+@case(lambda x: x.flip(0).flip(0).flip(0), vector(3, 2))
+def copied_from_itself(x):
+    y = x.clone()
+    y.copy_(y.flip(0))
+    return y
+
+
+@case(lambda x: torch.stack([x[0].sin(), x[1].cos()]), vector(2, 3))
+def out_argument_is_a_view(x):
+    out = torch.zeros(2, 3, dtype=x.dtype)
+    torch.sin(x[0], out=out[0])
+    torch.cos(x[1], out=out[1])
+    return out
+
+
 def tree_close(one, two):
     one, two = (torch.utils._pytree.tree_leaves(t) for t in (one, two))
     assert len(one) == len(two)
@@ -353,7 +426,7 @@ def test_second_order(name, order):
 
 def _wants_values(name):
     # Branches on values or writes to unbatched memory that vmap has to refuse.
-    return name in {"mask_assigned", "scalar_to_a_mask", "filled_with_a_constant"}
+    return name in {"mask_assigned", "scalar_to_a_mask", "filled_with_a_constant", "composite_views_of_constants"}
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not _wants_values(n)])

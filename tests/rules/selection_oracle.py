@@ -69,7 +69,8 @@ def check_second_order(function, inputs):
     def wrapped(*args):
         return tuple(out.sin() for out in leaves(function(*(x * x + 0.3 * x for x in args))))
 
-    expected = torch.func.jacfwd(torch.func.jacrev(wrapped))(*inputs)
+    # torch.func.jacfwd(jacrev) is wrong for fill and scatter_reduce in torch 2.13; jacrev(jacrev) is right.
+    expected = torch.func.jacrev(torch.func.jacrev(wrapped))(*inputs)
     assert_same(chainrule.jacfwd(chainrule.jacrev(wrapped))(*inputs), expected)
     assert_same(chainrule.jacrev(chainrule.jacfwd(wrapped))(*inputs), expected)
 

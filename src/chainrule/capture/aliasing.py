@@ -63,7 +63,8 @@ class AliasTracker:
         """Remember that ``out`` is a view of the first argument."""
         parent = args[0]
         if isinstance(out, torch.Tensor):
-            if out is not parent:
+            # ``reshape`` and ``contiguous`` may have made a copy.
+            if out is not parent and _shares_memory(out, parent):
                 self._link(out, parent, op, args[1:], kwargs)
             return
         for position, view in enumerate(out):
@@ -108,6 +109,8 @@ class AliasTracker:
         touched = tape.touches(inputs) or tape.touches(kwargs_in.values())
         if not touched and not known:
             return tape.outside(op, *args, **kwargs)
+        if op in IN_PLACE_VIEWS:
+            return self._turn_into_view(op, args, kwargs)
         constant = tape.is_blocked() or not touched or tape.facts(facts.functional).inactive if facts.functional else True
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
@@ -121,15 +124,22 @@ class AliasTracker:
                 self._keep_shape(tensor)
             else:
                 self._save_old(tensor)
+        # As in torch, a write under no_grad changes the memory and not the derivative.
+        hidden = tape.is_blocked() and not reshaping and not facts.is_out
+        roots = [self.roots.get(id(tensor), tensor) for tensor in written]
+        kept = [self.resolve(root) if hidden and tape.is_active(root) else None for root in roots]
         result = tape.outside(op, *args, **kwargs)
         self.has_writes = True
         if constant:
-            for tensor in written:
-                self._forget(tensor)
+            for tensor, root, slot in zip(written, roots, kept, strict=True):
+                if slot is None:
+                    self._forget(tensor)
+                else:
+                    self._climb(root, tape.record_value(aten.alias.default, (slot,), (), {}, root))
             return result
         assert lowered is not None
         assert facts.functional is not None
-        self._publish(facts.functional, lowered, written, shapes, reshaping)
+        self._publish(facts.functional, lowered, written, shapes, reshaping, result)
         return result
 
     def _publish(
@@ -139,15 +149,60 @@ class AliasTracker:
         written: list[torch.Tensor],
         shapes: list[torch.Size],
         reshaping: bool,
+        result: Any,
     ) -> None:
         tape = self.tape
-        slots = tape.record_lowered(functional, *lowered, written)
+        # Ops that return something besides what they write (batch norm): the functional form returns both, in this order.
+        results = list(result) if isinstance(result, (list, tuple)) else [result]
+        extra = results if len(functional._schema.returns) == len(results) + len(written) else []
+        slots = tape.record_lowered(functional, *lowered, [*extra, *written])
+        for tensor, slot in zip(extra, slots, strict=False):
+            tape.slots[id(tensor)] = slot
+        slots = slots[len(extra) :]
         for tensor, slot, shape in zip(written, slots, shapes, strict=True):
             if tensor.shape != shape or reshaping:
-                # An in-place change of shape (``squeeze_``), or an out= argument that was resized: it owns its memory from now on.
+                # An in-place change of shape (``squeeze_``), or an out= argument that was resized: it owns its memory from
+                # now on.
                 self.links.pop(id(tensor), None)
                 self.roots.pop(id(tensor), None)
             self._climb(tensor, slot)
+
+    def _turn_into_view(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An in-place change of shape: the tensor becomes a view of a stand-in that takes its former place."""
+        tape, tensor = self.tape, args[0]
+        slot = tape.slot_of(tensor)
+        stand_in = tape.outside(aten.alias.default, tensor)
+        self._replace(tensor, stand_in)
+        for number, value in enumerate(tape.values):
+            if value is tensor:
+                tape.values[number] = stand_in
+        tape.kept.extend((tensor, stand_in))
+        if tape.slots.pop(id(tensor), None) is not None or slot is not None:
+            assert slot is not None
+            tape.slots[id(stand_in)] = slot
+        result = tape.outside(op, *args, **kwargs)
+        self._link(tensor, stand_in, IN_PLACE_VIEWS[op], args[1:], kwargs)
+        self.has_writes = True
+        if slot is not None:
+            tape.record_value(IN_PLACE_VIEWS[op], (slot,), args[1:], kwargs, tensor)
+        return result
+
+    def _replace(self, tensor: torch.Tensor, stand_in: torch.Tensor) -> None:
+        """Let ``stand_in`` take the place of ``tensor`` among the views."""
+        old, new = id(tensor), id(stand_in)
+        if old in self.links:
+            self.links[new] = self.links.pop(old)._replace(view=stand_in)
+            self.roots[new] = self.roots.pop(old)
+        for key, link in self.links.items():
+            if link.parent is tensor:
+                self.links[key] = link._replace(parent=stand_in)
+        for key, root in self.roots.items():
+            if root is tensor:
+                self.roots[key] = stand_in
+        if old in self.families:
+            self.families[new] = self.families.pop(old)
+        for root_id, members in self.families.items():
+            self.families[root_id] = [stand_in if member is tensor else member for member in members]
 
     def _written(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         written: list[torch.Tensor] = []
@@ -273,6 +328,32 @@ def _one_of_many(
         return aten.slice.Tensor, (dim, start, start + outputs[position].shape[dim], 1), {}
     return op, args[1:], kwargs
 
+
+def _shares_memory(view: torch.Tensor, parent: torch.Tensor) -> bool:
+    view, parent = _stored(view), _stored(parent)
+    if type(view) is not torch.Tensor or type(parent) is not torch.Tensor or view.layout != torch.strided:
+        return True
+    return view.untyped_storage()._cdata == parent.untyped_storage()._cdata
+
+
+def _stored(tensor: Any) -> Any:
+    """The plain tensor behind the wrappers of batches."""
+    while type(tensor) is not torch.Tensor and isinstance(getattr(tensor, "value", None), torch.Tensor):
+        tensor = tensor.value
+    return tensor
+
+
+#: In-place changes of shape, and the views that they make of the tensor as it was.
+IN_PLACE_VIEWS: dict[Any, OpOverload] = {
+    aten.t_.default: aten.t.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.swapaxes_.default: aten.transpose.int,
+    aten.swapdims_.default: aten.transpose.int,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+}
 
 SCATTERS: dict[Any, Any] = {
     aten.select.int: aten.select_scatter.default,

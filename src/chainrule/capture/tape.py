@@ -216,7 +216,8 @@ class Tape(TorchDispatchMode):
             return out
         if facts.writes:
             return self.alias.run_write(func, facts, args, kwargs or {})
-        if facts.expansion is not None and self._any_active(args, kwargs):
+        # Composite views are recorded in parts also of constants: something active may be written through them later.
+        if facts.expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
                 with self:

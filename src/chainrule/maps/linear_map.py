@@ -410,6 +410,8 @@ def dense_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node
     if not repeated:
         factor = dense_factor(term, unique, workspace)
         return _broadcast_node(factor, tuple(positions), shape)
+    # A size-one axis may stand twice as well: it is one position here, and a reshape puts the other back.
+    positions = [axis for p, axis in enumerate(positions) if axis.size != 1 or axis not in positions[:p]]
     factor = dense_factor(term, [*singles, *repeated], workspace)
     order = tuple(range(len(singles) + len(repeated)))
     names = {axis: number for number, axis in enumerate([*singles, *repeated])}

@@ -37,9 +37,9 @@ def _pow_base(x: Any, exponent: Any, out: Any) -> Any:
 
 
 def _pow_exponent(x: Any, exponent: Any, out: Any) -> Any:
-    log = torch.log(torch.where(x > 0, x, 1.0))
-    infinite = torch.where((x == 0) & (exponent < 0), -math.inf, 0.0)
-    return torch.where(x > 0, out * log, infinite.to(out.dtype))
+    origin = x == 0
+    at_origin = torch.where(exponent < 0, -math.inf, 0.0).to(out.dtype)
+    return torch.where(origin, at_origin, out * torch.log(torch.where(origin, 1.0, x)))
 
 
 def _pow_scalar_base(base: float, exponent: Any, out: Any) -> Any:
@@ -49,7 +49,9 @@ def _pow_scalar_base(base: float, exponent: Any, out: Any) -> Any:
 
 
 def _reciprocal(y: Any) -> Any:
-    return torch.reciprocal(y) if not isinstance(y, (int, float)) else 1 / y
+    if not isinstance(y, (int, float)):
+        return torch.reciprocal(y)
+    return 1 / y if y else math.copysign(math.inf, y)
 
 
 def _div_first(x: Any, y: Any, out: Any) -> Any:
@@ -106,7 +108,7 @@ RULES: dict[Any, Rule] = {
     aten.mul.Tensor: pointwise(Other(1), Other(0)),
     aten.mul.Scalar: pointwise(Other(1)),
     aten.div.Tensor: elementwise(self_=Over("other", _reciprocal), other=lambda a: -a.out / a.other),
-    aten.div.Scalar: pointwise(Number(lambda x, y: 1 / y)),
+    aten.div.Scalar: pointwise(Number(lambda x, y: _reciprocal(y))),
     aten.div.Tensor_mode: pointwise(_div_mode_first, _div_mode_second),
     aten.div.Scalar_mode: pointwise(_div_mode_first),
     aten.reciprocal.default: pointwise(lambda x, out: -(out * out)),
@@ -139,7 +141,8 @@ RULES: dict[Any, Rule] = {
     aten.atanh.default: pointwise(lambda x, out: torch.reciprocal(1 - x * x)),
     # activations
     aten.sigmoid.default: pointwise(lambda x, out: out * (1 - out)),
-    aten.relu.default: pointwise(lambda x, out: (out > 0).to(out.dtype)),
+    # NaN passes, as in torch.
+    aten.relu.default: pointwise(lambda x, out: (out != 0).to(out.dtype)),
     aten.clamp.default: pointwise(_clamp_rule),
     aten.clamp_min.default: pointwise(lambda x, low, out: (x >= low).to(x.dtype)),
     aten.clamp_max.default: pointwise(lambda x, high, out: (x <= high).to(x.dtype)),

@@ -93,6 +93,15 @@ def _between(x: Any, low: float, high: float) -> Any:
     return _step((x > low) & (x < high), x)
 
 
+def _within(x: Any, low: float, high: float) -> Any:
+    """Like :func:`_between`, but NaN passes, as in torch's ``hardtanh``."""
+    return _step(torch.logical_not((x <= low) | (x >= high)), x)
+
+
+def _above(x: Any, bound: float) -> Any:
+    return _step(torch.logical_not(x <= bound), x)
+
+
 def _outside(x: Any, bound: float) -> Any:
     return _step(torch.logical_not((x >= -bound) & (x <= bound)), x)
 
@@ -178,12 +187,12 @@ def _backward(slope: Callable[[Arguments], Any], curvature: Callable[[Arguments]
 
 _LINEAR_PIECES: dict[Any, Rule] = {
     aten.leaky_relu.default: elementwise(self_=lambda a: _leaky(a.self, a.negative_slope)),
-    aten.hardtanh.default: elementwise(self_=lambda a: _between(a.self, a.min_val, a.max_val)),
+    aten.hardtanh.default: elementwise(self_=lambda a: _within(a.self, a.min_val, a.max_val)),
     aten.hardsigmoid.default: elementwise(self_=lambda a: _between(a.self, -3, 3) / 6),
     aten.hardswish.default: _of(_hardswish_slope),
     aten.hardshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
     aten.softshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
-    aten.threshold.default: elementwise(self_=lambda a: _step(a.self > a.threshold, a.self)),
+    aten.threshold.default: elementwise(self_=lambda a: _above(a.self, a.threshold)),
     aten.rrelu_with_noise.default: elementwise(self_=lambda a: _leaky(a.self, (a.lower + a.upper) / 2)),
     aten.rrelu_with_noise_functional.default: elementwise(self_=_rrelu),
     aten._prelu_kernel.default: elementwise(
@@ -212,9 +221,9 @@ _BACKWARD: dict[Any, Rule] = {
     aten.sigmoid_backward.default: elementwise(
         grad_output=lambda a: a.output * (1 - a.output), output=lambda a: a.grad_output * (1 - 2 * a.output)
     ),
-    aten.threshold_backward.default: _backward(lambda a: _step(a.self > a.threshold, a.self)),
+    aten.threshold_backward.default: _backward(lambda a: _above(a.self, a.threshold)),
     aten.leaky_relu_backward.default: _backward(lambda a: _leaky(a.self, a.negative_slope)),
-    aten.hardtanh_backward.default: _backward(lambda a: _between(a.self, a.min_val, a.max_val)),
+    aten.hardtanh_backward.default: _backward(lambda a: _within(a.self, a.min_val, a.max_val)),
     aten.hardsigmoid_backward.default: _backward(lambda a: _between(a.self, -3, 3) / 6),
     aten.hardshrink_backward.default: elementwise(grad_out=lambda a: _outside(a.self, a.lambd)),
     aten.softshrink_backward.default: _backward(lambda a: _outside(a.self, a.lambd)),

@@ -52,22 +52,13 @@ def _atan2(numerator: str, sign: float) -> Any:
     return slope
 
 
-def _xlogy_first(a: Arguments) -> Any:
-    none = torch.as_tensor(a.self == 0) if isinstance(a.self, (int, float)) else a.self == 0
-    y = a.other
-    return torch.where(none & (y <= 0), 0.0, torch.log(y)) if not isinstance(y, (int, float)) else _xlogy_number(none, y)
-
-
-def _xlogy_number(none: Any, y: float) -> Any:
-    log = math.log(y) if y > 0 else -math.inf if y == 0 else math.nan
-    return torch.where(none, 0.0 if y <= 0 else log, log)
-
-
-def _xlog1py_first(a: Arguments) -> Any:
-    x, y = a.self, a.other
+def _log_times(x: Any, y: Any, offset: int) -> Any:
+    """The derivative of ``x * log(y + offset)`` with respect to ``x``; 0 where both are too small for a logarithm."""
     if isinstance(y, (int, float)):
-        return _xlogy_number(x == 0, y + 1)
-    return torch.where((x == 0) & (y <= -1), 0.0, torch.log1p(y))
+        shifted = y + offset
+        log = math.log(shifted) if shifted > 0 else -math.inf if shifted == 0 else math.nan
+        return torch.full_like(x, log) if shifted > 0 else torch.where(x == 0, torch.zeros_like(x), log)
+    return torch.where((x == 0) & (y <= -offset), 0.0, torch.log1p(y) if offset else torch.log(y))
 
 
 def _larger(first: str, second: str) -> Any:
@@ -154,11 +145,13 @@ _SPECIAL: dict[Any, Rule] = {
 }
 
 _X_LOG_Y: dict[Any, Rule] = {
-    aten.xlogy.Tensor: elementwise(self_=_xlogy_first, other=lambda a: a.self / a.other),
-    aten.xlogy.Scalar_Other: elementwise(self_=_xlogy_first),
+    aten.xlogy.Tensor: elementwise(self_=lambda a: _log_times(a.self, a.other, 0), other=lambda a: a.self / a.other),
+    aten.xlogy.Scalar_Other: elementwise(self_=lambda a: _log_times(a.self, a.other, 0)),
     aten.xlogy.Scalar_Self: elementwise(other=lambda a: float(a.self) / a.other),
-    aten.special_xlog1py.default: elementwise(self_=_xlog1py_first, other=lambda a: a.self / (a.other + 1)),
-    aten.special_xlog1py.other_scalar: elementwise(self_=_xlog1py_first),
+    aten.special_xlog1py.default: elementwise(
+        self_=lambda a: _log_times(a.self, a.other, 1), other=lambda a: a.self / (a.other + 1)
+    ),
+    aten.special_xlog1py.other_scalar: elementwise(self_=lambda a: _log_times(a.self, a.other, 1)),
     aten.special_xlog1py.self_scalar: elementwise(other=lambda a: float(a.self) / (a.other + 1)),
 }
 
@@ -257,6 +250,22 @@ def _bce_logits_target(a: Arguments) -> Any:
     return _weighted(a, (a.pos_weight - 1) * torch.nn.functional.softplus(-x) - x)
 
 
+def _bce_weight(a: Arguments) -> Any:
+    surprise, other = torch.clamp(torch.log(a.self), min=-100), torch.clamp(torch.log1p(-a.self), min=-100)
+    return -(a.target * surprise + (1 - a.target) * other)
+
+
+def _bce_logits_weight(a: Arguments) -> Any:
+    x, t = a.self, a.target
+    softplus = torch.clamp(-x, min=0) + torch.log1p(torch.exp(-torch.abs(x)))
+    return (1 - t) * x + (softplus if a.pos_weight is None else (1 + (a.pos_weight - 1) * t) * softplus)
+
+
+def _bce_logits_positive(a: Arguments) -> Any:
+    x = a.self
+    return _weighted(a, a.target * (torch.clamp(-x, min=0) + torch.log1p(torch.exp(-torch.abs(x)))))
+
+
 def _soft_margin_self(a: Arguments) -> Any:
     return -a.target * torch.sigmoid(-a.target * a.self)
 
@@ -265,8 +274,13 @@ _LOSSES: dict[Any, Rule] = {
     aten.mse_loss.default: loss(self_=lambda a: 2 * (a.self - a.target), target=lambda a: 2 * (a.target - a.self)),
     aten.smooth_l1_loss.default: loss(self_=_smooth_l1, target=lambda a: -_smooth_l1(a)),
     aten.huber_loss.default: loss(self_=_huber, target=lambda a: -_huber(a)),
-    aten.binary_cross_entropy.default: loss(self_=_bce_self, target=_bce_target),
-    aten.binary_cross_entropy_with_logits.default: loss(self_=_bce_logits_self, target=_bce_logits_target),
+    aten.binary_cross_entropy.default: loss(self_=_bce_self, target=_bce_target, weight=_bce_weight),
+    aten.binary_cross_entropy_with_logits.default: loss(
+        self_=_bce_logits_self,
+        target=_bce_logits_target,
+        weight=_bce_logits_weight,
+        pos_weight=_bce_logits_positive,
+    ),
     aten.soft_margin_loss.default: loss(
         self_=_soft_margin_self, target=lambda a: -a.self * torch.sigmoid(-a.target * a.self)
     ),

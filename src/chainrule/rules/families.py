@@ -189,7 +189,7 @@ def reduction_dims(call: Call, name: str = "dim") -> tuple[int, ...]:
     """The reduced dimensions of a reduction, normalised; all of them when none are named."""
     rank = len(call.shape(call.args[0]))
     dims = call.argument(name)
-    if dims is None or dims == ():
+    if dims is None or dims in ((), []):
         return tuple(range(rank))
     if isinstance(dims, int):
         dims = (dims,)

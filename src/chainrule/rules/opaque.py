@@ -56,11 +56,18 @@ SUBSTITUTES: dict[Any, Any] = {
 }
 
 
+def _scalar_overload(call: Call) -> OpOverload | None:
+    """The overload for a number, where one was given in place of a tensor: its formula conjugates no hidden tensor."""
+    if call.op._overloadname == "Tensor" and len(call.args) == 2 and isinstance(call.args[1], (int, float, complex)):
+        return getattr(call.op.overloadpacket, "Scalar", None)
+    return None
+
+
 class _Template:
     """A call with holes where its tensors go."""
 
     def __init__(self, call: Call) -> None:
-        self.op = SUBSTITUTES.get(call.op, call.op)
+        self.op = _scalar_overload(call) or SUBSTITUTES.get(call.op, call.op)
         self.tensors: list[Any] = []
         self.args = tuple(self._dig(call, item) for item in call.args)
         self.kwargs = {name: self._dig(call, item) for name, item in call.kwargs.items()}

@@ -40,9 +40,7 @@ def _safe(x: Any, condition: Any) -> Any:
 
 
 def _logsumexp(call: Call, program: Program, spread: Spread) -> Any:
-    out = spread(call.stage_output(program))
-    # Where everything is -inf the derivative is 0, where something is +inf torch's formula has NaN there.
-    return torch.exp(call.stage(program, call.args[0]) - torch.where(out == -math.inf, 0.0, out))
+    return torch.exp(call.stage(program, call.args[0]) - spread(call.stage_output(program)))
 
 
 def _nansum(call: Call, program: Program, spread: Spread) -> Any:

@@ -39,6 +39,19 @@ def function_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", None) or repr(function)
 
 
+def refuse_inside_torch_func(transform: str) -> None:
+    """Refuse to run inside a torch.func transform: its tensors hide from a tape, and derivatives would be lost silently.
+
+    Raises:
+        RuntimeError: if a torch.func transform is active in this thread.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{transform}: a chainrule transform was called inside a torch.func transform, whose tensors it cannot see "
+            "through. Use the chainrule transform of the same name outside as well."
+        )
+
+
 def resolve_argnums(argnums: Argnums, count: int, transform: str) -> tuple[tuple[int, ...], bool]:
     """Normalise ``argnums``.
 
@@ -71,7 +84,7 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
 
     Raises:
         ValueError: if a leaf is not a tensor.
-        RuntimeError: if a leaf has an integer dtype, or belongs to a torch.func transform.
+        RuntimeError: if a leaf has an integer dtype.
     """
     leaves, spec = tree_flatten(tree)
     for number, leaf in enumerate(leaves):
@@ -79,11 +92,6 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
             raise ValueError(
                 f"{transform}: expected every differentiated input to be a Tensor, got {type(leaf)} at flattened position "
                 f"{number}"
-            )
-        if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-            raise RuntimeError(
-                f"{transform}: a chainrule transform was called inside a torch.func transform, whose tensors it cannot "
-                "see through. Use the chainrule transform of the same name outside as well."
             )
         if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
             raise RuntimeError(

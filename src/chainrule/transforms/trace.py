@@ -15,7 +15,7 @@ from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
-from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, split_aux, tree_unflatten
+from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, refuse_inside_torch_func, split_aux, tree_unflatten
 
 aten = torch.ops.aten
 
@@ -81,6 +81,7 @@ def trace(
     respect_no_grad: bool = True,
 ) -> Traced:
     """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``."""
+    refuse_inside_torch_func(transform)
     in_leaves, in_spec = flatten_inputs(tuple(args[number] for number in argnums), transform)
     grad_enabled = torch.is_grad_enabled()
     with torch.enable_grad():

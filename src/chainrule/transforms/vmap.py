@@ -14,6 +14,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.execute.accounts import current_ledger
 from chainrule.rules.batching_base import Batched
+from chainrule.transforms.arguments import refuse_inside_torch_func
 
 
 def vmap(
@@ -63,6 +64,7 @@ def vmap(
 
     @functools.wraps(func)
     def vmapped(*args: Any, **kwargs: Any) -> Any:
+        refuse_inside_torch_func("vmap")
         _check_out_dims(out_dims, func)
         flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args)
         size = _batch_size(func, flat_args, flat_dims)

@@ -1,0 +1,205 @@
+"""Layers against torch.func in float64: both modes, second order, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.utils._pytree import tree_leaves
+
+import chainrule
+
+
+def randn(*shape: int) -> torch.Tensor:
+    """A reproducible normal sample; its size seeds it."""
+    generator = torch.Generator().manual_seed(sum((k + 1) * size for k, size in enumerate(shape)))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def scalar(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """A scalar function whose Hessian sees every output of ``function``."""
+
+    def total(*args: torch.Tensor) -> torch.Tensor:
+        return sum((leaf.sin() * 1.3 + leaf * leaf).sum() for leaf in tree_leaves(function(*args)))
+
+    return total
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    """The same leaves, to 1e-9: float64 rounding over at most 1e4 terms of size one."""
+    ours, theirs = tree_leaves(got), tree_leaves(wanted)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+
+
+def check_first(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) -> None:
+    """Both modes against torch.func's reverse mode."""
+    argnums = tuple(range(len(arguments)))
+    wanted = torch.func.jacrev(function, argnums)(*arguments)
+    assert_same(chainrule.jacrev(function, argnums)(*arguments), wanted)
+    assert_same(chainrule.jacfwd(function, argnums)(*arguments), wanted)
+
+
+def check(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) -> None:
+    """First order in both modes, the Hessian of a scalar of it, and per-sample gradients under vmap."""
+    check_first(function, arguments)
+    argnums = tuple(range(len(arguments)))
+    total = scalar(function)
+    wanted = torch.func.jacrev(torch.func.jacrev(total, argnums), argnums)(*arguments)
+    assert_same(chainrule.hessian(total, argnums)(*arguments), wanted)
+    batched = tuple(torch.stack([a, 0.9 * a, 1.1 * a]) for a in arguments)
+    single = [torch.func.grad(total, argnums)(*(b[k] for b in batched)) for k in range(3)]
+    got = chainrule.vmap(chainrule.grad(total, argnums))(*batched)
+    assert_same(got, [torch.stack(items) for items in zip(*single, strict=True)])
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, padding=1), (randn(2, 2, 5), randn(3, 2, 3), randn(3))),
+    "conv1d_unbatched": (lambda x, w: F.conv1d(x, w, stride=2), (randn(2, 6), randn(1, 2, 3))),
+    "conv2d_strided": (lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1), (randn(2, 2, 5, 4), randn(3, 2, 3, 2), randn(3))),
+    "conv2d_groups": (lambda x, w: F.conv2d(x, w, groups=2, dilation=2, padding=1), (randn(1, 4, 5, 4), randn(4, 2, 3, 2))),
+    "conv2d_same": (lambda x, w: F.conv2d(x, w, padding="same"), (randn(1, 1, 3, 4), randn(2, 1, 2, 2))),
+    "conv3d": (lambda x, w: F.conv3d(x, w), (randn(1, 1, 3, 3, 3), randn(2, 1, 2, 2, 2))),
+    "conv_transpose1d": (
+        lambda x, w: F.conv_transpose1d(x, w, stride=1, dilation=2, output_padding=1), (randn(2, 2, 3), randn(2, 3, 2))
+    ),
+    "conv_transpose2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1, groups=2),
+        (randn(1, 2, 3, 4), randn(2, 2, 3, 3), randn(4)),
+    ),
+    "max_pool1d": (lambda x: F.max_pool1d(x, 2), (randn(2, 2, 5),)),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), (randn(2, 2, 4, 5),)),
+    "max_pool3d": (lambda x: F.max_pool3d(x, 2), (randn(1, 2, 3, 4, 4),)),
+    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, (3, 2)), (randn(2, 2, 4, 5),)),
+    "avg_pool1d": (lambda x: F.avg_pool1d(x, 2), (randn(2, 2, 5),)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), (randn(2, 2, 4, 5),)),
+    "avg_pool2d_unbatched": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), (randn(2, 4, 5),)),
+    "avg_pool3d": (lambda x: F.avg_pool3d(x, 2), (randn(1, 2, 3, 4, 4),)),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (randn(2, 2, 4, 5),)),
+    "adaptive_avg_pool3d": (lambda x: F.adaptive_avg_pool3d(x, (2, 2, 1)), (randn(1, 2, 3, 4, 2),)),
+    "lp_pool2d": (lambda x: F.lp_pool2d(x, 2, 2), (randn(1, 2, 4, 4),)),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), (randn(1, 2, 3, 2),)),
+    "linear1d": (lambda x: F.interpolate(x, size=5, mode="linear"), (randn(1, 2, 3),)),
+    "bilinear": (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), (randn(1, 2, 3, 4),)),
+    "bicubic": (lambda x: F.interpolate(x, size=(4, 5), mode="bicubic", align_corners=True), (randn(1, 1, 3, 4),)),
+    "trilinear": (lambda x: F.interpolate(x, size=(3, 2, 4), mode="trilinear"), (randn(1, 1, 2, 3, 2),)),
+    "grid_sample": (lambda x, g: F.grid_sample(x, g, align_corners=False), (randn(1, 2, 4, 4), 0.4 * randn(1, 3, 2, 2))),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), (randn(1, 4, 2, 2),)),
+    "unfold": (lambda x: F.unfold(x, 2), (randn(1, 2, 3, 3),)),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.tensor([0, 2, 1])), (randn(3, 4),)),
+    "cross_entropy_ignored": (
+        lambda x: F.cross_entropy(x, torch.tensor([0, -100, 1]), weight=torch.arange(1.0, 5.0, dtype=x.dtype)), (randn(3, 4),)
+    ),
+    "nll_2d": (lambda x: F.nll_loss(x, torch.tensor([[[0, 2], [1, 1]]]), reduction="none"), (randn(1, 3, 2, 2),)),
+    "cosine_similarity": (lambda x, y: F.cosine_similarity(x, y), (randn(3, 4), randn(3, 4) + 1.0)),
+    "multi_head": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (randn(1, 2, 3, 4), randn(1, 2, 5, 4), randn(1, 2, 5, 3))),
+}  # fmt: skip
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention written out."""
+    return torch.softmax(query @ key.mT / query.shape[-1] ** 0.5 + mask, -1) @ value
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "multi_head"])
+def test_layer(name: str) -> None:
+    """Every mode agrees with torch.func."""
+    check(*CASES[name])
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "float"])
+def test_attention_at_second_order(mask: str) -> None:
+    """The fused kernels have no second derivative in torch: the oracle is attention written out."""
+    arguments = CASES["multi_head"][1]
+    keep = torch.ones(3, 5, dtype=torch.bool)
+    keep = keep.tril() if mask == "causal" else keep
+    if mask == "boolean":
+        keep = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    added = randn(3, 5) if mask == "float" else torch.zeros(3, 5, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    given = {"none": {}, "causal": {"is_causal": True}, "boolean": {"attn_mask": keep}, "float": {"attn_mask": added}}[mask]
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **given)
+
+    def written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, added)
+
+    wanted = torch.func.jacrev(written, (0, 1, 2))(*arguments)
+    assert_same(chainrule.jacrev(ours, (0, 1, 2))(*arguments), wanted)
+    assert_same(chainrule.jacfwd(ours, (0, 1, 2))(*arguments), wanted)
+    assert_same(
+        chainrule.hessian(scalar(ours), (0, 1, 2))(*arguments), torch.func.hessian(scalar(written), (0, 1, 2))(*arguments)
+    )
+
+
+def test_attention_of_a_row_without_keys_has_no_derivative() -> None:
+    """A fully masked row is constant: its derivative is zero and not a NaN."""
+    q, k, v = CASES["multi_head"][1]
+    keep = torch.ones(3, 5, dtype=torch.bool)
+    keep[1] = False
+    jacobian = chainrule.jacrev(lambda q: F.scaled_dot_product_attention(q, k, v, attn_mask=keep))(q)
+    assert torch.isfinite(jacobian).all()
+    assert (jacobian[0, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_distances(p: float) -> None:
+    """Distances against the norm written out; torch's own backward of cdist is wrong under its vmap."""
+    x, y = randn(3, 2), randn(4, 2)
+
+    def written(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x[:, None] - y).abs().pow(p).sum(-1).pow(1 / p)
+
+    def ours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x, y, p)
+
+    assert_same(chainrule.jacrev(ours, (0, 1))(x, y), torch.func.jacrev(written, (0, 1))(x, y))
+    assert_same(chainrule.jacfwd(ours, (0, 1))(x, y), torch.func.jacrev(written, (0, 1))(x, y))
+    assert_same(chainrule.hessian(scalar(ours), (0, 1))(x, y), torch.func.hessian(scalar(written), (0, 1))(x, y))
+    apart = torch.func.jacrev(lambda x: (x[[0, 0, 1]] - x[[1, 2, 2]]).abs().pow(p).sum(-1).pow(1 / p))(x)
+    assert_same(chainrule.jacrev(lambda x: F.pdist(x, p))(x), apart)
+
+
+def test_distance_of_a_point_to_itself_has_no_derivative() -> None:
+    """As in torch, the derivative at distance zero is zero."""
+    x = randn(3, 2)
+    jacobian = chainrule.jacrev(lambda y: torch.cdist(x, y))(x.clone())
+    assert torch.isfinite(jacobian).all()
+    assert (jacobian[range(3), range(3)] == 0).all()
+
+
+@pytest.mark.parametrize("function", [lambda x: F.dropout(x, 0.4), lambda x: F.rrelu(x, training=True), lambda x: torch.native_dropout(x, 0.4, True)[0]])
+def test_random_layers_differentiate_the_draw_that_was_made(function: Callable[..., Any]) -> None:
+    """The Jacobian is the diagonal of the slopes of torch's own draw."""
+    x = randn(5, 4)
+    torch.manual_seed(3)
+    slopes = function(x) / x
+    for transform in (chainrule.jacrev, chainrule.jacfwd):
+        torch.manual_seed(3)
+        assert_same(transform(function)(x).reshape(20, 20), torch.diag(slopes.flatten()))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers(kind: type[torch.nn.Module]) -> None:
+    """A recurrent layer with respect to its input."""
+    torch.manual_seed(0)
+    check_first(kind(2, 3, bidirectional=True).double(), (randn(3, 1, 2),))
+
+
+def test_weight_map_of_a_convolution_keeps_samples_apart() -> None:
+    """The per-sample weight gradients come without a loop over samples, in closed form."""
+    x, w = randn(3, 2, 4, 4), randn(2, 2, 3, 3)
+    got = chainrule.jacrev(lambda w: F.conv2d(x, w).sum((1, 2, 3)))(w)
+    patches = F.unfold(x, 3).reshape(3, 2, 3, 3, 4).sum(-1)
+    assert_same(got, patches[:, None].expand(3, 2, 2, 3, 3))
+
+
+def test_clamp_under_no_grad_keeps_the_derivative() -> None:
+    """``gaussian_nll_loss`` clamps its variance in place under ``no_grad``: in torch that hides the clamp only."""
+    x, y, variance = randn(4), randn(4) + 1.0, randn(4) ** 2 + 0.1
+    function = F.gaussian_nll_loss
+    assert_same(chainrule.jacrev(function, (0, 1, 2))(x, y, variance), torch.func.jacrev(function, (0, 1, 2))(x, y, variance))

@@ -1,0 +1,80 @@
+"""Linear algebra against torch.func in float64: both modes, second order, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import chainrule
+from tests.rules.test_layers import assert_same, check, randn
+
+
+def positive(size: int) -> torch.Tensor:
+    """A well conditioned symmetric matrix."""
+    sample = randn(size, size)
+    return sample @ sample.mT + size * torch.eye(size, dtype=torch.float64)
+
+
+def regular(*shape: int) -> torch.Tensor:
+    """A well conditioned matrix."""
+    return randn(*shape) + 3.0 * torch.eye(shape[-1], dtype=torch.float64)
+
+
+def gram(a: torch.Tensor) -> torch.Tensor:
+    """A positive definite matrix made from any matrix."""
+    return a @ a.mT + torch.eye(a.shape[-2], dtype=a.dtype)
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "solve": (torch.linalg.solve, (regular(2, 3, 3), randn(2, 3, 2))),
+    "solve_vector": (torch.linalg.solve, (regular(3, 3), randn(3))),
+    "solve_vectors": (torch.linalg.solve, (regular(2, 3, 3), randn(2, 3))),
+    "solve_right": (lambda a, b: torch.linalg.solve(a, b, left=False), (regular(2, 3, 3), randn(2, 4, 3))),
+    "solve_broadcast": (torch.linalg.solve, (regular(2, 1, 3, 3), randn(2, 3, 2))),
+    "solve_one": (torch.linalg.solve, (regular(1, 1), randn(1, 1))),
+    "inverse": (torch.linalg.inv, (regular(2, 3, 3),)),
+    "cholesky": (lambda a: torch.linalg.cholesky(gram(a)), (randn(2, 3, 3),)),
+    "cholesky_upper": (lambda a: torch.linalg.cholesky(gram(a), upper=True), (randn(3, 3),)),
+    "determinant": (torch.linalg.det, (randn(2, 3, 3),)),
+    "log_determinant": (lambda a: torch.linalg.slogdet(a)[1], (regular(2, 3, 3),)),
+    "eigenvalues": (lambda a: torch.linalg.eigvalsh(gram(a)), (randn(3, 3),)),
+    "eigenvectors": (lambda a: (lambda e, v: v.abs() * e)(*torch.linalg.eigh(gram(a))), (randn(3, 3),)),
+    "singular_values": (torch.linalg.svdvals, (randn(3, 2),)),
+    "singular_vectors": (lambda a: (lambda u, s, v: (u * s.sin()) @ v)(*torch.linalg.svd(a, full_matrices=False)), (randn(3, 2),)),
+    "qr": (torch.linalg.qr, (randn(4, 3),)),
+    "lu": (lambda a: torch.linalg.lu(a)[1:], (regular(3, 3),)),
+    "triangular": (lambda a, b: torch.linalg.solve_triangular(a, b, upper=False), (positive(3), randn(3, 2))),
+    "triangular_unit": (
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=True, left=False, unitriangular=True), (positive(3), randn(2, 3))
+    ),
+    "cholesky_solve": (torch.cholesky_solve, (randn(3, 2), positive(3))),
+    "cholesky_inverse": (lambda a: torch.cholesky_inverse(torch.tril(a)), (positive(3),)),
+    "matrix_exp": (torch.linalg.matrix_exp, (randn(3, 3),)),
+    "matrix_power": (lambda a: torch.linalg.matrix_power(a, 3), (randn(3, 3),)),
+    "pseudo_inverse": (torch.linalg.pinv, (randn(3, 2),)),
+    "least_squares": (lambda a, b: torch.linalg.lstsq(a, b)[0], (randn(4, 2), randn(4, 3))),
+    "complex_eigenvalues": (lambda a: torch.linalg.eigvals(a).abs().sum(), (randn(3, 3),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linear_algebra(name: str) -> None:
+    """Every mode agrees with torch.func."""
+    check(*CASES[name])
+
+
+def test_one_matrix_for_a_batch_of_right_hand_sides() -> None:
+    """torch.func fails on this broadcast: the oracle is the expanded matrix."""
+    a, b = regular(3, 3), randn(2, 3, 2)
+    got = chainrule.jacrev(torch.linalg.solve, (0, 1))(a, b)
+    wanted = torch.func.jacrev(lambda a, b: torch.linalg.solve(a.expand(2, 3, 3), b), (0, 1))(a, b)
+    assert_same(got, wanted)
+
+
+def test_determinant_of_a_singular_matrix() -> None:
+    """The cofactors are finite where the inverse is not."""
+    a = torch.ones(2, 2, dtype=torch.float64)
+    assert_same(chainrule.grad(torch.linalg.det)(a), torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64))

@@ -1,0 +1,96 @@
+"""Scans against torch's own derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import chainrule
+from chainrule.rules import scans
+
+aten = torch.ops.aten
+
+#: float64 round-off over a handful of products.
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
+
+TABLE: dict[Any, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    aten.cumsum.default: torch.cumsum,
+    aten.cumprod.default: torch.cumprod,
+    aten.logcumsumexp.default: torch.logcumsumexp,
+    aten.cummax.default: lambda x, dim: torch.cummax(x, dim).values,
+    aten.cummin.default: lambda x, dim: torch.cummin(x, dim).values,
+}
+
+ROWS = [pytest.param(f, id=str(op)) for op, f in TABLE.items()]
+
+Scan = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def _values(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_op_has_a_row() -> None:
+    assert set(scans.RULES) == set(TABLE)
+
+
+@pytest.mark.parametrize("scan", ROWS)
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 3), (2, 1, 3)], ids=str)
+def test_jacobians_agree_with_torch(scan: Scan, shape: tuple[int, ...]) -> None:
+    x = _values(*shape)
+    for dim in range(max(len(shape), 1)):
+        expected = torch.func.jacrev(scan)(x, dim)
+        torch.testing.assert_close(chainrule.jacrev(scan)(x, dim), expected, **TOLERANCE)
+        torch.testing.assert_close(chainrule.jacfwd(scan)(x, dim), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("scan", ROWS)
+def test_second_order_and_vmap_agree_with_torch(scan: Scan) -> None:
+    x = _values(3, 3)
+
+    def energy(y: torch.Tensor) -> torch.Tensor:
+        return (scan(y, 0) ** 2).sum()
+
+    expected = torch.func.jacrev(torch.func.jacrev(energy))(x)
+    torch.testing.assert_close(chainrule.jacfwd(chainrule.jacrev(energy))(x), expected, **TOLERANCE)
+    each = torch.stack([torch.func.jacrev(scan)(row, 0) for row in x])
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(lambda y: scan(y, 0)))(x), each, **TOLERANCE)
+
+
+@pytest.mark.parametrize("zeros", [[0], [1], [1, 2], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_cumulative_products_with_zeros_to_second_order(zeros: list[int]) -> None:
+    x = _values(4)
+    x[zeros] = 0.0
+
+    def total(y: torch.Tensor) -> torch.Tensor:
+        return torch.cumprod(y, 0)
+
+    # Written out as products, which torch differentiates without division.
+    def written(y: torch.Tensor) -> torch.Tensor:
+        steps = [y[0]]
+        for k in range(1, 4):
+            steps.append(steps[-1] * y[k])
+        return torch.stack(steps)
+
+    torch.testing.assert_close(chainrule.jacrev(total)(x), torch.func.jacrev(written)(x), **TOLERANCE)
+    torch.testing.assert_close(chainrule.jacfwd(total)(x), torch.func.jacrev(written)(x), **TOLERANCE)
+    second = chainrule.jacfwd(chainrule.jacrev(total))(x)
+    torch.testing.assert_close(second, torch.func.jacfwd(torch.func.jacrev(written))(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("scan", ROWS)
+def test_ties_empty_and_single_precision(scan: Scan) -> None:
+    for x in (torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0], dtype=torch.float64), _values(3).float()):
+        torch.testing.assert_close(chainrule.jacrev(scan)(x, 0), torch.func.jacrev(scan)(x, 0))
+    assert chainrule.jacrev(scan)(_values(0), 0).shape == (0, 0)
+
+
+@pytest.mark.parametrize("scan", ROWS)
+def test_directional_derivatives_agree_with_finite_differences(scan: Scan) -> None:
+    x, step = _values(3, 2), 1e-6
+    expected = (scan(x + step * x, 0) - scan(x - step * x, 0)) / (2 * step)
+    # Central differences: the step squared and round-off over the step.
+    torch.testing.assert_close(chainrule.jvp(lambda y: scan(y, 0), (x,), (x,))[1], expected, rtol=1e-6, atol=1e-7)
