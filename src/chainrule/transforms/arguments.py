@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """A readable name of a user's function."""
-    return getattr(function, "__name__", None) or repr(function)
+    """A readable name of a user's function (never its repr: that of a partial prints its tensors)."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def refuse_inside_torch_func(transform: str) -> None:
@@ -108,6 +111,8 @@ def flatten_outputs(output: Any, transform: str, function: Callable[..., Any]) -
         RuntimeError: if there is no output, or a leaf is not a tensor.
     """
     leaves, spec = tree_flatten(output)
+    if leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return leaves, spec
     name = function_name(function)
     if not leaves or (len(leaves) == 1 and leaves[0] is None):
         raise RuntimeError(f"{transform}({name}): expected {name} to have a non-empty output, got {output!r}")
