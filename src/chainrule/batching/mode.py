@@ -79,7 +79,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         guarded = self._always_guard
         inner: list[Any] = []
         for arg in args:
-            if arg.__class__ is BatchTensor and arg.mode is self:
+            if arg.__class__ is BatchTensor and arg.level is self:
                 ours = True
                 arg = arg.inner
                 if arg.__class__ is Batched:
@@ -144,7 +144,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _unwrap(self, arg: Any) -> Any:
         if arg.__class__ is BatchTensor:
-            return arg.inner if arg.mode is self else arg
+            return arg.inner if arg.level is self else arg
         if arg.__class__ is list or arg.__class__ is tuple:
             return [self._unwrap(item) for item in arg]
         return arg
@@ -174,7 +174,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*inner, **named)
             if entry.kind == VIEW:
                 source = args[0] if args else None
-                if source.__class__ is not BatchTensor or source.mode is not self:
+                if source.__class__ is not BatchTensor or source.level is not self:
                     return result
                 return self._wrap_view(result, func, args, inner, named)
             return self._wrap(result)
@@ -261,7 +261,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def upgrade(self, target: Any, func: Any) -> Batched:
         """`target` as a batched tensor that can be written to, or the error that it cannot."""
-        if target.__class__ is not BatchTensor or target.mode is not self:
+        if target.__class__ is not BatchTensor or target.level is not self:
             raise RuntimeError(
                 f"vmap: {func}(self, ...) is not possible: it would write a value that differs between samples into "
                 f"a tensor of shape {list(target.shape)} that came from outside the vmapped function (or from an "
@@ -335,7 +335,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _write_metadata(self, func: Any, args: Sequence[Any], inner: list[Any], named: dict[str, Any]) -> Any:
         """``t_``, ``unsqueeze_`` and their like: the op changes the shape of the tensor object itself."""
         target = args[0]
-        if target.__class__ is not BatchTensor or target.mode is not self:
+        if target.__class__ is not BatchTensor or target.level is not self:
             func(*inner, **named)
             return target
         view = METADATA_INPLACE[func]

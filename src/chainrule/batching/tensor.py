@@ -20,7 +20,7 @@ class BatchTensor(Tensor):
 
     Attributes:
         inner: a `Batched` (batch at physical dimension 0), or a plain tensor that is the same for all samples.
-        mode: the `VmapMode` of the level.
+        level: the `VmapMode` of the level.
         parent, recipe: for a view of a tensor made inside the function, what it is a view of and how to
             make it again; used when an in-place write makes the base batched.
         views: on a base, weak references to all its views, in the order of their making.
@@ -28,7 +28,7 @@ class BatchTensor(Tensor):
     """
 
     inner: Any
-    mode: Any
+    level: Any
     parent: BatchTensor | None = None
     recipe: tuple[Any, Sequence[Any], dict[str, Any], int | None] | None = None
     views: list[weakref.ref[BatchTensor]] | None = None
@@ -126,7 +126,7 @@ def wrap_batched(batched: Batched, mode: Any) -> BatchTensor:
         value.device,
     )
     tensor.inner = batched
-    tensor.mode = mode
+    tensor.level = mode
     return tensor
 
 
@@ -138,7 +138,7 @@ def wrap_constant(value: Tensor, mode: Any) -> BatchTensor:
     if value.__class__ is Tensor:
         shared: BatchTensor = _make_subclass(BatchTensor, value)
         shared.inner = value
-        shared.mode = mode
+        shared.level = mode
         return shared
     tensor: BatchTensor = _make_wrapper(
         BatchTensor,
@@ -151,7 +151,7 @@ def wrap_constant(value: Tensor, mode: Any) -> BatchTensor:
         value.device,
     )
     tensor.inner = value
-    tensor.mode = mode
+    tensor.level = mode
     return tensor
 
 

@@ -34,7 +34,7 @@ def sole_vmap(values: Sequence[Any]) -> VmapMode | None:
     for value in values:
         if value.__class__ is BatchTensor:
             stored = value.inner.value if value.inner.__class__ is Batched else value.inner
-            if value.mode is not mode or stored.requires_grad or value.requires_grad or stored.__class__ is BatchTensor:
+            if value.level is not mode or stored.requires_grad or value.requires_grad or stored.__class__ is BatchTensor:
                 return None
             if stored.is_complex():
                 return None
@@ -48,7 +48,7 @@ def sole_vmap(values: Sequence[Any]) -> VmapMode | None:
 
 def same_stored(tensor: BatchTensor) -> BatchTensor | None:
     """A new tensor object over the same stored tensor, when no outer mode and no autograd has to see an alias."""
-    mode = tensor.mode
+    mode = tensor.level
     inner = tensor.inner
     if inner.__class__ is not Batched or inner.value.requires_grad or tensor.requires_grad or inner.value.is_complex():
         return None

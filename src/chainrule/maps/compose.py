@@ -327,22 +327,25 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
 
 def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace) -> Factor:
     """All factors of a settled term as one factor over exactly ``axes`` (scale included)."""
-    scale = term.scale
-    if term.factors:
-        factor = contract(term.factors, list(axes), workspace.memo)
-    else:
-        factor = Factor(workspace.ones(()), ())
-    if scale != 1.0:
-        key = ("scale", id(factor.node), scale)
-        node = workspace.memo.get(key)
-        if node is None:
-            node = workspace.memo[key] = Node(
-                factor.node.sizes,
-                (factor.node,),
-                lambda program, value: torch.mul(value, scale),
-                flops=factor.node.numel,
-                moved=2 * factor.node.numel,
-                label="scale",
-            )
-        factor = Factor(node, factor.axes)
-    return factor
+    factors = list(term.factors) or [Factor(workspace.ones(()), ())]
+    if term.scale != 1.0:
+        # The smallest factor takes the scale: no second pass over the product.
+        smallest = min(range(len(factors)), key=lambda number: factors[number].node.numel)
+        factors[smallest] = _scaled(factors[smallest], term.scale, workspace)
+    return contract(factors, list(axes), workspace.memo) if term.factors else factors[0]
+
+
+def _scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
+    """A factor times a number."""
+    key = ("scale", id(factor.node), scale)
+    node = workspace.memo.get(key)
+    if node is None:
+        node = workspace.memo[key] = Node(
+            factor.node.sizes,
+            (factor.node,),
+            lambda program, value: torch.mul(value, scale),
+            flops=factor.node.numel,
+            moved=2 * factor.node.numel,
+            label="scale",
+        )
+    return Factor(node, factor.axes)

@@ -168,6 +168,8 @@ def _pair(first: Factor, second: Factor, still: set[Axis], memo: dict[object, No
         moved = first.node.numel + second.node.numel + math.prod(a.size for a in axes)
 
         def compute(program: Program, x: Staged, y: Staged) -> Staged:
+            if not gone and (x.slot in program.masks) != (y.slot in program.masks):
+                return _selection(program, x, left, y, right, order)
             x, y = _common_dtype(x, y)
             if gone:
                 return _matrix_product(x, left, y, right, groups, sizes)
@@ -197,6 +199,16 @@ def _broadcast_product(
     x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
 ) -> Staged:
     return torch.mul(expand_to(x, left, order), expand_to(y, right, order))
+
+
+def _selection(
+    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+) -> Staged:
+    """A product with a mask selects: zero where the mask is, whatever the other factor holds there (``inf``, NaN)."""
+    mask = program.masks.get(x.slot)
+    if mask is None:
+        return torch.where(expand_to(program.masks[y.slot], right, order), expand_to(x, left, order), 0.0)
+    return torch.where(expand_to(mask, left, order), expand_to(y, right, order), 0.0)
 
 
 def expand_to(value: Staged, names: tuple[int, ...], order: tuple[int, ...]) -> Staged:

@@ -74,6 +74,8 @@ class Program:
         self._known: dict[Any, Any] = {}
         self._slots = 0
         self.writes = False
+        # Numbers that were made from truth values, by slot: a product with them selects (see maps/contract.py).
+        self.masks: dict[int, Staged] = {}
 
     def _new_slot(self) -> int:
         slot = self._slots
@@ -113,6 +115,8 @@ class Program:
         staged = self._record(function, lowered, lowered_kwargs, result)
         if key is not None:
             self._known[key] = staged
+        if function is torch.Tensor.to and isinstance(args[0], Staged) and args[0].value.dtype is torch.bool:
+            self.masks[staged.slot] = args[0]
         return staged
 
     def append(

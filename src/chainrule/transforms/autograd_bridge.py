@@ -192,11 +192,11 @@ def _forward_and_record_outer(
 
 
 def _inner(args: Sequence[Any], mode: VmapMode) -> list[Any]:
-    return [a.value if isinstance(a, BatchTensor) and a.mode is mode else a for a in args]
+    return [a.value if isinstance(a, BatchTensor) and a.level is mode else a for a in args]
 
 
 def _batched(mode: VmapMode, args: Sequence[Any]) -> bool:
-    return any(isinstance(a, BatchTensor) and a.mode is mode and a.batched for a in args)
+    return any(isinstance(a, BatchTensor) and a.level is mode and a.batched for a in args)
 
 
 def _apply_per_sample(
@@ -207,7 +207,7 @@ def _apply_per_sample(
         outputs = []
         for number in range(mode.size):
             sample = [
-                (a.value[number] if a.batched else a.value) if isinstance(a, BatchTensor) and a.mode is mode else a
+                (a.value[number] if a.batched else a.value) if isinstance(a, BatchTensor) and a.level is mode else a
                 for a in args
             ]
             outputs.append(_apply_function(original, function, tuple(sample), kwargs))

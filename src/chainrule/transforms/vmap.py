@@ -211,7 +211,7 @@ def _flatten_outputs(func: Any, outputs: Any, out_dims: Any) -> tuple[list[tuple
 
 
 def _unwrap(func: Any, output: Any, dim: int | None, mode: VmapMode) -> Any:
-    ours = isinstance(output, BatchTensor) and output.mode is mode
+    ours = isinstance(output, BatchTensor) and output.level is mode
     if dim is None:
         if ours and output.batched:
             raise ValueError(
