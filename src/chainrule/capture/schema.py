@@ -18,6 +18,9 @@ class Policy(Protocol):
     def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A function that computes the op by other ops, to be recorded in its place; None to record the op itself."""
 
+    def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
+        """Such a function for calls that torch's own autograd has to reach through."""
+
     def reads_values(self, op: OpOverload) -> bool:
         """Whether the op's derivative needs the values of its inputs or outputs."""
 
@@ -33,12 +36,13 @@ class OpFacts:
         argument_names: the positional argument names, in order.
         inactive: whether the outputs are constants for differentiation.
         expansion: the composite form that is recorded instead of the op, or None.
+        joined: the composite form that is recorded when an argument requires grad, or None.
         composite: whether torch defines the op as a composition of others.
         special: whether anything but "run it and record it" has to happen.
     """
 
     __slots__ = (
-        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "op", "special",
+        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "joined", "op", "special",
         "writes",
     )  # fmt: skip
 
@@ -55,7 +59,8 @@ class OpFacts:
         self.inactive = not self.writes and policy.is_inactive(op)
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.composite = op._can_decompose() and not self.writes
-        self.special = self.composite or bool(self.writes) or self.is_view or self.inactive or self.expansion is not None
+        self.joined = None if self.writes else policy.joined_expansion(op)
+        self.special = self.joined is not None or self.composite or bool(self.writes) or self.is_view or self.inactive or self.expansion is not None
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

@@ -217,11 +217,14 @@ class Tape(TorchDispatchMode):
         if facts.writes:
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
-        if facts.expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
+        expansion = facts.expansion
+        if facts.joined is not None and self.joins(args):
+            expansion = facts.joined
+        if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
                 with self:
-                    return facts.expansion(*args, **(kwargs or {}))
+                    return expansion(*args, **(kwargs or {}))
             finally:
                 self._origin = outer
         if facts.composite and self.joins(args):

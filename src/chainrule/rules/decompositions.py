@@ -125,3 +125,19 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 __all__ = ["DECOMPOSITIONS", "composite"]
+
+
+#: Ops whose rules read results that torch's autograd takes for constants (saved means, ``rstd``). When torch's own
+#: graph has to reach through a derivative (an argument requires grad), they are recorded in parts instead.
+JOINED: dict[Any, Callable[..., Any]] = {
+    op: decomposition_table[op]
+    for op in (
+        aten.native_layer_norm.default,
+        aten.native_group_norm.default,
+        aten.native_batch_norm.default,
+        aten._native_batch_norm_legit.no_stats,
+        aten._native_batch_norm_legit_functional.default,
+        aten._fused_rms_norm.default,
+    )
+    if op in decomposition_table
+}

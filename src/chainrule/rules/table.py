@@ -27,7 +27,7 @@ from chainrule.rules import (
     views,
 )
 from chainrule.rules.base import Rule
-from chainrule.rules.decompositions import DECOMPOSITIONS, composite
+from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, composite
 from chainrule.rules.opaque import opaque_rule
 
 
@@ -86,6 +86,10 @@ class Rules:
         if op in RULES:
             return None
         return DECOMPOSITIONS.get(op) or composite(op)
+
+    def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
+        """A composite form to record instead of the op when one of its arguments requires grad."""
+        return JOINED.get(op)
 
     def reads_values(self, op: OpOverload) -> bool:
         """Whether the op's derivative needs values of the tape."""

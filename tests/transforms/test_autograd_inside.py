@@ -1,0 +1,170 @@
+"""torch.autograd inside a transformed function: grad, backward, users' Functions, checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+import chainrule
+
+
+def x() -> torch.Tensor:
+    return torch.randn(4, dtype=torch.float64)
+
+
+def slope(point: torch.Tensor, *, mark: bool, create_graph: bool = True) -> torch.Tensor:
+    if mark:
+        point = point.requires_grad_()
+    value = point.sin() * point.exp()
+    (found,) = torch.autograd.grad(value.sum(), point, create_graph=create_graph)
+    return found
+
+
+def first(point: torch.Tensor) -> torch.Tensor:
+    return point.exp() * (point.sin() + point.cos())
+
+
+def second(point: torch.Tensor) -> torch.Tensor:
+    return 2 * point.cos() * point.exp()
+
+
+def third(point: torch.Tensor) -> torch.Tensor:
+    return 2 * (point.cos() - point.sin()) * point.exp()
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_autograd_grad_inside(mark: bool) -> None:
+    point = x()
+
+    def function(p: torch.Tensor) -> torch.Tensor:
+        return slope(p, mark=mark)
+
+    for transform in (chainrule.jacrev, chainrule.jacfwd, chainrule.jacobian):
+        for _ in range(2):
+            torch.testing.assert_close(transform(function)(point).detach(), torch.diag(second(point)))
+    torch.testing.assert_close(chainrule.grad(lambda p: function(p).sum())(point).detach(), second(point))
+    torch.testing.assert_close(chainrule.hessian(lambda p: function(p).sum())(point).detach(), torch.diag(third(point)))
+    torch.testing.assert_close(chainrule.vmap(chainrule.grad(function))(point).detach(), second(point))
+    value, pull = chainrule.vjp(function, point)
+    torch.testing.assert_close(value.detach(), first(point))
+    torch.testing.assert_close(pull(torch.ones_like(point))[0].detach(), second(point))
+
+
+def test_without_create_graph_the_inner_gradient_is_a_constant() -> None:
+    assert not chainrule.jacrev(lambda p: slope(p, mark=False, create_graph=False))(x()).any()
+
+
+def test_backward_inside() -> None:
+    def function(p: torch.Tensor) -> torch.Tensor:
+        (p**3).sum().backward(create_graph=True)
+        assert p.grad is not None
+        return p.grad * p
+
+    point = x()
+    torch.testing.assert_close(chainrule.jacrev(function)(point).detach(), torch.diag(9 * point**2))
+
+
+def test_unused_inputs_are_torchs_error() -> None:
+    def function(p: torch.Tensor) -> torch.Tensor:
+        other = p * 2
+        return torch.autograd.grad(p.sum(), other)[0]
+
+    with pytest.raises(RuntimeError, match="not have been used"):
+        chainrule.grad(lambda p: function(p).sum())(x())
+
+
+class OldStyle(torch.autograd.Function):
+    """x**3 with a deliberately wrong backward: whoever differentiates the forward is found out."""
+
+    @staticmethod
+    def forward(ctx: Any, point: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(point)
+        return point**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+        (point,) = ctx.saved_tensors
+        return cotangent * 5 * point**2
+
+
+class NewStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(point: torch.Tensor) -> torch.Tensor:
+        return point**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    backward = OldStyle.backward
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        (point,) = ctx.saved_tensors
+        return tangent * 5 * point**2
+
+
+@pytest.mark.parametrize("kind", [OldStyle, NewStyle])
+def test_a_users_function_keeps_its_own_backward(kind: Any) -> None:
+    point = x()
+    wanted = torch.diag(5 * point**2)
+    for transform in (chainrule.jacrev, chainrule.jacfwd, chainrule.jacobian):
+        for _ in range(2):
+            torch.testing.assert_close(transform(kind.apply)(point), wanted)
+    torch.testing.assert_close(chainrule.grad(lambda p: (kind.apply(p) * p).sum())(point), 6 * point**3)
+    torch.testing.assert_close(chainrule.hessian(lambda p: kind.apply(p).sum())(point), torch.diag(10 * point))
+    nested = chainrule.jacrev(chainrule.jacrev(lambda p: kind.apply(p).sum()))
+    torch.testing.assert_close(nested(point), torch.diag(10 * point))
+    torch.testing.assert_close(chainrule.vmap(chainrule.grad(kind.apply))(point), 5 * point**2)
+    torch.testing.assert_close(chainrule.grad(lambda p: chainrule.vmap(kind.apply)(p).sum())(point), 5 * point**2)
+    joined = point.clone().requires_grad_()
+    (outer,) = torch.autograd.grad(chainrule.grad(lambda p: kind.apply(p).sum())(joined).sum(), joined)
+    torch.testing.assert_close(outer, 10 * point)
+
+
+def test_a_users_function_of_several_tensors() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, power: int) -> tuple[torch.Tensor, torch.Tensor]:
+            ctx.save_for_backward(a, b)
+            ctx.power = power
+            return a * b, a + b
+
+        @staticmethod
+        def backward(ctx: Any, first_: torch.Tensor, second_: torch.Tensor) -> Any:
+            a, b = ctx.saved_tensors
+            return first_ * b * ctx.power + second_, first_ * a + second_, None
+
+    a, b = x(), x()
+
+    def function(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        product, total = Product.apply(one, two, 3)
+        return product + total
+
+    found = chainrule.jacrev(function, argnums=(0, 1))(a, b)
+    torch.testing.assert_close(found, (torch.diag(3 * b + 1), torch.diag(a + 1)))
+    torch.testing.assert_close(chainrule.jacfwd(function, argnums=(0, 1))(a, b), found)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("transform", [chainrule.jacrev, chainrule.jacfwd, chainrule.hessian])
+def test_checkpointing(reentrant: bool, transform: Any) -> None:
+    def function(p: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(torch.sin, p, use_reentrant=reentrant)
+
+    point = x()
+    torch.testing.assert_close(transform(function)(point), transform(torch.sin)(point))
+
+
+def test_torch_outside_of_transforms_is_untouched() -> None:
+    point = x().requires_grad_()
+    (plain,) = torch.autograd.grad((point**2).sum(), point)
+    torch.testing.assert_close(plain, 2 * point.detach())
+    OldStyle.apply(point).sum().backward()
+    torch.testing.assert_close(point.grad, 5 * point.detach() ** 2)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(torch.ones(()), torch.ones(()))
