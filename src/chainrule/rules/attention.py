@@ -119,3 +119,89 @@ def flash_attention(
 
 
 __all__ = ["efficient_attention", "flash_attention", "flash_attention_for_cpu", "scaled_dot_product_attention"]
+
+
+def _fast_mask(mask: Tensor | None, kind: int | None) -> Tensor | None:
+    """The mask of torch's inference kernels (true where masked) as one that broadcasts against (batch, head, row, key)."""
+    if mask is None:
+        return None
+    keep = torch.logical_not(mask.to(torch.bool))
+    return keep[:, None, None, :] if kind == 1 else keep
+
+
+def native_multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """torch's inference kernel of ``nn.MultiheadAttention`` in parts."""
+    heads = []
+    for number, item in enumerate((query, key, value)):
+        rows = slice(number * embed_dim, (number + 1) * embed_dim)
+        projected = torch.nn.functional.linear(item, qkv_weight[rows], qkv_bias[rows])
+        heads.append(projected.reshape(item.shape[0], item.shape[1], num_head, -1).transpose(1, 2))
+    scores, empty = _scores(heads[0], heads[1], _fast_mask(mask, mask_type), False, None)
+    weights = _weights(scores, empty)
+    mixed = torch.matmul(weights, heads[2]).transpose(1, 2).reshape(query.shape[0], query.shape[1], embed_dim)
+    output = torch.nn.functional.linear(mixed, proj_weight, proj_bias)
+    if not need_weights:
+        return output, output.new_empty(0)
+    return output, weights.mean(1) if average_attn_weights else weights
+
+
+def transformer_encoder_layer(
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """torch's inference kernel of ``nn.TransformerEncoderLayer`` in parts."""
+    functional = torch.nn.functional
+
+    def attend(item: Tensor) -> Tensor:
+        return native_multi_head_attention(
+            item, item, item, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, True, mask_type
+        )[0]
+
+    def feed(item: Tensor) -> Tensor:
+        hidden = functional.linear(item, ffn_weight_1, ffn_bias_1)
+        hidden = functional.gelu(hidden) if use_gelu else functional.relu(hidden)
+        return functional.linear(hidden, ffn_weight_2, ffn_bias_2)
+
+    def norm_1(item: Tensor) -> Tensor:
+        return functional.layer_norm(item, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(item: Tensor) -> Tensor:
+        return functional.layer_norm(item, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        src = src + attend(norm_1(src))
+        return src + feed(norm_2(src))
+    src = norm_1(src + attend(src))
+    return norm_2(src + feed(src))

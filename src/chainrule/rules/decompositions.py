@@ -112,6 +112,8 @@ def _torch_table() -> dict[Any, Callable[..., Any]]:
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **_torch_table(),
+    aten._native_multi_head_attention.default: attention.native_multi_head_attention,
+    aten._transformer_encoder_layer_fwd.default: attention.transformer_encoder_layer,
     aten.scaled_dot_product_attention.default: attention.scaled_dot_product_attention,
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention.flash_attention_for_cpu,
     aten._scaled_dot_product_efficient_attention.default: attention.efficient_attention,
