@@ -42,7 +42,8 @@ class OpFacts:
     """
 
     __slots__ = (
-        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "joined", "op", "special",
+        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "joined", "op",
+        "special",
         "writes",
     )  # fmt: skip
 
@@ -60,7 +61,8 @@ class OpFacts:
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.composite = op._can_decompose() and not self.writes
         self.joined = None if self.writes else policy.joined_expansion(op)
-        self.special = self.joined is not None or self.composite or bool(self.writes) or self.is_view or self.inactive or self.expansion is not None
+        parts = self.joined is not None or self.composite or self.expansion is not None
+        self.special = parts or bool(self.writes) or self.is_view or self.inactive
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

@@ -144,7 +144,7 @@ def native_multi_head_attention(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """torch's inference kernel of ``nn.MultiheadAttention`` in parts."""
+    """Torch's inference kernel of ``nn.MultiheadAttention`` in parts."""
     heads = []
     for number, item in enumerate((query, key, value)):
         rows = slice(number * embed_dim, (number + 1) * embed_dim)
@@ -181,7 +181,7 @@ def transformer_encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """torch's inference kernel of ``nn.TransformerEncoderLayer`` in parts."""
+    """Torch's inference kernel of ``nn.TransformerEncoderLayer`` in parts."""
     functional = torch.nn.functional
 
     def attend(item: Tensor) -> Tensor:
