@@ -23,6 +23,16 @@ from benchmarks.workload import Workload
 #: Modules that hold a tuple ``WORKLOADS``; a further section is one more entry.
 SECTIONS = (section_a,)
 
+#: Memory that was freed is kept by the C library and used again. With its default settings every result over 32 MB is
+#: mapped anew, and the page faults of writing it hide the arithmetic of all peers alike.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "67108864"}
+
+
+def _keep_freed_memory() -> None:
+    """Start again with the allocator settings, which the C library reads only at start."""
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen workloads; 0 if all expressions agreed."""
@@ -121,6 +131,7 @@ def _settings(options: Options) -> dict[str, Any]:
         "processor": report.processor(options.device),
         "device": options.device,
         "threads": options.threads,
+        "allocator": "freed memory is kept and used again" if "MALLOC_MMAP_MAX_" in os.environ else "default",
         "rounds": f"{options.rounds} of at least {options.seconds:g} s per expression",
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -131,4 +142,8 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "--default-allocator" in sys.argv:
+        sys.argv.remove("--default-allocator")
+    else:
+        _keep_freed_memory()
     sys.exit(main())

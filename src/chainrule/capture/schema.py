@@ -61,7 +61,7 @@ class OpFacts:
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.composite = op._can_decompose() and not self.writes
         self.joined = None if self.writes else policy.joined_expansion(op)
-        parts = self.joined is not None or self.composite or self.expansion is not None
+        parts = self.joined is not None or self.expansion is not None
         self.special = parts or bool(self.writes) or self.is_view or self.inactive
 
 

@@ -208,6 +208,9 @@ class Tape(TorchDispatchMode):
         facts = self._facts.get(id(func)) or self.facts(func)
         if not facts.special:
             if self.joins(args):
+                if facts.composite:
+                    with self:
+                        return func.decompose(*args, **(kwargs or {}))
                 out = self.outside(func, *args, **kwargs) if kwargs else self.outside(func, *args)
             else:
                 out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
@@ -217,9 +220,8 @@ class Tape(TorchDispatchMode):
         if facts.writes:
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
-        expansion = facts.expansion
-        if facts.joined is not None and self.joins(args):
-            expansion = facts.joined
+        joins = self.joins(args)
+        expansion = facts.joined if joins and facts.joined is not None else facts.expansion
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
@@ -227,10 +229,10 @@ class Tape(TorchDispatchMode):
                     return expansion(*args, **(kwargs or {}))
             finally:
                 self._origin = outer
-        if facts.composite and self.joins(args):
+        if facts.composite and joins:
             with self:
                 return func.decompose(*args, **(kwargs or {}))
-        if facts.is_view or self.joins(args):
+        if facts.is_view or joins:
             out = self.outside(func, *args, **(kwargs or {}))
         else:
             out = facts.call(*args, **(kwargs or {}))
