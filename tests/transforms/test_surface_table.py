@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.func
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import chainrule
+from chainrule.execute import engine
+from chainrule.plan.planner import plan
 
 
 class Case(NamedTuple):
@@ -197,6 +200,75 @@ def test_better_than_torch_func(name: str) -> None:
     torch.testing.assert_close(aux["value"], x)
     if name != "grad":
         same(transform(function, chunk_size=2)(x, y), transform(function)(x, y))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize(("case", "argnums"), grid())
+def test_chunks_are_the_same_jacobian(case: Case, argnums: Any, size: int) -> None:
+    args = case.args()
+    theirs = torch.func.jacrev(case.function, argnums=argnums)(*args)
+    for name in ("jacrev", "jacobian"):
+        same(getattr(chainrule, name)(case.function, argnums=argnums, chunk_size=size)(*args), theirs)
+    whole = chainrule.jacfwd(case.function, argnums=argnums)(*args)  # compared with torch.func above
+    same(chainrule.jacfwd(case.function, argnums=argnums, chunk_size=size)(*args), whole)
+
+
+@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "jacobian", "hessian"])
+def test_chunks_in_nests_and_in_torchs_graph(name: str) -> None:
+    weight = r(4, 5).requires_grad_()
+    x, batch = r(5).requires_grad_(), r(3, 5)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(weight @ a) * a.sum()
+
+    chunked = getattr(chainrule, name)(function, chunk_size=3)
+    theirs = torch.func.hessian(function) if name == "hessian" else torch.func.jacrev(function)
+    same(chainrule.vmap(chunked)(batch), torch.func.vmap(theirs)(batch))
+    for outer in ("jacrev", "jacfwd", "jacobian"):
+        same(getattr(chainrule, outer)(chunked, chunk_size=4)(x), torch.func.jacrev(theirs)(x))
+    same(
+        torch.autograd.grad((chunked(x) ** 3).sum(), (x, weight)),
+        torch.autograd.grad((theirs(x) ** 3).sum(), (x, weight)),
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that an op allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func._schema.returns[0].alias_info and isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "jacobian"])
+def test_chunks_bound_the_intermediate_results_with_one_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, few = 96, 5
+    inner, outer = r(wide, wide), r(wide, wide)
+    # Few rows to keep, or few columns: what is large is the Jacobian between, and it must not be.
+    first, last = (r(wide, wide), r(few, wide)) if name != "jacfwd" else (r(wide, few), r(wide, wide))
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(inner @ torch.tanh(outer @ (first @ x)))
+        return last @ torch.sin(hidden)
+
+    x = r(first.shape[1])
+    expected = torch.func.jacrev(function)(x)
+    planned = []
+    monkeypatch.setattr(engine, "plan", lambda *args, **kwargs: planned.append(1) or plan(*args, **kwargs))
+    transform = getattr(chainrule, name)(function, chunk_size=2)
+    for _ in range(2):
+        with Largest() as largest:
+            found = transform(x)
+        same(found, expected)
+    assert len(planned) == 1
+    # The result, or a block of two rows or columns at the widest place; never wide × wide.
+    assert largest.numel <= max(expected.numel(), 2 * wide)
 
 
 def test_products_with_the_hessian() -> None:

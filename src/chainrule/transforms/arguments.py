@@ -12,6 +12,9 @@ from torch.utils._pytree import TreeSpec
 
 Argnums = int | Sequence[int]
 
+#: Transforms that torch.func evaluates in forward mode, where an integer input is a ValueError (in reverse mode it is a
+#: RuntimeError).
+_FORWARD = frozenset({"hessian", "hvp", "jacfwd", "jvp", "linearize"})
 
 _LEAF = pytree.tree_flatten(0)[1]
 _TUPLES = tuple(pytree.tree_flatten((0,) * count)[1] for count in range(9))
@@ -86,8 +89,8 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
     """Flatten differentiated inputs and check that all leaves are floating-point or complex tensors.
 
     Raises:
-        ValueError: if a leaf is not a tensor.
-        RuntimeError: if a leaf has an integer dtype.
+        ValueError: if a leaf is not a tensor, or, in a forward transform, has an integer dtype.
+        RuntimeError: if a leaf has an integer dtype, in a reverse transform.
     """
     leaves, spec = tree_flatten(tree)
     for number, leaf in enumerate(leaves):
@@ -97,7 +100,7 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
                 f"{number}"
             )
         if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
-            raise RuntimeError(
+            raise (ValueError if transform in _FORWARD else RuntimeError)(
                 f"{transform}: only Tensors of floating point and complex dtype can be differentiated, got {leaf.dtype} at "
                 f"flattened position {number}"
             )

@@ -133,10 +133,9 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
     seeds = tuple(traced.out_slots[number] for number in active)
 
-    def vjp_fn(*cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
+    def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
-        given = cotangents[0] if len(cotangents) == 1 else cotangents
-        leaves, spec = tree_flatten(given)
+        leaves, spec = tree_flatten(cotangents)
         if spec != traced.out_spec:
             raise RuntimeError(
                 "vjp: expected pytree structure of cotangents to be the same as pytree structure of outputs to the "
@@ -160,6 +159,8 @@ def _check_seed(seed: Any, like: torch.Tensor, what: str, partner: str) -> None:
         raise RuntimeError(
             f"{what}: mismatch in shape, it has shape {tuple(seed.shape)} and the {partner} has shape {tuple(like.shape)}"
         )
+    if seed.is_complex() and not like.is_complex():
+        raise RuntimeError(f"{what}: mismatch in dtype, it is {seed.dtype} and the {partner} is real: {like.dtype}")
     if seed.device != like.device:
         raise RuntimeError(f"{what}: mismatch in device, it is on {seed.device} and the {partner} is on {like.device}")
 
@@ -186,46 +187,58 @@ def jvp(
 
     Raises:
         RuntimeError: if primals and tangents do not match, or, with ``strict``, an output is independent.
+        ValueError: if a primal or a tangent has an integer dtype.
 
     Example:
         >>> import torch, chainrule
         >>> chainrule.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
         (tensor(0.), tensor(1.))
     """
-    leaves = _check_tangents(primals, tangents)
-    traced = trace(func, tuple(primals), tuple(range(len(primals))), kwargs, "jvp", has_aux=has_aux, respect_no_grad=False)
-    pushed = _push(traced, leaves)
+    return _jvp(func, primals, tangents, strict, has_aux, kwargs, "jvp")
+
+
+def _jvp(
+    func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, kwargs: dict[str, Any], name: str
+) -> Any:
+    leaves = _check_tangents(primals, tangents, name, "tangents")
+    traced = trace(func, primals, tuple(range(len(primals))), kwargs, name, has_aux=has_aux, respect_no_grad=False)
+    pushed = _push(traced, leaves, name)
     if strict and any(slot is None for slot in traced.out_slots):
         raise RuntimeError(
-            f"jvp({function_name(func)}, primals, tangents, strict=True): the output of {function_name(func)} is "
+            f"{name}({function_name(func)}, primals, tangents, strict=True): the output of {function_name(func)} is "
             "independent of the inputs. This is not allowed with strict=True."
         )
     output = traced.output()
     return (output, pushed, traced.aux) if has_aux else (output, pushed)
 
 
-def _check_tangents(primals: Any, tangents: Any) -> list[torch.Tensor]:
+def _check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[torch.Tensor]:
     if not isinstance(primals, tuple):
         raise RuntimeError(
-            f"jvp(f, primals, tangents): expected primals to be a tuple, got {type(primals)}. "
+            f"{name}(f, primals, {kind}): expected primals to be a tuple, got {type(primals)}. "
             "E.g. it should be valid to call f(*primals)."
         )
-    _, spec = tree_flatten(primals)
+    primal_leaves, spec = tree_flatten(primals)
     leaves, tangent_spec = tree_flatten(tangents)
     if spec != tangent_spec:
         raise RuntimeError(
-            "jvp(f, primals, tangents): expected primals and tangents to have the same python structure. For example, if "
-            f"primals is a tuple of 3 tensors, tangents also must be. Got primals with structure {spec} and tangents with "
+            f"{name}(f, primals, {kind}): expected primals and {kind} to have the same python structure. For example, if "
+            f"primals is a tuple of 3 tensors, {kind} also must be. Got primals with structure {spec} and {kind} with "
             f"structure {tangent_spec}"
         )
     if not leaves:
-        raise RuntimeError("jvp(f, primals, tangents): expected at least one Tensor in primals")
+        raise RuntimeError(f"{name}(f, primals, {kind}): expected at least one Tensor in primals")
+    for leaf in primal_leaves:
+        if not isinstance(leaf, torch.Tensor):
+            raise RuntimeError(f"{name}(f, primals, {kind}): expected primals to contain only Tensors, got {type(leaf)}")
     return leaves
 
 
-def _push(traced: Traced, tangents: list[Any]) -> Any:
+def _push(traced: Traced, tangents: list[Any], name: str) -> Any:
     for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
-        _check_seed(leaf, primal, f"jvp: tangent {number}", "primal")
+        _check_seed(leaf, primal, f"{name}: tangent {number}", "primal")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise ValueError(f"{name}: tangent {number} must be floating point or complex, got {leaf.dtype}")
     tensors = tuple(_match_dtype(leaf, primal) for leaf, primal in zip(tangents, traced.in_leaves, strict=True))
     found = {}
     if any(slot is not None for slot in traced.out_slots):
@@ -250,7 +263,8 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         ``(output, jvp_fn)`` or ``(output, jvp_fn, aux)``; ``jvp_fn(*tangents)`` returns the output tangents.
 
     Raises:
-        RuntimeError: if the tangents given to ``jvp_fn`` do not match the primals.
+        RuntimeError: if the tangents given to ``jvp_fn`` do not match the primals in structure, shape or dtype.
+        ValueError: if a primal is not a floating-point or complex tensor.
 
     Example:
         >>> import torch, chainrule
@@ -269,7 +283,12 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
             raise RuntimeError(
                 f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}"
             )
-        return _push(traced, leaves)
+        for number, (leaf, primal) in enumerate(zip(leaves, traced.in_leaves, strict=True)):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype != primal.dtype:
+                raise RuntimeError(
+                    f"linearize: tangent {number}: mismatch in dtype, it is {leaf.dtype} and the primal is {primal.dtype}"
+                )
+        return _push(traced, leaves, "linearize")
 
     output = traced.output()
     return (output, jvp_fn, traced.aux) if has_aux else (output, jvp_fn)
@@ -300,7 +319,7 @@ def hvp(
     """
     count = len(primals) if isinstance(primals, tuple) else 1
     gradient = grad(func, argnums=0 if count == 1 else tuple(range(count)), has_aux=has_aux)
-    result = jvp(gradient, primals, tangents, has_aux=has_aux, **kwargs)
+    result = _jvp(gradient, primals, tangents, False, has_aux, kwargs, "hvp")
     return (result[1], result[2]) if has_aux else result[1]
 
 
@@ -327,7 +346,7 @@ def vhp(
         >>> chainrule.vhp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
         tensor([ 6., 12.])
     """
-    _check_tangents(primals, cotangents)
+    _check_tangents(primals, cotangents, "vhp", "cotangents")
     count = len(primals)
     gradient = grad(func, argnums=0 if count == 1 else tuple(range(count)), has_aux=has_aux)
     outcome = vjp(gradient, *primals, has_aux=has_aux, **kwargs)

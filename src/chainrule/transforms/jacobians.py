@@ -26,7 +26,8 @@ def jacrev(
         func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
         argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
-        chunk_size: accepted for the sake of torch.func's signature; must be positive.
+        chunk_size: how many rows (elements of an output) to compute at once, which bounds the memory of intermediate
+            results; None for all. One plan serves all chunks.
 
     Returns:
         A function returning, for each output leaf, the tree of Jacobians with respect to the arguments (a tuple when
@@ -62,7 +63,8 @@ def jacfwd(
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
         randomness: accepted for the sake of torch.func's signature. ``func`` runs once here, whatever the number of
             columns, so that a random op in it is the same for all of them.
-        chunk_size: accepted like ``randomness``; must be positive.
+        chunk_size: how many columns (elements of an input) to compute at once, which bounds the memory of intermediate
+            results; None for all. ``func`` still runs once, but on a copy: a write to its argument stays inside.
 
     Returns:
         As :func:`jacrev`, with Jacobians of the output's dtype.
@@ -94,7 +96,7 @@ def jacobian(
         func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
         argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
-        chunk_size: accepted for the sake of torch.func's signatures; must be positive.
+        chunk_size: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`.
@@ -120,7 +122,8 @@ def hessian(
         func: a function of tensors that returns tensors (any pytree), or ``(output, aux)`` with ``has_aux``.
         argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
-        chunk_size: as in :func:`jacobian`.
+        chunk_size: how many rows of the outer Jacobian (elements of the first derivative) to compute at once; None for
+            all. The first derivative itself is computed whole.
 
     Returns:
         A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
@@ -136,28 +139,80 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    inner = _jacobian_transform(func, argnums, has_aux, chunk_size, "hessian", "reverse", "input")
+    _check_chunk_size(chunk_size, "hessian")
+    inner = _jacobian_transform(func, argnums, has_aux, None, "hessian", "reverse", "input")
     return _jacobian_transform(inner, argnums, has_aux, chunk_size, "hessian", "auto", "input")
 
 
 def _jacobian_transform(
     func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None, name: str, order: str, cast: str
 ) -> Callable[..., Any]:
-    if chunk_size is not None and chunk_size <= 0:
-        raise ValueError(f"{name}: `chunk_size` should be greater than 0, got {chunk_size}.")
+    _check_chunk_size(chunk_size, name)
+    column_block = chunk_size if order == "forward" else None
 
     @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         positions, single = resolve_argnums(argnums, len(args), name)
         traced = trace(
-            func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward"
+            func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward", column_block=column_block
         )
         _check_real(traced, func, name, cast)
-        found = traced.run("jacobian", order, cast=cast) if any(s is not None for s in traced.out_slots) else {}
+        found: dict[Any, torch.Tensor | None] = {}
+        if any(slot is not None for slot in traced.out_slots):
+            if chunk_size is None:
+                found = traced.run("jacobian", order, cast=cast)
+            elif order == "forward":
+                found = _by_columns(traced, cast)
+            else:
+                found = _by_rows(traced, order, cast, chunk_size)
         result = tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
         return (result, traced.aux) if has_aux else result
 
     return wrapper
+
+
+def _check_chunk_size(chunk_size: int | None, name: str) -> None:
+    if chunk_size is not None and chunk_size <= 0:
+        raise ValueError(f"{name}: `chunk_size` should be greater than 0, got {chunk_size}.")
+
+
+def _by_rows(traced: Traced, order: str, cast: str, size: int) -> dict[Any, torch.Tensor | None]:
+    """The Jacobians, ``size`` elements of an output at a time."""
+    numbers = {slot: number for number, slot in enumerate(traced.out_slots) if slot is not None}
+    split = {slot: traced.rows(n, size) for slot, n in numbers.items() if traced.out_leaves[n].numel() > size}
+    whole = [slot for slot in numbers if slot not in split]
+    found = traced.run("jacobian", order, cast=cast, outputs=whole) if whole else {}
+    for slot, block in split.items():
+        parts: dict[int, list[torch.Tensor]] = {}
+        for skipped in block.positions():
+            results = traced.run("jacobian", order, cast=cast, outputs=[block.slot])
+            for source in traced.in_slots:
+                if (part := results.get((block.slot, source))) is not None:
+                    parts.setdefault(source, []).append(part[skipped:])
+        shape = traced.out_leaves[numbers[slot]].shape
+        for source, rows in parts.items():
+            found[slot, source] = torch.cat(rows).reshape(*shape, *rows[0].shape[1:])
+    return found
+
+
+def _by_columns(traced: Traced, cast: str) -> dict[Any, torch.Tensor | None]:
+    """The Jacobians, a block of the elements of an input at a time."""
+    outputs = [slot for slot in dict.fromkeys(traced.out_slots) if slot is not None]
+    blocks = zip(traced.in_slots, traced.columns, strict=True)
+    whole = [slot for slot, block in blocks if block is None]
+    found = traced.run("jacobian", "forward", cast=cast, inputs=whole) if whole else {}
+    for leaf, block in zip(traced.in_leaves, traced.columns, strict=True):
+        if block is None:
+            continue
+        parts: dict[int, list[torch.Tensor]] = {}
+        for skipped in block.positions():
+            results = traced.run("jacobian", "forward", cast=cast, inputs=[block.slot])
+            for slot in outputs:
+                if (part := results.get((slot, block.slot))) is not None:
+                    parts.setdefault(slot, []).append(part[..., skipped:])
+        for slot, columns in parts.items():
+            found[slot, block.slot] = torch.cat(columns, -1).reshape(*columns[0].shape[:-1], *leaf.shape)
+    return found
 
 
 def _check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) -> None:

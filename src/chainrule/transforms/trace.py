@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,35 @@ aten = torch.ops.aten
 
 
 @dataclass
+class Block:
+    """Some elements of a flattened tensor, chosen by an index that plans read as a value: one plan serves all blocks.
+
+    Attributes:
+        tape: where it stands.
+        slot: the slot of the chosen elements.
+        index: the slot of the index.
+        size: how many elements a block has.
+        total: how many the tensor has.
+    """
+
+    tape: Tape
+    slot: int
+    index: int
+    size: int
+    total: int
+
+    def positions(self) -> Iterator[int]:
+        """Choose one block after the other; yields how many of its first elements were in the block before.
+
+        The last block overlaps its predecessor instead of being shorter, which would be another plan.
+        """
+        for start in range(0, self.total, self.size):
+            first = min(start, self.total - self.size)
+            self.tape.values[self.index] = torch.arange(first, first + self.size, device=self.tape.values[self.index].device)
+            yield start - first
+
+
+@dataclass
 class Traced:
     """One recorded run.
 
@@ -33,6 +62,8 @@ class Traced:
         out_spec: their structure.
         out_slots: slots of the outputs, None for one that does not depend on the inputs.
         aux: the auxiliary output.
+        grad_enabled: whether gradients were on around the transform.
+        columns: for each input, the block of it that stands for it on the tape; None where it stands for itself.
     """
 
     tape: Tape
@@ -44,6 +75,7 @@ class Traced:
     out_slots: list[int | None]
     aux: Any
     grad_enabled: bool
+    columns: list[Block | None]
 
     def output(self) -> Any:
         """The outputs in the user's structure."""
@@ -56,11 +88,22 @@ class Traced:
         return leaf
 
     def run(self, kind: str, order: str = "auto", seeds: tuple[int, ...] = (), tensors: tuple[torch.Tensor, ...] = (),
-            cast: str = "input", outputs: list[int] | None = None) -> dict[Any, torch.Tensor | None]:
+            cast: str = "input", outputs: list[int] | None = None,
+            inputs: list[int] | None = None) -> dict[Any, torch.Tensor | None]:
         """Execute a request on the tape."""
         wanted = [slot for slot in self.out_slots if slot is not None] if outputs is None else outputs
-        request = Request(kind, tuple(self.in_slots), tuple(wanted), order, seeds, cast)
+        request = Request(kind, tuple(self.in_slots if inputs is None else inputs), tuple(wanted), order, seeds, cast)
         return execute(self.tape, request, tensors)
+
+    def rows(self, number: int, size: int) -> Block:
+        """Append the choice of ``size`` elements of an output to the tape."""
+        leaf = self.out_leaves[number]
+        index = torch.arange(size, device=leaf.device)
+        with torch.enable_grad(), self.tape.recording():
+            chosen = leaf.reshape(-1).index_select(0, index)
+        slot, index_slot = self.tape.slot_of(chosen), self.tape.slot_of(index)
+        assert slot is not None and index_slot is not None
+        return Block(self.tape, slot, index_slot, size, leaf.numel())
 
 
 def fresh_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,15 +122,28 @@ def trace(
     *,
     has_aux: bool = False,
     respect_no_grad: bool = True,
+    column_block: int | None = None,
 ) -> Traced:
-    """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``."""
+    """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``.
+
+    With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them.
+    """
     refuse_inside_torch_func(transform)
     in_leaves, in_spec = flatten_inputs(tuple(args[number] for number in argnums), transform)
     grad_enabled = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [fresh_alias(leaf) for leaf in in_leaves]
         tape = Tape(POLICY, respect_no_grad=respect_no_grad)
-        in_slots = [tape.add_input(alias) for alias in aliases]
+        in_slots: list[int] = []
+        columns: list[Block | None] = []
+        for number, alias in enumerate(aliases):
+            if column_block is None or alias.numel() <= column_block:
+                in_slots.append(tape.add_input(alias))
+                columns.append(None)
+            else:
+                aliases[number], block = _in_blocks(tape, alias, column_block)
+                in_slots.append(block.slot)
+                columns.append(block)
         called = list(args)
         for number, value in zip(argnums, tree_unflatten(aliases, in_spec), strict=True):
             called[number] = value
@@ -100,7 +156,19 @@ def trace(
     out_slots = [_active_slot(tape, leaf) for leaf in out_leaves]
     if not grad_enabled:
         aux = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux)
-    return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled)
+    return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
+
+
+def _in_blocks(tape: Tape, tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, Block]:
+    """The same value, as a function of ``size`` of its elements, which are the input of the tape."""
+    index = torch.arange(size, device=tensor.device)
+    flat = tensor.reshape(-1)
+    slot = tape.add_input(block := flat.index_select(0, index))
+    with tape.recording():
+        value = flat.index_copy(0, index, block).reshape(tensor.shape)
+    index_slot = tape.slot_of(index)
+    assert index_slot is not None
+    return value, Block(tape, slot, index_slot, size, tensor.numel())
 
 
 def _active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
