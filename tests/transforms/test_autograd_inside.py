@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.func
 import torch.utils.checkpoint
 
 import chainrule
@@ -148,6 +149,132 @@ def test_a_users_function_of_several_tensors() -> None:
     found = chainrule.jacrev(function, argnums=(0, 1))(a, b)
     torch.testing.assert_close(found, (torch.diag(3 * b + 1), torch.diag(a + 1)))
     torch.testing.assert_close(chainrule.jacfwd(function, argnums=(0, 1))(a, b), found)
+
+
+class TwoRules(NewStyle):
+    """A jvp that is neither the truth nor the transpose of the backward: each mode shows which one it used."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        (point,) = ctx.saved_tensors
+        return tangent * 7 * point**2
+
+
+def test_each_mode_uses_its_own_rule() -> None:
+    point = x()
+    torch.testing.assert_close(chainrule.jacrev(TwoRules.apply)(point), torch.diag(5 * point**2))
+    torch.testing.assert_close(chainrule.vjp(TwoRules.apply, point)[1](point)[0], 5 * point**3)
+    torch.testing.assert_close(chainrule.jacfwd(TwoRules.apply)(point), torch.diag(7 * point**2))
+    torch.testing.assert_close(chainrule.jvp(TwoRules.apply, (point,), (point,))[1], 7 * point**3)
+    torch.testing.assert_close(chainrule.linearize(TwoRules.apply, point)[1](point), 7 * point**3)
+    torch.testing.assert_close(chainrule.vmap(chainrule.grad(TwoRules.apply))(point), 5 * point**2)
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(TwoRules.apply))(point), 7 * point**2)
+    torch.testing.assert_close(chainrule.vmap(TwoRules.apply)(point), point**3)
+
+
+class OwnVmap(torch.autograd.Function):
+    """The vmap rule adds a mark, so that it shows whether it ran."""
+
+    @staticmethod
+    def forward(point: torch.Tensor) -> torch.Tensor:
+        return point**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    backward = OldStyle.backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, point: torch.Tensor) -> Any:
+        return point**3 + 100, in_dims[0]
+
+
+def test_a_users_vmap_rule_is_used() -> None:
+    point = x()
+    expected = torch.func.vmap(OwnVmap.apply)(point)
+    torch.testing.assert_close(expected, point**3 + 100)
+    torch.testing.assert_close(chainrule.vmap(OwnVmap.apply)(point), expected)
+
+
+def test_parts_of_a_users_function_without_derivative() -> None:
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
+            positive = a > 0
+            ctx.mark_non_differentiable(positive)
+            return a * b, positive
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor, _: Any) -> Any:
+            return cotangent * 4, None
+
+    class Raising(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
+            return a.clone()
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+            raise KeyError("own")
+
+    point = x()
+    found = chainrule.jacrev(lambda a, b: Marked.apply(a, b)[0], argnums=(0, 1))(point, point)
+    torch.testing.assert_close(found, (4 * torch.eye(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)))
+    with pytest.raises(KeyError, match="own"):
+        chainrule.grad(lambda a: Raising.apply(a).sum())(point)
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_autograd_grad_inside_of_nests(mark: bool) -> None:
+    points = torch.stack([x(), x()])
+
+    def function(p: torch.Tensor) -> torch.Tensor:
+        return slope(p, mark=mark) * p
+
+    diagonals = torch.diag_embed(second(points) * points + first(points))
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(function))(points).detach(), diagonals)
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(function))(points).detach(), diagonals)
+    pushed = chainrule.jvp(function, (points[0],), (points[1],))[1]
+    torch.testing.assert_close(pushed.detach(), diagonals[0] @ points[1])
+    # Nothing requires grad below the inner vmap: an error in torch.func too, never a zero.
+    for library in (torch.func, chainrule):
+        with pytest.raises(RuntimeError, match="requires_grad_|does not require grad"):
+            library.jacrev(library.vmap(function))(points)
+    torch.testing.assert_close(chainrule.grad(lambda p: (p**2).sum())(points), 2 * points)
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_backward_inside_with_and_without_a_graph(create_graph: bool) -> None:
+    point = x()
+
+    def function(p: torch.Tensor) -> torch.Tensor:
+        (p**3).sum().backward(create_graph=create_graph)
+        assert p.grad is not None
+        return p.grad * p
+
+    slope_ = 9 * point**2 if create_graph else 3 * point**2
+    torch.testing.assert_close(chainrule.jacrev(function)(point), torch.diag(slope_))
+    curve = 18 * point if create_graph else 0 * point
+    torch.testing.assert_close(chainrule.hessian(lambda p: function(p).sum())(point), torch.diag(curve))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_under_vmap_and_with_parameters(reentrant: bool) -> None:
+    weight, point = x().requires_grad_(), x()
+
+    def plain(p: torch.Tensor) -> torch.Tensor:
+        return torch.sin(p * weight) * p.sum()
+
+    def saved(p: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(plain, p, use_reentrant=reentrant)
+
+    rows = torch.stack([point, 2 * point])
+    torch.testing.assert_close(chainrule.vmap(saved)(rows), torch.func.vmap(plain)(rows))
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(saved))(rows), torch.func.vmap(torch.func.jacrev(plain))(rows))
+    mine = torch.autograd.grad((chainrule.jacrev(saved)(point) ** 2).sum(), weight)
+    torch.testing.assert_close(mine, torch.autograd.grad((torch.func.jacrev(plain)(point) ** 2).sum(), weight))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import chainrule
+from chainrule.execute import engine
+from chainrule.plan.planner import plan
 
 TRANSFORMS = ["jacrev", "jacfwd", "jacobian", "hessian"]
 
@@ -86,6 +88,40 @@ def test_no_growth_over_calls() -> None:
 @pytest.mark.slow
 def test_no_growth_over_many_calls() -> None:
     repeat(10_000)
+
+
+CALLS = {
+    "grad": lambda f, x: chainrule.grad(lambda a: f(a).sum())(x),
+    "vjp": lambda f, x: chainrule.vjp(f, x)[1](x)[0],
+    "jvp": lambda f, x: chainrule.jvp(f, (x,), (x,))[1],
+    "linearize": lambda f, x: chainrule.linearize(f, x)[1](x),
+    "hvp": lambda f, x: chainrule.hvp(lambda a: f(a).sum(), (x,), (x,)),
+    "vhp": lambda f, x: chainrule.vhp(lambda a: f(a).sum(), (x,), (x,)),
+    "vmap of jacrev": lambda f, x: chainrule.vmap(chainrule.jacrev(f))(x.expand(2, -1)),
+    **{name: lambda f, x, name=name: getattr(chainrule, name)(f)(x) for name in TRANSFORMS},
+    **{f"{name} in chunks": lambda f, x, name=name: getattr(chainrule, name)(f, chunk_size=2)(x) for name in TRANSFORMS},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_call_does_not_plan_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    monkeypatch.setattr(engine, "CACHE", engine.PlanCache())
+    monkeypatch.setattr(engine, "plan", lambda *args, **kwargs: planned.append(1) or plan(*args, **kwargs))
+    counts = []
+    for _ in range(3):
+        CALLS[name](lambda a: torch.sin(a) * a.sum(), torch.randn(5, dtype=torch.float64))
+        counts.append(len(planned))
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+
+
+def test_the_cache_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CACHE", engine.PlanCache(limit=8))
+    for size in range(1, 25):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(chainrule.jacobian(torch.sin)(x), torch.diag(x.cos()))
+        assert len(engine.CACHE) <= 8
 
 
 def test_threads() -> None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.variable import Variable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
 
 from chainrule.batching.mode import VmapMode
-from chainrule.batching.tensor import BatchTensor, wrap_batched
+from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.tape import Slot, Tape
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
@@ -109,6 +109,8 @@ def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any
     mode = stack[-1]
     if isinstance(mode, Tape):
         return _apply_under_tape(original, function, mode, args, kwargs)
+    if isinstance(mode, VmapMode) and _batched(mode, args) and _has_own_vmap(function):
+        return _apply_own_vmap(function, mode, args)
     if isinstance(mode, VmapMode) and any(isinstance(m, Tape) for m in stack) and _batched(mode, args):
         return _apply_per_sample(original, function, mode, args, kwargs)
     if isinstance(mode, VmapMode):
@@ -167,7 +169,11 @@ def _run_forward(original: Callable[..., Any], function: Any, args: tuple[Any, .
     with torch.no_grad():
         if function.setup_context is torch.autograd.Function.setup_context:
             return function.forward(context, *args, **kwargs), context
-        outputs = function.forward(*args, **kwargs)
+        mode = stack[-1] if stack else None
+        if isinstance(mode, VmapMode) and _batched(mode, args) and _has_own_vmap(function):
+            outputs = _apply_own_vmap(function, mode, args)
+        else:
+            outputs = function.forward(*args, **kwargs)
         function.setup_context(context, args, outputs)
         return outputs, context
 
@@ -197,6 +203,55 @@ def _inner(args: Sequence[Any], mode: VmapMode) -> list[Any]:
 
 def _batched(mode: VmapMode, args: Sequence[Any]) -> bool:
     return any(isinstance(a, BatchTensor) and a.level is mode and a.batched for a in args)
+
+
+def _has_own_vmap(function: Any) -> bool:
+    return function.vmap is not torch.autograd.Function.vmap
+
+
+class VmapInfo(NamedTuple):
+    """What a user's ``vmap`` staticmethod is told about the level, with torch's names."""
+
+    batch_size: int
+    randomness: str
+
+
+def _apply_own_vmap(function: Any, mode: VmapMode, args: tuple[Any, ...]) -> Any:
+    """The user's ``vmap`` staticmethod, on the stored tensors; it says where its outputs carry the batch.
+
+    Raises:
+        RuntimeError: the staticmethod does not return a pair, or its ``out_dims`` do not fit its outputs.
+
+    """
+    batched = [isinstance(a, BatchTensor) and a.level is mode and a.batched for a in args]
+    in_dims = tuple(0 if is_batched else None for is_batched in batched)
+    with _pop_mode_temporarily():
+        returned = function.vmap(VmapInfo(mode.size, mode.randomness), in_dims, *_inner(args, mode))
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise RuntimeError(
+                f"vmap: {function.__name__}.vmap should return a pair (outputs, out_dims); it returned {type(returned).__name__}"
+            )
+        outputs, out_dims = returned
+        several = isinstance(outputs, (tuple, list))
+        flat = list(outputs) if several else [outputs]
+        dims = list(out_dims) if isinstance(out_dims, (tuple, list)) else [out_dims] * len(flat)
+        if len(dims) != len(flat):
+            raise RuntimeError(
+                f"vmap: {function.__name__}.vmap returned {len(flat)} outputs, but out_dims for {len(dims)}: {out_dims}"
+            )
+        stored = [
+            Batched(out.movedim(dim, 0)) if isinstance(out, torch.Tensor) and dim is not None else out
+            for out, dim in zip(flat, dims, strict=True)
+        ]
+    wrapped = [
+        wrap_batched(out, mode)
+        if isinstance(out, Batched)
+        else wrap_constant(out, mode)
+        if isinstance(out, torch.Tensor)
+        else out
+        for out in stored
+    ]
+    return tuple(wrapped) if several else wrapped[0]
 
 
 def _apply_per_sample(
