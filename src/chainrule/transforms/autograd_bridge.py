@@ -169,9 +169,9 @@ def _run_forward(original: Callable[..., Any], function: Any, args: tuple[Any, .
     with torch.no_grad():
         if function.setup_context is torch.autograd.Function.setup_context:
             return function.forward(context, *args, **kwargs), context
-        mode = stack[-1] if stack else None
-        if isinstance(mode, VmapMode) and _batched(mode, args) and _has_own_vmap(function):
-            outputs = _apply_own_vmap(function, mode, args)
+        innermost = stack[-1] if stack else None
+        if isinstance(innermost, VmapMode) and _batched(innermost, args) and _has_own_vmap(function):
+            outputs = _apply_own_vmap(function, innermost, args)
         else:
             outputs = function.forward(*args, **kwargs)
         function.setup_context(context, args, outputs)
