@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
+from chainrule.dispatch import LightMode
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
 
@@ -30,7 +30,7 @@ _AUTOCAST = functools.reduce(
 )
 
 
-class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class VmapMode(LightMode):
     """One active vmap: every op on a `BatchTensor` of this level runs once, on the stored tensors.
 
     Inside the handler the mode is off, so that the inner ops go to the next outer mode (another vmap, or a tape).
@@ -45,7 +45,7 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, size: int, randomness: str = "error") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.size = size
         self.randomness = randomness
         self.fallbacks: list[str] = []
@@ -58,15 +58,6 @@ class VmapMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nested = torch._C._len_torch_dispatch_stack() > 0
         self._records = torch.is_grad_enabled()
         self._always_guard = self._nested or size == 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch wraps the handler in a context manager that costs 2 µs an op
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Stay out of torch.compile's own tensors."""
-        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
+from chainrule.dispatch import LightMode
+
+#: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
+BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 class Slot(NamedTuple):
@@ -61,7 +64,7 @@ def _differentiable(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
 
-class Tape(TorchDispatchMode):
+class Tape(LightMode):
     """Records the ATen ops that touch the inputs while it is active.
 
     Only ops with an *active* argument (one that depends on an input through floating-point values) are kept. Other
@@ -73,16 +76,6 @@ class Tape(TorchDispatchMode):
         respect_no_grad: whether ops run under ``torch.no_grad()`` inside the function are constants (as reverse mode
             in torch has it).
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch wraps the handler in a function that costs about 2 µs per op.
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Let compiled regions run as they are."""
-        return True
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True) -> None:
         super().__init__()
@@ -96,12 +89,19 @@ class Tape(TorchDispatchMode):
         # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
         self.kept: list[Any] = []
         self.respect_no_grad = respect_no_grad
-        self.alias = AliasTracker(self)
-        self._facts = _FACTS.setdefault(policy, {})
+        self._alias: AliasTracker | None = None
+        self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
         self._origin: Any = None
         self._nodes_indexed = 0
         self._by_node: dict[tuple[int, int], int] = {}
+
+    @property
+    def alias(self) -> AliasTracker:
+        """The views and writes of this run."""
+        if self._alias is None:
+            self._alias = AliasTracker(self)
+        return self._alias
 
     def facts(self, op: OpOverload) -> OpFacts:
         """What is known of ``op`` under this tape's policy."""
@@ -142,8 +142,8 @@ class Tape(TorchDispatchMode):
         slot = self.slots.get(id(tensor))
         if slot is not None:
             return slot
-        if self.alias.has_writes:
-            slot = self.alias.resolve(tensor)
+        if self._alias is not None and self._alias.has_writes:
+            slot = self._alias.resolve(tensor)
             if slot is not None:
                 return slot
         if tensor.grad_fn is not None:
@@ -198,7 +198,7 @@ class Tape(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what runs inside."""
-        with torch._C._AutoDispatchBelowADInplaceOrView(), self:
+        with BelowAutograd(), self:
             yield
 
     def __torch_dispatch__(
@@ -207,6 +207,45 @@ class Tape(TorchDispatchMode):
         """Run one op and record it."""
         facts = self._facts.get(id(func)) or self.facts(func)
         if not facts.special:
+            if not kwargs:
+                # The common call in one pass: plain arguments and tensors that the tape knows or that are constants.
+                slots, active = self.slots, self.active
+                touched = False
+                new: list[int] | None = None
+                lowered: list[Any] = []
+                for item in args:
+                    kind = item.__class__
+                    if kind in _PLAIN:
+                        lowered.append(item)
+                    elif isinstance(item, torch.Tensor):
+                        if item.requires_grad:
+                            break
+                        slot = slots.get(id(item))
+                        if slot is None:
+                            if new is None:
+                                new = []
+                            new.append(len(lowered))
+                            lowered.append(None)
+                        else:
+                            if active[slot]:
+                                touched = True
+                            lowered.append(_SLOTS[slot] if slot < 4096 else Slot(slot))
+                    elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
+                        lowered.append(tuple(item))
+                    else:
+                        break
+                else:
+                    out = facts.call(*args)
+                    if not self.respect_no_grad or torch.is_grad_enabled():
+                        if new is not None:
+                            touched = touched or self._any_active(args, None)
+                            if touched:
+                                for position in new:
+                                    slot = self._slot_or_constant(args[position])
+                                    lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
+                        if touched:
+                            self._append_record(facts, tuple(lowered), (), out)
+                    return out
             if self.joins(args):
                 if facts.composite:
                     with self:
@@ -268,28 +307,6 @@ class Tape(TorchDispatchMode):
 
     def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Record an op that ran, if an argument is active and an output differentiable."""
-        slots, active = self.slots, self.active
-        touched = False
-        lowered: list[Any] = []
-        for item in args:
-            kind = item.__class__
-            if kind in _PLAIN:
-                lowered.append(item)
-            elif isinstance(item, torch.Tensor):
-                slot = slots.get(id(item))
-                if slot is None:
-                    break
-                touched = touched or active[slot]
-                lowered.append(_SLOTS[slot] if slot < 4096 else Slot(slot))
-            elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
-                lowered.append(tuple(item))
-            else:
-                break
-        else:
-            if not kwargs:
-                if touched:
-                    self._append_record(facts, tuple(lowered), (), out)
-                return
         if self._any_active(args, kwargs):
             self._append_record(facts, self.lower(args), self.lower_kwargs(kwargs), out)
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_dispatch_stack_at, _pop_mode_temporarily
+from torch.utils._python_dispatch import _get_dispatch_stack_at
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
+from chainrule.dispatch import LightMode, without_innermost
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.batching_base import Batched
 
@@ -21,29 +22,37 @@ Runner = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]
 Key = tuple[Any, ...]
 
 
-def sole_vmap(values: Sequence[Any]) -> VmapMode | None:
-    """The vmap that is the only active mode, if these values may be replayed on stored tensors under it.
+def stored_under_vmap(values: Sequence[Any]) -> tuple[VmapMode, list[torch.Tensor], Key] | None:
+    """What a replay on stored tensors needs, when a vmap is the only active mode.
 
-    Not so when torch's autograd has to see the calls, or a value belongs to another level.
+    Returns:
+        The vmap, the tensors behind ``values``, and what the batched program depends on beside the plan: which of them
+        are batched, and their layouts. None when torch's autograd has to see the calls, or a value belongs to another
+        level.
     """
-    if torch._C._len_torch_dispatch_stack() != 1:
-        return None
     mode = _get_dispatch_stack_at(0)
     if mode.__class__ is not VmapMode or mode.size == 0:
         return None
+    tensors: list[torch.Tensor] = []
+    parts: list[Any] = [mode.size]
     for value in values:
         if value.__class__ is BatchTensor:
-            stored = value.inner.value if value.inner.__class__ is Batched else value.inner
-            if value.level is not mode or stored.requires_grad or value.requires_grad or stored.__class__ is BatchTensor:
+            if value.level is not mode or value.requires_grad:
                 return None
-            if stored.is_complex():
+            value = value.inner
+            if value.__class__ is Batched:
+                value = value.value
+                parts.append(True)
+            if value.__class__ is BatchTensor:
                 return None
-        elif isinstance(value, torch.Tensor):
-            if value.requires_grad or value.is_complex():
-                return None
-        else:
+        elif not isinstance(value, torch.Tensor):
             return None
-    return mode
+        if value.requires_grad or value.is_complex():
+            return None
+        tensors.append(value)
+        parts.append(value.shape)
+        parts.append(value.stride())
+    return mode, tensors, tuple(parts)
 
 
 def same_stored(tensor: BatchTensor) -> BatchTensor | None:
@@ -57,29 +66,8 @@ def same_stored(tensor: BatchTensor) -> BatchTensor | None:
     return wrap_batched(inner, mode)
 
 
-def stored_key(mode: VmapMode, values: Sequence[Any]) -> Key:
-    """What the batched program depends on beside the plan: which values are batched, and their layout."""
-    parts: list[Any] = [mode.size]
-    for value in values:
-        inner = value.inner if value.__class__ is BatchTensor else value
-        if inner.__class__ is Batched:
-            parts.append((True, inner.value.shape, inner.value.stride()))
-        else:
-            parts.append((False, inner.shape, inner.stride()))
-    return tuple(parts)
-
-
-def stored(values: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors behind values."""
-    return [value.value if value.__class__ is BatchTensor else value for value in values]
-
-
-class _Recorder(TorchDispatchMode):
+class _Recorder(LightMode):
     """Writes down the ops that reach it as a program."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
@@ -128,7 +116,7 @@ def record_batched(
     """
     recorder = _Recorder(inputs)
     loops = len(mode.fallbacks)
-    with _pop_mode_temporarily(), recorder, mode.inside():
+    with without_innermost(), recorder, mode.inside():
         results = run()
     staged: list[Staged | None] = []
     batched: list[bool] = []

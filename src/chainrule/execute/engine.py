@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from chainrule.execute.accounts import Account, Ledger, current_ledger
-from chainrule.execute.batched import record_batched, sole_vmap, stored, stored_key, wrap
+from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.planner import Planned, Request, plan
@@ -44,19 +44,19 @@ class CachedPlan:
                     self.recorded = None
         assert self.runner is not None
         if torch._C._len_torch_dispatch_stack() == 1:
-            given = [values[key] if isinstance(key, int) else seeds[key[1]] for key in self.needs]
-            mode = sole_vmap(given)
-            if mode is not None:
-                return dict(zip(self.keys, self._run_batched(values, seeds, given, mode), strict=True))
+            given = [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs]
+            under = stored_under_vmap(given)
+            if under is not None:
+                return dict(zip(self.keys, self._run_batched(values, seeds, *under), strict=True))
         return dict(zip(self.keys, self.runner(values, seeds), strict=True))
 
-    def _run_batched(self, values: Sequence[Any], seeds: Sequence[Any], given: list[Any], mode: Any) -> Sequence[Any]:
+    def _run_batched(
+        self, values: Sequence[Any], seeds: Sequence[Any], mode: Any, tensors: list[torch.Tensor], key: Any
+    ) -> Sequence[Any]:
         """Replay on stored tensors under the one vmap that is active; record that form the first time."""
         assert self.runner is not None
-        key = stored_key(mode, given)
         found = self.batched.get(key)
         runner = self.runner
-        tensors = stored(given)
         if found is None:
             if len({id(t) for t in tensors}) < len(tensors):
                 return runner(values, seeds)
@@ -175,20 +175,7 @@ def _account(tape: Any, request: Request, planned: Planned) -> Account:
 
 
 def _key(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Any:
-    return _Key((tape.signature(request), tuple((seed.shape, seed.dtype) for seed in seeds)))
-
-
-class _Key(tuple[Any, ...]):
-    """A key that is hashed once."""
-
-    _hash: int | None = None
-
-    def __hash__(self) -> int:
-        """The hash of the tuple, kept."""
-        found = self._hash
-        if found is None:
-            found = self._hash = tuple.__hash__(self)
-        return found
+    return (tape.signature(request), tuple([(seed.shape, seed.dtype) for seed in seeds]) if seeds else ())
 
 
 def _bare(staged: Staged | None) -> Staged | None:

@@ -16,8 +16,12 @@ Argnums = int | Sequence[int]
 #: RuntimeError).
 _FORWARD = frozenset({"hessian", "hvp", "jacfwd", "jvp", "linearize"})
 
+_POSITIONS = tuple(((number,), True) for number in range(8))
 _LEAF = pytree.tree_flatten(0)[1]
 _TUPLES = tuple(pytree.tree_flatten((0,) * count)[1] for count in range(9))
+
+#: The structure of one argument that is a tensor.
+PLAIN_ARGUMENT = _TUPLES[1]
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
@@ -67,6 +71,8 @@ def resolve_argnums(argnums: Argnums, count: int, transform: str) -> tuple[tuple
     Raises:
         RuntimeError: if they are of the wrong type, empty, repeated or out of range.
     """
+    if argnums.__class__ is int and 0 <= argnums < count:  # type: ignore[operator]
+        return _POSITIONS[argnums] if argnums < 8 else ((argnums,), True)  # type: ignore[index, operator, return-value]
     if isinstance(argnums, bool) or not isinstance(argnums, (int, tuple, list)):
         raise RuntimeError(f"{transform}: argnums must be an int or a tuple or list of ints, got: {type(argnums)}")
     single = isinstance(argnums, int)

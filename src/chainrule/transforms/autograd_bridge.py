@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.variable import Variable
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.tape import Slot, Tape
+from chainrule.dispatch import without_innermost
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
@@ -115,7 +116,7 @@ def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any
         return _apply_per_sample(original, function, mode, args, kwargs)
     if isinstance(mode, VmapMode):
         return original(*args, **kwargs)
-    with _pop_mode_temporarily():
+    with without_innermost():
         return _apply_function(original, function, args, kwargs)
 
 
@@ -124,9 +125,9 @@ def _apply_under_tape(
 ) -> Any:
     touched = tape.touches(args) and not tape.is_blocked()
     if not touched:
-        with _pop_mode_temporarily():
+        with without_innermost():
             return _apply_function(original, function, args, kwargs)
-    with _pop_mode_temporarily():
+    with without_innermost():
         outputs, context = _run_forward(original, function, args, kwargs)
     several = isinstance(outputs, (tuple, list))
     flat = list(outputs) if several else [outputs]
@@ -134,7 +135,7 @@ def _apply_under_tape(
     for out in flat:
         if isinstance(out, torch.Tensor) and tape.slot_of(out) is not None:
             # An input returned as it is (or written to) is a new value of the function.
-            with _pop_mode_temporarily():
+            with without_innermost():
                 out = torch.ops.aten.alias.default(out)
         fresh.append(out)
     inert = {id(t) for t in getattr(context, "non_differentiable", None) or ()}
@@ -182,7 +183,7 @@ def _forward_and_record_outer(
     original: Callable[..., Any], function: Any, outer: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
     """A tape outside of the innermost one sees the inputs too: it records the same call with the same context."""
-    with _pop_mode_temporarily():
+    with without_innermost():
         outputs, context = _run_forward(original, function, args, kwargs)
     several = isinstance(outputs, (tuple, list))
     flat = list(outputs) if several else [outputs]
@@ -225,7 +226,7 @@ def _apply_own_vmap(function: Any, mode: VmapMode, args: tuple[Any, ...]) -> Any
     """
     batched = [isinstance(a, BatchTensor) and a.level is mode and a.batched for a in args]
     in_dims = tuple(0 if is_batched else None for is_batched in batched)
-    with _pop_mode_temporarily():
+    with without_innermost():
         returned = function.vmap(VmapInfo(mode.size, mode.randomness), in_dims, *_inner(args, mode))
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise RuntimeError(
@@ -258,7 +259,7 @@ def _apply_per_sample(
     original: Callable[..., Any], function: Any, mode: VmapMode, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Under a vmap inside of a derivative: one call per sample, so that each is recorded with its own backward."""
-    with _pop_mode_temporarily():
+    with without_innermost():
         outputs = []
         for number in range(mode.size):
             sample = [

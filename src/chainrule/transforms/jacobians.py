@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_unflatten
+from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_unflatten
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -232,6 +232,10 @@ def _check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) 
 
 def _blocks(traced: Traced, found: dict[Any, torch.Tensor | None], cast: str, single: bool) -> list[Any]:
     """For each output leaf, its blocks in the structure of the arguments."""
+    if single and len(traced.out_slots) == 1 and traced.in_spec is PLAIN_ARGUMENT:
+        (slot,), (source,) = traced.out_slots, traced.in_slots
+        if (block := found.get((slot, source))) is not None:
+            return [block]
     blocks = []
     given: set[Any] = set()
     for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):

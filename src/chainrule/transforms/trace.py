@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_map
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.capture.tape import Tape
+from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
@@ -49,7 +49,7 @@ class Block:
             yield start - first
 
 
-@dataclass
+@dataclass(slots=True)
 class Traced:
     """One recorded run.
 
@@ -131,7 +131,9 @@ def trace(
     refuse_inside_torch_func(transform)
     in_leaves, in_spec = flatten_inputs(tuple(args[number] for number in argnums), transform)
     grad_enabled = torch.is_grad_enabled()
-    with torch.enable_grad():
+    if not grad_enabled:
+        torch._C._set_grad_enabled(True)
+    try:
         aliases = [fresh_alias(leaf) for leaf in in_leaves]
         tape = Tape(POLICY, respect_no_grad=respect_no_grad)
         in_slots: list[int] = []
@@ -144,18 +146,25 @@ def trace(
                 aliases[number], block = _in_blocks(tape, alias, column_block)
                 in_slots.append(block.slot)
                 columns.append(block)
-        called = list(args)
-        for number, value in zip(argnums, tree_unflatten(aliases, in_spec), strict=True):
-            called[number] = value
-        with tape.recording():
+        called: Sequence[Any] = tree_unflatten(aliases, in_spec)
+        if len(argnums) < len(args) or argnums != tuple(range(len(args))):
+            values, called = called, list(args)
+            for number, value in zip(argnums, values, strict=True):
+                called[number] = value
+        with BelowAutograd(), tape:
             output = function(*called, **kwargs)
+    finally:
+        if not grad_enabled:
+            torch._C._set_grad_enabled(False)
     aux = None
     if has_aux:
         output, aux = split_aux(output, transform, function)
+        if not grad_enabled:
+            aux = tree_map(
+                lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
+            )
     out_leaves, out_spec = flatten_outputs(output, transform, function)
     out_slots = [_active_slot(tape, leaf) for leaf in out_leaves]
-    if not grad_enabled:
-        aux = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux)
     return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
 
 

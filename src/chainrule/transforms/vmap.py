@@ -103,10 +103,12 @@ def _flatten_inputs(
     func: Any, in_dims: Any, args: tuple[Any, ...]
 ) -> tuple[list[Any], list[int | None], TreeSpec | None]:
     """The arguments as a list, the dimension of each, and their structure (None for plain tensors)."""
-    call = f"vmap({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
+    def call() -> str:
+        return f"vmap({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
+
     if not isinstance(in_dims, (int, tuple)):
         raise ValueError(
-            f"{call}: expected `in_dims` to be int or a (potentially nested) tuple matching the structure of inputs, "
+            f"{call()}: expected `in_dims` to be int or a (potentially nested) tuple matching the structure of inputs, "
             f"got: {type(in_dims)}."
         )
     if not args:
@@ -124,28 +126,28 @@ def _flatten_inputs(
     dims = _broadcast_to_and_flatten(in_dims, spec)
     if dims is None:
         raise ValueError(
-            f"{call}: in_dims is not compatible with the structure of `inputs`. in_dims has structure "
+            f"{call()}: in_dims is not compatible with the structure of `inputs`. in_dims has structure "
             f"{tree_flatten(in_dims)[1]} but inputs has structure {spec}."
         )
     return flat_args, [_check_in_dim(call, arg, dim) for arg, dim in zip(flat_args, dims, strict=True)], spec
 
 
-def _check_in_dim(call: str, arg: Any, dim: Any) -> int | None:
+def _check_in_dim(call: Callable[[], str], arg: Any, dim: Any) -> int | None:
     if dim is None:
         return None
     if not isinstance(dim, int):
         raise ValueError(
-            f"{call}: Got in_dim={dim} for an input but in_dim must be either an integer dimension or None."
+            f"{call()}: Got in_dim={dim} for an input but in_dim must be either an integer dimension or None."
         )
     if not isinstance(arg, Tensor):
         raise ValueError(
-            f"{call}: Got in_dim={dim} for an input but the input is of type {type(arg)}. We cannot vmap over "
+            f"{call()}: Got in_dim={dim} for an input but the input is of type {type(arg)}. We cannot vmap over "
             "non-Tensor arguments, please use None as the respective in_dim"
         )
     rank = arg.dim()
     if not -rank <= dim < rank:
         raise ValueError(
-            f"{call}: Got in_dim={dim} for some input, but that input is a Tensor of dimensionality {rank} so expected "
+            f"{call()}: Got in_dim={dim} for some input, but that input is a Tensor of dimensionality {rank} so expected "
             f"in_dim to satisfy -{rank} <= in_dim < {rank}."
         )
     return dim % rank
