@@ -227,7 +227,7 @@ class AliasTracker:
         for member in {id(m): m for m in (root, *members)}.values():
             slot = tape.slots.get(id(member))
             if slot is not None and slot in self._read_slots and tape.values[slot] is member:
-                tape.values[slot] = tape.outside(torch.clone, member)
+                self._stand_in(slot, tape.outside(torch.clone, member))
                 tape.kept.append(member)
 
     def _keep_shape(self, tensor: torch.Tensor) -> None:
@@ -235,8 +235,13 @@ class AliasTracker:
         tape = self.tape
         slot = tape.slots.get(id(tensor))
         if slot is not None and tape.values[slot] is tensor:
-            tape.values[slot] = tape.outside(aten.alias.default, tensor)
+            self._stand_in(slot, tape.outside(aten.alias.default, tensor))
             tape.kept.append(tensor)
+
+    def _stand_in(self, slot: int, tensor: torch.Tensor) -> None:
+        """Let another tensor hold the value of a slot; whoever computes with it later computes with that slot."""
+        self.tape.values[slot] = tensor
+        self.tape.slots[id(tensor)] = slot
 
     def _scan_reads(self) -> None:
         tape = self.tape

@@ -89,9 +89,11 @@ class Tape(LightMode):
         # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
         self.kept: list[Any] = []
         self.respect_no_grad = respect_no_grad
+        # Whether an op was taken for a constant because of torch.no_grad().
+        self.saw_blocked = False
         self._alias: AliasTracker | None = None
         self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
-        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        self.settle()
         self._origin: Any = None
         self._nodes_indexed = 0
         self._by_node: dict[tuple[int, int], int] = {}
@@ -173,7 +175,14 @@ class Tape(LightMode):
 
     def is_blocked(self) -> bool:
         """Whether what runs now is a constant by ``torch.no_grad()``."""
-        return self.respect_no_grad and not torch.is_grad_enabled()
+        if self.respect_no_grad and not torch.is_grad_enabled():
+            self.saw_blocked = True
+            return True
+        return False
+
+    def settle(self) -> None:
+        """Take what is active now (autograd, other modes) for what lies outside of this tape."""
+        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
 
     def outside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` as if from outside the handler: with autograd, and without this tape recording it."""
@@ -236,7 +245,9 @@ class Tape(LightMode):
                         break
                 else:
                     out = facts.call(*args)
-                    if not self.respect_no_grad or torch.is_grad_enabled():
+                    if self.respect_no_grad and not torch.is_grad_enabled():
+                        self.saw_blocked = True
+                    else:
                         if new is not None:
                             touched = touched or self._any_active(args, None)
                             if touched:
@@ -253,7 +264,7 @@ class Tape(LightMode):
                 out = self.outside(func, *args, **kwargs) if kwargs else self.outside(func, *args)
             else:
                 out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
-            if not self.respect_no_grad or torch.is_grad_enabled():
+            if not self.is_blocked():
                 self._record(facts, args, kwargs, out)
             return out
         if facts.writes:

@@ -52,15 +52,19 @@ class Ledger:
 _LEDGER: ContextVar[Ledger | None] = ContextVar("chainrule_ledger", default=None)
 
 
+#: In place of a ledger: plans are made anew, and nothing is written down.
+UNCACHED = Ledger()
+
+
 def current_ledger() -> Ledger | None:
     """The ledger that is being filled in this context, if any."""
     return _LEDGER.get()
 
 
 @contextmanager
-def collecting() -> Iterator[Ledger]:
+def collecting(ledger: Ledger | None = None) -> Iterator[Ledger]:
     """Collect accounts of everything executed inside."""
-    ledger = Ledger()
+    ledger = Ledger() if ledger is None else ledger
     token = _LEDGER.set(ledger)
     try:
         yield ledger

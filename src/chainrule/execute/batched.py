@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _get_dispatch_stack_at
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
-from chainrule.dispatch import LightMode, without_innermost
+from chainrule.capture.recorder import Recorder
+from chainrule.dispatch import without_innermost
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.batching_base import Batched
 
@@ -66,55 +67,31 @@ def same_stored(tensor: BatchTensor) -> BatchTensor | None:
     return wrap_batched(inner, mode)
 
 
-class _Recorder(LightMode):
-    """Writes down the ops that reach it as a program."""
-
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.program = Program()
-        self.known: dict[int, Staged] = {}
-        self.alive: list[Any] = []
-        for number, tensor in enumerate(inputs):
-            self.known[id(tensor)] = self.program.input(number, tensor)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an op and append it."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        lowered = self._staged(args)
-        named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
-        self.program.append(func._op, lowered, named, out, self.known)
-        self.alive.append(out)
-        return out
-
-    def _staged(self, items: Sequence[Any]) -> tuple[Any, ...]:
-        found: list[Any] = []
-        for item in items:
-            if isinstance(item, torch.Tensor):
-                known = self.known.get(id(item))
-                if known is None:
-                    known = self.known[id(item)] = self.program.constant(item)
-                    self.alive.append(item)
-                found.append(known)
-            elif isinstance(item, (list, tuple)):
-                found.append(list(self._staged(item)))
-            else:
-                found.append(item)
-        return tuple(found)
-
-
 def record_batched(
-    run: Callable[[], tuple[Any, ...]], mode: VmapMode, inputs: Sequence[torch.Tensor]
+    run: Callable[[], tuple[Any, ...]], mode: VmapMode, inputs: Sequence[torch.Tensor], constants: Sequence[torch.Tensor]
 ) -> tuple[tuple[Any, ...], Program, list[Staged | None], list[bool]] | None:
     """Run a program under its vmap and record what it does to the stored tensors.
+
+    Args:
+        run: runs the program.
+        mode: the vmap.
+        inputs: the tensors behind the program's inputs.
+        constants: the constants of the program.
 
     Returns:
         The results, the batched program, its results, and which of them are batched; the last three are what
         :func:`wrap` needs later. None instead of the record when a result cannot be traced.
     """
-    recorder = _Recorder(inputs)
+    numbers = {id(tensor): number for number, tensor in enumerate(inputs)}
+    fixed = {id(tensor) for tensor in constants}
+
+    def find(program: Program, tensor: torch.Tensor) -> Staged | None:
+        number = numbers.get(id(tensor))
+        if number is not None:
+            return program.input(number, tensor)
+        return program.constant(tensor) if id(tensor) in fixed else None
+
+    recorder = Recorder(find)
     loops = len(mode.fallbacks)
     with without_innermost(), recorder, mode.inside():
         results = run()
@@ -126,8 +103,8 @@ def record_batched(
             batched.append(False)
             continue
         tensor = result.value if result.__class__ is BatchTensor else result
-        known = recorder.known.get(id(tensor))
-        if known is None or len(mode.fallbacks) > loops:
+        known = recorder.staged(tensor)
+        if known is None or not recorder.pure or len(mode.fallbacks) > loops:
             return results, Program(), [], []
         staged.append(known)
         batched.append(result.__class__ is BatchTensor and result.batched)

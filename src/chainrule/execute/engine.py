@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chainrule.execute.accounts import Account, Ledger, current_ledger
+from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.staging import Program, Staged
@@ -60,7 +60,7 @@ class CachedPlan:
         if found is None:
             if len({id(t) for t in tensors}) < len(tensors):
                 return runner(values, seeds)
-            outcome = record_batched(lambda: runner(values, seeds), mode, tensors)
+            outcome = record_batched(lambda: runner(values, seeds), mode, tensors, runner.constants)  # type: ignore[attr-defined]
             assert outcome is not None
             results, program, staged, flags = outcome
             if len(self.batched) < 64:
@@ -123,6 +123,12 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
     """
     ledger = current_ledger()
     if ledger is not None:
+        if ledger is UNCACHED:
+            planned = plan(tape, request, seeds)
+            results = owned(planned.program, planned.results)
+            found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+            _without_values(planned.program)
+            return found
         return _execute_accounted(tape, request, seeds, ledger)
     key = _key(tape, request, seeds)
     try:
@@ -186,4 +192,5 @@ def _without_values(program: Program) -> Program:
     """Drop the tensors of the recording run, so that a cached plan holds no memory."""
     program._input_values.clear()
     program._known.clear()
+    program.masks.clear()
     return program

@@ -100,6 +100,7 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
     exec(compile("\n".join(lines), "<chainrule plan>", "exec"), namespace)  # noqa: S102 - our own generated source
     runner: Runner = namespace["run"]
     runner.source = "\n".join(lines)  # type: ignore[attr-defined]
+    runner.constants = list(program.constants.values())  # type: ignore[attr-defined]
     return runner
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -37,11 +38,18 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         (tensor([2., 4.]), tensor(5.))
     """
 
+    def finish(traced: Traced, single: bool) -> Any:
+        return _finish_gradient(traced, single, func, "grad_and_value")
+
+    level = Level(func, "grad_and_value", argnums, has_aux, finish, ("grad_and_value",))
+
     @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        gradient, value, aux = _gradient(func, argnums, has_aux, args, kwargs, "grad_and_value")
+        (gradient, value), aux = _gradient(level, args, kwargs)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
+    if not has_aux:  # the aux of this transform stands elsewhere
+        level.mark(wrapper)
     return wrapper
 
 
@@ -65,25 +73,39 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         tensor(1.)
     """
 
+    def finish(traced: Traced, single: bool) -> Any:
+        return _finish_gradient(traced, single, func, "grad")[0]
+
+    level = Level(func, "grad", argnums, has_aux, finish, ("grad",))
+
     @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        gradient, _, aux = _gradient(func, argnums, has_aux, args, kwargs, "grad")
+        gradient, aux = _gradient(level, args, kwargs)
         return (gradient, aux) if has_aux else gradient
 
+    level.mark(wrapper)
     return wrapper
 
 
-def _gradient(
-    func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
-) -> tuple[Any, torch.Tensor, Any]:
-    positions, single = resolve_argnums(argnums, len(args), name)
-    traced = trace(func, args, positions, kwargs, name, has_aux=has_aux)
+def _gradient(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The result of a gradient transform and the aux of its function."""
+    if level_of(level.func) is not None:
+        found = run_nest(level, args, kwargs)
+        if found[0] is not NO_NEST:
+            return found
+    assert level.argnums is not None
+    positions, single = resolve_argnums(level.argnums, len(args), level.name)
+    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    return level.finish(traced, single), traced.aux
+
+
+def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:
     value = _scalar_output(traced, func, name)
     slot = traced.out_slots[0]
     found = {} if slot is None else traced.run("jacobian", "reverse", outputs=[slot])
     leaves = [_zeros(found.get((slot, s)), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]
     gradient = tree_unflatten(leaves, traced.in_spec)
-    return (gradient[0] if single else gradient), traced.release(value), traced.aux
+    return (gradient[0] if single else gradient), traced.release(value)
 
 
 def _scalar_output(traced: Traced, func: Callable[..., Any], name: str) -> torch.Tensor:
@@ -201,6 +223,14 @@ def _jvp(
     func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, kwargs: dict[str, Any], name: str
 ) -> Any:
     leaves = _check_tangents(primals, tangents, name, "tangents")
+    if not strict and level_of(func) is not None and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+
+        def finish(traced: Traced, single: bool) -> Any:
+            return traced.output(), _push(traced, list(traced.seeds), name)
+
+        result, aux = run_nest(Level(func, name, None, has_aux, finish, ("jvp",)), primals, kwargs, tuple(leaves))
+        if result is not NO_NEST:
+            return (*result, aux) if has_aux else result
     traced = trace(func, primals, tuple(range(len(primals))), kwargs, name, has_aux=has_aux, respect_no_grad=False)
     pushed = _push(traced, leaves, name)
     if strict and any(slot is None for slot in traced.out_slots):

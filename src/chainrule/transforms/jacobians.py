@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_unflatten
+from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -150,24 +151,40 @@ def _jacobian_transform(
     _check_chunk_size(chunk_size, name)
     column_block = chunk_size if order == "forward" else None
 
+    def finish(traced: Traced, single: bool) -> Any:
+        _check_real(traced, func, name, cast)
+        found: dict[Any, torch.Tensor | None] = {}
+        if any(slot is not None for slot in traced.out_slots):
+            found = traced.run("jacobian", order, cast=cast)
+        return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
+
+    level = Level(func, name, argnums, has_aux, finish, ("jacobian", order, cast))
+
     @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if chunk_size is None and level_of(func) is not None:
+            result, aux = run_nest(level, args, kwargs)
+            if result is not NO_NEST:
+                return (result, aux) if has_aux else result
         positions, single = resolve_argnums(argnums, len(args), name)
         traced = trace(
             func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward", column_block=column_block
         )
+        if chunk_size is None:
+            result = finish(traced, single)
+            return (result, traced.aux) if has_aux else result
         _check_real(traced, func, name, cast)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
-            if chunk_size is None:
-                found = traced.run("jacobian", order, cast=cast)
-            elif order == "forward":
+            if order == "forward":
                 found = _by_columns(traced, cast)
             else:
                 found = _by_rows(traced, order, cast, chunk_size)
         result = tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
         return (result, traced.aux) if has_aux else result
 
+    if chunk_size is None:
+        level.mark(wrapper)
     return wrapper
 
 

@@ -63,6 +63,7 @@ class Traced:
         out_slots: slots of the outputs, None for one that does not depend on the inputs.
         aux: the auxiliary output.
         grad_enabled: whether gradients were on around the transform.
+        seeds: tangents of the inputs, where a nest is run as a whole.
         columns: for each input, the block of it that stands for it on the tape; None where it stands for itself.
     """
 
@@ -76,6 +77,7 @@ class Traced:
     aux: Any
     grad_enabled: bool
     columns: list[Block | None]
+    seeds: tuple[torch.Tensor, ...] = ()
 
     def output(self) -> Any:
         """The outputs in the user's structure."""
@@ -164,7 +166,7 @@ def trace(
                 lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
             )
     out_leaves, out_spec = flatten_outputs(output, transform, function)
-    out_slots = [_active_slot(tape, leaf) for leaf in out_leaves]
+    out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
     return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
 
 
@@ -180,6 +182,7 @@ def _in_blocks(tape: Tape, tensor: torch.Tensor, size: int) -> tuple[torch.Tenso
     return value, Block(tape, slot, index_slot, size, tensor.numel())
 
 
-def _active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
+def active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
+    """The slot of an output, None for one that does not depend on the inputs."""
     slot = tape.slot_of(leaf)
     return slot if slot is not None and tape.active[slot] else None

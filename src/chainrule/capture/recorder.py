@@ -1,0 +1,112 @@
+"""The recorder: every op that reaches it, written down as a program that can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from chainrule.dispatch import LightMode
+from chainrule.maps.staging import Program, Staged
+
+#: Ops of which a replay could give something else than the recorded run says.
+_UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
+
+#: Larger constants (in elements) are made anew in each run.
+_KEPT = 1 << 17
+
+
+class Recorder(LightMode):
+    """Writes down the ops that reach it as a program.
+
+    Args:
+        find: gives the input of the program that a tensor stands for, or None when it is none.
+
+    Attributes:
+        program: the program so far.
+        known: its values, by the identity of their tensors.
+        pure: whether a replay on other inputs computes the same: no op read a value into Python, drew a random number or
+            used a tensor of unknown origin.
+    """
+
+    def __init__(self, find: Callable[[Program, torch.Tensor], Staged | None]) -> None:
+        super().__init__()
+        self.program = Program()
+        self.known: dict[int, Staged] = {}
+        self.pure = True
+        self._find = find
+        # The identities in ``known`` must stay taken.
+        self._alive: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op and append it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        lowered = self._staged(args)
+        named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
+        if not (isinstance(out, torch.Tensor) or (isinstance(out, (list, tuple)) and _all_tensors(out))):
+            # A value read into Python; ops on dtypes and shapes have no tensor among their arguments.
+            self.pure = self.pure and not _staged_in((lowered, tuple(named.values())))
+        else:
+            if any(tag in func.tags for tag in _UNREPEATABLE):
+                self.pure = False
+            if id(out) in self.known and self.known[id(out)].slot in self.program.constants:
+                self.pure = False  # a constant was written to
+            if isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
+                self.known[id(out)] = self.program.constant(out)
+            else:
+                self.program.append(func._op, lowered, named, out, self.known)
+        self._alive.append(out)
+        return out
+
+    def _is_fixed(self, out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a result is an index or a mask that is the same in every run: it is kept instead of computed anew."""
+        if out.dtype.is_floating_point or out.dtype.is_complex or out.numel() > _KEPT or id(out) in self.known:
+            return False
+        constants = self.program.constants
+        return all(staged.slot in constants for staged in _staged_in((args, tuple(kwargs.values()))))
+
+    def staged(self, tensor: torch.Tensor) -> Staged | None:
+        """What a tensor is in the program: a value of it, an input, or None."""
+        found = self.known.get(id(tensor))
+        if found is None:
+            found = self._find(self.program, tensor)
+            if found is not None:
+                self.known[id(tensor)] = found
+                self._alive.append(tensor)
+        return found
+
+    def _staged(self, items: Sequence[Any]) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for item in items:
+            if isinstance(item, torch.Tensor):
+                known = self.staged(item)
+                if known is None:
+                    self.pure = False
+                    known = self.known[id(item)] = self.program.constant(item)
+                    self._alive.append(item)
+                found.append(known)
+            elif isinstance(item, (list, tuple)):
+                found.append(list(self._staged(item)))
+            else:
+                found.append(item)
+        return tuple(found)
+
+
+def _staged_in(tree: Any) -> list[Staged]:
+    found: list[Staged] = []
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Staged):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+    return found
+
+
+def _all_tensors(items: Sequence[Any]) -> bool:
+    return all(isinstance(item, torch.Tensor) for item in items)

@@ -1,0 +1,237 @@
+"""Nests of derivative transforms as a whole: ``jacfwd(jacrev(f))`` and its like run ``f`` once, on one tape.
+
+Each derivative transform leaves a `Level` on the function it returns. A transform that finds one on the function that it
+is given does not run that function: it runs the innermost one on a tape, and the levels one after the other on that tape.
+The first time, what the levels compute is recorded as one program; later calls of the same signature replay it, whatever
+the depth of the nest.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec
+
+from chainrule.capture.recorder import Recorder
+from chainrule.capture.tape import BelowAutograd
+from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
+from chainrule.execute import engine
+from chainrule.execute.engine import CachedPlan
+from chainrule.maps.staging import Program, Staged
+from chainrule.transforms.arguments import Argnums, flatten_inputs, flatten_outputs, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.trace import Traced, active_slot, trace
+
+Finish = Callable[[Traced, bool], Any]
+
+
+@dataclass(slots=True)
+class Level:
+    """One derivative transform of a function.
+
+    Attributes:
+        func: the function.
+        name: the transform's name, for messages.
+        argnums: what is differentiated; None for all positional arguments.
+        has_aux: whether the function returns ``(output, aux)``.
+        finish: computes the transform's result (without aux) from a run; the flag is whether ``argnums`` is one.
+        key: what the result depends on beside the run.
+        owner: the function that carries this level.
+    """
+
+    func: Callable[..., Any]
+    name: str
+    argnums: Argnums | None
+    has_aux: bool
+    finish: Finish
+    key: tuple[Any, ...]
+    owner: Callable[[], Any] | None = None
+
+    def mark(self, wrapper: Callable[..., Any]) -> None:
+        """Put this level on the function that the transform returns."""
+        self.owner = weakref.ref(wrapper)
+        wrapper._chainrule_level = self  # type: ignore[attr-defined]
+
+
+class NestPlan(CachedPlan):
+    """The program of a whole nest, and how its results are put together."""
+
+    spec: TreeSpec
+    sources: list[int | None]
+
+
+#: In place of a plan: this nest is run level by level.
+_BY_LEVELS = CachedPlan([], None)
+
+#: What :func:`run_nest` returns when there is no nest, or none that can be run as a whole.
+NO_NEST = object()
+
+
+def level_of(func: Any) -> Level | None:
+    """The level that a function carries. A decorator that copies attributes does not make its function carry one."""
+    level = getattr(func, "_chainrule_level", None)
+    if level is None or level.owner is None or level.owner() is not func:
+        return None
+    found: Level = level
+    return found
+
+
+def run_nest(
+    outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...] = ()
+) -> tuple[Any, Any]:
+    """Run a nest of transforms.
+
+    Args:
+        outer: the outermost transform.
+        args: the user's arguments.
+        kwargs: the user's keyword arguments.
+        seeds: tangents that the outermost level reads from ``Traced.seeds``.
+
+    Returns:
+        The result and the auxiliary output; ``(NO_NEST, None)`` when the caller has to go its usual way.
+    """
+    inner = level_of(outer.func)
+    if inner is None or current_ledger() is not None:
+        return NO_NEST, None
+    levels = [inner, outer]
+    while (inner := level_of(levels[0].func)) is not None:
+        levels.insert(0, inner)
+    if any(level.has_aux != outer.has_aux for level in levels):
+        return NO_NEST, None
+    count = len(args)
+    wanted = []
+    for level in reversed(levels):
+        positions, single = (tuple(range(count)), False) if level.argnums is None else resolve_argnums(level.argnums, count, level.name)
+        flatten_inputs(tuple([args[p] for p in positions]), level.name)
+        wanted.append((positions, single))
+    wanted.reverse()
+    union = wanted[0][0]
+    if any(positions != union for positions, _ in wanted):
+        union = tuple(sorted({p for positions, _ in wanted for p in positions}))
+        if not all(isinstance(args[p], torch.Tensor) for p in union):
+            return NO_NEST, None
+    first = levels[0]
+    traced = trace(first.func, args, union, kwargs, first.name, has_aux=first.has_aux)
+    tape = traced.tape
+    if tape.saw_blocked:
+        # Under no_grad the levels may differ in what they count as constant.
+        return NO_NEST, None
+    traced.in_leaves = [tape.values[slot] for slot in traced.in_slots]
+    key: Any = tape.signature(
+        (
+            tuple([(level.key, *place) for level, place in zip(levels, wanted, strict=True)]),
+            traced.in_spec,
+            traced.out_spec,
+            tuple([
+                (leaf.shape, leaf.dtype, leaf.device) if slot is None else slot
+                for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)
+            ]),
+            tuple([(seed.shape, seed.dtype) for seed in seeds]),
+            traced.grad_enabled,
+        )
+    )
+    try:
+        cached: Any = engine.CACHE.get(key)
+    except TypeError:
+        key, cached = None, _BY_LEVELS
+    if cached is None and not all(isinstance(value, torch.Tensor) for value in tape.values):
+        cached = _BY_LEVELS
+    if cached is _BY_LEVELS:
+        return _run_levels(levels, wanted, traced, seeds, None), traced.aux
+    if cached is not None:
+        found = cached.run(tape.values, seeds)
+        leaves = [
+            tape.values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)
+        ]
+        return tree_unflatten(leaves, cached.spec), traced.aux
+    result, plan = _record_levels(levels, wanted, traced, seeds)
+    if key is not None:
+        engine.CACHE.put(key, plan)
+    return result, traced.aux
+
+
+def _run_levels(
+    levels: Sequence[Level],
+    wanted: Sequence[tuple[tuple[int, ...], bool]],
+    traced: Traced,
+    seeds: tuple[torch.Tensor, ...],
+    recorder: Recorder | None,
+) -> Any:
+    """The levels one after the other on the tape of the innermost run; all but the last are recorded on it."""
+    tape = traced.tape
+    union = wanted[0][0]
+    if any(positions != union for positions, _ in wanted):
+        union = tuple(sorted({p for positions, _ in wanted for p in positions}))
+    whole, last = traced, len(levels) - 1
+    result: Any = None
+    for number, (level, (positions, single)) in enumerate(zip(levels, wanted, strict=True)):
+        if number:
+            leaves, spec = flatten_outputs(result, level.name, level.func)
+            slots = [active_slot(tape, leaf) for leaf in leaves]
+        else:
+            leaves, spec, slots = whole.out_leaves, whole.out_spec, whole.out_slots
+        here = _restricted(whole, union, positions, leaves, spec, slots)
+        if number == last:
+            here.seeds = seeds
+            here.grad_enabled = whole.grad_enabled
+            result = level.finish(here, single)
+            break
+        torch._C._set_grad_enabled(True)
+        try:
+            with BelowAutograd(), tape:
+                result = level.finish(here, single)
+        finally:
+            torch._C._set_grad_enabled(whole.grad_enabled)
+    return result
+
+
+def _restricted(
+    whole: Traced, union: tuple[int, ...], positions: tuple[int, ...], leaves: list[Any], spec: TreeSpec, slots: list[int | None]
+) -> Traced:
+    """The run as one level sees it: its own inputs, and the outputs of the level inside it."""
+    in_leaves, in_slots, in_spec = whole.in_leaves, whole.in_slots, whole.in_spec
+    if positions != union:
+        places = [union.index(p) for p in positions]
+        in_leaves, in_slots = [in_leaves[p] for p in places], [in_slots[p] for p in places]
+        in_spec = tree_flatten(tuple(in_leaves))[1]
+    columns = [None] * len(in_slots)
+    return Traced(whole.tape, in_leaves, in_spec, in_slots, leaves, spec, slots, None, True, columns)  # type: ignore[arg-type]
+
+
+def _record_levels(
+    levels: Sequence[Level],
+    wanted: Sequence[tuple[tuple[int, ...], bool]],
+    traced: Traced,
+    seeds: tuple[torch.Tensor, ...],
+) -> tuple[Any, Any]:
+    """Run the levels and write down what they compute as one program."""
+    tape = traced.tape
+    slots = {id(value): slot for slot, value in enumerate(tape.values)}
+    numbers = {id(seed): number for number, seed in enumerate(seeds)}
+
+    def find(program: Program, tensor: torch.Tensor) -> Staged | None:
+        slot = slots.get(id(tensor))
+        if slot is not None:
+            return program.input(slot, tensor)
+        number = numbers.get(id(tensor))
+        return None if number is None else program.input(("seed", number), tensor)
+
+    recorder = Recorder(find)
+    with recorder, collecting(UNCACHED):
+        tape.settle()
+        result = _run_levels(levels, wanted, traced, seeds, recorder)
+    leaves, spec = tree_flatten(result)
+    sources: list[int | None] = [slots.get(id(leaf)) for leaf in leaves]
+    staged = [None if source is not None else recorder.staged(leaf) for leaf, source in zip(leaves, sources, strict=True)]
+    whole = all(s is not None or source is not None for s, source in zip(staged, sources, strict=True))
+    if not (recorder.pure and whole):
+        return result, _BY_LEVELS
+    program = recorder.program
+    program._input_values.clear()
+    bare = [None if s is None else Staged(program, s.slot, None) for s in staged]  # type: ignore[arg-type]
+    plan = NestPlan(list(range(len(leaves))), (program, bare))
+    plan.spec, plan.sources = spec, sources
+    return result, plan
