@@ -107,7 +107,7 @@ def test_pinned_orders_differ_where_the_shape_does() -> None:
     wide = torch.randn(3, 50)
 
     def squeeze(x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(wide @ torch.tanh(square @ x))
+        return torch.tanh(wide @ torch.tanh(square @ torch.tanh(square @ x)))
 
     square = torch.randn(50, 50)
     reverse = chosen(account(chainrule.jacrev(squeeze), torch.randn(50)))

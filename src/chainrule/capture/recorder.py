@@ -10,6 +10,8 @@ import torch
 from chainrule.dispatch import LightMode
 from chainrule.maps.staging import Program, Staged
 
+aten = torch.ops.aten
+
 #: Ops of which a replay could give something else than the recorded run says.
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
@@ -55,6 +57,8 @@ class Recorder(LightMode):
                 self.pure = False
             if id(out) in self.known and self.known[id(out)].slot in self.program.constants:
                 self.pure = False  # a constant was written to
+            if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
+                lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
             if isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
                 self.known[id(out)] = self.program.constant(out)
             else:

@@ -57,6 +57,9 @@ def slot_object(number: int) -> Slot:
 
 
 def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.__class__ is not torch.Tensor:
+        # What differs between the samples of a vmap is planned otherwise than what does not.
+        return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
     return (tensor.shape, tensor.dtype, tensor.device)
 
 

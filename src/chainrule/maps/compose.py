@@ -315,7 +315,7 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
     factors = sorted(term.factors, key=lambda f: -f.node.numel)
     kept: list[Factor] = []
     for factor in factors:
-        host = next((i for i, k in enumerate(kept) if set(factor.axes) <= set(k.axes)), None)
+        host = next((i for i, k in enumerate(kept) if set(factor.axes) == set(k.axes)), None)
         if host is None:
             kept.append(factor)
         else:

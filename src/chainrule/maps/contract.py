@@ -29,9 +29,9 @@ def contract(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object,
             second = operands.pop(right)
             first = operands.pop(left)
             still = kept.union(axis for factor in operands for axis in factor.axes)
-            operands.append(_pair(first, second, still, memo))
+            operands.append(_pair(first, second, still, memo, keep))
     if len(operands) == 2:
-        operands = [_pair(operands[0], operands[1], kept, memo)]
+        operands = [_pair(operands[0], operands[1], kept, memo, keep)]
     result = _sum_axes(operands[0], kept, memo)
     carried = set(result.axes)
     return transpose_to(result, [axis for axis in keep if axis in carried], memo)
@@ -55,7 +55,13 @@ def _path(factors: list[Factor], keep: Sequence[Axis]) -> list[tuple[int, int]]:
     names: dict[Axis, int] = {}
     inputs = tuple(tuple(names.setdefault(axis, len(names)) for axis in factor.axes) for factor in factors)
     output = tuple(names[axis] for axis in keep if axis in names)
-    return _cached_path(inputs, output, tuple(axis.size for axis in names))
+    sizes = tuple(axis.size for axis in names)
+    if len(factors) > 2 and (batch := max(factor.node.batch for factor in factors)) > 1:
+        # The samples of a surrounding vmap are one more axis of the factors that differ between them.
+        samples = (len(sizes),)
+        inputs = tuple(i + samples if f.node.batch > 1 else i for i, f in zip(inputs, factors, strict=True))
+        output, sizes = output + samples, (*sizes, batch)
+    return _cached_path(inputs, output, sizes)
 
 
 @lru_cache(maxsize=4096)
@@ -66,8 +72,10 @@ def _cached_path(
         return [(0, 1)]
     size_of = dict(enumerate(sizes))
     sets = [frozenset(axes) for axes in inputs]
-    # "optimal" is exhaustive: at most a few factors; beyond that opt_einsum's dynamic programming and greedy searches.
-    optimizer = opt_einsum.paths.optimal if len(inputs) <= 6 else opt_einsum.paths.auto
+    # Exhaustive, outer products included, for a few factors; beyond that what opt_einsum chooses by their number.
+    # (Its "optimal" counts a product that it met before with the flops of that first time: not always the optimum.)
+    few = len(inputs) <= 8
+    optimizer = opt_einsum.DynamicProgramming(minimize="flops", search_outer=True) if few else opt_einsum.paths.auto
     path = optimizer(sets, frozenset(output), size_of, None)
     steps: list[tuple[int, int]] = []
     count = len(inputs)
@@ -135,8 +143,10 @@ def permute(value: Staged, permutation: tuple[int, ...]) -> Staged:
     return torch.permute(value, permutation)
 
 
-def _pair(first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node]) -> Factor:
-    """Contract two factors; axes outside ``still`` are summed."""
+def _pair(
+    first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node], wanted: Sequence[Axis]
+) -> Factor:
+    """Contract two factors; axes outside ``still`` are summed. ``wanted`` is the order of the final result."""
     # An axis that only one of them carries and nobody needs is summed before the product.
     both = set(first.axes) & set(second.axes)
     first = _sum_axes(first, still | both, memo)
@@ -153,7 +163,8 @@ def _pair(first: Factor, second: Factor, still: set[Axis], memo: dict[object, No
     if summed:
         axes = tuple(batch + left_only + right_only)
     else:
-        axes = _product_order(first, second)
+        axes = _product_order(first, second, wanted)
+    key = (*key, tuple(names[axis] for axis in axes))
     node = memo.get(key)
     if node is None:
         groups = (
@@ -181,10 +192,16 @@ def _pair(first: Factor, second: Factor, still: set[Axis], memo: dict[object, No
     return Factor(node, axes)
 
 
-def _product_order(first: Factor, second: Factor) -> tuple[Axis, ...]:
-    """The axis order of an element-wise product: the order of the larger operand, so that it is not permuted."""
+def _product_order(first: Factor, second: Factor, wanted: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axis order of an element-wise product.
+
+    That of the larger operand, so that it is not permuted; but a product larger than both is laid out as its reader wants it.
+    """
     big, small = (first, second) if len(first.axes) >= len(second.axes) else (second, first)
     extra = [axis for axis in small.axes if axis not in big.axes]
+    if extra and set(wanted).issuperset((*extra, *big.axes)):
+        present = {*extra, *big.axes}
+        return tuple(axis for axis in wanted if axis in present)
     return (*extra, *big.axes)
 
 
@@ -198,6 +215,9 @@ def _common_dtype(x: Staged, y: Staged) -> tuple[Staged, Staged]:
 def _broadcast_product(
     x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
 ) -> Staged:
+    if x.numel() < y.numel():
+        # The larger one first: it decides how torch lays the result out and walks through it.
+        x, left, y, right = y, right, x, left
     return torch.mul(expand_to(x, left, order), expand_to(y, right, order))
 
 

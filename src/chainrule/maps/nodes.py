@@ -17,10 +17,12 @@ class Node:
         inputs: the nodes whose values ``compute`` receives.
         flops: multiply-adds of this step alone.
         bytes: elements read and written by this step alone, in elements (not yet times the item size).
+        batch: the samples of a surrounding ``vmap`` that this array differs between, 1 for none: its cost is this many times
+            that of one sample.
         label: a word for ``explain``.
     """
 
-    __slots__ = ("_compute", "bytes", "flops", "inputs", "label", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "flops", "inputs", "label", "sizes", "staged")
 
     def __init__(
         self,
@@ -31,7 +33,9 @@ class Node:
         flops: int = 0,
         moved: int = 0,
         label: str = "",
+        batch: int = 1,
     ) -> None:
+        self.batch = max([batch, *(node.batch for node in inputs)])
         self.sizes = tuple(sizes)
         self.inputs = inputs
         self._compute = compute
@@ -78,10 +82,12 @@ def postorder(roots: Iterable[Node]) -> list[Node]:
     return order
 
 
-def leaf(sizes: Iterable[int], thunk: Callable[[Program], Any], *, flops: int = 0, label: str = "") -> Node:
+def leaf(
+    sizes: Iterable[int], thunk: Callable[[Program], Any], *, flops: int = 0, label: str = "", batch: int = 1
+) -> Node:
     """A node that needs no other node: a value of the tape, or a rule's formula over such values."""
     shape = tuple(sizes)
-    return Node(shape, (), thunk, flops=flops, moved=math.prod(shape) if flops else 0, label=label)
+    return Node(shape, (), thunk, flops=flops, moved=math.prod(shape) if flops else 0, label=label, batch=batch)
 
 
 def reshaped(node: Node, sizes: Iterable[int]) -> Node:

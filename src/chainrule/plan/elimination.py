@@ -42,8 +42,8 @@ class Candidate:
 def measure(candidate: Candidate) -> Candidate:
     """Fill in the predicted cost of a candidate from the nodes it would compute."""
     order = postorder(candidate.nodes.values())
-    candidate.flops = sum(node.flops for node in order)
-    candidate.moved = sum(node.bytes for node in order)
+    candidate.flops = sum(node.flops * node.batch for node in order)
+    candidate.moved = sum(node.bytes * node.batch for node in order)
     candidate.peak = _peak(order, list(candidate.nodes.values()))
     return candidate
 
@@ -63,12 +63,12 @@ def _peak(order: list[Node], roots: list[Node]) -> int:
     alive = peak = 0
     for node in order:
         if node.flops or node.bytes:
-            alive += node.numel
+            alive += node.numel * node.batch
         peak = max(peak, alive)
         for item in node.inputs:
             uses[id(item)] -= 1
             if uses[id(item)] == 0 and (item.flops or item.bytes):
-                alive -= item.numel
+                alive -= item.numel * item.batch
     return peak
 
 

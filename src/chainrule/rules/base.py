@@ -43,6 +43,12 @@ class Call:
         self.workspace = workspace
         self._tape = tape
 
+    @property
+    def batch(self) -> int:
+        """How many samples of surrounding vmaps the op runs on."""
+        slots = [item.index for item in self.args if self.is_slot(item)] + [slot for slot in self.outputs if slot >= 0]
+        return max(batch_of(self._tape.values[slot]) for slot in slots)
+
     def tensor(self, slot: Any) -> torch.Tensor:
         """The tensor in a slot: only its shape, dtype and device may be looked at."""
         value = self._tape.values[slot if isinstance(slot, int) else slot.index]
@@ -149,7 +155,7 @@ def value_node(call: Call, item: Any, sizes: Iterable[int] | None = None) -> Nod
             value = call.stage(program, item)
             return value if wanted == shape else torch.reshape(value, wanted)
 
-        node = call.workspace.memo[key] = leaf(wanted, stage, label="value")
+        node = call.workspace.memo[key] = leaf(wanted, stage, label="value", batch=batch_of(call.tensor(item)))
     return node
 
 
@@ -166,7 +172,17 @@ def formula_node(call: Call, sizes: Iterable[int], formula: Callable[[Program], 
     numel = 1
     for size in shape:
         numel *= size
-    return leaf(shape, stage, flops=flops or numel, label=label or call.op.name())
+    return leaf(shape, stage, flops=flops or numel, label=label or call.op.name(), batch=call.batch)
+
+
+def batch_of(tensor: Any) -> int:
+    """How many samples of surrounding vmaps a tensor holds beside its own shape."""
+    samples = 1
+    while tensor.__class__ is not torch.Tensor and (value := getattr(tensor, "value", None)) is not None:
+        if tensor.batched:
+            samples *= value.shape[0]
+        tensor = value
+    return samples
 
 
 def broadcast_axes(shape: tuple[int, ...], out_axes: Sequence[Axis]) -> Dims:

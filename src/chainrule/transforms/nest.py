@@ -18,8 +18,8 @@ from torch.utils._pytree import TreeSpec
 
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd
-from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute import engine
+from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import Argnums, flatten_inputs, flatten_outputs, resolve_argnums, tree_flatten, tree_unflatten
@@ -104,7 +104,10 @@ def run_nest(
     count = len(args)
     wanted = []
     for level in reversed(levels):
-        positions, single = (tuple(range(count)), False) if level.argnums is None else resolve_argnums(level.argnums, count, level.name)
+        if level.argnums is None:
+            positions, single = tuple(range(count)), False
+        else:
+            positions, single = resolve_argnums(level.argnums, count, level.name)
         flatten_inputs(tuple([args[p] for p in positions]), level.name)
         wanted.append((positions, single))
     wanted.reverse()
