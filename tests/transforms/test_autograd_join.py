@@ -64,14 +64,14 @@ def test_backward_through_a_result(name: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_parameters_of_modules_get_gradients(transform: str, training: bool) -> None:
     nn = torch.nn
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     net = net.double().train(training)
 
     def by_hand(a: torch.Tensor) -> torch.Tensor:
         # torch.func's forward mode takes the saved mean and rstd for constants here: it is no oracle for the modules.
         h = torch.tanh(net[0](a))
         h = standardise(h, (1,)) * net[2].weight + net[2].bias
-        h = standardise(h.reshape(-1, 2, 2), (2,)).reshape(-1, 4) * net[3].weight + net[3].bias
+        h = standardise(h.reshape(-1, 2, 4), (2,)).reshape(-1, 8) * net[3].weight + net[3].bias
         scaled = standardise(h, (0,)) if training else h / (1 + 1e-5) ** 0.5
         return net[5](scaled * net[4].weight + net[4].bias)
 
@@ -79,7 +79,7 @@ def test_parameters_of_modules_get_gradients(transform: str, training: bool) -> 
         centred = h - h.mean(dims, keepdim=True)
         return centred * ((centred * centred).mean(dims, keepdim=True) + 1e-5).rsqrt()
 
-    x = r(3, 3)
+    x = r(5, 3)
     parameters = list(net.parameters())
     state = {name: buffer.clone() for name, buffer in net.named_buffers()}
     mine = getattr(chainrule, transform)(lambda a: (net(a) ** 2).sum())(x).square().sum()

@@ -35,7 +35,7 @@ class Node:
         label: str = "",
         batch: int = 1,
     ) -> None:
-        self.batch = max([batch, *(node.batch for node in inputs)])
+        self.batch: int = max([batch, *(node.batch for node in inputs)])
         self.sizes = tuple(sizes)
         self.inputs = inputs
         self._compute = compute
