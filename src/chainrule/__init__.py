@@ -10,6 +10,7 @@ from chainrule.transforms.modules import (
     replace_all_batch_norm_modules_,
     stack_module_state,
 )
+from chainrule.transforms.second_order import hessian_diagonal, laplacian
 from chainrule.transforms.vmap import vmap
 
 autograd_bridge.install()
@@ -24,11 +25,13 @@ __all__ = [
     "grad",
     "grad_and_value",
     "hessian",
+    "hessian_diagonal",
     "hvp",
     "jacfwd",
     "jacobian",
     "jacrev",
     "jvp",
+    "laplacian",
     "linearize",
     "replace_all_batch_norm_modules_",
     "stack_module_state",

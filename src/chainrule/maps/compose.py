@@ -65,8 +65,29 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
         left.onehots + right.onehots,
         left.scale * right.scale,
     ).rename(mapping)
+    merged = replace(merged, factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
     return push_onehots(_keep_count(merged, tuple(between)), workspace)
+
+
+def _without_repeats(factor: Factor, memo: Memo) -> Factor:
+    """A factor two of whose axes have become one: its diagonal."""
+    axes = list(factor.axes)
+    while len(set(axes)) < len(axes):
+        first = next(p for p, axis in enumerate(axes) if axis in axes[p + 1 :])
+        second = axes.index(axes[first], first + 1)
+        key = ("diagonal", id(factor.node), first, second)
+        axes = [axis for p, axis in enumerate(axes) if p not in (first, second)] + [axes[first]]
+        node = memo.get(key)
+        if node is None:
+            node = memo[key] = Node(
+                (axis.size for axis in axes),
+                (factor.node,),
+                lambda program, value, one=first, two=second: torch.diagonal(value, 0, one, two),
+                label="diagonal",
+            )
+        factor = Factor(node, tuple(axes))
+    return factor
 
 
 def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]) -> dict[Axis, Axis]:

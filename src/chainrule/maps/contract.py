@@ -257,6 +257,11 @@ def _matrix_product(
             return torch.dot(x, y)
         if left == right:
             return torch.sum(torch.mul(x, y))
+    if batch and not left_only and not right_only:
+        # One dot product per entry: matrix products of single rows are slower than multiplying and summing.
+        order = batch + gone
+        product = torch.mul(expand_to(x, left, order), expand_to(y, right, order))
+        return torch.sum(product, tuple(range(len(batch), len(order))))
     x_order, y_order = batch + left_only + gone, batch + gone + right_only
     x = permute(x, tuple(left.index(name) for name in x_order))
     y = permute(y, tuple(right.index(name) for name in y_order))

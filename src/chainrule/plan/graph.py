@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,20 +57,36 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
         outputs: slots that are differentiated.
         workspace: where nodes are shared.
     """
+    kept, needed, reachable = _between(tape.records, inputs, outputs)
+    graph = Graph()
+    for record in kept:
+        _add_record(graph, record, tape, needed, reachable, workspace)
+    return graph
+
+
+def _between(
+    records: Sequence[Any], inputs: Sequence[int], outputs: Sequence[int]
+) -> tuple[list[Any], set[int], set[int]]:
+    """The records on a way from inputs to outputs, the slots on such ways, and those that depend on the inputs."""
     reachable = set(inputs)
-    for record in tape.records:
+    for record in records:
         if any(slot in reachable for slot in argument_slots(record)):
             reachable.update(record.outputs)
     needed = {slot for slot in outputs if slot in reachable}
     kept = []
-    for record in reversed(tape.records):
+    for record in reversed(records):
         if any(slot in needed for slot in record.outputs):
             needed.update(slot for slot in argument_slots(record) if slot in reachable)
             kept.append(record)
-    graph = Graph()
-    for record in reversed(kept):
-        _add_record(graph, record, tape, needed, reachable, workspace)
-    return graph
+    return kept[::-1], needed, reachable
+
+
+def records_between(
+    records: Sequence[Any], inputs: Sequence[int], outputs: Sequence[int]
+) -> tuple[list[Any], set[int]]:
+    """The records on a way from inputs to outputs, in tape order, and the slots that depend on the inputs."""
+    kept, _, reachable = _between(records, inputs, outputs)
+    return kept, reachable
 
 
 def argument_slots(record: Any) -> list[int]:

@@ -101,6 +101,30 @@ def run_nest(
         levels.insert(0, inner)
     if any(level.has_aux != outer.has_aux for level in levels):
         return NO_NEST, None
+    return _run_whole(levels, args, kwargs, seeds)
+
+
+def run_planned(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Run a transform whose result is computed in several steps: as part of its nest, or as a nest of itself.
+
+    Returns:
+        The result and the auxiliary output.
+    """
+    found = run_nest(level, args, kwargs)
+    if found[0] is NO_NEST and current_ledger() is None:
+        found = _run_whole([level], args, kwargs, ())
+    if found[0] is not NO_NEST:
+        return found
+    assert level.argnums is not None
+    positions, single = resolve_argnums(level.argnums, len(args), level.name)
+    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    return level.finish(traced, single), traced.aux
+
+
+def _run_whole(
+    levels: Sequence[Level], args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+) -> tuple[Any, Any]:
+    """Run the innermost function once, and the levels by one cached program."""
     count = len(args)
     wanted = []
     for level in reversed(levels):
@@ -119,7 +143,7 @@ def run_nest(
     first = levels[0]
     traced = trace(first.func, args, union, kwargs, first.name, has_aux=first.has_aux)
     tape = traced.tape
-    if tape.saw_blocked:
+    if tape.saw_blocked and len(levels) > 1:
         # Under no_grad the levels may differ in what they count as constant.
         return NO_NEST, None
     traced.in_leaves = [tape.values[slot] for slot in traced.in_slots]

@@ -1,0 +1,180 @@
+"""Contractions of second derivatives, and traces of first ones, that never form the Hessian or the Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from chainrule.capture.tape import Tape
+from chainrule.execute.engine import execute
+from chainrule.plan.planner import Request
+from chainrule.plan.second_order import second_order
+from chainrule.transforms.arguments import Argnums, tree_unflatten
+from chainrule.transforms.nest import Level, run_planned
+from chainrule.transforms.trace import Traced
+
+
+def laplacian(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+    """Return a function that computes the Laplacian of ``func``: the trace of its Hessian.
+
+    The Hessian is not formed: each op's own curvature is contracted with the forward derivatives of its arguments, which
+    costs what the forward Laplacian costs. A Laplacian per sample is ``vmap(laplacian(func))``.
+
+    Args:
+        func: a function of real floating-point tensors that returns tensors (any pytree), or ``(output, aux)`` with
+            ``has_aux``.
+        argnums: the positional arguments; the sum runs over all elements of all of them.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+
+    Returns:
+        A function returning a tree like the output's, each leaf of the shape and dtype of its output; or
+        ``(laplacian, aux)``.
+
+    Raises:
+        RuntimeError: if arguments or outputs cannot be differentiated, or are complex.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+        tensor(18.)
+
+    Source: Li et al., *A computational framework for neural network-based variational Monte Carlo with forward Laplacian*,
+    Nature Machine Intelligence 6 (2024).
+    """
+
+    def finish(traced: Traced, single: bool) -> Any:
+        leaves = []
+        for leaf, parts in zip(traced.out_leaves, _contracted(traced, func, "laplacian", diagonal=False), strict=True):
+            total = None
+            for part in parts:
+                if part is not None:
+                    total = part if total is None else torch.add(total, part)
+            leaves.append(torch.zeros_like(leaf) if total is None else total.to(leaf.dtype))
+        return tree_unflatten(leaves, traced.out_spec)
+
+    return _transform(Level(func, "laplacian", argnums, has_aux, finish, ("laplacian",)))
+
+
+def hessian_diagonal(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+    """Return a function that computes the diagonal of the Hessian of ``func``.
+
+    The Hessian is not formed, see :func:`laplacian`.
+
+    Args:
+        func: a function of real floating-point tensors that returns tensors (any pytree), or ``(output, aux)`` with
+            ``has_aux``.
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        has_aux: whether ``func`` returns a pair whose second entry is passed through.
+
+    Returns:
+        A function returning, for each output leaf, the tree of diagonals with respect to the arguments (a tuple when
+        ``argnums`` is one), each of shape ``(*output.shape, *input.shape)``; or ``(diagonals, aux)``.
+
+    Raises:
+        RuntimeError: if arguments or outputs cannot be differentiated, or are complex.
+
+    Example:
+        >>> import torch, chainrule
+        >>> chainrule.hessian_diagonal(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+        tensor([ 6., 12.])
+    """
+
+    def finish(traced: Traced, single: bool) -> Any:
+        leaves = []
+        for leaf, parts in zip(traced.out_leaves, _contracted(traced, func, "hessian_diagonal", diagonal=True), strict=True):
+            blocks = [
+                source.new_zeros((*leaf.shape, *source.shape)) if part is None else part.to(source.dtype)
+                for part, source in zip(parts, traced.in_leaves, strict=True)
+            ]
+            tree = tree_unflatten(blocks, traced.in_spec)
+            leaves.append(tree[0] if single else tree)
+        return tree_unflatten(leaves, traced.out_spec)
+
+    return _transform(Level(func, "hessian_diagonal", argnums, has_aux, finish, ("hessian_diagonal",)))
+
+
+def _transform(level: Level) -> Callable[..., Any]:
+    @wraps(level.func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result, aux = run_planned(level, args, kwargs)
+        return (result, aux) if level.has_aux else result
+
+    level.mark(wrapper)
+    return wrapper
+
+
+def _contracted(
+    traced: Traced, func: Callable[..., Any], name: str, *, diagonal: bool
+) -> list[list[torch.Tensor | None]]:
+    """For each output, the trace (or diagonal) of its Hessian with respect to each input; None for zero."""
+    check_real(traced, func, name)
+    return [
+        [None] * len(traced.in_slots) if slot is None else _contracted_output(traced, leaf, slot, diagonal)
+        for leaf, slot in zip(traced.out_leaves, traced.out_slots, strict=True)
+    ]
+
+
+def check_real(traced: Traced, func: Callable[..., Any], name: str) -> None:
+    """Refuse complex inputs and outputs.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    for kind, leaves in (("inputs", traced.in_leaves), ("outputs", traced.out_leaves)):
+        for number, leaf in enumerate(leaves):
+            if leaf.is_complex() or not leaf.dtype.is_floating_point:
+                raise RuntimeError(
+                    f"{name}: Expected all {kind} to be real and floating-point but received {leaf.dtype} at flattened "
+                    f"position {number}"
+                )
+
+
+def recording_on(tape: Tape) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes what runs inside be recorded on a tape, which may be recording already."""
+    stack = _get_current_dispatch_mode_stack()
+    if stack and stack[-1] is tape:
+        return nullcontext
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        with torch.enable_grad(), tape.recording():
+            yield
+
+    return recording
+
+
+def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: bool) -> list[torch.Tensor | None]:
+    tape, sources = traced.tape, traced.in_slots
+    recording = recording_on(tape)
+    if leaf.numel() == 1:
+        found = second_order(tape, sources, slot, torch.ones_like(leaf), recording, diagonal=diagonal)
+        shaped: list[torch.Tensor | None] = []
+        for source, inner in zip(sources, traced.in_leaves, strict=True):
+            part = found.get(source)
+            shape = (*leaf.shape, *inner.shape) if diagonal else leaf.shape
+            shaped.append(None if part is None else part.reshape(shape))
+        return shaped
+    # The contraction is linear in the cotangent of the output: its derivative with respect to it is what is wanted.
+    cotangent = torch.zeros_like(leaf)
+    number = tape.add_input(cotangent)
+    with recording():
+        found = second_order(tape, sources, slot, cotangent, nullcontext, diagonal=diagonal)
+    results: list[torch.Tensor | None] = []
+    for source, inner in zip(sources, traced.in_leaves, strict=True):
+        place = None if source not in found else tape.slot_of(found[source])
+        if place is None or not tape.active[place]:
+            results.append(None)
+            continue
+        jacobian = execute(tape, Request("jacobian", (number,), (place,), "auto"))[place, number]
+        if jacobian is not None and diagonal:
+            jacobian = jacobian.permute(*range(inner.dim(), jacobian.dim()), *range(inner.dim())).contiguous()
+        results.append(jacobian)
+    return results
+
+
+__all__ = ["hessian_diagonal", "laplacian"]
