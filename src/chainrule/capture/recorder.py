@@ -15,8 +15,9 @@ aten = torch.ops.aten
 #: Ops of which a replay could give something else than the recorded run says.
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
-#: Larger constants (in elements) are made anew in each run.
+#: Larger constants (in elements) are made anew in each run: indices and masks, and numbers.
 _KEPT = 1 << 17
+_SMALL = 64
 
 
 class Recorder(LightMode):
@@ -35,6 +36,7 @@ class Recorder(LightMode):
     def __init__(self, find: Callable[[Program, torch.Tensor], Staged | None]) -> None:
         super().__init__()
         self.program = Program()
+        self.program.recorded = True
         self.known: dict[int, Staged] = {}
         self.pure = True
         self._find = find
@@ -62,13 +64,27 @@ class Recorder(LightMode):
             if isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
                 self.known[id(out)] = self.program.constant(out)
             else:
-                self.program.append(func._op, lowered, named, out, self.known)
+                self._append(func, lowered, named, out)
         self._alive.append(out)
         return out
 
+    def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        program = self.program
+        before = program._slots
+        program.append(func._op, args, kwargs, out, self.known)
+        if func.is_view:
+            program.views.update(range(before, program._slots))
+        elif func is aten.mul.Tensor:
+            # A product with ones (the cotangent of a scalar) is the other factor.
+            for one, other in ((args[0], args[1]), (args[1], args[0])):
+                if _is_one(program, one) and isinstance(other, Staged) and _same(other.value, out):
+                    program.copies[self.known[id(out)].slot] = other.slot
+                    break
+
     def _is_fixed(self, out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a result is an index or a mask that is the same in every run: it is kept instead of computed anew."""
-        if out.dtype.is_floating_point or out.dtype.is_complex or out.numel() > _KEPT or id(out) in self.known:
+        """Whether a result is an index, a mask or a small number that is the same in every run: it is kept."""
+        number = out.dtype.is_floating_point or out.dtype.is_complex
+        if out.numel() > (_SMALL if number else _KEPT) or id(out) in self.known or out.__class__ is not torch.Tensor:
             return False
         constants = self.program.constants
         return all(staged.slot in constants for staged in _staged_in((args, tuple(kwargs.values()))))
@@ -98,6 +114,17 @@ class Recorder(LightMode):
             else:
                 found.append(item)
         return tuple(found)
+
+
+def _is_one(program: Program, item: Any) -> bool:
+    if not isinstance(item, Staged):
+        return False
+    constant = program.constants.get(item.slot)
+    return constant is not None and constant.numel() <= _SMALL and bool((constant == 1).all())
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.device == other.device
 
 
 def _staged_in(tree: Any) -> list[Staged]:

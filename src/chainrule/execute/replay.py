@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.staging import Instruction, Program, Ref, Staged
+from chainrule.maps.staging import Instruction, Program, Ref, Staged, freeze
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
 
@@ -75,7 +75,12 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
     Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``.
     """
     wanted = [None if staged is None else staged.slot for staged in results]
-    kept = list(program.instructions) if program.writes else _needed(program, [s for s in wanted if s is not None])
+    copied = _shared_results(program, wanted) if program.recorded else set()
+    kept = list(program.instructions)
+    if not program.writes:
+        if program.recorded:
+            kept = _share(kept, _roots(program, kept, [s for s in wanted if s is not None]), program.copies)
+        kept = _needed(kept, [s for s in wanted if s is not None])
     namespace: dict[str, Any] = {}
     lines = ["def run(tape, seeds):"]
     used = {slot for instruction in kept for slot in _refs((instruction.args, tuple(instruction.kwargs.values())))}
@@ -95,7 +100,8 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
         dead = [f"v{slot}" for slot in last.get(number, ()) if slot not in constants]
         if dead:
             lines.append(f"    del {', '.join(dead)}")
-    returned = ", ".join("None" if slot is None else f"v{slot}" for slot in wanted)
+    names_of = ["None" if slot is None else f"v{slot}" for slot in wanted]
+    returned = ", ".join(f"{name}.clone()" if number in copied else name for number, name in enumerate(names_of))
     lines.append(f"    return ({returned}{',' if len(wanted) == 1 else ''})")
     exec(compile("\n".join(lines), "<chainrule plan>", "exec"), namespace)  # noqa: S102 - our own generated source
     runner: Runner = namespace["run"]
@@ -146,10 +152,84 @@ def _refs(tree: Any) -> list[int]:
     return found
 
 
-def _needed(program: Program, wanted: list[int]) -> list[Instruction]:
+def _shared_results(program: Program, wanted: Sequence[int | None]) -> set[int]:
+    """The results (by number) of a recorded program that share memory with an input, a constant or another result."""
+    producers = {slot: instruction for instruction in program.instructions for slot in instruction.outputs}
+    taken: set[int] = set()
+    shared: set[int] = set()
+    for number, slot in enumerate(wanted):
+        if slot is None:
+            continue
+        root = _root(program, producers, slot)
+        if root in taken or root not in producers:
+            shared.add(number)
+        taken.add(root)
+    return shared
+
+
+def _root(program: Program, producers: dict[int, Instruction], slot: int) -> int:
+    while slot in program.views:
+        first = producers[slot].args[0]
+        if not isinstance(first, Ref):
+            break
+        slot = first.slot
+    return slot
+
+
+def _roots(program: Program, kept: Sequence[Instruction], wanted: Sequence[int]) -> set[int]:
+    """The results, and what they are views of."""
+    producers = {slot: instruction for instruction in kept for slot in instruction.outputs}
+    found: set[int] = set()
+    for slot in wanted:
+        found.add(slot)
+        while slot in program.views and isinstance(first := producers[slot].args[0], Ref):
+            slot = first.slot
+            found.add(slot)
+    return found
+
+
+def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int, int]) -> list[Instruction]:
+    """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
+    renamed: dict[int, int] = {}
+    known: dict[Any, tuple[int, ...]] = {}
+    kept: list[Instruction] = []
+    for instruction in instructions:
+        args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
+        instruction = instruction._replace(args=args, kwargs=kwargs)
+        if not own.isdisjoint(instruction.outputs):
+            kept.append(instruction)
+            continue
+        if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
+            renamed[instruction.outputs[0]] = renamed.get(source, source)
+            continue
+        try:
+            key = (instruction.function, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items())))
+            earlier = known.get(key)
+        except TypeError:
+            kept.append(instruction)
+            continue
+        if earlier is None:
+            known[key] = instruction.outputs
+            kept.append(instruction)
+        else:
+            renamed.update(zip(instruction.outputs, earlier, strict=True))
+    return kept
+
+
+def _renamed(tree: Any, names: dict[int, int]) -> Any:
+    if isinstance(tree, Ref):
+        return Ref(names.get(tree.slot, tree.slot))
+    if isinstance(tree, list):
+        return [_renamed(item, names) for item in tree]
+    if type(tree) is tuple:
+        return tuple(_renamed(item, names) for item in tree)
+    return tree
+
+
+def _needed(instructions: Sequence[Instruction], wanted: list[int]) -> list[Instruction]:
     needed = set(wanted)
     kept = []
-    for instruction in reversed(program.instructions):
+    for instruction in reversed(instructions):
         if needed.intersection(instruction.outputs):
             needed.update(_refs((instruction.args, tuple(instruction.kwargs.values()))))
             kept.append(instruction)

@@ -49,12 +49,12 @@ def _real(tree: Any) -> Any:
     return tree
 
 
-def _freeze(tree: Any) -> Any:
+def freeze(tree: Any) -> Any:
     """Return a hashable picture of lowered arguments (types kept apart: ``1`` is not ``1.0`` is not ``True``)."""
     if isinstance(tree, Ref):
         return tree
     if isinstance(tree, (list, tuple)):
-        return tuple(_freeze(item) for item in tree)
+        return tuple(freeze(item) for item in tree)
     if isinstance(tree, torch.Tensor):
         return ("tensor", id(tree))
     return (type(tree), tree)
@@ -74,6 +74,11 @@ class Program:
         self._known: dict[Any, Any] = {}
         self._slots = 0
         self.writes = False
+        # Of a recorded program: the results of view ops, which share memory with their first argument.
+        self.views: set[int] = set()
+        # Of a recorded program: results that equal an earlier value, with the slot of that value.
+        self.copies: dict[int, int] = {}
+        self.recorded = False
         # Numbers that were made from truth values, by slot: a product with them selects (see maps/contract.py).
         self.masks: dict[int, Staged] = {}
 
@@ -105,7 +110,7 @@ class Program:
         lowered = _lower(args)
         lowered_kwargs = {name: _lower(item) for name, item in kwargs.items()}
         try:
-            key = (function, _freeze(lowered), tuple((n, _freeze(v)) for n, v in sorted(lowered_kwargs.items())))
+            key = (function, freeze(lowered), tuple((n, freeze(v)) for n, v in sorted(lowered_kwargs.items())))
             known = self._known.get(key)
         except TypeError:
             key, known = None, None
