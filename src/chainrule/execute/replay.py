@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.staging import Instruction, Program, Ref, Staged, freeze
+from chainrule.batching.tensor import BatchTensor
+from chainrule.execute.simplify import refs, shared_results, simplify
+from chainrule.maps.staging import Instruction, Program, Ref, Staged
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
 
@@ -75,24 +77,20 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
     Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``.
     """
     wanted = [None if staged is None else staged.slot for staged in results]
-    copied = _shared_results(program, wanted) if program.recorded else set()
-    kept = list(program.instructions)
-    if not program.writes:
-        if program.recorded:
-            kept = _share(kept, _roots(program, kept, [s for s in wanted if s is not None]), program.copies)
-        kept = _needed(kept, [s for s in wanted if s is not None])
+    copied = shared_results(program, wanted) if program.recorded else set()
+    kept, made = simplify(program, [s for s in wanted if s is not None])
     namespace: dict[str, Any] = {}
     lines = ["def run(tape, seeds):"]
-    used = {slot for instruction in kept for slot in _refs((instruction.args, tuple(instruction.kwargs.values())))}
+    used = {slot for instruction in kept for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
     used.update(slot for slot in wanted if slot is not None)
     for key, slot in program.inputs.items():
         if slot in used:
             source = f"tape[{key}]" if isinstance(key, int) else f"seeds[{key[1]}]"
             lines.append(f"    v{slot} = {source}")
-    for slot, tensor in program.constants.items():
+    constants = {**{slot: _settled(tensor) for slot, tensor in program.constants.items()}, **made}
+    for slot, tensor in constants.items():
         if slot in used:
             namespace[f"v{slot}"] = tensor
-    constants = set(program.constants)
     last = _last_uses(kept, wanted)
     names: dict[int, str] = {}
     for number, instruction in enumerate(kept):
@@ -106,8 +104,18 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
     exec(compile("\n".join(lines), "<chainrule plan>", "exec"), namespace)  # noqa: S102 - our own generated source
     runner: Runner = namespace["run"]
     runner.source = "\n".join(lines)  # type: ignore[attr-defined]
-    runner.constants = list(program.constants.values())  # type: ignore[attr-defined]
+    runner.constants = list(constants.values())  # type: ignore[attr-defined]
     return runner
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """A constant as it is outside of the transforms and of the inference mode in which it was made."""
+    while tensor.__class__ is BatchTensor and not tensor.batched:  # type: ignore[attr-defined]
+        tensor = tensor.inner  # type: ignore[attr-defined]
+    if tensor.is_inference():
+        with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+            tensor = tensor.clone()
+    return tensor
 
 
 def _line(instruction: Instruction, namespace: dict[str, Any], names: dict[int, str]) -> str:
@@ -140,106 +148,10 @@ def _expression(item: Any, namespace: dict[str, Any]) -> str:
     return name
 
 
-def _refs(tree: Any) -> list[int]:
-    found: list[int] = []
-    stack = [tree]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Ref):
-            found.append(item.slot)
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
-    return found
-
-
-def _shared_results(program: Program, wanted: Sequence[int | None]) -> set[int]:
-    """The results (by number) of a recorded program that share memory with an input, a constant or another result."""
-    producers = {slot: instruction for instruction in program.instructions for slot in instruction.outputs}
-    taken: set[int] = set()
-    shared: set[int] = set()
-    for number, slot in enumerate(wanted):
-        if slot is None:
-            continue
-        root = _root(program, producers, slot)
-        if root in taken or root not in producers:
-            shared.add(number)
-        taken.add(root)
-    return shared
-
-
-def _root(program: Program, producers: dict[int, Instruction], slot: int) -> int:
-    while slot in program.views:
-        first = producers[slot].args[0]
-        if not isinstance(first, Ref):
-            break
-        slot = first.slot
-    return slot
-
-
-def _roots(program: Program, kept: Sequence[Instruction], wanted: Sequence[int]) -> set[int]:
-    """The results, and what they are views of."""
-    producers = {slot: instruction for instruction in kept for slot in instruction.outputs}
-    found: set[int] = set()
-    for slot in wanted:
-        found.add(slot)
-        while slot in program.views and isinstance(first := producers[slot].args[0], Ref):
-            slot = first.slot
-            found.add(slot)
-    return found
-
-
-def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int, int]) -> list[Instruction]:
-    """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
-    renamed: dict[int, int] = {}
-    known: dict[Any, tuple[int, ...]] = {}
-    kept: list[Instruction] = []
-    for instruction in instructions:
-        args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
-        instruction = instruction._replace(args=args, kwargs=kwargs)
-        if not own.isdisjoint(instruction.outputs):
-            kept.append(instruction)
-            continue
-        if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
-            renamed[instruction.outputs[0]] = renamed.get(source, source)
-            continue
-        try:
-            key = (instruction.function, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items())))
-            earlier = known.get(key)
-        except TypeError:
-            kept.append(instruction)
-            continue
-        if earlier is None:
-            known[key] = instruction.outputs
-            kept.append(instruction)
-        else:
-            renamed.update(zip(instruction.outputs, earlier, strict=True))
-    return kept
-
-
-def _renamed(tree: Any, names: dict[int, int]) -> Any:
-    if isinstance(tree, Ref):
-        return Ref(names.get(tree.slot, tree.slot))
-    if isinstance(tree, list):
-        return [_renamed(item, names) for item in tree]
-    if type(tree) is tuple:
-        return tuple(_renamed(item, names) for item in tree)
-    return tree
-
-
-def _needed(instructions: Sequence[Instruction], wanted: list[int]) -> list[Instruction]:
-    needed = set(wanted)
-    kept = []
-    for instruction in reversed(instructions):
-        if needed.intersection(instruction.outputs):
-            needed.update(_refs((instruction.args, tuple(instruction.kwargs.values()))))
-            kept.append(instruction)
-    return kept[::-1]
-
-
 def _last_uses(kept: list[Instruction], wanted: Sequence[int | None]) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     for number, instruction in enumerate(kept):
-        for slot in (*_refs((instruction.args, tuple(instruction.kwargs.values()))), *instruction.outputs):
+        for slot in (*refs((instruction.args, tuple(instruction.kwargs.values()))), *instruction.outputs):
             last[slot] = number
     result: dict[int, list[int]] = {}
     keep = set(wanted)

@@ -74,6 +74,8 @@ class Program:
         self._known: dict[Any, Any] = {}
         self._slots = 0
         self.writes = False
+        # Shape, dtype and device of the values, by slot.
+        self.kinds: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
         # Of a recorded program: the results of view ops, which share memory with their first argument.
         self.views: set[int] = set()
         # Of a recorded program: results that equal an earlier value, with the slot of that value.
@@ -82,7 +84,8 @@ class Program:
         # Numbers that were made from truth values, by slot: a product with them selects (see maps/contract.py).
         self.masks: dict[int, Staged] = {}
 
-    def _new_slot(self) -> int:
+    def new_slot(self) -> int:
+        """A slot that nothing uses."""
         slot = self._slots
         self._slots += 1
         return slot
@@ -91,15 +94,18 @@ class Program:
         """Return the staged value of the input called ``key``; ``value`` is what it is in this first run."""
         staged = self._input_values.get(key)
         if staged is None:
-            slot = self._new_slot()
+            slot = self.new_slot()
             self.inputs[key] = slot
             staged = self._input_values[key] = Staged(self, slot, value)
+            if isinstance(value, torch.Tensor):
+                self.kinds[slot] = (value.shape, value.dtype, value.device)
         return staged
 
     def constant(self, value: torch.Tensor) -> Staged:
         """Return a staged value for a tensor that is the same in every run (an index relation, a mask)."""
-        slot = self._new_slot()
+        slot = self.new_slot()
         self.constants[slot] = value
+        self.kinds[slot] = (value.shape, value.dtype, value.device)
         return Staged(self, slot, value)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,11 +148,12 @@ class Program:
 
     def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         if isinstance(result, torch.Tensor):
-            slot = self._new_slot()
+            slot = self.new_slot()
             self.instructions.append(Instruction(function, args, kwargs, (slot,), False))
+            self.kinds[slot] = (result.shape, result.dtype, result.device)
             return Staged(self, slot, result)
         if isinstance(result, (list, tuple)):
-            staged = tuple(Staged(self, self._new_slot(), item) for item in result)
+            staged = tuple(Staged(self, self.new_slot(), item) for item in result)
             self.instructions.append(Instruction(function, args, kwargs, tuple(s.slot for s in staged), True))
             return staged
         raise TypeError(f"a staged call must return tensors, {function} returned {type(result)}")

@@ -1,0 +1,187 @@
+"""Simplification of programs before they are run again: equal calls once, no call for nothing, pairs of calls as one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from chainrule.maps.staging import Instruction, Program, Ref, freeze
+
+aten = torch.ops.aten
+
+_PRODUCT = (torch.mul, aten.mul.Tensor._op)
+_ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
+_SUM = (torch.add, aten.add.Tensor._op)
+_DIFFERENCE = (torch.sub, aten.sub.Tensor._op)
+
+
+def simplify(program: Program, wanted: Sequence[int]) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
+    """The instructions that the results ``wanted`` (slots) need, and constants that they need beside the program's own.
+
+    A program that writes to its values is left as it is.
+    """
+    kept = list(program.instructions)
+    if program.writes:
+        return kept, {}
+    if program.recorded:
+        kept = _share(kept, _roots(program, kept, wanted), program.copies)
+    return _fuse(program, _needed(kept, wanted), wanted)
+
+
+def _fuse(
+    program: Program, kept: list[Instruction], wanted: Sequence[int]
+) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
+    """``1 - a * b`` and ``c + a * b`` as one pass over memory (``addcmul``)."""
+    uses = Counter(slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values()))))
+    uses.update(wanted)
+    products = {
+        i.outputs[0]: i for i in kept
+        if i.function in _PRODUCT and not i.kwargs and uses[i.outputs[0]] == 1 and all(isinstance(a, Ref) for a in i.args)
+    }  # fmt: skip
+    kinds = program.kinds
+    ones: dict[Any, int] = {}
+    made: dict[int, torch.Tensor] = {}
+    fused: dict[int, Instruction | None] = {}
+
+    def one(dtype: torch.dtype, device: torch.device) -> int:
+        slot = ones.get((dtype, device))
+        if slot is None:
+            slot = ones[dtype, device] = program.new_slot()
+            with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+                made[slot] = torch.ones((), dtype=dtype, device=device)
+        return slot
+
+    def same_kind(slots: Sequence[int]) -> bool:
+        found = [kinds.get(slot) for slot in slots]
+        return all(f is not None and f[1:] == found[0][1:] and f[1].is_floating_point for f in found)  # type: ignore[index]
+
+    for number, instruction in enumerate(kept):
+        function, args = instruction.function, instruction.args
+        if instruction.kwargs or len(instruction.outputs) != 1 or len(args) != 2:
+            continue
+        out = instruction.outputs[0]
+        base: int | None = None
+        product: Instruction | None = None
+        sign = 1
+        if function in _ONE_MINUS and isinstance(args[0], Ref) and type(args[1]) in (int, float) and args[1] == 1:
+            product, sign = products.get(args[0].slot), -1
+            if product is not None and same_kind((out, *(a.slot for a in product.args))):
+                base = one(*kinds[out][1:])
+        elif function in _SUM or function in _DIFFERENCE:
+            if not all(isinstance(a, Ref) for a in args):
+                continue
+            places = (1,) if function in _DIFFERENCE else (1, 0)
+            for place in places:
+                product, sign = products.get(args[place].slot), -1 if function in _DIFFERENCE else 1
+                if product is None or product.outputs[0] in fused or args[0] == args[1]:
+                    continue
+                whole = (out, args[1 - place].slot, *(a.slot for a in product.args))
+                if same_kind(whole) and len({kinds[slot][0] for slot in whole}) == 1:
+                    base = args[1 - place].slot
+                    break
+        if base is None or product is None:
+            continue
+        fused[product.outputs[0]] = None
+        kwargs = {"value": sign} if sign != 1 else {}
+        kept[number] = Instruction(torch.addcmul, (Ref(base), *product.args), kwargs, instruction.outputs, False)
+    return [i for i in kept if not (len(i.outputs) == 1 and i.outputs[0] in fused)], made
+
+
+def shared_results(program: Program, wanted: Sequence[int | None]) -> set[int]:
+    """The results (by number) of a recorded program that share memory with an input, a constant or another result."""
+    producers = {slot: instruction for instruction in program.instructions for slot in instruction.outputs}
+    taken: set[int] = set()
+    shared: set[int] = set()
+    for number, slot in enumerate(wanted):
+        if slot is None:
+            continue
+        root = _root(program, producers, slot)
+        if root in taken or root not in producers:
+            shared.add(number)
+        taken.add(root)
+    return shared
+
+
+def _root(program: Program, producers: dict[int, Instruction], slot: int) -> int:
+    while slot in program.views:
+        first = producers[slot].args[0]
+        if not isinstance(first, Ref):
+            break
+        slot = first.slot
+    return slot
+
+
+def _roots(program: Program, kept: Sequence[Instruction], wanted: Sequence[int]) -> set[int]:
+    """The results, and what they are views of."""
+    producers = {slot: instruction for instruction in kept for slot in instruction.outputs}
+    found: set[int] = set()
+    for slot in wanted:
+        found.add(slot)
+        while slot in program.views and isinstance(first := producers[slot].args[0], Ref):
+            slot = first.slot
+            found.add(slot)
+    return found
+
+
+def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int, int]) -> list[Instruction]:
+    """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
+    renamed: dict[int, int] = {}
+    known: dict[Any, tuple[int, ...]] = {}
+    kept: list[Instruction] = []
+    for instruction in instructions:
+        args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
+        instruction = instruction._replace(args=args, kwargs=kwargs)
+        if not own.isdisjoint(instruction.outputs):
+            kept.append(instruction)
+            continue
+        if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
+            renamed[instruction.outputs[0]] = renamed.get(source, source)
+            continue
+        try:
+            key = (instruction.function, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items())))
+            earlier = known.get(key)
+        except TypeError:
+            kept.append(instruction)
+            continue
+        if earlier is None:
+            known[key] = instruction.outputs
+            kept.append(instruction)
+        else:
+            renamed.update(zip(instruction.outputs, earlier, strict=True))
+    return kept
+
+
+def _renamed(tree: Any, names: dict[int, int]) -> Any:
+    if isinstance(tree, Ref):
+        return Ref(names.get(tree.slot, tree.slot))
+    if isinstance(tree, list):
+        return [_renamed(item, names) for item in tree]
+    if type(tree) is tuple:
+        return tuple(_renamed(item, names) for item in tree)
+    return tree
+
+
+def _needed(instructions: Sequence[Instruction], wanted: Sequence[int]) -> list[Instruction]:
+    needed = set(wanted)
+    kept = []
+    for instruction in reversed(instructions):
+        if needed.intersection(instruction.outputs):
+            needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            kept.append(instruction)
+    return kept[::-1]
+
+
+def refs(tree: Any) -> list[int]:
+    """The slots that arguments refer to."""
+    found: list[int] = []
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Ref):
+            found.append(item.slot)
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+    return found
