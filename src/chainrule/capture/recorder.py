@@ -48,6 +48,8 @@ class Recorder(LightMode):
     ) -> Any:
         """Run an op and append it."""
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self._prepare_write(func, args, kwargs)
         out = func(*args, **kwargs)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
@@ -57,16 +59,36 @@ class Recorder(LightMode):
         else:
             if any(tag in func.tags for tag in _UNREPEATABLE):
                 self.pure = False
-            if id(out) in self.known and self.known[id(out)].slot in self.program.constants:
-                self.pure = False  # a constant was written to
             if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
                 lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
             if isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
-                self.known[id(out)] = self.program.constant(out)
+                same = func is aten.detach.default or func is aten.alias.default
+                self.known[id(out)] = lowered[0] if same else self.program.constant(out)
             else:
                 self._append(func, lowered, named, out)
         self._alive.append(out)
         return out
+
+    def _prepare_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A constant that is about to be written to becomes a copy of itself in the program."""
+        constants = self.program.constants
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            target = args[position] if position < len(args) else kwargs.get(argument.name)
+            for tensor in target if isinstance(target, (list, tuple)) else (target,):
+                known = self.known.get(id(tensor))
+                if known is None or known.slot not in constants:
+                    continue
+                memory = tensor.untyped_storage().data_ptr()
+                if sum(other.untyped_storage().data_ptr() == memory for other in constants.values()) > 1:
+                    self.pure = False
+                    continue
+                constants[known.slot] = kept = tensor.clone()
+                self._alive.append(kept)
+                self.program.append(torch.clone, (known,), {}, tensor, copies := {})
+                for number in [number for number, staged in self.known.items() if staged is known]:
+                    self.known[number] = copies[id(tensor)]
 
     def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         program = self.program

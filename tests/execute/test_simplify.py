@@ -1,0 +1,76 @@
+"""Simplified programs compute what the calls compute one by one."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chainrule.execute.replay import compile_program
+from chainrule.execute.simplify import simplify
+from chainrule.maps.staging import Program
+
+Tensor = torch.Tensor
+SHAPES = ((3,), (2, 3), (), (2, 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("mul add sub rsub neg sin view".split()), st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=14),
+       st.lists(st.integers(0, 99), min_size=1, max_size=3), st.booleans())
+def test_random_programs(steps: list[tuple[str, int, int]], chosen: list[int], recorded: bool) -> None:
+    dtypes = (torch.float64, torch.float64, torch.float32, torch.float64)
+    inputs = [torch.rand(shape, dtype=dtype) + 0.5 for shape, dtype in zip(SHAPES, dtypes, strict=True)]
+    program = Program()
+    program.recorded = recorded
+
+    def build(values: list[Tensor], call: object) -> list[Tensor]:
+        made = list(values)
+        for name, one, other in steps:
+            a, b = made[one % len(made)], made[other % len(made)]
+            if name in ("mul", "add", "sub"):
+                made.append(call(getattr(torch, name), a, b))  # type: ignore[operator]
+            elif name == "rsub":
+                made.append(call(torch.rsub, a, 1 if other % 2 else 2))  # type: ignore[operator]
+            elif name == "view":
+                made.append(call(torch.unsqueeze, a, 0) if a.ndim < 3 else call(torch.neg, a))  # type: ignore[operator]
+            else:
+                made.append(call(getattr(torch, name), a))  # type: ignore[operator]
+        return [made[number % len(made)] for number in chosen]
+
+    staged = build([program.input(number, value) for number, value in enumerate(inputs)], program.call)  # type: ignore[misc]
+    run = compile_program(program, staged)  # type: ignore[arg-type]
+    for _ in range(2):
+        values = [torch.rand_like(value) + 0.5 for value in inputs]
+        expected = build(values, lambda function, *args: function(*args))
+        for found, want in zip(run(values, ()), expected, strict=True):
+            torch.testing.assert_close(found, want)
+
+
+def calls(program: Program, *wanted: int) -> list[str]:
+    return [getattr(i.function, "__name__", "?") for i in simplify(program, wanted)[0]]
+
+
+def test_one_minus_a_product_is_one_call() -> None:
+    program = Program()
+    x = program.input(0, torch.randn(3))
+    slope = 1 - x * x
+    assert calls(program, slope.slot) == ["addcmul"]
+    square = x * x
+    assert calls(program, slope.slot, square.slot) == ["mul", "rsub"]
+
+
+def test_other_dtypes_are_left_alone() -> None:
+    program = Program()
+    x, y = program.input(0, torch.randn(3)), program.input(1, torch.randn(3, dtype=torch.float64))
+    mixed = program.call(torch.add, x * y, x)
+    assert calls(program, mixed.slot) == ["mul", "add"]
+    whole = program.input(2, torch.arange(3))
+    assert calls(program, (1 - whole * whole).slot) == ["mul", "rsub"]
+
+
+def test_calls_that_nothing_needs_are_dropped() -> None:
+    program = Program()
+    x = program.input(0, torch.randn(3))
+    program.call(torch.exp, x)
+    wanted = program.call(torch.sin, x)
+    assert calls(program, wanted.slot) == ["sin"]
