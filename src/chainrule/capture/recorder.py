@@ -86,7 +86,8 @@ class Recorder(LightMode):
                     continue
                 constants[known.slot] = kept = tensor.clone()
                 self._alive.append(kept)
-                self.program.append(torch.clone, (known,), {}, tensor, copies := {})
+                copies: dict[int, Staged] = {}
+                self.program.append(torch.clone, (known,), {}, tensor, copies)
                 for number in [number for number, staged in self.known.items() if staged is known]:
                     self.known[number] = copies[id(tensor)]
 
