@@ -10,6 +10,7 @@ from chainrule.transforms.modules import (
     replace_all_batch_norm_modules_,
     stack_module_state,
 )
+from chainrule.transforms.products import divergence, ggn, ntk
 from chainrule.transforms.second_order import hessian_diagonal, laplacian
 from chainrule.transforms.vmap import vmap
 
@@ -19,9 +20,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "divergence",
     "explain",
     "functional_call",
     "functionalize",
+    "ggn",
     "grad",
     "grad_and_value",
     "hessian",
@@ -33,6 +36,7 @@ __all__ = [
     "jvp",
     "laplacian",
     "linearize",
+    "ntk",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
     "vhp",

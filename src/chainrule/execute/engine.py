@@ -160,7 +160,7 @@ def _account(tape: Any, request: Request, planned: Planned) -> Account:
     size = max((tape.values[slot].element_size() for slot in slots), default=4)
     return Account(
         kind=request.kind,
-        order=request.order if request.kind == "jacobian" else planned.chosen,
+        order=planned.chosen if request.kind in ("pull", "push") else request.order,
         chosen=planned.chosen,
         input_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.inputs)],
         output_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.outputs)],

@@ -16,6 +16,14 @@ _ORDERS = {
     "greedy": "greedy vertex elimination",
 }
 
+_TITLES = {
+    "jacobian": "Jacobian",
+    "pull": "pullback (vjp)",
+    "push": "pushforward (jvp)",
+    "trace": "trace of the Jacobian",
+    "gram": "Jacobian times its transpose",
+}
+
 
 class Explanation:
     """The account of one call of a transformed function.
@@ -83,7 +91,7 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
 
 
 def _account_text(account: Account, number: int, count: int) -> str:
-    title = {"jacobian": "Jacobian", "pull": "pullback (vjp)", "push": "pushforward (jvp)"}[account.kind]
+    title = _TITLES[account.kind]
     which = f"[{number}/{count}] " if count > 1 else ""
     shapes = ", ".join(map(str, account.output_shapes)), ", ".join(map(str, account.input_shapes))
     lines = [f"{which}{title} of outputs {shapes[0]} with respect to inputs {shapes[1]}"]
@@ -108,7 +116,7 @@ def _account_text(account: Account, number: int, count: int) -> str:
 
 
 def _reason(account: Account) -> str:
-    if account.kind != "jacobian":
+    if account.kind in ("pull", "push"):
         return "one vector is pushed or pulled through the tape"
     if account.order != "auto":
         return "pinned by the transform"

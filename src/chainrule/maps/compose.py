@@ -11,7 +11,7 @@ import torch
 from chainrule.maps.coincidence import coincide
 from chainrule.maps.contract import contract, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
-from chainrule.maps.onehots import Memo, gather, mask_factor, scatter
+from chainrule.maps.onehots import Memo, fixed_points, gather, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup
 
@@ -66,6 +66,7 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
         left.scale * right.scale,
     ).rename(mapping)
     merged = replace(merged, factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
+    merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
     return push_onehots(_keep_count(merged, tuple(between)), workspace)
 
@@ -88,6 +89,25 @@ def _without_repeats(factor: Factor, memo: Memo) -> Factor:
             )
         factor = Factor(node, tuple(axes))
     return factor
+
+
+def _without_circles(term: Term, workspace: Workspace) -> Term:
+    """Relations of an axis to itself (in a trace or a diagonal) become masks over their sources."""
+    onehots: list[OneHot] = []
+    factors = list(term.factors)
+    scale = term.scale
+    for onehot in term.onehots:
+        if len(set(onehot.sources)) < len(onehot.sources):
+            read = _without_repeats(Factor(onehot.index, onehot.sources), workspace.memo)
+            onehot = onehot._replace(index=read.node, sources=read.axes, affine=None)
+        if onehot.target not in onehot.sources:
+            onehots.append(onehot)
+        elif onehot.affine is not None and onehot.affine[1] == 1:
+            # A shifted axis never meets itself; one that is not shifted is itself everywhere.
+            scale = scale if onehot.affine[0] == 0 else 0.0
+        else:
+            factors.append(fixed_points(onehot, workspace.dtype, workspace.memo))
+    return replace(term, factors=tuple(factors), onehots=tuple(onehots), scale=scale)
 
 
 def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]) -> dict[Axis, Axis]:

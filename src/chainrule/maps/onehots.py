@@ -183,6 +183,20 @@ def mask_factor(onehot: OneHot, dtype: torch.dtype, memo: Memo) -> Factor:
     )
 
 
+def fixed_points(onehot: OneHot, dtype: torch.dtype, memo: Memo) -> Factor:
+    """One where a relation takes an axis, which is one of its sources, to itself; zero elsewhere."""
+    sizes = tuple(a.size for a in onehot.sources)
+    place = onehot.sources.index(onehot.target)
+    own = tuple(size if number == place else 1 for number, size in enumerate(sizes))
+
+    def compute(program: Program, index: Staged) -> Staged:
+        grid = program.constant(torch.arange(sizes[place], device=index.device).reshape(own))
+        return torch.eq(index, grid).to(dtype)
+
+    key = ("fixed", id(onehot.index), place, dtype)
+    return Factor(_node(key, sizes, (onehot.index,), compute, memo), onehot.sources)
+
+
 def ones(sizes: tuple[int, ...], beside: Node, dtype: torch.dtype) -> Node:
     """An array of ones on the device of ``beside``."""
 
@@ -197,4 +211,4 @@ def eye(size: int, dtype: torch.dtype, device: torch.device) -> Node:
     return leaf((size, size), lambda program: program.call(torch.eye, size, dtype=dtype, device=device), label="eye")
 
 
-__all__ = ["Memo", "dense_relation", "expand_to", "eye", "gather", "mask_factor", "ones", "scatter"]
+__all__ = ["Memo", "dense_relation", "expand_to", "eye", "fixed_points", "gather", "mask_factor", "ones", "scatter"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from chainrule.maps.compose import Workspace
-from chainrule.maps.linear_map import LinearMap, densify
+from chainrule.maps.linear_map import LinearMap, add_maps, compose, densify
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, Term, dims_of, new_axes
@@ -22,7 +22,9 @@ class Request(NamedTuple):
     """What is asked of a tape.
 
     Attributes:
-        kind: ``jacobian``, ``pull`` (cotangents to the inputs) or ``push`` (tangents to the outputs).
+        kind: ``jacobian``, ``pull`` (cotangents to the inputs), ``push`` (tangents to the outputs), ``trace`` (the sum of
+            the traces of the Jacobians of the outputs with respect to the inputs, pair by pair) or ``gram`` (the products
+            of Jacobians with transposed ones, summed over the inputs).
         inputs: the tape slots differentiated with respect to.
         outputs: the tape slots differentiated.
         order: ``forward``, ``reverse`` or ``auto`` (Jacobians only).
@@ -43,7 +45,8 @@ class Planned:
     """A plan that ran once: its program, its results in that run, and how it was chosen.
 
     Attributes:
-        keys: what each result is: ``(output slot, input slot)`` of a Jacobian, a slot otherwise.
+        keys: what each result is: ``(output slot, input slot)`` of a Jacobian, ``(output slot, output slot)`` of a gram,
+            ``"trace"``, a slot otherwise.
         results: staged results, None for zeros.
     """
 
@@ -81,7 +84,9 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     workspace = make_workspace(tape, slots)
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
-    if request.kind == "jacobian":
+    if request.kind in ("trace", "gram"):
+        planned = _plan_contracted(tape, request, graph, inputs, outputs, workspace)
+    elif request.kind == "jacobian":
         planned = _plan_jacobian(tape, request, graph, inputs, outputs, workspace, compare)
     else:
         planned = _plan_sweep(tape, request, graph, seeds, workspace)
@@ -94,10 +99,10 @@ def _shapes(tape: Any) -> Any:
     return lambda slot: tuple(tape.values[slot].shape)
 
 
-def candidates(
+def _orders(
     tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
-) -> list[Candidate]:
-    """The ways to compute a Jacobian that the request allows, with their predicted costs."""
+) -> dict[str, Any]:
+    """The ways to accumulate that the request allows, by name."""
     shapes = _shapes(tape)
     makers: dict[str, Any] = {
         "reverse": lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace),
@@ -110,6 +115,14 @@ def candidates(
         makers["network"] = lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace, eager=False)
         if not has_operators and len(graph.order) <= 64:
             makers["greedy"] = lambda: elimination.greedy(graph, inputs, outputs, shapes, workspace)
+    return makers
+
+
+def candidates(
+    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
+) -> list[Candidate]:
+    """The ways to compute a Jacobian that the request allows, with their predicted costs."""
+    makers = _orders(tape, request, graph, inputs, outputs, workspace)
     found = []
     for name, make in makers.items():
         maps: Maps = make()
@@ -134,6 +147,59 @@ def _plan_jacobian(
         target = tape.values[output if request.cast == "output" else slot].dtype
         results.append(None if node is None else _cast(node.force(program), target))
     return Planned(program, keys, results, graph, best.name, found)
+
+
+def _plan_contracted(
+    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
+) -> Planned:
+    """Traces and grams: the last product is left to the contraction, which need not form the Jacobian."""
+    contracted = _traces if request.kind == "trace" else _grams
+    found = []
+    for name, make in _orders(tape, request, graph, inputs, outputs, workspace).items():
+        nodes = {key: densify(m, workspace) for key, m in contracted(request, make(), workspace).items()}
+        found.append(elimination.measure(Candidate(name, nodes)))
+    best = min(found, key=lambda c: c.cost)
+    program = Program()
+    keys: list[Any] = ["trace"] if request.kind == "trace" else [(one, two) for one in outputs for two in outputs]
+    results: list[Staged | None] = []
+    for key in keys:
+        node = best.nodes.get(key)
+        if node is None and request.kind == "gram" and (node := best.nodes.get((key[1], key[0]))) is not None:
+            first, second = (len(tape.values[slot].shape) for slot in key)
+            order = (*range(second, second + first), *range(second))
+            results.append(torch.permute(node.force(program), order))
+            continue
+        results.append(None if node is None else node.force(program))
+    return Planned(program, keys, results, graph, best.name, found)
+
+
+def _traces(request: Request, maps: Maps, workspace: Workspace) -> dict[Any, LinearMap]:
+    parts: list[LinearMap] = []
+    for output, slot in zip(request.outputs, request.inputs, strict=True):
+        if (local := maps.get((output, slot))) is not None:
+            axes = dims_of(new_axes(local.in_shape))
+            same = LinearMap((*local.in_shape, *local.in_shape), (), (Term((*axes, *axes), ()),))
+            rows = tuple(replace(term, out_dims=(), in_dims=(*term.out_dims, *term.in_dims)) for term in local.terms)
+            parts.append(compose(LinearMap((), same.out_shape, rows), same, workspace, eager=False))
+    total = [part for part in parts if not part.is_zero]
+    return {"trace": add_maps(total, workspace)} if total else {}
+
+
+def _grams(request: Request, maps: Maps, workspace: Workspace) -> dict[Any, LinearMap]:
+    """One triangle of the blocks."""
+    found: dict[Any, LinearMap] = {}
+    outputs = list(dict.fromkeys(request.outputs))
+    for position, one in enumerate(outputs):
+        for two in outputs[position:]:
+            parts = [
+                compose(maps[one, slot], maps[two, slot].transpose(), workspace, eager=False)
+                for slot in dict.fromkeys(request.inputs)
+                if (one, slot) in maps and (two, slot) in maps
+            ]
+            total = [part for part in parts if not part.is_zero]
+            if total:
+                found[one, two] = add_maps(total, workspace)
+    return found
 
 
 def _cast(value: Staged, dtype: torch.dtype) -> Staged:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
-from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
+from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
+from chainrule.transforms.nest import NO_NEST, Level, level_of, run_level, run_nest
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -45,7 +45,7 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
     @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        (gradient, value), aux = _gradient(level, args, kwargs)
+        (gradient, value), aux = run_level(level, args, kwargs)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
     if not has_aux:  # the aux of this transform stands elsewhere
@@ -80,23 +80,11 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
 
     @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        gradient, aux = _gradient(level, args, kwargs)
+        gradient, aux = run_level(level, args, kwargs)
         return (gradient, aux) if has_aux else gradient
 
     level.mark(wrapper)
     return wrapper
-
-
-def _gradient(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The result of a gradient transform and the aux of its function."""
-    if level_of(level.func) is not None:
-        found = run_nest(level, args, kwargs)
-        if found[0] is not NO_NEST:
-            return found
-    assert level.argnums is not None
-    positions, single = resolve_argnums(level.argnums, len(args), level.name)
-    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
-    return level.finish(traced, single), traced.aux
 
 
 def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:
@@ -153,7 +141,6 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
                 f"vjp({function_name(func)}): all outputs must be floating-point or complex Tensors, got {leaf.dtype}"
             )
     active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
-    seeds = tuple(traced.out_slots[number] for number in active)
 
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
@@ -166,12 +153,18 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         for number, (leaf, out) in enumerate(zip(leaves, traced.out_leaves, strict=True)):
             _check_seed(leaf, out, f"vjp: cotangent {number}", "output")
         tensors = tuple(_match_dtype(leaves[number], traced.out_leaves[number]) for number in active)
-        found = traced.run("pull", seeds=seeds, tensors=tensors) if active else {}  # type: ignore[arg-type]
-        results = [_zeros(found.get(s), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]
-        return tree_unflatten(results, traced.in_spec)
+        return pull_back(traced, active, tensors)
 
     output = traced.output()
     return (output, vjp_fn, traced.aux) if has_aux else (output, vjp_fn)
+
+
+def pull_back(traced: Traced, active: list[int], cotangents: tuple[torch.Tensor, ...]) -> Any:
+    """The cotangents of the inputs, in their structure, from those of the ``active`` outputs."""
+    seeds: tuple[Any, ...] = tuple([traced.out_slots[number] for number in active])
+    found = traced.run("pull", seeds=seeds, tensors=cotangents) if active else {}
+    results = [_zeros(found.get(s), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]
+    return tree_unflatten(results, traced.in_spec)
 
 
 def _check_seed(seed: Any, like: torch.Tensor, what: str, partner: str) -> None:
@@ -222,17 +215,17 @@ def jvp(
 def _jvp(
     func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, kwargs: dict[str, Any], name: str
 ) -> Any:
-    leaves = _check_tangents(primals, tangents, name, "tangents")
+    leaves = check_tangents(primals, tangents, name, "tangents")
     if not strict and level_of(func) is not None and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
 
         def finish(traced: Traced, single: bool) -> Any:
-            return traced.output(), _push(traced, list(traced.seeds), name)
+            return traced.output(), push_forward(traced, list(traced.seeds), name)
 
         result, aux = run_nest(Level(func, name, None, has_aux, finish, ("jvp",)), primals, kwargs, tuple(leaves))
         if result is not NO_NEST:
             return (*result, aux) if has_aux else result
     traced = trace(func, primals, tuple(range(len(primals))), kwargs, name, has_aux=has_aux, respect_no_grad=False)
-    pushed = _push(traced, leaves, name)
+    pushed = push_forward(traced, leaves, name)
     if strict and any(slot is None for slot in traced.out_slots):
         raise RuntimeError(
             f"{name}({function_name(func)}, primals, tangents, strict=True): the output of {function_name(func)} is "
@@ -242,7 +235,12 @@ def _jvp(
     return (output, pushed, traced.aux) if has_aux else (output, pushed)
 
 
-def _check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[torch.Tensor]:
+def check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[torch.Tensor]:
+    """The leaves of tangents of the structure of ``primals``.
+
+    Raises:
+        RuntimeError: if the structures differ, or a primal is not a tensor.
+    """
     if not isinstance(primals, tuple):
         raise RuntimeError(
             f"{name}(f, primals, {kind}): expected primals to be a tuple, got {type(primals)}. "
@@ -264,7 +262,13 @@ def _check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[t
     return leaves
 
 
-def _push(traced: Traced, tangents: list[Any], name: str) -> Any:
+def push_forward(traced: Traced, tangents: list[Any], name: str) -> Any:
+    """The tangents of the outputs, in their structure.
+
+    Raises:
+        RuntimeError: if a tangent does not match its primal.
+        ValueError: if a tangent has an integer dtype.
+    """
     for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
         _check_seed(leaf, primal, f"{name}: tangent {number}", "primal")
         if not (leaf.is_floating_point() or leaf.is_complex()):
@@ -318,7 +322,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
                 raise RuntimeError(
                     f"linearize: tangent {number}: mismatch in dtype, it is {leaf.dtype} and the primal is {primal.dtype}"
                 )
-        return _push(traced, leaves, "linearize")
+        return push_forward(traced, leaves, "linearize")
 
     output = traced.output()
     return (output, jvp_fn, traced.aux) if has_aux else (output, jvp_fn)
@@ -376,7 +380,7 @@ def vhp(
         >>> chainrule.vhp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
         tensor([ 6., 12.])
     """
-    _check_tangents(primals, cotangents, "vhp", "cotangents")
+    check_tangents(primals, cotangents, "vhp", "cotangents")
     count = len(primals)
     gradient = grad(func, argnums=0 if count == 1 else tuple(range(count)), has_aux=has_aux)
     outcome = vjp(gradient, *primals, has_aux=has_aux, **kwargs)

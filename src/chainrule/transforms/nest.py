@@ -121,6 +121,22 @@ def run_planned(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return level.finish(traced, single), traced.aux
 
 
+def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Run a transform whose result is one request: as part of its nest, or alone.
+
+    Returns:
+        The result and the auxiliary output.
+    """
+    if level_of(level.func) is not None:
+        found = run_nest(level, args, kwargs)
+        if found[0] is not NO_NEST:
+            return found
+    assert level.argnums is not None
+    positions, single = resolve_argnums(level.argnums, len(args), level.name)
+    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    return level.finish(traced, single), traced.aux
+
+
 def _run_whole(
     levels: Sequence[Level], args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
 ) -> tuple[Any, Any]:
