@@ -12,6 +12,7 @@ from chainrule.transforms.modules import (
 )
 from chainrule.transforms.products import divergence, ggn, ntk
 from chainrule.transforms.second_order import hessian_diagonal, laplacian
+from chainrule.transforms.taylor import jet
 from chainrule.transforms.vmap import vmap
 
 autograd_bridge.install()
@@ -33,6 +34,7 @@ __all__ = [
     "jacfwd",
     "jacobian",
     "jacrev",
+    "jet",
     "jvp",
     "laplacian",
     "linearize",

@@ -12,6 +12,7 @@ from chainrule.maps.staging import Instruction, Program, Ref, freeze
 
 aten = torch.ops.aten
 
+_TRANSPOSES = (torch.t, aten.t.default._op)
 _PRODUCT = (torch.mul, aten.mul.Tensor._op)
 _ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
 _SUM = (torch.add, aten.add.Tensor._op)
@@ -130,6 +131,7 @@ def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int,
     """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
     renamed: dict[int, int] = {}
     known: dict[Any, tuple[int, ...]] = {}
+    transposed: dict[int, int] = {}
     kept: list[Instruction] = []
     for instruction in instructions:
         args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
@@ -140,6 +142,12 @@ def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int,
         if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
             renamed[instruction.outputs[0]] = renamed.get(source, source)
             continue
+        if instruction.function in _TRANSPOSES and isinstance(args[0], Ref):
+            # A matrix transposed twice is the matrix.
+            if (source := transposed.get(args[0].slot)) is not None:
+                renamed[instruction.outputs[0]] = source
+                continue
+            transposed[instruction.outputs[0]] = args[0].slot
         try:
             key = (instruction.function, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items())))
             earlier = known.get(key)

@@ -151,7 +151,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
                 f"function. cotangents: {spec}, primal output: {traced.out_spec}"
             )
         for number, (leaf, out) in enumerate(zip(leaves, traced.out_leaves, strict=True)):
-            _check_seed(leaf, out, f"vjp: cotangent {number}", "output")
+            check_seed(leaf, out, f"vjp: cotangent {number}", "output")
         tensors = tuple(_match_dtype(leaves[number], traced.out_leaves[number]) for number in active)
         return pull_back(traced, active, tensors)
 
@@ -167,7 +167,12 @@ def pull_back(traced: Traced, active: list[int], cotangents: tuple[torch.Tensor,
     return tree_unflatten(results, traced.in_spec)
 
 
-def _check_seed(seed: Any, like: torch.Tensor, what: str, partner: str) -> None:
+def check_seed(seed: Any, like: torch.Tensor, what: str, partner: str) -> None:
+    """Refuse a tangent or cotangent that does not match the tensor it belongs to.
+
+    Raises:
+        RuntimeError: if it is no tensor, or differs in shape, kind of dtype or device.
+    """
     if not isinstance(seed, torch.Tensor):
         raise RuntimeError(f"{what} must be a Tensor, got {type(seed)}")
     if seed.shape != like.shape:
@@ -270,7 +275,7 @@ def push_forward(traced: Traced, tangents: list[Any], name: str) -> Any:
         ValueError: if a tangent has an integer dtype.
     """
     for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
-        _check_seed(leaf, primal, f"{name}: tangent {number}", "primal")
+        check_seed(leaf, primal, f"{name}: tangent {number}", "primal")
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise ValueError(f"{name}: tangent {number} must be floating point or complex, got {leaf.dtype}")
     tensors = tuple(_match_dtype(leaf, primal) for leaf, primal in zip(tangents, traced.in_leaves, strict=True))

@@ -104,20 +104,23 @@ def run_nest(
     return _run_whole(levels, args, kwargs, seeds)
 
 
-def run_planned(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def run_planned(
+    level: Level, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...] = ()
+) -> tuple[Any, Any]:
     """Run a transform whose result is computed in several steps: as part of its nest, or as a nest of itself.
 
     Returns:
         The result and the auxiliary output.
     """
-    found = run_nest(level, args, kwargs)
+    found = run_nest(level, args, kwargs, seeds)
     if found[0] is NO_NEST and current_ledger() is None:
-        found = _run_whole([level], args, kwargs, ())
+        found = _run_whole([level], args, kwargs, seeds)
     if found[0] is not NO_NEST:
         return found
     assert level.argnums is not None
     positions, single = resolve_argnums(level.argnums, len(args), level.name)
     traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    traced.seeds = seeds
     return level.finish(traced, single), traced.aux
 
 
