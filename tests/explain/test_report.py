@@ -54,3 +54,21 @@ def test_nested_transforms_have_one_account_each() -> None:
 
 def test_nothing_to_explain() -> None:
     assert "nothing" in str(chainrule.explain(chainrule.jacrev(lambda x: torch.ones(2)))(torch.randn(3)))
+
+
+def test_contractions_are_explained() -> None:
+    weight, x = torch.randn(5, 4), torch.randn(4)
+    for transform, kind in (
+        (chainrule.laplacian, "laplacian"),
+        (chainrule.hessian_diagonal, "hessian_diagonal"),
+        (chainrule.ntk, "gram"),
+    ):
+        account = chainrule.explain(transform(lambda x: torch.tanh(weight @ x).sum()))(x)
+        (data,) = account.data
+        assert data["kind"] == kind
+        assert data["alternatives"][0]["flops"] > 0
+        assert data["alternatives"][0]["peak_bytes"] > 0
+        assert [op["op"] for op in data["ops"]] == ["aten.mv.default", "aten.tanh.default", "aten.sum.default"]
+        assert "tanh" in str(account)
+    account = chainrule.explain(chainrule.divergence(lambda x: torch.tanh(weight.t() @ (weight @ x))))(x)
+    assert account.data[0]["kind"] == "trace" and "trace of the Jacobian" in str(account)

@@ -12,8 +12,10 @@ import torch
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.replay import Runner, compile_program, owned
-from chainrule.maps.staging import Program, Staged
-from chainrule.plan.planner import Planned, Request, plan
+from chainrule.maps.staging import Instruction, Program, Staged
+from chainrule.plan.elimination import Candidate
+from chainrule.plan.graph import Graph
+from chainrule.plan.planner import Request, plan
 
 _COMPILING = threading.Lock()
 
@@ -151,32 +153,34 @@ def _execute_accounted(
     """Plan anew, run, and put the account of it into the ledger."""
     planned = plan(tape, request, seeds, compare=True)
     results = owned(planned.program, planned.results)
-    ledger.accounts.append(_account(tape, request, planned))
+    ledger.accounts.append(
+        account_of(tape, request, planned.graph, planned.chosen, planned.candidates, planned.program.instructions)
+    )
     return {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
 
 
-def _account(tape: Any, request: Request, planned: Planned) -> Account:
+def account_of(
+    tape: Any, request: Request, graph: Graph, chosen: str, candidates: Sequence[Candidate], calls: Sequence[Instruction]
+) -> Account:
+    """The account of a plan that ran."""
     slots = dict.fromkeys((*request.inputs, *request.outputs))
     size = max((tape.values[slot].element_size() for slot in slots), default=4)
     return Account(
         kind=request.kind,
-        order=planned.chosen if request.kind in ("pull", "push") else request.order,
-        chosen=planned.chosen,
+        order=chosen if request.kind in ("pull", "push") else request.order,
+        chosen=chosen,
         input_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.inputs)],
         output_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.outputs)],
         recorded=len(tape.records),
         ops=[
             {"op": str(step.op), "kind": step.kind, "family": step.family, "shapes": list(step.out_shapes)}
-            for step in planned.graph.steps
+            for step in graph.steps
         ],
         alternatives=[
             {"order": c.name, "flops": c.flops, "bytes": c.moved * size, "peak_bytes": c.peak * size, "cost": c.cost}
-            for c in planned.candidates
+            for c in candidates
         ],
-        calls=[
-            {"call": getattr(i.function, "__name__", str(i.function)), "results": len(i.outputs)}
-            for i in planned.program.instructions
-        ],
+        calls=[{"call": getattr(i.function, "__name__", str(i.function)), "results": len(i.outputs)} for i in calls],
     )
 
 

@@ -14,6 +14,7 @@ _ORDERS = {
     "reverse": "reverse accumulation",
     "network": "one contraction of the whole network of local Jacobians",
     "greedy": "greedy vertex elimination",
+    "curvatures": "the curvature of each op between forward maps, after one pullback",
 }
 
 _TITLES = {
@@ -22,6 +23,8 @@ _TITLES = {
     "push": "pushforward (jvp)",
     "trace": "trace of the Jacobian",
     "gram": "Jacobian times its transpose",
+    "laplacian": "Laplacian",
+    "hessian_diagonal": "diagonal of the Hessian",
 }
 
 

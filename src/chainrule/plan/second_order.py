@@ -22,11 +22,12 @@ import torch
 
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, add_maps, compose, densify
-from chainrule.maps.nodes import leaf
-from chainrule.maps.staging import Program
+from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.staging import Instruction, Program
 from chainrule.maps.terms import Factor, Term, dims_of, identity, new_axes
 from chainrule.plan import elimination
-from chainrule.plan.graph import argument_slots, build_graph, records_between
+from chainrule.plan.elimination import Candidate
+from chainrule.plan.graph import Graph, argument_slots, build_graph, records_between
 from chainrule.plan.planner import make_workspace
 
 
@@ -163,20 +164,33 @@ def contracted_hessian(
     return add_maps(parts, workspace) if parts else None
 
 
+class Contracted(NamedTuple):
+    """A plan for traces or diagonals that ran.
+
+    Attributes:
+        results: for each input slot, a scalar (or a tensor of the input's shape); an input without curvature is left out.
+        graph: the ops between the inputs and the output.
+        candidate: what the contraction costs, without the pullback.
+        calls: the calls of the contraction.
+    """
+
+    results: dict[int, torch.Tensor]
+    graph: Graph
+    candidate: Candidate
+    calls: list[Instruction]
+
+
 def second_order(
     tape: Any, inputs: Sequence[int], output: int, seed: torch.Tensor, recording: Recording, *, diagonal: bool
-) -> dict[int, torch.Tensor]:
-    """Run the plan for the trace (or the diagonal) of the Hessian of ``seed·output`` with respect to each input.
-
-    Returns:
-        For each input slot, a scalar (or a tensor of the input's shape); an input without curvature is left out.
-    """
+) -> Contracted:
+    """Run the plan for the trace (or the diagonal) of the Hessian of ``seed·output`` with respect to each input."""
     records = list(tape.records)
     workspace = make_workspace(tape, (*inputs, output))
     needed = curvatures(tape, inputs, output, seed, workspace, recording)
     slots = list(dict.fromkeys(slot for c in needed for slot in (c.first, c.second)))
     results: dict[int, torch.Tensor] = {}
     program = Program()
+    nodes: dict[tuple[int, int], Node] = {}
     for source in dict.fromkeys(inputs):
         graph = build_graph(_Part(tape, records), [source], slots, workspace)
         shape = tuple(tape.values[source].shape)
@@ -186,9 +200,13 @@ def second_order(
             inner.setdefault(source, seeds[source])
         total = contracted_hessian(tape, source, needed, inner, workspace, diagonal)
         if total is not None:
-            results[source] = densify(total, workspace).force(program).value
+            nodes[output, source] = densify(total, workspace)
+    whole = build_graph(_Part(tape, records), list(dict.fromkeys(inputs)), [output], workspace)
+    candidate = elimination.measure(Candidate("curvatures", nodes))
+    for (_, source), node in nodes.items():
+        results[source] = node.force(program).value
     workspace.memo.clear()
-    return results
+    return Contracted(results, whole, candidate, program.instructions)
 
 
 __all__ = ["Curvature", "curvatures", "second_order"]

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.capture.tape import Tape
-from chainrule.execute.engine import execute
+from chainrule.execute.accounts import UNCACHED, current_ledger
+from chainrule.execute.engine import account_of, execute
 from chainrule.plan.planner import Request
-from chainrule.plan.second_order import second_order
+from chainrule.plan.second_order import Contracted, second_order
 from chainrule.transforms.arguments import Argnums, tree_unflatten
 from chainrule.transforms.nest import Level, run_planned
 from chainrule.transforms.trace import Traced
@@ -148,11 +149,25 @@ def recording_on(tape: Tape) -> Callable[[], AbstractContextManager[Any]]:
     return recording
 
 
+def write_account(tape: Tape, inputs: list[int], output: int, contracted: Contracted, diagonal: bool) -> None:
+    """Put the account of a plan into the ledger, where one is kept."""
+    ledger = current_ledger()
+    if ledger is None or ledger is UNCACHED:
+        return
+    kind = "hessian_diagonal" if diagonal else "laplacian"
+    request = Request(kind, tuple(inputs), (output,))
+    ledger.accounts.append(
+        account_of(tape, request, contracted.graph, "curvatures", [contracted.candidate], contracted.calls)
+    )
+
+
 def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: bool) -> list[torch.Tensor | None]:
     tape, sources = traced.tape, traced.in_slots
     recording = recording_on(tape)
     if leaf.numel() == 1:
-        found = second_order(tape, sources, slot, torch.ones_like(leaf), recording, diagonal=diagonal)
+        contracted = second_order(tape, sources, slot, torch.ones_like(leaf), recording, diagonal=diagonal)
+        write_account(tape, sources, slot, contracted, diagonal)
+        found = contracted.results
         shaped: list[torch.Tensor | None] = []
         for source, inner in zip(sources, traced.in_leaves, strict=True):
             part = found.get(source)
@@ -163,7 +178,9 @@ def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: 
     cotangent = torch.zeros_like(leaf)
     number = tape.add_input(cotangent)
     with recording():
-        found = second_order(tape, sources, slot, cotangent, nullcontext, diagonal=diagonal)
+        contracted = second_order(tape, sources, slot, cotangent, nullcontext, diagonal=diagonal)
+    write_account(tape, sources, slot, contracted, diagonal)
+    found = contracted.results
     results: list[torch.Tensor | None] = []
     for source, inner in zip(sources, traced.in_leaves, strict=True):
         place = None if source not in found else tape.slot_of(found[source])
