@@ -65,7 +65,10 @@ def vmap(
     @functools.wraps(func)
     def vmapped(*args: Any, **kwargs: Any) -> Any:
         refuse_inside_torch_func("vmap")
-        _check_out_dims(out_dims, func)
+        if out_dims.__class__ is not int:
+            _check_out_dims(out_dims, func)
+        if chunk_size is None and (found := _plain_inputs(in_dims, args)) is not None:
+            return _call(functools.partial(func, **kwargs) if kwargs else func, *found, None, out_dims, randomness)
         flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args)
         size = _batch_size(func, flat_args, flat_dims)
         call = functools.partial(func, **kwargs) if kwargs else func
@@ -153,6 +156,41 @@ def _check_in_dim(call: Callable[[], str], arg: Any, dim: Any) -> int | None:
     return dim % rank
 
 
+def _plain_inputs(in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[bool], int] | None:
+    """Plain tensors with their mapped dimension first, which of the arguments are mapped, and the batch size.
+
+    None where a structure has to be matched, or something is wrong.
+    """
+    if in_dims.__class__ is int:
+        dims: tuple[Any, ...] = (in_dims,) * len(args)
+    elif in_dims.__class__ is tuple and len(in_dims) == len(args):
+        dims = in_dims
+    else:
+        return None
+    size = -1
+    values: list[Any] = []
+    mapped: list[bool] = []
+    for arg, dim in zip(args, dims, strict=True):
+        if dim is None:
+            values.append(arg)
+            mapped.append(False)
+            continue
+        if dim.__class__ is not int or not isinstance(arg, Tensor):
+            return None
+        rank = arg.dim()
+        if not -rank <= dim < rank or arg.is_conj() or arg.is_neg():
+            return None
+        if dim:
+            arg = arg.movedim(dim, 0)
+        if size < 0:
+            size = arg.shape[0]
+        elif arg.shape[0] != size:
+            return None
+        values.append(arg)
+        mapped.append(True)
+    return None if size < 0 else (values, mapped, size)
+
+
 def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None]) -> int:
     sizes = [arg.size(dim) for arg, dim in zip(flat_args, flat_dims, strict=True) if dim is not None]
     if not sizes:
@@ -174,16 +212,26 @@ def _run(
     randomness: str,
     size: int,
 ) -> Any:
+    values = []
+    for arg, dim in zip(flat_args, flat_dims, strict=True):
+        if dim is not None and isinstance(arg, Tensor):
+            if arg.is_conj() or arg.is_neg():
+                arg = arg.resolve_conj().resolve_neg()
+            if dim:
+                arg = arg.movedim(dim, 0)
+        values.append(arg)
+    mapped = [dim is not None for dim in flat_dims]
+    return _call(func, values, mapped, size, args_spec, out_dims, randomness)
+
+
+def _call(
+    func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, out_dims: Any, randomness: str
+) -> Any:
+    """Run `func` on tensors whose mapped dimension is the first."""
     mode = VmapMode(size, randomness)
-
-    def wrap(arg: Any, dim: int | None) -> Any:
-        if dim is None or not isinstance(arg, Tensor):
-            return arg
-        if arg.is_conj() or arg.is_neg():
-            arg = arg.resolve_conj().resolve_neg()
-        return wrap_batched(Batched(arg if dim == 0 else arg.movedim(dim, 0)), mode)
-
-    args = [wrap(arg, dim) for arg, dim in zip(flat_args, flat_dims, strict=True)]
+    args: Any = [
+        wrap_batched(Batched(value), mode) if flag else value for value, flag in zip(values, mapped, strict=True)
+    ]
     if args_spec is not None:
         args = tree_unflatten(args, args_spec)
     with mode:
@@ -191,6 +239,8 @@ def _run(
     if mode.fallbacks and (ledger := current_ledger()) is not None:
         ledger.loops.extend(mode.fallbacks)
     if isinstance(outputs, Tensor) and isinstance(out_dims, int):
+        if outputs.__class__ is BatchTensor and out_dims == 0 and outputs.level is mode and outputs.batched:
+            return outputs.value
         return _unwrap(func, outputs, out_dims, mode)
     flat_outputs, spec = _flatten_outputs(func, outputs, out_dims)
     return tree_unflatten([_unwrap(func, output, dim, mode) for output, dim in flat_outputs], spec)
