@@ -97,6 +97,8 @@ class Tape(LightMode):
         self._alias: AliasTracker | None = None
         self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
         self.settle()
+        # What plans computed on this tape that serves further seeds.
+        self.prepared: dict[Any, Any] = {}
         self._origin: Any = None
         self._nodes_indexed = 0
         self._by_node: dict[tuple[int, int], int] = {}

@@ -11,7 +11,7 @@ import torch
 
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
-from chainrule.execute.replay import Runner, compile_program, owned
+from chainrule.execute.replay import Runner, Stages, compile_program, compile_stages, owned
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
@@ -26,7 +26,7 @@ class CachedPlan:
 
     Attributes:
         keys: what each result is.
-        summary: the account of the plan for ``explain``.
+        staged: whether what does not depend on the seeds is computed once for a run of the function.
     """
 
     keys: list[Any]
@@ -35,15 +35,35 @@ class CachedPlan:
     used: bool = False
     needs: list[Any] = field(default_factory=list)
     batched: dict[Any, tuple[Runner | None, list[bool]]] = field(default_factory=dict)
+    staged: bool = False
+    stages: Stages | None = None
+
+    def compile(self) -> None:
+        """Make the functions that replay the plan."""
+        with _COMPILING:
+            if self.recorded is not None:
+                self.needs = list(self.recorded[0].inputs)
+                if self.staged:
+                    self.stages = compile_stages(*self.recorded)
+                self.runner = compile_program(*self.recorded)
+                self.recorded = None
+
+    def run_on(self, tape: Any, seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
+        """Replay the plan on a tape of the same signature; a second call on the same tape only does what the seeds change."""
+        if self.runner is None:
+            self.compile()
+        if self.stages is None or torch._C._len_torch_dispatch_stack():
+            return self.run(tape.values, seeds)
+        key = (id(self), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        found = tape.prepared.get(key)
+        if found is None:
+            found = tape.prepared[key] = (self, self.stages.prepare(tape.values)[1])
+        return dict(zip(self.keys, self.stages.apply(tape.values, found[1], seeds), strict=True))
 
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on other values of the same signature."""
         if self.runner is None:
-            with _COMPILING:
-                if self.recorded is not None:
-                    self.needs = list(self.recorded[0].inputs)
-                    self.runner = compile_program(*self.recorded)
-                    self.recorded = None
+            self.compile()
         assert self.runner is not None
         if torch._C._len_torch_dispatch_stack() == 1:
             given = [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs]
@@ -138,12 +158,13 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
     except TypeError:  # an unhashable static argument: such a plan is not kept
         key = cached = None
     if cached is not None:
-        return cached.run(tape.values, seeds)
+        return cached.run_on(tape, seeds) if cached.staged else cached.run(tape.values, seeds)
     planned = plan(tape, request, seeds)
     results = owned(planned.program, planned.results)
     values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
     if key is not None:
-        CACHE.put(key, CachedPlan(planned.keys, (_without_values(planned.program), [_bare(r) for r in results])))
+        recorded = (_without_values(planned.program), [_bare(r) for r in results])
+        CACHE.put(key, CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push")))
     return values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,36 +76,118 @@ def compile_program(program: Program, results: Sequence[Staged | None]) -> Runne
 
     Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``.
     """
-    wanted = [None if staged is None else staged.slot for staged in results]
-    copied = shared_results(program, wanted) if program.recorded else set()
-    kept, made = simplify(program, [s for s in wanted if s is not None])
-    namespace: dict[str, Any] = {}
-    lines = ["def run(tape, seeds):"]
-    used = {slot for instruction in kept for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
-    used.update(slot for slot in wanted if slot is not None)
-    for key, slot in program.inputs.items():
-        if slot in used:
-            source = f"tape[{key}]" if isinstance(key, int) else f"seeds[{key[1]}]"
-            lines.append(f"    v{slot} = {source}")
-    constants = {**{slot: _settled(tensor) for slot, tensor in program.constants.items()}, **made}
-    for slot, tensor in constants.items():
-        if slot in used:
-            namespace[f"v{slot}"] = tensor
-    last = _last_uses(kept, wanted)
-    names: dict[int, str] = {}
-    for number, instruction in enumerate(kept):
-        lines.append("    " + _line(instruction, namespace, names))
-        dead = [f"v{slot}" for slot in last.get(number, ()) if slot not in constants]
-        if dead:
-            lines.append(f"    del {', '.join(dead)}")
-    names_of = ["None" if slot is None else f"v{slot}" for slot in wanted]
-    returned = ", ".join(f"{name}.clone()" if number in copied else name for number, name in enumerate(names_of))
-    lines.append(f"    return ({returned}{',' if len(wanted) == 1 else ''})")
-    exec(compile("\n".join(lines), "<chainrule plan>", "exec"), namespace)  # noqa: S102 - our own generated source
-    runner: Runner = namespace["run"]
-    runner.source = "\n".join(lines)  # type: ignore[attr-defined]
-    runner.constants = list(constants.values())  # type: ignore[attr-defined]
+    source = _Source(program, results)
+    names = source.block(source.kept, source.wanted)
+    lines = ["def run(tape, seeds):", *source.inputs(source.used), *names, source.returned(range(len(source.wanted)))]
+    runner: Runner = source.compiled(lines, "run")
+    runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
     return runner
+
+
+class Stages(NamedTuple):
+    """A program in two parts.
+
+    Attributes:
+        prepare: from the tape values, what does not depend on the seeds: the results that come first, and what the second
+            part needs.
+        apply: from the tape values, what the first part left, and the seeds: the other results.
+    """
+
+    prepare: Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]
+    apply: Callable[[Sequence[Any], tuple[Any, ...], Sequence[torch.Tensor]], tuple[Any, ...]]
+
+
+def compile_stages(program: Program, results: Sequence[Staged | None], first: int = 0) -> Stages | None:
+    """A program as two functions, so that what does not depend on its seeds is computed once for many of them.
+
+    Args:
+        program: the program.
+        results: its results.
+        first: how many of the results belong to the first part; they must not depend on the seeds.
+
+    Returns:
+        The two functions; None when the first part would be empty or the program writes to its values.
+    """
+    if program.writes:
+        return None
+    source = _Source(program, results)
+    late = {slot for key, slot in program.inputs.items() if not isinstance(key, int)}
+    early: list[Instruction] = []
+    rest: list[Instruction] = []
+    for instruction in source.kept:
+        depends = not late.isdisjoint(refs((instruction.args, tuple(instruction.kwargs.values()))))
+        (rest if depends else early).append(instruction)
+        if depends:
+            late.update(instruction.outputs)
+    if not early and not first:
+        return None
+    numbers = range(len(source.wanted))
+    made = {slot for instruction in early for slot in instruction.outputs}
+    read = {slot for instruction in rest for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
+    later = [source.wanted[number] for number in numbers[first:]]
+    # A result of the second part that does not depend on the seeds must be a new tensor in each call.
+    source.copied.update(number for number in numbers[first:] if source.wanted[number] is not None and source.wanted[number] not in late)
+    passed = sorted(made & (read | {slot for slot in later if slot is not None}))
+    kept = [*(source.wanted[number] for number in numbers[:first]), *passed]
+    given = ", ".join(f"v{slot}" for slot in passed)
+    prepared = source.returned(numbers[:first])[len("    return ") :]
+    used_early = {slot for i in early for slot in refs((i.args, tuple(i.kwargs.values())))} | {s for s in kept if s is not None}
+    used_late = read | {slot for slot in later if slot is not None}
+    lines = ["def prepare(tape):", *source.inputs(used_early), *source.block(early, kept)]
+    lines.append(f"    return ({prepared}, ({given}{',' if len(passed) == 1 else ''}))")
+    lines += ["", "def apply(tape, known, seeds):"]
+    if passed:
+        lines.append(f"    {given}{',' if len(passed) == 1 else ''} = known")
+    lines += [*source.inputs(used_late), *source.block(rest, later), source.returned(numbers[first:])]
+    return Stages(source.compiled(lines, "prepare"), source.compiled(lines, "apply"))
+
+
+class _Source:
+    """A program on its way to Python code."""
+
+    def __init__(self, program: Program, results: Sequence[Staged | None]) -> None:
+        self.program = program
+        self.wanted = [None if staged is None else staged.slot for staged in results]
+        self.copied = shared_results(program, self.wanted) if program.recorded else set()
+        self.kept, made = simplify(program, [s for s in self.wanted if s is not None])
+        self.used = {slot for i in self.kept for slot in refs((i.args, tuple(i.kwargs.values())))}
+        self.used.update(slot for slot in self.wanted if slot is not None)
+        self.constants = {**{slot: _settled(tensor) for slot, tensor in program.constants.items()}, **made}
+        self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
+        self.names: dict[int, str] = {}
+
+    def inputs(self, used: set[int]) -> list[str]:
+        """The lines that read the inputs among ``used``."""
+        return [
+            f"    v{slot} = tape[{key}]" if isinstance(key, int) else f"    v{slot} = seeds[{key[1]}]"
+            for key, slot in self.program.inputs.items()
+            if slot in used
+        ]
+
+    def block(self, instructions: list[Instruction], kept: Sequence[int | None]) -> list[str]:
+        """The lines of some instructions; values are dropped after their last use, apart from those ``kept``."""
+        last = _last_uses(instructions, kept)
+        lines: list[str] = []
+        for number, instruction in enumerate(instructions):
+            lines.append("    " + _line(instruction, self.namespace, self.names))
+            dead = [f"v{slot}" for slot in last.get(number, ()) if slot not in self.constants]
+            if dead:
+                lines.append(f"    del {', '.join(dead)}")
+        return lines
+
+    def returned(self, numbers: range) -> str:
+        """The line that returns some of the results."""
+        names = ["None" if self.wanted[n] is None else f"v{self.wanted[n]}" for n in numbers]
+        items = ", ".join(f"{name}.clone()" if n in self.copied else name for n, name in zip(numbers, names, strict=True))
+        return f"    return ({items}{',' if len(names) == 1 else ''})"
+
+    def compiled(self, lines: list[str], name: str) -> Any:
+        """The function called ``name``."""
+        text = "\n".join(lines)
+        exec(compile(text, "<chainrule plan>", "exec"), self.namespace)  # noqa: S102 - our own generated source
+        function = self.namespace[name]
+        function.source = text
+        return function
 
 
 def _settled(tensor: torch.Tensor) -> torch.Tensor:
