@@ -270,3 +270,86 @@ def test_an_error_leaves_the_next_call_whole() -> None:
             derivative(torch.full((3,), 11.0, dtype=torch.float64))
         x = real(3)
         torch.testing.assert_close(derivative(x), torch.func.hessian(total)(x))
+
+
+LINEAR: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
+    "gradient": lambda m: m.grad(total),
+    "jacobian": lambda m: m.jacrev(smooth),
+    "gradient of a gradient": lambda m: m.grad(lambda x: m.grad(total)(x).sum()),
+    "gradient of a quadratic": lambda m: m.grad(lambda x: (x[:2] ** 2).sum() + x.sum()),
+    "gradient of a linear function": lambda m: m.grad(lambda x: x.sum()),
+    "gradient and value": lambda m: m.grad_and_value(total),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_functions_of_nests_serve_many_seeds(name: str) -> None:
+    ours, theirs = LINEAR[name](chainrule), LINEAR[name](torch.func)
+    for _ in range(3):
+        x = real(3)
+        output, pullback = chainrule.vjp(ours, x)
+        expected, oracle = torch.func.vjp(theirs, x)
+        torch.testing.assert_close(output, expected)
+        kept = []
+        for _ in range(3):
+            cotangents = torch.utils._pytree.tree_map(torch.randn_like, expected)
+            (found,) = pullback(cotangents)
+            torch.testing.assert_close(found, oracle(cotangents)[0])
+            kept.append(found.fill_(7.0))
+        assert len({item.data_ptr() for item in kept}) == 3
+        output, pushforward = chainrule.linearize(ours, x)
+        torch.testing.assert_close(output, expected)
+        for _ in range(3):
+            tangent = real(3)
+            torch.testing.assert_close(pushforward(tangent), torch.func.jvp(theirs, (x,), (tangent,))[1])
+
+
+def test_linear_functions_of_nests_join_and_nest() -> None:
+    for _ in range(2):
+        x, scale, seed = real(3).requires_grad_(), real(3).requires_grad_(), real(3).requires_grad_()
+        gradient = chainrule.grad(lambda y: (scale * y**3).sum())
+        with torch.no_grad():
+            _, pullback = chainrule.vjp(gradient, x)
+            assert not pullback(seed)[0].requires_grad
+        (found,) = pullback(seed)
+        torch.testing.assert_close(
+            torch.autograd.grad(found.sum(), (x, scale, seed)),
+            (6 * scale * seed, 6 * x * seed, 6 * scale * x),
+        )
+        x, scale, seed = x.detach(), scale.detach(), seed.detach()
+        _, pullback = chainrule.vjp(chainrule.grad(lambda y: (scale * y**3).sum()), x)
+        dense = torch.diag(6 * scale * x)
+        torch.testing.assert_close(chainrule.vmap(lambda v: pullback(v)[0])(torch.eye(3, dtype=x.dtype)), dense)
+        torch.testing.assert_close(chainrule.jacrev(lambda v: pullback(v)[0])(seed), dense)
+        torch.testing.assert_close(pullback(seed)[0], dense @ seed)
+        hessian = chainrule.jacrev(lambda y: chainrule.vjp(chainrule.grad(lambda z: (scale * z**3).sum()), y)[1](seed)[0])(x)
+        torch.testing.assert_close(hessian, torch.diag(6 * scale * seed))
+
+
+def test_linear_functions_of_nests_check_their_seeds() -> None:
+    x = real(3)
+    for _ in range(2):
+        _, pullback = chainrule.vjp(chainrule.grad(total), x)
+        with pytest.raises(RuntimeError, match="shape"):
+            pullback(real(4))
+        with pytest.raises(RuntimeError, match="structure"):
+            pullback((x, x))
+        _, pushforward = chainrule.linearize(chainrule.grad(total), x)
+        with pytest.raises(RuntimeError, match="structure"):
+            pushforward(x, x)
+        with pytest.raises(RuntimeError, match="dtype"):
+            pushforward(x.float())
+        torch.testing.assert_close(pullback(x)[0], torch.func.hessian(total)(x) @ x)
+
+
+def test_a_pullback_of_a_plain_function_serves_many_seeds() -> None:
+    weight = real(5, 4)
+    for _ in range(3):  # planned, compiled, replayed
+        x = real(4)
+        _, pullback = chainrule.vjp(lambda y: torch.tanh(weight @ y), x)
+        _, pushforward = chainrule.linearize(lambda y: torch.tanh(weight @ y), x)
+        _, oracle = torch.func.vjp(lambda y: torch.tanh(weight @ y), x)
+        for _ in range(3):
+            seed, tangent = real(5), real(4)
+            torch.testing.assert_close(pullback(seed), oracle(seed))
+            torch.testing.assert_close(pushforward(tangent), torch.func.jvp(lambda y: torch.tanh(weight @ y), (x,), (tangent,))[1])

@@ -17,7 +17,8 @@ from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
 from chainrule.plan.planner import Request, plan
 
-_COMPILING = threading.Lock()
+#: Plans are compiled by one thread at a time.
+COMPILING = threading.Lock()
 
 
 @dataclass
@@ -40,7 +41,7 @@ class CachedPlan:
 
     def compile(self) -> None:
         """Make the functions that replay the plan."""
-        with _COMPILING:
+        with COMPILING:
             if self.recorded is not None:
                 self.needs = list(self.recorded[0].inputs)
                 if self.staged:

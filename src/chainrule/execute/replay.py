@@ -126,12 +126,14 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     read = {slot for instruction in rest for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
     later = [source.wanted[number] for number in numbers[first:]]
     # A result of the second part that does not depend on the seeds must be a new tensor in each call.
-    source.copied.update(number for number in numbers[first:] if source.wanted[number] is not None and source.wanted[number] not in late)
+    wanted = source.wanted
+    source.copied.update(n for n in numbers[first:] if wanted[n] is not None and wanted[n] not in late)
     passed = sorted(made & (read | {slot for slot in later if slot is not None}))
     kept = [*(source.wanted[number] for number in numbers[:first]), *passed]
     given = ", ".join(f"v{slot}" for slot in passed)
     prepared = source.returned(numbers[:first])[len("    return ") :]
-    used_early = {slot for i in early for slot in refs((i.args, tuple(i.kwargs.values())))} | {s for s in kept if s is not None}
+    used_early = {slot for i in early for slot in refs((i.args, tuple(i.kwargs.values())))}
+    used_early.update(slot for slot in kept if slot is not None)
     used_late = read | {slot for slot in later if slot is not None}
     lines = ["def prepare(tape):", *source.inputs(used_early), *source.block(early, kept)]
     lines.append(f"    return ({prepared}, ({given}{',' if len(passed) == 1 else ''}))")

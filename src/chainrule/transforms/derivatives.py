@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
-from chainrule.transforms.nest import NO_NEST, Level, level_of, run_level, run_nest
+from chainrule.transforms.nest import NO_NEST, Level, Linearized, level_of, run_level, run_linearized, run_nest
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -134,29 +134,50 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         >>> pullback(torch.ones(2))
         (tensor([1., 1.]),)
     """
-    traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux)
-    for leaf in traced.out_leaves:
-        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
-            raise RuntimeError(
-                f"vjp({function_name(func)}): all outputs must be floating-point or complex Tensors, got {leaf.dtype}"
-            )
-    active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
+    found = None
+    if level_of(func) is not None:
+        found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
+    if found is None:
+        traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux)
+        for leaf in traced.out_leaves:
+            if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
+                raise RuntimeError(
+                    f"vjp({function_name(func)}): all outputs must be floating-point or complex Tensors, got {leaf.dtype}"
+                )
+        found = _pullback(traced)
+    leaves, out_spec, active, pull = found.leaves, found.spec, found.active, found.call
 
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
-        leaves, spec = tree_flatten(cotangents)
-        if spec != traced.out_spec:
+        given, spec = tree_flatten(cotangents)
+        if spec != out_spec:
             raise RuntimeError(
                 "vjp: expected pytree structure of cotangents to be the same as pytree structure of outputs to the "
-                f"function. cotangents: {spec}, primal output: {traced.out_spec}"
+                f"function. cotangents: {spec}, primal output: {out_spec}"
             )
-        for number, (leaf, out) in enumerate(zip(leaves, traced.out_leaves, strict=True)):
+        for number, (leaf, out) in enumerate(zip(given, leaves, strict=True)):
             check_seed(leaf, out, f"vjp: cotangent {number}", "output")
-        tensors = tuple(_match_dtype(leaves[number], traced.out_leaves[number]) for number in active)
-        return pull_back(traced, active, tensors)
+        return pull(tuple([_match_dtype(given[number], leaves[number]) for number in active]))
 
-    output = traced.output()
-    return (output, vjp_fn, traced.aux) if has_aux else (output, vjp_fn)
+    return (found.output, vjp_fn, found.traced.aux) if has_aux else (found.output, vjp_fn)
+
+
+def _no_finish(traced: Traced, single: bool) -> Any:
+    raise AssertionError("this level has a linear function in place of a result")
+
+
+def _pullback(traced: Traced) -> Linearized:
+    """The outputs of a run and its pullback."""
+    active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
+    return Linearized(
+        traced.out_leaves, traced.out_spec, active, partial(pull_back, traced, active), traced, traced.output()
+    )
+
+
+def _pushforward(traced: Traced) -> Linearized:
+    """The outputs of a run and its pushforward."""
+    active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
+    return Linearized(traced.out_leaves, traced.out_spec, active, partial(_pushed, traced), traced, traced.output())
 
 
 def pull_back(traced: Traced, active: list[int], cotangents: tuple[torch.Tensor, ...]) -> Any:
@@ -274,11 +295,19 @@ def push_forward(traced: Traced, tangents: list[Any], name: str) -> Any:
         RuntimeError: if a tangent does not match its primal.
         ValueError: if a tangent has an integer dtype.
     """
+    return _pushed(traced, tuple(_checked(tangents, traced, name)))
+
+
+def _checked(tangents: list[Any], traced: Traced, name: str) -> list[torch.Tensor]:
+    """Tangents that match the inputs, in their dtypes."""
     for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
         check_seed(leaf, primal, f"{name}: tangent {number}", "primal")
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise ValueError(f"{name}: tangent {number} must be floating point or complex, got {leaf.dtype}")
-    tensors = tuple(_match_dtype(leaf, primal) for leaf, primal in zip(tangents, traced.in_leaves, strict=True))
+    return [_match_dtype(t, primal) for t, primal in zip(tangents, traced.in_leaves, strict=True)]
+
+
+def _pushed(traced: Traced, tensors: tuple[torch.Tensor, ...]) -> Any:
     found = {}
     if any(slot is not None for slot in traced.out_slots):
         found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tensors, cast="output")
@@ -311,9 +340,16 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         >>> push(torch.ones(2))
         tensor([1., 1.])
     """
-    traced = trace(
-        func, primals, tuple(range(len(primals))), kwargs, "linearize", has_aux=has_aux, respect_no_grad=False
-    )
+    found = None
+    if level_of(func) is not None:
+        level = Level(func, "linearize", None, has_aux, _no_finish, ("linearize",))
+        found = run_linearized(level, primals, kwargs, _pushforward)
+    if found is None:
+        traced = trace(
+            func, primals, tuple(range(len(primals))), kwargs, "linearize", has_aux=has_aux, respect_no_grad=False
+        )
+        found = _pushforward(traced)
+    traced, push = found.traced, found.call
 
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents forward."""
@@ -327,10 +363,9 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
                 raise RuntimeError(
                     f"linearize: tangent {number}: mismatch in dtype, it is {leaf.dtype} and the primal is {primal.dtype}"
                 )
-        return push_forward(traced, leaves, "linearize")
+        return push(tuple(_checked(leaves, traced, "linearize")))
 
-    output = traced.output()
-    return (output, jvp_fn, traced.aux) if has_aux else (output, jvp_fn)
+    return (found.output, jvp_fn, found.traced.aux) if has_aux else (found.output, jvp_fn)
 
 
 def hvp(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from chainrule.capture.tape import BelowAutograd
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
+from chainrule.execute.replay import compile_stages
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import Argnums, flatten_inputs, flatten_outputs, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.trace import Traced, active_slot, trace
@@ -56,11 +57,12 @@ class Level:
         wrapper._chainrule_level = self  # type: ignore[attr-defined]
 
 
+@dataclass
 class NestPlan(CachedPlan):
     """The program of a whole nest, and how its results are put together."""
 
-    spec: TreeSpec
-    sources: list[int | None]
+    spec: Any = None
+    sources: list[int | None] = field(default_factory=list)
 
 
 #: In place of a plan: this nest is run level by level.
@@ -140,10 +142,21 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return level.finish(traced, single), traced.aux
 
 
-def _run_whole(
+@dataclass(slots=True)
+class _Run:
+    """One run of the innermost function of a nest, and the nest's cached plan."""
+
+    levels: Sequence[Level]
+    wanted: Sequence[tuple[tuple[int, ...], bool]]
+    traced: Traced
+    key: Any
+    cached: Any
+
+
+def _run_innermost(
     levels: Sequence[Level], args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
-) -> tuple[Any, Any]:
-    """Run the innermost function once, and the levels by one cached program."""
+) -> _Run | None:
+    """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
     count = len(args)
     wanted = []
     for level in reversed(levels):
@@ -158,13 +171,13 @@ def _run_whole(
     if any(positions != union for positions, _ in wanted):
         union = tuple(sorted({p for positions, _ in wanted for p in positions}))
         if not all(isinstance(args[p], torch.Tensor) for p in union):
-            return NO_NEST, None
+            return None
     first = levels[0]
     traced = trace(first.func, args, union, kwargs, first.name, has_aux=first.has_aux)
     tape = traced.tape
     if tape.saw_blocked and len(levels) > 1:
         # Under no_grad the levels may differ in what they count as constant.
-        return NO_NEST, None
+        return None
     traced.in_leaves = [tape.values[slot] for slot in traced.in_slots]
     key: Any = tape.signature(
         (
@@ -185,18 +198,145 @@ def _run_whole(
         key, cached = None, _BY_LEVELS
     if cached is None and not all(isinstance(value, torch.Tensor) for value in tape.values):
         cached = _BY_LEVELS
+    return _Run(levels, wanted, traced, key, cached)
+
+
+def _run_whole(
+    levels: Sequence[Level], args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+) -> tuple[Any, Any]:
+    """Run the innermost function once, and the levels by one cached program."""
+    run = _run_innermost(levels, args, kwargs, seeds)
+    if run is None:
+        return NO_NEST, None
+    traced, cached = run.traced, run.cached
     if cached is _BY_LEVELS:
-        return _run_levels(levels, wanted, traced, seeds, None), traced.aux
+        return _run_levels(levels, run.wanted, traced, seeds), traced.aux
     if cached is not None:
-        found = cached.run(tape.values, seeds)
-        leaves = [
-            tape.values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)
-        ]
+        values = traced.tape.values
+        found = cached.run(values, seeds)
+        leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
         return tree_unflatten(leaves, cached.spec), traced.aux
-    result, plan = _record_levels(levels, wanted, traced, seeds)
-    if key is not None:
-        engine.CACHE.put(key, plan)
+    result, plan = _record_levels(levels, run.wanted, traced, seeds)
+    if run.key is not None:
+        engine.CACHE.put(run.key, plan)
     return result, traced.aux
+
+
+@dataclass(slots=True)
+class Linearized:
+    """The output of a function and the linear function that goes with it (its pullback or its pushforward).
+
+    Attributes:
+        leaves: the output's leaves.
+        spec: their structure.
+        active: which of them depend on the inputs.
+        call: the linear function, from seeds to a tree.
+        traced: the run.
+        output: the output as the user gets it.
+    """
+
+    leaves: list[torch.Tensor]
+    spec: TreeSpec
+    active: list[int]
+    call: Callable[[tuple[torch.Tensor, ...]], Any]
+    traced: Traced
+    output: Any
+
+
+@dataclass
+class LinearPlan(NestPlan):
+    """The program of a nest under ``vjp`` or ``linearize``: the output first, then what depends on the seeds."""
+
+    first: int = 0
+    active: list[int] = field(default_factory=list)
+    out_spec: Any = None
+
+    def compile(self) -> None:
+        """Make the two functions that replay the plan."""
+        with engine.COMPILING:
+            if self.recorded is not None:
+                self.stages = compile_stages(*self.recorded, first=self.first)
+                self.recorded = None
+
+
+def run_linearized(
+    outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any], linear: Callable[[Traced], Linearized]
+) -> Linearized | None:
+    """Run a nest under ``vjp`` or ``linearize``: the innermost function once, what does not depend on the seeds once.
+
+    Args:
+        outer: the level of ``vjp`` or ``linearize``.
+        args: the user's arguments.
+        kwargs: the user's keyword arguments.
+        linear: linearizes a run on its tape.
+
+    Returns:
+        The output and the linear function; None when there is no nest, or none that can be run as a whole.
+    """
+    inner = level_of(outer.func)
+    if inner is None or current_ledger() is not None or torch._C._len_torch_dispatch_stack():
+        return None
+    levels = [inner, outer]
+    while (inner := level_of(levels[0].func)) is not None:
+        levels.insert(0, inner)
+    if any(level.has_aux != outer.has_aux for level in levels):
+        return None
+
+    def finish(traced: Traced, single: bool) -> Any:
+        found = linear(traced)
+        if traced.made is None:
+            return found
+        leaves = traced.in_leaves if outer.name == "linearize" else [found.leaves[n] for n in found.active]
+        with torch._C._DisableTorchDispatch():
+            seeds = [torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
+        traced.made.extend(seeds)
+        return [*found.leaves], found.call(tuple(seeds)), found
+
+    levels[-1] = Level(outer.func, outer.name, None, outer.has_aux, finish, outer.key)
+    run = _run_innermost(levels, args, kwargs, ())
+    if run is None:
+        return None
+    traced, plan = run.traced, run.cached
+    if plan is None:
+        made: list[torch.Tensor] = []
+        result, plan = _record_levels(levels, run.wanted, traced, (), made)
+        if run.key is not None:
+            engine.CACHE.put(run.key, plan)
+        if plan is _BY_LEVELS:
+            found: Linearized = result[2]
+            return found
+    if plan is _BY_LEVELS:
+        whole: Linearized = _run_levels(levels, run.wanted, traced, ())
+        return whole
+    return _replayed(plan, traced)
+
+
+def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
+    if plan.stages is None:
+        plan.compile()
+    assert plan.stages is not None
+    values, stages = traced.tape.values, plan.stages
+    prepared: dict[Any, tuple[Any, Any]] = {}
+
+    def prepare() -> tuple[Any, Any]:
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = prepared.get(key)
+        if found is None:
+            found = prepared[key] = stages.prepare(values)
+        return found
+
+    def call(seeds: tuple[torch.Tensor, ...]) -> Any:
+        found = stages.apply(values, prepare()[1], seeds)
+        later = plan.sources[plan.first :]
+        leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
+        return tree_unflatten(leaves, plan.spec)
+
+    first = prepare()[0]
+    leaves = [
+        traced.release(values[source]) if source is not None else leaf
+        for leaf, source in zip(first, plan.sources[: plan.first], strict=True)
+    ]
+    return Linearized(leaves, plan.out_spec, plan.active, call, traced, tree_unflatten(leaves, plan.out_spec))
 
 
 def _run_levels(
@@ -204,7 +344,7 @@ def _run_levels(
     wanted: Sequence[tuple[tuple[int, ...], bool]],
     traced: Traced,
     seeds: tuple[torch.Tensor, ...],
-    recorder: Recorder | None,
+    made: list[torch.Tensor] | None = None,
 ) -> Any:
     """The levels one after the other on the tape of the innermost run; all but the last are recorded on it."""
     tape = traced.tape
@@ -222,6 +362,7 @@ def _run_levels(
         here = _restricted(whole, union, positions, leaves, spec, slots)
         if number == last:
             here.seeds = seeds
+            here.made = made
             here.grad_enabled = whole.grad_enabled
             result = level.finish(here, single)
             break
@@ -252,6 +393,7 @@ def _record_levels(
     wanted: Sequence[tuple[tuple[int, ...], bool]],
     traced: Traced,
     seeds: tuple[torch.Tensor, ...],
+    made: list[torch.Tensor] | None = None,
 ) -> tuple[Any, Any]:
     """Run the levels and write down what they compute as one program."""
     tape = traced.tape
@@ -263,21 +405,34 @@ def _record_levels(
         if slot is not None:
             return program.input(slot, tensor)
         number = numbers.get(id(tensor))
+        if number is None and made:
+            number = next((n for n, seed in enumerate(made) if seed is tensor), None)
         return None if number is None else program.input(("seed", number), tensor)
 
     recorder = Recorder(find)
     with recorder, collecting(UNCACHED):
         tape.settle()
-        result = _run_levels(levels, wanted, traced, seeds, recorder)
-    leaves, spec = tree_flatten(result)
+        result = _run_levels(levels, wanted, traced, seeds, made)
+    linear: Linearized | None = None
+    if made is not None:
+        outputs, pulled, linear = result
+        later, spec = tree_flatten(pulled)
+        leaves = [*outputs, *later]
+    else:
+        leaves, spec = tree_flatten(result)
     sources: list[int | None] = [slots.get(id(leaf)) for leaf in leaves]
     staged = [None if source is not None else recorder.staged(leaf) for leaf, source in zip(leaves, sources, strict=True)]
     whole = all(s is not None or source is not None for s, source in zip(staged, sources, strict=True))
-    if not (recorder.pure and whole):
-        return result, _BY_LEVELS
     program = recorder.program
+    if not (recorder.pure and whole) or (linear is not None and program.writes):
+        return result, _BY_LEVELS
     program._input_values.clear()
     bare = [None if s is None else Staged(program, s.slot, None) for s in staged]  # type: ignore[arg-type]
-    plan = NestPlan(list(range(len(leaves))), (program, bare))
+    keys = list(range(len(leaves)))
+    if linear is not None:
+        first = len(linear.leaves)
+        plan: NestPlan = LinearPlan(keys, (program, bare), first=first, active=linear.active, out_spec=linear.spec)
+    else:
+        plan = NestPlan(keys, (program, bare))
     plan.spec, plan.sources = spec, sources
     return result, plan

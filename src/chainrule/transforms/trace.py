@@ -64,6 +64,7 @@ class Traced:
         aux: the auxiliary output.
         grad_enabled: whether gradients were on around the transform.
         seeds: tangents of the inputs, where a nest is run as a whole.
+        made: where a nest is recorded, the seeds that a linear part was recorded with.
         columns: for each input, the block of it that stands for it on the tape; None where it stands for itself.
     """
 
@@ -78,6 +79,7 @@ class Traced:
     grad_enabled: bool
     columns: list[Block | None]
     seeds: tuple[torch.Tensor, ...] = ()
+    made: list[torch.Tensor] | None = None
 
     def output(self) -> Any:
         """The outputs in the user's structure."""
