@@ -91,6 +91,12 @@ def _pdist(input: Tensor, p: float = 2.0) -> Tensor:
     return _distances(torch.index_select(input, 0, first) - torch.index_select(input, 0, second), p)
 
 
+def _cross(input: Tensor, other: Tensor, dim: int = -1) -> Tensor:
+    """The cross product along a dimension of size 3."""
+    input, other = torch.broadcast_tensors(input, other)
+    return input.roll(-1, dim) * other.roll(-2, dim) - input.roll(-2, dim) * other.roll(-1, dim)
+
+
 _FROM_TORCH = """
     nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
     binary_cross_entropy_with_logits huber_loss smooth_l1_loss soft_margin_loss mse_loss grid_sampler_2d
@@ -124,6 +130,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.cdist.default: _cdist,
     aten._cdist_forward.default: _cdist,
     aten._pdist_forward.default: _pdist,
+    aten.linalg_cross.default: _cross,
 }
 
 __all__ = ["DECOMPOSITIONS", "composite"]

@@ -17,6 +17,7 @@ from chainrule.rules import (
     elementwise_special,
     layers,
     linalg,
+    linalg_factorisations,
     moves,
     normalisations,
     pooling,
@@ -56,6 +57,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     layers.RULES,
     pooling.RULES,
     linalg.RULES,
+    linalg_factorisations.RULES,
 )
 
 RULES: dict[Any, Rule] = _merged(FAMILIES)
