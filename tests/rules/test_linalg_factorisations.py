@@ -233,10 +233,12 @@ COMPLEX: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "eigenvectors": lambda a: torch.linalg.eigh(hermitian(a))[1].abs(),
     "singular_values": lambda a: torch.linalg.svdvals(rectangular(a)),
     "singular_vectors": lambda a: torch.linalg.svd(rectangular(a))[0].abs(),
-    "qr": lambda a: torch.linalg.qr(rectangular(a))[1].abs(),
+    "singular_vectors_left_and_right": lambda a: singular(rectangular(a)).abs(),
+    "singular_vectors_tall": lambda a: singular(torch.complex(a, a.flip(-1).sin())).abs(),
+    "singular_vectors_wide": lambda a: singular(torch.complex(a, a.flip(-1).sin()).mT).imag,
+    "nuclear_norm": lambda a: torch.linalg.norm(rectangular(a), "nuc", dim=(-2, -1)),
     "exponential": lambda a: torch.linalg.matrix_exp(rectangular(a)).abs(),
     "lu_solve": complex_solution,
-    "pseudo_inverse": lambda a: torch.linalg.pinv(rectangular(a)).abs(),
     "general_eigenvalues": lambda a: torch.linalg.eigvals(rectangular(a)).abs(),
 }
 

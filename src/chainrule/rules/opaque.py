@@ -18,6 +18,7 @@ from chainrule.dispatch import LightMode
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
+from chainrule.rules.linalg_complex import COMPLEX
 
 aten = torch.ops.aten
 
@@ -305,6 +306,9 @@ class OpaqueAction:
 
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
+    if call.op in COMPLEX and call.tensor(call.args[0]).is_complex():
+        yield from COMPLEX[call.op](call)
+        return
     template = _Template(call)
     for number, item in enumerate(template.tensors):
         if not call.is_active(item):
