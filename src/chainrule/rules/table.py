@@ -24,6 +24,7 @@ from chainrule.rules import (
     products,
     reductions,
     scans,
+    scatter_products,
     selections,
     views,
 )
@@ -50,6 +51,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     views.RULES,
     moves.RULES,
     selections.RULES,
+    scatter_products.RULES,
     products.RULES,
     reductions.RULES,
     scans.RULES,
