@@ -59,3 +59,30 @@ def test_bilinear_layer_is_structured() -> None:
     check(lambda w: torch.nn.functional.bilinear(first, second, w), (randn(2, 3, 4),))
     account = chainrule.explain(chainrule.jacrev(layer, (0, 1)))(randn(5, 3), randn(5, 4))
     assert not account.opaque
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs a newer torch")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunked_linear_cross_entropy(reduction: str) -> None:
+    """An op that computes its gradients in advance, but only for tensors that require grad, against the loss's definition."""
+    functional = torch.nn.functional
+    options = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions(batch_chunk_size=2)
+    x, w, target = randn(5, 3), randn(4, 3), torch.tensor([0, 1, -100, 3, 2])
+
+    def chunked(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return functional.linear_cross_entropy(x, w, target, reduction=reduction, options=options)
+
+    def defined(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(x @ w.mT, target, reduction=reduction)
+
+    wanted = torch.func.jacrev(defined, (0, 1))(x, w)
+    assert_same(chainrule.jacrev(chunked, (0, 1))(x, w), wanted)
+    assert_same(chainrule.jacfwd(chunked, (0, 1))(x, w), wanted)
+    total = lambda f: lambda x: f(x, w).sin().sum()  # noqa: E731
+    assert_same(chainrule.hessian(total(chunked))(x), torch.func.hessian(total(defined))(x))
+    stacked = torch.stack([x, 2 * x])
+    single = torch.stack([torch.func.grad(total(defined))(sample) for sample in stacked])
+    assert_same(chainrule.vmap(chainrule.grad(total(chunked)))(stacked), single)
+    source = stacked.clone().requires_grad_()
+    (outer,) = torch.autograd.grad(chainrule.vmap(total(chunked))(source).sum(), source)
+    assert_same(outer, single)

@@ -29,7 +29,7 @@ from chainrule.rules import (
     views,
 )
 from chainrule.rules.base import Rule
-from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, composite
+from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, LATE_DECOMPOSITIONS, composite
 from chainrule.rules.opaque import opaque_rule
 
 
@@ -89,7 +89,7 @@ class Rules:
         """A composite form to record instead of the op, for ops without a rule of their own."""
         if op in RULES:
             return None
-        return DECOMPOSITIONS.get(op) or composite(op)
+        return DECOMPOSITIONS.get(op) or LATE_DECOMPOSITIONS.get(op._schema.name) or composite(op)
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""
