@@ -1,4 +1,4 @@
-"""The singular value decomposition of complex matrices, whose vectors are defined up to phases.
+"""The singular value decomposition of complex matrices, whose vectors are defined up to phases, and their QR decomposition.
 
 Torch's own formula uses that a function of *all* outputs does not depend on the phases. Here each output is differentiated
 by itself, so the phases have to be chosen once for all: the derivative of each pair of vectors turns both of them by half of
@@ -11,6 +11,7 @@ Source: J. Townsend, "Differentiating the singular value decomposition" (2016), 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,75 @@ def _singular_values(call: Call) -> Iterable[Edge]:
         yield operator_edge(call, item, push, pull, (), flops, output)
 
 
-#: How complex calls are linearised that torch's formula does not differentiate output by output.
-COMPLEX: dict[Any, Callable[[Call], Iterable[Edge]]] = {aten._linalg_svd.default: _singular_values}
+class _Orthogonal:
+    """``A = Q R`` with real numbers on R's diagonal, and the inverse of R's leading square block."""
+
+    def __init__(self, call: Call, program: Program) -> None:
+        self.q, self.r = call.stage_output(program, 0), call.stage_output(program, 1)
+        size, columns = self.r.shape[-2:]
+        eye = program.constant(torch.eye(size, dtype=self.r.dtype, device=self.r.device))
+        leading = self.r[..., :size]
+        inverse = aten.linalg_solve_triangular.default(leading, torch.broadcast_to(eye, leading.shape), upper=True)
+        self.inverse = torch.constant_pad_nd(inverse, [0, 0, 0, columns - size]) if columns > size else inverse
+
+    def skew(self, m: Staged) -> Staged:
+        """The skew-Hermitian matrix with the lower part of ``m`` and the imaginary part of its diagonal."""
+        lower = torch.tril(m, -1)
+        return lower - _adjoint(lower) + self._diagonal(m)
+
+    def unskew(self, w: Staged) -> Staged:
+        """The adjoint of that."""
+        return torch.tril(w - _adjoint(w), -1) + self._diagonal(w)
+
+    def _diagonal(self, m: Staged) -> Staged:
+        angle = torch.imag(torch.diagonal(m, 0, -2, -1))
+        return torch.diag_embed(torch.complex(torch.zeros_like(angle), angle))
+
+    def push(self, rows: Staged, output: int) -> Staged:
+        """``dQ = Q Ω + (1 - Q Qᴴ) dA R⁻¹`` and ``dR = Qᴴ dA - Ω R``."""
+        projected = torch.matmul(_adjoint(self.q), rows)
+        omega = self.skew(torch.matmul(projected, self.inverse))
+        if output == 1:
+            return torch.triu(projected - torch.matmul(omega, self.r))
+        moved = torch.matmul(rows, self.inverse)
+        return moved + torch.matmul(self.q, omega - torch.matmul(_adjoint(self.q), moved))
+
+    def pull(self, rows: Staged, output: int) -> Staged:
+        """The adjoint."""
+        right = _adjoint(self.inverse)
+        if output == 1:
+            rows = torch.triu(rows)
+            inner = self.unskew(torch.matmul(rows, _adjoint(self.r)))
+            return torch.matmul(self.q, rows - torch.matmul(inner, right))
+        inner = torch.matmul(_adjoint(self.q), rows)
+        return torch.matmul(rows + torch.matmul(self.q, self.unskew(inner) - inner), right)
+
+
+def _qr(call: Call) -> Iterable[Edge] | None:
+    """Both factors; None where torch says that there is no derivative."""
+    item, mode = call.args[0], call.argument("mode")
+    rows, columns = call.shape(item)[-2:]
+    if mode == "r" or (mode == "complete" and rows > columns):
+        return None
+
+    def push(c: Call, program: Program, rows: Staged, count: int, output: int) -> Staged:
+        return _Orthogonal(c, program).push(rows, output)
+
+    def pull(c: Call, program: Program, rows: Staged, count: int, output: int) -> Staged:
+        return _Orthogonal(c, program).pull(rows, output)
+
+    flops = 8 * min(rows, columns) * call.tensor(item).numel()
+    return [
+        operator_edge(call, item, partial(push, output=output), partial(pull, output=output), (), flops, output)
+        for output in range(2)
+        if call.is_active(item)
+    ]
+
+
+#: How complex calls are linearised whose formula in torch cannot be taken output by output, or writes in place.
+COMPLEX: dict[Any, Callable[[Call], Iterable[Edge] | None]] = {
+    aten._linalg_svd.default: _singular_values,
+    aten.linalg_qr.default: _qr,
+}
 
 __all__ = ["COMPLEX"]

@@ -307,8 +307,10 @@ class OpaqueAction:
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
     if call.op in COMPLEX and call.tensor(call.args[0]).is_complex():
-        yield from COMPLEX[call.op](call)
-        return
+        edges = COMPLEX[call.op](call)
+        if edges is not None:
+            yield from edges
+            return
     template = _Template(call)
     for number, item in enumerate(template.tensors):
         if not call.is_active(item):
