@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
+import chainrule
 from chainrule.batching.mode import VmapMode
 from chainrule.transforms.vmap import vmap
 
@@ -382,3 +383,24 @@ def test_gradient_inside(name: str) -> None:
     tolerance = 1e-4 if name == "pointwise/cast" else 1e-7
     for ours, right in zip(vmap(gradient)(*args), expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 4, 3, 2), (2, 4, 3, 2, 2)])
+def test_channel_shuffle_of_any_rank(shape: tuple[int, ...]) -> None:
+    """The channels come second in a sample of any rank."""
+    x = torch.randn(3, *shape)
+    expected = torch.stack([torch.nn.functional.channel_shuffle(sample, 2) for sample in x])
+    torch.testing.assert_close(chainrule.vmap(lambda s: torch.nn.functional.channel_shuffle(s, 2))(x), expected)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_derivative_of_a_scattered_product(include_self: bool) -> None:
+    """Torch's own formula asks for a number in Python; this one can be batched."""
+    x, source = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    index = torch.tensor([0, 1, 1, 0])
+
+    def total(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return x.scatter_reduce(0, index, source, "prod", include_self=include_self).sin().sum()
+
+    expected = torch.stack([torch.func.grad(total, 1)(x[k], source[k]) for k in range(2)])
+    torch.testing.assert_close(chainrule.vmap(chainrule.grad(total, 1))(x, source), expected)

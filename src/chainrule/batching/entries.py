@@ -10,6 +10,7 @@ from torch._decomp import decomposition_table
 from chainrule.rules.batching import BATCHING, DATA_DEPENDENT, INPLACE
 from chainrule.rules.batching_base import BatchStrategy, is_composite
 from chainrule.rules.batching_pointwise import align, align_inplace, align_kwargs
+from chainrule.rules.decompositions import LATE_DECOMPOSITIONS
 
 # Kinds of op, as the handler treats them.
 FUNCTIONAL, VIEW, INPLACE_KIND, OUT = range(4)
@@ -57,7 +58,9 @@ class OpEntry:
         self.out_names = [argument.name for argument in written]
         self.random = torch.Tag.nondeterministic_seeded in func.tags
         self.composite = is_composite(func)
-        self.decomposition = None if schema.name in _NO_DECOMPOSITION else decomposition_table.get(func)
+        self.decomposition = LATE_DECOMPOSITIONS.get(schema.name)
+        if self.decomposition is None and schema.name not in _NO_DECOMPOSITION:
+            self.decomposition = decomposition_table.get(func)
         self.data_dependent = DATA_DEPENDENT.get(func)
         self.functional = None
         self.kind = FUNCTIONAL

@@ -59,6 +59,11 @@ def fold_into_batch(full_rank: int, func: Any, args: Sequence[Any], kwargs: dict
     return unfolded[0] if isinstance(result, Tensor) else unfolded
 
 
+def channel_shuffle(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """channel_shuffle: samples of any rank, with the channels after the first dimension."""
+    return fold_into_batch(logical_rank(args[0]), func, args, kwargs, size)
+
+
 def attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
     """Fused attention and its backward on (N, heads, length, features): the batch joins N."""
     bound = bind(func, args, kwargs)
@@ -390,7 +395,7 @@ _FOLDED: dict[int, list[str]] = {
         "_upsample_nearest_exact2d", "_upsample_nearest_exact2d_backward", "upsample_bilinear2d",
         "upsample_bilinear2d_backward", "upsample_bicubic2d", "upsample_bicubic2d_backward",
         "_upsample_bilinear2d_aa", "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa",
-        "_upsample_bicubic2d_aa_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "channel_shuffle",
+        "_upsample_bicubic2d_aa_backward", "grid_sampler_2d", "grid_sampler_2d_backward",
         "mkldnn_max_pool2d",
     ],
     5: [
@@ -430,6 +435,8 @@ _ATTENTION = [
 LAYERS: dict[Any, BatchStrategy] = {
     **_folded_table(),
     **{getattr(aten, name).default: attention for name in _ATTENTION if hasattr(aten, name)},
+    aten.channel_shuffle.default: channel_shuffle,
+    aten.native_channel_shuffle.default: channel_shuffle,
     aten.convolution.default: convolution,
     aten.convolution_backward.default: convolution_backward,
     aten.native_batch_norm.default: batch_norm,

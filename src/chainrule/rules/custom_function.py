@@ -10,7 +10,7 @@ import torch
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
-from chainrule.rules.opaque import strip_graph
+from chainrule.rules.opaque import apart
 
 
 class FunctionContext:
@@ -114,12 +114,14 @@ class FunctionAction:
         out = outputs[self.output]
         if self.function.jvp is not torch.autograd.Function.jvp:
             return self._push_by_jvp(rows, context, out)
-        with torch.enable_grad():
-            try:
-                pushed = self._push_transposed(rows, like, context, outputs, out)
-            except (RuntimeError, NotImplementedError):
-                pushed = self._push_dense(rows, like, context, outputs, out)
-        return strip_graph(pushed, rows, like, *outputs)
+        return apart(self._push, rows, like, context, *outputs)
+
+    def _push(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
+        out = outputs[self.output]
+        try:
+            return self._push_transposed(rows, like, context, outputs, out)
+        except (RuntimeError, NotImplementedError):
+            return self._push_dense(rows, like, context, outputs, out)
 
     def _push_by_jvp(self, rows: torch.Tensor, context: Any, out: torch.Tensor) -> torch.Tensor:
         pushed = []

@@ -91,6 +91,31 @@ def _pdist(input: Tensor, p: float = 2.0) -> Tensor:
     return _distances(torch.index_select(input, 0, first) - torch.index_select(input, 0, second), p)
 
 
+def _cross(input: Tensor, other: Tensor, dim: int = -1) -> Tensor:
+    """The cross product along a dimension of size 3."""
+    input, other = torch.broadcast_tensors(input, other)
+    return input.roll(-1, dim) * other.roll(-2, dim) - input.roll(-2, dim) * other.roll(-1, dim)
+
+
+def _linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None, reduction: str,
+    ignore_index: int, label_smoothing: float, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss without its precomputed gradients, which the op makes only for tensors that require grad."""
+    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    loss = torch.nn.functional.cross_entropy(
+        logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    return loss, input.new_zeros((0, 0)), input.new_zeros((0, 0)), input.new_zeros((0,))
+
+
+def _linear_cross_entropy_no_reduction(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None, ignore_index: int,
+    *options: Any
+) -> Tensor:  # fmt: skip
+    return _linear_cross_entropy(input, linear_weight, target, linear_bias, weight, "none", ignore_index, 0.0)[0]
+
+
 _FROM_TORCH = """
     nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
     binary_cross_entropy_with_logits huber_loss smooth_l1_loss soft_margin_loss mse_loss grid_sampler_2d
@@ -124,9 +149,16 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.cdist.default: _cdist,
     aten._cdist_forward.default: _cdist,
     aten._pdist_forward.default: _pdist,
+    aten.linalg_cross.default: _cross,
 }
 
-__all__ = ["DECOMPOSITIONS", "composite"]
+#: The same for ops that torch registers when they are first used, by name.
+LATE_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "torch_nn::_linear_cross_entropy_batch_chunked": _linear_cross_entropy,
+    "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction": _linear_cross_entropy_no_reduction,
+}
+
+__all__ = ["DECOMPOSITIONS", "JOINED", "LATE_DECOMPOSITIONS", "composite"]
 
 
 #: Ops whose rules read results that torch's autograd takes for constants (saved means, ``rstd``). When torch's own

@@ -1,7 +1,7 @@
 """Linear algebra: solutions, inverses and factorisations, batch dimensions kept diagonal.
 
 Formulas as in M. B. Giles, "Collected matrix derivative results for forward and reverse mode algorithmic
-differentiation" (2008). What is not declared here (eigenvalues, singular values, QR, LU) is opaque.
+differentiation" (2008). Eigenvalues, singular values, QR and LU stand in :mod:`chainrule.rules.linalg_factorisations`.
 """
 
 from __future__ import annotations
@@ -171,4 +171,5 @@ RULES: dict[Any, Rule] = {
     aten.linalg_inv_ex.default: Rule("linear algebra", _inverse),
     aten._linalg_slogdet.default: Rule("linear algebra", _log_determinant),
     aten.linalg_cholesky_ex.default: Rule("linear algebra", _cholesky),
+    aten.cholesky.default: Rule("linear algebra", _cholesky),
 }

@@ -7,15 +7,18 @@ row by row from pullbacks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
+from chainrule.dispatch import LightMode
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
+from chainrule.rules.linalg_complex import COMPLEX
 
 aten = torch.ops.aten
 
@@ -101,13 +104,126 @@ def _fill(tree: Any, tensors: list[torch.Tensor]) -> Any:
 
 def _strip(tensor: torch.Tensor) -> torch.Tensor:
     """Leave torch's autograd graph while staying the same value for every tape."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return aten.alias.default(tensor)
 
 
-def strip_graph(result: torch.Tensor, *sources: Any) -> torch.Tensor:
-    """Drop torch's graph from a result unless one of the tensors it came from has one."""
-    joined = any(isinstance(t, torch.Tensor) and t.requires_grad for t in sources) and torch.is_grad_enabled()
+class _UnknownTensorError(Exception):
+    """A tensor of autograd's graph that stands for nothing that a screen has seen."""
+
+
+class _Twin(torch.Tensor):
+    """What autograd sees of a tensor that holds no data of its own (a batched one)."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Never reached inside a screen."""
+        raise _UnknownTensorError
+
+
+def _twin_of(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.__class__ is not torch.Tensor:
+        place, kind = tensor.storage_offset(), tensor.dtype
+        made: torch.Tensor = torch.Tensor._make_wrapper_subclass(
+            _Twin, tensor.shape, tensor.stride(), place, None, kind, torch.strided, tensor.device
+        )
+        return made
+    with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C._DisableTorchDispatch():
+        return aten.alias.default(tensor) if tensor.layout == torch.strided else tensor.clone()
+
+
+class _Screen(LightMode):
+    """Stands between torch's autograd and the modes outside: each sees tensors of its own.
+
+    Autograd works on twins, which carry its graph. The op itself runs on what they stand for, so that a tape outside
+    records values without a graph, as if the formula had been written out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: dict[int, torch.Tensor] = {}
+        self._twins: dict[int, torch.Tensor] = {}
+        self._saved: dict[int, torch.Tensor] = {}
+        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+
+    def twin(self, item: Any) -> Any:
+        """What autograd sees of a tensor, or of a list of them."""
+        if isinstance(item, (list, tuple)):
+            return type(item)(self.twin(element) for element in item)
+        if not isinstance(item, torch.Tensor):
+            return item
+        twin = self._twins.get(id(item))
+        if twin is None:
+            twin = _twin_of(item)
+            self._twins[id(item)] = twin
+            self._sources[id(twin)] = item
+        return twin
+
+    def source(self, item: Any) -> Any:
+        """What a twin, or a list of them, stands for."""
+        if isinstance(item, (list, tuple)):
+            return type(item)(self.source(element) for element in item)
+        if not isinstance(item, torch.Tensor):
+            return item
+        if item.requires_grad and id(item) in self._saved:
+            return self._saved[id(item)]
+        source = self._sources.get(id(item))
+        if source is None and item.requires_grad:
+            raise _UnknownTensorError
+        return item if source is None else source
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op on what its arguments stand for."""
+        sources, named = self.source(tuple(args)), {name: self.source(item) for name, item in (kwargs or {}).items()}
+        with torch._C._ForceDispatchKeyGuard(*self._outside):
+            out = self.twin(func(*sources, **named))
+        if func is aten.detach.default:
+            # So autograd saves an op's own result, and hands it back: detached, and then made a part of its graph again.
+            self._saved[id(out)] = self._saved.get(id(args[0]), sources[0])
+        return out
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Let autograd see what runs inside, even where it is switched off around it."""
+        exclude = self._outside[1] - _AUTOGRAD_KEYS
+        with self, torch.enable_grad():
+            with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
+                yield
+
+
+def _autograd_keys() -> Any:
+    before = torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return torch._C._dispatch_tls_local_exclude_set() - before
+
+
+_AUTOGRAD_KEYS = _autograd_keys()
+
+
+def apart(action: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """Run an action that differentiates by torch's autograd.
+
+    The graph that it makes stays inside. The result, and what tapes record on the way to it, has a graph only where one
+    of the arguments brought one along.
+    """
+    tensors = [item for item in arguments if isinstance(item, torch.Tensor)]
+    joined = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not joined and torch._C._len_torch_dispatch_stack():
+        screen = _Screen()
+        try:
+            with screen.differentiating():
+                result = action(*screen.twin(arguments))
+            return screen.source(result)
+        except _UnknownTensorError:
+            pass
+    with torch.enable_grad():
+        result = action(*arguments)
     return result if joined or not result.requires_grad else _strip(result)
 
 
@@ -125,24 +241,27 @@ class OpaqueAction:
         self.number = number
         self.output = output
 
-    def _run(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """The op's output and the leaf it is differentiated by; whether torch's graph belongs to the caller."""
-        joined = any(t.requires_grad for t in tensors) and torch.is_grad_enabled()
-        with torch.enable_grad():
-            aliases = [t if i != self.number else aten.alias.default(t) for i, t in enumerate(tensors)]
-            leaf = aliases[self.number]
-            if not leaf.requires_grad:
-                leaf.requires_grad_()
-            out = self.template.run(aliases)
-        return (out if isinstance(out, torch.Tensor) else out[self.output]), leaf, joined
-
     def pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Cotangents ``(R, *out_shape)`` to cotangents ``(R, *in_shape)``."""
-        out, leaf, joined = self._run(tensors)
-        with torch.enable_grad():
-            pulled = [self._pull_one(out, leaf, row) for row in rows.unbind(0)]
-            stacked = torch.stack(pulled) if pulled else rows.new_zeros((0, *leaf.shape))
-        return stacked if joined or not stacked.requires_grad else _strip(stacked)
+        return apart(self._pull, rows, *tensors)
+
+    def push(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Tangents ``(R, *in_shape)`` to tangents ``(R, *out_shape)``."""
+        return apart(self._push, rows, *tensors)
+
+    def _run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The op's output and the leaf it is differentiated by."""
+        aliases = [t if i != self.number else aten.alias.default(t) for i, t in enumerate(tensors)]
+        leaf = aliases[self.number]
+        if not leaf.requires_grad:
+            leaf.requires_grad_()
+        out = self.template.run(aliases)
+        return (out if isinstance(out, torch.Tensor) else out[self.output]), leaf
+
+    def _pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        out, leaf = self._run(tensors)
+        pulled = [self._pull_one(out, leaf, row) for row in rows.unbind(0)]
+        return torch.stack(pulled) if pulled else rows.new_zeros((0, *leaf.shape))
 
     def _pull_one(self, out: torch.Tensor, leaf: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         if not out.requires_grad:
@@ -153,15 +272,12 @@ class OpaqueAction:
             return torch.zeros_like(leaf)
         return pulled.to_dense() if pulled.layout != torch.strided else pulled
 
-    def push(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Tangents ``(R, *in_shape)`` to tangents ``(R, *out_shape)``."""
-        out, leaf, joined = self._run(tensors)
-        with torch.enable_grad():
-            try:
-                pushed = self._push_transposed(out, leaf, rows)
-            except (RuntimeError, NotImplementedError):
-                pushed = self._push_dense(out, leaf, rows)
-        return pushed if joined or not pushed.requires_grad else _strip(pushed)
+    def _push(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        out, leaf = self._run(tensors)
+        try:
+            return self._push_transposed(out, leaf, rows)
+        except (RuntimeError, NotImplementedError):
+            return self._push_dense(out, leaf, rows)
 
     def _push_transposed(self, out: torch.Tensor, leaf: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if not out.requires_grad:
@@ -190,6 +306,11 @@ class OpaqueAction:
 
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
+    if call.op in COMPLEX and call.tensor(call.args[0]).is_complex():
+        edges = COMPLEX[call.op](call)
+        if edges is not None:
+            yield from edges
+            return
     template = _Template(call)
     for number, item in enumerate(template.tensors):
         if not call.is_active(item):
@@ -218,4 +339,4 @@ def opaque_rule(op: OpOverload) -> Rule:
     return Rule("opaque", opaque_edges, reads=True, kind="opaque")
 
 
-__all__ = ["OpaqueAction", "opaque_edges", "opaque_rule"]
+__all__ = ["OpaqueAction", "apart", "opaque_edges", "opaque_rule"]

@@ -38,7 +38,21 @@ def _linear(call: Call) -> Iterable[Edge]:
         yield single(call, bias, [diagonal_term(call.shape(bias), new_axes(call.out_shape))])
 
 
+def _trilinear(call: Call) -> Iterable[Edge]:
+    """A product of three tensors, each repeated along its ``expand`` dimensions, summed over ``sumdim``."""
+    rank = len(call.shape(call.args[0])) + len(call.argument("expand1"))
+    letters = "abcdefghijklmnopqrstuvwxyz"[:rank]
+
+    def without(name: str) -> str:
+        left_out = {dim % rank for dim in call.argument(name)}
+        return "".join(letter for dim, letter in enumerate(letters) if dim not in left_out)
+
+    inputs = ",".join(without(name) for name in ("expand1", "expand2", "expand3"))
+    yield from contraction_edges(call, f"{inputs}->{without('sumdim')}", (0, 1, 2))
+
+
 RULES: dict[Any, Rule] = {
+    aten._trilinear.default: Rule("contraction", _trilinear),
     aten.linear.default: Rule("contraction", _linear),
     aten.mm.default: contraction("ik,kj->ij", (0, 1)),
     aten.bmm.default: contraction("bik,bkj->bij", (0, 1)),

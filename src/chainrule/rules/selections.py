@@ -86,7 +86,7 @@ def _line_mask(call: Call, axes: Sequence[Axis], inside: float, outside: float) 
     return Factor(formula_node(call, (size,), formula), (axes[dim],))
 
 
-def _base(call: Call, factors: Callable[[tuple[Axis, ...]], Sequence[Factor]] = lambda axes: ()) -> Iterable[Edge]:
+def self_edge(call: Call, factors: Callable[[tuple[Axis, ...]], Sequence[Factor]] = lambda axes: ()) -> Iterable[Edge]:
     """The edge from the first argument, of which the factors keep a part."""
     base = call.args[0]
     if call.is_active(base):
@@ -97,7 +97,7 @@ def _base(call: Call, factors: Callable[[tuple[Axis, ...]], Sequence[Factor]] = 
 
 
 def _index_add(call: Call) -> Iterable[Edge]:
-    yield from _base(call)
+    yield from self_edge(call)
     source = call.argument("source")
     if call.is_active(source):
         term = _written_along(call, source)
@@ -106,14 +106,14 @@ def _index_add(call: Call) -> Iterable[Edge]:
 
 
 def _index_copy(call: Call) -> Iterable[Edge]:
-    yield from _base(call, lambda axes: [_line_mask(call, axes, 0.0, 1.0)])
+    yield from self_edge(call, lambda axes: [_line_mask(call, axes, 0.0, 1.0)])
     source = call.argument("source")
     if call.is_active(source):
         yield single(call, source, [_written_along(call, source)])
 
 
 def _index_fill(call: Call) -> Iterable[Edge]:
-    yield from _base(call, lambda axes: [_line_mask(call, axes, 0.0, 1.0)])
+    yield from self_edge(call, lambda axes: [_line_mask(call, axes, 0.0, 1.0)])
     value = call.argument("value")
     if call.is_active(value):
         axes = new_axes(_rank_one(call.out_shape))
@@ -147,7 +147,7 @@ def _gather(call: Call) -> Term:
     return _gathered(call, call.shape(call.args[0]), call.out_shape, call.argument("index"))
 
 
-def _scattered(call: Call, source: Any) -> Term:
+def scattered(call: Call, source: Any) -> Term:
     """The term that takes ``src`` of a scatter to its places; elements of it beyond the index go nowhere."""
     index = call.argument("index")
     term = _gathered(call, call.out_shape, call.shape(index), index).transpose()
@@ -164,7 +164,7 @@ def _scattered(call: Call, source: Any) -> Term:
     return Term(term.out_dims, kept, (), (*term.onehots, *(relation for relation in cut if relation is not None)))
 
 
-def _place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
+def place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
     """Zero at the places that a scatter writes, one elsewhere."""
     sizes = tuple(a.size for a in axes)
     dim, item = _dim(call, call.out_shape), call.argument("index")
@@ -179,17 +179,17 @@ def _place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
 
 
 def _scatter(call: Call) -> Iterable[Edge]:
-    yield from _base(call, lambda axes: [_place_mask(call, axes)])
+    yield from self_edge(call, lambda axes: [place_mask(call, axes)])
     source = call.argument("src")
     if call.is_active(source) and math.prod(call.shape(call.argument("index"))):
-        yield single(call, source, [_scattered(call, source)])
+        yield single(call, source, [scattered(call, source)])
 
 
 def _scatter_add(call: Call) -> Iterable[Edge]:
-    yield from _base(call)
+    yield from self_edge(call)
     source = call.argument("src")
     if call.is_active(source) and math.prod(call.shape(call.argument("index"))):
-        yield single(call, source, [_scattered(call, source)])
+        yield single(call, source, [scattered(call, source)])
 
 
 # Advanced indexing: several index tensors, broadcast against each other.
@@ -310,9 +310,9 @@ def _index_put(call: Call) -> Iterable[Edge]:
     if not any(call.is_slot(item) for item in indices):
         raise NotImplementedError("index_put without an index tensor")
     if call.argument("accumulate"):
-        yield from _base(call)
+        yield from self_edge(call)
     else:
-        yield from _base(call, lambda axes: [_places(call, axes, 0.0, 1.0)])
+        yield from self_edge(call, lambda axes: [_places(call, axes, 0.0, 1.0)])
     if not call.is_active(values):
         return
     shape = call.shape(values)
@@ -355,7 +355,7 @@ def _put(call: Call) -> Iterable[Edge]:
 
         return [Factor(formula_node(call, (a.size for a in axes), formula), axes)]
 
-    yield from (_base(call) if call.argument("accumulate") else _base(call, outside))
+    yield from (self_edge(call) if call.argument("accumulate") else self_edge(call, outside))
     if call.is_active(source):
         term = _taken(call, shape, item).transpose()
         if call.shape(source) != call.shape(item):
@@ -585,4 +585,4 @@ RULES: dict[Any, Rule] = {
     aten._embedding_bag_forward_only.default: _EMBEDDING_BAG,
 }
 
-__all__ = ["RULES", "written"]
+__all__ = ["RULES", "place_mask", "scattered", "self_edge", "written"]

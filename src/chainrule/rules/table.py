@@ -17,17 +17,19 @@ from chainrule.rules import (
     elementwise_special,
     layers,
     linalg,
+    linalg_factorisations,
     moves,
     normalisations,
     pooling,
     products,
     reductions,
     scans,
+    scatter_products,
     selections,
     views,
 )
 from chainrule.rules.base import Rule
-from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, composite
+from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, LATE_DECOMPOSITIONS, composite
 from chainrule.rules.opaque import opaque_rule
 
 
@@ -49,6 +51,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     views.RULES,
     moves.RULES,
     selections.RULES,
+    scatter_products.RULES,
     products.RULES,
     reductions.RULES,
     scans.RULES,
@@ -56,6 +59,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     layers.RULES,
     pooling.RULES,
     linalg.RULES,
+    linalg_factorisations.RULES,
 )
 
 RULES: dict[Any, Rule] = _merged(FAMILIES)
@@ -85,7 +89,7 @@ class Rules:
         """A composite form to record instead of the op, for ops without a rule of their own."""
         if op in RULES:
             return None
-        return DECOMPOSITIONS.get(op) or composite(op)
+        return DECOMPOSITIONS.get(op) or LATE_DECOMPOSITIONS.get(op._schema.name) or composite(op)
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""

@@ -1,0 +1,98 @@
+"""``scatter_reduce``: sums, means and products of what is scattered to one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Factor, Term
+from chainrule.rules.base import Call, Edge, Rule, formula_node, single
+from chainrule.rules.opaque import opaque_edges
+from chainrule.rules.selections import place_mask, scattered, self_edge
+
+aten = torch.ops.aten
+
+Formula = Callable[[Program], Staged]
+
+
+class _Groups:
+    """The staged values of a call: which elements of the source go to which place."""
+
+    def __init__(self, call: Call, program: Program) -> None:
+        self.dim: int = call.argument("dim")
+        self.own = call.stage(program, call.args[0])
+        self.index = call.stage(program, call.argument("index"))
+        self.source = call.stage(program, call.argument("src"))
+        self.result = call.stage_output(program)
+        self.includes = bool(call.argument("include_self"))
+
+    def gathered(self, places: Staged) -> Staged:
+        """What stands at the place of each element of the source."""
+        return torch.gather(places, self.dim, self.index)
+
+    def added(self, own: Staged, source: Staged) -> Staged:
+        """Sums over the elements of each place, and its own one if that counts."""
+        start = own if self.includes else torch.zeros_like(own)
+        return torch.scatter_add(start, self.dim, self.index, source)
+
+    def shares(self) -> Staged:
+        """One over the number of elements of each place."""
+        count = self.added(torch.ones_like(self.own), torch.ones_like(self.source))
+        return torch.reciprocal(torch.clamp_min(count, 1.0))
+
+    def others(self, value: Staged, of_source: bool) -> Staged:
+        """The product of all other elements at the place of each element of ``value`` (the source, or the tensor itself).
+
+        An element that is not zero divides the product. The product without the only zero is that of what is not zero.
+        Where there are several zeros, derivatives of higher order are undefined here, which the square root marks.
+        """
+
+        def at(places: Staged) -> Staged:
+            return self.gathered(places) if of_source else places
+
+        def one_for_zero(x: Staged) -> Staged:
+            return torch.where(x == 0, 1.0, x)
+
+        zeros = at(self.added((self.own == 0).to(self.own.dtype), (self.source == 0).to(self.source.dtype)))
+        start = one_for_zero(self.own) if self.includes else torch.ones_like(self.own)
+        rest = at(torch.scatter_reduce(start, self.dim, self.index, one_for_zero(self.source), "prod", include_self=True))
+        several = torch.sqrt(torch.where((value == 0) & (zeros > 1), value, 1.0))
+        return torch.where(value == 0, torch.where(zeros > 1, several, rest), at(self.result) / one_for_zero(value))
+
+
+def _scatter_reduce(call: Call) -> Iterable[Edge]:
+    own, index, source = call.args[0], call.argument("index"), call.argument("src")
+    reduce, shape = call.argument("reduce"), call.shape(index)
+    if reduce not in ("sum", "mean", "prod") or not shape or 0 in shape or call.shape(source) != shape:
+        yield from opaque_edges(call)
+        return
+
+    def weights(axes: tuple[Axis, ...], sizes: tuple[int, ...], formula: Callable[[_Groups], Staged]) -> Factor:
+        return Factor(formula_node(call, sizes, lambda program: formula(_Groups(call, program))), axes)
+
+    def own_factors(axes: Any) -> list[Factor]:
+        if not call.argument("include_self"):
+            return [place_mask(call, axes)]
+        if reduce == "sum":
+            return []
+        formula = _Groups.shares if reduce == "mean" else lambda g: g.others(g.own, False)
+        return [weights(tuple(axes), call.shape(own), formula)]
+
+    yield from self_edge(call, own_factors)
+    if call.is_active(source):
+        term: Term = scattered(call, source)
+        axes = tuple(axis for dim in term.in_dims for axis in dim)
+        if reduce == "mean":
+            term = replace(term, factors=(weights(axes, shape, lambda g: g.gathered(g.shares())),))
+        elif reduce == "prod":
+            term = replace(term, factors=(weights(axes, shape, lambda g: g.others(g.source, True)),))
+        yield single(call, source, [term])
+
+
+RULES: dict[Any, Rule] = {aten.scatter_reduce.two: Rule("selection", _scatter_reduce)}
+
+__all__ = ["RULES"]

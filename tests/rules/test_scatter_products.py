@@ -1,0 +1,88 @@
+"""``scatter_reduce`` against torch.func and closed forms in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import chainrule
+from tests.rules.test_layers import assert_same, check, randn
+
+INDEX = torch.tensor([[0, 1, 1, 0], [2, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("reduce", ["sum", "mean", "prod"])
+def test_scatter_reduce(reduce: str, include_self: bool) -> None:
+    """Every mode, for two dimensions and for one."""
+
+    def function(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return x.scatter_reduce(1, INDEX, source, reduce, include_self=include_self)
+
+    check(function, (randn(2, 3), randn(2, 4)))
+    check(lambda x, s: x.scatter_reduce(0, INDEX[1], s, reduce, include_self=include_self), (randn(3), randn(4)))
+    account = chainrule.explain(chainrule.hessian(lambda x: function(x, x.repeat(1, 2)[:, :4]).sin().sum()))(randn(2, 3))
+    assert not account.opaque
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("zeros", [[], [1], [1, 2]])
+def test_product_with_zeros(zeros: list[int], include_self: bool) -> None:
+    """Each derivative is the product of the others, also where some of these vanish."""
+    x, source = randn(2), randn(4)
+    source[zeros] = 0.0
+    index = torch.tensor([0, 0, 0, 1])
+
+    def function(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return x.scatter_reduce(0, index, source, "prod", include_self=include_self)
+
+    def defined(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        own = x if include_self else torch.ones_like(x)
+        return torch.stack([own[0] * source[0] * source[1] * source[2], own[1] * source[3]])
+
+    wanted = torch.func.jacrev(defined, (0, 1))(x, source)
+    assert_same(chainrule.jacrev(function, (0, 1))(x, source), wanted)
+    assert_same(chainrule.jacfwd(function, (0, 1))(x, source), wanted)
+    wanted = torch.func.hessian(lambda s: defined(x, s).sum())(source)
+    got = chainrule.hessian(lambda s: function(x, s).sum())(source)
+    if len(zeros) < 2:
+        assert_same(got, wanted)
+    else:
+        assert not got.isfinite().all()
+
+
+def test_bilinear_layer_is_structured() -> None:
+    """The product of three tensors with sums."""
+    layer = torch.nn.Bilinear(3, 4, 2, dtype=torch.float64)
+    check(layer, (randn(5, 3), randn(5, 4)))
+    first, second = randn(5, 3), randn(5, 4)
+    check(lambda w: torch.nn.functional.bilinear(first, second, w), (randn(2, 3, 4),))
+    account = chainrule.explain(chainrule.jacrev(layer, (0, 1)))(randn(5, 3), randn(5, 4))
+    assert not account.opaque
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs a newer torch")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunked_linear_cross_entropy(reduction: str) -> None:
+    """An op that computes its gradients in advance, but only for tensors that require grad, against the loss's definition."""
+    functional = torch.nn.functional
+    options = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions(batch_chunk_size=2)
+    x, w, target = randn(5, 3), randn(4, 3), torch.tensor([0, 1, -100, 3, 2])
+
+    def chunked(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return functional.linear_cross_entropy(x, w, target, reduction=reduction, options=options)
+
+    def defined(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(x @ w.mT, target, reduction=reduction)
+
+    wanted = torch.func.jacrev(defined, (0, 1))(x, w)
+    assert_same(chainrule.jacrev(chunked, (0, 1))(x, w), wanted)
+    assert_same(chainrule.jacfwd(chunked, (0, 1))(x, w), wanted)
+    total = lambda f: lambda x: f(x, w).sin().sum()  # noqa: E731
+    assert_same(chainrule.hessian(total(chunked))(x), torch.func.hessian(total(defined))(x))
+    stacked = torch.stack([x, 2 * x])
+    single = torch.stack([torch.func.grad(total(defined))(sample) for sample in stacked])
+    assert_same(chainrule.vmap(chainrule.grad(total(chunked)))(stacked), single)
+    source = stacked.clone().requires_grad_()
+    (outer,) = torch.autograd.grad(chainrule.vmap(total(chunked))(source).sum(), source)
+    assert_same(outer, single)
