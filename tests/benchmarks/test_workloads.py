@@ -8,11 +8,12 @@ from benchmarks.measure import check_agreement
 from benchmarks.workload import Workload
 
 #: Rows whose peers take many seconds or gigabytes in float64.
-LARGE = {"A4", "A6", "A9"}
+LARGE = {"A4", "A6", "A9", "B4", "B5", "B6", "B8", "B15", "B16", "B16s", "B17", "B18", "B19a", "B19b", "B19c"}
 
 WORKLOADS = [workload for section in SECTIONS for workload in section.WORKLOADS]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch.func.linearize
 @pytest.mark.parametrize(
     "workload",
     [pytest.param(w, id=w.key, marks=[pytest.mark.slow] if w.key in LARGE else []) for w in WORKLOADS],

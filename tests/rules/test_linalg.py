@@ -78,3 +78,16 @@ def test_determinant_of_a_singular_matrix() -> None:
     """The cofactors are finite where the inverse is not."""
     a = torch.ones(2, 2, dtype=torch.float64)
     assert_same(chainrule.grad(torch.linalg.det)(a), torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("function", [torch.linalg.pinv, lambda x: torch.linalg.vecdot(x, x.mT), lambda x: x.mH @ x.conj()])
+def test_lazily_conjugated_values_are_right_while_recorded(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.randn(3, 3, dtype=torch.complex128)
+    output, pullback = chainrule.vjp(function, x)
+    expected, oracle = torch.func.vjp(function, x)
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.randn_like(expected)
+    torch.testing.assert_close(pullback(cotangent), oracle(cotangent))
+    # A constant of the run is right too.
+    found = chainrule.grad(lambda y: (y * function(x).abs().sum()).sum())(torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(found, expected.abs().sum().expand(2))

@@ -195,15 +195,17 @@ class Tape(LightMode):
             return function(*args, **kwargs)
 
     def joins(self, args: Iterable[Any]) -> bool:
-        """Whether torch's own autograd has to see a call, because a tensor among ``args`` requires grad.
+        """Whether torch's own autograd has to see a call, because a tensor among ``args`` requires grad or is complex.
 
         The function runs with autograd switched off, so that ops arrive whole and cheaply; it is switched on for just
-        the calls that need it.
+        the calls that need it. Lazy conjugation, which kernels of complex ops rely on, is off where autograd is.
         """
         for item in args:
             if isinstance(item, torch.Tensor):
-                if item.requires_grad:
-                    return torch.is_grad_enabled()
+                if item.is_complex():
+                    return True
+                if item.requires_grad and torch.is_grad_enabled():
+                    return True
             elif (item.__class__ is list or item.__class__ is tuple) and item and item[0].__class__ is not int:
                 if self.joins(item):
                     return True
@@ -232,7 +234,7 @@ class Tape(LightMode):
                     if kind in _PLAIN:
                         lowered.append(item)
                     elif isinstance(item, torch.Tensor):
-                        if item.requires_grad:
+                        if item.requires_grad or item.is_complex():
                             break
                         slot = slots.get(id(item))
                         if slot is None:
