@@ -81,7 +81,8 @@ class Program:
         # Of a recorded program: results that equal an earlier value, with the slot of that value.
         self.copies: dict[int, int] = {}
         self.recorded = False
-        # Numbers that were made from truth values, by slot: a product with them selects (see maps/contract.py).
+        # Numbers that were made from truth values, by slot, with what a product with them selects by (see
+        # maps/contract.py): where it is positive if it is of the number's dtype, where it is true otherwise.
         self.masks: dict[int, Staged] = {}
 
     def new_slot(self) -> int:
@@ -127,7 +128,8 @@ class Program:
         if key is not None:
             self._known[key] = staged
         if function is torch.Tensor.to and isinstance(args[0], Staged) and args[0].value.dtype is torch.bool:
-            self.masks[staged.slot] = args[0]
+            real = staged.dtype.is_floating_point
+            self.masks[staged.slot] = staged if real else args[0]
         return staged
 
     def append(

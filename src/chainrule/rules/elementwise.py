@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from chainrule.maps.staging import Staged
 from chainrule.rules.base import Rule
 from chainrule.rules.elementwise_named import Over, elementwise
 from chainrule.rules.families import Number, Other, pointwise
@@ -81,6 +82,15 @@ def _clamp(x: Any, low: Any = None, high: Any = None, out: Any = None) -> Any:
     return torch.ones_like(x) if inside is None else inside.to(x.dtype)
 
 
+def _positive(out: Any) -> Any:
+    """One where ``out``, which is never negative, is not zero."""
+    number = (out != 0).to(out.dtype)
+    if isinstance(number, Staged):
+        # A product with it need not make the mask.
+        number.program.masks[number.slot] = out
+    return number
+
+
 def _clamp_rule(*args: Any, min: Any = None, max: Any = None) -> Any:
     x, *bounds, _out = args
     low = bounds[0] if bounds else min
@@ -142,7 +152,7 @@ RULES: dict[Any, Rule] = {
     # activations
     aten.sigmoid.default: pointwise(lambda x, out: out * (1 - out)),
     # NaN passes, as in torch.
-    aten.relu.default: pointwise(lambda x, out: (out != 0).to(out.dtype)),
+    aten.relu.default: pointwise(lambda x, out: _positive(out)),
     aten.clamp.default: pointwise(_clamp_rule),
     aten.clamp_min.default: pointwise(lambda x, low, out: (x >= low).to(x.dtype)),
     aten.clamp_max.default: pointwise(lambda x, high, out: (x <= high).to(x.dtype)),

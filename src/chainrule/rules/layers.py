@@ -7,6 +7,7 @@ with respect to its weight it is a contraction with the patches of the input, so
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,23 +119,44 @@ def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
     inner = Axis(channels // groups)
     outer = Axis(call.out_shape[1] // groups)
     kernel, places = new_axes(geometry.kernel), new_axes(geometry.output)
-    pairs = tuple(axis for pair in zip(kernel, places, strict=True) for axis in pair)
-    device = call.tensor(item).device
-    sizes = (batch, groups, inner.size, *(axis.size for axis in pairs))
-
-    def stage(program: Program) -> Staged:
-        value = call.stage(program, item)
-        rank = len(geometry.kernel)
-        value = torch.constant_pad_nd(value, (0, 1) * rank, 0)
-        for d in range(rank):
-            taps = program.constant(geometry.taps(d, device).reshape(-1))
-            value = torch.index_select(value, 2 + d, taps)
-        return torch.reshape(value, sizes)
-
-    node = leaf(sizes, stage, flops=0, label="patches")
     out_dims = ((n,), (g, outer), *dims_of(places))
     in_dims = ((g, inner), (outer,)) if geometry.transposed else ((g, outer), (inner,))
-    return Term(out_dims, (*in_dims, *dims_of(kernel)), (Factor(node, (n, g, inner, *pairs)),))
+    if geometry.transposed or min(geometry.padding, default=0) < 0:
+        pairs = tuple(axis for pair in zip(kernel, places, strict=True) for axis in pair)
+        stage = partial(_gathered_patches, call, geometry, item)
+    else:
+        pairs = (*places, *kernel)
+        stage = partial(_viewed_patches, call, geometry, item)
+    axes = (n, g, inner, *pairs)
+    sizes = tuple(axis.size for axis in axes)
+    node = leaf(sizes, lambda program: torch.reshape(stage(program), sizes), flops=0, label="patches")
+    return Term(out_dims, (*in_dims, *dims_of(kernel)), (Factor(node, axes),))
+
+
+def _viewed_patches(call: Call, geometry: Geometry, item: Any, program: Program) -> Staged:
+    """The patches as overlapping views of the padded input: ``(batch, channels, *outputs, *kernel)``."""
+    value = call.stage(program, item)
+    if any(geometry.padding):
+        value = torch.constant_pad_nd(value, [p for p in reversed(geometry.padding) for _ in range(2)], 0)
+    rank = len(geometry.kernel)
+    for d in range(rank):
+        reach = (geometry.kernel[d] - 1) * geometry.dilation[d] + 1
+        value = value.unfold(2 + d, reach, geometry.stride[d])
+        if geometry.dilation[d] != 1:
+            value = value[..., :: geometry.dilation[d]]
+    return value
+
+
+def _gathered_patches(call: Call, geometry: Geometry, item: Any, program: Program) -> Staged:
+    """The patches read by index: ``(batch, channels, kernel, outputs, kernel, outputs, …)``."""
+    device = call.tensor(item).device
+    value = call.stage(program, item)
+    rank = len(geometry.kernel)
+    value = torch.constant_pad_nd(value, (0, 1) * rank, 0)
+    for d in range(rank):
+        taps = program.constant(geometry.taps(d, device).reshape(-1))
+        value = torch.index_select(value, 2 + d, taps)
+    return value
 
 
 def _native_dropout(call: Call) -> Iterable[Edge]:
