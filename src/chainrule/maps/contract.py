@@ -14,7 +14,6 @@ from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor
 
-
 aten = torch.ops.aten
 
 

@@ -20,9 +20,10 @@ class Node:
         batch: the samples of a surrounding ``vmap`` that this array differs between, 1 for none: its cost is this many times
             that of one sample.
         label: a word for ``explain``.
+        digit: for an index that is a digit of another one, ``(that index's node, stride, size)``: ``that // stride % size``.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "flops", "inputs", "label", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "digit", "flops", "inputs", "label", "sizes", "staged")
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Node:
         self.bytes = moved
         self.label = label
         self.staged: Staged | None = None
+        self.digit: tuple[Node, int, int] | None = None
 
     @property
     def numel(self) -> int:

@@ -127,8 +127,11 @@ def scatter(
         key: object = ("pad", id(product.node), affine, extent)
         return Factor(_node(key, sizes, (product.node,), pad, memo), axes)
 
+    flat = _flat_places(group)
+    relations = tuple(o.index for o in group) if flat is None else (flat,)
+
     def compute(program: Program, value: Staged, *indices: Staged) -> Staged:
-        linear, valid = _linear_index(group, indices)
+        linear, valid = _linear_index(group, indices) if flat is None else (indices[0], None)
         linear = permute(linear, permutation)
         if valid is not None:
             mask = torch.reshape(permute(valid, permutation), (*lead, *(1,) * len(middle), *(a.size for a in summed)))
@@ -145,7 +148,34 @@ def scatter(
         return torch.reshape(added, sizes)
 
     key = ("scatter", id(product.node), tuple(id(o.index) for o in group), permutation, len(diagonal), sizes)
-    return Factor(_node(key, sizes, (product.node, *(o.index for o in group)), compute, memo), axes)
+    return Factor(_node(key, sizes, (product.node, *relations), compute, memo), axes)
+
+
+def digit(flat: Node, stride: int, size: int) -> Node:
+    """One coordinate of flat places: ``flat // stride % size``."""
+
+    def compute(program: Program, value: Staged) -> Staged:
+        if stride > 1:
+            value = torch.div(value, stride, rounding_mode="floor")
+        return torch.remainder(value, max(size, 1))
+
+    node = Node(flat.sizes, (flat,), compute, label="index")
+    node.digit = (flat, stride, size)
+    return node
+
+
+def _flat_places(group: Sequence[OneHot]) -> Node | None:
+    """The index whose digits the relations are, all of them in order: it is the index into all targets."""
+    stride, flat = 1, None
+    for onehot in reversed(group):
+        found = onehot.index.digit
+        if found is None or onehot.partial or found[1:] != (stride, onehot.target.size):
+            return None
+        if flat is not None and found[0] is not flat:
+            return None
+        flat = found[0]
+        stride *= onehot.target.size
+    return flat
 
 
 def _linear_index(group: Sequence[OneHot], indices: Sequence[Staged]) -> tuple[Staged, Staged | None]:
@@ -211,4 +241,4 @@ def eye(size: int, dtype: torch.dtype, device: torch.device) -> Node:
     return leaf((size, size), lambda program: program.call(torch.eye, size, dtype=dtype, device=device), label="eye")
 
 
-__all__ = ["Memo", "dense_relation", "expand_to", "eye", "fixed_points", "gather", "mask_factor", "ones", "scatter"]
+__all__ = ["Memo", "dense_relation", "digit", "expand_to", "eye", "fixed_points", "gather", "mask_factor", "ones", "scatter"]

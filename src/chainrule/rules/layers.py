@@ -44,6 +44,19 @@ class Geometry:
 
     def apply_transposed(self, rows: Staged, weight: Staged) -> Staged:
         """The transpose of the convolution with respect to its input."""
+        reach = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel, self.padding, strict=True)]
+        if not self.transposed and all(s == 1 for s in self.stride) and min(reach, default=0) >= 0:
+            # A convolution with the flipped kernel, which is the faster of two kernels in most shapes.
+            flipped = torch.flip(weight, tuple(range(2, weight.ndim)))
+            if self.groups == 1:
+                flipped = torch.transpose(flipped, 0, 1)
+            else:
+                outer, inner = self.weight[0] // self.groups, self.weight[1]
+                flipped = torch.reshape(flipped, (self.groups, outer, inner, *self.kernel))
+                flipped = torch.reshape(torch.transpose(flipped, 1, 2), (self.groups * inner, outer, *self.kernel))
+            return aten.convolution.default(
+                rows, flipped, None, self.stride, reach, self.dilation, False, self.output_padding, self.groups
+            )
         extra = [0] * len(self.kernel)
         if not self.transposed:
             extra = [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chainrule.maps.nodes import leaf
+from chainrule.maps.onehots import digit
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import OneHot, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, single
@@ -28,23 +29,15 @@ def _maximum(rank: int) -> Rule:
         lead = len(shape) - rank
         targets = new_axes(shape[lead:])
         onehots, stride = [], 1
+        flat = leaf(call.out_shape, lambda program: call.stage_output(program, 1), label="index")
         for target in reversed(targets):
-            node = leaf(call.out_shape, _digit(call, stride, target.size), label="index")
-            onehots.append(OneHot(node, sources, target))
+            onehots.append(OneHot(digit(flat, stride, target.size), sources, target))
             stride *= target.size
         yield single(
             call, item, [Term(dims_of(sources), dims_of((*sources[:lead], *targets)), (), tuple(reversed(onehots)))]
         )
 
     return Rule("selection", linearize)
-
-
-def _digit(call: Call, stride: int, size: int) -> Callable[[Program], Staged]:
-    def stage(program: Program) -> Staged:
-        flat = call.stage_output(program, 1)
-        return torch.remainder(torch.div(flat, max(stride, 1), rounding_mode="floor"), max(size, 1))
-
-    return stage
 
 
 def _folded(rank: int, forward: Callable[[Call, Staged, tuple[int, ...]], Staged], backward: Callable[..., Staged]) -> Rule:
