@@ -486,3 +486,48 @@ def test_resizing_an_active_tensor_is_a_clear_error(resize):
     with pytest.raises(RuntimeError, match="resize"):
         chainrule.grad(function)(vector(3))
     torch.testing.assert_close(chainrule.grad(lambda x: (x**2).sum())(vector(3)), 2 * vector(3))
+
+
+def written_real_part(x):
+    z = torch.complex(x.sin(), x)
+    z.real.add_(x**2)
+    return z.abs()
+
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3), (7, 2), (3, 3, 3)])
+def test_a_filled_diagonal_is_constant(shape, wrap):
+    def filled(x):
+        y = x.sin()
+        y.fill_diagonal_(3.0, wrap)
+        return y * x
+
+    x = torch.randn(shape, dtype=torch.float64)
+    places = torch.zeros(shape, dtype=torch.bool).fill_diagonal_(True, wrap)
+    expected = torch.where(places, 3.0, x.sin() + x * x.cos())
+    torch.testing.assert_close(chainrule.grad(lambda x: filled(x).sum())(x), expected)
+    torch.testing.assert_close(chainrule.jvp(filled, (x,), (torch.ones_like(x),))[1], expected)
+
+
+def test_writes_through_the_real_part():
+    x = torch.randn(4, dtype=torch.float64)
+    expected = torch.diag(((x.sin() + x**2) * (x.cos() + 2 * x) + x) / ((x.sin() + x**2) ** 2 + x**2).sqrt())
+    torch.testing.assert_close(chainrule.jacrev(written_real_part)(x), expected)
+    torch.testing.assert_close(chainrule.jacfwd(written_real_part)(x), expected)
+
+
+def test_a_masked_write_per_sample():
+    def masked(x):
+        y = x.sin()
+        y[x > 0] = 0.0
+        return y * x
+
+    batch = torch.randn(5, 4, dtype=torch.float64)
+    slope = torch.where(batch > 0, 0.0, batch.sin() + batch * batch.cos())
+    curvature = torch.where(batch > 0, 0.0, 2 * batch.cos() - batch * batch.sin())
+    for _ in range(2):
+        torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(masked))(batch), torch.diag_embed(slope))
+        torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(masked))(batch), torch.diag_embed(slope))
+        found = chainrule.vmap(chainrule.hessian(lambda x: masked(x).sum()))(batch)
+        torch.testing.assert_close(found, torch.diag_embed(curvature))

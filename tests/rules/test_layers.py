@@ -203,3 +203,15 @@ def test_clamp_under_no_grad_keeps_the_derivative() -> None:
     x, y, variance = randn(4), randn(4) + 1.0, randn(4) ** 2 + 0.1
     function = F.gaussian_nll_loss
     assert_same(chainrule.jacrev(function, (0, 1, 2))(x, y, variance), torch.func.jacrev(function, (0, 1, 2))(x, y, variance))
+
+
+def test_grid_samples_of_volumes_per_sample() -> None:
+    volume, grids = randn(1, 1, 2, 2, 2), randn(2, 1, 1, 1, 2, 3) * 0.5
+
+    def sampled(grid: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.grid_sample(volume, grid, align_corners=False)
+
+    for _ in range(2):
+        torch.testing.assert_close(
+            chainrule.vmap(chainrule.jacrev(sampled))(grids), torch.func.vmap(torch.func.jacrev(sampled))(grids)
+        )

@@ -353,3 +353,45 @@ def test_a_pullback_of_a_plain_function_serves_many_seeds() -> None:
             seed, tangent = real(5), real(4)
             torch.testing.assert_close(pullback(seed), oracle(seed))
             torch.testing.assert_close(pushforward(tangent), torch.func.jvp(lambda y: torch.tanh(weight @ y), (x,), (tangent,))[1])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x @ x.t()).flatten().sin().sum(),
+        lambda x: (x.reshape(3, 2) * x.t()).sum(0).sin(),
+        lambda x: x.prod(),
+        lambda x: (x.sin().t().reshape(-1) * x.reshape(-1)).sum(),
+    ],
+)
+def test_other_strides_are_served(function: Callable[[Tensor], Tensor]) -> None:
+    engine.CACHE.clear()
+    layouts = (real(2, 3), real(3, 2).t(), real(2, 1).expand(2, 3), real(4, 6)[::2, ::2], real(2, 3))
+    for x in layouts:
+        torch.testing.assert_close(chainrule.hessian(function)(x), torch.func.hessian(function)(x.contiguous()))
+        output, pullback = chainrule.vjp(chainrule.jacrev(function), x)
+        expected, oracle = torch.func.vjp(torch.func.jacrev(function), x.contiguous())
+        cotangent = torch.randn_like(expected)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(pullback(cotangent), oracle(cotangent))
+
+
+def test_the_outer_derivative_of_a_hessian_sees_through_no_grad() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            held = x**2
+        return (held * x).sum()
+
+    for _ in range(3):
+        x = real(3)
+        torch.testing.assert_close(chainrule.hessian(function)(x), torch.func.hessian(function)(x))
+
+
+def test_constant_derivatives_are_part_of_the_graph() -> None:
+    for transform in (chainrule.hessian, chainrule.jacfwd):
+        weight = real(3).requires_grad_()
+        transform(lambda x: 2 * x)(weight).sum().backward()
+        assert weight.grad is not None and not weight.grad.any()
+        assert not transform(lambda x: 2 * x)(weight.detach()).requires_grad
+        with torch.no_grad():
+            assert not transform(lambda x: 2 * x)(weight).requires_grad

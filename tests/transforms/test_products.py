@@ -52,6 +52,7 @@ FIELDS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "softmax": (lambda x: x.softmax(0), (4,)),
     "sorted": (lambda x: x.sort()[0] * torch.arange(4, dtype=x.dtype), (4,)),
     "convolution": (lambda x: torch.conv1d(x[None, None], torch.ones(1, 1, 3, dtype=x.dtype), padding=1)[0, 0].tanh(), (6,)),
+    "Fourier transform": (lambda x: torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(x).conj() * x.sin()).abs(), (5,)),
     "a gradient": (chainrule.grad(lambda x: FIELD(x).sin().sum()), (4,)),
 }
 

@@ -63,6 +63,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "cumulative product": (lambda x: x.cumprod(0).sum(), (4,)),
     "assignment": (assigned, (4,)),
     "branch": (branching, (4,)),
+    "Fourier transform": (lambda x: torch.fft.fft(x).abs(), (4,)),
+    "complex powers": (lambda x: (torch.complex(x, x**2) ** 2).imag, (3,)),
+    "complex eigenvalues": (lambda x: torch.linalg.eigvals(x.diag() + 0.1).abs(), (4,)),
+    "sign": (lambda x: torch.sgn(x) * x, (2, 3)),
     "gradient inside": (lambda x: chainrule.grad(lambda y: (y**3).sum())(x).sin().sum(), (3,)),
 }
 

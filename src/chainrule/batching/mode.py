@@ -376,7 +376,7 @@ class VmapMode(LightMode):
             value = result.value if isinstance(result, BatchTensor) else result
             output.inner = Batched(value) if isinstance(result, BatchTensor) and result.batched else value
             with torch._C._DisableTorchDispatch():
-                output.as_strided_(result.shape, result.stride(), result.storage_offset())
+                output.resize_(result.shape)
             return
         output.copy_(result)
 

@@ -111,6 +111,9 @@ class AliasTracker:
             return tape.outside(op, *args, **kwargs)
         if op in IN_PLACE_VIEWS:
             return self._turn_into_view(op, args, kwargs)
+        if op in EXPANDED_WRITES:
+            with tape:
+                return EXPANDED_WRITES[op](*args, **kwargs)
         constant = tape.is_blocked() or not touched or tape.facts(facts.functional).inactive if facts.functional else True
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
@@ -401,4 +404,16 @@ INVERSES: dict[Any, Inverse] = {
     aten.permute.default: _inverse_permute,
     aten.transpose.int: _same_transpose,
     aten.t.default: _inverse_t,
+    aten.view_as_real.default: lambda parent, args: (aten.view_as_complex.default, ()),
+    aten.view_as_complex.default: lambda parent, args: (aten.view_as_real.default, ()),
+    aten._conj.default: lambda parent, args: (aten._conj_physical.default, ()),
 }
+
+
+def _fill_diagonal(tensor: torch.Tensor, value: Any, wrap: bool = False) -> torch.Tensor:
+    places = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device).fill_diagonal_(True, wrap)
+    return tensor.masked_fill_(places, value)
+
+
+#: Writes without a functional form, by others that have one.
+EXPANDED_WRITES: dict[Any, Any] = {aten.fill_diagonal_.default: _fill_diagonal}

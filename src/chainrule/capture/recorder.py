@@ -15,6 +15,8 @@ aten = torch.ops.aten
 #: Ops of which a replay could give something else than the recorded run says.
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
+_RESHAPES = (aten.view.default, aten._unsafe_view.default)
+
 #: Larger constants (in elements) are made anew in each run: indices and masks, and numbers.
 _KEPT = 1 << 17
 _SMALL = 64
@@ -57,7 +59,7 @@ class Recorder(LightMode):
             # A value read into Python; ops on dtypes and shapes have no tensor among their arguments.
             self.pure = self.pure and not _staged_in((lowered, tuple(named.values())))
         else:
-            if any(tag in func.tags for tag in _UNREPEATABLE):
+            if func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE):
                 self.pure = False
             if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
                 lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
@@ -80,8 +82,8 @@ class Recorder(LightMode):
                 known = self.known.get(id(tensor))
                 if known is None or known.slot not in constants:
                     continue
-                memory = tensor.untyped_storage().data_ptr()
-                if sum(other.untyped_storage().data_ptr() == memory for other in constants.values()) > 1:
+                memory = tensor.untyped_storage()._cdata
+                if sum(other.untyped_storage()._cdata == memory for other in constants.values()) > 1:
                     self.pure = False
                     continue
                 constants[known.slot] = kept = tensor.clone()
@@ -94,7 +96,9 @@ class Recorder(LightMode):
     def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         program = self.program
         before = program._slots
-        program.append(func._op, args, kwargs, out, self.known)
+        # The strides of a replay may be others: `reshape` makes do with all that `view` did with those of this run.
+        function = aten.reshape.default if func in _RESHAPES else func
+        program.append(function._op, args, kwargs, out, self.known)
         if func.is_view:
             program.views.update(range(before, program._slots))
         elif func is aten.mul.Tensor:

@@ -157,6 +157,9 @@ def index_put(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int)
     if _zero_dim_mask(bound["indices"]):
         return NotImplemented
     target = physical(bound["self"], size).clone()
+    if _is_masked_write(bound["indices"], bound["values"], bound.get("accumulate", False)):
+        _masked_write(Batched(target), bound["indices"], bound["values"])
+        return Batched(target)
     _write_indexed(target, IndexLayout(bound["indices"]), bound["values"], bound.get("accumulate", False), size)
     return Batched(target)
 
@@ -165,12 +168,16 @@ def index_put_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], si
     """index_put_ and _index_put_impl_ on a batched `self`."""
     bound = bind(func, args, kwargs)
     indices, values = bound["indices"], bound["values"]
-    masks = [item for item in indices if item is not None and value_of(item).dtype in (torch.bool, torch.uint8)]
-    if len(masks) == 1 and is_batched(masks[0]) and logical_rank(values) == 0 and not bound["accumulate"]:
+    if _is_masked_write(indices, values, bound["accumulate"]):
         _masked_write(args[0], indices, values)
         return args[0]
     _write_indexed(args[0].value, IndexLayout(indices), values, bound["accumulate"], size)
     return args[0]
+
+
+def _is_masked_write(indices: Sequence[Any], values: Any, accumulate: bool) -> bool:
+    masks = [item for item in indices if item is not None and value_of(item).dtype in (torch.bool, torch.uint8)]
+    return len(masks) == 1 and is_batched(masks[0]) and logical_rank(values) == 0 and not accumulate
 
 
 def _masked_write(target: Batched, indices: Sequence[Any], values: Any) -> None:

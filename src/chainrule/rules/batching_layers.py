@@ -55,7 +55,8 @@ def fold_into_batch(full_rank: int, func: Any, args: Sequence[Any], kwargs: dict
     if not lead:
         return mark(result)
     results = (result,) if isinstance(result, Tensor) else result
-    unfolded = tuple(Batched(item.reshape(*lead, *item.shape[1:])) for item in results)
+    # An output that is not asked for (by an output mask) is None.
+    unfolded = tuple(None if item is None else Batched(item.reshape(*lead, *item.shape[1:])) for item in results)
     return unfolded[0] if isinstance(result, Tensor) else unfolded
 
 

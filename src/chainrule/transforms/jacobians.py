@@ -7,8 +7,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
-from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_unflatten
+from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
 from chainrule.transforms.trace import Traced, trace
 
@@ -142,14 +143,23 @@ def hessian(
     """
     _check_chunk_size(chunk_size, "hessian")
     inner = _jacobian_transform(func, argnums, has_aux, None, "hessian", "reverse", "input")
-    return _jacobian_transform(inner, argnums, has_aux, chunk_size, "hessian", "auto", "input")
+    return _jacobian_transform(inner, argnums, has_aux, chunk_size, "hessian", "auto", "output", respect_no_grad=False)
 
 
 def _jacobian_transform(
-    func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None, name: str, order: str, cast: str
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    chunk_size: int | None,
+    name: str,
+    order: str,
+    cast: str,
+    *,
+    respect_no_grad: bool = True,
 ) -> Callable[..., Any]:
     _check_chunk_size(chunk_size, name)
     column_block = chunk_size if order == "forward" else None
+    respect_no_grad = respect_no_grad and order != "forward"
 
     def finish(traced: Traced, single: bool) -> Any:
         _check_real(traced, func, name, cast)
@@ -159,20 +169,25 @@ def _jacobian_transform(
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
 
     level = Level(func, name, argnums, has_aux, finish, ("jacobian", order, cast))
+    forward = order == "forward" or name == "hessian"
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result, aux = computed(args, kwargs)
+        if forward and torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack() == 0:
+            result = _joined(result, args, argnums)
+        return (result, aux) if has_aux else result
+
+    def computed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if chunk_size is None and level_of(func) is not None:
             result, aux = run_nest(level, args, kwargs)
             if result is not NO_NEST:
-                return (result, aux) if has_aux else result
+                return result, aux
         positions, single = resolve_argnums(argnums, len(args), name)
         traced = trace(
-            func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward", column_block=column_block
+            func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad, column_block=column_block
         )
         if chunk_size is None:
-            result = finish(traced, single)
-            return (result, traced.aux) if has_aux else result
+            return finish(traced, single), traced.aux
         _check_real(traced, func, name, cast)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
@@ -180,12 +195,38 @@ def _jacobian_transform(
                 found = _by_columns(traced, cast)
             else:
                 found = _by_rows(traced, order, cast, chunk_size)
-        result = tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
-        return (result, traced.aux) if has_aux else result
+        return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec), traced.aux
 
+    wrapper = wraps(func)(wrapper)
     if chunk_size is None:
         level.mark(wrapper)
     return wrapper
+
+
+class _Constant(torch.autograd.Function):
+    """A value that is constant in tensors that require grad, as part of their graph: the gradients are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return (None, *(torch.zeros_like(leaf) for leaf in ctx.saved_tensors))
+
+
+def _joined(result: Any, args: tuple[Any, ...], argnums: Argnums) -> Any:
+    """As with torch's forward mode, a result that does not depend on its inputs is part of their graph nevertheless."""
+    numbers = (argnums,) if isinstance(argnums, int) else argnums
+    leaves: list[torch.Tensor] = []
+    for number in numbers:
+        item = args[number]
+        found = (item,) if isinstance(item, torch.Tensor) else tree_flatten(item)[0]
+        leaves.extend(leaf for leaf in found if leaf.requires_grad)
+    if not leaves:
+        return result
+    return tree_map(lambda r: r if r.requires_grad else _Constant.apply(r, *leaves), result)
 
 
 def _check_chunk_size(chunk_size: int | None, name: str) -> None:

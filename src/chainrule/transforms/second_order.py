@@ -164,6 +164,8 @@ def write_account(tape: Tape, inputs: list[int], output: int, contracted: Contra
 def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: bool) -> list[torch.Tensor | None]:
     tape, sources = traced.tape, traced.in_slots
     recording = recording_on(tape)
+    if any(active and value.is_complex() for value, active in zip(tape.values, tape.active, strict=True)):
+        return _from_hessian(traced, leaf, slot, diagonal)
     if leaf.numel() == 1:
         contracted = second_order(tape, sources, slot, torch.ones_like(leaf), recording, diagonal=diagonal)
         write_account(tape, sources, slot, contracted, diagonal)
@@ -191,6 +193,26 @@ def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: 
         if jacobian is not None and diagonal:
             jacobian = jacobian.permute(*range(inner.dim(), jacobian.dim()), *range(inner.dim())).contiguous()
         results.append(jacobian)
+    return results
+
+
+def _from_hessian(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: bool) -> list[torch.Tensor | None]:
+    """By way of the whole Hessian: where values in between are complex, the curvatures of ops do not simply add up."""
+    tape = traced.tape
+    with recording_on(tape)():
+        first = execute(tape, Request("jacobian", tuple(traced.in_slots), (slot,), "reverse"))
+    results: list[torch.Tensor | None] = []
+    for source, inner in zip(traced.in_slots, traced.in_leaves, strict=True):
+        gradient = first.get((slot, source))
+        place = None if gradient is None else tape.slot_of(gradient)
+        whole = None
+        if place is not None and tape.active[place]:
+            whole = execute(tape, Request("jacobian", (source,), (place,), "auto")).get((place, source))
+        if whole is None:
+            results.append(None)
+            continue
+        entries = whole.reshape((*leaf.shape, inner.numel(), inner.numel())).diagonal(0, -2, -1)
+        results.append(entries.reshape((*leaf.shape, *inner.shape)).clone() if diagonal else entries.sum(-1))
     return results
 
 
