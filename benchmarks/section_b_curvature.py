@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import chainrule
 from benchmarks.networks import mlp_architecture
+from benchmarks.peers import hessians
 from benchmarks.workload import Expression, Targets, Workload
 
 tf = torch.func
@@ -110,16 +111,6 @@ def hand_gauss_newton(x: Tensor, targets: Tensor, *both: Tensor) -> list[Tensor]
 # --- chainrule and torch.func ---------------------------------------------------------------------------------------
 
 
-def hessians(function: Expression, chunks: Sequence[int | None] = (None,)) -> dict[str, Expression]:
-    """Hessians wrt the first argument by torch.func, forward and reverse over reverse."""
-    found: dict[str, Expression] = {}
-    for chunk in chunks:
-        suffix = "" if chunk is None else f", chunk {chunk}"
-        found[f"jacfwd(jacrev){suffix}"] = tf.jacfwd(tf.jacrev(function), chunk_size=chunk)
-        found[f"jacrev(jacrev){suffix}"] = tf.jacrev(tf.jacrev(function), chunk_size=chunk)
-    return found
-
-
 def _gauss_newton(library: Any, way: str, widths: Sequence[int]) -> Expression:
     architecture = mlp_architecture(widths)
     call = architecture.calling(library)
@@ -215,7 +206,7 @@ def factorisation_row(rows: int, rank: int, chunks: Sequence[int | None]) -> Wor
         title=f"Hessian wrt U of Σ Ω∘(T − U Vᵀ)², n=m={rows}, k={rank}, float64, dense",
         inputs=make,
         ours={"hessian": chainrule.hessian(factorisation_loss)},
-        peers=hessians(factorisation_loss, chunks),
+        peers=hessians(factorisation_loss, chunks=chunks),
         hand=hand_factorisation_hessian,
         jax=_jax_factorisation,
         targets=Targets(10, 2),
@@ -235,7 +226,7 @@ def deep_row(layers: int, width: int, batch: int, chunks: Sequence[int | None]) 
         title=f"Hessian wrt the first weights, {layers} tanh layers {width}×{width}, cross-entropy, batch {batch}, float64",
         inputs=make,
         ours={"hessian": chainrule.hessian(deep_loss)},
-        peers=hessians(deep_loss, chunks),
+        peers=hessians(deep_loss, chunks=chunks),
         hand=hand_deep_hessian,
         targets=Targets(4),
         dtype=torch.float64,
