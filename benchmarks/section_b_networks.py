@@ -393,7 +393,7 @@ WORKLOADS: tuple[Workload, ...] = (
     cnn_jacobian_row(28, 32),
     per_sample_gradient_row(28, 32),
     loss_gradient_row(_MLP, 128),
-    encoder_row(32, 64, 4, (None, 64, 256)),
+    encoder_row(32, 64, 4, (64, 256)),
     attention_row("B16", 128, 64, (64, 256)),
     attention_row("B16s", 32, 64, (None, 64, 256)),
     convolution_row(16, 16, (64, 256)),
