@@ -119,7 +119,7 @@ def _gauss_newton(library: Any, way: str, widths: Sequence[int]) -> Expression:
         primals, tangents = (architecture.named(part) for part in (both[: len(both) // 2], both[len(both) // 2 :]))
         function, loss = lambda p: call(p, x), lambda out: F.cross_entropy(out, targets)
         if way == "ggn":
-            return library.ggn(function, loss, primals, tangents)
+            return library.ggn(function, loss, (primals,), (tangents,))
         if way == "linearize":
             value, push = library.linearize(function, primals)
             tangent = push(tangents)
