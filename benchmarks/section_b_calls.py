@@ -134,8 +134,8 @@ def network_vmap_row(widths: Sequence[int], batch: int) -> Workload:
     )
 
 
-def many_tangents_row(widths: Sequence[int], batch: int, count: int) -> Workload:
-    """B14, forward."""
+def many_tangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
+    """B14, forward: tangents that come one by one, as in an iterative solver, or all at once."""
     architecture = mlp_architecture(widths)
 
     def make() -> tuple[Tensor, ...]:
@@ -143,14 +143,15 @@ def many_tangents_row(widths: Sequence[int], batch: int, count: int) -> Workload
         return torch.randn(batch, widths[0]).double(), *architecture.parameters(), *tangents
 
     def expressions(library: Any) -> dict[str, Expression]:
-        ways = ["linearize, one by one", "vmap(linearize)"] + (["jvp, one by one", "vmap(jvp)"] if library is tf else [])
+        names = ["linearize", "jvp"] if library is tf else ["linearize"]
+        ways = [f"{name}, one by one" if arrival == "one by one" else f"vmap({name})" for name in names]
         return {way: partial(_tangents, library, way, architecture) for way in ways}
 
-    title = f"linearize once, {count} tangents of the parameters, tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _row("B14a", title, make, expressions, 2)
+    network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
+    return _row(key, f"linearize once, {count} tangents of the parameters {arrival}, {network}", make, expressions, 2)
 
 
-def many_cotangents_row(widths: Sequence[int], batch: int, count: int) -> Workload:
+def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
     """B14, reverse."""
     architecture = mlp_architecture(widths)
 
@@ -159,10 +160,21 @@ def many_cotangents_row(widths: Sequence[int], batch: int, count: int) -> Worklo
         return torch.randn(batch, widths[0]).double(), units.double(), *architecture.parameters()
 
     def expressions(library: Any) -> dict[str, Expression]:
-        return {way: partial(_cotangents, library, way, architecture) for way in ("vjp, one by one", "vmap(vjp)")}
+        way = "vjp, one by one" if arrival == "one by one" else "vmap(vjp)"
+        return {way: partial(_cotangents, library, way, architecture)}
 
-    title = f"vjp once, {count} cotangents to the parameters, tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _row("B14b", title, make, expressions, 2)
+    network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
+    return _row(key, f"vjp once, {count} cotangents to the parameters {arrival}, {network}", make, expressions, 2)
+
+
+def many_rows(widths: Sequence[int], batch: int, count: int) -> tuple[Workload, ...]:
+    """B14."""
+    return (
+        many_tangents_row("B14a", "one by one", widths, batch, count),
+        many_cotangents_row("B14b", "one by one", widths, batch, count),
+        many_tangents_row("B14c", "at once", widths, batch, count),
+        many_cotangents_row("B14d", "at once", widths, batch, count),
+    )
 
 
 _MLP = (32, 128, 128, 10)
@@ -192,14 +204,12 @@ _CHAINS: tuple[Workload, ...] = (
 WORKLOADS: tuple[Workload, ...] = (
     *_CHAINS,
     network_vmap_row(_MLP, 32),
-    many_tangents_row(_MLP, 32, 100),
-    many_cotangents_row(_MLP, 32, 100),
+    *many_rows(_MLP, 32, 100),
 )
 
 #: The same rows at sizes that every test run can afford.
 SMALL: tuple[Workload, ...] = (
     *_CHAINS,
     network_vmap_row((5, 8, 7, 4), 3),
-    many_tangents_row((5, 8, 7, 4), 3, 4),
-    many_cotangents_row((5, 8, 7, 4), 3, 4),
+    *many_rows((5, 8, 7, 4), 3, 4),
 )
