@@ -241,7 +241,7 @@ WORKLOADS: tuple[Workload, ...] = (
     logistic_row(1000, 300, sizes={n: logistic_row(1000, n) for n in (50, 100, 200, 400)}),
     gauss_newton_row((32, 128, 128, 10), 128),
     factorisation_row(300, 5, (None, 32, 128)),
-    deep_row(10, 64, 64, (64, 256)),
+    deep_row(10, 64, 64, (64, 256, 1024)),
 )
 
 #: The same rows at sizes that every test run can afford.
