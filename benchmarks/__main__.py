@@ -12,16 +12,17 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 
-from benchmarks import overhead, report, section_a, section_b, section_b_curvature
+from benchmarks import overhead, report, section_a, section_b
 from benchmarks.measure import Disagreement, Options, Row, measure
 from benchmarks.workload import Workload
 
 #: Modules that hold a tuple ``WORKLOADS``; a further section is one more entry.
-SECTIONS = (section_a, section_b_curvature, section_b)
+SECTIONS = (section_a, section_b)
 
 #: Memory that was freed is kept by the C library and used again. With its default settings every result over 32 MB is
 #: mapped anew, and the page faults of writing it hide the arithmetic of all peers alike.
@@ -35,7 +36,7 @@ def _keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen workloads; 0 if all expressions agreed."""
+    """Run the chosen workloads; 0 if all expressions ran and agreed."""
     options, chosen, target = _parse(arguments)
     torch.set_num_threads(options.threads)
     for category in (UserWarning, FutureWarning, DeprecationWarning):
@@ -52,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Disagreement as error:
             failed.append(str(error))
             print(f"DISAGREE {error}", file=sys.stderr)
+        except Exception as error:  # the other rows are still wanted
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed.append(f"{workload.key}: {type(error).__name__}: {reason}")
+            print(f"FAIL {failed[-1]}", file=sys.stderr)
     budget = overhead.overhead_budget(options.threads, options.seconds) if options.device == "cpu" else {}
     settings = _settings(options)
     for name, value in settings.items():
@@ -82,7 +87,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Pa
     given = parser.parse_args(arguments)
     names = [name.strip() for name in given.only.split(",") if name.strip()]
     workloads = [workload for section in SECTIONS for workload in section.WORKLOADS]
-    chosen = [w for w in workloads if not names or w.key in names or w.key[0] in names or w.key.rstrip("frs") in names]
+    chosen = [w for w in workloads if not names or w.key in names or w.key[0] in names or w.key.rstrip(ascii_lowercase) in names]
     if not chosen:
         parser.error(f"no workload matches {given.only!r}; there are {', '.join(w.key for w in workloads)}")
     options = Options(

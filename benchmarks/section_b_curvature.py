@@ -1,273 +1,253 @@
-"""Section B, second order: Hessians, Laplacians, diagonals, divergences."""
+"""Hessians of losses, and the Gauss-Newton product (B1, B10, B15, B18)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import chainrule
-from benchmarks.networks import dense_layers, mlp, scalar_mlp
+from benchmarks.networks import mlp_architecture
+from benchmarks.peers import hessians
 from benchmarks.workload import Expression, Targets, Workload
 
 tf = torch.func
 Tensor = torch.Tensor
 
 
-# --- B1: logistic regression ------------------------------------------------------------------------------------------
+def logistic_loss(parameters: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+    """The negative log-likelihood of logistic regression, labels 0 and 1."""
+    logits = data @ parameters
+    return F.softplus(logits).sum() - labels @ logits
 
 
-def _logistic_loss(t: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    scores = features @ t
-    return F.softplus(scores).sum() - labels @ scores
+def factorisation_loss(left: Tensor, right: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The squared error of a factorisation on the observed entries."""
+    return (mask * (target - left @ right.t()) ** 2).sum()
 
 
-def hand_logistic(t: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """Shape (n, n)."""
-    p = torch.sigmoid(features @ t)
-    return features.t() @ (features * (p * (1 - p)).unsqueeze(-1))
+def deep_loss(first: Tensor, x: Tensor, targets: Tensor, *others: Tensor) -> Tensor:
+    """Softmax cross-entropy of tanh layers without bias."""
+    for weight in (first, *others):
+        x = (x @ weight.t()).tanh()
+    return F.cross_entropy(x, targets)
 
 
-def _logistic(size: int, samples: int, **options: Any) -> Workload:
-    return Workload(
-        key="B1",
-        title=f"Hessian of the logistic loss, X {samples}×{size}",
-        inputs=lambda: (
-            torch.randn(size).double() / 10, torch.randn(samples, size).double(), (torch.rand(samples) > 0.5).double()
-        ),
-        ours={"hessian": chainrule.hessian(_logistic_loss)},
-        peers={
-            "hessian": tf.hessian(_logistic_loss),
-            "jacrev(jacrev)": tf.jacrev(tf.jacrev(_logistic_loss)),
-            "jacfwd(grad)": tf.jacfwd(tf.grad(_logistic_loss)),
-        },
-        hand=hand_logistic,
-        targets=Targets(40, 1.5),
-        **options,
-    )  # fmt: skip
+# --- formulas written by hand ---------------------------------------------------------------------------------------
 
 
-# --- B2, B11, B19: Laplacians and diagonals ---------------------------------------------------------------------------
+def hand_logistic_hessian(parameters: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+    """Xᵀ diag(s (1 − s)) X."""
+    probability = (data @ parameters).sigmoid()
+    return data.t() @ ((probability * (1 - probability)).unsqueeze(-1) * data)
 
 
-def hand_diagonal(x: Tensor, *layers: Tensor) -> Tensor:
-    """The diagonal of the Hessian of a tanh network with one output, by pushing first and second derivatives forward."""
-    weight, bias = layers[0], layers[1]
-    hidden = torch.tanh(torch.addmm(bias, x, weight.t()))
-    slope = 1 - hidden * hidden
-    first = slope.unsqueeze(1) * weight.t()
-    second = (-2 * hidden * slope).unsqueeze(1) * (weight * weight).t()
-    for weight, bias in zip(layers[2:-2:2], layers[3:-2:2], strict=True):
-        first, second = first @ weight.t(), second @ weight.t()
-        hidden = torch.tanh(torch.addmm(bias, hidden, weight.t()))
-        slope = (1 - hidden * hidden).unsqueeze(1)
-        second = slope * second + (-2 * hidden).unsqueeze(1) * slope * first * first
-        first = slope * first
-    return second @ layers[-2][0]
+def hand_factorisation_hessian(left: Tensor, right: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """2 Vᵀ diag(Ωᵢ) V for every row i of U, on the block diagonal. Shape (n, k, n, k)."""
+    rows, rank = left.shape
+    outer = (right.unsqueeze(-1) * right.unsqueeze(-2)).reshape(-1, rank * rank)
+    hessian = left.new_zeros(rows, rank, rows, rank)
+    hessian.diagonal(0, 0, 2).copy_((2 * mask @ outer).view(rows, rank, rank).permute(1, 2, 0))
+    return hessian
 
 
-def hand_laplacian(x: Tensor, *layers: Tensor) -> Tensor:
-    """The forward Laplacian: hidden values, their Jacobians and their Laplacians, layer by layer."""
-    weight, bias = layers[0], layers[1]
-    hidden = torch.tanh(torch.addmm(bias, x, weight.t()))
-    slope = 1 - hidden * hidden
-    first = slope.unsqueeze(1) * weight.t()
-    second = -2 * hidden * slope * (weight * weight).sum(1)
-    for weight, bias in zip(layers[2:-2:2], layers[3:-2:2], strict=True):
-        first, second = first @ weight.t(), second @ weight.t()
-        hidden = torch.tanh(torch.addmm(bias, hidden, weight.t()))
-        slope = 1 - hidden * hidden
-        second = slope * second - 2 * hidden * slope * (first * first).sum(1)
-        first = slope.unsqueeze(1) * first
-    return second @ layers[-2][0]
+def hand_deep_hessian(first: Tensor, x: Tensor, targets: Tensor, *others: Tensor) -> Tensor:
+    """The Hessian of each sample wrt its first activations, contracted with the inputs' outer products.
+
+    Per sample it is the sum over the layers of Jᵀ diag(cotangent · curvature) J, and Jᵀ (diag(p) − p pᵀ) J of the loss.
+    """
+    batch = x.shape[0]
+    values, jacobians = [(x @ first.t()).tanh()], [torch.eye(first.shape[0], dtype=x.dtype, device=x.device)]
+    for weight in others:
+        slope = 1 - values[-1].square()
+        jacobians.append(weight @ (slope.unsqueeze(-1) * jacobians[-1]))
+        values.append((values[-1] @ weight.t()).tanh())
+    last = (1 - values[-1].square()).unsqueeze(-1) * jacobians[-1]
+    probability = values[-1].softmax(-1)
+    spread = probability.unsqueeze(-1) * last
+    hessian = last.mT @ (spread - probability.unsqueeze(-1) * spread.sum(1, keepdim=True))
+    cotangent = probability - F.one_hot(targets, probability.shape[-1])
+    for weight, value, jacobian in zip((None, *others)[::-1], values[::-1], jacobians[::-1], strict=True):
+        cotangent = cotangent * (1 - value.square())
+        curvature = -2 * value * cotangent
+        if weight is None:
+            hessian = hessian + torch.diag_embed(curvature)
+        else:
+            hessian = torch.baddbmm(hessian, jacobian.mT, curvature.unsqueeze(-1) * jacobian)
+            cotangent = cotangent @ weight
+    outer = (x.unsqueeze(-1) * x.unsqueeze(-2)).view(batch, -1) / batch
+    product = hessian.reshape(batch, -1).t() @ outer
+    size, inputs = first.shape
+    return product.view(size, size, inputs, inputs).transpose(1, 2).contiguous()
 
 
-def _curvatures(function: Expression) -> dict[str, Expression]:
-    """Ways to the diagonal of the Hessian of a function of one sample."""
-
-    def whole(transform: Callable[..., Any]) -> Expression:
-        return lambda x, *layers: transform(function)(x, *layers).diagonal(0, -2, -1)
-
-    def by_products(x: Tensor, *layers: Tensor) -> Tensor:
-        gradient = tf.grad(partial(_flipped, function, layers))
-        units = torch.eye(len(x), dtype=x.dtype, device=x.device)
-        return tf.vmap(lambda unit: unit @ tf.jvp(gradient, (x,), (unit,))[1])(units)
-
-    def by_tangents(x: Tensor, *layers: Tensor) -> Tensor:
-        inside = partial(_flipped, function, layers)
-        units = torch.eye(len(x), dtype=x.dtype, device=x.device)
-
-        def second(unit: Tensor) -> Tensor:
-            return tf.jvp(lambda y: tf.jvp(inside, (y,), (unit,))[1], (x,), (unit,))[1]
-
-        return tf.vmap(second)(units)
-
-    return {
-        "hessian": whole(tf.hessian),
-        "jvp(grad) of unit vectors": by_products,
-        "jvp(jvp) of unit vectors": by_tangents,
-    }
-
-
-def _flipped(function: Expression, layers: tuple[Tensor, ...], x: Tensor) -> Any:
-    return function(x, *layers)
-
-
-def _per_sample(function: Expression, count: int, module: Any = tf) -> Expression:
-    found: Expression = module.vmap(function, in_dims=(0, *(None,) * count))
+def hand_gauss_newton(x: Tensor, targets: Tensor, *both: Tensor) -> list[Tensor]:
+    """Tangents forward through the layers, the softmax's covariance, cotangents back."""
+    parameters, tangents = both[: len(both) // 2], both[len(both) // 2 :]
+    values, tangent = [x], None
+    layers = list(zip(parameters[::2], parameters[1::2], tangents[::2], tangents[1::2], strict=True))
+    for number, (weight, bias, weight_tangent, bias_tangent) in enumerate(layers):
+        value = F.linear(values[-1], weight, bias)
+        change = F.linear(values[-1], weight_tangent, bias_tangent)
+        tangent = change if tangent is None else change + tangent @ weight.t()
+        if number + 1 < len(layers):
+            value = value.tanh()
+            tangent = tangent * (1 - value * value)
+        values.append(value)
+    probability = values[-1].softmax(-1)
+    spread = probability * tangent
+    cotangent = (spread - probability * spread.sum(-1, keepdim=True)) / x.shape[0]
+    found: list[Tensor] = []
+    for number in reversed(range(len(layers))):
+        found = [cotangent.t() @ values[number], cotangent.sum(0), *found]
+        if number:
+            cotangent = (cotangent @ layers[number][0]) * (1 - values[number] * values[number])
     return found
 
 
-def _total(function: Expression) -> Expression:
-    return lambda x, *layers: function(x, *layers).sum(-1)
+# --- chainrule and torch.func ---------------------------------------------------------------------------------------
 
 
-def _network_inputs(batch: int, widths: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(batch, widths[0]).double(), *dense_layers(widths))
+def _gauss_newton(library: Any, way: str, widths: Sequence[int]) -> Expression:
+    architecture = mlp_architecture(widths)
+    call = architecture.calling(library)
+
+    def product(x: Tensor, targets: Tensor, *both: Tensor) -> Any:
+        primals, tangents = (architecture.named(part) for part in (both[: len(both) // 2], both[len(both) // 2 :]))
+        function, loss = lambda p: call(p, x), lambda out: F.cross_entropy(out, targets)
+        if way == "ggn":
+            return library.ggn(function, loss, (primals,), (tangents,))
+        if way == "linearize":
+            value, push = library.linearize(function, primals)
+            tangent = push(tangents)
+        else:
+            value, tangent = library.jvp(function, (primals,), (tangents,))
+        pullback = library.vjp(function, primals)[1]
+        if way == "jvp, softmax by hand, vjp":
+            probability = value.softmax(-1)
+            spread = probability * tangent
+            change = (spread - probability * spread.sum(-1, keepdim=True)) / len(value)
+        elif way == "double vjp":
+            change = library.vjp(library.grad(loss), value)[1](tangent)[0]
+        else:
+            change = library.jvp(library.grad(loss), (value,), (tangent,))[1]
+        return pullback(change)[0]
+
+    return product
 
 
-def _laplacian(key: str, batch: int, widths: tuple[int, ...], targets: Targets, **options: Any) -> Workload:
-    count = 2 * len(widths) - 2
+# --- JAX ------------------------------------------------------------------------------------------------------------
+
+
+def _jax_logistic(jax: Any) -> dict[str, Expression]:
+    def loss(parameters: Any, data: Any, labels: Any) -> Any:
+        logits = data @ parameters
+        return jax.nn.softplus(logits).sum() - labels @ logits
+
+    return {"hessian": jax.hessian(loss)}
+
+
+def _jax_factorisation(jax: Any) -> dict[str, Expression]:
+    return {"hessian": jax.hessian(lambda left, right, target, mask: (mask * (target - left @ right.T) ** 2).sum())}
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+def logistic_row(samples: int, features: int, **options: Any) -> Workload:
+    """B1."""
+
+    def make() -> tuple[Tensor, ...]:
+        labels = torch.randint(0, 2, (samples,))
+        return torch.randn(features).double() / math.sqrt(features), torch.randn(samples, features).double(), labels.double()
+
     return Workload(
-        key=key,
-        title=f"Laplacian of a tanh MLP {'-'.join(map(str, widths))}, batch {batch}",
-        inputs=_network_inputs(batch, widths),
-        ours={"vmap(laplacian)": _per_sample(chainrule.laplacian(scalar_mlp), count, chainrule)},
-        peers={f"vmap({name})": _per_sample(_total(made), count) for name, made in _curvatures(scalar_mlp).items()},
-        hand=hand_laplacian,
-        targets=targets,
+        key="B1",
+        title=f"Hessian of the logistic loss, X {samples}×{features}",
+        inputs=make,
+        ours={"hessian": chainrule.hessian(logistic_loss)},
+        peers=hessians(logistic_loss),
+        hand=hand_logistic_hessian,
+        jax=_jax_logistic,
+        targets=Targets(40, 1.5),
         **options,
     )
 
 
-def _bilaplacian_peers(function: Expression) -> dict[str, Expression]:
-    def trace(inner: Expression) -> Expression:
-        return lambda x, *layers: tf.hessian(inner)(x, *layers).diagonal(0, -2, -1).sum(-1)
+def gauss_newton_row(widths: Sequence[int], batch: int) -> Workload:
+    """B10."""
 
-    found = {"hessian of the hessian": trace(trace(function))}
-    for name, made in _curvatures(function).items():
-        if name != "hessian":
-            found[name] = _total(_curvatures(_total(made))[name])
-    return found
+    def make() -> tuple[Tensor, ...]:
+        architecture = mlp_architecture(widths)
+        targets = torch.randint(0, widths[-1], (batch,))
+        return torch.randn(batch, widths[0]).double(), targets, *architecture.parameters(), *architecture.parameters()
 
-
-# --- B9: divergence ---------------------------------------------------------------------------------------------------
-
-
-def hand_divergence(x: Tensor, *layers: Tensor) -> Tensor:
-    """For two hidden layers: the product of the outer weights does not depend on the sample."""
-    w1, b1, w2, b2, w3, _ = layers
-    h1 = torch.tanh(torch.addmm(b1, x, w1.t()))
-    h2 = torch.tanh(torch.addmm(b2, h1, w2.t()))
-    return (((1 - h2 * h2) @ (w2 * (w1 @ w3).t())) * (1 - h1 * h1)).sum(-1)
-
-
-def _traces() -> dict[str, Expression]:
-    def products(x: Tensor, *layers: Tensor) -> Tensor:
-        units = torch.eye(len(x), dtype=x.dtype, device=x.device)
-        return tf.vmap(lambda unit: unit @ tf.jvp(lambda y: mlp(y, *layers), (x,), (unit,))[1])(units).sum()
-
-    return {
-        "jacrev": lambda x, *layers: tf.jacrev(mlp)(x, *layers).trace(),
-        "jacfwd": lambda x, *layers: tf.jacfwd(mlp)(x, *layers).trace(),
-        "jvp of unit vectors": products,
-    }
+    ways = ("jvp and vjp", "double vjp", "jvp, softmax by hand, vjp")
+    ours = [*(["ggn"] if hasattr(chainrule, "ggn") else []), *ways, "linearize"]
+    return Workload(
+        key="B10",
+        title=f"Gauss–Newton product, MLP {'-'.join(map(str, widths))} with softmax cross-entropy, batch {batch}",
+        inputs=make,
+        ours={way: _gauss_newton(chainrule, way, widths) for way in ours},
+        peers={way: _gauss_newton(tf, way, widths) for way in ways},
+        hand=hand_gauss_newton,
+        targets=Targets(1.2),
+    )
 
 
-# --- B15: matrix factorisation, B18: a deep network -------------------------------------------------------------------
+def factorisation_row(rows: int, rank: int, chunks: Sequence[int | None]) -> Workload:
+    """B15, dense."""
 
+    def make() -> tuple[Tensor, ...]:
+        mask = torch.bernoulli(torch.full((rows, rows), 0.1))
+        return tuple(t.double() for t in (torch.randn(rows, rank), torch.randn(rows, rank), torch.randn(rows, rows), mask))
 
-def _factorisation(left: Tensor, right: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return (mask * (target - left @ right.t()) ** 2).sum()
-
-
-def hand_factorisation(left: Tensor, right: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Shape (n, k, n, k): one block of k² numbers for each row."""
-    n, k = left.shape
-    blocks = 2 * (mask @ (right.unsqueeze(-1) * right.unsqueeze(1)).flatten(1)).unflatten(1, (k, k))
-    found = left.new_zeros(n, k, n, k)
-    found.diagonal(0, 0, 2).copy_(blocks.movedim(0, -1))
-    return found
-
-
-def _factors() -> tuple[Tensor, ...]:
-    n, k = 300, 5
-    return (
-        torch.randn(n, k).double(), torch.randn(n, k).double(), torch.randn(n, n).double(), (torch.rand(n, n) < 0.1).double()
-    )  # fmt: skip
-
-
-def _deep_loss(first: Tensor, x: Tensor, labels: Tensor, *rest: Tensor) -> Tensor:
-    for weight in (first, *rest[:-1]):
-        x = torch.tanh(x @ weight.t())
-    return F.cross_entropy(x @ rest[-1].t(), labels)
-
-
-def _deep() -> tuple[Tensor, ...]:
-    weights = [torch.randn(64, 64).double() / 8 for _ in range(10)]
-    return (weights[0], torch.randn(64, 64).double(), torch.randint(64, (64,)), *weights[1:])
-
-
-_WIDE = (50, 768, 768, 512, 512, 1)
-_PLANE = (64, 128, 128, 128, 1)
-
-WORKLOADS: tuple[Workload, ...] = (
-    _logistic(300, 1000, sizes={n: _logistic(n, 1000) for n in (50, 100, 200, 400)}),
-    _laplacian(
-        "B2", 32, _PLANE, Targets(25, 2),
-        sizes={n: _laplacian("B2", 32, (n, 128, 128, 128, 1), Targets()) for n in (16, 32, 64, 128)},
-    ),
-    Workload(
-        key="B9",
-        title="divergence of an MLP field 64-128-128-64, batch 64",
-        inputs=_network_inputs(64, (64, 128, 128, 64)),
-        ours={"vmap(divergence)": _per_sample(chainrule.divergence(mlp), 6, chainrule)},
-        peers={f"vmap({name})": _per_sample(made, 6) for name, made in _traces().items()},
-        hand=hand_divergence,
-        targets=Targets(10, 2),
-    ),
-    Workload(
-        key="B11",
-        title="diagonal of the Hessian of B2's network",
-        inputs=_network_inputs(32, _PLANE),
-        ours={"vmap(hessian_diagonal)": _per_sample(chainrule.hessian_diagonal(scalar_mlp), 8, chainrule)},
-        peers={f"vmap({name})": _per_sample(made, 8) for name, made in _curvatures(scalar_mlp).items()},
-        hand=hand_diagonal,
-        targets=Targets(10, 2),
-    ),
-    Workload(
+    return Workload(
         key="B15",
-        title="Hessian wrt U of (Ω∘(T − U Vᵀ)²).sum(), n=300, k=5, dense",
-        inputs=_factors,
-        ours={"hessian": chainrule.hessian(_factorisation)},
-        peers={"hessian": tf.hessian(_factorisation), "jacrev(grad)": tf.jacrev(tf.grad(_factorisation))}
-        | {f"jacrev(grad) chunk {c}": tf.jacrev(tf.grad(_factorisation), chunk_size=c) for c in (64, 256)},
-        hand=hand_factorisation,
+        title=f"Hessian wrt U of Σ Ω∘(T − U Vᵀ)², n=m={rows}, k={rank}, float64, dense",
+        inputs=make,
+        ours={"hessian": chainrule.hessian(factorisation_loss)},
+        peers=hessians(factorisation_loss, chunks=chunks),
+        hand=hand_factorisation_hessian,
+        jax=_jax_factorisation,
         targets=Targets(10, 2),
         dtype=torch.float64,
-    ),
-    Workload(
+    )
+
+
+def deep_row(layers: int, width: int, batch: int, chunks: Sequence[int | None]) -> Workload:
+    """B18."""
+
+    def make() -> tuple[Tensor, ...]:
+        weights = [torch.randn(width, width).double() / math.sqrt(width) for _ in range(layers)]
+        return weights[0], torch.randn(batch, width).double(), torch.randint(0, width, (batch,)), *weights[1:]
+
+    return Workload(
         key="B18",
-        title="Hessian wrt the first weights of ten 64×64 tanh layers and cross-entropy, batch 64",
-        inputs=_deep,
-        ours={"hessian": chainrule.hessian(_deep_loss)},
-        peers={f"jacrev(grad) chunk {c}": tf.jacrev(tf.grad(_deep_loss), chunk_size=c) for c in (64, 512)}
-        | {"jacfwd(grad)": tf.jacfwd(tf.grad(_deep_loss))},
+        title=f"Hessian wrt the first weights, {layers} tanh layers {width}×{width}, cross-entropy, batch {batch}, float64",
+        inputs=make,
+        ours={"hessian": chainrule.hessian(deep_loss)},
+        peers=hessians(deep_loss, chunks=chunks),
+        hand=hand_deep_hessian,
         targets=Targets(4),
         dtype=torch.float64,
-    ),
-    _laplacian("B19a", 1, _WIDE, Targets(1.8, 1.2), dtype=torch.float64),
-    _laplacian("B19b", 256, _WIDE, Targets(1.8, 1.2), dtype=torch.float64),
-    Workload(
-        key="B19c",
-        title="biharmonic of a tanh MLP 5-768-768-512-512-1, batch 64",
-        inputs=_network_inputs(64, (5, *_WIDE[1:])),
-        ours={"vmap(laplacian(laplacian))": _per_sample(chainrule.laplacian(chainrule.laplacian(scalar_mlp)), 10, chainrule)},
-        peers={f"vmap({name})": _per_sample(made, 10) for name, made in _bilaplacian_peers(scalar_mlp).items()},
-        targets=Targets(1.8),
-        dtype=torch.float64,
-    ),
-)  # fmt: skip
+    )
+
+
+WORKLOADS: tuple[Workload, ...] = (
+    logistic_row(1000, 300, sizes={n: logistic_row(1000, n) for n in (50, 100, 200, 400)}),
+    gauss_newton_row((32, 128, 128, 10), 128),
+    factorisation_row(300, 5, (None, 32, 128)),
+    deep_row(10, 64, 64, (64, 256, 1024)),
+)
+
+#: The same rows at sizes that every test run can afford.
+SMALL: tuple[Workload, ...] = (
+    logistic_row(20, 6),
+    gauss_newton_row((5, 8, 7, 4), 6),
+    factorisation_row(7, 2, (None, 4)),
+    deep_row(4, 5, 6, (None, 4)),
+)

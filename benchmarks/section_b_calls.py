@@ -1,0 +1,215 @@
+"""Rows bound by calls rather than arithmetic: vmap, jvp, vjp, grad and linearize on small functions (B12 to B14)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+import chainrule
+from benchmarks.networks import Architecture, mlp_architecture
+from benchmarks.overhead import OPS, chain
+from benchmarks.workload import Expression, Targets, Workload
+
+tf = torch.func
+Tensor = torch.Tensor
+
+
+def chain_sum(x: Tensor) -> Tensor:
+    """The chain of pointwise ops as a scalar function."""
+    return chain(x).sum()
+
+
+# --- the transforms, of either library ------------------------------------------------------------------------------
+
+
+def _jvp(library: Any, x: Tensor, tangent: Tensor) -> Any:
+    return library.jvp(chain, (x,), (tangent,))
+
+
+def _vjp(library: Any, x: Tensor, cotangent: Tensor) -> Any:
+    value, pullback = library.vjp(chain, x)
+    return value, pullback(cotangent)[0]
+
+
+def _linearize(library: Any, x: Tensor, tangent: Tensor) -> Any:
+    value, push = library.linearize(chain, x)
+    return value, push(tangent)
+
+
+def _vmapped_network(library: Any, architecture: Architecture) -> Expression:
+    mapped = library.vmap(architecture.calling(library), in_dims=(None, 0))
+    return lambda x, *parameters: mapped(architecture.named(parameters), x)
+
+
+def _split(architecture: Architecture, both: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    half = len(both) // 2
+    return architecture.named(both[:half]), architecture.named(both[half:])
+
+
+def _tangents(library: Any, way: str, architecture: Architecture, x: Tensor, *both: Tensor) -> Tensor:
+    """The derivatives along many tangents of the parameters. Shape (tangents, batch, outputs)."""
+    parameters, tangents = _split(architecture, both)
+    call = architecture.calling(library)
+    if "linearize" in way:
+        push = library.linearize(lambda p: call(p, x), parameters)[1]
+    else:
+
+        def push(tangent: dict[str, Tensor]) -> Tensor:
+            return library.jvp(lambda p: call(p, x), (parameters,), (tangent,))[1]
+
+    if "vmap" in way:
+        return library.vmap(push)(tangents)
+    columns = {name: leaf.unbind() for name, leaf in tangents.items()}
+    count = len(columns[architecture.names[0]])
+    return torch.stack([push({name: leaves[i] for name, leaves in columns.items()}) for i in range(count)])
+
+
+def _cotangents(library: Any, way: str, architecture: Architecture, x: Tensor, units: Tensor, *parameters: Tensor) -> Any:
+    """The pullbacks of many cotangents to the parameters, each leaf with a leading dimension for them."""
+    call = architecture.calling(library)
+    pullback = library.vjp(lambda p: call(p, x), architecture.named(parameters))[1]
+    if "vmap" in way:
+        return library.vmap(pullback)(units)[0]
+    pulled = [pullback(unit)[0] for unit in units]
+    return {name: torch.stack([each[name] for each in pulled]) for name in architecture.names}
+
+
+# --- formulas written by hand ---------------------------------------------------------------------------------------
+
+
+def hand_chain_tangent(x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and derivative along a tangent."""
+    for _ in range(OPS // 4):
+        tangent = tangent * x.cos() * 0.5
+        x = (x.sin() * 0.5 + 1.0).tanh()
+        tangent = tangent * (1 - x * x)
+    return x, tangent
+
+
+def hand_chain_gradient(x: Tensor) -> Tensor:
+    """The gradient of the sum."""
+    return hand_chain_tangent(x, torch.ones_like(x))[1]
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+def _row(
+    key: str,
+    title: str,
+    inputs: Callable[[], tuple[Tensor, ...]],
+    expressions: Callable[[Any], Mapping[str, Expression]],
+    target: float,
+    hand: Expression | None = None,
+) -> Workload:
+    ours, peers = expressions(chainrule), expressions(tf)
+    return Workload(key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, targets=Targets(target))
+
+
+def _chain_row(key: str, title: str, name: str, function: Expression, target: float) -> Workload:
+    return _row(
+        key,
+        f"{title} of a chain of {OPS} pointwise ops, n=16",
+        lambda: (torch.randn(16).double(), torch.randn(16).double()),
+        lambda library: {name: partial(function, library)},
+        target,
+        hand_chain_tangent,
+    )
+
+
+def network_vmap_row(widths: Sequence[int], batch: int) -> Workload:
+    """B12, the network."""
+    architecture = mlp_architecture(widths)
+    call = architecture.calling(tf)
+    return _row(
+        "B12b",
+        f"vmap of a tanh MLP {'-'.join(map(str, widths))} over {batch} rows",
+        lambda: (torch.randn(batch, widths[0]).double(), *architecture.parameters()),
+        lambda library: {"vmap": _vmapped_network(library, architecture)},
+        1,
+        lambda x, *parameters: call(architecture.named(parameters), x),
+    )
+
+
+def many_tangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
+    """B14, forward: tangents that come one by one, as in an iterative solver, or all at once."""
+    architecture = mlp_architecture(widths)
+
+    def make() -> tuple[Tensor, ...]:
+        tangents = [torch.randn(count, *shape).double() for shape in architecture.shapes.values()]
+        return torch.randn(batch, widths[0]).double(), *architecture.parameters(), *tangents
+
+    def expressions(library: Any) -> dict[str, Expression]:
+        names = ["linearize", "jvp"] if library is tf else ["linearize"]
+        ways = [f"{name}, one by one" if arrival == "one by one" else f"vmap({name})" for name in names]
+        return {way: partial(_tangents, library, way, architecture) for way in ways}
+
+    network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
+    return _row(key, f"linearize once, {count} tangents of the parameters {arrival}, {network}", make, expressions, 2)
+
+
+def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
+    """B14, reverse."""
+    architecture = mlp_architecture(widths)
+
+    def make() -> tuple[Tensor, ...]:
+        units = torch.randn(count, batch, widths[-1])
+        return torch.randn(batch, widths[0]).double(), units.double(), *architecture.parameters()
+
+    def expressions(library: Any) -> dict[str, Expression]:
+        way = "vjp, one by one" if arrival == "one by one" else "vmap(vjp)"
+        return {way: partial(_cotangents, library, way, architecture)}
+
+    network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
+    return _row(key, f"vjp once, {count} cotangents to the parameters {arrival}, {network}", make, expressions, 2)
+
+
+def many_rows(widths: Sequence[int], batch: int, count: int) -> tuple[Workload, ...]:
+    """B14."""
+    return (
+        many_tangents_row("B14a", "one by one", widths, batch, count),
+        many_cotangents_row("B14b", "one by one", widths, batch, count),
+        many_tangents_row("B14c", "at once", widths, batch, count),
+        many_cotangents_row("B14d", "at once", widths, batch, count),
+    )
+
+
+_MLP = (32, 128, 128, 10)
+
+_CHAINS: tuple[Workload, ...] = (
+    _row(
+        "B12a",
+        f"vmap of a chain of {OPS} pointwise ops on 8×16",
+        lambda: (torch.randn(8, 16).double(),),
+        lambda library: {"vmap": library.vmap(chain)},
+        1,
+        chain,
+    ),
+    _chain_row("B13a", "jvp", "jvp", _jvp, 1.3),
+    _chain_row("B13b", "vjp and its function", "vjp", _vjp, 1.3),
+    _row(
+        "B13c",
+        f"grad of a chain of {OPS} pointwise ops, n=16",
+        lambda: (torch.randn(16).double(),),
+        lambda library: {"grad": library.grad(chain_sum)},
+        1.3,
+        hand_chain_gradient,
+    ),
+    _chain_row("B13d", "linearize and its function", "linearize", _linearize, 100),
+)
+
+WORKLOADS: tuple[Workload, ...] = (
+    *_CHAINS,
+    network_vmap_row(_MLP, 32),
+    *many_rows(_MLP, 32, 100),
+)
+
+#: The same rows at sizes that every test run can afford.
+SMALL: tuple[Workload, ...] = (
+    *_CHAINS,
+    network_vmap_row((5, 8, 7, 4), 3),
+    *many_rows((5, 8, 7, 4), 3, 4),
+)
