@@ -194,3 +194,25 @@ def test_float32_stays_float32():
     for function in (lambda x: x[ix(0, 2)], lambda x: x.masked_fill(x > 0, 0.0), lambda x: x.index_put((ix(0),), x[1])):
         assert chainrule.jacrev(function)(x).dtype == torch.float32
         assert chainrule.jacfwd(function)(x).dtype == torch.float32
+
+
+def test_padding_rows_of_an_embedding_are_constant_whatever_the_nest() -> None:
+    weight, index = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1, 2, 1, 3])
+
+    def embedded(weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(index, weight, padding_idx=1)
+
+    expected = chainrule.jacrev(embedded)(weight)
+    assert not expected[:, :, 1].any()
+    assert expected[:, :, 2].any()
+    torch.testing.assert_close(chainrule.jacrev(chainrule.vmap(embedded))(weight[None])[0, :, :, 0], expected)
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(embedded))(weight[None])[0], expected)
+
+
+def test_scattered_sums_may_leave_sources_out() -> None:
+    index, source = torch.tensor([0, 2, 1]), torch.randn(5, dtype=torch.float64)
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    expected[index, torch.arange(3)] = 1.0
+    for transform in (chainrule.jacfwd, chainrule.jacrev):
+        found = transform(lambda y: torch.zeros(4, dtype=y.dtype).scatter_reduce(0, index, y, "sum"))(source)
+        torch.testing.assert_close(found, expected)

@@ -295,3 +295,36 @@ def test_torch_outside_of_transforms_is_untouched() -> None:
     torch.testing.assert_close(point.grad, 5 * point.detach() ** 2)
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(torch.ones(()), torch.ones(()))
+
+
+class MatrixVector(torch.autograd.Function):
+    """A product with forward and backward rules, in the form in which every argument has a tangent."""
+
+    @staticmethod
+    def forward(matrix, vector):
+        return matrix @ vector
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        matrix, vector = ctx.saved_tensors
+        return cotangent[:, None] * vector, matrix.T @ cotangent
+
+    @staticmethod
+    def jvp(ctx, matrix_tangent, vector_tangent):
+        matrix, vector = ctx.saved_tensors
+        return matrix_tangent @ vector + matrix @ vector_tangent
+
+
+def test_arguments_without_tangent_have_zeros():
+    for _ in range(2):
+        matrix, vector = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+        found = chainrule.jacfwd(MatrixVector.apply, (0, 1))(matrix, vector)
+        torch.testing.assert_close(found, torch.func.jacfwd(torch.mv, (0, 1))(matrix, vector))
+        torch.testing.assert_close(chainrule.jacfwd(lambda x: MatrixVector.apply(matrix, x))(vector), matrix)
+        second = chainrule.jacfwd(chainrule.jacfwd(lambda x: MatrixVector.apply(matrix, x).sin()))(vector)
+        torch.testing.assert_close(second, torch.func.hessian(lambda x: (matrix @ x).sin())(vector))

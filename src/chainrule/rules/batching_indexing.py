@@ -302,7 +302,8 @@ def embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int)
         results = [func(rows[b], positions[b], *args[2:], **kwargs) for b in range(size)]
         return Batched(torch.stack(results)) if results else NotImplemented
     result = index(aten.index.Tensor, [weight, [chosen]], {}, size)
-    if bound["padding_idx"] >= 0 and weight.value.requires_grad:
+    differentiated = weight.value.requires_grad or torch._C._len_torch_dispatch_stack() > 0
+    if bound["padding_idx"] >= 0 and differentiated:
         padded = physical(chosen, size).eq(bound["padding_idx"]).unsqueeze(-1)
         result = Batched(torch.where(padded, result.value.detach(), result.value))
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,14 +81,21 @@ class FunctionAction:
         function: the user's class.
         number: which argument of ``forward``.
         output: which output.
-        likes: shape and dtype of each output (None for one that is no tensor).
+        kinds: shape and dtype of each argument (None for one that is no floating-point tensor).
     """
 
-    def __init__(self, function: Any, number: int, output: int, count: int) -> None:
+    def __init__(self, function: Any, number: int, output: int, kinds: Sequence[tuple[torch.Size, torch.dtype] | None]) -> None:
         self.function = function
         self.number = number
         self.output = output
-        self.count = count
+        self.kinds = kinds
+
+    def _no_tangent(self, number: int, rows: torch.Tensor, materialize: bool) -> torch.Tensor | None:
+        """The tangent of an argument that has none: zeros, unless the user asked for None."""
+        kind = self.kinds[number]
+        if kind is None or not materialize:
+            return None
+        return torch.zeros(kind[0], dtype=kind[1], device=rows.device)
 
     def _backward(self, row: torch.Tensor, context: Any, outputs: tuple[Any, ...]) -> torch.Tensor | None:
         materialize = getattr(context, "materialize_grads", True)
@@ -127,8 +134,9 @@ class FunctionAction:
         pushed = []
         if hasattr(context, "saved_for_forward") and isinstance(context, FunctionContext) and context.saved_for_forward:
             context.saved_tensors = context.saved_for_forward
+        materialize = getattr(context, "materialize_grads", True)
         for row in rows.unbind(0):
-            tangents = [row if n == self.number else None for n in range(self.count)]
+            tangents = [row if n == self.number else self._no_tangent(n, rows, materialize) for n in range(len(self.kinds))]
             result = self.function.jvp(context, *tangents)
             if isinstance(result, (tuple, list)):
                 result = result[self.output]
@@ -162,16 +170,25 @@ class FunctionAction:
         return flat.reshape(rows.shape[0], *out.shape)
 
 
+def _kind(call: Call, item: Any) -> tuple[torch.Size, torch.dtype] | None:
+    if not call.is_slot(item):
+        return None
+    value = call.tensor(item)
+    known = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return (value.shape, value.dtype) if known else None
+
+
 def _linearize(call: Call) -> Iterable[Edge]:
     function = call.op.function  # type: ignore[attr-defined]
     context, arguments = call.args[0], call.args[1:]
+    kinds = [_kind(call, item) for item in arguments]
     for number, item in enumerate(arguments):
         if not call.is_active(item):
             continue
         for output, slot in enumerate(call.outputs):
             if slot < 0 or not call.tensor(slot).dtype.is_floating_point:
                 continue
-            action = FunctionAction(function, number, output, len(arguments))
+            action = FunctionAction(function, number, output, kinds)
             size = call.tensor(item).numel() + call.tensor(slot).numel()
             push, pull = _staged(action.push, item, context), _staged(action.pull, item, context)
             yield operator_edge(call, item, push, pull, (), size, output)

@@ -67,7 +67,8 @@ class _Groups:
 def _scatter_reduce(call: Call) -> Iterable[Edge]:
     own, index, source = call.args[0], call.argument("index"), call.argument("src")
     reduce, shape = call.argument("reduce"), call.shape(index)
-    if reduce not in ("sum", "mean", "prod") or not shape or 0 in shape or call.shape(source) != shape:
+    plain = reduce == "sum" or (reduce in ("mean", "prod") and call.shape(source) == shape)
+    if not plain or not shape or 0 in shape:
         yield from opaque_edges(call)
         return
 
