@@ -185,3 +185,33 @@ def test_bad_input(transform: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match=transform.__name__):
         transform(lambda x: 3.0)(real(3))
     torch.testing.assert_close(chainrule.laplacian(network)(torch.zeros(4).double()), trace_of_hessian(network)(torch.zeros(4).double()))
+
+
+def test_steps_under_no_grad_count_as_in_the_hessian() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            held = x.sin()
+        return held * x
+
+    for _ in range(2):
+        x = real(3)
+        diagonal = whole(function, x)
+        torch.testing.assert_close(chainrule.hessian_diagonal(function)(x), diagonal)
+        torch.testing.assert_close(chainrule.laplacian(function)(x), diagonal.sum(-1))
+        batch = real(2, 3)
+        expected = torch.stack([whole(function, row).sum(-1) for row in batch])
+        torch.testing.assert_close(chainrule.vmap(chainrule.laplacian(function))(batch), expected)
+    (first, second), aux = chainrule.hessian_diagonal(lambda x, y: (function(x).sum() * y, 3), (0, 1), has_aux=True)(x, x[0])
+    assert aux == 3
+    torch.testing.assert_close((first, second), (whole(lambda x: function(x).sum(), x) * x[0], torch.zeros_like(x[0])))
+
+
+def test_views_of_contiguous_copies_are_replayed() -> None:
+    def function(x: Tensor) -> Tensor:
+        return (x**2).reshape(6, 2).t().contiguous().view(3, 4).sin().sum()
+
+    for _ in range(3):
+        x = real(3, 4)
+        ours = chainrule.jvp(chainrule.grad(function), (x,), (x.cos(),))
+        torch.testing.assert_close(ours, torch.func.jvp(torch.func.grad(function), (x,), (x.cos(),)))
+        torch.testing.assert_close(chainrule.laplacian(function)(x), whole(function, x).sum())

@@ -15,7 +15,8 @@ from chainrule.execute.accounts import UNCACHED, current_ledger
 from chainrule.execute.engine import account_of, execute
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import Contracted, second_order
-from chainrule.transforms.arguments import Argnums, tree_unflatten
+from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.jacobians import hessian
 from chainrule.transforms.nest import Level, run_planned
 from chainrule.transforms.trace import Traced
 
@@ -58,7 +59,10 @@ def laplacian(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool =
             leaves.append(torch.zeros_like(leaf) if total is None else total.to(leaf.dtype))
         return tree_unflatten(leaves, traced.out_spec)
 
-    return _transform(Level(func, "laplacian", argnums, has_aux, finish, ("laplacian",)))
+    def add_up(blocks: list[torch.Tensor], leaf: torch.Tensor) -> torch.Tensor:
+        return torch.stack([block.flatten(leaf.dim()).sum(-1) for block in blocks]).sum(0)
+
+    return _transform(Level(func, "laplacian", argnums, has_aux, finish, ("laplacian",)), add_up)
 
 
 def hessian_diagonal(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False) -> Callable[..., Any]:
@@ -96,17 +100,64 @@ def hessian_diagonal(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux:
             leaves.append(tree[0] if single else tree)
         return tree_unflatten(leaves, traced.out_spec)
 
-    return _transform(Level(func, "hessian_diagonal", argnums, has_aux, finish, ("hessian_diagonal",)))
+    def collect(blocks: list[torch.Tensor], leaf: torch.Tensor) -> Any:
+        return blocks
+
+    return _transform(Level(func, "hessian_diagonal", argnums, has_aux, finish, ("hessian_diagonal",)), collect)
 
 
-def _transform(level: Level) -> Callable[..., Any]:
+class _HiddenSteps(Exception):  # noqa: N818 - never leaves this module
+    """Steps were run under ``torch.no_grad()``: a Hessian's two derivatives see them differently."""
+
+    def __init__(self, traced: Traced, single: bool) -> None:
+        self.traced = traced
+        self.single = single
+
+
+def _transform(level: Level, combine: Callable[[list[torch.Tensor], torch.Tensor], Any]) -> Callable[..., Any]:
+    finish = level.finish
+
+    def checked(traced: Traced, single: bool) -> Any:
+        if traced.tape.saw_blocked:
+            raise _HiddenSteps(traced, single)
+        return finish(traced, single)
+
+    level.finish = checked
+
     @wraps(level.func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        result, aux = run_planned(level, args, kwargs)
+        try:
+            result, aux = run_planned(level, args, kwargs)
+        except _HiddenSteps as hidden:
+            result, aux = _from_blocks(level, hidden, combine, args, kwargs)
         return (result, aux) if level.has_aux else result
 
     level.mark(wrapper)
     return wrapper
+
+
+def _from_blocks(
+    level: Level, hidden: _HiddenSteps, combine: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    """From the diagonal blocks of the Hessian."""
+    assert level.argnums is not None
+    found = hessian(level.func, level.argnums, has_aux=level.has_aux)(*args, **kwargs)
+    whole, aux = found if level.has_aux else (found, None)
+    traced = hidden.traced
+    blocks, count = tree_flatten(whole)[0], len(traced.in_leaves)
+    results = []
+    for number, leaf in enumerate(traced.out_leaves):
+        diagonals = []
+        for place, inner in enumerate(traced.in_leaves):
+            block = blocks[(number * count + place) * count + place]
+            entries = block.reshape((*leaf.shape, inner.numel(), inner.numel())).diagonal(0, -2, -1)
+            diagonals.append(entries.reshape((*leaf.shape, *inner.shape)).clone())
+        made = combine(diagonals, leaf)
+        if isinstance(made, list):
+            tree = tree_unflatten(made, traced.in_spec)
+            made = tree[0] if hidden.single else tree
+        results.append(made)
+    return tree_unflatten(results, traced.out_spec), aux
 
 
 def _contracted(
