@@ -230,6 +230,10 @@ def _hvp(key: str, title: str, ours: Mapping[str, Expression]) -> Workload:
     )
 
 
+def _both(one: Expression, two: Expression) -> Expression:
+    return lambda *args: (one(*args), two(*args))
+
+
 def _growth(sizes: tuple[int, ...]) -> dict[int, Workload]:
     # Reverse mode would need an identity matrix of the output's size squared.
     forward = {"jacfwd": tf.jacfwd(predict, argnums=2)}
@@ -275,23 +279,32 @@ WORKLOADS: tuple[Workload, ...] = (
     ),
     Workload(
         key="A7",
-        title="full Jacobian of the batch, (64, 33)×(64, 31)",
+        title="full Jacobian of the batch, and its summed-output form",
+        inputs=_layer(31, 33, 64),
+        ours={"jacobian": _both(chainrule.jacobian(predict, argnums=2), chainrule.jacobian(summed, argnums=2))},
+        peers={
+            name: _both(full, tf.jacrev(summed, argnums=2)) for name, full in _jacobians(predict, 2, (128, 512)).items()
+        },
+        hand=_both(hand_full_jacobian, hand_summed_jacobian),
+        targets=Targets(15, 2, 3),
+    ),
+    Workload(
+        key="A7f",
+        title="part of A7: full Jacobian, (64, 33)×(64, 31)",
         inputs=_layer(31, 33, 64),
         ours={"jacobian": chainrule.jacobian(predict, argnums=2)},
         peers=_jacobians(predict, 2, (128, 512)),
         hand=hand_full_jacobian,
         jax=_jax_jacobian,
-        targets=Targets(15, 2, 3),
     ),
     Workload(
         key="A7s",
-        title="Jacobian of the output summed over the batch, (33,)×(64, 31)",
+        title="part of A7: Jacobian of the output summed over the batch, (33,)×(64, 31)",
         inputs=_layer(31, 33, 64),
         ours={"jacobian": chainrule.jacobian(summed, argnums=2)},
         peers=_jacobians(summed, 2),
         hand=hand_summed_jacobian,
         jax=_jax_summed,
-        targets=Targets(15, 2, 3),
     ),
     _hvp("A8f", "forward over reverse", {"jvp(grad)": _our_forward_reverse}),
     _hvp("A8r", "reverse over reverse", {"vjp(grad)": _our_reverse_reverse}),

@@ -79,9 +79,11 @@ def _fuse(
                 product, sign = products.get(args[place].slot), -1 if function in _DIFFERENCE else 1
                 if product is None or product.outputs[0] in fused or args[0] == args[1]:
                     continue
-                whole = (out, args[1 - place].slot, *(a.slot for a in product.args))
-                if same_kind(whole) and len({kinds[slot][0] for slot in whole}) == 1:
-                    base = args[1 - place].slot
+                other = args[1 - place].slot
+                if not same_kind((out, other, *(a.slot for a in product.args))):
+                    continue
+                if kinds[out][0] == kinds[other][0] == kinds[product.outputs[0]][0]:
+                    base = other
                     break
         if base is None or product is None:
             continue

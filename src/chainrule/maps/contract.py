@@ -225,7 +225,19 @@ def _broadcast_product(
     if x.numel() < y.numel():
         # The larger one first: it decides how torch lays the result out and walks through it.
         x, left, y, right = y, right, x, left
-    return torch.mul(expand_to(x, left, order), expand_to(y, right, order))
+    one, two = expand_to(x, left, order), expand_to(y, right, order)
+    size = math.prod(max(a, b) for a, b in itertools.zip_longest(reversed(one.shape), reversed(two.shape), fillvalue=1))
+    return torch.mul(_laid_out(one, size), _laid_out(two, size))
+
+
+def _laid_out(value: Staged, size: int) -> Staged:
+    """A permuted operand of a product of ``size`` elements that is much larger: copied, or the product is permuted like it."""
+    if size < 4 * value.numel():
+        return value
+    strides = [stride for stride, n in zip(value.value.stride(), value.shape, strict=True) if n != 1 and stride]
+    if all(a >= b for a, b in itertools.pairwise(strides)):
+        return value
+    return value.contiguous()
 
 
 def _selection(
