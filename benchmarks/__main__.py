@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in row.problems:
             print(f"{row.key}: {problem}")
     if target is not None:
-        report.write_results(target, rows, settings, budget, growth)
+        everything = [workload.key for section in SECTIONS for workload in section.WORKLOADS]
+        report.write_results(target, rows, settings, budget, growth, everything)
         print(f"written: {target / 'RESULTS.md'}, {target / 'results.json'}")
     return 1 if failed else 0
 

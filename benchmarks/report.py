@@ -179,9 +179,30 @@ def write_results(
     settings: Mapping[str, Any],
     budget: Mapping[str, float],
     growth: Sequence[Mapping[str, Any]],
+    known: Sequence[str] = (),
 ) -> None:
-    """Write ``RESULTS.md`` and ``results.json``."""
+    """Write ``RESULTS.md`` and ``results.json``; rows of an earlier run that were not measured now are kept.
+
+    Args:
+        folder: where to.
+        rows: what was measured.
+        settings: how.
+        budget: the overhead budget.
+        growth: the growth studies.
+        known: the keys of all workloads, in their order; other rows of an earlier run are dropped.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    before = _earlier(folder / "results.json")
+    measured = {row.key: row for row in rows}
+    kept = {e["key"]: Row(**_restored(e)) for e in before.get("rows", []) if e["key"] in known and e["key"] not in measured}
+    if kept:
+        settings = {**settings, "rows of an earlier run": ", ".join(kept)}
+    both = {**kept, **measured}
+    rows = [both[key] for key in (known or both) if key in both]
+    studied = {entry["key"] for entry in growth}
+    growth = [*growth, *(e for e in before.get("growth", []) if e["key"] in kept and e["key"] not in studied)]
+    growth.sort(key=lambda e: [row.key for row in rows].index(e["key"]))
+    budget = budget or before.get("overhead_seconds", {})
     (folder / "RESULTS.md").write_text(markdown(rows, settings, budget, growth))
     data = {
         "settings": dict(settings),
@@ -190,6 +211,18 @@ def write_results(
         "growth": [dict(entry) for entry in growth],
     }
     (folder / "results.json").write_text(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _restored(entry: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that JSON has no word for."""
+    return {name: math.nan if name == "first_call" and value is None else value for name, value in entry.items()}
 
 
 def _finite(item: Any) -> Any:

@@ -404,3 +404,39 @@ def test_derivative_of_a_scattered_product(include_self: bool) -> None:
 
     expected = torch.stack([torch.func.grad(total, 1)(x[k], source[k]) for k in range(2)])
     torch.testing.assert_close(chainrule.vmap(chainrule.grad(total, 1))(x, source), expected)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        lambda i: i,
+        lambda i: (i, slice(None)),
+        lambda i: (slice(0, 2), i),
+        lambda i: (Ellipsis, i),
+        lambda i: (None, i, 1),
+        lambda i: (1, None, i, slice(1, None)),
+        lambda i: (slice(None), 0, i),
+    ],
+)
+def test_mapped_integers_as_index(index):
+    x, positions = torch.randn(4, 3, 3, 3), torch.tensor([0, 2, -1, 1])
+
+    def read(x, i):
+        return x[index(i)]
+
+    def written(x, i):
+        y = x.clone()
+        y[index(i)] = x.sum()
+        return y * x
+
+    def filled(x, i):
+        y = x.clone()
+        y[index(i)] = 2.5
+        return y
+
+    for function in (read, written, filled):
+        expected = torch.stack([function(a, int(i)) for a, i in zip(x, positions, strict=True)])
+        torch.testing.assert_close(chainrule.vmap(function)(x, positions), expected)
+    found = chainrule.vmap(chainrule.jacrev(lambda x, i: (x[index(i)] ** 2).sum()))(x, positions)
+    expected = torch.stack([chainrule.jacrev(lambda a: (a[index(int(i))] ** 2).sum())(a) for a, i in zip(x, positions, strict=True)])  # noqa: B023
+    torch.testing.assert_close(found, expected)
