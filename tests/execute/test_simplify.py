@@ -47,7 +47,7 @@ def test_random_programs(steps: list[tuple[str, int, int]], chosen: list[int], r
 
 
 def calls(program: Program, *wanted: int) -> list[str]:
-    return [getattr(i.function, "__name__", "?") for i in simplify(program, wanted)[0]]
+    return [getattr(i.function, "__name__", "?") for i in simplify(program, wanted, program.constants)[0]]
 
 
 def test_one_minus_a_product_is_one_call() -> None:
@@ -74,3 +74,18 @@ def test_calls_that_nothing_needs_are_dropped() -> None:
     program.call(torch.exp, x)
     wanted = program.call(torch.sin, x)
     assert calls(program, wanted.slot) == ["sin"]
+
+
+def test_what_is_the_same_in_every_run_is_computed_once() -> None:
+    program = Program()
+    x = program.input(0, torch.randn(3))
+    ones = program.call(torch.ones, (3,))
+    wanted = program.call(torch.mul, x, program.call(torch.unsqueeze, ones, 0))
+    assert calls(program, wanted.slot) == ["mul"]
+    # Not a result, nor what a result is a view of: each run returns its own.
+    view = program.call(torch.unsqueeze, ones, 0)
+    assert calls(program, view.slot) == ["ones", "unsqueeze"]
+    run = compile_program(program, [view, wanted])
+    first, _ = run([torch.randn(3)], ())
+    first.zero_()
+    assert run([torch.randn(3)], ())[0].tolist() == [[1.0, 1.0, 1.0]]

@@ -151,10 +151,11 @@ class _Source:
         self.program = program
         self.wanted = [None if staged is None else staged.slot for staged in results]
         self.copied = shared_results(program, self.wanted) if program.recorded else set()
-        self.kept, made = simplify(program, [s for s in self.wanted if s is not None])
+        own = {slot: _settled(tensor) for slot, tensor in program.constants.items()}
+        self.kept, made = simplify(program, [s for s in self.wanted if s is not None], own)
         self.used = {slot for i in self.kept for slot in refs((i.args, tuple(i.kwargs.values())))}
         self.used.update(slot for slot in self.wanted if slot is not None)
-        self.constants = {**{slot: _settled(tensor) for slot, tensor in program.constants.items()}, **made}
+        self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
 

@@ -13,23 +13,100 @@ from chainrule.maps.staging import Instruction, Program, Ref, freeze
 aten = torch.ops.aten
 
 _TRANSPOSES = (torch.t, aten.t.default._op)
+_SHAPINGS = (torch.reshape, torch.broadcast_to, aten.reshape.default._op, aten.expand.default._op)
 _PRODUCT = (torch.mul, aten.mul.Tensor._op)
 _ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
 _SUM = (torch.add, aten.add.Tensor._op)
 _DIFFERENCE = (torch.sub, aten.sub.Tensor._op)
 
 
-def simplify(program: Program, wanted: Sequence[int]) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
+#: Calls that make tensors from nothing.
+_CREATIONS = frozenset({torch.zeros, torch.ones, torch.eye, torch.arange, torch.full})
+
+#: Results of at most this many elements that are the same in every run are computed once.
+_FOLDED = 4096
+
+
+def simplify(
+    program: Program, wanted: Sequence[int], constants: dict[int, torch.Tensor]
+) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """The instructions that the results ``wanted`` (slots) need, and constants that they need beside the program's own.
 
     A program that writes to its values is left as it is.
+
+    Args:
+        program: the program.
+        wanted: the slots of its results.
+        constants: its constants.
     """
     kept = list(program.instructions)
     if program.writes:
         return kept, {}
     if program.recorded:
         kept = _share(kept, _roots(program, kept, wanted), program.copies)
-    return _fuse(program, _needed(kept, wanted), wanted)
+    kept = _without_noops(program, _needed(kept, wanted), wanted)
+    kept, folded = _fold(program, kept, wanted, constants)
+    kept, made = _fuse(program, kept, wanted)
+    return _needed(kept, wanted), {**folded, **made}
+
+
+def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[int]) -> list[Instruction]:
+    """Leave out views of the shape that their argument has; results stay tensors of their own."""
+    renamed: dict[int, int] = {}
+    own = set(wanted)
+    left: list[Instruction] = []
+    for instruction in kept:
+        if renamed:
+            args = _renamed(instruction.args, renamed)
+            kwargs = {name: _renamed(item, renamed) for name, item in instruction.kwargs.items()}
+            instruction = instruction._replace(args=args, kwargs=kwargs)
+        if instruction.function in _SHAPINGS and isinstance(instruction.args[0], Ref):
+            (out,), source = instruction.outputs, instruction.args[0].slot
+            kind, before = program.kinds.get(out), program.kinds.get(source)
+            if out not in own and kind is not None and before is not None and kind[0] == before[0]:
+                renamed[out] = source
+                continue
+        left.append(instruction)
+    return left
+
+
+def _fold(
+    program: Program, kept: list[Instruction], wanted: Sequence[int], constants: dict[int, torch.Tensor]
+) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
+    """Compute small values once that are the same in every run. Results, and what they may be views of, stay calls."""
+    fixed = set(constants)
+    candidates: dict[int, Instruction] = {}
+    for instruction in kept:
+        read = refs((instruction.args, tuple(instruction.kwargs.values())))
+        made = bool(read) or instruction.function in _CREATIONS
+        if made and len(instruction.outputs) == 1 and fixed.issuperset(read):
+            kind = program.kinds.get(instruction.outputs[0])
+            if kind is not None and kind[0].numel() <= _FOLDED:
+                fixed.add(instruction.outputs[0])
+                candidates[instruction.outputs[0]] = instruction
+    for slot in wanted:
+        pending = [slot]
+        while pending:
+            found = candidates.pop(pending.pop(), None)
+            if found is not None:
+                pending.extend(refs((found.args, tuple(found.kwargs.values()))))
+    values = dict(constants)
+    folded: dict[int, torch.Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
+        for slot, instruction in candidates.items():
+            if all(r in values for r in refs((instruction.args, tuple(instruction.kwargs.values())))):
+                arguments = _valued(instruction.args, values)
+                named = {name: _valued(item, values) for name, item in instruction.kwargs.items()}
+                values[slot] = folded[slot] = instruction.function(*arguments, **named)
+    return [i for i in kept if len(i.outputs) != 1 or i.outputs[0] not in folded], folded
+
+
+def _valued(tree: Any, values: dict[int, torch.Tensor]) -> Any:
+    if isinstance(tree, Ref):
+        return values[tree.slot]
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_valued(item, values) for item in tree)
+    return tree
 
 
 def _fuse(

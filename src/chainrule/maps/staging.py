@@ -156,6 +156,9 @@ class Program:
             return Staged(self, slot, result)
         if isinstance(result, (list, tuple)):
             staged = tuple(Staged(self, self.new_slot(), item) for item in result)
+            self.kinds.update(
+                (s.slot, (s.value.shape, s.value.dtype, s.value.device)) for s in staged if isinstance(s.value, torch.Tensor)
+            )
             self.instructions.append(Instruction(function, args, kwargs, tuple(s.slot for s in staged), True))
             return staged
         raise TypeError(f"a staged call must return tensors, {function} returned {type(result)}")

@@ -25,14 +25,17 @@ aten = torch.ops.aten
 Stager = Callable[[Program], Staged]
 
 
-def _index_node(call: Call, item: Any, size: int, sizes: Iterable[int] | None = None) -> Node:
-    """An index tensor of the tape, counted from the front, viewed with ``sizes``."""
+def _index_node(
+    call: Call, item: Any, size: int, sizes: Iterable[int] | None = None, *, negative: bool = True
+) -> Node:
+    """An index tensor of the tape, counted from the front, viewed with ``sizes``; ``negative`` where the op allows that."""
     shape = call.shape(item) if sizes is None else tuple(sizes)
 
     def stage(program: Program) -> Staged:
         index = call.stage(program, item)
         index = index if index.dtype == torch.long else index.to(torch.long)
-        index = torch.where(index < 0, index + size, index)
+        if negative:
+            index = torch.where(index < 0, index + size, index)
         return index if tuple(index.shape) == shape else torch.reshape(index, shape)
 
     return leaf(shape, stage, label="index")
@@ -61,7 +64,7 @@ def _selected(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) 
     axes = new_axes(_rank_one(whole))
     source = Axis(_rank_one(part)[dim])
     out = (*axes[:dim], source, *axes[dim + 1 :])
-    relation = OneHot(_index_node(call, item, axes[dim].size, (source.size,)), (source,), axes[dim])
+    relation = OneHot(_index_node(call, item, axes[dim].size, (source.size,), negative=False), (source,), axes[dim])
     return Term(_dims(out, part), _dims(axes, whole), (), (relation,))
 
 
@@ -138,7 +141,7 @@ def _gathered(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) 
             axes[d] = axis
         else:
             relations.append(affine_onehot(axis, axes[d], 0, 1, device))
-    index = _index_node(call, item, axes[dim].size, (a.size for a in out))
+    index = _index_node(call, item, axes[dim].size, (a.size for a in out), negative=False)
     relations.append(OneHot(index, out, axes[dim]))
     return Term(_dims(out, part), _dims(axes, whole), (), tuple(relations))
 
