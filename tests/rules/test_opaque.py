@@ -140,7 +140,16 @@ def test_index_relations_of_an_op_without_rows() -> None:
 
 
 #: Where torch.func is the one that is wrong, or gives another dtype in its reverse mode.
-EXPECTED = {"native_layer_norm", "bfloat16", "float", "half"}
+EXPECTED = {
+    # mean and rstd: torch's derivatives of them are zero
+    "native_layer_norm",
+    # in forward mode torch's Jacobian of a cast has the dtype of the input
+    "bfloat16", "float", "half",
+    # torch.func disagrees with finite differences
+    "as_strided_scatter",
+    # NaN times the zeros of a basis vector: torch.func has NaN off the diagonal, here the diagonal alone has
+    "__rpow__", "special.entr",
+}  # fmt: skip
 
 
 @pytest.mark.slow
