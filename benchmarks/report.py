@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.limits import LIMITS
 from benchmarks.measure import Row
 
 if find_spec("rich"):
@@ -152,6 +153,9 @@ def markdown(
         parts += ["", f"## Growth of {entry['key']}", "", growth_table(entry)]
     if budget:
         parts += ["", "## Overhead budget", "", markdown_table(["piece", "time"], budget_rows(budget))]
+    missed = [row.key for row in rows if any("!" in cell for cell in cells(row)) and row.key in LIMITS]
+    if missed:
+        parts += ["", "## What limits the rows that miss a ratio", "", *(f"- {key}: {LIMITS[key]}" for key in missed)]
     problems = [f"- {row.key}: {problem}" for row in rows for problem in row.problems]
     if problems:
         parts += ["", "## What could not be run", "", *problems]

@@ -1,0 +1,29 @@
+"""What limits the rows that miss a ratio, as profiles showed it."""
+
+from __future__ import annotations
+
+#: By row; a row's line is printed only while the row misses a ratio.
+LIMITS: dict[str, str] = {
+    "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs for each op "
+    "and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay on the stored tensors "
+    "(kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept).",
+    "A6": "one pass over the result more than by hand in some runs; the recorded program has the same products.",
+    "A8f": "46 µs for 2 ops: about 20 µs of recording and argument checks, a look-up, 3 calls. The nest runs as one program.",
+    "A8r": "as A8f, in two parts (what does not depend on the cotangent first).",
+    "A9": "bound by writing the 256³ block; the same calls as by hand.",
+    "B1": "bound by one matrix product; the formula by hand is itself only about 2.4 times faster than the best torch.func "
+    "expression (jacfwd of grad) with one thread.",
+    "B2": "the forward Laplacian by hand is itself only about 3 times faster than the best torch.func expression.",
+    "B3": "a batched matrix product whose operands are laid out by samples, and one copy of the layout by samples of its result.",
+    "B5": "two convolutions with 320 cotangents, 14 and 6 ms, are nearly all of it, as in torch.func; pooling by scatter.",
+    "B6": "per-sample weight gradients by patches and batched products; torch.func has grouped convolutions for that.",
+    "B7": "recording in Python, about 5 µs an op, and some 15 small calls for the cross-entropy.",
+    "B10": "as B7, three times (the model, the loss, the gradient of the loss).",
+    "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",
+    "B12a": "a Python handler and a wrapper tensor per op (about 5 µs) against torch.vmap's C++ (1.8 µs).",
+    "B12b": "as B12a.",
+    "B13b": "recording in Python, about 5 µs an op; the pullback itself is two calls an op.",
+    "B16": "softmax has two terms and the product rule three more; each is one more pass over the result. By hand two passes.",
+    "B17": "all 4096 unit cotangents through two convolutions. The sparsity of the local Jacobians is not used for dense results.",
+    "B18": "the map from the weights to the first layer is contracted early, with all 4096 inputs.",
+}
