@@ -4,7 +4,7 @@ from __future__ import annotations
 
 #: By row; a row's line is printed only while the row misses a ratio.
 LIMITS: dict[str, str] = {
-    "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs for each op "
+    "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs for an op "
     "and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay on the stored tensors "
     "(kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept).",
     "A6": "one pass over the result more than by hand in some runs; the recorded program has the same products.",
@@ -24,6 +24,6 @@ LIMITS: dict[str, str] = {
     "B12b": "as B12a.",
     "B13b": "recording in Python, about 5 µs an op; the pullback itself is two calls an op.",
     "B16": "softmax has two terms and the product rule three more; each is one more pass over the result. By hand two passes.",
-    "B17": "all 4096 unit cotangents through two convolutions. The sparsity of the local Jacobians is not used for dense results.",
+    "B17": "all 4096 unit cotangents through two convolutions. Their sparsity is not used for dense results.",
     "B18": "the map from the weights to the first layer is contracted early, with all 4096 inputs.",
 }
