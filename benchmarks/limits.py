@@ -25,5 +25,4 @@ LIMITS: dict[str, str] = {
     "B13b": "recording in Python, about 5 µs an op; the pullback itself is two calls an op.",
     "B16": "softmax has two terms and the product rule three more; each is one more pass over the result. By hand two passes.",
     "B17": "all 4096 unit cotangents through two convolutions. Their sparsity is not used for dense results.",
-    "B18": "the map from the weights to the first layer is contracted early, with all 4096 inputs.",
 }

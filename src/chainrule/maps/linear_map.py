@@ -237,6 +237,9 @@ def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | No
     term = term.rename(mapping)
     if host.factors and term.factors == host.factors:
         return replace(host, scale=host.scale + term.scale)
+    # What both are products with stays apart: c·a + c·b = c·(a + b).
+    common, whole = _shared_factors(host, term), host
+    host, term = _without(host, common), _without(term, common)
     one, two = host.carried_axes(), term.carried_axes()
     if not force and not (two <= one or one <= two):
         return None
@@ -254,7 +257,24 @@ def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | No
     sizes = tuple(a.size for a in axes)
     numel = math.prod(sizes)
     node = Node(sizes, (first.node, second.node), compute, flops=numel, moved=3 * numel, label="add")
-    return replace(host, factors=(Factor(node, tuple(axes)),), scale=1.0)
+    return replace(whole, factors=(*common, Factor(node, tuple(axes))), scale=1.0)
+
+
+def _shared_factors(one: Term, two: Term) -> tuple[Factor, ...]:
+    rest = list(two.factors)
+    found = []
+    for factor in one.factors:
+        if factor in rest:
+            rest.remove(factor)
+            found.append(factor)
+    return tuple(found)
+
+
+def _without(term: Term, factors: Sequence[Factor]) -> Term:
+    rest = list(term.factors)
+    for factor in factors:
+        rest.remove(factor)
+    return replace(term, factors=tuple(rest))
 
 
 def _outer_blowup(host: Term, term: Term) -> bool:
