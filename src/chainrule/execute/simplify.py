@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chainrule.execute.spelling import spell
 from chainrule.maps.staging import Instruction, Program, Ref, freeze
 
 aten = torch.ops.aten
@@ -41,13 +42,14 @@ def simplify(
     """
     kept = list(program.instructions)
     if program.writes:
-        return kept, {}
+        return spell(program, kept)
     if program.recorded:
         kept = _share(kept, _roots(program, kept, wanted), program.copies)
     kept = _without_noops(program, _needed(kept, wanted), wanted)
     kept, folded = _fold(program, kept, wanted, constants)
     kept, made = _fuse(program, kept, wanted)
-    return _needed(kept, wanted), {**folded, **made}
+    spelled, numbers = spell(program, _needed(kept, wanted))
+    return spelled, {**folded, **made, **numbers}
 
 
 def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[int]) -> list[Instruction]:
