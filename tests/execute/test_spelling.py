@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from chainrule.execute.spelling import _FUNCTIONS, spell
+from chainrule.calls import FUNCTIONS
 from chainrule.execute.replay import compile_program
+from chainrule.execute.spelling import spell
 from chainrule.maps.staging import Program
 
 NUMBERS = [0, 1, -2, 0.1, -0.0, 1e-40, 3e38, 1e39, math.inf, -math.inf, math.nan, 2**60, 10**30, True]
@@ -52,12 +53,12 @@ def test_one_constant_for_equal_numbers() -> None:
     assert sorted(str(t.item()) for t in made.values()) == ["-0.0", "0.0", "0.5"]
 
 
-@pytest.mark.parametrize("function", sorted(_FUNCTIONS.values(), key=lambda f: f.__name__), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", sorted(FUNCTIONS.values(), key=lambda f: f.__name__), ids=lambda f: f.__name__)
 def test_the_table_has_functions_of_the_op_s_name(function: object) -> None:
-    names = {str(op) for op, f in _FUNCTIONS.items() if f is function}
+    names = {str(op) for op, f in FUNCTIONS.items() if f is function}
     assert names
     for op in torch.ops.aten.__dict__.values():
         for overload in getattr(op, "overloads", list)():
-            found = _FUNCTIONS.get(getattr(op, overload)._op)
+            found = FUNCTIONS.get(getattr(op, overload)._op)
             if found is function:
                 assert op.__name__ == function.__name__  # type: ignore[attr-defined]

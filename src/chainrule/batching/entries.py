@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table
 
+from chainrule.calls import FUNCTIONS, WITH_NUMBERS
 from chainrule.rules.batching import BATCHING, DATA_DEPENDENT, INPLACE
 from chainrule.rules.batching_base import BatchStrategy, is_composite
 from chainrule.rules.batching_pointwise import align, align_inplace, align_kwargs
@@ -25,7 +26,9 @@ class OpEntry:
     Attributes:
         strategy: the strategy for a call with a batched argument, or None for the fallbacks.
         kind: FUNCTIONAL, VIEW, INPLACE_KIND (writes to its first argument) or OUT (writes to a keyword).
-        call: the op without the Python layer of `OpOverload.__call__`.
+        op: the op.
+        fast: what calls it with positional arguments at the least cost.
+        numbers: whether a number as its second argument may be given as a constant.
         aliases: whether the op makes or writes through an alias, so that autograd must see it.
         pointwise: whether the strategy is `align` and there is one result.
         random: whether the op draws random numbers.
@@ -39,12 +42,14 @@ class OpEntry:
 
     __slots__ = (
         "aliases",
-        "call",
         "composite",
         "data_dependent",
         "decomposition",
+        "fast",
         "functional",
         "kind",
+        "numbers",
+        "op",
         "out_names",
         "pointwise",
         "random",
@@ -53,7 +58,9 @@ class OpEntry:
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
-        self.call = func._op
+        self.op = func
+        self.fast = FUNCTIONS.get(func._op, func._op)
+        self.numbers = self.fast in WITH_NUMBERS
         written = [argument for argument in schema.arguments if argument.is_write]
         self.out_names = [argument.name for argument in written]
         self.random = torch.Tag.nondeterministic_seeded in func.tags
@@ -114,12 +121,13 @@ def _functional_variant(func: Any, kind: int) -> Any:
     return None
 
 
-_ENTRIES: dict[Any, OpEntry] = {}
+# By the identity of the op, whose own hash is slow; the entry keeps the op alive.
+_ENTRIES: dict[int, OpEntry] = {}
 
 
 def entry_of(func: Any) -> OpEntry:
     """The entry of an op, made at its first use (a pure memo: two threads would make equal ones)."""
-    entry = _ENTRIES.get(func)
+    entry = _ENTRIES.get(id(func))
     if entry is None:
-        entry = _ENTRIES[func] = OpEntry(func)
+        entry = _ENTRIES[id(func)] = OpEntry(func)
     return entry

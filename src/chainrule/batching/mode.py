@@ -16,10 +16,12 @@ from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntr
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
+from chainrule.calls import shared_constant
 from chainrule.dispatch import LightMode
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
 
+_make_wrapper = Tensor._make_wrapper_subclass
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _AUTOCAST = functools.reduce(
     torch._C.DispatchKeySet.__or__,
@@ -62,9 +64,13 @@ class VmapMode(LightMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        entry = _ENTRIES.get(func)
+        entry = _ENTRIES.get(id(func))
         if entry is None:
             entry = entry_of(func)
+        if entry.pointwise and not kwargs and not self._always_guard:
+            out = self._run_pointwise(entry, args)
+            if out is not None:
+                return out
         batched = False
         ours = False
         guarded = self._always_guard
@@ -99,19 +105,6 @@ class VmapMode(LightMode):
                 _refuse_hidden_backward(func, inner)
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 return self._run(entry, func, args, kwargs, inner, named, batched)
-        if batched and entry.pointwise and not kwargs:
-            # `align` for the commonest calls, without its bookkeeping.
-            first = inner[0]
-            if len(inner) == 1:
-                return wrap_batched(Batched(entry.call(first.value)), self)
-            if len(inner) == 2 and first.__class__ is Batched:
-                first, second = first.value, inner[1]
-                if second.__class__ is Batched:
-                    second = second.value
-                    if first.dim() == second.dim() and first.dtype is second.dtype:
-                        return wrap_batched(Batched(entry.call(first, second)), self)
-                elif second.__class__ is float or second.__class__ is int:
-                    return wrap_batched(Batched(entry.call(first, second)), self)
         if batched and entry.strategy is not None and not entry.aliases and not entry.random:
             result = entry.strategy(func, inner, named, self.size)
             if result.__class__ is Batched:
@@ -120,6 +113,43 @@ class VmapMode(LightMode):
                 return self._wrap(result)
             return self._fall_back(entry, func, args, kwargs, inner, named)
         return self._run(entry, func, args, kwargs, inner, named, batched)
+
+    def _run_pointwise(self, entry: OpEntry, args: Sequence[Any]) -> BatchTensor | None:
+        """`align` for the commonest calls, without its bookkeeping; None for any other."""
+        first = args[0]
+        if first.__class__ is not BatchTensor or first.level is not self:
+            return None
+        value = first.inner
+        if value.__class__ is not Batched:
+            return None
+        value = value.value
+        if value.requires_grad or value.is_complex():
+            return None
+        if len(args) == 1:
+            out = entry.fast(value)
+        elif len(args) == 2:
+            second = args[1]
+            kind = second.__class__
+            if kind is float or kind is int:
+                # Another mode would not know the constant.
+                if entry.numbers and not torch._C._len_torch_dispatch_stack():
+                    second = shared_constant(second, value.dtype)
+                out = entry.fast(value, second)
+            elif kind is BatchTensor and second.level is self and second.inner.__class__ is Batched:
+                other = second.inner.value
+                if other.dim() != value.dim() or other.dtype is not value.dtype or other.requires_grad:
+                    return None
+                out = entry.fast(value, other)
+            else:
+                return None
+        else:
+            return None
+        if not out.is_contiguous():
+            return wrap_batched(Batched(out), self)
+        tensor: BatchTensor = _make_wrapper(BatchTensor, out.shape[1:], dtype=out.dtype, device=out.device)
+        tensor.inner = Batched(out)
+        tensor.level = self
+        return tensor
 
     @contextmanager
     def inside(self) -> Iterator[None]:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
+from chainrule.calls import FUNCTIONS, WITH_NUMBERS
+
 
 class Policy(Protocol):
     """How ops are recorded; given by the layer that knows the rules."""
@@ -39,19 +41,22 @@ class OpFacts:
         joined: the composite form that is recorded when an argument requires grad, or None.
         composite: whether torch defines the op as a composition of others.
         special: whether anything but "run it and record it" has to happen.
+        call: the op without the Python layer of its overload object.
+        fast: what calls it with positional arguments at the least cost.
+        numbers: whether a number as its second argument may be given as a constant.
     """
 
     __slots__ = (
-        "argument_names", "call", "composite", "expansion", "functional", "inactive", "is_out", "is_view", "joined", "op",
-        "special",
-        "writes",
+        "argument_names", "call", "composite", "expansion", "fast", "functional", "inactive", "is_out", "is_view", "joined",
+        "numbers", "op", "special", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
         schema = op._schema
         self.op = op
-        # The op without the Python layer of OpOverload.__call__.
         self.call = op._op
+        self.fast = FUNCTIONS.get(op._op, op._op)
+        self.numbers = self.fast in WITH_NUMBERS
         self.argument_names = tuple(a.name for a in schema.arguments)
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         self.is_out = any(a.is_out for a in schema.arguments)

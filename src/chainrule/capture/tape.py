@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
+from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.dispatch import LightMode
@@ -46,6 +47,9 @@ class Record(NamedTuple):
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 #: Per policy, by the identity of the overload (its own hash is slow); the facts keep the overload alive.
 _FACTS: dict[Any, dict[int, OpFacts]] = {}
+#: Makes a record in half the time of its own constructor.
+_new = tuple.__new__
+_is_grad_enabled = torch.is_grad_enabled
 #: Slots are made once: they stand in every record.
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
 
@@ -225,43 +229,59 @@ class Tape(LightMode):
         if not facts.special:
             if not kwargs:
                 # The common call in one pass: plain arguments and tensors that the tape knows or that are constants.
-                slots, active = self.slots, self.active
+                known, active = self.slots.get, self.active
                 touched = False
                 new: list[int] | None = None
                 lowered: list[Any] = []
+                add = lowered.append
                 for item in args:
+                    slot = known(id(item))
+                    if slot is not None:
+                        if item.requires_grad or item.is_complex():
+                            break
+                        if active[slot]:
+                            touched = True
+                        add(_SLOTS[slot] if slot < 4096 else Slot(slot))
+                        continue
                     kind = item.__class__
                     if kind in _PLAIN:
-                        lowered.append(item)
+                        add(item)
                     elif isinstance(item, torch.Tensor):
                         if item.requires_grad or item.is_complex():
                             break
-                        slot = slots.get(id(item))
-                        if slot is None:
-                            if new is None:
-                                new = []
-                            new.append(len(lowered))
-                            lowered.append(None)
-                        else:
-                            if active[slot]:
-                                touched = True
-                            lowered.append(_SLOTS[slot] if slot < 4096 else Slot(slot))
+                        if new is None:
+                            new = []
+                        new.append(len(lowered))
+                        add(None)
                     elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
-                        lowered.append(tuple(item))
+                        add(tuple(item))
                     else:
                         break
                 else:
-                    out = facts.call(*args)
-                    if self.respect_no_grad and not torch.is_grad_enabled():
-                        self.saw_blocked = True
+                    if facts.numbers and args[-1].__class__ is float and _is_plain_product(args):
+                        out = facts.fast(args[0], shared_constant(args[1], args[0].dtype))
                     else:
-                        if new is not None:
-                            touched = touched or self._any_active(args, None)
-                            if touched:
-                                for position in new:
-                                    slot = self._slot_or_constant(args[position])
-                                    lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
+                        out = facts.fast(*args)
+                    if self.respect_no_grad and not _is_grad_enabled():
+                        self.saw_blocked = True
+                        return out
+                    if new is not None:
+                        touched = touched or self._any_active(args, None)
                         if touched:
+                            for position in new:
+                                slot = self._slot_or_constant(args[position])
+                                lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
+                    if touched:
+                        if out.__class__ is torch.Tensor and (dtype := out.dtype).is_floating_point:
+                            # What _append_record does, without the call.
+                            slot = len(active)
+                            self.values.append(out)
+                            active.append(True)
+                            self.slots[id(out)] = slot
+                            given = tuple(lowered)
+                            self.key.append((facts, given, (), out.shape, dtype))
+                            self.records.append(_new(Record, (facts.op, given, (), (slot,), False, self._origin)))
+                        else:
                             self._append_record(facts, tuple(lowered), (), out)
                     return out
             if self.joins(args):
@@ -338,7 +358,7 @@ class Tape(LightMode):
             self.active.append(True)
             self.slots[id(out)] = slot
             self.key.append((facts, args, kwargs, out.shape, dtype))
-            self.records.append(Record(facts.op, args, kwargs, (slot,), False, self._origin))
+            self.records.append(_new(Record, (facts.op, args, kwargs, (slot,), False, self._origin)))
         elif isinstance(out, (list, tuple)) and any(_differentiable(o) for o in out):
             self.record_lowered(facts.op, args, kwargs, out)
 
@@ -402,6 +422,11 @@ class Tape(LightMode):
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
         return (tuple(self.key), tuple(self.inputs), extra)
+
+
+def _is_plain_product(args: tuple[Any, ...]) -> bool:
+    """Whether the number in ``tensor, number`` may be a constant: no other mode sees the call."""
+    return len(args) == 2 and args[0].__class__ is torch.Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def _returns_one(func: Any) -> bool:

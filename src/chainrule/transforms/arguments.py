@@ -20,6 +20,8 @@ _POSITIONS = tuple(((number,), True) for number in range(8))
 _LEAF = pytree.tree_flatten(0)[1]
 _TUPLES = tuple(pytree.tree_flatten((0,) * count)[1] for count in range(9))
 
+_KEYS = {id(spec): number for number, spec in enumerate((_LEAF, *_TUPLES))}
+
 #: The structure of one argument that is a tensor.
 PLAIN_ARGUMENT = _TUPLES[1]
 
@@ -28,9 +30,18 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """``torch.utils._pytree.tree_flatten``, without the walk for a tensor and for a short tuple of tensors."""
     if isinstance(tree, torch.Tensor):
         return [tree], _LEAF
-    if tree.__class__ is tuple and len(tree) < 9 and all(isinstance(item, torch.Tensor) for item in tree):
-        return list(tree), _TUPLES[len(tree)]
+    if tree.__class__ is tuple and len(tree) < 9:
+        for item in tree:
+            if not isinstance(item, torch.Tensor):
+                break
+        else:
+            return list(tree), _TUPLES[len(tree)]
     return pytree.tree_flatten(tree)
+
+
+def structure_key(spec: TreeSpec) -> Any:
+    """What stands for a structure in the key of a plan; cheap to hash for the commonest ones."""
+    return _KEYS.get(id(spec), spec)
 
 
 def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
@@ -119,6 +130,8 @@ def flatten_outputs(output: Any, transform: str, function: Callable[..., Any]) -
     Raises:
         RuntimeError: if there is no output, or a leaf is not a tensor.
     """
+    if isinstance(output, torch.Tensor):
+        return [output], _LEAF
     leaves, spec = tree_flatten(output)
     if leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return leaves, spec

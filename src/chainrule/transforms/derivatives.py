@@ -150,7 +150,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
         given, spec = tree_flatten(cotangents)
-        if spec != out_spec:
+        if spec is not out_spec and spec != out_spec:
             raise RuntimeError(
                 "vjp: expected pytree structure of cotangents to be the same as pytree structure of outputs to the "
                 f"function. cotangents: {spec}, primal output: {out_spec}"
@@ -274,7 +274,7 @@ def check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[to
         )
     primal_leaves, spec = tree_flatten(primals)
     leaves, tangent_spec = tree_flatten(tangents)
-    if spec != tangent_spec:
+    if spec is not tangent_spec and spec != tangent_spec:
         raise RuntimeError(
             f"{name}(f, primals, {kind}): expected primals and {kind} to have the same python structure. For example, if "
             f"primals is a tuple of 3 tensors, {kind} also must be. Got primals with structure {spec} and {kind} with "
@@ -354,7 +354,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents forward."""
         leaves, spec = tree_flatten(tangents)
-        if spec != traced.in_spec:
+        if spec is not traced.in_spec and spec != traced.in_spec:
             raise RuntimeError(
                 f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}"
             )

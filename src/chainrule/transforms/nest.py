@@ -23,7 +23,7 @@ from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import compile_stages
 from chainrule.maps.staging import Program, Staged
-from chainrule.transforms.arguments import Argnums, flatten_inputs, flatten_outputs, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.arguments import Argnums, flatten_inputs, flatten_outputs, resolve_argnums, structure_key, tree_flatten, tree_unflatten
 from chainrule.transforms.trace import Traced, active_slot, trace
 
 Finish = Callable[[Traced, bool], Any]
@@ -159,12 +159,15 @@ def _run_innermost(
     """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
     count = len(args)
     wanted = []
+    checked: tuple[int, ...] = ()
     for level in reversed(levels):
         if level.argnums is None:
             positions, single = tuple(range(count)), False
         else:
             positions, single = resolve_argnums(level.argnums, count, level.name)
-        flatten_inputs(tuple([args[p] for p in positions]), level.name)
+        if positions != checked:
+            flatten_inputs(tuple([args[p] for p in positions]), level.name)
+            checked = positions
         wanted.append((positions, single))
     wanted.reverse()
     union = wanted[0][0]
@@ -182,8 +185,8 @@ def _run_innermost(
     key: Any = tape.signature(
         (
             tuple([(level.key, *place) for level, place in zip(levels, wanted, strict=True)]),
-            traced.in_spec,
-            traced.out_spec,
+            structure_key(traced.in_spec),
+            structure_key(traced.out_spec),
             tuple([
                 (leaf.shape, leaf.dtype, leaf.device) if slot is None else slot
                 for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)
@@ -424,9 +427,9 @@ def _record_levels(
     staged = [None if source is not None else recorder.staged(leaf) for leaf, source in zip(leaves, sources, strict=True)]
     whole = all(s is not None or source is not None for s, source in zip(staged, sources, strict=True))
     program = recorder.program
+    program._input_values.clear()  # a cycle that would hold the tensors of this run
     if not (recorder.pure and whole) or (linear is not None and program.writes):
         return result, _BY_LEVELS
-    program._input_values.clear()
     bare = [None if s is None else Staged(program, s.slot, None) for s in staged]  # type: ignore[arg-type]
     keys = list(range(len(leaves)))
     if linear is not None:

@@ -56,7 +56,7 @@ def _check_field(traced: Traced, func: Callable[..., Any], single: bool) -> None
     label = function_name(func)
     given = tree_unflatten(traced.in_leaves, traced.in_spec)
     spec = tree_flatten(given[0] if single else given)[1]
-    if spec != traced.out_spec:
+    if spec is not traced.out_spec and spec != traced.out_spec:
         raise RuntimeError(
             f"divergence({label}): expected {label} to return the structure of its argument, {spec}, got {traced.out_spec}"
         )

@@ -112,6 +112,8 @@ class Traced:
 
 def fresh_alias(tensor: torch.Tensor) -> torch.Tensor:
     """A new tensor object for the same value and memory: the identity by which this transform knows its input."""
+    if tensor.__class__ is torch.Tensor and not tensor.requires_grad and not torch._C._len_torch_dispatch_stack():
+        return tensor.detach()
     if tensor.__class__ is BatchTensor and (again := same_stored(tensor)) is not None:
         return again
     return aten.alias.default(tensor)

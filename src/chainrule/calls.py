@@ -1,0 +1,97 @@
+"""The cheapest way to call an op from Python: the same kernels, less work on the way to them.
+
+Torch's own functions parse their arguments about half a microsecond faster than its generic op objects. A Python number
+among the arguments is made into a tensor in each call, which takes longer than most small kernels; a constant without
+dimensions gives the same values and is made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+_SAME_NAME = (
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "cos", "cosh", "digamma", "erf", "erfc",
+    "erfinv", "exp", "exp2", "expm1", "floor", "lgamma", "log", "log10", "log1p", "log2", "logical_not", "neg",
+    "reciprocal", "round", "rsqrt", "sigmoid", "sign", "sgn", "sin", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "relu",
+    "mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "matmul", "addcmul", "addcdiv", "t", "unsqueeze", "clone",
+    "permute", "flip", "roll", "gather", "index_select", "maximum", "minimum", "cat", "stack", "diagonal", "tril", "triu",
+    "cumsum", "logaddexp", "detach", "reshape", "outer", "logical_and", "logical_or", "nan_to_num",
+    "zeros_like", "ones_like", "diag_embed", "movedim",
+)  # fmt: skip
+
+_OVERLOADS = {
+    "mul.Tensor": torch.mul, "add.Tensor": torch.add, "sub.Tensor": torch.sub, "div.Tensor": torch.div,
+    "div.Tensor_mode": torch.div, "rsub.Scalar": torch.rsub, "rsub.Tensor": torch.rsub,
+    "pow.Tensor_Scalar": torch.pow, "pow.Tensor_Tensor": torch.pow, "pow.Scalar": torch.pow,
+    "transpose.int": torch.transpose, "select.int": torch.select, "sum.dim_IntList": torch.sum, "sum.default": torch.sum,
+    "mean.dim": torch.mean, "mean.default": torch.mean, "squeeze.dim": torch.squeeze, "squeeze.dims": torch.squeeze,
+    "squeeze.default": torch.squeeze, "where.self": torch.where, "gt.Scalar": torch.gt, "gt.Tensor": torch.gt,
+    "ge.Scalar": torch.ge, "ge.Tensor": torch.ge, "lt.Scalar": torch.lt, "lt.Tensor": torch.lt, "le.Scalar": torch.le,
+    "le.Tensor": torch.le, "eq.Scalar": torch.eq, "eq.Tensor": torch.eq, "ne.Scalar": torch.ne, "ne.Tensor": torch.ne,
+    "view.default": torch.Tensor.view, "expand.default": torch.Tensor.expand, "amax.default": torch.amax,
+    "amin.default": torch.amin, "narrow.default": torch.narrow,
+}  # fmt: skip
+
+
+def _table() -> dict[Any, Callable[..., Any]]:
+    found: dict[Any, Callable[..., Any]] = {}
+    for name in _SAME_NAME:
+        found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)
+    for path, function in _OVERLOADS.items():
+        name, overload = path.split(".")
+        found[getattr(getattr(aten, name), overload)._op] = function
+    return found
+
+
+#: Torch's own function for an op (its ``_op``), where it takes the same positional arguments.
+FUNCTIONS = _table()
+
+#: Functions of two tensors for which a tensor without dimensions is what a number is.
+WITH_NUMBERS = frozenset(
+    {torch.mul, torch.add, torch.sub, torch.div, torch.rsub, torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne}
+)
+
+#: The dtypes of the other argument for which that holds to the last bit.
+REAL = (torch.float32, torch.float64)
+
+#: Whole numbers up to this one are exact in double precision.
+_LARGEST = 2.0**53
+
+_CONSTANTS: dict[torch.dtype, dict[float, torch.Tensor]] = {torch.float32: {}, torch.float64: {}}
+
+
+def fits(number: Any) -> bool:
+    """Whether a number is the same as a constant of a floating-point dtype."""
+    return type(number) in (int, float) and not abs(number) > _LARGEST
+
+
+def number_constant(number: float, dtype: torch.dtype) -> torch.Tensor:
+    """A number that :func:`fits` as a tensor without dimensions, in the memory of the processor."""
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        return torch.tensor(number, dtype=dtype, device="cpu")
+
+
+def shared_constant(number: Any, dtype: torch.dtype) -> Any:
+    """A number as a constant that calls share and nobody writes to; the number itself where it has to stay one.
+
+    Args:
+        number: a Python number.
+        dtype: the dtype of the tensor that it meets.
+    """
+    known = _CONSTANTS.get(dtype)
+    if known is None:
+        return number
+    found = known.get(number)
+    if found is None:
+        # Zero is left out: the key does not tell its signs apart.
+        if not fits(number) or number == 0 or number != number:
+            return number
+        if len(known) >= 1024:
+            known.clear()
+        found = known[number] = number_constant(number, dtype)
+    return found
