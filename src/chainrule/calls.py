@@ -42,7 +42,8 @@ def _table() -> dict[Any, Callable[..., Any]]:
     found: dict[Any, Callable[..., Any]] = {}
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)
-    for path, function in _OVERLOADS.items():
+    overloads: dict[str, Any] = _OVERLOADS
+    for path, function in overloads.items():
         name, overload = path.split(".")
         found[getattr(getattr(aten, name), overload)._op] = function
     return found

@@ -42,7 +42,7 @@ def test_opaque_and_decomposed_ops_are_named() -> None:
 
     found = chainrule.explain(chainrule.jacrev(Cube.apply))(torch.randn(3))
     assert any("Cube" in name for name in found.opaque)
-    parts = chainrule.explain(chainrule.jacrev(lambda x: torch.einsum("i,j->ij", x, x)))(torch.randn(3))
+    parts = chainrule.explain(chainrule.jacrev(lambda x: torch.einsum("ii->i", x)))(torch.randn(3, 3))
     assert any(op["kind"] == "decomposed" for op in parts.accounts[0].ops)
 
 
@@ -68,7 +68,7 @@ def test_contractions_are_explained() -> None:
         assert data["kind"] == kind
         assert data["alternatives"][0]["flops"] > 0
         assert data["alternatives"][0]["peak_bytes"] > 0
-        assert [op["op"] for op in data["ops"]] == ["aten.mv.default", "aten.tanh.default", "aten.sum.default"]
+        assert [op["op"] for op in data["ops"]] == ["aten.matmul.default", "aten.tanh.default", "aten.sum.default"]
         assert "tanh" in str(account)
     account = chainrule.explain(chainrule.divergence(lambda x: torch.tanh(weight.t() @ (weight @ x))))(x)
     assert account.data[0]["kind"] == "trace" and "trace of the Jacobian" in str(account)

@@ -38,6 +38,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "einsum_diagonal": (lambda a, b: torch.einsum("bii,i->bi", a, b), (randn(2, 3, 3), randn(3))),
     "einsum_ellipsis": (lambda a, b: torch.einsum("...ij,...j->...i", a, b), (randn(2, 2, 3), randn(3))),
     "repeated_operand": (lambda a: a @ a.mT @ a, (randn(2, 3),)),
+    "squared_matrix": (lambda a: a @ a, (randn(3, 3),)),
+    "squared_stack": (lambda a: torch.matmul(a, a), (randn(2, 1, 3, 3),)),
+    "squared_vector": (lambda a: a @ a, (randn(4),)),
+    "einsum_same_twice": (lambda a: torch.einsum("ij,jk->ki", a, a), (randn(3, 3),)),
+    "einsum_vectors": (lambda a: torch.einsum("i,j->ij", a, a), (randn(3),)),
+    "einsum_one_operand": (lambda a: torch.einsum("ijk->kj", a), (randn(2, 3, 4),)),
+    "einsum_implicit_output": (lambda a, b: torch.einsum("ij,jk", a, b), (randn(2, 3), randn(3, 4))),
+    "einsum_summed_alone": (lambda a, b: torch.einsum("ij,k->k", a, b), (randn(2, 3), randn(4))),
     "empty_contraction": (torch.mm, (randn(2, 0), randn(0, 3))),
 }  # fmt: skip
 

@@ -20,6 +20,9 @@ class Policy(Protocol):
     def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A function that computes the op by other ops, to be recorded in its place; None to record the op itself."""
 
+    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...]], bool] | None:
+        """For an op with an expansion: which calls are recorded as they are all the same."""
+
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """Such a function for calls that torch's own autograd has to reach through."""
 
@@ -38,17 +41,18 @@ class OpFacts:
         argument_names: the positional argument names, in order.
         inactive: whether the outputs are constants for differentiation.
         expansion: the composite form that is recorded instead of the op, or None.
+        whole: which calls of an op that has an expansion are recorded as they are.
         joined: the composite form that is recorded when an argument requires grad, or None.
         composite: whether torch defines the op as a composition of others.
-        special: whether anything but "run it and record it" has to happen.
+        common: whether nothing but "run it and record it" has to happen.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
         numbers: whether a number as its second argument may be given as a constant.
     """
 
     __slots__ = (
-        "argument_names", "call", "composite", "expansion", "fast", "functional", "inactive", "is_out", "is_view", "joined",
-        "numbers", "op", "special", "writes",
+        "argument_names", "call", "common", "composite", "expansion", "fast", "functional", "inactive", "is_out", "is_view",
+        "joined", "numbers", "op", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -64,10 +68,11 @@ class OpFacts:
         self.functional = functional_twin(op) if self.writes else None
         self.inactive = not self.writes and policy.is_inactive(op)
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
+        self.whole = policy.whole(op)
         self.composite = op._can_decompose() and not self.writes
         self.joined = None if self.writes else policy.joined_expansion(op)
         parts = self.joined is not None or self.expansion is not None
-        self.special = parts or bool(self.writes) or self.is_view or self.inactive
+        self.common = not (parts or self.writes or self.inactive or (self.is_view and (self.composite or not schema.arguments)))
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

@@ -50,6 +50,7 @@ _FACTS: dict[Any, dict[int, OpFacts]] = {}
 #: Makes a record in half the time of its own constructor.
 _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
+_ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 #: Slots are made once: they stand in every record.
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
 
@@ -195,7 +196,7 @@ class Tape(LightMode):
 
     def outside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` as if from outside the handler: with autograd, and without this tape recording it."""
-        with torch._C._ForceDispatchKeyGuard(*self._outside):
+        with _ForceDispatchKeyGuard(*self._outside):
             return function(*args, **kwargs)
 
     def joins(self, args: Iterable[Any]) -> bool:
@@ -226,7 +227,7 @@ class Tape(LightMode):
     ) -> Any:
         """Run one op and record it."""
         facts = self._facts.get(id(func)) or self.facts(func)
-        if not facts.special:
+        if facts.common:
             if not kwargs:
                 # The common call in one pass: plain arguments and tensors that the tape knows or that are constants.
                 known, active = self.slots.get, self.active
@@ -258,7 +259,12 @@ class Tape(LightMode):
                     else:
                         break
                 else:
-                    if facts.numbers and args[-1].__class__ is float and _is_plain_product(args):
+                    if facts.is_view:
+                        # Autograd must see views, so that writes through them are counted as writes.
+                        with _ForceDispatchKeyGuard(*self._outside):
+                            out = facts.fast(*args)
+                        self.alias.pending.append((func, args, kwargs, out))
+                    elif facts.numbers and args[-1].__class__ is float and _is_plain_product(args):
                         out = facts.fast(args[0], shared_constant(args[1], args[0].dtype))
                     else:
                         out = facts.fast(*args)
@@ -284,11 +290,14 @@ class Tape(LightMode):
                         else:
                             self._append_record(facts, tuple(lowered), (), out)
                     return out
-            if self.joins(args):
-                if facts.composite:
-                    with self:
-                        return func.decompose(*args, **(kwargs or {}))
+            joins = self.joins(args)
+            if joins and facts.composite and not facts.is_view:
+                with self:
+                    return func.decompose(*args, **(kwargs or {}))
+            if joins or facts.is_view:
                 out = self.outside(func, *args, **kwargs) if kwargs else self.outside(func, *args)
+                if facts.is_view:
+                    self.alias.pending.append((func, args, kwargs, out))
             else:
                 out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
             if not self.is_blocked():
@@ -299,6 +308,8 @@ class Tape(LightMode):
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
         expansion = facts.joined if joins and facts.joined is not None else facts.expansion
+        if facts.whole is not None and not joins and facts.whole(args):
+            expansion = None
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
+from chainrule.dispatch import without_innermost
 from chainrule.rules import attention
 
 aten = torch.ops.aten
@@ -18,9 +20,13 @@ Tensor = torch.Tensor
 
 def composite(op: OpOverload) -> Callable[..., Any] | None:
     """Torch's composite implementation of an op, for ops that are nothing but a composition of others."""
-    if op._can_decompose():
-        return op.decompose
-    return None
+    if not op._can_decompose():
+        return None
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
+        # Torch has some of these in Python too, which takes ten times as long.
+        return partial(op._op_dk, key)
+    return op.decompose
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
@@ -116,9 +122,62 @@ def _linear_cross_entropy_no_reduction(
     return _linear_cross_entropy(input, linear_weight, target, linear_bias, weight, "none", ignore_index, 0.0)[0]
 
 
+_MEAN, _SUM = 1, 2
+
+
+def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of the targets' classes, and the total of their weights."""
+    low = self.dtype in (torch.float16, torch.bfloat16)
+    if weight is not None or low or self.dim() == 0 or self.shape[:1] != (target.shape[:1] or self.shape[:1]):
+        full: tuple[Tensor, Tensor] = _TORCH_NLL(self, target, weight, reduction, ignore_index)
+        return full
+    classes = 0 if self.dim() == 1 else 1
+    with without_innermost():  # what depends on the targets alone is a constant
+        kept = torch.ne(target, ignore_index)
+        place = target.where(kept, target.new_zeros(())).unsqueeze(classes)
+        nothing = torch.zeros((), dtype=self.dtype, device=self.device)
+        total = nothing if reduction not in (_MEAN, _SUM) else kept.sum().to(self.dtype)
+        scale = -total if reduction == _MEAN else nothing - 1
+    picked = torch.where(kept, self.gather(classes, place).squeeze(classes), nothing)
+    if reduction not in (_MEAN, _SUM):
+        return picked * scale, total
+    return picked.sum() / scale, total
+
+
+def _has_classes(self: Tensor, target: Tensor) -> bool:
+    """Whether the targets are one class each, of the shape that the logits ask for."""
+    whole = not (target.dtype.is_floating_point or target.dtype.is_complex)
+    return whole and self.dim() > 0 and target.shape == (self.shape[1:1] if self.dim() == 1 else self.shape[:1] + self.shape[2:])
+
+
+def _nll_loss_nd(
+    self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignore_index: int = -100
+) -> Tensor:
+    if not _has_classes(self, target):
+        raised: Tensor = _COMPOSITE_NLL(self, target, weight, reduction, ignore_index)
+        return raised
+    return _nll_loss(self, target, weight, reduction, ignore_index)[0]
+
+
+def _cross_entropy(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = _MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The softmax cross-entropy with one class for each sample; torch's own parts for every other case."""
+    if label_smoothing or weight is not None or not _has_classes(self, target):
+        full: Tensor = _COMPOSITE_CROSS_ENTROPY(self, target, weight, reduction, ignore_index, label_smoothing)
+        return full
+    logarithms = aten._log_softmax.default(self, 0 if self.dim() == 1 else 1, False)
+    return _nll_loss(logarithms, target, weight, reduction, ignore_index)[0]
+
+
 _FROM_TORCH = """
-    nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
-    binary_cross_entropy_with_logits huber_loss smooth_l1_loss soft_margin_loss mse_loss grid_sampler_2d
+    multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
+    binary_cross_entropy_with_logits soft_margin_loss grid_sampler_2d
     addr renorm reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
     pixel_shuffle pixel_unshuffle channel_shuffle
 """.split()
@@ -135,8 +194,16 @@ def _torch_table() -> dict[Any, Callable[..., Any]]:
     return found
 
 
+_TORCH_NLL = core_aten_decompositions().get(aten.nll_loss_forward.default) or decomposition_table[aten.nll_loss_forward.default]
+_COMPOSITE_NLL: Any = composite(aten.nll_loss_nd.default)
+_COMPOSITE_CROSS_ENTROPY: Any = composite(aten.cross_entropy_loss.default)
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **_torch_table(),
+    aten.nll_loss_forward.default: _nll_loss,
+    aten.nll_loss2d_forward.default: _nll_loss,
+    aten.nll_loss_nd.default: _nll_loss_nd,
+    aten.cross_entropy_loss.default: _cross_entropy,
     aten._native_multi_head_attention.default: attention.native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: attention.transformer_encoder_layer,
     aten.scaled_dot_product_attention.default: attention.scaled_dot_product_attention,

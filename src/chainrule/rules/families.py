@@ -158,16 +158,15 @@ def contraction(equation: str, positions: Sequence[int], scale: Callable[[Call],
     """An op that is an einsum of its tensor arguments at ``positions``."""
 
     def linearize(call: Call) -> Iterable[Edge]:
-        yield from contraction_edges(call, equation, positions, 1.0 if scale is None else scale(call))
+        yield from contraction_edges(call, equation, [call.args[p] for p in positions], 1.0 if scale is None else scale(call))
 
     return Rule("contraction", linearize)
 
 
-def contraction_edges(call: Call, equation: str, positions: Sequence[int], scale: float = 1.0) -> Iterable[Edge]:
+def contraction_edges(call: Call, equation: str, operands: Sequence[Any], scale: float = 1.0) -> Iterable[Edge]:
     """The edges of an einsum: with respect to one operand, the others are the factors."""
     inputs, output = equation.split("->")
     letters = inputs.split(",")
-    operands = [call.args[position] for position in positions]
     sizes: dict[str, int] = {}
     for names, item in zip(letters, operands, strict=True):
         sizes.update(zip(names, call.shape(item), strict=True))

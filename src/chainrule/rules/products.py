@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from chainrule.maps.terms import new_axes
-from chainrule.rules.base import Call, Edge, Rule, diagonal_term, single
+from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, single, value_node
 from chainrule.rules.families import contraction, contraction_edges
 
 aten = torch.ops.aten
@@ -22,7 +22,7 @@ def _added(equation: str) -> Rule:
         if call.is_active(item):
             beta = float(call.argument("beta"))
             yield single(call, item, [diagonal_term(call.shape(item), new_axes(call.out_shape), scale=beta)])
-        yield from contraction_edges(call, equation, (1, 2), float(call.argument("alpha")))
+        yield from contraction_edges(call, equation, call.args[1:3], float(call.argument("alpha")))
 
     return Rule("contraction", linearize)
 
@@ -33,7 +33,7 @@ def _linear(call: Call) -> Iterable[Edge]:
     letters = "abcdefghij"[: len(call.shape(item)) - 1]
     vector = len(call.shape(weight)) == 1
     out = letters if vector else letters + "o"
-    yield from contraction_edges(call, f"{letters}k,{'k' if vector else 'ok'}->{out}", (0, 1))
+    yield from contraction_edges(call, f"{letters}k,{'k' if vector else 'ok'}->{out}", call.args[:2])
     if bias is not None and call.is_active(bias):
         yield single(call, bias, [diagonal_term(call.shape(bias), new_axes(call.out_shape))])
 
@@ -48,10 +48,68 @@ def _trilinear(call: Call) -> Iterable[Edge]:
         return "".join(letter for dim, letter in enumerate(letters) if dim not in left_out)
 
     inputs = ",".join(without(name) for name in ("expand1", "expand2", "expand3"))
-    yield from contraction_edges(call, f"{inputs}->{without('sumdim')}", (0, 1, 2))
+    yield from contraction_edges(call, f"{inputs}->{without('sumdim')}", call.args[:3])
 
+
+def _matmul(call: Call) -> Iterable[Edge]:
+    """The product of vectors, matrices and stacks of matrices, whose leading dimensions broadcast."""
+    first, second = call.args[:2]
+    left, right = call.shape(first), call.shape(second)
+    rows, columns = len(left) > 1, len(right) > 1
+    batch_shape = call.out_shape[: len(call.out_shape) - rows - columns]
+    for is_first in (True, False):
+        item, other = (first, second) if is_first else (second, first)
+        if not call.is_active(item):
+            continue
+        batch = new_axes(batch_shape)
+        inner = Axis(left[-1])
+        row = dims_of(new_axes(left[-2:-1] if rows else ()))
+        column = dims_of(new_axes(right[-1:] if columns else ()))
+        left_dims = (*broadcast_axes(left[:-2], batch), *row, (inner,))
+        right_dims = (*broadcast_axes(right[:-2], batch), (inner,), *column)
+        mine, others = (left_dims, right_dims) if is_first else (right_dims, left_dims)
+        axes = tuple(axis for dim in others for axis in dim)
+        factor = Factor(value_node(call, other, (axis.size for axis in axes)), axes)
+        yield single(call, item, [Term((*dims_of(batch), *row, *column), mine, (factor,))])
+
+
+def _einsum_letters(equation: str) -> tuple[list[str], str]:
+    """The letters of the operands and of the output."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow:
+        output = "".join(sorted(letter for letter in set(inputs) - {","} if inputs.count(letter) == 1))
+    return inputs.split(","), output
+
+
+def is_plain_einsum(args: tuple[Any, ...]) -> bool:
+    """Whether an einsum names each dimension of each operand once, and broadcasts none."""
+    if len(args) < 2:
+        return False
+    equation, operands = args[0], args[1]
+    letters, output = _einsum_letters(equation)
+    if len(letters) != len(operands) or len(set(output)) != len(output):
+        return False
+    sizes: dict[str, int] = {}
+    for names, operand in zip(letters, operands, strict=True):
+        if len(names) != operand.dim() or len(set(names)) != len(names) or not (names.isalpha() or not names):
+            return False
+        for name, size in zip(names, operand.shape, strict=True):
+            if sizes.setdefault(name, size) != size:
+                return False
+    return sizes.keys() >= set(output)
+
+
+def _einsum(call: Call) -> Iterable[Edge]:
+    letters, output = _einsum_letters(call.args[0])
+    yield from contraction_edges(call, ",".join(letters) + "->" + output, call.args[1])
+
+
+#: Ops that have a rule and a composite form: whether a call is recorded whole.
+WHOLE: dict[Any, Callable[[tuple[Any, ...]], bool]] = {aten.einsum.default: is_plain_einsum}
 
 RULES: dict[Any, Rule] = {
+    aten.einsum.default: Rule("contraction", _einsum),
+    aten.matmul.default: Rule("contraction", _matmul),
     aten._trilinear.default: Rule("contraction", _trilinear),
     aten.linear.default: Rule("contraction", _linear),
     aten.mm.default: contraction("ik,kj->ij", (0, 1)),

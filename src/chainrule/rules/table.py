@@ -87,9 +87,13 @@ class Rules:
 
     def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op, for ops without a rule of their own."""
-        if op in RULES:
+        if op in RULES and op not in products.WHOLE:
             return None
         return DECOMPOSITIONS.get(op) or LATE_DECOMPOSITIONS.get(op._schema.name) or composite(op)
+
+    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...]], bool] | None:
+        """For an op that has both a rule and a composite form: which calls the rule covers."""
+        return products.WHOLE.get(op)
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""

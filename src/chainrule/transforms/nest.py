@@ -23,7 +23,15 @@ from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import compile_stages
 from chainrule.maps.staging import Program, Staged
-from chainrule.transforms.arguments import Argnums, flatten_inputs, flatten_outputs, resolve_argnums, structure_key, tree_flatten, tree_unflatten
+from chainrule.transforms.arguments import (
+    Argnums,
+    flatten_inputs,
+    flatten_outputs,
+    resolve_argnums,
+    structure_key,
+    tree_flatten,
+    tree_unflatten,
+)
 from chainrule.transforms.trace import Traced, active_slot, trace
 
 Finish = Callable[[Traced, bool], Any]
