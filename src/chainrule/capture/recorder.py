@@ -15,6 +15,9 @@ aten = torch.ops.aten
 #: Ops of which a replay could give something else than the recorded run says.
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
+#: Ops that update running statistics without saying so in their schema.
+_HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
+
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
 #: Larger constants (in elements) are made anew in each run: indices and masks, and numbers.
@@ -50,57 +53,88 @@ class Recorder(LightMode):
     ) -> Any:
         """Run an op and append it."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            self._prepare_write(func, args, kwargs)
+        written = self._written(func, args, kwargs) if func._schema.is_mutable or func in _HIDDEN_WRITES else []
         out = func(*args, **kwargs)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
-        if not (isinstance(out, torch.Tensor) or (isinstance(out, (list, tuple)) and _all_tensors(out))):
+        only_writes = out is None and bool(written)
+        if not (only_writes or isinstance(out, torch.Tensor) or (isinstance(out, (list, tuple)) and _all_tensors(out))):
             # A value read into Python; ops on dtypes and shapes have no tensor among their arguments.
-            self.pure = self.pure and not _staged_in((lowered, tuple(named.values())))
+            self._on_read(func, _staged_in((lowered, tuple(named.values()))))
         else:
-            if func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE):
-                self.pure = False
+            keep = func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE)
+            if keep:
+                self._on_unrepeatable(func)
             if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
                 lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
-            if isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
+            if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
                 same = func is aten.detach.default or func is aten.alias.default
                 self.known[id(out)] = lowered[0] if same else self.program.constant(out)
             else:
-                self._append(func, lowered, named, out)
+                slots = tuple(staged.slot for t in written if (staged := self.known.get(id(t))) is not None)
+                self._append(func, lowered, named, out, slots, keep)
         self._alive.append(out)
         return out
 
-    def _prepare_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A constant that is about to be written to becomes a copy of itself in the program."""
+    def _on_read(self, func: Any, read: list[Staged]) -> None:
+        """A value of the program was read into Python."""
+        self.pure = self.pure and not read
+
+    def _on_unrepeatable(self, func: Any) -> None:
+        """A replay of an op could give something else."""
+        self.pure = False
+
+    def _on_unknown(self, tensor: torch.Tensor) -> None:
+        """A tensor of unknown origin was used; it is a constant of the program."""
+        self.pure = False
+
+    def _on_shared_write(self, func: Any) -> None:
+        """A write to memory that several constants share."""
+        self.pure = False
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors that an op writes to. A constant that is about to be written becomes a copy of itself."""
         constants = self.program.constants
+        written: list[torch.Tensor] = []
+        if func in _HIDDEN_WRITES:
+            # Running statistics: the fourth and the fifth argument, if the sixth says that this is training.
+            written.extend(t for t in args[3:5] if isinstance(t, torch.Tensor) and args[5])
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             target = args[position] if position < len(args) else kwargs.get(argument.name)
-            for tensor in target if isinstance(target, (list, tuple)) else (target,):
-                known = self.known.get(id(tensor))
-                if known is None or known.slot not in constants:
-                    continue
-                memory = tensor.untyped_storage()._cdata
-                if sum(other.untyped_storage()._cdata == memory for other in constants.values()) > 1:
-                    self.pure = False
-                    continue
-                constants[known.slot] = kept = tensor.clone()
-                self._alive.append(kept)
-                copies: dict[int, Staged] = {}
-                self.program.append(torch.clone, (known,), {}, tensor, copies)
-                for number in [number for number, staged in self.known.items() if staged is known]:
-                    self.known[number] = copies[id(tensor)]
+            written.extend(t for t in (target if isinstance(target, (list, tuple)) else (target,)) if isinstance(t, torch.Tensor))
+        for tensor in written:
+            known = self.known.get(id(tensor))
+            if known is None:
+                self._staged((tensor,))
+                continue
+            if known.slot not in constants:
+                continue
+            memory = tensor.untyped_storage()._cdata
+            if sum(other.untyped_storage()._cdata == memory for other in constants.values()) > 1:
+                self._on_shared_write(func)
+                continue
+            constants[known.slot] = kept = tensor.clone()
+            self._alive.append(kept)
+            copies: dict[int, Staged] = {}
+            self.program.append(torch.clone, (known,), {}, tensor, copies)
+            for number in [number for number, staged in self.known.items() if staged is known]:
+                self.known[number] = copies[id(tensor)]
+        return written
 
-    def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _append(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, writes: tuple[int, ...], keep: bool
+    ) -> None:
         program = self.program
         before = program._slots
         # The strides of a replay may be others: `reshape` makes do with all that `view` did with those of this run.
         function = aten.reshape.default if func in _RESHAPES else func
-        program.append(function._op, args, kwargs, out, self.known)
+        program.append(function._op, args, kwargs, out, self.known, writes=writes, keep=keep)
         if func.is_view:
             program.views.update(range(before, program._slots))
+            if func is aten.view.default:
+                program.strict.update(range(before, program._slots))
         elif func is aten.mul.Tensor:
             # A product with ones (the cotangent of a scalar) is the other factor.
             for one, other in ((args[0], args[1]), (args[1], args[0])):
@@ -132,7 +166,7 @@ class Recorder(LightMode):
             if isinstance(item, torch.Tensor):
                 known = self.staged(item)
                 if known is None:
-                    self.pure = False
+                    self._on_unknown(item)
                     known = self.known[id(item)] = self.program.constant(item)
                     self._alive.append(item)
                 found.append(known)

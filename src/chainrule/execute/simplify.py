@@ -33,7 +33,7 @@ def simplify(
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """The instructions that the results ``wanted`` (slots) need, and constants that they need beside the program's own.
 
-    A program that writes to its values is left as it is.
+    What is written to, and what shares memory with it, keeps its calls and their order.
 
     Args:
         program: the program.
@@ -41,15 +41,43 @@ def simplify(
         constants: its constants.
     """
     kept = list(program.instructions)
-    if program.writes:
-        return spell(program, kept)
+    memory = _Memory(program)
     if program.recorded:
-        kept = _share(kept, _roots(program, kept, wanted), program.copies)
-    kept = _without_noops(program, _needed(kept, wanted), wanted)
-    kept, folded = _fold(program, kept, wanted, constants)
-    kept, made = _fuse(program, kept, wanted)
-    spelled, numbers = spell(program, _needed(kept, wanted))
+        kept = _share(kept, _roots(program, kept, wanted), program.copies, memory)
+    kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
+    kept, folded = _fold(program, kept, wanted, constants, memory)
+    kept, made = _fuse(program, kept, wanted, memory)
+    kept = [_as_view(program, i) if memory.touched(i) else i for i in _needed(kept, wanted, memory)]
+    spelled, numbers = spell(program, kept)
     return spelled, {**folded, **made, **numbers}
+
+
+class _Memory:
+    """Which values share memory with one that is written to."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.producers = {slot: i for i in program.instructions for slot in i.outputs} if program.writes else {}
+        self.written = {self.root(slot) for i in program.instructions for slot in i.writes}
+
+    def root(self, slot: int) -> int:
+        """The value whose memory a value uses; inputs may share theirs, and count as one."""
+        root = _root(self.program, self.producers, slot)
+        return root if root in self.producers or root in self.program.constants else -1
+
+    def touched(self, instruction: Instruction) -> bool:
+        """Whether an instruction reads or makes something that is written to."""
+        if not self.written:
+            return False
+        slots = (*instruction.outputs, *refs((instruction.args, tuple(instruction.kwargs.values()))))
+        return any(self.root(slot) in self.written for slot in slots)
+
+
+def _as_view(program: Program, instruction: Instruction) -> Instruction:
+    """What was a view of memory that is written to must not become a copy."""
+    if instruction.function is aten.reshape.default._op and program.strict.issuperset(instruction.outputs):
+        return instruction._replace(function=aten.view.default._op)
+    return instruction
 
 
 def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[int]) -> list[Instruction]:
@@ -73,7 +101,7 @@ def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[i
 
 
 def _fold(
-    program: Program, kept: list[Instruction], wanted: Sequence[int], constants: dict[int, torch.Tensor]
+    program: Program, kept: list[Instruction], wanted: Sequence[int], constants: dict[int, torch.Tensor], memory: _Memory
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """Compute small values once that are the same in every run. Results, and what they may be views of, stay calls."""
     fixed = set(constants)
@@ -81,6 +109,7 @@ def _fold(
     for instruction in kept:
         read = refs((instruction.args, tuple(instruction.kwargs.values())))
         made = bool(read) or instruction.function in _CREATIONS
+        made = made and not instruction.keep and not memory.touched(instruction)
         if made and len(instruction.outputs) == 1 and fixed.issuperset(read):
             kind = program.kinds.get(instruction.outputs[0])
             if kind is not None and kind[0].numel() <= _FOLDED:
@@ -112,7 +141,7 @@ def _valued(tree: Any, values: dict[int, torch.Tensor]) -> Any:
 
 
 def _fuse(
-    program: Program, kept: list[Instruction], wanted: Sequence[int]
+    program: Program, kept: list[Instruction], wanted: Sequence[int], memory: _Memory
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """``1 - a * b`` and ``c + a * b`` as one pass over memory (``addcmul``)."""
     uses = Counter(slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values()))))
@@ -120,6 +149,7 @@ def _fuse(
     products = {
         i.outputs[0]: i for i in kept
         if i.function in _PRODUCT and not i.kwargs and uses[i.outputs[0]] == 1 and all(isinstance(a, Ref) for a in i.args)
+        and not memory.touched(i)
     }  # fmt: skip
     kinds = program.kinds
     ones: dict[Any, int] = {}
@@ -140,7 +170,7 @@ def _fuse(
 
     for number, instruction in enumerate(kept):
         function, args = instruction.function, instruction.args
-        if instruction.kwargs or len(instruction.outputs) != 1 or len(args) != 2:
+        if instruction.kwargs or len(instruction.outputs) != 1 or len(args) != 2 or memory.touched(instruction):
             continue
         out = instruction.outputs[0]
         base: int | None = None
@@ -208,7 +238,9 @@ def _roots(program: Program, kept: Sequence[Instruction], wanted: Sequence[int])
     return found
 
 
-def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int, int]) -> list[Instruction]:
+def _share(
+    instructions: Sequence[Instruction], own: set[int], copies: dict[int, int], memory: _Memory
+) -> list[Instruction]:
     """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
     renamed: dict[int, int] = {}
     known: dict[Any, tuple[int, ...]] = {}
@@ -217,7 +249,7 @@ def _share(instructions: Sequence[Instruction], own: set[int], copies: dict[int,
     for instruction in instructions:
         args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
         instruction = instruction._replace(args=args, kwargs=kwargs)
-        if not own.isdisjoint(instruction.outputs):
+        if not own.isdisjoint(instruction.outputs) or instruction.keep or not instruction.outputs or memory.touched(instruction):
             kept.append(instruction)
             continue
         if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
@@ -253,11 +285,16 @@ def _renamed(tree: Any, names: dict[int, int]) -> Any:
     return tree
 
 
-def _needed(instructions: Sequence[Instruction], wanted: Sequence[int]) -> list[Instruction]:
+def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: _Memory) -> list[Instruction]:
+    """The instructions that the results need, and those that write to what is seen outside or needed later."""
     needed = set(wanted)
     kept = []
     for instruction in reversed(instructions):
-        if needed.intersection(instruction.outputs):
+        use = instruction.keep or not needed.isdisjoint(instruction.outputs)
+        if not use and instruction.writes:
+            roots = {memory.root(slot) for slot in instruction.writes}
+            use = -1 in roots or any(memory.root(slot) in roots for slot in needed)
+        if use:
             needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
             kept.append(instruction)
     return kept[::-1]

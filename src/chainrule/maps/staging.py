@@ -21,13 +21,25 @@ class Ref(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One call of a straight-line program; ``args`` and ``kwargs`` hold :class:`Ref` where a tensor goes."""
+    """One call of a straight-line program; ``args`` and ``kwargs`` hold :class:`Ref` where a tensor goes.
+
+    Attributes:
+        function: what is called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        outputs: the slots of its results.
+        is_tuple: whether it returns several.
+        writes: the slots of the arguments that it writes to.
+        keep: whether it has to run once in each run, whoever needs its results (it draws random numbers).
+    """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[int, ...]
     is_tuple: bool
+    writes: tuple[int, ...] = ()
+    keep: bool = False
 
 
 def _lower(tree: Any) -> Any:
@@ -78,6 +90,8 @@ class Program:
         self.kinds: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
         # Of a recorded program: the results of view ops, which share memory with their first argument.
         self.views: set[int] = set()
+        # Of a recorded program: results of ``view`` itself, which are replayed by ``reshape``.
+        self.strict: set[int] = set()
         # Of a recorded program: results that equal an earlier value, with the slot of that value.
         self.copies: dict[int, int] = {}
         self.recorded = False
@@ -133,17 +147,36 @@ class Program:
         return staged
 
     def append(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, known: dict[int, Staged]
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        known: dict[int, Staged],
+        *,
+        writes: tuple[int, ...] = (),
+        keep: bool = False,
     ) -> None:
-        """Append a call that ran already; its results (and writes to its arguments) are entered into ``known``."""
+        """Append a call that ran already; its results are entered into ``known``.
+
+        Args:
+            function: what was called.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            result: what it returned; None, or a tensor that is known, for a call that only writes.
+            known: the program's values, by the identity of their tensors.
+            writes: the slots that it wrote to.
+            keep: whether it has to run in each run (see :class:`Instruction`).
+        """
         lowered = _lower(args)
         named = {name: _lower(item) for name, item in kwargs.items()}
-        if isinstance(result, torch.Tensor) and id(result) in known:
-            # A write: the call is kept for what it does.
-            self.instructions.append(Instruction(function, lowered, named, (), False))
-            self.writes = True
+        self.writes = self.writes or bool(writes)
+        if result is None or (isinstance(result, torch.Tensor) and id(result) in known):
+            self.instructions.append(Instruction(function, lowered, named, (), False, writes, keep))
             return
         staged = self._record(function, lowered, named, result)
+        if writes or keep:
+            self.instructions[-1] = self.instructions[-1]._replace(writes=writes, keep=keep)
         items = staged if isinstance(staged, tuple) else (staged,)
         for item in items:
             known[id(item.value)] = item
