@@ -1,7 +1,9 @@
 """Function transforms for PyTorch that cost what the structure of the function costs."""
 
+from chainrule.dispatch import hide_from_dynamo
 from chainrule.explain import Explanation, explain
 from chainrule.transforms import autograd_bridge
+from chainrule.transforms.compile import CompileError, compile  # noqa: A004 - torch's name
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
 from chainrule.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
 from chainrule.transforms.modules import (
@@ -17,10 +19,19 @@ from chainrule.transforms.vmap import vmap
 
 autograd_bridge.install()
 
+# Inside of a function under torch.compile, transforms are made and called outside of its graphs.
+for _transform in (
+    compile, divergence, explain, ggn, grad, grad_and_value, hessian, hessian_diagonal, hvp, jacfwd, jacobian, jacrev, jet,
+    jvp, laplacian, linearize, ntk, vhp, vjp, vmap,
+):  # fmt: skip
+    hide_from_dynamo(_transform)
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompileError",
     "Explanation",
+    "compile",
     "divergence",
     "explain",
     "functional_call",

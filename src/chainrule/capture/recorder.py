@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from chainrule.dispatch import LightMode
 from chainrule.maps.staging import Program, Staged
@@ -45,6 +46,8 @@ class Recorder(LightMode):
         self.known: dict[int, Staged] = {}
         self.pure = True
         self._find = find
+        # How the constants that are views of others are made.
+        self._recipes: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         # The identities in ``known`` must stay taken.
         self._alive: list[Any] = []
 
@@ -69,10 +72,12 @@ class Recorder(LightMode):
                 lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
             if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
                 same = func is aten.detach.default or func is aten.alias.default
-                self.known[id(out)] = lowered[0] if same else self.program.constant(out)
+                self.known[id(out)] = staged = lowered[0] if same else self.program.constant(out)
+                if func.is_view and not same:
+                    self._recipes[staged.slot] = (func, lowered, named)
             else:
                 slots = tuple(staged.slot for t in written if (staged := self.known.get(id(t))) is not None)
-                self._append(func, lowered, named, out, slots, keep)
+                self._append(func, lowered, named, out, slots, keep=keep)
         self._alive.append(out)
         return out
 
@@ -108,29 +113,54 @@ class Recorder(LightMode):
             known = self.known.get(id(tensor))
             if known is None:
                 self._staged((tensor,))
-                continue
-            if known.slot not in constants:
-                continue
-            memory = tensor.untyped_storage()._cdata
-            if sum(other.untyped_storage()._cdata == memory for other in constants.values()) > 1:
-                self._on_shared_write(func)
-                continue
-            constants[known.slot] = kept = tensor.clone()
-            self._alive.append(kept)
-            copies: dict[int, Staged] = {}
-            self.program.append(torch.clone, (known,), {}, tensor, copies)
-            for number in [number for number, staged in self.known.items() if staged is known]:
-                self.known[number] = copies[id(tensor)]
+            elif known.slot in constants:
+                self._unfold(constants[known.slot].untyped_storage()._cdata, func)
         return written
 
+    def _unfold(self, memory: int, func: Any) -> None:
+        """Constants of one memory, about to be written: from here on they are a copy, and views of that copy."""
+        constants, copies = self.program.constants, dict[int, Staged]()
+        shared = [slot for slot in sorted(constants) if constants[slot].untyped_storage()._cdata == memory]
+        tensors = {staged.slot: staged.value for staged in self.known.values()}
+        for number, slot in enumerate(shared):
+            tensor = tensors[slot]
+            recipe = self._recipes.get(slot)
+            if (recipe is None) != (number == 0):
+                self._on_shared_write(func)
+                return
+            made: dict[int, Staged] = {}
+            if recipe is None:
+                self.program.append(torch.clone, (Staged(self.program, slot, tensor),), {}, tensor, made)
+            else:
+                function, args, kwargs = recipe
+                self._append(function, [copies.get(a.slot, a) if isinstance(a, Staged) else a for a in args], kwargs, tensor,
+                             (), keep=False, known=made)  # fmt: skip
+            copies[slot] = made[id(tensor)]
+        for slot in shared:
+            constants[slot] = kept = constants[slot].clone()
+            self._alive.append(kept)
+        for number, staged in list(self.known.items()):
+            if staged.slot in copies:
+                self.known[number] = copies[staged.slot]
+
     def _append(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, writes: tuple[int, ...], keep: bool
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: Any,
+        writes: tuple[int, ...],
+        *,
+        keep: bool,
+        known: dict[int, Staged] | None = None,
     ) -> None:
+        known = self.known if known is None else known
         program = self.program
         before = program._slots
         # The strides of a replay may be others: `reshape` makes do with all that `view` did with those of this run.
         function = aten.reshape.default if func in _RESHAPES else func
-        program.append(function._op, args, kwargs, out, self.known, writes=writes, keep=keep)
+        program.overloads[function._op] = function
+        program.append(function._op, tuple(args), kwargs, out, known, writes=writes, keep=keep)
         if func.is_view:
             program.views.update(range(before, program._slots))
             if func is aten.view.default:
@@ -202,3 +232,100 @@ def _staged_in(tree: Any) -> list[Staged]:
 
 def _all_tensors(items: Sequence[Any]) -> bool:
     return all(isinstance(item, torch.Tensor) for item in items)
+
+
+class CompileError(RuntimeError):
+    """A function cannot be turned into a flat graph, because what it computes depends on more than shapes."""
+
+
+class WholeRecorder(Recorder):
+    """Records a whole call. Tensors that it meets on the way are inputs; what cannot be replayed is refused.
+
+    Args:
+        leaves: the tensors that the call is given (no two of them the same object).
+
+    Attributes:
+        found: the other tensors that were met, in the order of their inputs.
+        random: whether random numbers are drawn.
+        joined: whether one of the inputs requires grad.
+    """
+
+    def __init__(self, leaves: Sequence[torch.Tensor]) -> None:
+        super().__init__(self._input)
+        self.found: list[torch.Tensor] = []
+        self.random = False
+        self.joined = any(leaf.requires_grad for leaf in leaves)
+        self._count = len(leaves)
+        self._numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
+
+    def _input(self, program: Program, tensor: torch.Tensor) -> Staged:
+        number = self._numbers.get(id(tensor))
+        if number is None:
+            if tensor.__class__ is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter):
+                name = type(tensor).__name__
+                raise CompileError(f"chainrule.compile: a tensor of type {name} was used; only plain ones can be")
+            number = self._numbers[id(tensor)] = self._count + len(self.found)
+            self.found.append(tensor)
+            self.joined = self.joined or tensor.requires_grad
+        return program.input(number, tensor)
+
+    def values(self) -> list[torch.Tensor]:
+        """The tensors that were met."""
+        return [staged.value for staged in self.known.values()]
+
+    def depends(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is computed from inputs of the program."""
+        known = self.known.get(id(tensor))
+        return id(tensor) in self._numbers if known is None else known.slot not in self.program.constants
+
+    def _on_read(self, func: Any, read: list[Staged]) -> None:
+        if any(staged.slot not in self.program.constants for staged in read):
+            raise CompileError(
+                f"chainrule.compile: {func} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "
+                "cannot depend on values: use torch.where, or call the function without compile."
+            )
+
+    def _on_unrepeatable(self, func: Any) -> None:
+        if func is aten.as_strided.default:
+            self.program.literal = True
+        elif torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = True
+        else:
+            raise CompileError(
+                f"chainrule.compile: the shape of the result of {func} depends on values. A graph has fixed shapes: use "
+                "torch.where or a mask, or call the function without compile."
+            )
+
+    def _on_shared_write(self, func: Any) -> None:
+        raise CompileError(f"chainrule.compile: {func} writes to memory that several constants share")
+
+
+class NoReads(TorchFunctionMode):
+    """Refuses the conversions to Python values and to other libraries that torch's dispatcher does not see.
+
+    Args:
+        recorder: knows which tensors are computed from the inputs.
+    """
+
+    def __init__(self, recorder: WholeRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch, if it leaves the values where they are."""
+        if func in _CONVERSIONS and args and isinstance(args[0], torch.Tensor) and self._recorder.depends(args[0]):
+            raise CompileError(
+                f"chainrule.compile: {func.__name__} took the values of a tensor out of torch; what Python or NumPy computes "
+                "from them would not be computed again. Compute it with torch, or call the function without compile."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_CONVERSIONS = frozenset(
+    {
+        torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage, torch.Tensor.storage,
+    }
+)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.execute.simplify import refs, shared_results, simplify
+from chainrule.execute.simplify import refs, root, shared_results, simplify
 from chainrule.maps.staging import Instruction, Program, Ref, Staged
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
@@ -71,12 +71,19 @@ def _memory(slot: int, producers: dict[int, Instruction]) -> tuple[int | None, b
         slot = first.slot
 
 
-def compile_program(program: Program, results: Sequence[Staged | None]) -> Runner:
+def compile_program(program: Program, results: Sequence[Staged | None], *, views: bool = False) -> Runner:
     """Make a Python function ``run(tape values, seeds)`` that executes the instructions the results need.
 
     Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``.
+
+    Args:
+        program: the program.
+        results: its results.
+        views: whether a result may be an input or a view of one; otherwise results are tensors of their own.
     """
-    source = _Source(program, results)
+    source = Source(program, results)
+    if views:
+        source.copied.difference_update(source.of_inputs())
     names = source.block(source.kept, source.wanted)
     lines = ["def run(tape, seeds):", *source.inputs(source.used), *names, source.returned(range(len(source.wanted)))]
     runner: Runner = source.compiled(lines, "run")
@@ -110,7 +117,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     """
     if program.writes:
         return None
-    source = _Source(program, results)
+    source = Source(program, results)
     late = {slot for key, slot in program.inputs.items() if not isinstance(key, int)}
     early: list[Instruction] = []
     rest: list[Instruction] = []
@@ -144,20 +151,26 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     return Stages(source.compiled(lines, "prepare"), source.compiled(lines, "apply"))
 
 
-class _Source:
+class Source:
     """A program on its way to Python code."""
 
-    def __init__(self, program: Program, results: Sequence[Staged | None]) -> None:
+    def __init__(self, program: Program, results: Sequence[Staged | None], *, spelled: bool = True) -> None:
         self.program = program
         self.wanted = [None if staged is None else staged.slot for staged in results]
         self.copied = shared_results(program, self.wanted) if program.recorded else set()
         own = {slot: _settled(tensor) for slot, tensor in program.constants.items()}
-        self.kept, made = simplify(program, [s for s in self.wanted if s is not None], own)
+        self.kept, made = simplify(program, [s for s in self.wanted if s is not None], own, spelled=spelled)
         self.used = {slot for i in self.kept for slot in refs((i.args, tuple(i.kwargs.values())))}
         self.used.update(slot for slot in self.wanted if slot is not None)
         self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
+
+    def of_inputs(self) -> set[int]:
+        """The results (by number) that are inputs or views of them."""
+        producers = {slot: instruction for instruction in self.program.instructions for slot in instruction.outputs}
+        given = set(self.program.inputs.values())
+        return {n for n, slot in enumerate(self.wanted) if slot is not None and root(self.program, producers, slot) in given}
 
     def inputs(self, used: set[int]) -> list[str]:
         """The lines that read the inputs among ``used``."""

@@ -29,7 +29,7 @@ _FOLDED = 4096
 
 
 def simplify(
-    program: Program, wanted: Sequence[int], constants: dict[int, torch.Tensor]
+    program: Program, wanted: Sequence[int], constants: dict[int, torch.Tensor], *, spelled: bool = True
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """The instructions that the results ``wanted`` (slots) need, and constants that they need beside the program's own.
 
@@ -39,8 +39,11 @@ def simplify(
         program: the program.
         wanted: the slots of its results.
         constants: its constants.
+        spelled: whether calls are put in their cheapest form, with numbers as constants.
     """
     kept = list(program.instructions)
+    if program.literal:
+        return spell(program, kept) if spelled else (kept, {})
     memory = _Memory(program)
     if program.recorded:
         kept = _share(kept, _roots(program, kept, wanted), program.copies, memory)
@@ -48,8 +51,8 @@ def simplify(
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept, made = _fuse(program, kept, wanted, memory)
     kept = [_as_view(program, i) if memory.touched(i) else i for i in _needed(kept, wanted, memory)]
-    spelled, numbers = spell(program, kept)
-    return spelled, {**folded, **made, **numbers}
+    cheapest, numbers = spell(program, kept) if spelled else (kept, {})
+    return cheapest, {**folded, **made, **numbers}
 
 
 class _Memory:
@@ -62,8 +65,8 @@ class _Memory:
 
     def root(self, slot: int) -> int:
         """The value whose memory a value uses; inputs may share theirs, and count as one."""
-        root = _root(self.program, self.producers, slot)
-        return root if root in self.producers or root in self.program.constants else -1
+        found = root(self.program, self.producers, slot)
+        return found if found in self.producers or found in self.program.constants else -1
 
     def touched(self, instruction: Instruction) -> bool:
         """Whether an instruction reads or makes something that is written to."""
@@ -210,14 +213,15 @@ def shared_results(program: Program, wanted: Sequence[int | None]) -> set[int]:
     for number, slot in enumerate(wanted):
         if slot is None:
             continue
-        root = _root(program, producers, slot)
-        if root in taken or root not in producers:
+        memory = root(program, producers, slot)
+        if memory in taken or memory not in producers:
             shared.add(number)
-        taken.add(root)
+        taken.add(memory)
     return shared
 
 
-def _root(program: Program, producers: dict[int, Instruction], slot: int) -> int:
+def root(program: Program, producers: dict[int, Instruction], slot: int) -> int:
+    """The value whose memory a value of a recorded program uses."""
     while slot in program.views:
         first = producers[slot].args[0]
         if not isinstance(first, Ref):

@@ -95,6 +95,10 @@ class Program:
         # Of a recorded program: results that equal an earlier value, with the slot of that value.
         self.copies: dict[int, int] = {}
         self.recorded = False
+        # Whether the memory layout of the values matters: then the calls are left as they are.
+        self.literal = False
+        # The overloads of torch that are called, by what calls them.
+        self.overloads: dict[Any, Any] = {}
         # Numbers that were made from truth values, by slot, with what a product with them selects by (see
         # maps/contract.py): where it is positive if it is of the number's dtype, where it is true otherwise.
         self.masks: dict[int, Staged] = {}

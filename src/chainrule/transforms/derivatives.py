@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chainrule.dispatch import hide_from_dynamo
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, Linearized, level_of, run_level, run_linearized, run_nest
 from chainrule.transforms.trace import Traced, trace
@@ -50,7 +51,7 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
     if not has_aux:  # the aux of this transform stands elsewhere
         level.mark(wrapper)
-    return wrapper
+    return hide_from_dynamo(wrapper)
 
 
 def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -84,7 +85,7 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         return (gradient, aux) if has_aux else gradient
 
     level.mark(wrapper)
-    return wrapper
+    return hide_from_dynamo(wrapper)
 
 
 def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:
@@ -147,6 +148,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         found = _pullback(traced)
     leaves, out_spec, active, pull = found.leaves, found.spec, found.active, found.call
 
+    @hide_from_dynamo
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
         given, spec = tree_flatten(cotangents)
@@ -351,6 +353,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         found = _pushforward(traced)
     traced, push = found.traced, found.call
 
+    @hide_from_dynamo
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents forward."""
         leaves, spec = tree_flatten(tangents)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from chainrule.dispatch import hide_from_dynamo
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
 from chainrule.transforms.trace import Traced, trace
@@ -200,7 +201,7 @@ def _jacobian_transform(
     wrapper = wraps(func)(wrapper)
     if chunk_size is None:
         level.mark(wrapper)
-    return wrapper
+    return hide_from_dynamo(wrapper)
 
 
 class _Constant(torch.autograd.Function):

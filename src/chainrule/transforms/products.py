@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from chainrule.dispatch import hide_from_dynamo
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.derivatives import check_tangents, hvp, pull_back, push_forward
 from chainrule.transforms.nest import Level, run_level
@@ -118,7 +119,7 @@ def _transform(level: Level) -> Callable[..., Any]:
         return (result, aux) if level.has_aux else result
 
     level.mark(wrapper)
-    return wrapper
+    return hide_from_dynamo(wrapper)
 
 
 def ggn(

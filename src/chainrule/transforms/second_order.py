@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.capture.tape import Tape
+from chainrule.dispatch import hide_from_dynamo
 from chainrule.execute.accounts import UNCACHED, current_ledger
 from chainrule.execute.engine import account_of, execute
 from chainrule.plan.planner import Request
@@ -133,7 +134,7 @@ def _transform(level: Level, combine: Callable[[list[torch.Tensor], torch.Tensor
         return (result, aux) if level.has_aux else result
 
     level.mark(wrapper)
-    return wrapper
+    return hide_from_dynamo(wrapper)
 
 
 def _from_blocks(

@@ -1,0 +1,353 @@
+"""`compile`: a nest of transforms as one flat graph per input signature."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from chainrule.capture.recorder import CompileError, NoReads, WholeRecorder
+from chainrule.capture.surroundings import Surroundings
+from chainrule.dispatch import hide_from_dynamo
+from chainrule.execute.accounts import current_ledger
+from chainrule.execute.compiled import Flat, Run
+from chainrule.execute.simplify import root
+from chainrule.maps.staging import Program, Staged
+from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
+
+aten = torch.ops.aten
+
+__all__ = ["BACKENDS", "CacheInfo", "CompileError", "compile"]
+
+BACKENDS = ("replay", "inductor", "cudagraphs")
+
+#: Signatures that are kept per function.
+_SIGNATURES = 64
+
+#: How many graphs one signature may have (what the function reads outside of its arguments may take turns), and how often
+#: it is recorded before it runs without a graph.
+_GRAPHS = 8
+_RECORDINGS = 16
+
+_STATIC = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+class CacheInfo(NamedTuple):
+    """How a compiled function was used.
+
+    Attributes:
+        hits: calls that replayed a graph.
+        misses: calls that recorded one.
+        eager: calls that ran without a graph.
+        size: the graphs that are kept.
+    """
+
+    hits: int
+    misses: int
+    eager: int
+    size: int
+
+
+@dataclass(slots=True)
+class _Graph:
+    """The graph of a signature, and what it depends on beside it."""
+
+    run: Run | None
+    surroundings: Surroundings
+    closed: list[torch.Tensor]
+    kinds: list[Any]
+    spec: Any
+    statics: list[tuple[int, Any]]
+    flat: Flat | None
+    reason: str = ""
+
+    def holds(self) -> bool:
+        return self.surroundings.hold() and [_kind(t) for t in self.closed] == self.kinds
+
+
+@dataclass(slots=True)
+class _Signature:
+    graphs: list[_Graph] = field(default_factory=list)
+    recordings: int = 0
+
+
+def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callable[..., Any]:  # noqa: A001 - torch's name
+    """Turn a function, or a nest of transforms of it, into one flat graph of ATen calls per input signature.
+
+    The first call with a new signature runs `function` and records every call that reaches torch, derivatives and batching
+    included. Later calls replay the record: no Python of `function`, no tape, no planning. A signature is the structure of
+    the arguments; shape, strides, dtype, device and ``requires_grad`` of the tensors among them; the values of the other
+    arguments; grad mode, inference mode, autocast and default dtype.
+
+    Tensors that `function` closes over (parameters and buffers of modules too) are inputs of the graph: values written
+    into them, by an optimiser for instance, are seen by the next call. When something else that `function` reads is replaced
+    (the content of a closure, a global, an attribute of a module), the call is recorded anew. What Python itself computes
+    (printing, appending to a list, random numbers of Python or NumPy) happens only when a call is recorded, which may be
+    twice.
+
+    Inside other transforms, under a dispatch mode, and when it returns something that is neither a tensor nor a plain
+    value, the function is called as if it had not been compiled.
+
+    Args:
+        function: a function of tensors, in any nesting of tuples, lists and dictionaries, and of hashable static values.
+        backend: ``"replay"`` calls torch's functions in a straight line; ``"inductor"`` generates code for the graph by
+            torch's compiler (results may differ in the last digits, and random numbers are drawn otherwise);
+            ``"cudagraphs"`` captures the calls in a CUDA graph.
+
+    Returns:
+        A function with the arguments and results of `function`. It has the methods ``cache_info()``, ``cache_clear()``,
+        ``graph(*args)`` (the `torch.fx.GraphModule`) and ``source(*args)`` (the code that replays it).
+
+    Raises:
+        ValueError: `backend` is none of the three.
+        CompileError: when called: `function` reads the value of a tensor into Python, has a shape that depends on values,
+            or the backend cannot run the graph.
+        TypeError: when called: a static argument is not hashable.
+
+    Example:
+        >>> import torch, chainrule
+        >>> laplacian = chainrule.compile(chainrule.vmap(chainrule.laplacian(lambda x: (x**4).sum())))
+        >>> laplacian(torch.ones(2, 3))
+        tensor([36., 36.])
+        >>> laplacian(torch.zeros(2, 3))
+        tensor([0., 0.])
+        >>> laplacian.cache_info().hits
+        1
+
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"chainrule.compile: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    compiled = _Compiled(function, backend)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return compiled(args, kwargs)
+
+    wrapper.cache_info = compiled.cache_info  # type: ignore[attr-defined]
+    wrapper.cache_clear = compiled.cache_clear  # type: ignore[attr-defined]
+    wrapper.graph = compiled.graph  # type: ignore[attr-defined]
+    wrapper.source = compiled.source  # type: ignore[attr-defined]
+    return hide_from_dynamo(wrapper)
+
+
+class _Compiled:
+    """The graphs of one function."""
+
+    def __init__(self, function: Callable[..., Any], backend: str) -> None:
+        self.function = function
+        self.backend = backend
+        self._signatures: OrderedDict[Any, _Signature] = OrderedDict()
+        self._lock = threading.RLock()
+        self._hits = self._misses = self._eager = 0
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
+            return self.function(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
+        key = _key(leaves, spec)
+        if key is None:
+            self._eager += 1
+            return self.function(*args, **kwargs)
+        try:
+            signature = self._signatures.get(key)
+        except TypeError as error:
+            raise TypeError(
+                f"chainrule.compile: an argument of {function_name(self.function)} that is not a tensor must be hashable: {error}"
+            ) from None
+        if signature is not None:
+            for graph in signature.graphs:
+                if graph.holds():
+                    return self._run(graph, leaves, args, kwargs)
+        return self._first(key, leaves, args, kwargs)
+
+    def _run(self, graph: _Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if graph.run is None:
+            self._eager += 1
+            return self.function(*args, **kwargs)
+        self._hits += 1
+        values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        values += graph.closed
+        found = graph.run(values)
+        if graph.statics:
+            found = list(found)
+            for position, value in graph.statics:
+                found.insert(position, value)
+        return tree_unflatten(found, graph.spec)  # type: ignore[arg-type]
+
+    def _first(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._lock:
+            signature = self._signatures.get(key)
+            if signature is None:
+                signature = self._signatures[key] = _Signature()
+                while len(self._signatures) > _SIGNATURES:
+                    self._signatures.popitem(last=False)
+            if signature.recordings >= _RECORDINGS:
+                self._eager += 1
+                return self.function(*args, **kwargs)
+            signature.recordings += 1
+            if signature.recordings == _RECORDINGS:
+                changed = next((g.surroundings.changed for g in signature.graphs if g.surroundings.changed), "something")
+                warnings.warn(
+                    f"chainrule.compile: {function_name(self.function)} was recorded {_RECORDINGS} times with one signature, "
+                    f"because {changed} is replaced between calls; from now on it is called without a graph. Give what changes "
+                    "as an argument, or write into a tensor.",
+                    stacklevel=4,
+                )
+            self._misses += 1
+            result, graph = self._record(leaves, args, kwargs)
+            signature.graphs.insert(0, graph)
+            del signature.graphs[_GRAPHS:]
+            return result
+
+    def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, _Graph]:
+        """Run the function and make a graph of the run."""
+        surroundings = Surroundings([self.function, *(leaf for leaf in leaves if callable(leaf))])
+        result, recorder, given = self._run_recorded(args, kwargs)
+        if not (recorder.random or _writes_outside(recorder.program)):
+            # The plans of the transforms are known now, and run as programs of few calls: this run is the one to keep.
+            result, recorder, given = self._run_recorded(args, kwargs)
+        out_leaves, spec = tree_flatten(result)
+        statics = [(n, leaf) for n, leaf in enumerate(out_leaves) if not isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
+        staged = [recorder.staged(leaf) for leaf in tensors]
+        program, closed = recorder.program, recorder.found
+        kinds = [_kind(tensor) for tensor in closed]
+        joined = torch.is_grad_enabled() and recorder.joined
+        reason = _obstacle(statics, tensors, recorder, joined=joined)
+        # What the user gets is his own tensor where it was one, and never a constant of the graph.
+        own = {id(alias): leaf for alias, leaf in given}
+        constants = {id(t) for t, s in zip(tensors, staged, strict=True) if s is not None and s.slot in program.constants}
+        mine = [own.get(id(leaf), leaf.clone() if id(leaf) in constants else leaf) for leaf in out_leaves]
+        result = tree_unflatten(mine, spec)
+        if reason:
+            return result, _Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
+        flat = Flat(program, [s for s in staged if s is not None], len(given) + len(closed), len(given))
+        if joined:
+            flat.detach(*_in_graph(recorder))
+        program._input_values.clear()  # a cycle that would hold the tensors of this run
+        flat.results = [Staged(program, s.slot, None) for s in flat.results]  # type: ignore[arg-type]
+        values = [*(leaf for _, leaf in given), *closed]
+        if self.backend == "inductor":
+            run = flat.inductor(values, joined=joined)
+        elif self.backend == "cudagraphs":
+            run = flat.cudagraph(values, joined=joined)
+        else:
+            run = flat.replay()
+        return result, _Graph(run, surroundings, closed, kinds, spec, statics, flat)
+
+    def _run_recorded(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, WholeRecorder, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Run the function on aliases of its arguments; they are returned with what they stand for."""
+        leaves, spec = tree_flatten((args, kwargs))
+        given: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                leaves[number] = alias = aten.alias.default(leaf)
+                given.append((alias, leaf))
+        called, named = tree_unflatten(leaves, spec)
+        recorder = WholeRecorder([alias for alias, _ in given])
+        with NoReads(recorder), recorder:
+            return self.function(*called, **named), recorder, given
+
+    def cache_info(self) -> CacheInfo:
+        """How often the function was called, and how."""
+        size = sum(len(signature.graphs) for signature in self._signatures.values())
+        return CacheInfo(self._hits, self._misses, self._eager, size)
+
+    def cache_clear(self) -> None:
+        """Forget all graphs."""
+        with self._lock:
+            self._signatures.clear()
+            self._hits = self._misses = self._eager = 0
+
+    def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        """The graph for these arguments; its placeholders are the tensors among them, then what is closed over."""
+        return self._flat(args, kwargs).graph()
+
+    def source(self, *args: Any, **kwargs: Any) -> str:
+        """The straight-line code that the replay backend runs for these arguments."""
+        return str(self._flat(args, kwargs).replay().source)  # type: ignore[attr-defined]
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
+        leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
+        key = _key(leaves, spec)
+        if key is None:
+            raise CompileError("chainrule.compile: there is no graph for arguments that are not plain strided tensors")
+        graphs = self._signatures[key].graphs if key in self._signatures else []
+        found = next((graph for graph in graphs if graph.holds()), None)
+        if found is None:
+            self._first(key, leaves, args, kwargs)
+            found = self._signatures[key].graphs[0]
+        if found.flat is None:
+            raise CompileError(f"chainrule.compile: there is no graph: {found.reason}")
+        return found.flat
+
+
+def _kind(tensor: torch.Tensor) -> Any:
+    return (tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
+
+
+def _key(leaves: Sequence[Any], spec: Any) -> Any:
+    """The signature of a call; None for tensors that no graph can have."""
+    parts: list[Any] = [
+        structure_key(spec), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+    ]  # fmt: skip
+    for leaf in leaves:
+        kind = leaf.__class__
+        if kind in _PLAIN_TENSORS:
+            if leaf.layout is not torch.strided or leaf.is_conj() or leaf.is_neg():
+                return None
+            parts += (leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.requires_grad)
+        elif isinstance(leaf, torch.Tensor):
+            return None
+        else:
+            parts += (kind, leaf)
+    return tuple(parts)
+
+
+def _writes_outside(program: Program) -> bool:
+    """Whether calls write to something that was there before."""
+    producers = {slot: i for i in program.instructions for slot in i.outputs}
+    return any(
+        root(program, producers, slot) not in producers and root(program, producers, slot) not in program.constants
+        for i in program.instructions
+        for slot in i.writes
+    )
+
+
+def _obstacle(
+    statics: Sequence[tuple[int, Any]], tensors: Sequence[torch.Tensor], recorder: WholeRecorder, *, joined: bool
+) -> str:
+    """Why a recorded run cannot be replayed, if so."""
+    for _, value in statics:
+        if not isinstance(value, _STATIC):
+            return f"a result is of type {type(value).__name__}, neither a tensor nor a plain value"
+    if any(tensor.__class__ not in _PLAIN_TENSORS for tensor in tensors):
+        return "a result is no plain tensor"
+    if not joined:
+        return "a result has a graph of its own" if any(tensor.requires_grad for tensor in tensors) else ""
+    if _writes_outside(recorder.program):
+        return "autograd has to see calls that write to what was there before"
+    nodes = [value.grad_fn for value in recorder.values() if value.grad_fn is not None]
+    if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):  # type: ignore[attr-defined]
+        return "autograd has to see a user's autograd.Function"
+    return ""
+
+
+def _in_graph(recorder: WholeRecorder) -> tuple[set[int], set[int]]:
+    """The slots of the values without and with a graph."""
+    without: set[int] = set()
+    inside: set[int] = set()
+    for staged in recorder.known.values():
+        (inside if staged.value.requires_grad else without).add(staged.slot)
+    return without - inside, inside
