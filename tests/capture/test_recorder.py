@@ -56,6 +56,7 @@ PURE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "writes": written,
     "a written constant": lambda x, y: torch.arange(3).mul_(2) * x,
     "a constant, used and then written": lambda x, y: (lambda z: (z * x, z.add_(y), z)[0] * z)(torch.ones(3)),
+    "a write to a part of a constant": lambda x, y: written_in_part(x) * x,
 }
 
 
@@ -89,7 +90,6 @@ IMPURE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a shape that depends on values": lambda x, y: x[y > 0],
     "a random draw": lambda x, y: x + torch.rand(3),
     "a tensor from elsewhere": lambda x, y: x * UNKNOWN,
-    "a write to a part of a constant": lambda x, y: written_in_part(x) * x,
 }
 
 

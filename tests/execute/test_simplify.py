@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chainrule
 from chainrule.execute.replay import compile_program
 from chainrule.execute.simplify import simplify
 from chainrule.maps.staging import Program
@@ -89,3 +90,35 @@ def test_what_is_the_same_in_every_run_is_computed_once() -> None:
     first, _ = run([torch.randn(3)], ())
     first.zero_()
     assert run([torch.randn(3)], ())[0].tolist() == [[1.0, 1.0, 1.0]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("mul add sin view add_ copy_ zeros".split()), st.integers(0, 99), st.integers(0, 99)),
+                min_size=1, max_size=14), st.lists(st.integers(0, 99), min_size=1, max_size=3))
+def test_random_programs_that_write(steps: list[tuple[str, int, int]], chosen: list[int]) -> None:
+    """What is written to, through whichever view, has the same values after each replay: results and inputs."""
+
+    def function(*values: Tensor) -> list[Tensor]:
+        made = list(values)
+        for name, one, other in steps:
+            a, b = made[one % len(made)], made[other % len(made)]
+            if name == "view":
+                made.append(a.view(3)[1:].expand(2) if a.numel() == 3 else a.flip(0))
+            elif name == "zeros":
+                made.append(torch.zeros(3, dtype=torch.float64))
+            elif a.shape != b.shape:
+                made.append(a * 2 + 1)
+            elif name == "add_":
+                a.add_(b.clone(), alpha=0.5)
+            elif name == "copy_":
+                a.copy_(b.clone())
+            else:
+                made.append(a.sin() if name == "sin" else getattr(torch, name)(a, b))
+        return [made[number % len(made)] * 1.5 for number in chosen]
+
+    compiled = chainrule.compile(function)
+    for _ in range(3):
+        values = [torch.rand(3, dtype=torch.float64) for _ in range(2)]
+        twins = [value.clone() for value in values]
+        torch.testing.assert_close(compiled(*values), function(*twins))
+        torch.testing.assert_close(values, twins)
