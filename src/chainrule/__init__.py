@@ -3,6 +3,7 @@
 from chainrule.dispatch import hide_from_dynamo
 from chainrule.explain import Explanation, explain
 from chainrule.transforms import autograd_bridge
+from chainrule.transforms.blocks import RowBlock, jacobian_blocks
 from chainrule.transforms.compile import CompileError, compile  # noqa: A004 - torch's name
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
 from chainrule.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
@@ -21,8 +22,8 @@ autograd_bridge.install()
 
 # Inside of a function under torch.compile, transforms are made and called outside of its graphs.
 for _transform in (
-    compile, divergence, explain, ggn, grad, grad_and_value, hessian, hessian_diagonal, hvp, jacfwd, jacobian, jacrev, jet,
-    jvp, laplacian, linearize, ntk, vhp, vjp, vmap,
+    compile, divergence, explain, ggn, grad, grad_and_value, hessian, hessian_diagonal, hvp, jacfwd, jacobian, jacobian_blocks,
+    jacrev, jet, jvp, laplacian, linearize, ntk, vhp, vjp, vmap,
 ):  # fmt: skip
     hide_from_dynamo(_transform)
 
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompileError",
     "Explanation",
+    "RowBlock",
     "compile",
     "divergence",
     "explain",
@@ -44,6 +46,7 @@ __all__ = [
     "hvp",
     "jacfwd",
     "jacobian",
+    "jacobian_blocks",
     "jacrev",
     "jet",
     "jvp",

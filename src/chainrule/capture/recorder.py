@@ -323,9 +323,4 @@ class NoReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_CONVERSIONS = frozenset(
-    {
-        torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.data_ptr,
-        torch.Tensor.untyped_storage, torch.Tensor.storage,
-    }
-)  # fmt: skip
+_CONVERSIONS = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__})

@@ -14,8 +14,7 @@ from torch import fx
 
 from chainrule.capture.recorder import CompileError
 from chainrule.execute.replay import Source, compile_program
-from chainrule.execute.simplify import refs
-from chainrule.maps.staging import Instruction, Program, Ref, Staged
+from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
 
 aten = torch.ops.aten
 

@@ -11,6 +11,7 @@ import torch
 
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
+from chainrule.execute.memory import Memory, current_watch, watching
 from chainrule.execute.replay import Runner, Stages, compile_program, compile_stages, owned
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.elimination import Candidate
@@ -55,10 +56,15 @@ class CachedPlan:
             self.compile()
         if self.stages is None or torch._C._len_torch_dispatch_stack():
             return self.run(tape.values, seeds)
+        watch = current_watch()
         key = (id(self), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         found = tape.prepared.get(key)
         if found is None:
             found = tape.prepared[key] = (self, self.stages.prepare(tape.values)[1])
+            if watch is not None:
+                watch.add_program(self.stages.prepared, kept=True)
+        if watch is not None:
+            watch.add_program(self.stages.applied)
         return dict(zip(self.keys, self.stages.apply(tape.values, found[1], seeds), strict=True))
 
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
@@ -71,6 +77,8 @@ class CachedPlan:
             under = stored_under_vmap(given)
             if under is not None:
                 return dict(zip(self.keys, self._run_batched(values, seeds, *under), strict=True))
+        if (watch := current_watch()) is not None:
+            watch.add_program(self.runner.memory)  # type: ignore[attr-defined]
         return dict(zip(self.keys, self.runner(values, seeds), strict=True))
 
     def _run_batched(
@@ -92,6 +100,8 @@ class CachedPlan:
         batched_runner, flags = found
         if batched_runner is None:
             return runner(values, seeds)
+        if (watch := current_watch()) is not None:
+            watch.add_program(batched_runner.memory)  # type: ignore[attr-defined]
         with torch._C._DisableTorchDispatch():
             results = batched_runner(tensors, ())
         return wrap(results, flags, mode)
@@ -167,6 +177,14 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
         recorded = (_without_values(planned.program), [_bare(r) for r in results])
         CACHE.put(key, CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push")))
     return values
+
+
+def predicted(tape: Any, request: Request) -> Memory:
+    """The memory of the plan of a request, which is made (and run) if it is not known."""
+    with watching() as watch:
+        for _ in range(2):  # the first time plans
+            execute(tape, request)
+    return Memory(watch.results, watch.peak)
 
 
 def _execute_accounted(

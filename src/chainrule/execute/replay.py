@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.execute.simplify import refs, root, shared_results, simplify
-from chainrule.maps.staging import Instruction, Program, Ref, Staged
+from chainrule.execute.memory import Memory, predict
+from chainrule.execute.simplify import root, shared_results, simplify
+from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
 
@@ -88,6 +89,7 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
     lines = ["def run(tape, seeds):", *source.inputs(source.used), *names, source.returned(range(len(source.wanted)))]
     runner: Runner = source.compiled(lines, "run")
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
+    runner.memory = source.memory()  # type: ignore[attr-defined]
     return runner
 
 
@@ -98,10 +100,14 @@ class Stages(NamedTuple):
         prepare: from the tape values, what does not depend on the seeds: the results that come first, and what the second
             part needs.
         apply: from the tape values, what the first part left, and the seeds: the other results.
+        prepared: the memory of the first part.
+        applied: the memory of the second part.
     """
 
     prepare: Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]
     apply: Callable[[Sequence[Any], tuple[Any, ...], Sequence[torch.Tensor]], tuple[Any, ...]]
+    prepared: Memory
+    applied: Memory
 
 
 def compile_stages(program: Program, results: Sequence[Staged | None], first: int = 0) -> Stages | None:
@@ -148,7 +154,13 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     if passed:
         lines.append(f"    {given}{',' if len(passed) == 1 else ''} = known")
     lines += [*source.inputs(used_late), *source.block(rest, later), source.returned(numbers[first:])]
-    return Stages(source.compiled(lines, "prepare"), source.compiled(lines, "apply"))
+    copied = {n - first for n in source.copied if n >= first}
+    return Stages(
+        source.compiled(lines, "prepare"),
+        source.compiled(lines, "apply"),
+        predict(program, early, kept, {n for n in source.copied if n < first}),
+        predict(program, rest, later, copied),
+    )
 
 
 class Source:
@@ -165,6 +177,10 @@ class Source:
         self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
+
+    def memory(self) -> Memory:
+        """What a run allocates."""
+        return predict(self.program, self.kept, self.wanted, self.copied)
 
     def of_inputs(self) -> set[int]:
         """The results (by number) that are inputs or views of them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chainrule.execute.spelling import spell
-from chainrule.maps.staging import Instruction, Program, Ref, freeze
+from chainrule.maps.staging import Instruction, Program, Ref, freeze, refs
 
 aten = torch.ops.aten
 
@@ -302,16 +302,3 @@ def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: 
             needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
             kept.append(instruction)
     return kept[::-1]
-
-
-def refs(tree: Any) -> list[int]:
-    """The slots that arguments refer to."""
-    found: list[int] = []
-    stack = [tree]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Ref):
-            found.append(item.slot)
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
-    return found

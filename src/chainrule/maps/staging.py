@@ -61,6 +61,19 @@ def _real(tree: Any) -> Any:
     return tree
 
 
+def refs(tree: Any) -> list[int]:
+    """The slots that arguments refer to."""
+    found: list[int] = []
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Ref):
+            found.append(item.slot)
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+    return found
+
+
 def freeze(tree: Any) -> Any:
     """Return a hashable picture of lowered arguments (types kept apart: ``1`` is not ``1.0`` is not ``True``)."""
     if isinstance(tree, Ref):
@@ -90,6 +103,8 @@ class Program:
         self.kinds: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
         # Of a recorded program: the results of view ops, which share memory with their first argument.
         self.views: set[int] = set()
+        # Results that share their memory with an argument, with the slot of that argument.
+        self.shares: dict[int, int] = {}
         # Of a recorded program: results of ``view`` itself, which are replayed by ``reshape``.
         self.strict: set[int] = set()
         # Of a recorded program: results that equal an earlier value, with the slot of that value.
@@ -143,6 +158,7 @@ class Program:
             return known
         result = function(*_real(args), **{name: _real(item) for name, item in kwargs.items()})
         staged = self._record(function, lowered, lowered_kwargs, result)
+        self._note_memory(staged, args)
         if key is not None:
             self._known[key] = staged
         if function is torch.Tensor.to and isinstance(args[0], Staged) and args[0].value.dtype is torch.bool:
@@ -179,11 +195,22 @@ class Program:
             self.instructions.append(Instruction(function, lowered, named, (), False, writes, keep))
             return
         staged = self._record(function, lowered, named, result)
+        self._note_memory(staged, args)
         if writes or keep:
             self.instructions[-1] = self.instructions[-1]._replace(writes=writes, keep=keep)
         items = staged if isinstance(staged, tuple) else (staged,)
         for item in items:
             known[id(item.value)] = item
+
+    def _note_memory(self, results: Any, args: tuple[Any, ...]) -> None:
+        source = next((item for item in args if isinstance(item, Staged)), None)
+        if source is None or source.value.__class__ is not torch.Tensor or source.value.layout is not torch.strided:
+            return
+        memory = source.value.untyped_storage()._cdata
+        for staged in results if isinstance(results, tuple) else (results,):
+            value = staged.value
+            if value.__class__ is torch.Tensor and value.layout is torch.strided and value.untyped_storage()._cdata == memory:
+                self.shares[staged.slot] = source.slot
 
     def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         if isinstance(result, torch.Tensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from chainrule.dispatch import hide_from_dynamo
+from chainrule.execute.engine import predicted
+from chainrule.execute.memory import Watch, current_watch, free_memory, parse_bytes
+from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
-from chainrule.transforms.trace import Traced, trace
+from chainrule.transforms.trace import Block, Traced, trace
 
 
 def jacrev(
@@ -22,6 +26,8 @@ def jacrev(
     has_aux: bool = False,
     chunk_size: int | None = None,
     _preallocate_and_copy: bool = False,
+    max_memory: int | str | None = None,
+    progress: bool = False,
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func``, accumulated in reverse order.
 
@@ -31,6 +37,10 @@ def jacrev(
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
         chunk_size: how many rows (elements of an output) to compute at once, which bounds the memory of intermediate
             results; None for all. One plan serves all chunks.
+        max_memory: in place of ``chunk_size``, how much may be allocated beside the result: bytes, or a string like
+            ``"512MB"``. The rows of a chunk are chosen by what the plans are predicted to need. By default a result of
+            more than a quarter of a gigabyte is computed in chunks where the free memory of the device asks for it.
+        progress: whether to show the progress over the chunks (needs tqdm).
 
     Returns:
         A function returning, for each output leaf, the tree of Jacobians with respect to the arguments (a tuple when
@@ -39,7 +49,8 @@ def jacrev(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` is not positive.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
         >>> import torch, chainrule
@@ -47,7 +58,8 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    return _jacobian_transform(func, argnums, has_aux, chunk_size, "jacrev", "reverse", "input")
+    chunks = Chunks(chunk_size, max_memory, progress, "jacrev")
+    return _jacobian_transform(func, argnums, has_aux, chunks, "jacrev", "reverse", "input")
 
 
 def jacfwd(
@@ -57,6 +69,7 @@ def jacfwd(
     *,
     randomness: str = "error",
     chunk_size: int | None = None,
+    progress: bool = False,
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func``, accumulated in forward order.
 
@@ -68,13 +81,15 @@ def jacfwd(
             columns, so that a random op in it is the same for all of them.
         chunk_size: how many columns (elements of an input) to compute at once, which bounds the memory of intermediate
             results; None for all. ``func`` still runs once, but on a copy: a write to its argument stays inside.
+        progress: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`, with Jacobians of the output's dtype.
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated, or ``randomness`` is unknown.
-        ValueError: if ``chunk_size`` is not positive.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
         >>> import torch, chainrule
@@ -84,11 +99,18 @@ def jacfwd(
     """
     if randomness not in ("error", "different", "same"):
         raise RuntimeError(f"jacfwd: only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}")
-    return _jacobian_transform(func, argnums, has_aux, chunk_size, "jacfwd", "forward", "output")
+    chunks = Chunks(chunk_size, None, progress, "jacfwd")
+    return _jacobian_transform(func, argnums, has_aux, chunks, "jacfwd", "forward", "output")
 
 
 def jacobian(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: int | None = None
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    max_memory: int | str | None = None,
+    progress: bool = False,
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func`` in the order that costs least.
 
@@ -100,24 +122,34 @@ def jacobian(
         argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
         chunk_size: as in :func:`jacrev`.
+        max_memory: as in :func:`jacrev`.
+        progress: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`.
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` is not positive.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
         >>> import torch, chainrule
         >>> chainrule.jacobian(lambda x: x[:1] * 3)(torch.tensor([1.0, 2.0]))
         tensor([[3., 0.]])
     """
-    return _jacobian_transform(func, argnums, has_aux, chunk_size, "jacobian", "auto", "input")
+    chunks = Chunks(chunk_size, max_memory, progress, "jacobian")
+    return _jacobian_transform(func, argnums, has_aux, chunks, "jacobian", "auto", "input")
 
 
 def hessian(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: int | None = None
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    max_memory: int | str | None = None,
+    progress: bool = False,
 ) -> Callable[..., Any]:
     """Return a function that computes the Hessian of ``func``: the Jacobian of its Jacobian.
 
@@ -127,6 +159,8 @@ def hessian(
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
         chunk_size: how many rows of the outer Jacobian (elements of the first derivative) to compute at once; None for
             all. The first derivative itself is computed whole.
+        max_memory: as in :func:`jacrev`.
+        progress: as in :func:`jacrev`.
 
     Returns:
         A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
@@ -134,7 +168,8 @@ def hessian(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` is not positive.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
         >>> import torch, chainrule
@@ -142,28 +177,93 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    _check_chunk_size(chunk_size, "hessian")
-    inner = _jacobian_transform(func, argnums, has_aux, None, "hessian", "reverse", "input")
-    return _jacobian_transform(inner, argnums, has_aux, chunk_size, "hessian", "auto", "output", respect_no_grad=False)
+    chunks = Chunks(chunk_size, max_memory, progress, "hessian")
+    inner = _jacobian_transform(func, argnums, has_aux, Chunks(None, None, False, "hessian"), "hessian", "reverse", "input")
+    return _jacobian_transform(inner, argnums, has_aux, chunks, "hessian", "auto", "output", respect_no_grad=False)
+
+
+class Chunks:
+    """How a Jacobian is divided.
+
+    Args:
+        size: rows (or columns) per chunk.
+        max_memory: in its place, how much may be allocated.
+        progress: whether to show the progress.
+        name: the transform's name.
+
+    Raises:
+        ValueError: if the numbers do not fit.
+    """
+
+    def __init__(self, size: int | None, max_memory: int | str | None, progress: bool, name: str) -> None:
+        if size is not None and size <= 0:
+            raise ValueError(f"{name}: `chunk_size` should be greater than 0, got {size}.")
+        if size is not None and max_memory is not None:
+            raise ValueError(f"{name}: give chunk_size or max_memory, not both")
+        self.size = size
+        self.budget = None if max_memory is None else parse_bytes(max_memory, name)
+        self.progress = progress
+        self.name = name
+        self.given = size is not None or max_memory is not None
+
+    @contextmanager
+    def shown(self, total: int) -> Iterator[Callable[[], Any]]:
+        """A progress bar over so many chunks, if it was asked for; yields what moves it on."""
+        if not self.progress or total == 0:
+            with nullcontext():
+                yield lambda: None
+            return
+        try:
+            from tqdm.auto import tqdm  # noqa: PLC0415 - optional
+        except ImportError as error:
+            raise ImportError(f"{self.name}: progress=True needs tqdm; install chainrule[progress]") from error
+        with tqdm(total=total, desc=self.name) as bar:
+            yield lambda: bar.update(1)
+
+    def sizes(self, traced: Traced, order: str, cast: str) -> list[int] | None:
+        """The rows per chunk for each output; None if all are computed at once."""
+        if self.size is not None:
+            return [self.size] * len(traced.out_leaves)
+        budget = self.budget
+        if budget is None:
+            wanted = sum(result_bytes(traced, n, cast) for n in range(len(traced.out_leaves)))
+            if wanted < _LARGE or torch._C._len_torch_dispatch_stack():
+                return None
+            free = free_memory(traced.out_leaves[0].device)
+            if free is None:
+                return None
+            if wanted > free:
+                raise MemoryError(
+                    f"{self.name}: the result needs {wanted} bytes, and {free} are free. Use chainrule.jacobian_blocks to "
+                    "compute it in blocks that are written to disk or reduced, or an operator (vjp, jvp) in its place."
+                )
+            budget = free - wanted
+        return [
+            leaf.numel() if slot is None else rows_within(traced, n, order, cast, budget, self.name, whole=True)
+            for n, (leaf, slot) in enumerate(zip(traced.out_leaves, traced.out_slots, strict=True))
+        ]
+
+
+#: From this size on, in bytes, a result is compared with the free memory.
+_LARGE = 1 << 28
 
 
 def _jacobian_transform(
     func: Callable[..., Any],
     argnums: Argnums,
     has_aux: bool,
-    chunk_size: int | None,
+    chunks: Chunks,
     name: str,
     order: str,
     cast: str,
     *,
     respect_no_grad: bool = True,
 ) -> Callable[..., Any]:
-    _check_chunk_size(chunk_size, name)
-    column_block = chunk_size if order == "forward" else None
+    column_block = chunks.size if order == "forward" else None
     respect_no_grad = respect_no_grad and order != "forward"
 
     def finish(traced: Traced, single: bool) -> Any:
-        _check_real(traced, func, name, cast)
+        check_real(traced, func, name, cast)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
             found = traced.run("jacobian", order, cast=cast)
@@ -179,7 +279,7 @@ def _jacobian_transform(
         return (result, aux) if has_aux else result
 
     def computed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if chunk_size is None and level_of(func) is not None:
+        if not chunks.given and level_of(func) is not None:
             result, aux = run_nest(level, args, kwargs)
             if result is not NO_NEST:
                 return result, aux
@@ -187,19 +287,20 @@ def _jacobian_transform(
         traced = trace(
             func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad, column_block=column_block
         )
-        if chunk_size is None:
+        sizes = [1] if column_block is not None else chunks.sizes(traced, order, cast)
+        if sizes is None:
             return finish(traced, single), traced.aux
-        _check_real(traced, func, name, cast)
+        check_real(traced, func, name, cast)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
-            if order == "forward":
-                found = _by_columns(traced, cast)
+            if column_block is not None:
+                found = _by_columns(traced, cast, chunks.shown)
             else:
-                found = _by_rows(traced, order, cast, chunk_size)
+                found = _by_rows(traced, order, cast, sizes, chunks.shown)
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec), traced.aux
 
     wrapper = wraps(func)(wrapper)
-    if chunk_size is None:
+    if not chunks.given:
         level.mark(wrapper)
     return hide_from_dynamo(wrapper)
 
@@ -230,51 +331,157 @@ def _joined(result: Any, args: tuple[Any, ...], argnums: Argnums) -> Any:
     return tree_map(lambda r: r if r.requires_grad else _Constant.apply(r, *leaves), result)
 
 
-def _check_chunk_size(chunk_size: int | None, name: str) -> None:
-    if chunk_size is not None and chunk_size <= 0:
-        raise ValueError(f"{name}: `chunk_size` should be greater than 0, got {chunk_size}.")
+class _Assembled:
+    """A Jacobian that is put together from blocks, in memory that is allocated once.
+
+    Args:
+        total: how many rows (or, with `last`, columns) it has.
+        last: whether the blocks are of columns, the last dimension.
+    """
+
+    def __init__(self, total: int, *, last: bool = False) -> None:
+        self._total = total
+        self._last = last
+        self._whole: torch.Tensor | None = None
+        self._parts: list[torch.Tensor] = []
+
+    def add(self, start: int, part: torch.Tensor) -> None:
+        """The block that begins at `start`; one comes after the other."""
+        if self._whole is None and not self._parts and part.__class__ is torch.Tensor and not part.requires_grad:
+            shape = (*part.shape[:-1], self._total) if self._last else (self._total, *part.shape[1:])
+            self._whole = part.new_empty(shape)
+            if (watch := current_watch()) is not None:
+                watch.held += self._whole.nbytes
+        if self._whole is None:
+            self._parts.append(part)
+        else:
+            dim = part.dim() - 1 if self._last else 0
+            self._whole.narrow(dim, start, part.shape[dim]).copy_(part)
+
+    def result(self) -> torch.Tensor:
+        """All blocks."""
+        if self._whole is not None:
+            return self._whole
+        return torch.cat(self._parts, -1 if self._last else 0)
 
 
-def _by_rows(traced: Traced, order: str, cast: str, size: int) -> dict[Any, torch.Tensor | None]:
-    """The Jacobians, ``size`` elements of an output at a time."""
+def row_blocks(
+    traced: Traced, number: int, block: Block, order: str, cast: str
+) -> Iterator[tuple[int, dict[int, torch.Tensor]]]:
+    """The rows of the Jacobians of one output, a block of them at a time: where each starts, and its parts by input slot."""
+    for start, skipped in block.positions():
+        results = traced.run("jacobian", order, cast=cast, outputs=[block.slot])
+        rows = {source: part[skipped:] for (_, source), part in results.items() if part is not None}
+        del results  # nothing of this block is held here while the next one is computed
+        yield start, rows
+        del rows
+
+
+def _by_rows(
+    traced: Traced, order: str, cast: str, sizes: Sequence[int], shown: Callable[..., Any]
+) -> dict[Any, torch.Tensor | None]:
+    """The Jacobians, ``sizes`` elements of each output at a time."""
     numbers = {slot: number for number, slot in enumerate(traced.out_slots) if slot is not None}
-    split = {slot: traced.rows(n, size) for slot, n in numbers.items() if traced.out_leaves[n].numel() > size}
+    split = {slot: traced.rows(n, sizes[n]) for slot, n in numbers.items() if traced.out_leaves[n].numel() > sizes[n]}
     whole = [slot for slot in numbers if slot not in split]
     found = traced.run("jacobian", order, cast=cast, outputs=whole) if whole else {}
-    for slot, block in split.items():
-        parts: dict[int, list[torch.Tensor]] = {}
-        for skipped in block.positions():
-            results = traced.run("jacobian", order, cast=cast, outputs=[block.slot])
-            for source in traced.in_slots:
-                if (part := results.get((block.slot, source))) is not None:
-                    parts.setdefault(source, []).append(part[skipped:])
-        shape = traced.out_leaves[numbers[slot]].shape
-        for source, rows in parts.items():
-            found[slot, source] = torch.cat(rows).reshape(*shape, *rows[0].shape[1:])
+    with shown(sum(-(-block.total // block.size) for block in split.values())) as advance:
+        for slot, block in split.items():
+            parts: dict[int, _Assembled] = {}
+            for start, rows in row_blocks(traced, numbers[slot], block, order, cast):
+                while rows:
+                    source, part = rows.popitem()
+                    parts.setdefault(source, _Assembled(block.total)).add(start, part)
+                    del part
+                advance()
+            for source, assembled in parts.items():
+                rows_of = assembled.result()
+                found[slot, source] = rows_of.reshape(*traced.out_leaves[numbers[slot]].shape, *rows_of.shape[1:])
     return found
 
 
-def _by_columns(traced: Traced, cast: str) -> dict[Any, torch.Tensor | None]:
+def _by_columns(traced: Traced, cast: str, shown: Callable[..., Any]) -> dict[Any, torch.Tensor | None]:
     """The Jacobians, a block of the elements of an input at a time."""
     outputs = [slot for slot in dict.fromkeys(traced.out_slots) if slot is not None]
-    blocks = zip(traced.in_slots, traced.columns, strict=True)
-    whole = [slot for slot, block in blocks if block is None]
+    pairs = list(zip(traced.in_slots, traced.columns, strict=True))
+    whole = [slot for slot, block in pairs if block is None]
     found = traced.run("jacobian", "forward", cast=cast, inputs=whole) if whole else {}
-    for leaf, block in zip(traced.in_leaves, traced.columns, strict=True):
-        if block is None:
-            continue
-        parts: dict[int, list[torch.Tensor]] = {}
-        for skipped in block.positions():
-            results = traced.run("jacobian", "forward", cast=cast, inputs=[block.slot])
-            for slot in outputs:
-                if (part := results.get((slot, block.slot))) is not None:
-                    parts.setdefault(slot, []).append(part[..., skipped:])
-        for slot, columns in parts.items():
-            found[slot, block.slot] = torch.cat(columns, -1).reshape(*columns[0].shape[:-1], *leaf.shape)
+    with shown(sum(-(-block.total // block.size) for _, block in pairs if block is not None)) as advance:
+        for leaf, block in zip(traced.in_leaves, traced.columns, strict=True):
+            if block is None:
+                continue
+            parts: dict[int, _Assembled] = {}
+            for start, skipped in block.positions():
+                results = traced.run("jacobian", "forward", cast=cast, inputs=[block.slot])
+                for slot in outputs:
+                    if (part := results.pop((slot, block.slot), None)) is not None:
+                        parts.setdefault(slot, _Assembled(block.total, last=True)).add(start, part[..., skipped:])
+                    part = None
+                advance()
+            for slot, assembled in parts.items():
+                columns = assembled.result()
+                found[slot, block.slot] = columns.reshape(*columns.shape[:-1], *leaf.shape)
     return found
 
 
-def _check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) -> None:
+def result_bytes(traced: Traced, number: int, cast: str) -> int:
+    """The size of the Jacobians of one output with respect to all inputs."""
+    out = traced.out_leaves[number]
+    sizes = (leaf.numel() * (out if cast == "output" else leaf).element_size() for leaf in traced.in_leaves)
+    return out.numel() * sum(sizes)
+
+
+def rows_within(traced: Traced, number: int, order: str, cast: str, budget: int, name: str, *, whole: bool) -> int:
+    """How many rows of an output's Jacobians can be computed at once.
+
+    The plans of two and of four rows are made, and what they need is extrapolated.
+
+    Args:
+        traced: the run.
+        number: the output.
+        order: the order of accumulation.
+        cast: whose dtype the result has.
+        budget: how many bytes may be allocated, the record of the run and the blocks included.
+        name: the transform's name.
+        whole: whether a result of full size is allocated beside the budget (which all rows at once are written to).
+
+    Raises:
+        MemoryError: if not even one row fits.
+    """
+    out = traced.out_leaves[number]
+    total = out.numel()
+    if total <= 4:
+        return max(total, 1)
+    inputs = tuple(traced.in_slots)
+    few, more = (
+        predicted(traced.tape, Request("jacobian", inputs, (traced.rows(number, size).slot,), order, (), cast)).peak
+        for size in (2, 4)
+    )
+    held = Watch()
+    tape = traced.tape
+    held.add_values([tape.values[s] for r in tape.records for s in r.outputs if s >= 0], traced.in_leaves)
+    each = max((more - few) / 2, 1.0)
+    fixed = max(few - 2 * each, 0) + held.held
+    size = result_bytes(traced, number, cast)
+    if whole and fixed + each * total - size <= budget:
+        return total
+    if not whole:
+        each += size / total  # the caller holds a block while the next one is computed
+    rows = int((budget - fixed) / each)
+    if rows < 1:
+        raise MemoryError(
+            f"{name}: one row of the Jacobian needs about {int(fixed + each)} bytes ({int(fixed)} of them for the record of the "
+            f"function's run), more than max_memory={budget}"
+        )
+    return min(rows, total)
+
+
+def check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) -> None:
+    """Refuse complex arguments and outputs.
+
+    Raises:
+        RuntimeError: if there are some, or an output cannot have a derivative.
+    """
     for number, leaf in enumerate(traced.in_leaves):
         if leaf.is_complex():
             raise RuntimeError(

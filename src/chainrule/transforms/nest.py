@@ -21,6 +21,7 @@ from chainrule.capture.tape import BelowAutograd
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
+from chainrule.execute.memory import current_watch
 from chainrule.execute.replay import compile_stages
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import (
@@ -334,10 +335,14 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
         found = prepared.get(key)
         if found is None:
             found = prepared[key] = stages.prepare(values)
+            if (watch := current_watch()) is not None:
+                watch.add_program(stages.prepared, kept=True)
         return found
 
     def call(seeds: tuple[torch.Tensor, ...]) -> Any:
         found = stages.apply(values, prepare()[1], seeds)
+        if (watch := current_watch()) is not None:
+            watch.add_program(stages.applied)
         later = plan.sources[plan.first :]
         leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
         return tree_unflatten(leaves, plan.spec)

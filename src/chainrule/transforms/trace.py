@@ -13,6 +13,7 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute
+from chainrule.execute.memory import current_watch
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
 from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, refuse_inside_torch_func, split_aux, tree_unflatten
@@ -38,15 +39,15 @@ class Block:
     size: int
     total: int
 
-    def positions(self) -> Iterator[int]:
-        """Choose one block after the other; yields how many of its first elements were in the block before.
+    def positions(self) -> Iterator[tuple[int, int]]:
+        """Choose one block after the other; yields where it starts, and how many of its first elements were there before.
 
         The last block overlaps its predecessor instead of being shorter, which would be another plan.
         """
         for start in range(0, self.total, self.size):
             first = min(start, self.total - self.size)
             self.tape.values[self.index] = torch.arange(first, first + self.size, device=self.tape.values[self.index].device)
-            yield start - first
+            yield start, start - first
 
 
 @dataclass(slots=True)
@@ -170,6 +171,9 @@ def trace(
                 lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
             )
     out_leaves, out_spec = flatten_outputs(output, transform, function)
+    if (watch := current_watch()) is not None:
+        made = [tape.values[slot] for record in tape.records for slot in record.outputs if slot >= 0]
+        watch.add_values(made, [*tape.values[: len(aliases)], *(v for n, v in enumerate(tape.values) if not tape.active[n])])
     out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
     return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
 

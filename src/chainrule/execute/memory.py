@@ -1,0 +1,205 @@
+"""The memory that a program needs: predicted from the sizes and the lives of its values, before it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from chainrule.maps.staging import Instruction, Program, refs
+
+_convolution = torch.ops.aten.convolution.default
+_CONVOLUTIONS = frozenset(
+    {
+        torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+        torch.convolution, _convolution, _convolution._op, torch.ops.aten.convolution_backward.default._op,
+    }
+)  # fmt: skip
+
+#: On a CPU, the share of the free memory that a call may take without being asked.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a program allocates, in bytes.
+
+    Attributes:
+        results: its results.
+        peak: the most that it holds at once, results included.
+    """
+
+    results: int
+    peak: int
+
+    @property
+    def temporaries(self) -> int:
+        """The most that it holds beside its results."""
+        return self.peak - self.results
+
+
+def predict(program: Program, kept: Sequence[Instruction], wanted: Sequence[int | None], copied: set[int]) -> Memory:
+    """Predict what the instructions ``kept`` of a program allocate.
+
+    A value lives from the call that makes it to the last call that reads it, or a view of it; results live on.
+
+    Args:
+        program: the program, for the sizes of its values.
+        kept: its instructions, as they are run.
+        wanted: the slots of the results.
+        copied: the results (by number) that are copied at the end.
+    """
+    made: set[int] = {slot for instruction in kept for slot in instruction.outputs}
+
+    def root(slot: int) -> int:
+        while (source := program.shares.get(slot)) is not None and source != slot:
+            slot = source
+        return slot
+
+    last: dict[int, int] = {}
+    for number, instruction in enumerate(kept):
+        for slot in (*refs((instruction.args, tuple(instruction.kwargs.values()))), *instruction.outputs):
+            last[root(slot)] = number
+    end = len(kept)
+    last.update((root(slot), end) for slot in wanted if slot is not None)
+    dying: dict[int, list[int]] = {}
+    for slot, number in last.items():
+        dying.setdefault(number, []).append(slot)
+    alive: dict[int, int] = {}
+    held = peak = 0
+    for number, instruction in enumerate(kept):
+        for slot in instruction.outputs:
+            if slot == root(slot) and slot not in alive:
+                alive[slot] = size = _bytes(program, slot)
+                held += size
+        peak = max(peak, held + _inside(program, instruction))
+        for slot in dying.get(number, ()):
+            held -= alive.pop(slot, 0)
+    extra = sum(_bytes(program, slot) for n, slot in enumerate(wanted) if n in copied and slot is not None)
+    results = {root(slot) for n, slot in enumerate(wanted) if slot is not None and n not in copied}
+    kept_bytes = sum(_bytes(program, slot) for slot in results if slot in made) + extra
+    return Memory(kept_bytes, max(peak, held + extra))
+
+
+def _bytes(program: Program, slot: int) -> int:
+    kind = program.kinds.get(slot)
+    return prod(kind[0]) * kind[1].itemsize if kind is not None else 0
+
+
+def _inside(program: Program, instruction: Instruction) -> int:
+    """What a call allocates and frees itself."""
+    if instruction.function not in _CONVOLUTIONS:
+        return 0
+    # The library computes in a layout of its own, of 16 channels at a time, and the result is copied out of it.
+    total = 0
+    for slot in instruction.outputs[:1]:
+        shape, dtype, device = program.kinds[slot]
+        if device.type == "cpu" and len(shape) > 2 and shape[1]:
+            total += _bytes(program, slot) // shape[1] * (-(-shape[1] // 16) * 16)
+    return total
+
+
+@dataclass
+class Watch:
+    """The predicted memory of calls that run under :func:`watching`.
+
+    Attributes:
+        held: bytes that the records of runs hold.
+        peak: the most that is held at once.
+        results: bytes of the results of the last program.
+    """
+
+    held: int = 0
+    peak: int = 0
+    results: int = 0
+    storages: set[int] = field(default_factory=set)
+
+    def add_values(self, made: Sequence[Any], given: Sequence[Any]) -> None:
+        """A run has ended whose record holds the values ``made``; those ``given`` were there before."""
+        self.storages.update(_storage(value)[0] for value in given if isinstance(value, torch.Tensor))
+        for value in made:
+            if isinstance(value, torch.Tensor):
+                number, size = _storage(value)
+                if number not in self.storages:
+                    self.storages.add(number)
+                    self.held += size
+        self.peak = max(self.peak, self.held)
+
+    def add_program(self, memory: Memory, *, kept: bool = False) -> None:
+        """A program has run; with `kept`, its results stay for programs that follow."""
+        self.peak = max(self.peak, self.held + memory.peak)
+        self.results = memory.results
+        self.held += memory.results if kept else 0
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "value"):
+        tensor = tensor.value
+    if tensor.layout is not torch.strided:
+        return id(tensor), 0
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("chainrule_memory", default=None)
+
+current_watch = _WATCH.get
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Predict the memory of what runs inside, from its plans; a call that makes its plan needs more than later ones."""
+    watch = Watch()
+    token = _WATCH.set(watch)
+    try:
+        yield watch
+    finally:
+        _WATCH.reset(token)
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(budget: int | str, name: str) -> int:
+    """A number of bytes, or a string such as ``"512MB"`` or ``"2GiB"``, as a number of bytes.
+
+    Raises:
+        ValueError: if it is neither, or not positive.
+    """
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
+        unit = _UNITS.get(found[2].upper()) if found else None
+        if found is None or unit is None:
+            raise ValueError(f"{name}: max_memory should be a number of bytes or a string like '512MB' or '2GiB', got {budget!r}")
+        budget = int(float(found[1]) * unit)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise ValueError(f"{name}: max_memory should be a number of bytes or a string like '512MB', got {type(budget)}")
+    if budget <= 0:
+        raise ValueError(f"{name}: max_memory should be positive, got {budget}")
+    return budget
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The free memory of a device in bytes; None where it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(int(line.split()[1]) * 1024 * _SHARE)
+    except OSError:
+        pass
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _SHARE)
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,142 @@
+"""Jacobians that are larger than memory, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+
+from chainrule.dispatch import hide_from_dynamo
+from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
+from chainrule.transforms.jacobians import Chunks, check_real, row_blocks, rows_within
+from chainrule.transforms.trace import trace
+
+#: Rows per block when neither ``rows`` nor ``max_memory`` is given: as many as take this many bytes.
+_DEFAULT = 1 << 28
+
+
+class RowBlock(NamedTuple):
+    """Some rows of a Jacobian.
+
+    Attributes:
+        output: the number of the output among the leaves of what the function returns.
+        rows: which elements of that output (flattened) they belong to.
+        jacobian: the rows: the tree of the arguments (a tuple when ``argnums`` is one), each leaf of shape
+            ``(rows.stop - rows.start, *input.shape)``.
+    """
+
+    output: int
+    rows: slice
+    jacobian: Any
+
+
+def jacobian_blocks(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    rows: int | None = None,
+    max_memory: int | str | None = None,
+    progress: bool = False,
+    callback: Callable[[RowBlock], Any] | None = None,
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func`` in blocks of rows, one at a time.
+
+    Only one block is held at once, so that a Jacobian larger than memory can be written to disk or reduced. ``func`` runs
+    once, and one plan serves all blocks of an output; each block costs its rows only. For a Hessian, give it the
+    gradient: ``jacobian_blocks(chainrule.grad(f))``.
+
+    Args:
+        func: a function of tensors that returns tensors (any pytree).
+        argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
+        rows: elements of an output per block; by default as many as fit `max_memory`.
+        max_memory: how much may be allocated: bytes, or a string like ``"512MB"``; 256 MiB by default.
+        progress: whether to show the progress (needs tqdm).
+        callback: called with each block, in order, in place of an iterator.
+
+    Returns:
+        A function with the arguments of ``func`` that returns an iterator of :class:`RowBlock`; with ``callback`` it
+        returns None. The last block of an output may be smaller. Blocks are not part of autograd's graph.
+
+    Raises:
+        ValueError: if ``rows`` or ``max_memory`` is not positive, or both are given.
+        MemoryError: if ``max_memory`` is too little for a single row.
+        RuntimeError: if arguments or outputs cannot be differentiated.
+
+    Example:
+        >>> import torch, chainrule
+        >>> x = torch.arange(1.0, 5.0)
+        >>> gram = torch.zeros(4, 4)
+        >>> for block in chainrule.jacobian_blocks(torch.square, rows=2)(x):
+        ...     gram += block.jacobian.T @ block.jacobian
+        >>> gram.diagonal()
+        tensor([ 4., 16., 36., 64.])
+
+    """
+    name = "jacobian_blocks"
+    if rows is not None and rows <= 0:
+        raise ValueError(f"{name}: rows should be greater than 0, got {rows}")
+    if rows is not None and max_memory is not None:
+        raise ValueError(f"{name}: give rows or max_memory, not both")
+    chunks = Chunks(None, _DEFAULT if max_memory is None else max_memory, progress, name)
+
+    def iterate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[RowBlock]:
+        positions, single = resolve_argnums(argnums, len(args), name)
+        with torch.no_grad():
+            traced = trace(func, args, positions, kwargs, name)
+            check_real(traced, func, name, "input")
+            assert chunks.budget is not None
+            sizes = [
+                rows
+                if rows is not None
+                else leaf.numel()
+                if slot is None
+                else rows_within(traced, number, "auto", "input", chunks.budget, name, whole=False)
+                for number, (leaf, slot) in enumerate(zip(traced.out_leaves, traced.out_slots, strict=True))
+            ]
+
+        def made(count: int, parts: dict[int, torch.Tensor]) -> Any:
+            leaves = [
+                part if (part := parts.get(slot)) is not None else leaf.new_zeros((count, *leaf.shape))
+                for slot, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)
+            ]
+            tree = tree_unflatten(leaves, traced.in_spec)
+            return tree[0] if single else tree
+
+        totals = [leaf.numel() for leaf in traced.out_leaves]
+        with chunks.shown(sum(-(-total // max(size, 1)) for total, size in zip(totals, sizes, strict=True))) as advance:
+            for number, (total, size) in enumerate(zip(totals, sizes, strict=True)):
+                size = max(1, min(size, total))
+                if total == 0:
+                    continue
+                if traced.out_slots[number] is None:
+                    for start in range(0, total, size):
+                        stop = min(start + size, total)
+                        yield RowBlock(number, slice(start, stop), made(stop - start, {}))
+                        advance()
+                    continue
+                with torch.no_grad():
+                    block = traced.rows(number, size)
+                    pieces = row_blocks(traced, number, block, "auto", "input")
+                while True:
+                    # The caller's code between two blocks runs under his own settings.
+                    with torch.no_grad():
+                        found = next(pieces, None)
+                    if found is None:
+                        break
+                    start, parts = found
+                    stop = min(start + size, total)
+                    yield RowBlock(number, slice(start, stop), made(stop - start, parts))
+                    advance()
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        blocks = iterate(args, kwargs)
+        if callback is None:
+            return blocks
+        for block in blocks:
+            callback(block)
+        return None
+
+    return hide_from_dynamo(wrapper)

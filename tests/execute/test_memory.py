@@ -1,0 +1,108 @@
+"""The predicted peak memory is what a call holds at once, as the allocator's events tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import chainrule
+from chainrule.execute.memory import watching
+from tests.transforms.test_blocks import peak_bytes
+
+Tensor = torch.Tensor
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).requires_grad_(False)
+
+
+NET, SCALAR = mlp(12, 48, 48, 7), mlp(12, 64, 64, 1)
+PARAMETERS = dict(NET.named_parameters())
+WEIGHT, BIAS = torch.randn(32, 512), torch.randn(32)
+X, Y = torch.randn(200, 40), (torch.rand(200) > 0.5).float()
+KERNEL = torch.randn(6, 3, 3, 3)
+
+
+def predict(x: Tensor) -> Tensor:
+    return torch.tanh(F.linear(x, WEIGHT, BIAS))
+
+
+def by_parameters(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.func.functional_call(NET, p, (x,))
+
+
+def logistic(theta: Tensor) -> Tensor:
+    scores = X @ theta
+    return F.softplus(scores).sum() - Y @ scores
+
+
+def attention(x: Tensor) -> Tensor:
+    return torch.softmax(x @ x.T / 4, -1) @ x
+
+
+def scalar(x: Tensor) -> Tensor:
+    return SCALAR(x)[0]
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "jacobian of predict": (chainrule.jacobian(predict), (torch.randn(512),)),
+    "jacrev of predict": (chainrule.jacrev(predict), (torch.randn(512),)),
+    "jacfwd of predict": (chainrule.jacfwd(predict), (torch.randn(512),)),
+    "hessian of predict": (chainrule.hessian(predict), (torch.randn(512),)),
+    "vmap jacobian of predict": (chainrule.vmap(chainrule.jacobian(predict)), (torch.randn(16, 512),)),
+    "batch jacobian of predict": (chainrule.jacobian(predict), (torch.randn(6, 512),)),
+    "parameter jacobian": (chainrule.jacobian(by_parameters), (PARAMETERS, torch.randn(30, 12))),
+    "per-sample parameter jacobian": (
+        chainrule.vmap(chainrule.jacobian(by_parameters), in_dims=(None, 0)), (PARAMETERS, torch.randn(30, 12)),
+    ),
+    "per-sample gradients": (
+        chainrule.vmap(chainrule.grad(lambda p, x: by_parameters(p, x).pow(2).sum()), in_dims=(None, 0)),
+        (PARAMETERS, torch.randn(30, 12)),
+    ),
+    "gradient": (chainrule.grad(lambda p, x: by_parameters(p, x).pow(2).sum()), (PARAMETERS, torch.randn(30, 12))),
+    "logistic gradient": (chainrule.grad(logistic), (torch.randn(40),)),
+    "logistic hessian": (chainrule.hessian(logistic), (torch.randn(40),)),
+    "laplacian": (chainrule.vmap(chainrule.laplacian(scalar)), (torch.randn(20, 12),)),
+    "hessian diagonal": (chainrule.vmap(chainrule.hessian_diagonal(scalar)), (torch.randn(20, 12),)),
+    "vmap hessian": (chainrule.vmap(chainrule.hessian(scalar)), (torch.randn(20, 12),)),
+    "divergence": (chainrule.vmap(chainrule.divergence(lambda x: NET(x)[:7].repeat(2)[:12])), (torch.randn(20, 12),)),
+    "ntk": (chainrule.ntk(by_parameters), (PARAMETERS, torch.randn(9, 12))),
+    "convolution": (chainrule.jacobian(lambda x: torch.tanh(F.conv2d(x, KERNEL))), (torch.randn(1, 3, 10, 10),)),
+    "attention": (chainrule.jacobian(attention), (torch.randn(24, 8),)),
+    "attention of a batch": (chainrule.vmap(chainrule.jacobian(attention)), (torch.randn(4, 24, 8),)),
+    "element-wise": (chainrule.jacobian(torch.sin), (torch.randn(300),)),
+    "hvp": (lambda x, v: chainrule.jvp(chainrule.grad(logistic), (x,), (v,)), (torch.randn(40), torch.randn(40))),
+    "chunks": (chainrule.jacobian(predict, chunk_size=8), (torch.randn(512),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_peak(name: str) -> None:
+    """Within 25 % of the measured peak."""
+    function, args = CASES[name]
+    for _ in range(3):
+        function(*args)
+    with watching() as watch:
+        function(*args)
+    measured = peak_bytes(lambda: function(*args))
+    assert watch.peak > 0
+    assert abs(watch.peak / measured - 1) <= 0.25, (watch.peak, measured)
+
+
+@pytest.mark.parametrize("name", ["hessian of predict", "parameter jacobian", "jacobian of predict", "element-wise"])
+def test_no_temporary_of_the_size_of_the_result(name: str) -> None:
+    function, args = CASES[name]
+    for _ in range(3):
+        result = function(*args)
+    size = sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(result))
+    del result
+    assert peak_bytes(lambda: function(*args)) < 1.3 * size

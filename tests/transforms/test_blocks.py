@@ -1,0 +1,214 @@
+"""Jacobians under a memory budget and in streamed blocks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import chainrule
+from chainrule import RowBlock, jacobian_blocks
+from chainrule.execute import memory
+from chainrule.transforms import jacobians
+
+Tensor = torch.Tensor
+WEIGHT = torch.randn(40, 30, dtype=torch.float64)
+
+
+def field(x: Tensor) -> Tensor:
+    return torch.tanh(WEIGHT @ torch.sin(x)).reshape(8, 5)
+
+
+def peak_bytes(call: Any) -> int:
+    """The most that a call holds at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del result
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 40, 100])
+def test_blocks_are_the_rows(rows: int) -> None:
+    x = torch.randn(30, dtype=torch.float64)
+    whole = torch.func.jacrev(field)(x).reshape(40, 30)
+    end = 0
+    for block in jacobian_blocks(field, rows=rows)(x):
+        assert isinstance(block, RowBlock)
+        assert block.rows.start == end and block.output == 0
+        end = block.rows.stop
+        torch.testing.assert_close(block.jacobian, whole[block.rows])
+    assert end == 40
+
+
+def test_blocks_of_trees() -> None:
+    def function(p: dict[str, Tensor], scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = torch.tanh(p["w"] @ x) * scale
+        return y, p["b"].sum(), torch.arange(3.0, dtype=torch.float64), y[:0]
+
+    p = {"w": torch.randn(6, 4, dtype=torch.float64), "b": torch.randn(2, dtype=torch.float64)}
+    scale, x = torch.randn((), dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    expected = torch.func.jacrev(function, argnums=(0, 1))(p, scale, x)
+    seen = []
+    for number, rows, (tree, by_scale) in jacobian_blocks(function, argnums=(0, 1), rows=4)(p, scale, x):
+        want_tree, want_scale = expected[number]
+        for name in p:
+            flat = want_tree[name].reshape(-1, *p[name].shape)
+            torch.testing.assert_close(tree[name], flat[rows])
+        torch.testing.assert_close(by_scale, want_scale.reshape(-1)[rows])
+        seen.append((number, rows.start, rows.stop))
+    assert seen == [(0, 0, 4), (0, 4, 6), (1, 0, 1), (2, 0, 3)]
+
+
+def test_blocks_of_a_hessian() -> None:
+    def energy(x: Tensor) -> Tensor:
+        return field(x).pow(2).sum()
+
+    x = torch.randn(30, dtype=torch.float64)
+    rows = [block.jacobian for block in jacobian_blocks(chainrule.grad(energy), rows=8)(x)]
+    torch.testing.assert_close(torch.cat(rows), torch.func.hessian(energy)(x))
+
+
+def test_the_function_runs_once_and_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def function(x: Tensor) -> Tensor:
+        runs.append(1)
+        return torch.cumsum(torch.sin(x), 0)
+
+    x = torch.randn(100, dtype=torch.float64)
+    blocks = list(jacobian_blocks(function, rows=9)(x))
+    assert len(blocks) == 12 and len(runs) == 1
+    torch.testing.assert_close(torch.cat([b.jacobian for b in blocks]), torch.func.jacrev(torch.cumsum, 0)(x, 0) * torch.cos(x))
+
+
+def test_streaming_to_disk_holds_one_block(tmp_path: Path) -> None:
+    """A Jacobian 40 times larger than what may be allocated, written to a file."""
+    n = 600
+    weight = torch.randn(n, n, dtype=torch.float64) / n**0.5
+    x = torch.randn(n, dtype=torch.float64)
+    stored = np.memmap(tmp_path / "jacobian.bin", dtype=np.float64, mode="w+", shape=(n, n))
+
+    def run() -> None:
+        def keep(block: RowBlock) -> None:
+            stored[block.rows] = block.jacobian.numpy()
+
+        assert jacobian_blocks(lambda x: torch.tanh(weight @ x), max_memory=8 * n * n // 40, callback=keep)(x) is None
+
+    run()
+    expected = (1 - torch.tanh(weight @ x) ** 2)[:, None] * weight
+    np.testing.assert_allclose(np.asarray(stored), expected.numpy())
+    assert peak_bytes(run) <= 8 * n * n // 40
+
+
+@pytest.mark.parametrize("transform", [chainrule.jacobian, chainrule.jacrev])
+def test_a_budget_bounds_what_is_held_beside_the_result(transform: Any) -> None:
+    """The layers between would need three times the result; the budget is a fifth of it."""
+    n = 300
+    first, second = (torch.randn(n, n, dtype=torch.float64) / n**0.5 for _ in range(2))
+
+    def function(x: Tensor) -> Tensor:
+        return torch.tanh(second @ torch.tanh(first @ x))
+
+    x = torch.randn(n, dtype=torch.float64)
+    budget = 8 * n * n // 5
+    bounded = transform(function, max_memory=budget)
+    torch.testing.assert_close(bounded(x), torch.func.jacrev(function)(x))
+    bounded(x)
+    result = 8 * n * n
+    assert peak_bytes(lambda: transform(function)(x)) - result > 2 * budget
+    assert peak_bytes(lambda: bounded(x)) - result <= budget
+
+
+def test_a_budget_for_a_hessian() -> None:
+    first = torch.randn(200, 100, dtype=torch.float64)
+
+    def energy(x: Tensor) -> Tensor:
+        return torch.tanh(first @ x).pow(3).sum()
+
+    x = torch.randn(100, dtype=torch.float64)
+    torch.testing.assert_close(chainrule.hessian(energy, max_memory="100KB")(x), torch.func.hessian(energy)(x))
+    torch.testing.assert_close(chainrule.hessian(energy, max_memory="1GiB")(x), torch.func.hessian(energy)(x))
+
+
+def test_too_small_a_budget_is_an_error() -> None:
+    x = torch.randn(30, dtype=torch.float64)
+    with pytest.raises(MemoryError, match="max_memory"):
+        chainrule.jacobian(field, max_memory=100)(x)
+    with pytest.raises(MemoryError, match="max_memory"):
+        list(jacobian_blocks(field, max_memory=100)(x))
+
+
+def test_results_beyond_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(30, dtype=torch.float64)
+    expected = torch.func.jacrev(field)(x)
+    result = 8 * 40 * 30
+    monkeypatch.setattr(jacobians, "_LARGE", 1)
+    monkeypatch.setattr(jacobians, "free_memory", lambda device: result - 1)
+    with pytest.raises(MemoryError, match="jacobian_blocks"):
+        chainrule.jacobian(field)(x)
+    monkeypatch.setattr(jacobians, "free_memory", lambda device: result + 5000)
+    torch.testing.assert_close(chainrule.jacobian(field)(x), expected)
+    monkeypatch.setattr(jacobians, "free_memory", lambda device: None)
+    torch.testing.assert_close(chainrule.jacobian(field)(x), expected)
+
+
+def test_free_memory_of_this_machine() -> None:
+    free = memory.free_memory(torch.device("cpu"))
+    assert free is None or 1 << 20 < free < 1 << 50
+    assert memory.free_memory(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(("given", "found"), [(7, 7), ("7", 7), ("1.5kB", 1500), ("2 MiB", 1 << 21), ("3GB", 3 * 10**9)])
+def test_sizes(given: int | str, found: int) -> None:
+    assert memory.parse_bytes(given, "t") == found
+
+
+@pytest.mark.parametrize("given", ["", "MB", "-3MB", "3 apples", 0, -1, True, 2.5])
+def test_sizes_that_are_none(given: Any) -> None:
+    with pytest.raises(ValueError, match="max_memory"):
+        memory.parse_bytes(given, "t")
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        chainrule.jacobian(field, chunk_size=3, max_memory=10)
+    with pytest.raises(ValueError, match="rows"):
+        jacobian_blocks(field, rows=0)
+    with pytest.raises(ValueError, match="not both"):
+        jacobian_blocks(field, rows=2, max_memory=10)
+    with pytest.raises(RuntimeError, match="complex"):
+        list(jacobian_blocks(lambda x: x, rows=1)(torch.randn(3, dtype=torch.complex128)))
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    x = torch.randn(30, dtype=torch.float64)
+    chainrule.jacobian(field, chunk_size=8, progress=True)(x)
+    chainrule.jacfwd(field, chunk_size=8, progress=True)(x)
+    list(jacobian_blocks(field, rows=8, progress=True)(x))
+    shown = capsys.readouterr().err
+    assert "5/5" in shown and "4/4" in shown and "jacobian_blocks" in shown
+
+
+def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match="progress"):
+        chainrule.jacobian(field, chunk_size=8, progress=True)(torch.randn(30, dtype=torch.float64))
+
+
+def test_the_callers_settings_hold_between_blocks() -> None:
+    x = torch.randn(30, dtype=torch.float64)
+    for block in jacobian_blocks(field, rows=20)(x):
+        assert torch.is_grad_enabled()
+        assert not block.jacobian.requires_grad
