@@ -99,6 +99,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
     "convolution": (chainrule.jacobian(lambda x: F.conv1d(x, WEIGHT[None, :1, :3].contiguous())), lambda: (randn(2, 1, 6),)),
     "non-contiguous": (chainrule.jacobian(block), lambda: (randn(4, 3).T,)),
     "constant": (chainrule.jacobian(lambda x: torch.arange(3.0, dtype=torch.float64)), lambda: (randn(4),)),
+    "solve": (lambda x: torch.linalg.solve(chainrule.hessian(energy)(x) + 9 * torch.eye(4, dtype=torch.float64), x), lambda: (randn(4),)),
     "half open": (chainrule.jacobian(lambda x: (x, x.reshape(2, 2).T)), lambda: (randn(4),)),
 }  # fmt: skip
 
@@ -419,6 +420,15 @@ def test_what_depends_on_values_is_refused(name: str) -> None:
         with pytest.raises(CompileError, match="value"):
             compiled(randn(4))
     same(chainrule.compile(torch.sin)(torch.zeros(3)), torch.zeros(3))
+
+
+def test_checks_are_made_in_each_call() -> None:
+    compiled = chainrule.compile(chainrule.grad(lambda a: torch.linalg.inv(a).sum()))
+    for _ in range(2):
+        a = randn(3, 3)
+        same(compiled(a), chainrule.grad(lambda a: torch.linalg.inv(a).sum())(a))
+    with pytest.raises(torch.linalg.LinAlgError):
+        compiled(torch.zeros(3, 3, dtype=torch.float64))
 
 
 def test_values_of_constants_may_be_read() -> None:

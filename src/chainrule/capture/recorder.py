@@ -60,14 +60,15 @@ class Recorder(LightMode):
         out = func(*args, **kwargs)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
-        only_writes = out is None and bool(written)
-        if not (only_writes or isinstance(out, torch.Tensor) or (isinstance(out, (list, tuple)) and _all_tensors(out))):
+        # Without a result: a write, or a check that raises.
+        if not (out is None or isinstance(out, torch.Tensor) or (isinstance(out, (list, tuple)) and _all_tensors(out))):
             # A value read into Python; ops on dtypes and shapes have no tensor among their arguments.
             self._on_read(func, _staged_in((lowered, tuple(named.values()))))
         else:
             keep = func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE)
             if keep:
                 self._on_unrepeatable(func)
+            keep = keep or (out is None and not written)
             if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
                 lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
             if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):

@@ -23,6 +23,11 @@ class Account:
         ops: the ops between inputs and outputs: name, kind (structured / decomposed / opaque), family, output shapes.
         alternatives: predicted cost of every order: flops, bytes moved, peak bytes.
         calls: the straight-line program: function names and result shapes.
+        vertices: the values between inputs and outputs: slot, shape, role, and the op that makes it, with its kind and family.
+        edges: the local Jacobians: source and target slot, number of terms, numbers stored, numbers that it would have dense.
+        eliminated: the slots in the order in which they are eliminated; empty if the network is contracted as a whole.
+        steps: what the plan computes: label, shape, flops, bytes moved.
+        memory: predicted bytes: ``recorded`` (values of the run that are kept), ``temporaries``, ``results``, ``peak``.
     """
 
     kind: str
@@ -34,6 +39,11 @@ class Account:
     ops: list[dict[str, Any]] = field(default_factory=list)
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
+    vertices: list[dict[str, Any]] = field(default_factory=list)
+    edges: list[dict[str, Any]] = field(default_factory=list)
+    eliminated: list[int] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

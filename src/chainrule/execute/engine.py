@@ -11,8 +11,8 @@ import torch
 
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
-from chainrule.execute.memory import Memory, current_watch, watching
-from chainrule.execute.replay import Runner, Stages, compile_program, compile_stages, owned
+from chainrule.execute.memory import Memory, Watch, current_watch, watching
+from chainrule.execute.replay import Runner, Source, Stages, compile_program, compile_stages, owned
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
@@ -194,15 +194,27 @@ def _execute_accounted(
     planned = plan(tape, request, seeds, compare=True)
     results = owned(planned.program, planned.results)
     ledger.accounts.append(
-        account_of(tape, request, planned.graph, planned.chosen, planned.candidates, planned.program.instructions)
-    )
+        account_of(
+            tape, request, planned.graph, planned.chosen, planned.candidates, planned.program.instructions,
+            Source(planned.program, results).memory(),
+        )
+    )  # fmt: skip
     return {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
 
 
 def account_of(
-    tape: Any, request: Request, graph: Graph, chosen: str, candidates: Sequence[Candidate], calls: Sequence[Instruction]
+    tape: Any,
+    request: Request,
+    graph: Graph,
+    chosen: str,
+    candidates: Sequence[Candidate],
+    calls: Sequence[Instruction],
+    memory: Memory | None = None,
 ) -> Account:
     """The account of a plan that ran."""
+    taken = next((c for c in candidates if c.name == chosen), candidates[0] if candidates else None)
+    watch = Watch()
+    watch.add_values([tape.values[s] for r in tape.records for s in r.outputs if s >= 0], [tape.values[s] for s in tape.inputs])
     slots = dict.fromkeys((*request.inputs, *request.outputs))
     size = max((tape.values[slot].element_size() for slot in slots), default=4)
     return Account(
@@ -221,7 +233,40 @@ def account_of(
             for c in candidates
         ],
         calls=[{"call": getattr(i.function, "__name__", str(i.function)), "results": len(i.outputs)} for i in calls],
-    )
+        vertices=_vertices(tape, request, graph),
+        edges=[
+            {
+                "source": source, "target": target, "terms": len(local.terms),
+                "stored": sum(factor.node.numel for term in local.terms for factor in term.factors),
+                "dense": tape.values[source].numel() * tape.values[target].numel(),
+            }
+            for target, incoming in graph.into.items() for source, local in incoming
+        ],
+        eliminated=list(taken.eliminated) if taken is not None else [],
+        steps=[
+            {"label": label, "shape": list(sizes), "flops": flops, "bytes": moved * size}
+            for label, sizes, flops, moved in (taken.steps if taken is not None else ())
+        ],
+        memory={}
+        if memory is None
+        else {
+            "recorded": watch.held, "temporaries": memory.temporaries, "results": memory.results,
+            "peak": watch.held + memory.peak,
+        },
+    )  # fmt: skip
+
+
+def _vertices(tape: Any, request: Request, graph: Graph) -> list[dict[str, Any]]:
+    made = {slot: step for step in graph.steps for slot in step.outputs}
+    found = []
+    for slot in sorted({*request.inputs, *request.outputs, *graph.order, *graph.out_of}):
+        step = made.get(slot)
+        role = "input" if slot in request.inputs else "output" if slot in request.outputs else "inner"
+        vertex = {"slot": slot, "shape": list(tape.values[slot].shape), "role": role, "op": "", "kind": "", "family": ""}
+        if step is not None:
+            vertex.update(op=str(step.op), kind=step.kind, family=step.family)
+        found.append(vertex)
+    return found
 
 
 def _key(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Any:

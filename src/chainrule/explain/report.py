@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from chainrule.execute.accounts import Account, Ledger, collecting
+from chainrule.explain import picture
 
 _ORDERS = {
     "forward": "forward accumulation",
@@ -66,6 +69,42 @@ class Explanation:
 
     __repr__ = __str__
 
+    def svg(self, number: int = -1) -> str:
+        """The picture of one account (see :attr:`accounts`) as SVG; by default of the last.
+
+        Args:
+            number: which account.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            IndexError: if there is no such account.
+        """
+        return picture.svg(self.accounts[number])
+
+    def save(self, path: str | Path, number: int = -1) -> None:
+        """Write the picture of one account into a file; its ending says how (``.svg``, ``.png``, ``.pdf``).
+
+        Args:
+            path: the file.
+            number: which account.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            IndexError: if there is no such account.
+        """
+        picture.save(self.accounts[number], Path(path))
+
+    def _repr_html_(self) -> str:
+        """The pictures and the text, for a notebook."""
+        parts = []
+        for account in self.accounts:
+            try:
+                parts.append(picture.svg(account))
+            except ImportError as error:
+                parts.append(f"<p>{escape(str(error))}</p>")
+                break
+        return "".join(parts) + f"<pre>{escape(str(self))}</pre>"
+
 
 def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     """Return a function that runs a transformed function and explains how its derivative was computed.
@@ -111,6 +150,12 @@ def _account_text(account: Account, number: int, count: int) -> str:
         lines.append(
             f"    {mark} {item['order']:<8} {_number(item['flops'])}flops  {_number(item['bytes'])}B moved  "
             f"{_number(item['peak_bytes'])}B peak"
+        )
+    if account.memory:
+        bytes_of = {name: _number(size).strip() + "B" for name, size in account.memory.items()}
+        lines.append(
+            f"  memory: {bytes_of['recorded']} of recorded values, {bytes_of['temporaries']} of temporaries and "
+            f"{bytes_of['results']} of results; {bytes_of['peak']} at the peak"
         )
     names = Counter(call["call"] for call in account.calls)
     listed = ", ".join(f"{name}×{times}" if times > 1 else name for name, times in names.items())

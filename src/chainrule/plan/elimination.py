@@ -24,6 +24,8 @@ class Candidate:
         flops: predicted multiply-adds.
         moved: predicted elements read and written.
         peak: predicted elements alive at once.
+        steps: the steps that cost something: label, sizes, multiply-adds, elements moved.
+        eliminated: the slots in the order in which they are eliminated.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Candidate:
     flops: int = 0
     moved: int = 0
     peak: int = 0
+    steps: list[tuple[str, tuple[int, ...], int, int]] = field(default_factory=list)
+    eliminated: list[int] = field(default_factory=list)
 
     @property
     def cost(self) -> float:
@@ -44,6 +48,9 @@ def measure(candidate: Candidate) -> Candidate:
     order = postorder(candidate.nodes.values())
     candidate.flops = sum(node.flops * node.batch for node in order)
     candidate.moved = sum(node.bytes * node.batch for node in order)
+    candidate.steps = [
+        (node.label, node.sizes, node.flops * node.batch, node.bytes * node.batch) for node in order if node.flops or node.bytes
+    ]
     candidate.peak = _peak(order, list(candidate.nodes.values()))
     return candidate
 
@@ -137,9 +144,17 @@ def sweep_forward(
     return {slot: totals.get(slot) or _total(pending[slot], workspace) for slot in outputs if slot in pending}
 
 
+def inner_slots(graph: Graph, inputs: list[int], outputs: list[int]) -> list[int]:
+    """The vertices between inputs and outputs, in tape order."""
+    fixed = {*inputs, *outputs}
+    return [slot for slot in graph.order if slot not in fixed]
+
+
 def greedy(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callable[[int], tuple[int, ...]],
-           workspace: Workspace) -> Maps:
+           workspace: Workspace, eliminated: list[int]) -> Maps:
     """Eliminate intermediate vertices one by one, the cheapest first (Markowitz's rule with real sizes).
+
+    The order taken is appended to `eliminated`.
 
     Source: Griewank and Walther, *Evaluating Derivatives*, 2nd ed., chapter 9.
     """
@@ -149,8 +164,7 @@ def greedy(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callable
         for source, local in incoming:
             edges.setdefault(source, {}).setdefault(target, []).append(local)
             into.setdefault(target, set()).add(source)
-    fixed = set(inputs) | set(outputs)
-    remaining = [slot for slot in graph.order if slot not in fixed]
+    remaining = inner_slots(graph, inputs, outputs)
 
     def weight(slot: int) -> int:
         total = 0
@@ -162,6 +176,7 @@ def greedy(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callable
     while remaining:
         slot = min(remaining, key=weight)
         remaining.remove(slot)
+        eliminated.append(slot)
         outgoing = {t: _total(_plain(ms, workspace), workspace) for t, ms in edges.pop(slot, {}).items()}
         for source in into.pop(slot, set()):
             incoming = _total(_plain(edges[source].pop(slot), workspace), workspace)

@@ -102,8 +102,9 @@ def _shapes(tape: Any) -> Any:
 def _orders(
     tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
 ) -> dict[str, Any]:
-    """The ways to accumulate that the request allows, by name."""
+    """The ways to accumulate that the request allows, by name: what makes the maps, and the order of elimination."""
     shapes = _shapes(tape)
+    chosen: list[int] = []
     makers: dict[str, Any] = {
         "reverse": lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace),
         "forward": lambda: elimination.forward(graph, inputs, outputs, shapes, workspace),
@@ -114,8 +115,10 @@ def _orders(
         has_operators = any(local.operators for edges in graph.into.values() for _, local in edges)
         makers["network"] = lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace, eager=False)
         if not has_operators and len(graph.order) <= 64:
-            makers["greedy"] = lambda: elimination.greedy(graph, inputs, outputs, shapes, workspace)
-    return makers
+            makers["greedy"] = lambda: elimination.greedy(graph, inputs, outputs, shapes, workspace, chosen)
+    inner = elimination.inner_slots(graph, inputs, outputs)
+    orders = {"reverse": inner[::-1], "forward": inner, "network": [], "greedy": chosen}
+    return {name: (make, orders[name]) for name, make in makers.items()}
 
 
 def candidates(
@@ -124,10 +127,10 @@ def candidates(
     """The ways to compute a Jacobian that the request allows, with their predicted costs."""
     makers = _orders(tape, request, graph, inputs, outputs, workspace)
     found = []
-    for name, make in makers.items():
+    for name, (make, eliminated) in makers.items():
         maps: Maps = make()
         nodes = {key: densify(m, workspace) for key, m in maps.items()}
-        found.append(elimination.measure(Candidate(name, nodes, maps)))
+        found.append(elimination.measure(Candidate(name, nodes, maps, eliminated=eliminated)))
     return found
 
 
@@ -155,9 +158,9 @@ def _plan_contracted(
     """Traces and grams: the last product is left to the contraction, which need not form the Jacobian."""
     contracted = _traces if request.kind == "trace" else _grams
     found = []
-    for name, make in _orders(tape, request, graph, inputs, outputs, workspace).items():
+    for name, (make, eliminated) in _orders(tape, request, graph, inputs, outputs, workspace).items():
         nodes = {key: densify(m, workspace) for key, m in contracted(request, make(), workspace).items()}
-        found.append(elimination.measure(Candidate(name, nodes)))
+        found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
     best = min(found, key=lambda c: c.cost)
     program = Program()
     keys: list[Any] = ["trace"] if request.kind == "trace" else [(one, two) for one in outputs for two in outputs]
