@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed.append(f"{workload.key}: {type(error).__name__}: {reason}")
             print(f"FAIL {failed[-1]}", file=sys.stderr)
     budget = overhead.overhead_budget(options.threads, options.seconds) if options.device == "cpu" else {}
+    products = overhead.product_memory(options.device)
     settings = _settings(options)
     for name, value in settings.items():
         print(f"{name}: {value}")
@@ -66,13 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ngrowth of {entry['key']}\n{report.growth_table(entry)}")
     if budget:
         report.print_table(["piece", "time"], report.budget_rows(budget), "overhead budget")
+    report.print_table(["", *report.PRODUCTS], report.product_rows(products), "peak memory of Hessian-vector products")
     for row in rows:
         for problem in row.problems:
             print(f"{row.key}: {problem}")
     if target is not None:
         everything = [workload.key for section in SECTIONS for workload in section.WORKLOADS]
-        report.write_results(target, rows, settings, budget, growth, everything)
-        print(f"written: {target / 'RESULTS.md'}, {target / 'results.json'}")
+        report.write_results(target, rows, settings, budget, growth, everything, products)
+        print(f"written: {target / 'RESULTS.md'}, {target / 'results.json'}, {target / 'plots'}")
     return 1 if failed else 0
 
 
@@ -120,7 +122,9 @@ def _growth(workload: Workload, options: Options) -> dict[str, Any]:
     sizes = sorted(workload.sizes)
     measured = [measure(workload.sizes[n], short) for n in sizes]
     entry: dict[str, Any] = {"key": workload.key, "sizes": sizes}
-    for column in ("eager", "peer"):
+    for column in ("eager", "peer", "hand"):
+        if any(column not in row.times for row in measured):
+            continue
         times = [row.times[column] for row in measured]
         entry[column] = times
         entry[f"{column}_exponent"] = _slope([math.log(n) for n in sizes], [math.log(t) for t in times])

@@ -21,8 +21,7 @@ from torch.utils.benchmark import Timer
 import chainrule
 from benchmarks.workload import Expression, Workload
 from chainrule.execute import engine
-
-COMPILE = getattr(chainrule, "compile", None)
+from chainrule.execute.memory import watching
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Row:
     Attributes:
         key: the workload's key.
         title: its title.
-        times: time of the fastest expression by column: eager, compiled, peer, peer_compiled, jax, hand, write.
+        times: time of the fastest expression by column: eager, compiled, peer, peer_compiled, autograd, jax, hand, write.
         names: which expression was the fastest, by column.
         all_times: time of every expression, by column and name.
         first_call: time of the first call of ours in a process where its plan is not known yet.
-        memory: peak of what the call allocates, by column, the result included.
+        memory: peak of what the call allocates, by column, the result included; ``predicted`` is ours as the plan has it.
         ratios: the ratios of interest: peer_eager, eager_hand, best_compiled.
         targets: the ratios to reach, by the same names.
         problems: what could not be run, and why.
@@ -93,6 +92,8 @@ def check_agreement(workload: Workload, device: str, jax: Any = None) -> float:
     expressions |= {f"chainrule {name}": made for name, made in workload.ours.items()}
     if workload.hand is not None:
         expressions["hand"] = workload.hand
+    if workload.autograd is not None:
+        expressions["autograd.grad"] = workload.autograd
     reference: list[torch.Tensor] = []
     worst = 0.0
     for name, expression in expressions.items():
@@ -148,10 +149,14 @@ def measure(workload: Workload, options: Options) -> Row:
             row.all_times[column] = by_name
             row.names[column] = min(by_name, key=by_name.__getitem__)
             row.times[column] = min(by_name.values())
-    for column in ("eager", "peer", "hand"):
+    for column in ("eager", "peer", "hand", "autograd"):
         if column in row.names:
             expression, arguments = columns[column][row.names[column]]
             row.memory[column] = peak_memory(expression, arguments, options.device)
+    expression, arguments = columns["eager"][row.names["eager"]]
+    with watching() as watch:
+        expression(*arguments)
+    row.memory["predicted"] = watch.peak
     row.ratios = _ratios(row.times)
     return row
 
@@ -168,7 +173,7 @@ def _ratios(times: Mapping[str, float]) -> dict[str, float]:
     if "hand" in times:
         ratios["eager_hand"] = times["eager"] / times["hand"]
     peers = [times[name] for name in ("peer", "peer_compiled", "jax") if name in times]
-    if "compiled" in times and peers:
+    if "compiled" in times and ("peer_compiled" in times or "jax" in times):
         ratios["best_compiled"] = min(peers) / times["compiled"]
     return ratios
 
@@ -181,6 +186,7 @@ def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Opti
         "eager": {name: (made, inputs) for name, made in workload.ours.items()},
         "peer": {name: (made, inputs) for name, made in workload.peers.items()},
         "hand": {} if workload.hand is None else {"formula": (workload.hand, inputs)},
+        "autograd": {} if workload.autograd is None else {"autograd.grad": (workload.autograd, inputs)},
         "write": {},
         "compiled": {},
         "peer_compiled": {},
@@ -188,9 +194,8 @@ def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Opti
     }
     result = next(iter(workload.ours.values()))(*inputs)
     columns["write"]["clone"] = (lambda: tree_map(torch.clone, result), ())
+    columns["compiled"] = _compiled(chainrule.compile, workload.ours, inputs, row, "chainrule.compile")
     if options.compiled:
-        if COMPILE is not None:
-            columns["compiled"] = _compiled(COMPILE, workload.ours, inputs, row, "chainrule.compile")
         fastest = _fastest(workload.peers, inputs, options)
         columns["peer_compiled"] = _compiled(torch.compile, fastest, inputs, row, "torch.compile")
     if options.jax is not None and workload.jax is not None:

@@ -118,6 +118,17 @@ def encoder_architecture(width: int = 64, heads: int = 4) -> Architecture:
     return Architecture(lambda: nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True))
 
 
+def classifier_architecture(length: int, width: int, heads: int) -> Architecture:
+    """A transformer encoder block and a linear layer on all its positions."""
+    return Architecture(
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True),
+            nn.Flatten(-2),
+            nn.Linear(length * width, 10),
+        )
+    )
+
+
 def cross_entropy(library: Any, architecture: Architecture) -> Callable[..., Tensor]:
     """The loss of a network as a function of parameters, input and targets."""
     call = architecture.calling(library)

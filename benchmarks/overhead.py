@@ -9,6 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import chainrule
+from benchmarks.measure import peak_memory
 from benchmarks.section_a import predict
 from chainrule.capture.tape import Tape
 from chainrule.execute import engine
@@ -80,3 +81,33 @@ def _pieces(
         f"{prefix} signature and plan lookup": timed(lambda: engine.CACHE.get(engine._key(traced.tape, request, ()))),
         f"{prefix} replay": timed(lambda: cached.run(traced.tape.values, ())),
     }
+
+
+def deep(x: torch.Tensor) -> torch.Tensor:
+    """A long chain, whose record is what costs memory."""
+    for _ in range(10):
+        x = (x.sin() * 1.1).tanh()
+    return x.sum()
+
+
+def product_memory(device: str) -> dict[str, dict[str, int]]:
+    """The peak memory of a Hessian-vector product, forward and reverse over reverse, in bytes."""
+
+    def forward(library: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, v: library.jvp(library.grad(function), (x,), (v,))[1]
+
+    def reverse(library: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, v: library.vjp(library.grad(function), x)[1](v)[0]
+
+    found: dict[str, dict[str, int]] = {}
+    cases = {"sin(x).sum(), n=2048": (lambda x: torch.sin(x).sum(), 2048), "chain of 30 ops, n=100 000": (deep, 100_000)}
+    for name, (function, n) in cases.items():
+        x, v = torch.randn(n, device=device), torch.randn(n, device=device)
+        entry = found[name] = {}
+        for title, library in (("chainrule", chainrule), ("torch.func", torch.func)):
+            for order, make in (("forward", forward), ("reverse", reverse)):
+                product = make(library, function)
+                for _ in range(3):
+                    product(x, v)
+                entry[f"{title}, {order} over reverse"] = peak_memory(product, (x, v), device)
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import plots
 from benchmarks.limits import LIMITS
 from benchmarks.measure import Row
 
@@ -27,6 +28,7 @@ COLUMNS = {
     "compiled": "compiled",
     "peer": "torch.func",
     "peer_compiled": "torch.compile",
+    "autograd": "autograd.grad",
     "jax": "jax.jit",
     "hand": "by hand",
     "write": "write output",
@@ -115,7 +117,11 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) 
 
 
 def markdown(
-    rows: Sequence[Row], settings: Mapping[str, Any], budget: Mapping[str, float], growth: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    budget: Mapping[str, float],
+    growth: Sequence[Mapping[str, Any]],
+    products: Mapping[str, Mapping[str, int]] | None = None,
 ) -> str:
     """The results as a document."""
     parts = ["# Results", "", "Written by `python -m benchmarks`.", ""]
@@ -130,27 +136,36 @@ def markdown(
         "",
         markdown_table(header(), [cells(row) for row in rows]),
         "",
+        *(f"![section {s}: how many times faster than torch.func](plots/ratios-{s}.svg)" for s in _sections(rows)),
+        "",
         "## Which expression was the fastest, first call and peak memory",
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
         "caching allocator's own statistics), the result included.",
         "",
         markdown_table(
-            ["", "torch.func", "jax.jit", "our first call", "peak: chainrule", "torch.func", "by hand"],
+            ["", "chainrule", "torch.func", "jax.jit", "our first call", "peak: predicted", "chainrule", "torch.func", "by hand"],
             [
                 [
                     row.key,
+                    row.names.get("eager", "–"),
                     row.names.get("peer", "–"),
                     row.names.get("jax", "–"),
                     seconds(row.first_call),
-                    *(size(row.memory[c]) if c in row.memory else "–" for c in ("eager", "peer", "hand")),
+                    *(size(row.memory[c]) if c in row.memory else "–" for c in ("predicted", "eager", "peer", "hand")),
                 ]
                 for row in rows
             ],
         ),
     ]
     for entry in growth:
-        parts += ["", f"## Growth of {entry['key']}", "", growth_table(entry)]
+        picture = f"![growth of {entry['key']}](plots/growth-{entry['key']}.svg)"
+        parts += ["", f"## Growth of {entry['key']}", "", growth_table(entry), "", picture]
+    if products:
+        parts += ["", "## Peak memory of Hessian-vector products", "", *_PRODUCT_TEXT]
+        parts += [markdown_table(["", *PRODUCTS], product_rows(products))]
+    parts += ["", "## Every expression that was timed", "", *_EXPRESSION_TEXT]
+    parts += [markdown_table(["", "library", "expressions"], _expressions(rows))]
     if budget:
         parts += ["", "## Overhead budget", "", markdown_table(["piece", "time"], budget_rows(budget))]
     missed = [row.key for row in rows if any("!" in cell for cell in cells(row)) and row.key in LIMITS]
@@ -172,9 +187,45 @@ def growth_table(entry: Mapping[str, Any]) -> str:
     head = ["", *(f"n={n}" for n in entry["sizes"]), "exponent"]
     rows = [
         [COLUMNS[column], *(seconds(t) for t in entry[column]), f"{entry[f'{column}_exponent']:.2f}"]
-        for column in ("eager", "peer")
+        for column in ("eager", "peer", "hand")
+        if column in entry
     ]
     return markdown_table(head, rows)
+
+
+PRODUCTS = ("chainrule, forward over reverse", "chainrule, reverse over reverse", "torch.func, forward over reverse",
+            "torch.func, reverse over reverse")  # fmt: skip
+
+_PRODUCT_TEXT = (
+    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent needs no second record.",
+    "",
+)
+
+_EXPRESSION_TEXT = (
+    "Each library with every expression that was tried, the fastest first. From the second round on only those within twice the",
+    "fastest are timed again.",
+    "",
+)
+
+
+def product_rows(products: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
+    """The memory of Hessian-vector products as rows."""
+    return [[name, *(size(found[column]) for column in PRODUCTS)] for name, found in products.items()]
+
+
+def _sections(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.key[0] for row in rows})
+
+
+def _expressions(rows: Sequence[Row]) -> list[list[str]]:
+    found = []
+    for row in rows:
+        for column in ("eager", "compiled", "peer", "peer_compiled", "autograd", "jax", "hand"):
+            times = row.all_times.get(column)
+            if times:
+                ordered = sorted(times, key=times.__getitem__)
+                found.append([row.key, COLUMNS[column], ", ".join(f"{name} {seconds(times[name])}" for name in ordered)])
+    return found
 
 
 def write_results(
@@ -184,6 +235,7 @@ def write_results(
     budget: Mapping[str, float],
     growth: Sequence[Mapping[str, Any]],
     known: Sequence[str] = (),
+    products: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
     """Write ``RESULTS.md`` and ``results.json``; rows of an earlier run that were not measured now are kept.
 
@@ -194,6 +246,7 @@ def write_results(
         budget: the overhead budget.
         growth: the growth studies.
         known: the keys of all workloads, in their order; other rows of an earlier run are dropped.
+        products: the memory of Hessian-vector products.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _earlier(folder / "results.json")
@@ -207,11 +260,14 @@ def write_results(
     growth = [*growth, *(e for e in before.get("growth", []) if e["key"] in kept and e["key"] not in studied)]
     growth.sort(key=lambda e: [row.key for row in rows].index(e["key"]))
     budget = budget or before.get("overhead_seconds", {})
-    (folder / "RESULTS.md").write_text(markdown(rows, settings, budget, growth))
+    products = products or before.get("product_bytes", {})
+    (folder / "RESULTS.md").write_text(markdown(rows, settings, budget, growth, products))
+    plots.write(folder / "plots", rows, growth)
     data = {
         "settings": dict(settings),
         "rows": [asdict(row) for row in rows],
         "overhead_seconds": dict(budget),
+        "product_bytes": dict(products or {}),
         "growth": [dict(entry) for entry in growth],
     }
     (folder / "results.json").write_text(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import chainrule
 from benchmarks.networks import (
     Architecture,
+    classifier_architecture,
     cnn_architecture,
     cross_entropy,
     encoder_architecture,
@@ -319,18 +320,50 @@ def per_sample_gradient_row(side: int, batch: int) -> Workload:
     )
 
 
+def _by_autograd(architecture: Architecture) -> Expression:
+    """The gradient by ``torch.autograd.grad``, as a training step has it."""
+    loss = cross_entropy(torch.func, architecture)
+
+    def gradient(x: Tensor, targets: Tensor, *parameters: Tensor) -> Any:
+        leaves = architecture.named([p.detach().requires_grad_() for p in parameters])
+        found = torch.autograd.grad(loss(leaves, x, targets), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
+
+    return gradient
+
+
+def _loss_gradient_row(
+    key: str, title: str, architecture: Architecture, shape: Sequence[int], hand: Expression | None
+) -> Workload:
+    return Workload(
+        key=key,
+        title=f"gradient of the loss wrt all parameters, {title}",
+        inputs=_network_inputs(architecture, *shape, classes=10),
+        ours={"grad": _with_targets(architecture, chainrule.grad(cross_entropy(chainrule, architecture)))},
+        peers={"grad": _with_targets(architecture, tf.grad(cross_entropy(tf, architecture)))},
+        autograd=_by_autograd(architecture),
+        hand=hand,
+        targets=Targets(1),
+    )
+
+
 def loss_gradient_row(widths: Sequence[int], batch: int) -> Workload:
     """B7."""
     architecture = mlp_architecture(widths)
-    return Workload(
-        key="B7",
-        title=f"gradient of the loss wrt all parameters, tanh MLP {'-'.join(map(str, widths))}, batch {batch}",
-        inputs=_network_inputs(architecture, batch, widths[0], classes=widths[-1]),
-        ours={"grad": _with_targets(architecture, chainrule.grad(cross_entropy(chainrule, architecture)))},
-        peers={"grad": _with_targets(architecture, tf.grad(cross_entropy(tf, architecture)))},
-        hand=partial(hand_loss_gradient, architecture),
-        targets=Targets(1),
-    )
+    title = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
+    return _loss_gradient_row("B7", title, architecture, (batch, widths[0]), partial(hand_loss_gradient, architecture))
+
+
+def cnn_gradient_row(side: int, batch: int) -> Workload:
+    """B7c."""
+    return _loss_gradient_row("B7c", f"CNN {side}×{side}, batch {batch}", cnn_architecture(side), (batch, 1, side, side), None)
+
+
+def transformer_gradient_row(length: int, width: int, heads: int, batch: int) -> Workload:
+    """B7t."""
+    architecture = classifier_architecture(length, width, heads)
+    title = f"transformer encoder block and a linear layer, sequence {length}, width {width}, {heads} heads, batch {batch}"
+    return _loss_gradient_row("B7t", title, architecture, (batch, length, width), None)
 
 
 def encoder_row(length: int, width: int, heads: int, chunks: Sequence[int | None]) -> Workload:
@@ -393,6 +426,8 @@ WORKLOADS: tuple[Workload, ...] = (
     cnn_jacobian_row(28, 32),
     per_sample_gradient_row(28, 32),
     loss_gradient_row(_MLP, 128),
+    cnn_gradient_row(28, 32),
+    transformer_gradient_row(32, 64, 4, 16),
     encoder_row(32, 64, 4, (64, 256)),
     attention_row("B16", 128, 64, (64, 256)),
     attention_row("B16s", 32, 64, (None, 64, 256)),
@@ -405,7 +440,9 @@ SMALL: tuple[Workload, ...] = (
     ntk_row((5, 8, 7, 4), 3),
     cnn_jacobian_row(8, 3),
     per_sample_gradient_row(8, 3),
-    loss_gradient_row((5, 8, 7, 4), 3),
+    loss_gradient_row((5, 8, 7, 10), 3),
+    cnn_gradient_row(8, 3),
+    transformer_gradient_row(4, 8, 2, 3),
     encoder_row(4, 8, 2, (None, 8)),
     attention_row("B16", 5, 4, (8,)),
     attention_row("B16s", 3, 4, (None, 8)),

@@ -39,6 +39,7 @@ class Workload:
         ours: expressions in chainrule, by name.
         peers: expressions in torch.func (or plain autograd), by name.
         hand: what an expert would write by hand, or None.
+        autograd: the same by ``torch.autograd.grad`` in plain code, or None.
         jax: makes expressions from the ``jax`` module, by name; None where there is none.
         targets: the ratios to reach.
         dtype: the dtype that is timed.
@@ -52,6 +53,7 @@ class Workload:
     ours: Mapping[str, Expression]
     peers: Mapping[str, Expression]
     hand: Expression | None = None
+    autograd: Expression | None = None
     jax: Callable[[Any], Mapping[str, Expression]] | None = None
     targets: Targets = Targets()
     dtype: torch.dtype = torch.float32
