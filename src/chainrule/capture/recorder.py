@@ -232,7 +232,7 @@ def _staged_in(tree: Any) -> list[Staged]:
 
 
 def _all_tensors(items: Sequence[Any]) -> bool:
-    return all(isinstance(item, torch.Tensor) for item in items)
+    return all(item is None or isinstance(item, torch.Tensor) for item in items)
 
 
 class CompileError(RuntimeError):

@@ -190,6 +190,11 @@ class Tape(LightMode):
             return True
         return False
 
+    def forget(self) -> None:
+        """Let go of the tensors that views and writes were tracked by."""
+        self._alias = None
+        self.kept.clear()
+
     def settle(self) -> None:
         """Take what is active now (autograd, other modes) for what lies outside of this tape."""
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())

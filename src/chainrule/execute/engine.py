@@ -12,7 +12,7 @@ import torch
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
-from chainrule.execute.replay import Runner, Source, Stages, compile_program, compile_stages, owned
+from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
@@ -78,7 +78,9 @@ class CachedPlan:
             if under is not None:
                 return dict(zip(self.keys, self._run_batched(values, seeds, *under), strict=True))
         if (watch := current_watch()) is not None:
-            watch.add_program(self.runner.memory)  # type: ignore[attr-defined]
+            source = self.runner.source_of  # type: ignore[attr-defined]
+            spent = watch.spend(values, source.program.inputs) if values.__class__ is Spent else None
+            watch.add_program(source.memory(spent))
         return dict(zip(self.keys, self.runner(values, seeds), strict=True))
 
     def _run_batched(
@@ -146,13 +148,16 @@ class PlanCache:
 CACHE = PlanCache()
 
 
-def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> dict[Any, torch.Tensor | None]:
+def execute(
+    tape: Any, request: Request, seeds: Sequence[torch.Tensor] = (), *, last: bool = False
+) -> dict[Any, torch.Tensor | None]:
     """The results of a request on a finished tape, by key; None stands for zeros.
 
     Args:
         tape: the tape.
         request: what is asked.
         seeds: the seed tensors, in the order of ``request.seeds``.
+        last: whether the tape serves nothing after this: its values are let go as the plan has read them.
     """
     ledger = current_ledger()
     if ledger is not None:
@@ -169,7 +174,13 @@ def execute(tape: Any, request: Request, seeds: Sequence[torch.Tensor] = ()) -> 
     except TypeError:  # an unhashable static argument: such a plan is not kept
         key = cached = None
     if cached is not None:
-        return cached.run_on(tape, seeds) if cached.staged else cached.run(tape.values, seeds)
+        if cached.staged:
+            return cached.run_on(tape, seeds)
+        values = tape.values
+        if last:
+            values, tape.values = Spent(values), []
+            tape.forget()
+        return cached.run(values, seeds)
     planned = plan(tape, request, seeds)
     results = owned(planned.program, planned.results)
     values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,7 +45,13 @@ class Memory:
         return self.peak - self.results
 
 
-def predict(program: Program, kept: Sequence[Instruction], wanted: Sequence[int | None], copied: set[int]) -> Memory:
+def predict(
+    program: Program,
+    kept: Sequence[Instruction],
+    wanted: Sequence[int | None],
+    copied: set[int],
+    spent: Mapping[int, tuple[int, int]] | None = None,
+) -> Memory:
     """Predict what the instructions ``kept`` of a program allocate.
 
     A value lives from the call that makes it to the last call that reads it, or a view of it; results live on.
@@ -55,6 +61,8 @@ def predict(program: Program, kept: Sequence[Instruction], wanted: Sequence[int 
         kept: its instructions, as they are run.
         wanted: the slots of the results.
         copied: the results (by number) that are copied at the end.
+        spent: inputs (by slot) that nobody else holds, with the identity of their memory and its bytes: it is let go after
+            the last use of the last of them.
     """
     made: set[int] = {slot for instruction in kept for slot in instruction.outputs}
 
@@ -72,8 +80,12 @@ def predict(program: Program, kept: Sequence[Instruction], wanted: Sequence[int 
     dying: dict[int, list[int]] = {}
     for slot, number in last.items():
         dying.setdefault(number, []).append(slot)
-    alive: dict[int, int] = {}
-    held = peak = 0
+    latest: dict[int, tuple[int, int, int]] = {}
+    for slot, (memory, size) in (spent or {}).items():
+        if slot in last:
+            latest[memory] = max(latest.get(memory, (-1, slot, size)), (last[slot], slot, size))
+    alive = {slot: size for _, slot, size in latest.values()}
+    held = peak = sum(alive.values())
     for number, instruction in enumerate(kept):
         for slot in instruction.outputs:
             if slot == root(slot) and slot not in alive:
@@ -99,10 +111,9 @@ def _inside(program: Program, instruction: Instruction) -> int:
         return 0
     # The library computes in a layout of its own, of 16 channels at a time, and the result is copied out of it.
     total = 0
-    for slot in instruction.outputs[:1]:
-        shape, dtype, device = program.kinds[slot]
+    for shape, _, device in (kind for slot in instruction.outputs[:1] if (kind := program.kinds.get(slot)) is not None):
         if device.type == "cpu" and len(shape) > 2 and shape[1]:
-            total += _bytes(program, slot) // shape[1] * (-(-shape[1] // 16) * 16)
+            total += _bytes(program, instruction.outputs[0]) // shape[1] * (-(-shape[1] // 16) * 16)
     return total
 
 
@@ -120,6 +131,7 @@ class Watch:
     peak: int = 0
     results: int = 0
     storages: set[int] = field(default_factory=set)
+    made: dict[int, int] = field(default_factory=dict)
 
     def add_values(self, made: Sequence[Any], given: Sequence[Any]) -> None:
         """A run has ended whose record holds the values ``made``; those ``given`` were there before."""
@@ -129,6 +141,7 @@ class Watch:
                 number, size = _storage(value)
                 if number not in self.storages:
                     self.storages.add(number)
+                    self.made[number] = size
                     self.held += size
         self.peak = max(self.peak, self.held)
 
@@ -137,6 +150,20 @@ class Watch:
         self.peak = max(self.peak, self.held + memory.peak)
         self.results = memory.results
         self.held += memory.results if kept else 0
+
+
+    def spend(self, values: Sequence[Any], inputs: Mapping[Any, int]) -> dict[int, tuple[int, int]]:
+        """The values of a run are given away to a program: what it takes, by its slots, with its memory and bytes."""
+        found: dict[int, tuple[int, int]] = {}
+        gone: set[int] = set()
+        for number, value in enumerate(values):
+            storage = _storage(value)[0] if isinstance(value, torch.Tensor) else -1
+            if storage in self.made:
+                gone.add(storage)
+                if number in inputs:
+                    found[inputs[number]] = storage, self.made[storage]
+        self.held -= sum(self.made.pop(storage) for storage in gone)
+        return found
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ _VIEWS = frozenset(
         torch.split, torch.Tensor.detach, torch.Tensor.contiguous, torch.atleast_1d, torch.swapaxes, torch.expand_copy,
     }
 )  # fmt: skip
+
+
+class Spent(list[Any]):
+    """Values that nobody needs any more once a plan has taken them from the list."""
 
 
 def owned(program: Program, results: Sequence[Staged | None]) -> list[Staged | None]:
@@ -86,10 +90,15 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
     if views:
         source.copied.difference_update(source.of_inputs())
     names = source.block(source.kept, source.wanted)
-    lines = ["def run(tape, seeds):", *source.inputs(source.used), *names, source.returned(range(len(source.wanted)))]
+    inputs = source.inputs(source.used)
+    if inputs:
+        source.namespace["Spent"] = Spent
+        inputs.append("    if tape.__class__ is Spent: tape.clear()")
+    lines = ["def run(tape, seeds):", *inputs, *names, source.returned(range(len(source.wanted)))]
     runner: Runner = source.compiled(lines, "run")
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
     runner.memory = source.memory()  # type: ignore[attr-defined]
+    runner.source_of = source  # type: ignore[attr-defined]
     return runner
 
 
@@ -178,9 +187,9 @@ class Source:
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
 
-    def memory(self) -> Memory:
-        """What a run allocates."""
-        return predict(self.program, self.kept, self.wanted, self.copied)
+    def memory(self, spent: Mapping[int, tuple[int, int]] | None = None) -> Memory:
+        """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`)."""
+        return predict(self.program, self.kept, self.wanted, self.copied, spent)
 
     def of_inputs(self) -> set[int]:
         """The results (by number) that are inputs or views of them."""

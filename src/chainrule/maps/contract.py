@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import opt_einsum
 import torch
@@ -154,6 +155,9 @@ def _pair(
     first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node], wanted: Sequence[Axis]
 ) -> Factor:
     """Contract two factors; axes outside ``still`` are summed. ``wanted`` is the order of the final result."""
+    merged = _merged(first, second, still, memo) or _merged(second, first, still, memo)
+    if merged is not None:
+        return merged
     # An axis that only one of them carries and nobody needs is summed before the product.
     both = set(first.axes) & set(second.axes)
     first = _sum_axes(first, still | both, memo)
@@ -197,6 +201,44 @@ def _pair(
             (a.size for a in axes), (first.node, second.node), compute, flops=flops, moved=moved, label="product"
         )
     return Factor(node, axes)
+
+
+class Merge(NamedTuple):
+    """A product that is computed without one of its factors.
+
+    What a node's ``merge`` attribute, called with the factor, the other factor and the axes that survive, returns.
+
+    Attributes:
+        axes: the axes of the result.
+        compute: makes it from the value of the other factor.
+        moved: elements read and written.
+    """
+
+    axes: tuple[Axis, ...]
+    compute: Callable[[Program, Staged], Staged]
+    moved: int
+
+
+def _merged(first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node]) -> Factor | None:
+    """The contraction of two factors by a way of the first one's own, if it has one for this."""
+    if first.node.merge is None:
+        return None
+    second = _sum_axes(second, still | set(first.axes), memo)
+    found: Merge | None = first.node.merge(first, second, still)
+    if found is None:
+        return None
+    names: dict[Axis, int] = {}
+    places = (tuple(names.setdefault(a, len(names)) for a in axes) for axes in (first.axes, second.axes, found.axes))
+    key = ("merge", id(first.node), id(second.node), *places)
+    node = memo.get(key)
+    if node is None:
+        flops = math.prod(axis.size for axis in names)
+        sizes = (axis.size for axis in found.axes)
+        batch = first.node.batch
+        node = memo[key] = Node(
+            sizes, (second.node,), found.compute, flops=flops, moved=found.moved, label="product", batch=batch
+        )
+    return Factor(node, found.axes)
 
 
 def _product_order(first: Factor, second: Factor, wanted: Sequence[Axis]) -> tuple[Axis, ...]:

@@ -21,9 +21,11 @@ class Node:
             that of one sample.
         label: a word for ``explain``.
         digit: for an index that is a digit of another one, ``(that index's node, stride, size)``: ``that // stride % size``.
+        merge: a way to multiply this array with another one and sum without making this array (see
+            :data:`chainrule.maps.contract.Merge`); None where there is none.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "flops", "inputs", "label", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "digit", "flops", "inputs", "label", "merge", "sizes", "staged")
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Node:
         self.label = label
         self.staged: Staged | None = None
         self.digit: tuple[Node, int, int] | None = None
+        self.merge: Any = None
 
     @property
     def numel(self) -> int:

@@ -200,7 +200,8 @@ class Program:
             self.instructions[-1] = self.instructions[-1]._replace(writes=writes, keep=keep)
         items = staged if isinstance(staged, tuple) else (staged,)
         for item in items:
-            known[id(item.value)] = item
+            if item.value is not None:
+                known[id(item.value)] = item
 
     def _note_memory(self, results: Any, args: tuple[Any, ...]) -> None:
         source = next((item for item in args if isinstance(item, Staged)), None)

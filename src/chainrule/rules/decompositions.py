@@ -12,7 +12,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
 from chainrule.dispatch import without_innermost
-from chainrule.rules import attention
+from chainrule.rules import attention, layers
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -210,6 +210,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention.flash_attention_for_cpu,
     aten._scaled_dot_product_efficient_attention.default: attention.efficient_attention,
     aten._scaled_dot_product_flash_attention.default: attention.flash_attention,
+    aten.convolution_backward.default: layers.backward_in_parts,
     aten.dropout.default: _dropout,
     aten.cosine_similarity.default: _cosine_similarity,
     aten.rrelu.default: _rrelu,

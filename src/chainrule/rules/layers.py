@@ -6,16 +6,18 @@ with respect to its weight it is a contraction with the patches of the input, so
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 
+from chainrule.maps.contract import Merge, permute
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
-from chainrule.rules.base import Call, Edge, Rule, diagonal_term, formula_node, single
+from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single
 from chainrule.rules.families import operator_edge
 
 aten = torch.ops.aten
@@ -142,8 +144,89 @@ def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
         stage = partial(_viewed_patches, call, geometry, item)
     axes = (n, g, inner, *pairs)
     sizes = tuple(axis.size for axis in axes)
-    node = leaf(sizes, lambda program: torch.reshape(stage(program), sizes), flops=0, label="patches")
+    node = leaf(sizes, lambda program: torch.reshape(stage(program), sizes), label="patches", batch=batch_of(call.tensor(item)))
+    if groups == 1 and not geometry.transposed and min(geometry.padding, default=0) >= 0:
+        node.merge = partial(_weight_gradient, call, geometry, item)
     return Term(out_dims, (*in_dims, *dims_of(kernel)), (Factor(node, axes),))
+
+
+#: Fewer input channels than this: many small convolutions take longer than a product with the patches.
+_FEW_CHANNELS = 4
+
+
+def _weight_gradient(
+    call: Call, geometry: Geometry, item: Any, patches: Factor, other: Factor, still: set[Axis]
+) -> Merge | None:
+    """Cotangents times patches, summed over the places, by torch's kernel for the gradient of the weight."""
+    rank = len(geometry.kernel)
+    n, group, inner = patches.axes[:3]
+    places, kernel = patches.axes[3 : 3 + rank], patches.axes[3 + rank :]
+    carried = set(other.axes)
+    if len(set(patches.axes)) < len(patches.axes) or call.tensor(item).dtype.is_complex:
+        return None
+    if any(axis in still or (axis not in carried and axis.size != 1) for axis in places):
+        return None
+    if any(axis in carried or axis not in still for axis in (inner, *kernel)):
+        return None
+    apart = n in still
+    if n not in carried and (apart or n.size != 1):
+        return None
+    if (apart or (patches.node.batch > 1 and other.node.batch > 1)) and inner.size < _FEW_CHANNELS:
+        return None
+    rest = tuple(axis for axis in other.axes if axis not in (n, group, *places))
+    front = tuple(axis for axis in (n, group) if axis in still)
+    rows = prod(axis.size for axis in rest)
+    read = tuple(other.axes.index(axis) for axis in (n, group, *rest, *places) if axis in carried)
+    axes = (*front, *rest, inner, *kernel)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        item_value = call.stage(program, item)
+        channels, count = inner.size, n.size
+        if value.dtype != item_value.dtype:
+            value = value.to(item_value.dtype)
+        value = permute(value, read)
+        if apart:
+            value = torch.reshape(value, (1, count * rows, *geometry.output))
+            item_value = torch.reshape(item_value, (1, count * channels, *geometry.input))
+        else:
+            value = torch.reshape(value, (count, rows, *geometry.output))
+        filters = count * rows if apart else rows
+        weight = item_value.new_empty((filters, channels, *geometry.kernel))
+        found = aten.convolution_backward.default(
+            value, item_value, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * rank,
+            count if apart else 1, [False, True, False],
+        )[1]  # fmt: skip
+        return torch.reshape(found, tuple(axis.size for axis in axes))
+
+    moved = other.node.numel + call.tensor(item).numel() + prod(axis.size for axis in axes)
+    return Merge(axes, compute, moved)
+
+
+def backward_in_parts(
+    grad: torch.Tensor, item: torch.Tensor, weight: torch.Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, output_mask: Any,
+) -> tuple[None, torch.Tensor, None]:  # fmt: skip
+    """The gradient of a convolution's weight as a product with patches: what is recorded, to be differentiated again."""
+    rank = weight.dim() - 2
+    for d, amount in enumerate(_spread(padding, rank)):
+        if amount:
+            item = torch.constant_pad_nd(item, [0, 0] * (rank - 1 - d) + [amount, amount])
+    for d, (size, step, spread) in enumerate(zip(weight.shape[2:], _spread(stride, rank), _spread(dilation, rank), strict=True)):
+        item = item.unfold(2 + d, (size - 1) * spread + 1, step)
+        item = item[..., ::spread] if spread != 1 else item
+    count = grad.shape[0]
+    filters, channels = weight.shape[:2]
+    per_group = filters // groups
+    cotangents = grad.reshape(count, groups, per_group, -1).permute(1, 2, 0, 3).reshape(groups, per_group, -1)
+    taps = item.reshape(count, groups, channels, *item.shape[2:])
+    order = (1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
+    patches = taps.permute(order).reshape(groups, cotangents.shape[2], -1)
+    return None, torch.bmm(cotangents, patches).reshape(weight.shape), None
+
+
+def only_weight(args: tuple[Any, ...]) -> bool:
+    """Whether a convolution's backward gives the gradient of the weight alone, in the form that is recorded in parts."""
+    return len(args) == 11 and not args[7] and list(args[10]) == [False, True, False] and min(args[5], default=0) >= 0
 
 
 def _viewed_patches(call: Call, geometry: Geometry, item: Any, program: Program) -> Staged:
@@ -186,6 +269,9 @@ def _native_dropout(call: Call) -> Iterable[Edge]:
     scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
     yield single(call, item, [diagonal_term(call.shape(item), axes, [Factor(node, axes)], scale)])
 
+
+#: Ops that have a composite form: which calls are recorded whole nevertheless.
+WHOLE: dict[Any, Callable[[tuple[Any, ...]], bool]] = {aten.convolution_backward.default: lambda args: not only_weight(args)}
 
 RULES: dict[Any, Rule] = {
     aten.convolution.default: Rule("convolution", _convolution),

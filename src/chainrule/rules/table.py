@@ -64,6 +64,9 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
 
 RULES: dict[Any, Rule] = _merged(FAMILIES)
 
+#: Ops that have a composite form: which calls are recorded whole nevertheless.
+WHOLE: dict[Any, Callable[[tuple[Any, ...]], bool]] = {**products.WHOLE, **layers.WHOLE}
+
 
 @cache
 def _overload_rule(op: OpOverload) -> Rule:
@@ -87,13 +90,13 @@ class Rules:
 
     def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op, for ops without a rule of their own."""
-        if op in RULES and op not in products.WHOLE:
+        if op in RULES and op not in WHOLE:
             return None
         return DECOMPOSITIONS.get(op) or LATE_DECOMPOSITIONS.get(op._schema.name) or composite(op)
 
     def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...]], bool] | None:
-        """For an op that has both a rule and a composite form: which calls the rule covers."""
-        return products.WHOLE.get(op)
+        """For an op that has a composite form: which calls are recorded whole nevertheless."""
+        return WHOLE.get(op)
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""

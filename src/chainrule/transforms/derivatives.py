@@ -91,7 +91,7 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
 def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:
     value = _scalar_output(traced, func, name)
     slot = traced.out_slots[0]
-    found = {} if slot is None else traced.run("jacobian", "reverse", outputs=[slot])
+    found = {} if slot is None else traced.run("jacobian", "reverse", outputs=[slot], last=traced.alone)
     leaves = [_zeros(found.get((slot, s)), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]
     gradient = tree_unflatten(leaves, traced.in_spec)
     return (gradient[0] if single else gradient), traced.release(value)

@@ -266,7 +266,7 @@ def _jacobian_transform(
         check_real(traced, func, name, cast)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
-            found = traced.run("jacobian", order, cast=cast)
+            found = traced.run("jacobian", order, cast=cast, last=traced.alone)
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
 
     level = Level(func, name, argnums, has_aux, finish, ("jacobian", order, cast))
@@ -289,6 +289,7 @@ def _jacobian_transform(
         )
         sizes = [1] if column_block is not None else chunks.sizes(traced, order, cast)
         if sizes is None:
+            traced.alone = True
             return finish(traced, single), traced.aux
         check_real(traced, func, name, cast)
         found: dict[Any, torch.Tensor | None] = {}

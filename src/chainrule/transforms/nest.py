@@ -148,6 +148,7 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     assert level.argnums is not None
     positions, single = resolve_argnums(level.argnums, len(args), level.name)
     traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    traced.alone = True
     return level.finish(traced, single), traced.aux
 
 

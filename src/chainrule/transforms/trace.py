@@ -66,6 +66,7 @@ class Traced:
         grad_enabled: whether gradients were on around the transform.
         seeds: tangents of the inputs, where a nest is run as a whole.
         made: where a nest is recorded, the seeds that a linear part was recorded with.
+        alone: whether the run serves one request only.
         columns: for each input, the block of it that stands for it on the tape; None where it stands for itself.
     """
 
@@ -81,6 +82,7 @@ class Traced:
     columns: list[Block | None]
     seeds: tuple[torch.Tensor, ...] = ()
     made: list[torch.Tensor] | None = None
+    alone: bool = False
 
     def output(self) -> Any:
         """The outputs in the user's structure."""
@@ -94,11 +96,11 @@ class Traced:
 
     def run(self, kind: str, order: str = "auto", seeds: tuple[int, ...] = (), tensors: tuple[torch.Tensor, ...] = (),
             cast: str = "input", outputs: list[int] | None = None,
-            inputs: list[int] | None = None) -> dict[Any, torch.Tensor | None]:
-        """Execute a request on the tape."""
+            inputs: list[int] | None = None, last: bool = False) -> dict[Any, torch.Tensor | None]:
+        """Execute a request on the tape; the last one may let go of its values."""
         wanted = [slot for slot in self.out_slots if slot is not None] if outputs is None else outputs
         request = Request(kind, tuple(self.in_slots if inputs is None else inputs), tuple(wanted), order, seeds, cast)
-        return execute(self.tape, request, tensors)
+        return execute(self.tape, request, tensors, last=last)
 
     def rows(self, number: int, size: int) -> Block:
         """Append the choice of ``size`` elements of an output to the tape."""
