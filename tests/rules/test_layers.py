@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -215,3 +216,54 @@ def test_grid_samples_of_volumes_per_sample() -> None:
         torch.testing.assert_close(
             chainrule.vmap(chainrule.jacrev(sampled))(grids), torch.func.vmap(torch.func.jacrev(sampled))(grids)
         )
+
+
+WEIGHT_CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "plain": ((3, 5, 7, 6), (4, 5, 3, 2), {}),
+    "one sample": ((1, 4, 6, 5), (2, 4, 2, 2), {}),
+    "one channel": ((3, 1, 5, 5), (2, 1, 3, 3), {}),
+    "stride that leaves a rest": ((2, 4, 8, 7), (3, 4, 3, 2), {"stride": 3}),
+    "padded and dilated": ((2, 4, 7, 6), (3, 4, 3, 2), {"padding": (2, 1), "dilation": (2, 1)}),
+    "grouped": ((2, 6, 6, 5), (4, 3, 3, 2), {"groups": 2, "padding": 1}),
+    "kernel of the input's size": ((2, 4, 3, 3), (5, 4, 3, 3), {}),
+    "one dimension": ((2, 4, 9), (3, 4, 4), {"stride": 2}),
+    "three dimensions": ((2, 4, 4, 3, 4), (2, 4, 2, 2, 3), {}),
+}
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.mark.parametrize("name", WEIGHT_CASES)
+def test_gradients_of_weights(name: str) -> None:
+    """First and second order, of a batch and per sample, with respect to the weight and with both."""
+    shape, kernel, settings = WEIGHT_CASES[name]
+    convolve = _CONVOLVE[len(shape) - 2]
+    x, weight, tangent = randn(*shape), randn(*kernel), randn(*kernel)
+
+    def loss(library: Any, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(convolve(x, w, **settings)).pow(2).sum()
+
+    def results(library: Any) -> list[Any]:
+        one = partial(loss, library)
+        return [
+            library.grad(one)(weight, x),
+            library.grad(one, argnums=(0, 1))(weight, x),
+            library.vmap(library.grad(lambda w, s: one(w, s[None])), in_dims=(None, 0))(weight, x),
+            library.vmap(library.grad(lambda w, s: one(w, s)), in_dims=(0, None))(torch.stack([weight, 2 * weight]), x),
+            library.jvp(library.grad(lambda w: one(w, x)), (weight,), (tangent,))[1],
+            library.vjp(library.grad(lambda w: one(w, x)), weight)[1](tangent)[0],
+            library.jacrev(lambda w: convolve(x, w, **settings).sum((0, 2)))(weight),
+            library.vmap(library.jacrev(lambda w, s: convolve(s[None], w, **settings)), in_dims=(None, 0))(weight, x),
+            library.jvp(library.grad(one, argnums=(0, 1)), (weight, x), (tangent, torch.ones_like(x)))[1],
+        ]
+
+    torch.testing.assert_close(results(chainrule), results(torch.func))
+
+
+def test_gradients_of_weights_join_autograd() -> None:
+    x, weight = randn(2, 4, 5, 5).requires_grad_(), randn(3, 4, 2, 2).requires_grad_()
+
+    def penalty(library: Any) -> Any:
+        found = library.grad(lambda w: torch.tanh(F.conv2d(x, w)).sum())(weight)
+        return torch.autograd.grad(found.pow(2).sum(), (x, weight))
+
+    torch.testing.assert_close(penalty(chainrule), penalty(torch.func))
