@@ -109,11 +109,13 @@ def _inside(program: Program, instruction: Instruction) -> int:
     """What a call allocates and frees itself."""
     if instruction.function not in _CONVOLUTIONS:
         return 0
-    # The library computes in a layout of its own, of 16 channels at a time, and the result is copied out of it.
+    # The library computes in a layout of its own, of as many channels at a time as a register holds, and the result is
+    # copied out of it.
+    lanes = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
     total = 0
     for shape, _, device in (kind for slot in instruction.outputs[:1] if (kind := program.kinds.get(slot)) is not None):
         if device.type == "cpu" and len(shape) > 2 and shape[1]:
-            total += _bytes(program, instruction.outputs[0]) // shape[1] * (-(-shape[1] // 16) * 16)
+            total += _bytes(program, instruction.outputs[0]) // shape[1] * (-(-shape[1] // lanes) * lanes)
     return total
 
 
