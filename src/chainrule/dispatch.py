@@ -10,6 +10,9 @@ import torch
 from torch.utils import _python_dispatch as modes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chainrule.functions import NEUTRAL, TABLE
+from chainrule.functions import Function as TorchFunction
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _dynamo = torch._C._dynamo.eval_frame
@@ -29,8 +32,32 @@ def hide_from_dynamo(function: Function) -> Function:
     return function
 
 
+_count = torch._C._len_torch_dispatch_stack
+_at = torch._C._get_dispatch_stack_at
+_push_function = torch._C._push_on_torch_function_stack
+_pop_function = torch._C._pop_torch_function_stack
+_count_functions = torch._C._len_torch_function_stack
+_function_at = torch._C._get_function_stack_at
+_functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
 class LightMode(TorchDispatchMode):
-    """A dispatch mode that stays out of compiled regions, may be entered again inside itself, and is cheap to enter."""
+    """A dispatch mode that stays out of compiled regions, and is cheap to enter.
+
+    A mode that has :meth:`run_function` is a function mode as well, for the functions of
+    :data:`chainrule.functions.TABLE`: it takes such a call before torch's dispatcher does. Whatever it does not take goes
+    to the dispatcher as usual, and from there to ``__torch_dispatch__``. Only the innermost mode stands on the stack of
+    function modes, and it hands the calls on to the next one itself.
+
+    Attributes:
+        below: the mode that the calls of this one go to next; None for torch itself.
+    """
+
+    #: Whether the mode takes functions.
+    takes_functions = False
+
+    below: LightMode | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -43,19 +70,94 @@ class LightMode(TorchDispatchMode):
         return True
 
     def __init__(self) -> None:
-        self._flags: list[tuple[bool, bool]] = []
+        self._entered: list[tuple[bool, bool, Any, int, LightMode | None, bool]] = []
+        self._depth = -1
+
+    def run_function(self, function: TorchFunction, args: tuple[Any, ...]) -> Any:
+        """Run a function of the table on arguments without keywords; NotImplemented leaves it to the dispatcher.
+
+        Nothing may have been done when NotImplemented is returned. The handlers of this mode and of those below it are
+        off.
+        """
+        return NotImplemented
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Take a function of the table, if this mode is the innermost one."""
+        function = TABLE.get(func)
+        if (
+            function is None
+            or _count() != self._depth  # another dispatch mode is inside of this one
+            or _functorch_level() is not None
+            or _any_autocast()
+            or (kwargs and kwargs not in NEUTRAL)
+        ):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if self._depth == 1:
+            _pop(None)
+            try:
+                out = self.run_function(function, args)
+            finally:
+                _push(self)
+        else:
+            with torch._C._DisableTorchDispatch():
+                out = self.run_function(function, args)
+        if out is NotImplemented:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return out
 
     def __enter__(self) -> Self:
-        self._flags.append((modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode))
-        modes._is_in_torch_dispatch_mode = modes._is_in_non_infra_torch_dispatch_mode = True
         _push(self)
+        depth, taken, stands = _count(), None, False
+        below = self.below
+        if self.takes_functions:
+            under = _at(depth - 2) if depth > 1 else None
+            if under is None or (isinstance(under, LightMode) and under.takes_functions and under._depth == depth - 1):
+                functions = _count_functions()
+                top = _function_at(functions - 1) if functions else None
+                if top is None or isinstance(top, LightMode):
+                    taken = None if top is None else _pop_function()
+                    _push_function(self)
+                    self.below, stands = under, True
+        self._entered.append(
+            (modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode, taken, self._depth, below, stands)
+        )
+        self._depth = depth if stands else -1
+        modes._is_in_torch_dispatch_mode = modes._is_in_non_infra_torch_dispatch_mode = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode = self._flags.pop()
+        inside, real, taken, self._depth, self.below, stands = self._entered.pop()
+        modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode = inside, real
+        if stands:
+            _pop_function()
+            if taken is not None:
+                _push_function(taken)
         _pop(None)
+
+
+class again:  # noqa: N801 - used like torch.no_grad
+    """Run a block inside a mode's own handler under that mode: its ops arrive at the handler, functions do not.
+
+    Torch's composite kernels must not be shown to function modes, which would call the op itself in their place.
+    """
+
+    __slots__ = ("_guard", "_mode")
+
+    def __init__(self, mode: LightMode) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._guard = torch._C.DisableTorchFunction()
+        self._guard.__enter__()
+        _push(self._mode)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _pop(None)
+        self._guard.__exit__(kind, error, traceback)
 
 
 class without_innermost:  # noqa: N801 - used like torch.no_grad

@@ -17,7 +17,8 @@ from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
 from chainrule.calls import shared_constant
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import LightMode, again
+from chainrule.functions import Function
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
 
@@ -45,6 +46,8 @@ class VmapMode(LightMode):
         fallbacks: the names of the ops that ran by a loop over the samples.
 
     """
+
+    takes_functions = True
 
     def __init__(self, size: int, randomness: str = "error") -> None:
         super().__init__()
@@ -151,6 +154,56 @@ class VmapMode(LightMode):
         tensor.level = self
         return tensor
 
+    def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
+        """Run a function that is one op on the stored tensors, where nothing has to be aligned first."""
+        if not self.size or not function.fewest <= len(args) <= function.most or not (function.pointwise or function.rows):
+            return NotImplemented
+        first = args[0]
+        if first.__class__ is not BatchTensor or first.level is not self or first.inner.__class__ is not Batched:
+            return NotImplemented
+        value = first.inner.value
+        # A graph of the wrapped tensors, or of those inside: autograd has to see the call.
+        if first.requires_grad or value.requires_grad or value.is_complex():
+            return NotImplemented
+        rank, dtype = value.dim(), value.dtype
+        stored = [value]
+        for item in args[1:]:
+            kind = item.__class__
+            if kind is BatchTensor and item.requires_grad:
+                return NotImplemented
+            if kind is BatchTensor and item.level is self and item.inner.__class__ is Batched and function.pointwise:
+                item = item.inner.value
+                if item.dim() != rank or item.dtype is not dtype or item.requires_grad:
+                    return NotImplemented
+            elif kind is float or kind is int:
+                if not function.numbers and function.number_op is None:
+                    return NotImplemented
+                if self.below is None and function.numbers:
+                    item = shared_constant(item, dtype)
+            elif function.rows and isinstance(item, Tensor):
+                # A product along the last dimension: the batch is one more dimension before it.
+                if kind is BatchTensor and item.level is self:
+                    item = item.inner
+                if item.__class__ is Batched or item.dtype is not dtype or item.requires_grad or rank < 2:
+                    return NotImplemented
+                if len(stored) == 1 and item.dim() != 2:
+                    return NotImplemented
+            else:
+                return NotImplemented
+            stored.append(item)
+        if self.below is None:
+            out = function.call(*stored)
+        else:
+            out = self.below.run_function(function, tuple(stored))
+            if out is NotImplemented:
+                return out
+        if out.__class__ is not Tensor or not out.is_contiguous():
+            return wrap_batched(Batched(out), self)
+        tensor: BatchTensor = _make_wrapper(BatchTensor, out.shape[1:], dtype=out.dtype, device=out.device)
+        tensor.inner = Batched(out)
+        tensor.level = self
+        return tensor
+
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Run this level inside of modes that were pushed after it was made: they then see its inner ops."""
@@ -158,7 +211,7 @@ class VmapMode(LightMode):
         self._include = torch._C._dispatch_tls_local_include_set()
         self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
         try:
-            with self:
+            with again(self):
                 yield
         finally:
             self._include, self._exclude = before
@@ -226,7 +279,7 @@ class VmapMode(LightMode):
         if entry.composite:
             return self._decompose(func, args, kwargs)
         if entry.decomposition is not None:
-            with self:
+            with again(self):
                 result = entry.decomposition(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
@@ -234,7 +287,7 @@ class VmapMode(LightMode):
         return self._wrap(loop_over_samples(func, inner, named, self.size))
 
     def _decompose(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
-        with self:
+        with again(self):
             return func.decompose(*args, **(kwargs or {}))
 
     def _wrap(self, result: Any) -> Any:
@@ -321,7 +374,7 @@ class VmapMode(LightMode):
             if entry.strategy is not None:
                 return self._wrap(entry.strategy(func, inner, named, self.size))
             if entry.decomposition is not None:
-                with self:
+                with again(self):
                     return entry.decomposition(*args, **(kwargs or {}))
             self.fallbacks.append(str(func))
             return self._wrap(loop_over_samples(func, inner, named, self.size))
@@ -390,7 +443,7 @@ class VmapMode(LightMode):
             if entry.functional is None:
                 raise RuntimeError(f"vmap: {func} with out= has no form without it; call it without out=")
             kept = {key: value for key, value in kwargs.items() if key not in entry.out_names}
-            with self:
+            with again(self):
                 results = entry.functional(*args, **kept)
                 results = (results,) if isinstance(results, Tensor) else results
                 for output, result in zip(outputs, results, strict=True):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
+from chainrule.dispatch import again
 from chainrule.capture.schema import OpFacts
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class AliasTracker:
         if op in IN_PLACE_VIEWS:
             return self._turn_into_view(op, args, kwargs)
         if op in EXPANDED_WRITES:
-            with tape:
+            with again(tape):
                 return EXPANDED_WRITES[op](*args, **kwargs)
         constant = tape.is_blocked() or not touched or tape.facts(facts.functional).inactive if facts.functional else True
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):

@@ -12,7 +12,8 @@ from torch._ops import OpOverload
 from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import LightMode, again
+from chainrule.functions import Function
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -84,6 +85,8 @@ class Tape(LightMode):
         respect_no_grad: whether ops run under ``torch.no_grad()`` inside the function are constants (as reverse mode
             in torch has it).
     """
+
+    takes_functions = True
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True) -> None:
         super().__init__()
@@ -234,70 +237,12 @@ class Tape(LightMode):
         facts = self._facts.get(id(func)) or self.facts(func)
         if facts.common:
             if not kwargs:
-                # The common call in one pass: plain arguments and tensors that the tape knows or that are constants.
-                known, active = self.slots.get, self.active
-                touched = False
-                new: list[int] | None = None
-                lowered: list[Any] = []
-                add = lowered.append
-                for item in args:
-                    slot = known(id(item))
-                    if slot is not None:
-                        if item.requires_grad or item.is_complex():
-                            break
-                        if active[slot]:
-                            touched = True
-                        add(_SLOTS[slot] if slot < 4096 else Slot(slot))
-                        continue
-                    kind = item.__class__
-                    if kind in _PLAIN:
-                        add(item)
-                    elif isinstance(item, torch.Tensor):
-                        if item.requires_grad or item.is_complex():
-                            break
-                        if new is None:
-                            new = []
-                        new.append(len(lowered))
-                        add(None)
-                    elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
-                        add(tuple(item))
-                    else:
-                        break
-                else:
-                    if facts.is_view:
-                        # Autograd must see views, so that writes through them are counted as writes.
-                        with _ForceDispatchKeyGuard(*self._outside):
-                            out = facts.fast(*args)
-                        self.alias.pending.append((func, args, kwargs, out))
-                    elif facts.numbers and args[-1].__class__ is float and _is_plain_product(args):
-                        out = facts.fast(args[0], shared_constant(args[1], args[0].dtype))
-                    else:
-                        out = facts.fast(*args)
-                    if self.respect_no_grad and not _is_grad_enabled():
-                        self.saw_blocked = True
-                        return out
-                    if new is not None:
-                        touched = touched or self._any_active(args, None)
-                        if touched:
-                            for position in new:
-                                slot = self._slot_or_constant(args[position])
-                                lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
-                    if touched:
-                        if out.__class__ is torch.Tensor and (dtype := out.dtype).is_floating_point:
-                            # What _append_record does, without the call.
-                            slot = len(active)
-                            self.values.append(out)
-                            active.append(True)
-                            self.slots[id(out)] = slot
-                            given = tuple(lowered)
-                            self.key.append((facts, given, (), out.shape, dtype))
-                            self.records.append(_new(Record, (facts.op, given, (), (slot,), False, self._origin)))
-                        else:
-                            self._append_record(facts, tuple(lowered), (), out)
+                out = self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+                if out is not NotImplemented:
                     return out
             joins = self.joins(args)
             if joins and facts.composite and not facts.is_view:
-                with self:
+                with again(self):
                     return func.decompose(*args, **(kwargs or {}))
             if joins or facts.is_view:
                 out = self.outside(func, *args, **kwargs) if kwargs else self.outside(func, *args)
@@ -318,12 +263,12 @@ class Tape(LightMode):
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
-                with self:
+                with again(self):
                     return expansion(*args, **(kwargs or {}))
             finally:
                 self._origin = outer
         if facts.composite and joins:
-            with self:
+            with again(self):
                 return func.decompose(*args, **(kwargs or {}))
         if facts.is_view or joins:
             out = self.outside(func, *args, **(kwargs or {}))
@@ -333,6 +278,101 @@ class Tape(LightMode):
             self.alias.pending.append((func, args, kwargs, out))
         if not facts.inactive and not self.is_blocked():
             self._record(facts, args, kwargs, out)
+        return out
+
+    def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
+        """Run a function that is one op, and record the op."""
+        count = len(args)
+        if not function.fewest <= count <= function.most:
+            return NotImplemented
+        op = function.op
+        if function.number_op is not None and args[1].__class__ is not torch.Tensor:
+            kind = args[1].__class__
+            if kind is float or kind is int:
+                op = function.number_op
+            elif not isinstance(args[1], torch.Tensor):
+                return NotImplemented
+        facts = self._facts.get(id(op)) or self.facts(op)
+        if not facts.common:
+            return NotImplemented
+        below = self.below
+        if below is None:
+            return self._run_plain(facts, args, _run_function, function)
+        return self._run_plain(facts, args, below.run_function, function)
+
+    def _run_view(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        # Autograd must see views, so that writes through them are counted as writes.
+        with _ForceDispatchKeyGuard(*self._outside):
+            out = facts.fast(*args)
+        self.alias.pending.append((facts.op, args, None, out))
+        return out
+
+    def _run_plain(
+        self, facts: OpFacts, args: tuple[Any, ...], run: Callable[[Any, tuple[Any, ...]], Any], given: Any = None
+    ) -> Any:
+        """The common call in one pass: plain arguments and tensors that the tape knows or that are constants.
+
+        Args:
+            facts: the op's.
+            args: its arguments.
+            run: runs it; gets `given` (or the facts) and the arguments.
+            given: what `run` needs to know.
+
+        Returns:
+            The result; NotImplemented, with nothing done, for other arguments or if `run` returns that.
+        """
+        known, active = self.slots.get, self.active
+        touched = False
+        new: list[int] | None = None
+        lowered: list[Any] = []
+        add = lowered.append
+        for item in args:
+            slot = known(id(item))
+            if slot is not None:
+                if item.requires_grad or item.is_complex():
+                    return NotImplemented
+                if active[slot]:
+                    touched = True
+                add(_SLOTS[slot] if slot < 4096 else Slot(slot))
+                continue
+            kind = item.__class__
+            if kind in _PLAIN:
+                add(item)
+            elif isinstance(item, torch.Tensor):
+                if item.requires_grad or item.is_complex():
+                    return NotImplemented
+                if new is None:
+                    new = []
+                new.append(len(lowered))
+                add(None)
+            elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
+                add(tuple(item))
+            else:
+                return NotImplemented
+        out = run(facts if given is None else given, args)
+        if out is NotImplemented:
+            return out
+        if self.respect_no_grad and not _is_grad_enabled():
+            self.saw_blocked = True
+            return out
+        if new is not None:
+            touched = touched or self._any_active(args, None)
+            if touched:
+                for position in new:
+                    slot = self._slot_or_constant(args[position])
+                    lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
+        if touched:
+            if isinstance(out, torch.Tensor) and (dtype := out.dtype).is_floating_point:
+                # What _append_record does, without the call.
+                slot = len(active)
+                self.values.append(out)
+                active.append(True)
+                self.slots[id(out)] = slot
+                arguments = tuple(lowered)
+                self.key.append((facts, arguments, (), out.shape, dtype))
+                self.records.append(_new(Record, (facts.op, arguments, (), (slot,), False, self._origin)))
+            else:
+                self._append_record(facts, tuple(lowered), (), out)
         return out
 
     def _any_active(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
@@ -440,9 +480,23 @@ class Tape(LightMode):
         return (tuple(self.key), tuple(self.inputs), extra)
 
 
-def _is_plain_product(args: tuple[Any, ...]) -> bool:
-    """Whether the number in ``tensor, number`` may be a constant: no other mode sees the call."""
-    return len(args) == 2 and args[0].__class__ is torch.Tensor and not torch._C._len_torch_dispatch_stack()
+def _run_alone(facts: OpFacts, args: tuple[Any, ...]) -> Any:
+    """Run an op as it arrives at the handler."""
+    if facts.numbers and args[-1].__class__ is float and len(args) == 2 and _is_seen_by_none(args[0]):
+        return facts.fast(args[0], shared_constant(args[1], args[0].dtype))
+    return facts.fast(*args)
+
+
+def _run_function(function: Function, args: tuple[Any, ...]) -> Any:
+    """Run a function of the table by torch itself."""
+    if function.numbers and (args[1].__class__ is float or args[1].__class__ is int) and args[0].__class__ is torch.Tensor:
+        return function.call(args[0], shared_constant(args[1], args[0].dtype))
+    return function.call(*args)
+
+
+def _is_seen_by_none(tensor: Any) -> bool:
+    """Whether a number beside a tensor may be a constant: no other mode sees the call."""
+    return tensor.__class__ is torch.Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def _returns_one(func: Any) -> bool:

@@ -23,6 +23,9 @@ _CONVOLUTIONS = frozenset(
     }
 )  # fmt: skip
 
+#: How many channels the library for convolutions computes at a time: what a register of the processor holds.
+LANES = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
+
 #: On a CPU, the share of the free memory that a call may take without being asked.
 _SHARE = 0.8
 
@@ -111,11 +114,10 @@ def _inside(program: Program, instruction: Instruction) -> int:
         return 0
     # The library computes in a layout of its own, of as many channels at a time as a register holds, and the result is
     # copied out of it.
-    lanes = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
     total = 0
     for shape, _, device in (kind for slot in instruction.outputs[:1] if (kind := program.kinds.get(slot)) is not None):
         if device.type == "cpu" and len(shape) > 2 and shape[1]:
-            total += _bytes(program, instruction.outputs[0]) // shape[1] * (-(-shape[1] // lanes) * lanes)
+            total += _bytes(program, instruction.outputs[0]) // shape[1] * (-(-shape[1] // LANES) * LANES)
     return total
 
 
