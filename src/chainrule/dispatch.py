@@ -10,7 +10,7 @@ import torch
 from torch.utils import _python_dispatch as modes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chainrule.functions import NEUTRAL, TABLE
+from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,6 +32,8 @@ def hide_from_dynamo(function: Function) -> Function:
     return function
 
 
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_PYTHON = torch._C.DispatchKey.Python
 _count = torch._C._len_torch_dispatch_stack
 _at = torch._C._get_dispatch_stack_at
 _push_function = torch._C._push_on_torch_function_stack
@@ -39,7 +41,6 @@ _pop_function = torch._C._pop_torch_function_stack
 _count_functions = torch._C._len_torch_function_stack
 _function_at = torch._C._get_function_stack_at
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
-_any_autocast = torch._C._is_any_autocast_enabled
 
 
 class LightMode(TorchDispatchMode):
@@ -52,12 +53,14 @@ class LightMode(TorchDispatchMode):
 
     Attributes:
         below: the mode that the calls of this one go to next; None for torch itself.
+        graphs: whether a tensor was made to require a gradient while this mode was on.
     """
 
     #: Whether the mode takes functions.
     takes_functions = False
 
     below: LightMode | None = None
+    graphs = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -84,23 +87,24 @@ class LightMode(TorchDispatchMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the table, if this mode is the innermost one."""
         function = TABLE.get(func)
+        if function is None:
+            if func in MAKING_GRAPHS:
+                mode: LightMode | None = self
+                while mode is not None:
+                    mode.graphs, mode = True, mode.below
+            return func(*args, **kwargs) if kwargs else func(*args)
         if (
-            function is None
-            or _count() != self._depth  # another dispatch mode is inside of this one
+            _count() != self._depth  # another dispatch mode is inside of this one
             or _functorch_level() is not None
-            or _any_autocast()
             or (kwargs and kwargs not in NEUTRAL)
         ):
             return func(*args, **kwargs) if kwargs else func(*args)
-        if self._depth == 1:
-            _pop(None)
-            try:
-                out = self.run_function(function, args)
-            finally:
-                _push(self)
-        else:
-            with torch._C._DisableTorchDispatch():
-                out = self.run_function(function, args)
+        # Excluding its key keeps torch from the handlers in a third of the time of taking the mode off the stack.
+        _exclude(_PYTHON, True)
+        try:
+            out = self.run_function(function, args)
+        finally:
+            _exclude(_PYTHON, False)
         if out is NotImplemented:
             return func(*args, **kwargs) if kwargs else func(*args)
         return out
@@ -158,6 +162,23 @@ class again:  # noqa: N801 - used like torch.no_grad
     ) -> None:
         _pop(None)
         self._guard.__exit__(kind, error, traceback)
+
+
+class undispatched:  # noqa: N801 - used like torch.no_grad
+    """Run a block without any mode."""
+
+    __slots__ = ("_guards",)
+
+    def __enter__(self) -> None:
+        self._guards = torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(kind, error, traceback)
 
 
 class without_innermost:  # noqa: N801 - used like torch.no_grad

@@ -29,7 +29,8 @@ class Function(NamedTuple):
         most: the greatest.
         numbers: whether the number may be given as a constant without dimensions.
         pointwise: whether it acts element by element.
-        rows: whether it acts on the last dimension of its first argument, whatever comes before it.
+        mapped: whether it takes a batch as one more dimension before the others: element by element, or along the last
+            dimension of its first argument.
     """
 
     call: Callable[..., Any]
@@ -39,7 +40,7 @@ class Function(NamedTuple):
     most: int = 1
     numbers: bool = False
     pointwise: bool = True
-    rows: bool = False
+    mapped: bool = True
 
 
 _UNARY = (
@@ -85,11 +86,11 @@ def _table() -> dict[Any, Function]:
     reverse = Function(torch.rsub, aten.rsub.Tensor, aten.rsub.Scalar, 2, 2, torch.rsub in WITH_NUMBERS)
     found[torch.rsub] = found[torch.Tensor.__rsub__] = reverse
     found[torch.where] = Function(torch.where, aten.where.self, None, 3, 3)
-    product = Function(torch.matmul, aten.matmul.default, None, 2, 2, pointwise=False, rows=True)
+    product = Function(torch.matmul, aten.matmul.default, None, 2, 2, pointwise=False)
     found[torch.matmul] = found[torch.Tensor.matmul] = found[torch.Tensor.__matmul__] = product
-    found[torch._C._nn.linear] = Function(torch._C._nn.linear, aten.linear.default, None, 2, 3, pointwise=False, rows=True)
+    found[torch._C._nn.linear] = Function(torch._C._nn.linear, aten.linear.default, None, 2, 3, pointwise=False)
     for name in ("sum", "mean"):
-        entry = Function(getattr(torch, name), getattr(aten, name).default, pointwise=False)
+        entry = Function(getattr(torch, name), getattr(aten, name).default, pointwise=False, mapped=False)
         found[getattr(torch, name)] = found[getattr(torch.Tensor, name)] = entry
     return found
 
@@ -99,3 +100,8 @@ TABLE = _table()
 
 #: Named arguments that change nothing.
 NEUTRAL: tuple[dict[str, Any], ...] = ({"inplace": False},)
+
+#: What makes a tensor require a gradient.
+MAKING_GRAPHS = frozenset(
+    {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+)

@@ -17,7 +17,7 @@ from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
 from chainrule.calls import shared_constant
-from chainrule.dispatch import LightMode, again
+from chainrule.dispatch import LightMode, again, undispatched
 from chainrule.functions import Function
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
@@ -156,53 +156,72 @@ class VmapMode(LightMode):
 
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op on the stored tensors, where nothing has to be aligned first."""
-        if not self.size or not function.fewest <= len(args) <= function.most or not (function.pointwise or function.rows):
+        first = args[0] if args else None
+        if first.__class__ is not BatchTensor or first.level is not self or not function.mapped:
             return NotImplemented
-        first = args[0]
-        if first.__class__ is not BatchTensor or first.level is not self or first.inner.__class__ is not Batched:
+        inner = first.inner
+        if inner.__class__ is not Batched or self._always_guard and (not self.size or self.below is None):
             return NotImplemented
-        value = first.inner.value
+        value = inner.value
+        dtype = value.dtype
         # A graph of the wrapped tensors, or of those inside: autograd has to see the call.
-        if first.requires_grad or value.requires_grad or value.is_complex():
+        if value.requires_grad or dtype.is_complex or (self.graphs and first.requires_grad):
             return NotImplemented
-        rank, dtype = value.dim(), value.dtype
-        stored = [value]
-        for item in args[1:]:
-            kind = item.__class__
-            if kind is BatchTensor and item.requires_grad:
+        count = len(args)
+        if count == 1:
+            if function.fewest != 1:
                 return NotImplemented
-            if kind is BatchTensor and item.level is self and item.inner.__class__ is Batched and function.pointwise:
-                item = item.inner.value
-                if item.dim() != rank or item.dtype is not dtype or item.requires_grad:
-                    return NotImplemented
-            elif kind is float or kind is int:
-                if not function.numbers and function.number_op is None:
-                    return NotImplemented
-                if self.below is None and function.numbers:
-                    item = shared_constant(item, dtype)
-            elif function.rows and isinstance(item, Tensor):
-                # A product along the last dimension: the batch is one more dimension before it.
-                if kind is BatchTensor and item.level is self:
-                    item = item.inner
-                if item.__class__ is Batched or item.dtype is not dtype or item.requires_grad or rank < 2:
-                    return NotImplemented
-                if len(stored) == 1 and item.dim() != 2:
-                    return NotImplemented
-            else:
+            stored: tuple[Any, ...] = (value,)
+        elif count == 2 and function.numbers and (args[1].__class__ is float or args[1].__class__ is int):
+            stored = (value, args[1] if self.below is not None else shared_constant(args[1], dtype))
+        elif function.fewest <= count <= function.most:
+            others = self._stored_beside(value, args[1:], function)
+            if others is None:
                 return NotImplemented
-            stored.append(item)
+            stored = (value, *others)
+        else:
+            return NotImplemented
         if self.below is None:
             out = function.call(*stored)
         else:
-            out = self.below.run_function(function, tuple(stored))
+            out = self.below.run_function(function, stored)
             if out is NotImplemented:
                 return out
         if out.__class__ is not Tensor or not out.is_contiguous():
             return wrap_batched(Batched(out), self)
-        tensor: BatchTensor = _make_wrapper(BatchTensor, out.shape[1:], dtype=out.dtype, device=out.device)
+        if out.is_cpu:
+            tensor: BatchTensor = _make_wrapper(BatchTensor, out.shape[1:], dtype=out.dtype)
+        else:
+            tensor = _make_wrapper(BatchTensor, out.shape[1:], dtype=out.dtype, device=out.device)
         tensor.inner = Batched(out)
         tensor.level = self
         return tensor
+
+    def _stored_beside(self, value: Tensor, items: tuple[Any, ...], function: Function) -> list[Any] | None:
+        """The other arguments of a function as they stand beside the stored tensor of the first; None for its own way."""
+        found: list[Any] = []
+        for item in items:
+            kind = item.__class__
+            if kind is float or kind is int:
+                if function.number_op is None:
+                    return None
+                found.append(item)
+                continue
+            if not isinstance(item, Tensor) or (kind is BatchTensor and (item.requires_grad or item.level is not self)):
+                return None
+            if kind is BatchTensor:
+                item = item.inner
+            batched = item.__class__ is Batched
+            if batched:
+                item = item.value
+            if item.requires_grad or item.dtype is not value.dtype:
+                return None
+            # Element by element, both carry the batch. A product along the last dimension has it before all others.
+            fits = item.dim() == value.dim() if function.pointwise else value.dim() > 1 and (found or item.dim() == 2)
+            if batched is not function.pointwise or not fits:
+                return None
+            found.append(item)
+        return found
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -417,7 +436,7 @@ class VmapMode(LightMode):
             target.inner = self._run_strategy(view, inner, named)
         else:
             become_view(target, view, inner, named, wrap_constant(target.inner, self))
-        with torch._C._DisableTorchDispatch():
+        with undispatched():
             target.as_strided_(
                 logical_shape(target.inner),
                 target.value.stride()[1:] if target.batched else target.value.stride(),
@@ -458,7 +477,7 @@ class VmapMode(LightMode):
                 )
             value = result.value if isinstance(result, BatchTensor) else result
             output.inner = Batched(value) if isinstance(result, BatchTensor) and result.batched else value
-            with torch._C._DisableTorchDispatch():
+            with undispatched():
                 output.resize_(result.shape)
             return
         output.copy_(result)

@@ -51,6 +51,7 @@ _FACTS: dict[Any, dict[int, OpFacts]] = {}
 #: Makes a record in half the time of its own constructor.
 _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 #: Slots are made once: they stand in every record.
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
@@ -282,8 +283,8 @@ class Tape(LightMode):
 
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op, and record the op."""
-        count = len(args)
-        if not function.fewest <= count <= function.most:
+        # What autocast turns a call into is recorded where it arrives.
+        if not function.fewest <= len(args) <= function.most or _any_autocast():
             return NotImplemented
         op = function.op
         if function.number_op is not None and args[1].__class__ is not torch.Tensor:

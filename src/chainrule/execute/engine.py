@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from chainrule.dispatch import undispatched
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
@@ -104,7 +105,7 @@ class CachedPlan:
             return runner(values, seeds)
         if (watch := current_watch()) is not None:
             watch.add_program(batched_runner.memory)  # type: ignore[attr-defined]
-        with torch._C._DisableTorchDispatch():
+        with undispatched():
             results = batched_runner(tensors, ())
         return wrap(results, flags, mode)
 

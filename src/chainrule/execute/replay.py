@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from chainrule.batching.tensor import BatchTensor
+from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
 from chainrule.execute.simplify import root, shared_results, simplify
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
@@ -236,7 +237,7 @@ def _settled(tensor: torch.Tensor) -> torch.Tensor:
     while tensor.__class__ is BatchTensor and not tensor.batched:  # type: ignore[attr-defined]
         tensor = tensor.inner  # type: ignore[attr-defined]
     if tensor.is_inference():
-        with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        with torch.inference_mode(False), undispatched():
             tensor = tensor.clone()
     return tensor
 

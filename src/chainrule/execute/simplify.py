@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chainrule.dispatch import undispatched
 from chainrule.execute.spelling import spell
 from chainrule.maps.staging import Instruction, Program, Ref, freeze, refs
 
@@ -126,7 +127,7 @@ def _fold(
                 pending.extend(refs((found.args, tuple(found.kwargs.values()))))
     values = dict(constants)
     folded: dict[int, torch.Tensor] = {}
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
+    with torch.inference_mode(False), torch.no_grad(), undispatched():
         for slot, instruction in candidates.items():
             if all(r in values for r in refs((instruction.args, tuple(instruction.kwargs.values())))):
                 arguments = _valued(instruction.args, values)
@@ -163,7 +164,7 @@ def _fuse(
         slot = ones.get((dtype, device))
         if slot is None:
             slot = ones[dtype, device] = program.new_slot()
-            with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+            with torch.inference_mode(False), undispatched():
                 made[slot] = torch.ones((), dtype=dtype, device=device)
         return slot
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import LightMode, undispatched
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
@@ -132,7 +132,7 @@ def _twin_of(tensor: torch.Tensor) -> torch.Tensor:
             _Twin, tensor.shape, tensor.stride(), place, None, kind, torch.strided, tensor.device
         )
         return made
-    with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C._DisableTorchDispatch():
+    with torch._C._AutoDispatchBelowADInplaceOrView(), undispatched():
         return aten.alias.default(tensor) if tensor.layout == torch.strided else tensor.clone()
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec
 
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd
+from chainrule.dispatch import undispatched
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
@@ -300,7 +301,7 @@ def run_linearized(
         if traced.made is None:
             return found
         leaves = traced.in_leaves if outer.name == "linearize" else [found.leaves[n] for n in found.active]
-        with torch._C._DisableTorchDispatch():
+        with undispatched():
             seeds = [torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
         traced.made.extend(seeds)
         return [*found.leaves], found.call(tuple(seeds)), found
