@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -30,6 +31,26 @@ def hide_from_dynamo(function: Function) -> Function:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     _dynamo.set_code_exec_strategy(function.__code__, _SKIPPED)  # type: ignore[attr-defined]
     return function
+
+
+def entry_point(function: Function) -> Function:
+    """Mark the function that a transform returns (or is): its own code is hidden from dynamo and from function modes.
+
+    Inside of another transform, torch would show every look at a tensor's shape or dtype to the outer one.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        count = _count_functions()
+        if not count or not isinstance(_function_at(count - 1), LightMode):
+            return function(*args, **kwargs)
+        mode = _pop_function()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _push_function(mode)
+
+    return hide_from_dynamo(run)  # type: ignore[return-value]
 
 
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
@@ -73,7 +94,7 @@ class LightMode(TorchDispatchMode):
         return True
 
     def __init__(self) -> None:
-        self._entered: list[tuple[bool, bool, Any, int, LightMode | None, bool]] = []
+        self._entered: list[tuple[Any, ...]] = []
         self._depth = -1
 
     def run_function(self, function: TorchFunction, args: tuple[Any, ...]) -> Any:
@@ -94,7 +115,8 @@ class LightMode(TorchDispatchMode):
                     mode.graphs, mode = True, mode.below
             return func(*args, **kwargs) if kwargs else func(*args)
         if (
-            _count() != self._depth  # another dispatch mode is inside of this one
+            types  # a user's tensor class has its own way with functions
+            or _count() != self._depth  # another dispatch mode is inside of this one
             or _functorch_level() is not None
             or (kwargs and kwargs not in NEUTRAL)
         ):
@@ -122,9 +144,8 @@ class LightMode(TorchDispatchMode):
                     taken = None if top is None else _pop_function()
                     _push_function(self)
                     self.below, stands = under, True
-        self._entered.append(
-            (modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode, taken, self._depth, below, stands)
-        )
+        inside, real = modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode
+        self._entered.append((inside, real, taken, self._depth, below, stands))
         self._depth = depth if stands else -1
         modes._is_in_torch_dispatch_mode = modes._is_in_non_infra_torch_dispatch_mode = True
         return self

@@ -49,7 +49,7 @@ _UNARY = (
     "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "trunc",
 )  # fmt: skip
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Any, Any] = {
     torch._C._nn.softplus: aten.softplus.default,
     torch._C._nn.gelu: aten.gelu.default,
     F.relu: aten.relu.default,
@@ -60,7 +60,7 @@ _BINARY = ("add", "sub", "mul", "div")
 
 _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 
-_CALLS = {F.relu: torch.relu, F.silu: torch._C._nn.silu}
+_CALLS: dict[Any, Callable[..., Any]] = {F.relu: torch.relu, F.silu: torch._C._nn.silu}
 
 
 def _table() -> dict[Any, Function]:

@@ -207,10 +207,12 @@ class VmapMode(LightMode):
                     return None
                 found.append(item)
                 continue
-            if not isinstance(item, Tensor) or (kind is BatchTensor and (item.requires_grad or item.level is not self)):
-                return None
             if kind is BatchTensor:
+                if item.requires_grad or item.level is not self:
+                    return None
                 item = item.inner
+            elif not isinstance(item, Tensor):
+                return None
             batched = item.__class__ is Batched
             if batched:
                 item = item.value

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
-from chainrule.dispatch import again
 from chainrule.capture.schema import OpFacts
+from chainrule.dispatch import again
 
 if TYPE_CHECKING:
     from chainrule.capture.tape import Tape

@@ -287,11 +287,16 @@ class Tape(LightMode):
         if not function.fewest <= len(args) <= function.most or _any_autocast():
             return NotImplemented
         op = function.op
-        if function.number_op is not None and args[1].__class__ is not torch.Tensor:
+        if function.number_op is not None:
             kind = args[1].__class__
             if kind is float or kind is int:
                 op = function.number_op
             elif not isinstance(args[1], torch.Tensor):
+                return NotImplemented
+        elif len(args) > 1:
+            if args[-1] is None:  # it is what the op takes it to be without being told
+                args = args[:-1]
+            if not all([isinstance(item, torch.Tensor) for item in args]):
                 return NotImplemented
         facts = self._facts.get(id(op)) or self.facts(op)
         if not facts.common:

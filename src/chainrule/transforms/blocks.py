@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
 from chainrule.transforms.jacobians import Chunks, check_real, row_blocks, rows_within
 from chainrule.transforms.trace import trace
@@ -139,4 +139,4 @@ def jacobian_blocks(
             callback(block)
         return None
 
-    return hide_from_dynamo(wrapper)
+    return entry_point(wrapper)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, Linearized, level_of, run_level, run_linearized, run_nest
 from chainrule.transforms.trace import Traced, trace
@@ -49,9 +49,10 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         (gradient, value), aux = run_level(level, args, kwargs)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
+    wrapper = entry_point(wrapper)
     if not has_aux:  # the aux of this transform stands elsewhere
         level.mark(wrapper)
-    return hide_from_dynamo(wrapper)
+    return wrapper
 
 
 def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -84,8 +85,9 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         gradient, aux = run_level(level, args, kwargs)
         return (gradient, aux) if has_aux else gradient
 
+    wrapper = entry_point(wrapper)
     level.mark(wrapper)
-    return hide_from_dynamo(wrapper)
+    return wrapper
 
 
 def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:
@@ -112,6 +114,7 @@ def _scalar_output(traced: Traced, func: Callable[..., Any], name: str) -> torch
     return value
 
 
+@entry_point
 def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
     """Run ``func`` and return its output and its pullback.
 
@@ -148,7 +151,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         found = _pullback(traced)
     leaves, out_spec, active, pull = found.leaves, found.spec, found.active, found.call
 
-    @hide_from_dynamo
+    @entry_point
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
         given, spec = tree_flatten(cotangents)
@@ -240,6 +243,7 @@ def jvp(
     return _jvp(func, primals, tangents, strict, has_aux, kwargs, "jvp")
 
 
+@entry_point
 def _jvp(
     func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, kwargs: dict[str, Any], name: str
 ) -> Any:
@@ -320,6 +324,7 @@ def _pushed(traced: Traced, tensors: tuple[torch.Tensor, ...]) -> Any:
     return tree_unflatten(results, traced.out_spec)
 
 
+@entry_point
 def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
     """Run ``func`` and return its output and its pushforward, a linear function that can be called many times.
 
@@ -353,7 +358,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         found = _pushforward(traced)
     traced, push = found.traced, found.call
 
-    @hide_from_dynamo
+    @entry_point
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents forward."""
         leaves, spec = tree_flatten(tangents)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.execute.engine import predicted
 from chainrule.execute.memory import Watch, current_watch, free_memory, parse_bytes
 from chainrule.plan.planner import Request
@@ -301,9 +301,10 @@ def _jacobian_transform(
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec), traced.aux
 
     wrapper = wraps(func)(wrapper)
+    wrapper = entry_point(wrapper)
     if not chunks.given:
         level.mark(wrapper)
-    return hide_from_dynamo(wrapper)
+    return wrapper
 
 
 class _Constant(torch.autograd.Function):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.derivatives import check_tangents, hvp, pull_back, push_forward
 from chainrule.transforms.nest import Level, run_level
@@ -118,8 +118,9 @@ def _transform(level: Level) -> Callable[..., Any]:
         result, aux = run_level(level, args, kwargs)
         return (result, aux) if level.has_aux else result
 
+    wrapper = entry_point(wrapper)
     level.mark(wrapper)
-    return hide_from_dynamo(wrapper)
+    return wrapper
 
 
 def ggn(

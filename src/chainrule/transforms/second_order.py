@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import UNCACHED, current_ledger
 from chainrule.execute.engine import account_of, execute
 from chainrule.plan.planner import Request
@@ -133,8 +133,9 @@ def _transform(level: Level, combine: Callable[[list[torch.Tensor], torch.Tensor
             result, aux = _from_blocks(level, hidden, combine, args, kwargs)
         return (result, aux) if level.has_aux else result
 
+    wrapper = entry_point(wrapper)
     level.mark(wrapper)
-    return hide_from_dynamo(wrapper)
+    return wrapper
 
 
 def _from_blocks(

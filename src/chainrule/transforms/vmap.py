@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, _broadcast_to_and_flatten, tree_flatte
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import current_ledger
 from chainrule.rules.batching_base import Batched
 from chainrule.transforms.arguments import refuse_inside_torch_func
@@ -77,7 +77,7 @@ def vmap(
             return _run_in_chunks(call, (flat_args, flat_dims, args_spec), out_dims, randomness, size, chunk_size)
         return _run(call, flat_args, flat_dims, args_spec, out_dims, randomness, size)
 
-    return hide_from_dynamo(vmapped)
+    return entry_point(vmapped)
 
 
 def _name(func: Any) -> str:
