@@ -368,9 +368,10 @@ class NoReads(TorchFunctionMode):
     ) -> Any:
         """Call a function of torch, if it leaves the values where they are."""
         if func in _HIDDEN_CALLS or (func in _CONVERSIONS and any(map(self._recorder.depends, _tensors(_read_by(func, args))))):
+            name = getattr(func, "__name__", func)
             raise CompileError(
-                f"chainrule.compile: {getattr(func, '__name__', func)} took the values of a tensor out of torch; what Python or NumPy computes "
-                "from them would not be computed again. Compute it with torch, or call the function without compile."
+                f"chainrule.compile: {name} took the values of a tensor out of torch, or put others in; what Python or NumPy "
+                "computes would not be computed again. Compute it with torch, or call the function without compile."
             )
         return func(*args, **(kwargs or {}))
 
