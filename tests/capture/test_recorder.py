@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 
+import chainrule
+from chainrule import CompileError
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd
 from chainrule.execute.replay import compile_program
@@ -111,3 +114,144 @@ def test_results_that_share_memory_are_copied() -> None:
     view.zero_()
     same.zero_()
     assert product.abs().min() > 0 and x.abs().min() > 0
+
+
+def _caught(x: Tensor) -> Tensor:
+    try:
+        return torch.linalg.cholesky(torch.diag(x))
+    except torch.linalg.LinAlgError:
+        return torch.diag(x * 0)
+
+
+def _seeded(x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return x + torch.randn(3, dtype=x.dtype)
+
+
+def _own_generator(x: Tensor) -> Tensor:
+    return x + torch.randn(3, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+
+
+WEIGHT = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+BUFFER = torch.ones(3, dtype=torch.float64)
+
+#: How values, shapes and memory leave torch where its dispatcher does not see it.
+REFUSED: dict[str, Callable[[Tensor], object]] = {
+    "tensor of tensors": lambda x: torch.tensor([x[0], x[1]]) * 2,
+    "as_tensor of tensors": lambda x: torch.as_tensor([[x[0]], [x[1]]]) * 2,
+    "asarray of tensors": lambda x: torch.asarray([x[0]]) * 2,
+    "new_tensor of tensors": lambda x: x.new_tensor([x[0]]) * 2,
+    "tensor_split at a tensor": lambda x: torch.tensor_split(x, (x > 0).sum().reshape(1)),
+    "apply_": lambda x: x.clone().apply_(lambda value: value + 1),
+    "map_": lambda x: x.clone().map_(x, lambda value, other: value + other),
+    "deepcopy": lambda x: copy.deepcopy(x) * x,
+    "deepcopy of a parameter": lambda x: copy.deepcopy(WEIGHT) * x,
+    "a parameter of a result": lambda x: torch.nn.Parameter(x * 2) * 3,
+    "values of a closed-over tensor": lambda x: x * BUFFER.tolist()[0],
+    "an array of a closed-over tensor": lambda x: x * float(BUFFER.numpy()[0]),
+    "another shape for an argument": lambda x: x.unsqueeze_(0) * 2,
+    "another memory for an argument": lambda x: x.set_(torch.ones(3, dtype=x.dtype)) * 2,
+    "other data for an argument": lambda x: setattr(x, "data", torch.ones(3, dtype=x.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_graph_does_not_see_is_refused_each_time(name: str) -> None:
+    compiled = chainrule.compile(REFUSED[name])
+    for _ in range(18):  # more often than a signature is recorded
+        with pytest.raises(CompileError):
+            compiled(torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("function", [_caught, _seeded, _own_generator])
+def test_what_a_replay_would_get_wrong_runs_without_a_graph(function: Callable[[Tensor], Tensor]) -> None:
+    compiled = chainrule.compile(function)
+    for sign in (-1.0, 1.0, -1.0):
+        x = torch.full((3,), sign, dtype=torch.float64)
+        if sign > 0 and function is _caught:
+            continue  # a graph of the other way would raise the error in a call with a negative number
+        torch.testing.assert_close(compiled(x), function(x), rtol=0, atol=0)
+    assert compiled.cache_info().eager >= 1
+    if function is _caught:
+        x = torch.ones(3, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), function(x), rtol=0, atol=0)
+
+
+def test_seeds_outside_are_those_of_closed_over_generators() -> None:
+    generator = torch.Generator()
+    compiled = chainrule.compile(lambda x: x + torch.randn(3, dtype=x.dtype, generator=generator))
+    x = torch.zeros(3, dtype=torch.float64)
+    found = []
+    for _ in range(3):
+        generator.manual_seed(5)
+        found.append(compiled(x))
+    assert compiled.cache_info().hits == 2
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_errors_are_not_counted_as_recordings() -> None:
+    broken = True
+
+    def function(x: Tensor) -> Tensor:
+        if broken:
+            raise ValueError("broken")
+        return x * 2
+
+    compiled = chainrule.compile(function)
+    for _ in range(20):
+        with pytest.raises(ValueError, match="broken"):
+            compiled(torch.ones(3))
+    broken = False
+    for _ in range(3):
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+    assert compiled.cache_info().hits == 2
+
+
+def _writes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    total = b.sum()
+    a.add_(1)
+    return total + b.sum(), a * b
+
+
+@pytest.mark.parametrize("backend", ["replay", "inductor"])
+def test_writes_to_arguments_that_share_memory(backend: str) -> None:
+    compiled = chainrule.compile(_writes, backend=backend)
+
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        whole = torch.arange(3.0)
+        return [(whole, whole), (torch.arange(3.0), torch.ones(3)), (whole := torch.arange(3.0), whole)]
+
+    for given, wanted in zip(pairs(), pairs(), strict=True):
+        torch.testing.assert_close(compiled(*given), _writes(*wanted))
+        torch.testing.assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("backend", ["replay", "inductor"])
+def test_autocast_is_as_it_was_at_each_call(backend: str) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            full = x @ x
+        return full, x @ x
+
+    compiled, x = chainrule.compile(function, backend=backend), torch.randn(4, 4)
+    for kind in (torch.bfloat16, torch.bfloat16, torch.float16, torch.float16):
+        with torch.autocast("cpu", dtype=kind):
+            full, cast = compiled(x)
+        assert full.dtype == torch.float32 and cast.dtype == kind
+        torch.testing.assert_close(full, x @ x)
+
+
+def test_a_write_through_views_is_a_graph_of_torch() -> None:
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        part = a[1:]
+        part.mul_(3)
+        flat = a.view(-1)
+        flat[0] = 7
+        return part, flat
+
+    graph = chainrule.compile(function).graph(torch.arange(4.0))
+    given = torch.arange(4.0)
+    number = torch.tensor(7.0)
+    part, flat = graph(given, *[number] * (len([n for n in graph.graph.nodes if n.op == "placeholder"]) - 1))
+    assert torch.equal(flat, torch.tensor([7.0, 3.0, 6.0, 9.0])) and torch.equal(part, given[1:])

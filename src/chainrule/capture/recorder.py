@@ -166,6 +166,7 @@ class Recorder(LightMode):
             program.views.update(range(before, program._slots))
             if func is aten.view.default:
                 program.strict.update(range(before, program._slots))
+                program.overloads[aten.view.default._op] = aten.view.default
         elif func is aten.mul.Tensor:
             # A product with ones (the cotangent of a scalar) is the other factor.
             for one, other in ((args[0], args[1]), (args[1], args[0])):
@@ -244,23 +245,72 @@ class WholeRecorder(Recorder):
 
     Args:
         leaves: the tensors that the call is given (no two of them the same object).
+        generators: the generators of random numbers that were there before the call, beside torch's own.
 
     Attributes:
         found: the other tensors that were met, in the order of their inputs.
         random: whether random numbers are drawn.
         joined: whether one of the inputs requires grad.
+        obstacle: why a replay could compute something else, although nothing had to be refused.
     """
 
-    def __init__(self, leaves: Sequence[torch.Tensor]) -> None:
+    def __init__(self, leaves: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = ()) -> None:
         super().__init__(self._input)
         self.found: list[torch.Tensor] = []
         self.random = False
+        self.obstacle = ""
+        # By address: torch hands generators over as other Python objects.
+        self._states = {_address_of(g): (g, g.get_state()) for g in (torch.default_generator, *generators)}
+        self._memory: set[int] = set()
         self.joined = any(leaf.requires_grad for leaf in leaves)
         self._count = len(leaves)
         self._numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
 
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op and append it."""
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if random:
+            self._check_states((*args, *(kwargs or {}).values()))
+        if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default and self._is_input(args[0]):
+            raise CompileError(f"chainrule.compile: {func} gives an argument, or a closed-over tensor, another shape or memory")
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        except (torch.linalg.LinAlgError, IndexError):
+            # Where the function goes on from here depends on values.
+            self.obstacle = f"{func} raised an error that depends on values, which the function caught"
+            raise
+        if random:
+            self._states = {address: (g, g.get_state()) for address, (g, _) in self._states.items()}
+        for made in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(made, torch.Tensor) and not func.is_view and made.layout is torch.strided and made.numel():
+                self._memory.add(_address(made))
+        return out
+
+    def _check_states(self, given: Sequence[Any]) -> None:
+        """Whether the state of a generator was set, or numbers drawn, by something that is not recorded."""
+        if any(isinstance(item, torch.Generator) and _address_of(item) not in self._states for item in given):
+            self.obstacle = "it draws from a generator of random numbers that it makes itself"
+        elif any(not torch.equal(generator.get_state(), state) for generator, state in self._states.values()):
+            self.obstacle = "it sets the state of a generator of random numbers (a seed)"
+
+    def _is_input(self, tensor: Any) -> bool:
+        staged = self.staged(tensor) if isinstance(tensor, torch.Tensor) else None
+        return staged is not None and staged.slot in self.program.inputs.values()
+
+    def finish(self) -> None:
+        """The call has ended."""
+        with torch._C._DisableTorchDispatch():
+            self._check_states(())
+
     def _input(self, program: Program, tensor: torch.Tensor) -> Staged:
         number = self._numbers.get(id(tensor))
+        if number is None and tensor.layout is torch.strided and tensor.numel() and _address(tensor) in self._memory:
+            raise CompileError(
+                "chainrule.compile: the values of a computed tensor were taken to another one in a way that torch does not show "
+                "(nn.Parameter(...), deepcopy, from_numpy). Use clone() or detach()."
+            )
         if number is None:
             if tensor.__class__ is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter):
                 name = type(tensor).__name__
@@ -277,7 +327,8 @@ class WholeRecorder(Recorder):
     def depends(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is computed from inputs of the program."""
         known = self.known.get(id(tensor))
-        return id(tensor) in self._numbers if known is None else known.slot not in self.program.constants
+        # One that no op has met was there before: its values can change.
+        return known is None or known.slot not in self.program.constants
 
     def _on_read(self, func: Any, read: list[Staged]) -> None:
         if any(staged.slot not in self.program.constants for staged in read):
@@ -316,12 +367,48 @@ class NoReads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch, if it leaves the values where they are."""
-        if func in _CONVERSIONS and args and isinstance(args[0], torch.Tensor) and self._recorder.depends(args[0]):
+        if func in _HIDDEN_CALLS or (func in _CONVERSIONS and any(map(self._recorder.depends, _tensors(_read_by(func, args))))):
+            name = getattr(func, "__name__", func)
             raise CompileError(
-                f"chainrule.compile: {func.__name__} took the values of a tensor out of torch; what Python or NumPy computes "
-                "from them would not be computed again. Compute it with torch, or call the function without compile."
+                f"chainrule.compile: {name} took the values of a tensor out of torch, or put others in; what Python or NumPy "
+                "computes would not be computed again. Compute it with torch, or call the function without compile."
             )
         return func(*args, **(kwargs or {}))
 
 
-_CONVERSIONS = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__})
+#: Read the values of tensors (in lists of tensors, too) where the dispatcher does not see it.
+_MAKERS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})
+_SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
+_CONVERSIONS = frozenset(
+    {
+        torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.__deepcopy__,
+        torch.Tensor.__reduce_ex__, *_MAKERS, *_SPLITS,
+    }
+)  # fmt: skip
+
+#: Compute with values, or replace them, where the dispatcher does not see it.
+_HIDDEN_CALLS = frozenset({torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.data.__set__})  # type: ignore[attr-defined]
+
+
+def _read_by(func: Any, args: tuple[Any, ...]) -> Any:
+    """What a conversion reads."""
+    if func in _SPLITS:
+        return args[1:2]
+    if func in _MAKERS:
+        # A tensor itself is copied by an op; what is inside of a list is read.
+        return [item for item in args if isinstance(item, (list, tuple))]
+    return args[:1]
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [tensor for item in tree for tensor in _tensors(item)] if isinstance(tree, (list, tuple)) else []
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _address_of(generator: torch.Generator) -> int:
+    return int(generator._cdata)  # type: ignore[attr-defined]

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.modules import module as torch_module
 
 #: Values that are compared, where everything else is told apart by identity.
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, range)
 
-#: Packages whose functions read no state that a user replaces.
-_LIBRARIES = ("torch", "chainrule", "numpy", "scipy", "builtins", "functools", "math", "operator", "collections", "itertools")
+#: Packages whose functions and classes hold no state that a user replaces.
+_LIBRARIES = frozenset({"torch", "chainrule", "numpy", "scipy", *sys.stdlib_module_names} - {"__main__"})
+
+#: Modules among them whose objects a user fills: plain records, optimisers, distributions.
+_RECORDS = ("types", "argparse", "collections", "torch.optim", "torch.distributions", "torch.nn")
+
+#: What every class has, and what changes by itself.
+_OF_CLASSES = frozenset(
+    {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "_abc_impl"}
+)
+
+#: What torch keeps in each module for itself.
+_OF_MODULES = frozenset(
+    {"_non_persistent_buffers_set", "_load_state_dict_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"}
+)
+
+#: Arrays of NumPy with more elements are not compared.
+_ARRAY = 1 << 16
+
+#: Hooks that run for all modules.
+_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 #: More than this many values are not watched.
 _LIMIT = 20_000
@@ -23,30 +46,41 @@ _LIMIT = 20_000
 class Surroundings:
     """The values that a function found outside of its arguments when it was recorded.
 
-    They are followed through closures, default arguments, the globals that the code names, bound objects and their
-    attributes, modules with their parameters and buffers, `functools.partial`, lists, tuples and dictionaries. Not
-    followed: objects without ``__dict__``, and whatever is computed by calls (files, the time, Python's random numbers).
+    They are followed through closures, default arguments, the globals that the code names, bound objects with their
+    attributes and classes, modules with their parameters and buffers, `functools.partial`, containers and arrays of NumPy.
+    Not followed: objects of the standard library and of extension types, arrays of more than 65536 elements, and whatever is
+    computed by calls (files, the time, Python's random numbers).
 
     Args:
         roots: the functions and other objects to start from.
 
     Attributes:
         changed: where something was replaced, in words, once :meth:`hold` has said no.
+        tensors: the tensors that were found.
+        generators: the generators of random numbers that were found.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[Any, Any] = {}
         self._conditions: list[str] = []
         self._names: dict[str, Any] = {"same": _same}
         self._places: list[tuple[str, Callable[[], Any], Any]] = []
         self.changed = ""
+        self.tensors: list[torch.Tensor] = []
+        self.generators: list[torch.Generator] = []
         pending = [(root, "the function") for root in roots]
         while pending and len(self._places) < _LIMIT:
             item, where = pending.pop()
-            if id(item) in self._seen or isinstance(item, (*_PLAIN, torch.Tensor)):
+            if id(item) in self._seen or isinstance(item, _PLAIN):
                 continue
             self._seen[id(item)] = item
+            if isinstance(item, torch.Tensor):
+                self.tensors.append(item)
+                continue
             pending.extend(self._inside(item, where))
+        if any(isinstance(item, torch.nn.Module) for item in self._seen.values()):
+            for hooks in _HOOKS:
+                self._size(getattr(torch_module, hooks))
         body = " and ".join(self._conditions) or "True"
         gone = "(AttributeError, KeyError, IndexError, ValueError)"
         text = f"def hold():\n    try:\n        return {body}\n    except {gone}:\n        return False\n"
@@ -72,14 +106,18 @@ class Surroundings:
         self._conditions.append(f"({place} is {kept} or same({place}, {kept}))" if plain else f"{place} is {kept}")
         self._places.append((where, read, value))
 
-    def _entries(self, table: dict[Any, Any], keys: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
+    def _entries(self, table: Any, keys: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
         for key in keys:
-            if not isinstance(key, (str, int)):
-                continue
             value = table[key]
             name = f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
-            self._watch(table, f"[{key!r}]", value, name, functools.partial(table.__getitem__, key))
+            access = f"[{key!r}]" if type(key) in (str, int) else f"[{self._name(key)}]"
+            self._watch(table, access, value, name, functools.partial(table.__getitem__, key))
             yield value, name
+
+    def _equal(self, container: Any, kept: Any, where: str, equal: Callable[[Any, Any], bool]) -> None:
+        """Watch a container that is compared as a whole."""
+        self._conditions.append(f"{self._name(equal)}({self._name(container)}, {self._name(kept)})")
+        self._places.append((where, lambda: kept if equal(container, kept) else None, kept))
 
     def _inside(self, item: Any, where: str) -> Iterator[tuple[Any, str]]:
         if isinstance(item, types.FunctionType):
@@ -91,23 +129,48 @@ class Surroundings:
             yield item.func, where
             yield item.args, f"{where}'s arguments"
             yield item.keywords, f"{where}'s arguments"
-        elif isinstance(item, dict):
-            self._size(item)
-            yield from self._entries(item, list(item), where)
-        elif isinstance(item, (list, tuple)):
-            if isinstance(item, list):
-                self._size(item)
-            for number, value in enumerate(item):
-                if isinstance(item, list):
-                    self._watch(item, f"[{number}]", value, f"{where}[{number}]", functools.partial(item.__getitem__, number))
-                yield value, f"{where}[{number}]"
+        elif isinstance(item, (staticmethod, classmethod, property, functools.cached_property)):
+            yield getattr(item, "fget" if isinstance(item, property) else "func" if hasattr(item, "func") else "__func__"), where
+        elif isinstance(item, functools._lru_cache_wrapper):
+            yield item.__wrapped__, where
         elif isinstance(item, torch.nn.Module):
             yield from self._module(item, where)
-        elif not isinstance(item, (type, types.ModuleType, types.BuiltinFunctionType)) and not _from_library(type(item)):
-            table = getattr(item, "__dict__", None)
-            if isinstance(table, dict):
-                yield from self._entries(table, list(table), where)
-            yield from self._methods(type(item), where)
+        elif isinstance(item, torch.Generator):
+            self.generators.append(item)
+        elif isinstance(item, np.ndarray):
+            if item.size <= _ARRAY and item.dtype != object:
+                self._equal(item, item.copy(), where, _same_arrays)
+        elif isinstance(item, type):
+            yield from self._class(item, where)
+        elif not isinstance(item, (types.ModuleType, types.BuiltinFunctionType)):
+            yield from self._object(item, where)
+
+    def _object(self, item: Any, where: str) -> Iterator[tuple[Any, str]]:
+        """A container, or an object with attributes."""
+        if isinstance(item, (dict, types.MappingProxyType)):
+            self._size(item)
+            yield from self._entries(item, list(item), where)
+        elif isinstance(item, (list, collections.deque)):
+            self._size(item)
+            yield from self._entries(item, range(len(item)), where)
+        elif isinstance(item, tuple):
+            yield from ((value, f"{where}[{number}]") for number, value in enumerate(item))
+        elif isinstance(item, set):
+            self._equal(item, frozenset(item), where, _equal_sets)
+            yield from ((value, where) for value in item)
+        if _from_library(type(item)) and not type(item).__module__.startswith(_RECORDS):
+            return
+        table = getattr(item, "__dict__", None)
+        if isinstance(table, dict):
+            self._size(table)
+            yield from self._entries(table, list(table), where)
+        yield from self._class(type(item), where)
+        for base in type(item).__mro__:
+            for key, member in vars(base).items():
+                if isinstance(member, types.MemberDescriptorType) and hasattr(item, key):
+                    value = getattr(item, key)
+                    self._watch(item, f".{key}", value, f"{where}.{key}", functools.partial(getattr, item, key))
+                    yield value, f"{where}.{key}"
 
     def _size(self, container: Any) -> None:
         self._conditions.append(f"len({self._name(container)}) == {len(container)}")
@@ -116,12 +179,15 @@ class Surroundings:
         level = getattr(function, "_chainrule_level", None)
         if level is not None:
             yield level.func, function.__name__
+        yield getattr(function, "__wrapped__", None), function.__name__
+        names = set(_names(function.__code__))
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True):
             try:
                 value = cell.cell_contents
             except ValueError:
                 continue
             if isinstance(value, types.ModuleType):
+                yield from self._named(value, names, name)
                 continue
             self._watch(cell, ".cell_contents", value, f"`{name}`", functools.partial(getattr, cell, "cell_contents"))
             yield value, f"`{name}`"
@@ -129,45 +195,65 @@ class Surroundings:
         yield function.__kwdefaults__ or {}, f"the defaults of {function.__name__}"
         if _from_library(function):
             return
-        names = set(_names(function.__code__))
-        table = function.__globals__
+        for part in ("__defaults__", "__kwdefaults__", "__code__"):
+            value = getattr(function, part)
+            self._watch(function, f".{part}", value, f"{part} of {function.__name__}", functools.partial(getattr, function, part))
+        own = function.__dict__
+        yield from self._entries(own, [key for key in own if key not in ("_chainrule_level", "__wrapped__")], function.__name__)
+        yield from self._globals(function.__globals__, names)
+
+    def _globals(self, table: dict[str, Any], names: set[str]) -> Iterator[tuple[Any, str]]:
         for name in sorted(names & table.keys()):
             value = table[name]
-            if isinstance(value, (types.ModuleType, type)):
-                if not _is_library(getattr(value, "__module__", None) or getattr(value, "__name__", "")):
-                    attributes = vars(value)
-                    known = [n for n in sorted(names & attributes.keys()) if isinstance(attributes[n], (*_PLAIN, torch.Tensor))]
-                    for key in known:
-                        self._watch(value, f".{key}", attributes[key], f"{name}.{key}", functools.partial(getattr, value, key))
-                    for key in sorted(names & attributes.keys()):
-                        if isinstance(attributes[key], types.FunctionType):
-                            yield attributes[key], f"{name}.{key}"
+            if isinstance(value, types.ModuleType):
+                yield from self._named(value, names, name)
                 continue
             self._watch(table, f"[{name!r}]", value, f"the global `{name}`", functools.partial(table.__getitem__, name))
             yield value, f"the global `{name}`"
 
-    def _methods(self, kind: type, where: str) -> Iterator[tuple[Any, str]]:
+    def _named(self, module: types.ModuleType, names: set[str], where: str) -> Iterator[tuple[Any, str]]:
+        """What the code may read of a module of the user."""
+        if _is_library(module.__name__) or (id(module), frozenset(names)) in self._seen:
+            return
+        self._seen[id(module), frozenset(names)] = module
+        table = vars(module)
+        for key in sorted(names & table.keys()):
+            value = table[key]
+            if isinstance(value, types.ModuleType):
+                yield from self._named(value, names, f"{where}.{key}")
+                continue
+            self._watch(table, f"[{key!r}]", value, f"{where}.{key}", functools.partial(table.__getitem__, key))
+            yield value, f"{where}.{key}"
+
+    def _class(self, kind: type, where: str) -> Iterator[tuple[Any, str]]:
+        """The methods and attributes of a class and its bases, apart from those of libraries."""
         for base in kind.__mro__:
-            if not _from_library(base):
-                yield from ((value, where) for value in vars(base).values() if isinstance(value, types.FunctionType))
+            if _from_library(base) or (base, "class") in self._seen:
+                continue
+            self._seen[base, "class"] = base
+            table = vars(base)
+            self._size(table)
+            slots = {key for key, value in table.items() if isinstance(value, types.MemberDescriptorType)}
+            yield from self._entries(table, [key for key in table if key not in slots and key not in _OF_CLASSES], where)
 
     def _module(self, module: torch.nn.Module, where: str) -> Iterator[tuple[Any, str]]:
         table = module.__dict__
+        self._size(table)
         for key, value in table.items():
-            if key.endswith("_hooks") or key in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+            if key in _OF_MODULES:
+                continue
+            if key.endswith("_hooks") or key == "_forward_hooks_with_kwargs" or key == "_forward_pre_hooks_with_kwargs":
                 if value.__class__ is not bool and hasattr(value, "__len__"):
                     self._size(value)
                     if value:
                         yield from ((hook, f"a hook of {where}") for hook in value.values())
-            elif isinstance(value, (*_PLAIN, torch.Tensor)):
-                self._watch(table, f"[{key!r}]", value, f"{where}.{key}", functools.partial(table.__getitem__, key))
             elif key in ("_parameters", "_buffers", "_modules"):
                 self._size(value)
                 yield from self._entries(value, list(value), where)
-            elif not key.startswith("_"):
+            else:
                 self._watch(table, f"[{key!r}]", value, f"{where}.{key}", functools.partial(table.__getitem__, key))
                 yield value, f"{where}.{key}"
-        yield from self._methods(type(module), where)
+        yield from self._class(type(module), where)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -186,8 +272,20 @@ def _from_library(item: Any) -> bool:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal and of one type (a NaN is the same as a NaN)."""
-    return type(value) is type(other) and (value == other or (value != value and other != other))
+    """Equal and of one type (a NaN is the same as a NaN, a zero is not the same as a negative one)."""
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, (float, complex)):
+        return repr(value) == repr(other)
+    return bool(value == other)
+
+
+def _same_arrays(array: Any, kept: Any) -> bool:
+    return array.shape == kept.shape and array.dtype == kept.dtype and array.tobytes() == kept.tobytes()
+
+
+def _equal_sets(container: set[Any], kept: frozenset[Any]) -> bool:
+    return container == kept
 
 
 def _still(read: Callable[[], Any], value: Any) -> bool:

@@ -125,11 +125,22 @@ class Flat:
                     called = torch.compile(module, fullgraph=True, dynamic=False)
                     called(*values)
                 else:
-                    called = importlib.import_module("torch._inductor").compile(module, list(values))
+                    # Examples of their own: the compiler takes tensors that are the same here for the same in each call.
+                    examples = [_example(value) for value in values]
+                    called = importlib.import_module("torch._inductor").compile(module, examples)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CompileError(f"chainrule.compile: the inductor backend failed on this graph: {reason}") from error
-        return lambda values: called(*values)
+        if not any(i.writes for i in self.program.instructions):
+            return lambda values: called(*values)
+        plain = self.replay()
+
+        def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            # The compiled code takes it that what it writes to is seen through one input only.
+            apart = len({value.untyped_storage().data_ptr() for value in values}) == len(values)
+            return called(*values) if apart else plain(values)
+
+        return run
 
     def cudagraph(self, values: Sequence[torch.Tensor], *, joined: bool) -> Run:
         """A CUDA graph. Arguments are copied to fixed places; what was closed over is read where it is.
@@ -174,6 +185,11 @@ class Flat:
             return [result.clone() for result in results]
 
         return replay
+
+
+def _example(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same kind with memory of its own."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _with_nodes(tree: Any, nodes: dict[int, fx.Node]) -> Any:

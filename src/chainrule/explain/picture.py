@@ -304,7 +304,7 @@ def _draw_steps(axes: Any, account: Account, steps: list[dict[str, Any]]) -> Non
     axes.set_xscale("symlog", linthresh=10)
     axes.tick_params(axis="x", labelsize=6)
     axes.set_title("cost per step of the plan", fontsize=8, loc="left")
-    axes.legend(fontsize=6, frameon=False, loc="lower right")
+    axes.legend(fontsize=6, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)  # above: no bar is under it
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.margins(x=0.12)

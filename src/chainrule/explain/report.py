@@ -79,7 +79,7 @@ class Explanation:
             ImportError: if matplotlib is not installed.
             IndexError: if there is no such account.
         """
-        return picture.svg(self.accounts[number])
+        return picture.svg(self._account(number))
 
     def save(self, path: str | Path, number: int = -1) -> None:
         """Write the picture of one account into a file; its ending says how (``.svg``, ``.png``, ``.pdf``).
@@ -92,7 +92,14 @@ class Explanation:
             ImportError: if matplotlib is not installed.
             IndexError: if there is no such account.
         """
-        picture.save(self.accounts[number], Path(path))
+        picture.save(self._account(number), Path(path))
+
+    def _account(self, number: int) -> Account:
+        if not self.accounts:
+            raise IndexError(f"explain: there is no plan to draw: {self}")
+        if not -len(self.accounts) <= number < len(self.accounts):
+            raise IndexError(f"explain: there are {len(self.accounts)} accounts, and none has the number {number}")
+        return self.accounts[number]
 
     def _repr_html_(self) -> str:
         """The pictures and the text, for a notebook."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ _GRAPHS = 8
 _RECORDINGS = 16
 
 _STATIC = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+_AUTOCAST = ("cpu", "cuda")
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -68,9 +71,23 @@ class _Graph:
     statics: list[tuple[int, Any]]
     flat: Flat | None
     reason: str = ""
+    #: Tensors that no call uses, of which the function may have read shape or dtype; gradients that were used, and of what.
+    seen: list[torch.Tensor] = field(default_factory=list)
+    grads: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        used = {id(tensor): tensor for tensor in self.closed}
+        found = [*self.surroundings.tensors, *self.closed]
+        self.seen = [tensor for tensor in self.surroundings.tensors if id(tensor) not in used and tensor.layout is torch.strided]
+        self.kinds = self.kinds + [_kind(tensor) for tensor in self.seen]
+        self.grads = [(t, t.grad) for t in found if t.is_leaf and t.grad is not None and id(t.grad) in used]
 
     def holds(self) -> bool:
-        return self.surroundings.hold() and [_kind(t) for t in self.closed] == self.kinds
+        return (
+            self.surroundings.hold()
+            and [_kind(t) for t in (*self.closed, *self.seen)] == self.kinds
+            and all(tensor.grad is grad for tensor, grad in self.grads)
+        )
 
 
 @dataclass(slots=True)
@@ -175,7 +192,11 @@ class _Compiled:
         self._hits += 1
         values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         values += graph.closed
-        found = graph.run(values)
+        if any(map(torch.is_autocast_enabled, _AUTOCAST)):
+            with _no_casts():
+                found = graph.run(values)
+        else:
+            found = graph.run(values)
         if graph.statics:
             found = list(found)
             for position, value in graph.statics:
@@ -202,18 +223,23 @@ class _Compiled:
                     stacklevel=4,
                 )
             self._misses += 1
-            result, graph = self._record(leaves, args, kwargs)
+            try:
+                result, graph = self._record(leaves, args, kwargs)
+            except BaseException:
+                signature.recordings -= 1  # an error is an error each time
+                raise
             signature.graphs.insert(0, graph)
             del signature.graphs[_GRAPHS:]
             return result
 
     def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, _Graph]:
         """Run the function and make a graph of the run."""
-        surroundings = Surroundings([self.function, *(leaf for leaf in leaves if callable(leaf))])
-        result, recorder, given = self._run_recorded(args, kwargs)
+        surroundings = Surroundings([self.function, *(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))])
+        generators = surroundings.generators
+        result, recorder, given = self._run_recorded(args, kwargs, generators)
         if not (recorder.random or _writes_outside(recorder.program)):
             # The plans of the transforms are known now, and run as programs of few calls: this run is the one to keep.
-            result, recorder, given = self._run_recorded(args, kwargs)
+            result, recorder, given = self._run_recorded(args, kwargs, generators)
         out_leaves, spec = tree_flatten(result)
         statics = [(n, leaf) for n, leaf in enumerate(out_leaves) if not isinstance(leaf, torch.Tensor)]
         tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
@@ -236,7 +262,8 @@ class _Compiled:
         flat.results = [Staged(program, s.slot, None) for s in flat.results]  # type: ignore[arg-type]
         values = [*(leaf for _, leaf in given), *closed]
         if self.backend == "inductor":
-            run = flat.inductor(values, joined=joined)
+            with _no_casts():
+                run = flat.inductor(values, joined=joined)
         elif self.backend == "cudagraphs":
             run = flat.cudagraph(values, joined=joined)
         else:
@@ -244,7 +271,7 @@ class _Compiled:
         return result, _Graph(run, surroundings, closed, kinds, spec, statics, flat)
 
     def _run_recorded(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> tuple[Any, WholeRecorder, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Run the function on aliases of its arguments; they are returned with what they stand for."""
         leaves, spec = tree_flatten((args, kwargs))
@@ -254,9 +281,11 @@ class _Compiled:
                 leaves[number] = alias = aten.alias.default(leaf)
                 given.append((alias, leaf))
         called, named = tree_unflatten(leaves, spec)
-        recorder = WholeRecorder([alias for alias, _ in given])
+        recorder = WholeRecorder([alias for alias, _ in given], generators)
         with NoReads(recorder), recorder:
-            return self.function(*called, **named), recorder, given
+            result = self.function(*called, **named)
+        recorder.finish()
+        return result, recorder, given
 
     def cache_info(self) -> CacheInfo:
         """How often the function was called, and how."""
@@ -292,6 +321,13 @@ class _Compiled:
         return found.flat
 
 
+@contextmanager
+def _no_casts() -> Iterator[None]:
+    """Without autocast: the casts are in the graph, and calls that ran outside of autocast must not be cast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
 def _kind(tensor: torch.Tensor) -> Any:
     return (tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
 
@@ -300,7 +336,8 @@ def _key(leaves: Sequence[Any], spec: Any) -> Any:
     """The signature of a call; None for tensors that no graph can have."""
     parts: list[Any] = [
         structure_key(spec), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
-        torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        torch.get_default_device() if torch._C._len_torch_function_stack() else None,
+        *(torch.get_autocast_dtype(d) for d in _AUTOCAST if torch.is_autocast_enabled(d)),
     ]  # fmt: skip
     for leaf in leaves:
         kind = leaf.__class__
@@ -311,8 +348,23 @@ def _key(leaves: Sequence[Any], spec: Any) -> Any:
         elif isinstance(leaf, torch.Tensor):
             return None
         else:
-            parts += (kind, leaf)
+            parts.append(_static(leaf))
     return tuple(parts)
+
+
+def _static(value: Any) -> Any:
+    """The key of an argument that is not a tensor: values of other types, though equal, are others."""
+    kind = value.__class__
+    if kind is float or kind is complex:
+        return kind, value, repr(value)  # 0.0 is not -0.0
+    if kind.__eq__ is object.__eq__ or kind in _STATIC:
+        return kind, value
+    if kind is frozenset:
+        return kind, frozenset(map(_static, value))
+    if dataclasses.is_dataclass(value) and kind.__hash__ is not None:
+        return kind, *(_static(getattr(value, f.name)) for f in dataclasses.fields(value))
+    hash(value)
+    return kind, value, id(value)
 
 
 def _writes_outside(program: Program) -> bool:
@@ -329,6 +381,8 @@ def _obstacle(
     statics: Sequence[tuple[int, Any]], tensors: Sequence[torch.Tensor], recorder: WholeRecorder, *, joined: bool
 ) -> str:
     """Why a recorded run cannot be replayed, if so."""
+    if recorder.obstacle:
+        return recorder.obstacle
     for _, value in statics:
         if not isinstance(value, _STATIC):
             return f"a result is of type {type(value).__name__}, neither a tensor nor a plain value"
