@@ -48,7 +48,10 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
         return taken
 
     key = ("gather", id(factor.node), position, id(onehot.index))
-    return Factor(_node(key, sizes, (factor.node, onehot.index), index_select, memo), axes)
+    node = _node(key, sizes, (factor.node, onehot.index), index_select, memo)
+    if partial:
+        node.bytes = 4 * node.numel  # one pass more, for the mask
+    return Factor(node, axes)
 
 
 def _node(key: object, sizes: Sequence[int], inputs: tuple[Node, ...], compute: object, memo: Memo) -> Node:

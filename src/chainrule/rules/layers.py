@@ -16,8 +16,8 @@ import torch
 from chainrule.maps.contract import Merge, permute
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
-from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single
+from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes, shift_onehot
+from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single, value_node
 from chainrule.rules.families import operator_edge
 
 aten = torch.ops.aten
@@ -123,7 +123,31 @@ def _input_edge(call: Call, geometry: Geometry, item: Any, weight: Any) -> Edge:
     taps = 1
     for size in geometry.weight[1:]:
         taps *= size
-    return operator_edge(call, item, push, pull, ((0, 0),), call.tensor(call.outputs[0]).numel() * taps)
+    flops = call.tensor(call.outputs[0]).numel() * taps
+    return operator_edge(call, item, push, pull, ((0, 0),), flops, terms=(_stencil_term(call, geometry, item, weight),))
+
+
+def _stencil_term(call: Call, geometry: Geometry, item: Any, weight: Any) -> Term:
+    """The weight, and for each spatial dimension the shift ``fine == stride * coarse + dilation * tap - padding``.
+
+    The fine side is the input; of a transposed convolution it is the output.
+    """
+    groups = geometry.groups
+    n, g = Axis(call.shape(item)[0]), Axis(groups)
+    outer, inner = Axis(call.out_shape[1] // groups), Axis(call.shape(item)[1] // groups)
+    kernel = new_axes(geometry.kernel)
+    fine, coarse = new_axes(geometry.input), new_axes(geometry.output)
+    if geometry.transposed:
+        fine, coarse = coarse, fine
+    memo, device = call.workspace.memo, call.workspace.device
+    shifts = tuple(
+        shift_onehot((coarse[d], kernel[d]), fine[d], -geometry.padding[d], (geometry.stride[d], geometry.dilation[d]), memo, device)
+        for d in range(len(kernel))
+    )
+    axes = (g, inner, outer, *kernel) if geometry.transposed else (g, outer, inner, *kernel)
+    factor = Factor(value_node(call, weight, [axis.size for axis in axes]), axes)
+    made, read = (fine, coarse) if geometry.transposed else (coarse, fine)
+    return Term(((n,), (g, outer), *dims_of(made)), ((n,), (g, inner), *dims_of(read)), (factor,), shifts)
 
 
 def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
