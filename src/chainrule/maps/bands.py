@@ -60,7 +60,8 @@ def _joined(term: Term, onehot: OneHot, shift: tuple[int, tuple[int, ...]], work
     inner = {axis: step for axis, step in zip(onehot.sources, steps, strict=True) if axis not in outer}
     kept = {axis: step for axis, step in zip(onehot.sources, steps, strict=True) if axis in outer}
     wide = {axis: step for axis, step in inner.items() if axis.size > 1 and step}
-    if len(inner) < 2 or not wide or any(axis.size > 1 and not step for axis, step in inner.items()) or _shared(term, onehot, list(inner)):
+    still = any(axis.size > 1 and not step for axis, step in inner.items())
+    if len(inner) < 2 or not wide or still or _shared(term, onehot, list(inner)):
         return term
     gap = math.gcd(*wide.values())
     reach = [step * (axis.size - 1) for axis, step in wide.items()]

@@ -12,7 +12,7 @@ from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
 from chainrule.maps.contract import contract, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
-from chainrule.maps.onehots import Memo, fixed_points, gather, mask_factor, scatter
+from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup, shift_of, shift_onehot
 
@@ -197,6 +197,10 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         chained = any(target in h.sources for h in others)
         if target in outer and not carried and not chained:
             continue
+        if carried and onehot.index.digit is not None:
+            read_at = [gather_flat(f, term.onehots, workspace.memo) or f if target in f.axes else f for f in term.factors]
+            if any(new is not old for new, old in zip(read_at, term.factors, strict=True)):
+                return replace(term, factors=tuple(read_at))
         factors = tuple(gather(f, onehot, workspace.memo) if target in f.axes else f for f in term.factors)
         others = tuple(_chain(h, onehot, workspace) if target in h.sources else h for h in others)
         if target in outer:

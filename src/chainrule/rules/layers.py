@@ -113,7 +113,7 @@ class Geometry:
 
 
 def _flipped_is_faster(rows: Staged) -> bool:
-    """Whether a convolution with the flipped kernel is faster than a transposed one: with the widest registers, in most shapes."""
+    """Whether a convolution with the flipped kernel is faster than a transposed one: in most shapes, with wide registers."""
     return rows.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -167,9 +167,9 @@ def _stencil_term(call: Call, geometry: Geometry, item: Any, weight: Any) -> Ter
     if geometry.transposed:
         fine, coarse = coarse, fine
     memo, device = call.workspace.memo, call.workspace.device
+    steps = tuple(zip(geometry.stride, geometry.dilation, strict=True))
     shifts = tuple(
-        shift_onehot((coarse[d], kernel[d]), fine[d], -geometry.padding[d], (geometry.stride[d], geometry.dilation[d]), memo, device)
-        for d in range(len(kernel))
+        shift_onehot((coarse[d], kernel[d]), fine[d], -geometry.padding[d], steps[d], memo, device) for d in range(len(kernel))
     )
     axes = (g, inner, outer, *kernel) if geometry.transposed else (g, outer, inner, *kernel)
     factor = Factor(value_node(call, weight, [axis.size for axis in axes]), axes)
