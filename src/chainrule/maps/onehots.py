@@ -257,5 +257,6 @@ def eye(size: int, dtype: torch.dtype, device: torch.device) -> Node:
 
 
 __all__ = [
-    "Memo", "dense_relation", "digit", "expand_to", "eye", "fixed_points", "gather", "gather_flat", "mask_factor", "ones", "scatter",
+    "Memo", "dense_relation", "digit", "expand_to", "eye", "fixed_points", "gather", "gather_flat", "mask_factor", "ones",
+    "scatter",
 ]  # fmt: skip
