@@ -16,8 +16,8 @@ LIMITS: dict[str, str] = {
     "B2": "the forward Laplacian by hand is itself only about 3 times faster than the best torch.func expression.",
     "B3": "a batched matrix product whose operands are laid out by samples, and one copy of the layout by samples of its result.",
     "B5": "one transposed convolution of 320 cotangents, 850 million multiply-adds, takes 24 ms at 35 of the 40 a nanosecond "
-    "that a matrix product reaches on an AVX2 core, as in torch.func, whose chunks of one row stay in the cache. Pooling leaves one "
-    "entry in four, another in each channel: products over channels cannot skip the zeros. Kept: the last convolution as a "
+    "that a matrix product reaches on an AVX2 core, as in torch.func, whose chunks of one row stay in the cache. Pooling leaves "
+    "one entry in four, another in each channel: products over channels cannot skip the zeros. Kept: the last convolution as a "
     "product and `col2im`, a scatter in the layout that the convolution reads. Tried and dropped: masks before the scatter "
     "(slower gradients of weights). Not done: blocks of rows inside a plan.",
     "B6": "the same convolutions as torch.func's, grouped for the weights; what is left is recording in Python. Slower by "
