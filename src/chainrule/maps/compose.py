@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
+from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
 from chainrule.maps.contract import contract, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
-from chainrule.maps.onehots import Memo, fixed_points, gather, mask_factor, scatter
+from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup, shift_of, shift_onehot
 
 
 class Workspace:
@@ -99,7 +100,7 @@ def _without_circles(term: Term, workspace: Workspace) -> Term:
     for onehot in term.onehots:
         if len(set(onehot.sources)) < len(onehot.sources):
             read = _without_repeats(Factor(onehot.index, onehot.sources), workspace.memo)
-            onehot = onehot._replace(index=read.node, sources=read.axes, affine=None)
+            onehot = onehot._replace(index=read.node, sources=read.axes, affine=None, shift=None)
         if onehot.target not in onehot.sources:
             onehots.append(onehot)
         elif onehot.affine is not None and onehot.affine[1] == 1:
@@ -196,11 +197,16 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         chained = any(target in h.sources for h in others)
         if target in outer and not carried and not chained:
             continue
+        if carried and onehot.index.digit is not None:
+            read_at = [gather_flat(f, term.onehots, workspace.memo) or f if target in f.axes else f for f in term.factors]
+            if any(new is not old for new, old in zip(read_at, term.factors, strict=True)):
+                return replace(term, factors=tuple(read_at))
         factors = tuple(gather(f, onehot, workspace.memo) if target in f.axes else f for f in term.factors)
         others = tuple(_chain(h, onehot, workspace) if target in h.sources else h for h in others)
         if target in outer:
             return replace(term, factors=factors, onehots=(*others, onehot))
-        if onehot.partial:
+        # What was read through a shift is zero already where there is nothing to read.
+        if onehot.partial and not (carried and onehot.shift is not None):
             factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
         return _keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
     return None
@@ -225,6 +231,8 @@ def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
         size = inner.sources[0].size
         index = constant_index((size,), lambda d: start + step * torch.arange(size, device=d), workspace.device)
         return OneHot(index, inner.sources, outer.target, False, (start, step))
+    if (shifted := _chain_shifts(outer, inner, workspace)) is not None:
+        return shifted
     index = Factor(outer.index, outer.sources)
     plain = inner._replace(partial=False)
     if inner.partial:
@@ -242,6 +250,22 @@ def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
 
         node = Node(node.sizes, (node, inner.index), forget, label="index")  # type: ignore[arg-type]
     return OneHot(node, read.axes, outer.target, outer.partial or inner.partial)
+
+
+def _chain_shifts(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot | None:
+    """A shift of a shift. Where the inner one has no target, the term is zero by the inner one's own mask or relation."""
+    one, two = shift_of(outer), shift_of(inner)
+    if one is None or two is None:
+        return None
+    factor = one[1][outer.sources.index(inner.target)]
+    steps: dict[Axis, int] = {}
+    for axis, step in zip(outer.sources, one[1], strict=True):
+        if axis is not inner.target:
+            steps[axis] = steps.get(axis, 0) + step
+    for axis, step in zip(inner.sources, two[1], strict=True):
+        steps[axis] = steps.get(axis, 0) + factor * step
+    start = one[0] + factor * two[0]
+    return shift_onehot(tuple(steps), outer.target, start, tuple(steps.values()), workspace.memo, workspace.device)
 
 
 def internal_axes(term: Term) -> list[Axis]:
@@ -263,22 +287,35 @@ def fold_uncarried(term: Term) -> Term:
     return term if scale == term.scale else replace(term, scale=scale)
 
 
-def settle(term: Term, workspace: Workspace) -> Term:
+def settle(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
     """Contract everything that a plan in a pinned order contracts: sums over internal axes, and factors into larger ones.
 
-    The result has no internal axis. Factors that share no summed axis and would only form an outer product stay apart.
+    The result has no internal axis, apart from those of bands (see :mod:`chainrule.maps.bands`) where these are asked for.
+    Factors that share no summed axis and would only form an outer product stay apart.
     """
     term = fold_uncarried(push_onehots(term, workspace))
-    term = scatter_internal(term, workspace)
+    if bands and term.onehots:
+        term = push_onehots(with_bands(term, workspace), workspace)
+    term = scatter_internal(term, workspace, bands=bands)
     term = _contract_connected(term, workspace)
     return _absorb(term, workspace)
 
 
-def scatter_internal(term: Term, workspace: Workspace) -> Term:
-    """Sum over the sources of relations when those sources are internal: the relation goes, its target becomes dense."""
+def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
+    """Sum over the sources of relations when those sources are internal: the relation goes, its target becomes dense.
+
+    With ``bands``, the relations of bands stay.
+    """
     while True:
         outer = term.outer_axes()
-        ready = next((h for h in term.onehots if any(axis not in outer for axis in h.sources)), None)
+        ready = next(
+            (
+                h
+                for h in term.onehots
+                if any(axis not in outer for axis in h.sources) and not (bands and band_axis(term, h) is not None)
+            ),
+            None,
+        )
         if ready is None:
             return term
         group = _linked(ready, term.onehots, outer)
@@ -319,7 +356,8 @@ def _spread(onehot: OneHot, sources: tuple[Axis, ...]) -> OneHot:
     def compute(program: Program, value: Staged) -> Staged:
         return torch.broadcast_to(expand_to(permute(value, permutation), names, order), sizes)
 
-    return onehot._replace(index=Node(sizes, (onehot.index,), compute, label="index"), sources=sources, affine=None)
+    index = Node(sizes, (onehot.index,), compute, label="index")
+    return onehot._replace(index=index, sources=sources, affine=None, shift=None)
 
 
 def _needed_axes(term: Term) -> dict[Axis, None]:

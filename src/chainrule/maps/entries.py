@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from chainrule.maps.band_entries import banded_term
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
@@ -18,7 +19,10 @@ Slice = tuple[int, int, int, int]
 
 
 def written_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
-    """A settled term with relations (each outer target tied by one) as a dense array of ``shape``."""
+    """A settled term with relations (each outer target tied by one, bands included) as a dense array of ``shape``."""
+    outer = term.outer_axes()
+    if any(axis not in outer for h in term.onehots for axis in h.sources):
+        return banded_term(term, workspace, shape)
     if all(_is_slice(h) for h in term.onehots):
         return _sliced_term(term, workspace, shape)
     return _scattered_term(term, workspace, shape)

@@ -11,7 +11,7 @@ import torch
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.entries import embed_diagonals, written_term
-from chainrule.maps.nodes import Node
+from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, Term
@@ -34,6 +34,7 @@ class Operator:
         diagonal: pairs ``(output dimension, input dimension)`` on which the op acts entry by entry (a batch dimension).
         flops: multiply-adds of one row.
         label: the op's name, for ``explain``.
+        terms: the same map as a sum of terms, where its structure may be worth more than the op's kernel.
     """
 
     out_shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Operator:
     diagonal: tuple[tuple[int, int], ...] = ()
     flops: int = 0
     label: str = ""
+    terms: tuple[Term, ...] = ()
 
     def transpose(self) -> Operator:
         """The operator read from the output to the input."""
@@ -54,6 +56,7 @@ class Operator:
             tuple((i, o) for o, i in self.diagonal),
             self.flops,
             self.label,
+            tuple(term.transpose() for term in self.terms),
         )
 
 
@@ -93,19 +96,46 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
             if not _has_empty_axis(one, two):
                 joined = join(one, two, workspace)
                 if joined.scale != 0.0:
-                    terms.append(settle(joined, workspace) if eager else joined)
+                    terms.append(settle(joined, workspace, bands=True) if eager else joined)
     for operator in right.operators:
-        terms.extend(_pull(term, operator, workspace) for term in merge(left.terms, workspace, force=False))
+        for term in merge(left.terms, workspace, force=False):
+            terms.extend(_through(term, operator, workspace))
     if left.operators:
         lifted = merge(tuple(t.transpose() for t in right.terms), workspace, force=False)
         for operator in left.operators:
             flipped = operator.transpose()
-            terms.extend(_pull(term, flipped, workspace).transpose() for term in lifted)
+            terms.extend(found.transpose() for term in lifted for found in _through(term, flipped, workspace))
     return LinearMap(left.out_shape, right.in_shape, tuple(terms))
 
 
 def _has_empty_axis(one: Term, two: Term) -> bool:
     return any(axis.size == 0 for term in (one, two) for axis in term.all_axes())
+
+
+def _through(term: Term, operator: Operator, workspace: Workspace) -> list[Term]:
+    """A term composed with an operator: by the operator's kernel, or by its terms if that is predicted to cost less.
+
+    The kernel needs dense rows. The terms are tried where the rows would be identities or index relations.
+    """
+    acted = {axis for d, dim in enumerate(term.in_dims) if d not in {o for o, _ in operator.diagonal} for axis in dim}
+    outside = {axis for dim in term.out_dims for axis in dim}
+    tied = {axis for h in term.onehots for axis in (*h.sources, h.target)}
+    if not operator.terms or not any(axis in outside or axis in tied for axis in acted if axis.size > 1):
+        return [_pull(term, operator, workspace)]
+    if any(_has_empty_axis(term, other) for other in operator.terms):
+        return [_pull(term, operator, workspace)]
+    joined = [join(term, other, workspace) for other in operator.terms]
+    structured = [settle(found, workspace, bands=True) for found in joined if found.scale != 0.0]
+    pulled = [_pull(term, operator, workspace)]
+    return min((pulled, structured), key=_terms_cost)
+
+
+def _terms_cost(terms: Sequence[Term]) -> float:
+    """What it costs to compute the entries of terms, in multiply-adds."""
+    nodes = postorder([factor.node for term in terms for factor in term.factors])
+    work = sum((node.flops + MOVED_COST * node.bytes) * node.batch + CALL_COST for node in nodes if node.flops or node.bytes)
+    entries = sum(math.prod(axis.size for axis in term.carried_axes()) for term in terms)
+    return work + MOVED_COST * entries
 
 
 def _pull(term: Term, operator: Operator, workspace: Workspace) -> Term:
@@ -201,7 +231,7 @@ def merge(terms: Sequence[Term], workspace: Workspace, *, force: bool) -> tuple[
     """Add terms of one structure into one term; with ``force``, or when many are left, make all of one structure."""
     if len(terms) < 2:
         return tuple(terms)
-    settled = [settle(term, workspace) for term in terms]
+    settled = [settle(term, workspace, bands=True) for term in terms]
     merged = _merge_equal(settled, workspace, force)
     if len(merged) > (1 if force else TERM_LIMIT):
         common = _common_diagonals(merged)
@@ -405,7 +435,7 @@ def densify(linear_map: LinearMap, workspace: Workspace) -> Node:
         return Node(
             shape, (), lambda program: program.call(torch.zeros, shape, dtype=dtype, device=device), label="zeros"
         )
-    nodes = [dense_term(settle(term, workspace), workspace, shape) for term in merge(terms, workspace, force=False)]
+    nodes = [dense_term(settle(term, workspace, bands=True), workspace, shape) for term in merge(terms, workspace, force=False)]
     total = nodes[0]
     for node in nodes[1:]:
         total = Node(

@@ -8,6 +8,12 @@ from typing import Any
 
 from chainrule.maps.staging import Program, Staged
 
+#: An element read or written costs about as much as this many multiply-adds.
+MOVED_COST = 4.0
+
+#: A call costs about as much as this many multiply-adds before its kernel starts.
+CALL_COST = 20_000
+
 
 class Node:
     """A dense array to be computed: its sizes, the nodes it needs, its cost, and how to stage it.

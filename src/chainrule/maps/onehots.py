@@ -14,15 +14,16 @@ from chainrule.maps.terms import Axis, Factor, OneHot
 
 Memo = dict[object, Node]
 
+#: Adding an element at an index takes about as long as moving this many elements in order.
+_SCATTERED = 6
+
 
 def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
     """Read a factor that carries the relation's target at ``index[sources]``: it then carries the sources instead."""
     target = onehot.target
     position = factor.axes.index(target)
-    extra = tuple(axis for axis in onehot.sources if axis not in factor.axes)
-    shared = tuple(axis for axis in onehot.sources if axis in factor.axes)
-    if shared:
-        return _gather_shared(factor, onehot, shared, extra, memo)
+    if any(axis in factor.axes for axis in onehot.sources):
+        return _gather_at(factor, onehot.sources, (target,), onehot.index, partial=onehot.partial, memo=memo)
     axes = factor.axes[:position] + onehot.sources + factor.axes[position + 1 :]
     sizes = tuple(axis.size for axis in axes)
     affine, partial = onehot.affine, onehot.partial
@@ -48,7 +49,10 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
         return taken
 
     key = ("gather", id(factor.node), position, id(onehot.index))
-    return Factor(_node(key, sizes, (factor.node, onehot.index), index_select, memo), axes)
+    node = _node(key, sizes, (factor.node, onehot.index), index_select, memo)
+    if partial:
+        node.bytes = 4 * node.numel  # one pass more, for the mask
+    return Factor(node, axes)
 
 
 def _node(key: object, sizes: Sequence[int], inputs: tuple[Node, ...], compute: object, memo: Memo) -> Node:
@@ -66,31 +70,42 @@ def _slice(value: Staged, dim: int, start: int, step: int, length: int) -> Stage
     return value[tuple(index)]
 
 
-def _gather_shared(
-    factor: Factor, onehot: OneHot, shared: tuple[Axis, ...], extra: tuple[Axis, ...], memo: Memo
-) -> Factor:
-    """The relation depends on axes that the factor already carries: ``torch.gather`` along the target."""
-    order = (*shared, *(a for a in factor.axes if a not in shared and a is not onehot.target), onehot.target)
-    moved = transpose_to(factor, order, memo)
-    rest = order[len(shared) : -1]
-    axes = (*shared, *rest, *extra)
-    count = math.prod(a.size for a in extra)
-    sizes = tuple(a.size for a in axes)
-    permutation = tuple(onehot.sources.index(a) for a in (*shared, *extra))
-    partial = onehot.partial
+def gather_flat(factor: Factor, group: Sequence[OneHot], memo: Memo) -> Factor | None:
+    """Read a factor that carries the targets of several relations, which are the digits of one index, at that index."""
+    group = [h for h in group if h.sources == group[0].sources]
+    flat = _flat_places(group) if len(group) > 1 else None
+    if flat is None or any(h.target not in factor.axes for h in group):
+        return None
+    sources = group[0].sources
+    return _gather_at(factor, sources, tuple(h.target for h in group), flat, partial=False, memo=memo)
 
-    def compute(program: Program, value: Staged, index: Staged) -> Staged:
-        if permutation != tuple(range(len(permutation))):
-            index = torch.permute(index, permutation)
-        index = torch.reshape(index, (*(a.size for a in shared), *(1,) * len(rest), count))
-        index = torch.broadcast_to(index, (*(a.size for a in shared), *(a.size for a in rest), count))
-        taken = torch.gather(value, -1, torch.clamp(index, min=0) if partial else index)
+
+def _gather_at(
+    factor: Factor, sources: tuple[Axis, ...], targets: tuple[Axis, ...], index: Node, *, partial: bool, memo: Memo
+) -> Factor:
+    """``torch.gather`` along the targets, taken as one; the factor may carry some of the relation's sources already."""
+    shared = tuple(axis for axis in sources if axis in factor.axes)
+    extra = tuple(axis for axis in sources if axis not in factor.axes)
+    rest = tuple(a for a in factor.axes if a not in shared and a not in targets)
+    moved = transpose_to(factor, (*shared, *rest, *targets), memo)
+    axes = (*shared, *rest, *extra)
+    lead, middle = tuple(a.size for a in shared), tuple(a.size for a in rest)
+    count, extent = math.prod(a.size for a in extra), math.prod(a.size for a in targets)
+    sizes = tuple(a.size for a in axes)
+    permutation = tuple(sources.index(a) for a in (*shared, *extra))
+
+    def compute(program: Program, value: Staged, places: Staged) -> Staged:
+        places = torch.reshape(permute(places, permutation), (*lead, *(1,) * len(middle), count))
+        places = torch.broadcast_to(places, (*lead, *middle, count))
+        if len(targets) > 1:
+            value = torch.reshape(value, (*lead, *middle, extent))
+        taken = torch.gather(value, -1, torch.clamp(places, min=0) if partial else places)
         if partial:
-            taken = torch.where(index >= 0, taken, 0.0)
+            taken = torch.where(places >= 0, taken, 0.0)
         return torch.reshape(taken, sizes)
 
-    key = ("gather", id(moved.node), tuple(a.size for a in shared), permutation, id(onehot.index))
-    return Factor(_node(key, sizes, (moved.node, onehot.index), compute, memo), axes)
+    key = ("gather", id(moved.node), lead, permutation, id(index), len(targets))
+    return Factor(_node(key, sizes, (moved.node, index), compute, memo), axes)
 
 
 def scatter(
@@ -98,7 +113,7 @@ def scatter(
 ) -> Factor:
     """Sum ``factors`` into the targets of ``group`` (one-hots with the same sources); the sources that are not kept go.
 
-    Returns a factor over the kept axes that the factors carry, followed by the targets.
+    Returns a factor over the kept axes that the factors carry, the sources among them last, followed by the targets.
     """
     sources = group[0].sources
     targets = tuple(onehot.target for onehot in group)
@@ -110,8 +125,8 @@ def scatter(
     full.extend(Factor(ones((axis.size,), group[0].index, dtype), (axis,)) for axis in missing)
     carried.update(missing)
     rest = tuple(axis for axis in keep if axis in carried and axis not in sources)
-    product = contract(full, (*diagonal, *rest, *summed), memo)
-    axes = (*diagonal, *rest, *targets)
+    product = contract(full, (*rest, *diagonal, *summed), memo)
+    axes = (*rest, *diagonal, *targets)
     count = math.prod(a.size for a in summed)
     extent = math.prod(a.size for a in targets)
     sizes = tuple(a.size for a in axes)
@@ -134,21 +149,21 @@ def scatter(
         linear, valid = _linear_index(group, indices) if flat is None else (indices[0], None)
         linear = permute(linear, permutation)
         if valid is not None:
-            mask = torch.reshape(permute(valid, permutation), (*lead, *(1,) * len(middle), *(a.size for a in summed)))
-            value = torch.where(mask, value, 0.0)
-        value = torch.reshape(value, (*lead, *middle, count))
+            value = torch.where(permute(valid, permutation), value, 0.0)
+        value = torch.reshape(value, (*middle, *lead, count))
         if not lead:
             zeros = program.call(torch.zeros, (*middle, extent), dtype=value.dtype, device=value.device)
             added = torch.index_add(zeros, -1, torch.reshape(linear, (count,)), value)
         else:
-            linear = torch.reshape(linear, (*lead, *(1,) * len(middle), count))
-            linear = torch.broadcast_to(linear, (*lead, *middle, count))
-            zeros = program.call(torch.zeros, (*lead, *middle, extent), dtype=value.dtype, device=value.device)
+            linear = torch.broadcast_to(torch.reshape(linear, (*lead, count)), (*middle, *lead, count))
+            zeros = program.call(torch.zeros, (*middle, *lead, extent), dtype=value.dtype, device=value.device)
             added = torch.scatter_add(zeros, -1, linear, value)
         return torch.reshape(added, sizes)
 
     key = ("scatter", id(product.node), tuple(id(o.index) for o in group), permutation, len(diagonal), sizes)
-    return Factor(_node(key, sizes, (product.node, *relations), compute, memo), axes)
+    node = _node(key, sizes, (product.node, *relations), compute, memo)
+    node.bytes = 2 * node.numel + _SCATTERED * product.node.numel
+    return Factor(node, axes)
 
 
 def digit(flat: Node, stride: int, size: int) -> Node:
@@ -241,4 +256,7 @@ def eye(size: int, dtype: torch.dtype, device: torch.device) -> Node:
     return leaf((size, size), lambda program: program.call(torch.eye, size, dtype=dtype, device=device), label="eye")
 
 
-__all__ = ["Memo", "dense_relation", "digit", "expand_to", "eye", "fixed_points", "gather", "mask_factor", "ones", "scatter"]
+__all__ = [
+    "Memo", "dense_relation", "digit", "expand_to", "eye", "fixed_points", "gather", "gather_flat", "mask_factor", "ones",
+    "scatter",
+]  # fmt: skip

@@ -49,6 +49,9 @@ class OneHot(NamedTuple):
 
     ``affine`` is ``(start, step)`` when the index is ``start + step * source`` and always in range; ``(start, 0)`` when
     there is no source.
+
+    ``shift`` is ``(start, steps)`` when the index is ``start + sum of step * source`` wherever that lies within the target,
+    and negative elsewhere: what an output of a stencil reads by each of its taps.
     """
 
     index: Node
@@ -56,6 +59,7 @@ class OneHot(NamedTuple):
     target: Axis
     partial: bool = False
     affine: tuple[int, int] | None = None
+    shift: tuple[int, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,37 @@ def affine_onehot(source: Axis, target: Axis, start: int, step: int, device: tor
     size = source.size
     index = constant_index((size,), lambda d: start + step * torch.arange(size, device=d), device)
     return OneHot(index, (source,), target, False, (start, step))
+
+
+def shift_of(onehot: OneHot) -> tuple[int, tuple[int, ...]] | None:
+    """The start and the steps of a relation that is a shift (a slice is one), or None."""
+    if onehot.shift is None and onehot.affine is not None:
+        start, step = onehot.affine
+        return start, (step,) * len(onehot.sources)
+    return onehot.shift
+
+
+def shift_onehot(
+    sources: tuple[Axis, ...], target: Axis, start: int, steps: tuple[int, ...], memo: dict[object, Node], device: torch.device
+) -> OneHot:
+    """The relation ``target == start + sum of step * source``, where that lies within the target."""
+    sizes, size = tuple(axis.size for axis in sources), target.size
+    key = ("shift", sizes, size, start, steps)
+    index = memo.get(key)
+    if index is None:
+
+        def make(wanted: torch.device) -> torch.Tensor:
+            place = torch.full(sizes, start, dtype=torch.long, device=wanted)
+            for d, (count, step) in enumerate(zip(sizes, steps, strict=True)):
+                place += step * torch.arange(count, device=wanted).reshape([-1 if e == d else 1 for e in range(len(sizes))])
+            return torch.where((place >= 0) & (place < size), place, -1)
+
+        index = memo[key] = constant_index(sizes, make, device)
+    reach = [step * (count - 1) for step, count in zip(steps, sizes, strict=True)]
+    low, high = start + sum(min(0, r) for r in reach), start + sum(max(0, r) for r in reach)
+    partial = low < 0 or high >= size
+    affine = (start, steps[0]) if len(sources) == 1 and not partial else None
+    return OneHot(index, sources, target, partial, affine, (start, steps))
 
 
 def regroup(sources: tuple[Axis, ...], targets: tuple[Axis, ...], device: torch.device) -> list[OneHot]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, add_maps, compose
-from chainrule.maps.nodes import Node, postorder
+from chainrule.maps.nodes import MOVED_COST, Node, postorder
 from chainrule.maps.terms import identity
 from chainrule.plan.graph import Graph
 
@@ -40,7 +40,7 @@ class Candidate:
     @property
     def cost(self) -> float:
         """One number to compare: a moved element costs a few multiply-adds."""
-        return self.flops + 4.0 * self.moved
+        return self.flops + MOVED_COST * self.moved
 
 
 def measure(candidate: Candidate) -> Candidate:

@@ -282,6 +282,7 @@ def operator_edge(
     diagonal: tuple[tuple[int, int], ...] = (),
     flops: int = 0,
     output: int = 0,
+    terms: tuple[Term, ...] = (),
 ) -> Edge:
     """An edge with one operator; ``push`` and ``pull`` get ``(call, program, rows, number of rows)``."""
     made = Operator(
@@ -292,6 +293,7 @@ def operator_edge(
         diagonal,
         flops,
         call.op.name(),
+        terms,
     )
     return single(call, item, (), (made,), output)
 

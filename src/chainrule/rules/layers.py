@@ -16,11 +16,14 @@ import torch
 from chainrule.maps.contract import Merge, permute
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
-from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single
+from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes, shift_onehot
+from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single, value_node
 from chainrule.rules.families import operator_edge
 
 aten = torch.ops.aten
+
+#: Fewer input channels than this: a matrix product with patches or columns is faster than the kernels of convolutions.
+_FEW_CHANNELS = 4
 
 
 class Geometry:
@@ -47,8 +50,10 @@ class Geometry:
     def apply_transposed(self, rows: Staged, weight: Staged) -> Staged:
         """The transpose of the convolution with respect to its input."""
         reach = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel, self.padding, strict=True)]
-        if not self.transposed and all(s == 1 for s in self.stride) and min(reach, default=0) >= 0:
-            # A convolution with the flipped kernel, which is the faster of two kernels in most shapes.
+        plain = not self.transposed and min(self.padding, default=0) >= 0
+        if plain and self.groups == 1 and len(self.kernel) in (1, 2) and self._few_channels(rows):
+            return self._by_columns(rows, weight)
+        if plain and all(s == 1 for s in self.stride) and min(reach, default=0) >= 0 and _flipped_is_faster(rows):
             flipped = torch.flip(weight, tuple(range(2, weight.ndim)))
             if self.groups == 1:
                 flipped = torch.transpose(flipped, 0, 1)
@@ -75,6 +80,23 @@ class Geometry:
                 pulled = torch.narrow(pulled, 2 + d, 0, size)
         return pulled
 
+    def _few_channels(self, rows: Staged) -> bool:
+        """Whether most of a register would be left empty by a kernel that takes channels side by side."""
+        return rows.device.type == "cpu" and not rows.dtype.is_complex and self.weight[1] < _FEW_CHANNELS
+
+    def _by_columns(self, rows: Staged, weight: Staged) -> Staged:
+        """The transpose as one matrix product, to what each output sends to each of its taps, and their sum."""
+        count, outer, inner = rows.shape[0], self.weight[0], self.weight[1]
+        matrix = torch.t(torch.reshape(weight, (outer, inner * prod(self.kernel))))
+        columns = torch.matmul(matrix, torch.reshape(rows, (count, outer, prod(self.output))))
+        # One spatial dimension is two, the first of size one.
+        lead = [1] * (2 - len(self.kernel))
+        size, kernel = [*lead, *self.input], [*lead, *self.kernel]
+        dilation, stride = [*lead, *self.dilation], [*lead, *self.stride]
+        padding = [*(0 for _ in lead), *self.padding]
+        summed = aten.col2im.default(columns, size, kernel, dilation, padding, stride)
+        return torch.reshape(summed, (count, inner, *self.input))
+
     def taps(self, d: int, device: torch.device) -> torch.Tensor:
         """Which input a tap of the kernel reads for each output: ``(kernel, output)``; the input's size for none."""
         k = torch.arange(self.kernel[d], device=device)[:, None] * self.dilation[d]
@@ -88,6 +110,11 @@ class Geometry:
             read = o * self.stride[d] - self.padding[d] + k
             missing = (read < 0) | (read >= size)
         return torch.where(missing, size, read)
+
+
+def _flipped_is_faster(rows: Staged) -> bool:
+    """Whether a convolution with the flipped kernel is faster than a transposed one: in most shapes, with wide registers."""
+    return rows.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _spread(values: Sequence[int] | int, rank: int) -> list[int]:
@@ -123,7 +150,31 @@ def _input_edge(call: Call, geometry: Geometry, item: Any, weight: Any) -> Edge:
     taps = 1
     for size in geometry.weight[1:]:
         taps *= size
-    return operator_edge(call, item, push, pull, ((0, 0),), call.tensor(call.outputs[0]).numel() * taps)
+    flops = call.tensor(call.outputs[0]).numel() * taps
+    return operator_edge(call, item, push, pull, ((0, 0),), flops, terms=(_stencil_term(call, geometry, item, weight),))
+
+
+def _stencil_term(call: Call, geometry: Geometry, item: Any, weight: Any) -> Term:
+    """The weight, and for each spatial dimension the shift ``fine == stride * coarse + dilation * tap - padding``.
+
+    The fine side is the input; of a transposed convolution it is the output.
+    """
+    groups = geometry.groups
+    n, g = Axis(call.shape(item)[0]), Axis(groups)
+    outer, inner = Axis(call.out_shape[1] // groups), Axis(call.shape(item)[1] // groups)
+    kernel = new_axes(geometry.kernel)
+    fine, coarse = new_axes(geometry.input), new_axes(geometry.output)
+    if geometry.transposed:
+        fine, coarse = coarse, fine
+    memo, device = call.workspace.memo, call.workspace.device
+    steps = tuple(zip(geometry.stride, geometry.dilation, strict=True))
+    shifts = tuple(
+        shift_onehot((coarse[d], kernel[d]), fine[d], -geometry.padding[d], steps[d], memo, device) for d in range(len(kernel))
+    )
+    axes = (g, inner, outer, *kernel) if geometry.transposed else (g, outer, inner, *kernel)
+    factor = Factor(value_node(call, weight, [axis.size for axis in axes]), axes)
+    made, read = (fine, coarse) if geometry.transposed else (coarse, fine)
+    return Term(((n,), (g, outer), *dims_of(made)), ((n,), (g, inner), *dims_of(read)), (factor,), shifts)
 
 
 def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
@@ -148,10 +199,6 @@ def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
     if groups == 1 and not geometry.transposed and min(geometry.padding, default=0) >= 0:
         node.merge = partial(_weight_gradient, call, geometry, item)
     return Term(out_dims, (*in_dims, *dims_of(kernel)), (Factor(node, axes),))
-
-
-#: Fewer input channels than this: many small convolutions take longer than a product with the patches.
-_FEW_CHANNELS = 4
 
 
 def _weight_gradient(
