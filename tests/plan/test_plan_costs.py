@@ -24,6 +24,7 @@ from tests.execute.test_memory import KERNEL, NET, PARAMETERS, Tensor, by_parame
 
 FIGURES = Path(__file__).with_name("plan_costs.json")
 WIDE, TALL = torch.randn(64, 8), torch.randn(8, 64)
+HEAD = torch.randn(3, 16, 16) / 4
 TARGET = torch.randint(0, 7, (30,))
 
 
@@ -39,6 +40,10 @@ def factors(u: Tensor) -> Tensor:
 
 def stencil(x: Tensor) -> Tensor:
     return torch.roll(x, 1, 0) + torch.roll(x, -1, 0) - 2 * x + x**3
+
+
+def attention_head(x: Tensor) -> Tensor:
+    return torch.softmax(x @ HEAD[0] @ (x @ HEAD[1]).T, -1) @ (x @ HEAD[2])
 
 
 def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -74,6 +79,15 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda x, v: chainrule.vmap(chainrule.linearize(NET, x)[1])(v), (torch.randn(12), torch.randn(40, 12)),
     ),
     "many cotangents": (lambda x, v: chainrule.vmap(chainrule.vjp(NET, x)[1])(v), (torch.randn(12), torch.randn(40, 7))),
+    "many tangents of parameters": (
+        lambda p, x, v: chainrule.vmap(chainrule.linearize(lambda q: by_parameters(q, x), p)[1])(v),
+        (PARAMETERS, torch.randn(30, 12), {name: torch.randn(40, *p.shape) for name, p in PARAMETERS.items()}),
+    ),
+    "many cotangents to parameters": (
+        lambda p, x, v: chainrule.vmap(chainrule.vjp(lambda q: by_parameters(q, x), p)[1])(v),
+        (PARAMETERS, torch.randn(30, 12), torch.randn(40, 30, 7)),
+    ),
+    "large attention": (chainrule.jacobian(attention_head), (torch.randn(24, 16),)),
 }  # fmt: skip
 
 

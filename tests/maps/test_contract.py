@@ -1,0 +1,54 @@
+"""Lowering of contractions: results, whatever the kernels are given, and the layout that they work in."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from chainrule.maps.contract import contract
+from chainrule.maps.staging import Program
+from chainrule.maps.terms import Axis, Factor
+from tests.maps.test_linear_maps import F64, dense_node
+
+SIZES = [(1, 1, 1), (3, 0, 2), (70, 40, 30), (600, 40, 3), (3, 40, 600), (600, 128, 64), (600, 128, 65), (64, 128, 64)]
+
+
+def laid_out(shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
+    """Random numbers, stored with their dimensions in ``order``."""
+    stored = torch.randn([shape[place] for place in order], dtype=F64)
+    return stored.permute([order.index(place) for place in range(len(shape))])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("keep", ["mn", "nm"])
+def test_matrix_products(sizes: tuple[int, ...], keep: str) -> None:
+    axes = dict(zip("mkn", map(Axis, sizes), strict=True))
+    for one, two in itertools.product(((0, 1), (1, 0)), repeat=2):
+        x, y = laid_out((sizes[0], sizes[1]), one), laid_out((sizes[1], sizes[2]), two)
+        factors = [
+            Factor(dense_node(x), (axes["m"], axes["k"])),
+            Factor(dense_node(y), (axes["k"], axes["n"])),
+        ]
+        found = contract(factors, [axes[name] for name in keep], {})
+        expected = torch.einsum(f"mk,kn->{keep}", x, y)
+        # Sums of at most 128 products.
+        torch.testing.assert_close(found.node.force(Program()).value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_thin_product_is_stored_with_its_long_dimension_last(order: tuple[int, int]) -> None:
+    m, k, n = Axis(600), Axis(128), Axis(10)
+    factors = [Factor(dense_node(torch.randn(600, 128)), (m, k)), Factor(dense_node(torch.randn(128, 10)), (k, n))]
+    keep = [(m, n)[place] for place in order]
+    found = contract([factors[place] for place in order], keep, {}).node.force(Program()).value
+    assert found.stride(order.index(0)) == 1
+
+
+def test_a_product_is_laid_out_as_its_reader_wants_it() -> None:
+    m, k, n = Axis(70), Axis(40), Axis(70)
+    one, two = Factor(dense_node(torch.randn(70, 40)), (m, k)), Factor(dense_node(torch.randn(40, 70)), (k, n))
+    for factors in ([one, two], [two, one]):
+        program = Program()
+        assert contract(factors, [m, n], {}).node.force(program).value.is_contiguous()
