@@ -311,6 +311,18 @@ def test_products_with_one_matrix_for_all_samples(sizes: tuple[int, int, int], b
         torch.testing.assert_close(vmap(function)(stack), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(300, 3, 4, 5), (600, 1, 5, 8), (600, 5, 5, 1), (2, 3, 4, 5)])
+def test_stacks_of_small_matrices(sizes: tuple[int, int, int, int]) -> None:
+    """Where the stack is innermost in memory they are multiplied by passes over it."""
+    p, n, k, m = sizes
+    a = torch.randn(9, n, k, p, dtype=torch.float64).permute(0, 3, 1, 2)
+    b = torch.randn(9, k, m, p, dtype=torch.float64).permute(0, 3, 1, 2)
+    expected = torch.matmul(a, b)
+    # Sums of at most five products.
+    torch.testing.assert_close(vmap(torch.bmm)(a, b), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(vmap(torch.bmm)(a.contiguous(), b.contiguous()), expected, rtol=1e-13, atol=1e-13)
+
+
 LOOPED = {"layers/ctc_loss", "indexing/masked_scatter"}
 
 

@@ -52,3 +52,26 @@ def test_a_product_is_laid_out_as_its_reader_wants_it() -> None:
     for factors in ([one, two], [two, one]):
         program = Program()
         assert contract(factors, [m, n], {}).node.force(program).value.is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", [(3000, 1, 8, 8), (3000, 5, 5, 5), (6000, 5, 5, 1), (9000, 3, 8, 1), (5, 3, 4, 2), (0, 3, 4, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_stacks_of_small_matrices(sizes: tuple[int, ...], order: tuple[int, ...]) -> None:
+    b, m, k, n = map(Axis, sizes)
+    x, y = laid_out(sizes[:3], order), laid_out((sizes[0], *sizes[2:]), order)
+    factors = [Factor(dense_node(x), (b, m, k)), Factor(dense_node(y), (b, k, n))]
+    program = Program()
+    found = contract(factors, [b, m, n], {}).node.force(program).value
+    # Sums of at most eight products.
+    torch.testing.assert_close(found, torch.bmm(x, y), rtol=1e-13, atol=1e-13)
+    if order[-1] == 0 and sizes[0] >= 3000:  # the stack is innermost: passes over it, and no product per matrix
+        assert torch.bmm not in [i.function for i in program.instructions]
+
+
+def test_many_vectors_times_small_matrices() -> None:
+    b, k, n = Axis(6000), Axis(5), Axis(5)
+    x, y = laid_out((6000, 5), (1, 0)), laid_out((6000, 5, 5), (1, 2, 0))
+    for factors in ([Factor(dense_node(x), (b, k)), Factor(dense_node(y), (b, k, n))],
+                    [Factor(dense_node(y), (b, k, n)), Factor(dense_node(x), (b, k))]):  # fmt: skip
+        found = contract(factors, [b, n], {}).node.force(Program()).value
+        torch.testing.assert_close(found, torch.einsum("bk,bkn->bn", x, y), rtol=1e-13, atol=1e-13)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import opt_einsum
 import torch
@@ -345,8 +345,14 @@ def _matrix_product(
         order = batch + gone
         product = torch.mul(expand_to(x, left, order), expand_to(y, right, order))
         return torch.sum(product, tuple(range(len(batch), len(order))))
-    shape = [[math.prod(sizes[n] for n in group)] for group in groups]
-    b, m, n, k = (s[0] for s in shape)
+    b, m, n, k = (math.prod(sizes[name] for name in group) for group in groups)
+    if batch and len(gone) == 1 and len(left_only) < 2 and len(right_only) < 2:
+        rows, columns = batch + left_only + gone, batch + gone + right_only
+        one, two = expand_to(x, left, rows), expand_to(y, right, columns)
+        one = one if left_only else torch.unsqueeze(one, -2)
+        two = two if right_only else torch.unsqueeze(two, -1)
+        if many_small(one.value, two.value):
+            return _view(products_by_columns(one, two), [sizes[name] for name in batch + left_only + right_only])
     x_shape = ([b] if batch else []) + ([m] if left_only else []) + [k]
     y_shape = ([b] if batch else []) + [k] + ([n] if right_only else [])
     if batch and not left_only:
@@ -357,6 +363,38 @@ def _matrix_product(
     y = _matrix(y, right, (batch, gone, right_only), y_shape)
     result = torch.bmm(x, y) if batch else _plain_product(x, y)
     return _view(result, [sizes[name] for name in batch + left_only + right_only])
+
+
+#: Matrices of at most this many rows and columns are small,
+_SMALL_MATRIX = 8
+#: and many where their products take this many multiply-adds.
+_MANY = 1 << 17
+
+
+def many_small(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether ``x @ y`` is of many small matrices that do not stand in memory one by one: a stack runs fastest.
+
+    A product per matrix would copy them first, entry by entry, and is itself ten times slower than passes over the stacks.
+    """
+    m, k, n = x.shape[-2], x.shape[-1], y.shape[-1]
+    stack = math.prod(x.shape[:-2])
+    if max(m, k, n) > _SMALL_MATRIX or not stack * m * k * n >= _MANY:
+        return False
+    return _runs_along_stack(x) and _runs_along_stack(y)
+
+
+def _runs_along_stack(matrices: torch.Tensor) -> bool:
+    strides = [s if size > 1 and s else math.inf for s, size in zip(matrices.stride(), matrices.shape, strict=True)]
+    return min(strides[:-2]) < min(strides[-2:])
+
+
+def products_by_columns(x: Any, y: Any) -> Any:
+    """``x @ y`` for stacks of matrices, as a sum of outer products of columns of ``x`` and rows of ``y``."""
+    pairs = [(x.narrow(-1, number, 1), y.narrow(-2, number, 1)) for number in range(x.shape[-1])]
+    total = torch.mul(*pairs[0])
+    for column, row in pairs[1:]:
+        total = torch.addcmul(total, column, row)
+    return total
 
 
 def _matrix(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainrule.maps.contract import many_small, products_by_columns
 from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, physical, value_of
 from chainrule.rules.batching_pointwise import align
 
@@ -86,6 +87,8 @@ def batch_matrix(first: Any, second: Any, size: int) -> Tensor:
     if is_batched(first) and is_batched(second):
         _, p, n, k = a.shape
         m = b.shape[3]
+        if many_small(a, b):
+            return products_by_columns(a, b)  # type: ignore[no-any-return]
         return a.reshape(size * p, n, k).bmm(b.reshape(size * p, b.shape[2], m)).view(size, p, n, m)
     if is_batched(first):
         _, p, n, k = a.shape
