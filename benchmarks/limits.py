@@ -4,17 +4,23 @@ from __future__ import annotations
 
 #: By row; a row's line is printed only while the row misses a ratio.
 LIMITS: dict[str, str] = {
-    "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs for an op "
-    "and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay on the stored tensors "
-    "(kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept).",
-    "A6": "one pass over the result more than by hand in some runs; the recorded program has the same products.",
-    "A8f": "46 µs for 2 ops: about 20 µs of recording and argument checks, a look-up, 3 calls. The nest runs as one program.",
+    "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs "
+    "for an op and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay "
+    "on the stored tensors (kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept).",
+    "A6": "the kernels are those by hand (one product of the size of the result is 90 % of them); the rest, some 300 µs "
+    "in an eager call, is recording through a tape and a vmap. Tried: the other order of the operands of that "
+    "product (no difference).",
+    "A8f": "46 µs for 2 ops: about 20 µs of recording and argument checks, a look-up, 3 calls. The nest runs as one "
+    "program.",
     "A8r": "as A8f, in two parts (what does not depend on the cotangent first).",
-    "A9": "bound by writing the 256³ block; the same calls as by hand.",
-    "B1": "bound by one matrix product; the formula by hand is itself only about 2.4 times faster than the best torch.func "
-    "expression (jacfwd of grad) with one thread.",
+    "A9": "bound by zeroing and writing the 256³ block, 99 % of the calls' time; the same calls as by hand, and "
+    "torch.func in chunks reaches that floor too.",
+    "B1": "bound by one matrix product; the formula by hand is itself only about 2.4 times faster than the best "
+    "torch.func expression (jacfwd of grad) with one thread.",
     "B2": "the forward Laplacian by hand is itself only about 3 times faster than the best torch.func expression.",
-    "B3": "a batched matrix product whose operands are laid out by samples, and one copy of the layout by samples of its result.",
+    "B3": "two products of the size of the result are most of the calls; recording is the rest. Tried: one matrix "
+    "product for all samples in place of one per sample (kept: 3.1 ms to 0.2 ms), its result laid out by samples "
+    "(kept: no copy of the signals).",
     "B5": "one transposed convolution of 320 cotangents, 850 million multiply-adds, takes 24 ms at 35 of the 40 a nanosecond "
     "that a matrix product reaches on an AVX2 core, as in torch.func, whose chunks of one row stay in the cache. Pooling leaves "
     "one entry in four, another in each channel: products over channels cannot skip the zeros. Kept: the last convolution as a "
@@ -23,12 +29,27 @@ LIMITS: dict[str, str] = {
     "B6": "the same convolutions as torch.func's, grouped for the weights; what is left is recording in Python. Slower by "
     "measurement: patches and batched products, a loop over samples.",
     "B7": "recording in Python, about 5 µs an op, and some 15 small calls for the cross-entropy.",
-    "B10": "as B7, three times (the model, the loss, the gradient of the loss).",
+    "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
+    "hand.",
     "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",
     "B12a": "a Python handler and a wrapper tensor per op (about 5 µs) against torch.vmap's C++ (1.8 µs).",
     "B12b": "as B12a.",
     "B13b": "recording in Python, about 5 µs an op; the pullback itself is two calls an op.",
-    "B16": "softmax has two terms and the product rule three more; each is one more pass over the result. By hand two passes.",
+    "B14c": "three matrix products of 125 million multiply-adds in all take some 75 % of the calls' time at the speed of "
+    "the kernel; torch.func does the same ones, so that a ratio of 2 is out of reach. Tried: one product for all "
+    "tangents or one each, by layout (kept).",
+    "B14d": "as B14c, with 126 million multiply-adds; the cotangents of weights are a product per sample of transposes "
+    "(kept: copying these first for one product takes 0.5 ms more).",
+    "B16": "one product of matrices writes the whole result, the covariance is added on its diagonal, as by hand; "
+    "stacking the factors of that product, and small calls. Tried: a sum of three products and a block diagonal "
+    "(twice as slow); the stacks laid out the other way (the product alone is no faster).",
+    "B16s": "as B16.",
     "B17": "a third is writing the zeros of the dense result; then one matrix product for the values around each pixel (bands) "
     "and strided copies into the result.",
+    "B19a": "three products of 62 million multiply-adds in float64 take most of the calls; by hand value, Jacobian and "
+    "Laplacian are rows of the same products, here the cotangents take three matrix-vector products more, and "
+    "recording. Tried: thin products as their transposes (kept: a fifth less time in them).",
+    "B19c": "of each Hessian 25 entries are carried, by hand the 15 of a triangle: 40 % of the largest products. The "
+    "symmetry is not known to the plan. Tried: small matrices multiplied by passes over their stack (kept: each "
+    "of these products alone is ten times faster).",
 }

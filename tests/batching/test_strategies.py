@@ -295,6 +295,34 @@ def test_nested(name: str) -> None:
     assert_same(vmap(vmap(function), outer)(*args), expected)
 
 
+@pytest.mark.parametrize("sizes", [(40, 7, 40), (40, 50, 8), (8, 50, 40), (36, 37, 50), (50, 37, 36), (3, 0, 2), (0, 3, 2), (64, 1, 64)])
+@pytest.mark.parametrize("batch", [0, 1, 9])
+def test_products_with_one_matrix_for_all_samples(sizes: tuple[int, int, int], batch: int) -> None:
+    """Thin and wide, small and large, and in each layout: they run by different kernels."""
+    n, k, m = sizes
+    for flipped, on_the_left in itertools.product([False, True], repeat=2):
+        shape = (k, m) if on_the_left else (n, k)
+        stack = torch.randn(batch, *(shape[::-1] if flipped else shape), dtype=torch.float64)
+        stack = stack.mT if flipped else stack
+        shared = torch.randn(*((n, k) if on_the_left else (k, m)), dtype=torch.float64)
+        function = (lambda a: shared @ a) if on_the_left else (lambda a: a @ shared)  # noqa: B023
+        expected = torch.matmul(shared, stack) if on_the_left else torch.matmul(stack, shared)
+        # Sums of at most 50 products.
+        torch.testing.assert_close(vmap(function)(stack), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(300, 3, 4, 5), (600, 1, 5, 8), (600, 5, 5, 1), (2, 3, 4, 5)])
+def test_stacks_of_small_matrices(sizes: tuple[int, int, int, int]) -> None:
+    """Where the stack is innermost in memory they are multiplied by passes over it."""
+    p, n, k, m = sizes
+    a = torch.randn(9, n, k, p, dtype=torch.float64).permute(0, 3, 1, 2)
+    b = torch.randn(9, k, m, p, dtype=torch.float64).permute(0, 3, 1, 2)
+    expected = torch.matmul(a, b)
+    # Sums of at most five products.
+    torch.testing.assert_close(vmap(torch.bmm)(a, b), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(vmap(torch.bmm)(a.contiguous(), b.contiguous()), expected, rtol=1e-13, atol=1e-13)
+
+
 LOOPED = {"layers/ctc_loss", "indexing/masked_scatter"}
 
 

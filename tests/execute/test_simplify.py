@@ -122,3 +122,13 @@ def test_random_programs_that_write(steps: list[tuple[str, int, int]], chosen: l
         twins = [value.clone() for value in values]
         torch.testing.assert_close(compiled(*values), function(*twins))
         torch.testing.assert_close(values, twins)
+
+
+def test_what_is_transposed_twice_is_itself() -> None:
+    program = Program()
+    program.recorded = True
+    x = program.input(0, torch.randn(2, 3, 4))
+    back = program.call(torch.transpose, program.call(torch.transpose, x, 1, 2), 2, 1)
+    other = program.call(torch.transpose, program.call(torch.transpose, x, 1, 2), 0, 1)
+    assert calls(program, program.call(torch.sin, back).slot) == ["sin"]
+    assert calls(program, program.call(torch.sin, other).slot) == ["transpose", "transpose", "sin"]

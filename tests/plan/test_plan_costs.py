@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import chainrule
-from chainrule.execute import memory
+from chainrule.execute import engine, memory
 from chainrule.execute.memory import watching
 from chainrule.execute.replay import Source
 from chainrule.maps.staging import refs
@@ -25,6 +25,7 @@ from tests.execute.test_memory import KERNEL, NET, PARAMETERS, Tensor, by_parame
 
 FIGURES = Path(__file__).with_name("plan_costs.json")
 WIDE, TALL = torch.randn(64, 8), torch.randn(8, 64)
+HEAD = torch.randn(3, 16, 16) / 4
 TARGET = torch.randint(0, 7, (30,))
 
 
@@ -40,6 +41,10 @@ def factors(u: Tensor) -> Tensor:
 
 def stencil(x: Tensor) -> Tensor:
     return torch.roll(x, 1, 0) + torch.roll(x, -1, 0) - 2 * x + x**3
+
+
+def attention_head(x: Tensor) -> Tensor:
+    return torch.softmax(x @ HEAD[0] @ (x @ HEAD[1]).T, -1) @ (x @ HEAD[2])
 
 
 def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -75,6 +80,15 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda x, v: chainrule.vmap(chainrule.linearize(NET, x)[1])(v), (torch.randn(12), torch.randn(40, 12)),
     ),
     "many cotangents": (lambda x, v: chainrule.vmap(chainrule.vjp(NET, x)[1])(v), (torch.randn(12), torch.randn(40, 7))),
+    "many tangents of parameters": (
+        lambda p, x, v: chainrule.vmap(chainrule.linearize(lambda q: by_parameters(q, x), p)[1])(v),
+        (PARAMETERS, torch.randn(30, 12), {name: torch.randn(40, *p.shape) for name, p in PARAMETERS.items()}),
+    ),
+    "many cotangents to parameters": (
+        lambda p, x, v: chainrule.vmap(chainrule.vjp(lambda q: by_parameters(q, x), p)[1])(v),
+        (PARAMETERS, torch.randn(30, 12), torch.randn(40, 30, 7)),
+    ),
+    "large attention": (chainrule.jacobian(attention_head), (torch.randn(24, 16),)),
 }  # fmt: skip
 
 
@@ -86,7 +100,18 @@ def _recurrence(x: Tensor) -> Tensor:
 
 
 def figures(name: str) -> dict[str, int]:
-    """The figures of one case."""
+    """The figures of one case, as plans are on a processor of one kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        patch.setattr(memory, "LANES", 8)
+        engine.CACHE.clear()
+        try:
+            return _figures(name)
+        finally:
+            engine.CACHE.clear()
+
+
+def _figures(name: str) -> dict[str, int]:
     function, args = CASES[name]
     compiled = chainrule.compile(function)
     compiled(*args)
@@ -103,8 +128,7 @@ def figures(name: str) -> dict[str, int]:
     flops = sum(step["flops"] for account in chainrule.explain(function)(*args).accounts for step in account.steps)
     for _ in range(2):
         function(*args)
-    with watching() as watch, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "LANES", 16)  # the figures are the same on every machine
+    with watching() as watch:
         function(*args)
     return {"calls": len(source.kept), "moved": moved, "flops": flops, "peak": watch.peak}
 

@@ -14,7 +14,7 @@ from chainrule.maps.staging import Instruction, Program, Ref, freeze, refs
 
 aten = torch.ops.aten
 
-_TRANSPOSES = (torch.t, aten.t.default._op)
+_TRANSPOSES = (torch.t, aten.t.default._op, torch.transpose, aten.transpose.int._op)
 _SHAPINGS = (torch.reshape, torch.broadcast_to, aten.reshape.default._op, aten.expand.default._op)
 _PRODUCT = (torch.mul, aten.mul.Tensor._op)
 _ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
@@ -249,7 +249,7 @@ def _share(
     """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
     renamed: dict[int, int] = {}
     known: dict[Any, tuple[int, ...]] = {}
-    transposed: dict[int, int] = {}
+    transposed: dict[tuple[int, frozenset[Any]], int] = {}
     kept: list[Instruction] = []
     for instruction in instructions:
         args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
@@ -260,12 +260,13 @@ def _share(
         if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
             renamed[instruction.outputs[0]] = renamed.get(source, source)
             continue
-        if instruction.function in _TRANSPOSES and isinstance(args[0], Ref):
+        if instruction.function in _TRANSPOSES and isinstance(args[0], Ref) and not kwargs:
             # A matrix transposed twice is the matrix.
-            if (source := transposed.get(args[0].slot)) is not None:
+            dimensions = frozenset(args[1:])
+            if (source := transposed.get((args[0].slot, dimensions))) is not None:
                 renamed[instruction.outputs[0]] = source
                 continue
-            transposed[instruction.outputs[0]] = args[0].slot
+            transposed[instruction.outputs[0], dimensions] = args[0].slot
         try:
             key = (instruction.function, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items())))
             earlier = known.get(key)

@@ -410,11 +410,11 @@ def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace) -> Fact
     if term.scale != 1.0:
         # The smallest factor takes the scale: no second pass over the product.
         smallest = min(range(len(factors)), key=lambda number: factors[number].node.numel)
-        factors[smallest] = _scaled(factors[smallest], term.scale, workspace)
+        factors[smallest] = scaled(factors[smallest], term.scale, workspace)
     return contract(factors, list(axes), workspace.memo) if term.factors else factors[0]
 
 
-def _scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
+def scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
     """A factor times a number."""
     key = ("scale", id(factor.node), scale)
     node = workspace.memo.get(key)

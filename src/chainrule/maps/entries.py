@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,49 @@ from chainrule.maps.terms import Axis, OneHot, Term
 
 #: ``(position, start, step, length)`` of a slice of one dimension.
 Slice = tuple[int, int, int, int]
+
+#: The sizes of all positions of a result, and for each diagonal the positions that it ties together.
+Places = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+
+
+class Diagonal(NamedTuple):
+    """A term that stands on diagonals of a dense array.
+
+    Attributes:
+        node: its entries.
+        names: what the dimensions of ``node`` are among: the dimensions that stand once, in order, then one for each diagonal.
+        count: how many dimensions these are.
+        places: where they stand.
+    """
+
+    node: Node
+    names: tuple[int, ...]
+    count: int
+    places: Places
+
+    def read(self, value: Staged) -> Staged:
+        """The entries, so that they broadcast to the diagonals."""
+        return expand_to(value, self.names, tuple(range(self.count)))
+
+
+def repeated_axes(term: Term) -> list[Axis]:
+    """The axes that stand at several places among the dimensions of a term: its diagonals."""
+    positions = _positions(term)
+    return [axis for axis in dict.fromkeys(positions) if positions.count(axis) > 1 and axis.size != 1]
+
+
+def on_diagonals(term: Term, workspace: Workspace) -> Diagonal:
+    """The entries of a settled term with diagonals and without relations, and their places."""
+    positions = _positions(term)
+    repeated = repeated_axes(term)
+    singles = [axis for axis in dict.fromkeys(positions) if axis not in repeated]
+    # A size-one axis may stand twice as well: it is one position here, and a reshape puts the other back.
+    positions = [axis for p, axis in enumerate(positions) if axis.size != 1 or axis not in positions[:p]]
+    factor = dense_factor(term, [*singles, *repeated], workspace)
+    names = {axis: number for number, axis in enumerate([*singles, *repeated])}
+    pairs = tuple(tuple(p for p, a in enumerate(positions) if a is axis) for axis in repeated)
+    sizes = tuple(axis.size for axis in positions)
+    return Diagonal(factor.node, tuple(names[a] for a in factor.axes), len(names), (sizes, pairs))
 
 
 def written_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
@@ -150,16 +194,21 @@ def embed_diagonals(
     view = result
     for place, start, step, length in slices:
         view = torch.ops.aten.slice.Tensor(view, place, start, start + step * (length - 1) + 1, step)
-    present = list(range(len(sizes)))
+    diagonals_of(view, repeated).copy_(value)
+    return result if tuple(sizes) == shape else result.reshape(shape)
+
+
+def diagonals_of(tensor: torch.Tensor, repeated: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """A view of the diagonals that tie positions together: the other dimensions in order, then one for each diagonal."""
+    present = list(range(tensor.dim()))
     for places in repeated:
         first = present.index(places[0])
         for later in places[1:]:
             second = present.index(later)
-            view = torch.diagonal(view, 0, first, second)
+            tensor = torch.diagonal(tensor, 0, first, second)
             present = [p for i, p in enumerate(present) if i not in (first, second)] + [places[0]]
             first = len(present) - 1
-    view.copy_(value)
-    return result if tuple(sizes) == shape else result.reshape(shape)
+    return tensor
 
 
-__all__ = ["embed_diagonals", "written_term"]
+__all__ = ["embed_diagonals", "on_diagonals", "repeated_axes", "written_term"]

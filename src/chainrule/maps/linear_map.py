@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from chainrule.maps import sums
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
-from chainrule.maps.entries import embed_diagonals, written_term
+from chainrule.maps.entries import embed_diagonals, on_diagonals, repeated_axes, written_term
 from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.staging import Program, Staged
+from chainrule.maps.sums import stacked_products, written_on_diagonals
 from chainrule.maps.terms import Axis, Dims, Factor, Term
 
 Action = Callable[[Program, Staged], Staged]
@@ -435,13 +437,57 @@ def densify(linear_map: LinearMap, workspace: Workspace) -> Node:
         return Node(
             shape, (), lambda program: program.call(torch.zeros, shape, dtype=dtype, device=device), label="zeros"
         )
-    nodes = [dense_term(settle(term, workspace, bands=True), workspace, shape) for term in merge(terms, workspace, force=False)]
+    settled = [settle(term, workspace, bands=True) for term in merge(terms, workspace, force=False)]
+    return _dense_sum(settled, workspace, shape)
+
+
+def _dense_sum(terms: Sequence[Term], workspace: Workspace, shape: tuple[int, ...]) -> Node:
+    """The sum of settled terms as one dense array of ``shape``."""
+    large = len(terms) > 1 and math.prod(shape) >= sums.MANY
+    full = [t for t in terms if large and not t.onehots and not repeated_axes(t)]
+    tied = [t for t in terms if not t.onehots and repeated_axes(t)] if full else []
+    written = [t for t in terms if not any(t is other for other in (*full, *tied))]
+    diagonals = [on_diagonals(term, workspace) for term in tied]
+    nodes = [dense_term(term, workspace, shape) for term in written]
+    groups: dict[object, list[Term]] = {}
+    for term in full:
+        groups.setdefault(_pattern(term), []).append(term)
+    aligned = [_with_common_factors(_on_same_axes(group), workspace, math.prod(shape)) for group in groups.values()]
+    whole = None if written or len(aligned) != 1 else stacked_products(aligned[0], diagonals, workspace, shape)
+    if whole is not None:
+        return whole
+    for group in aligned:
+        stacked = stacked_products(group, (), workspace, shape)
+        nodes.extend([stacked] if stacked is not None else [dense_term(term, workspace, shape) for term in group])
     total = nodes[0]
     for node in nodes[1:]:
         total = Node(
             shape, (total, node), lambda program, x, y: torch.add(x, y), flops=total.numel, moved=3 * total.numel, label="add"
         )
-    return total
+    return written_on_diagonals(total, diagonals)
+
+
+def _on_same_axes(terms: Sequence[Term]) -> list[Term]:
+    """Terms of one pattern with the same axes at the same places."""
+    host = terms[0]
+    return [host, *(term.rename(_matching(term, host) or {}) for term in terms[1:])]
+
+
+def _with_common_factors(terms: Sequence[Term], workspace: Workspace, numel: int) -> list[Term]:
+    """Terms that share factors as one, where the sum of what is left is much smaller than the result."""
+    kept: list[Term] = []
+    for term in terms:
+        for position, host in enumerate(kept):
+            common = _shared_factors(host, term)
+            rest = _without(host, common).carried_axes() | _without(term, common).carried_axes()
+            if common and sums.SAVING * math.prod(axis.size for axis in rest) <= numel:
+                added = _add(host, term, workspace, True)
+                if added is not None:
+                    kept[position] = added
+                    break
+        else:
+            kept.append(term)
+    return kept
 
 
 def _identity_like(shape: tuple[int, ...]) -> Term:
@@ -453,26 +499,18 @@ def dense_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node
     """A settled term as a dense array; diagonals and relations are written into zeros, nothing is multiplied by them."""
     if term.onehots:
         return written_term(term, workspace, shape)
-    positions = [axis for side in (term.out_dims, term.in_dims) for dim in side for axis in dim]
-    unique = list(dict.fromkeys(positions))
-    repeated = [axis for axis in unique if positions.count(axis) > 1 and axis.size != 1]
-    singles = [axis for axis in unique if axis not in repeated]
-    if not repeated:
-        factor = dense_factor(term, unique, workspace)
-        return _broadcast_node(factor, tuple(positions), shape)
-    # A size-one axis may stand twice as well: it is one position here, and a reshape puts the other back.
-    positions = [axis for p, axis in enumerate(positions) if axis.size != 1 or axis not in positions[:p]]
-    factor = dense_factor(term, [*singles, *repeated], workspace)
-    order = tuple(range(len(singles) + len(repeated)))
-    names = {axis: number for number, axis in enumerate([*singles, *repeated])}
-    have = tuple(names[a] for a in factor.axes)
-    sizes = tuple(axis.size for axis in positions)
-    pairs = tuple(tuple(p for p, a in enumerate(positions) if a is axis) for axis in repeated)
+    if not repeated_axes(term):
+        positions = tuple(axis for side in (term.out_dims, term.in_dims) for dim in side for axis in dim)
+        factor = dense_factor(term, list(dict.fromkeys(positions)), workspace)
+        return _broadcast_node(factor, positions, shape)
+    diagonal = on_diagonals(term, workspace)
+    sizes, pairs = diagonal.places
 
     def compute(program: Program, value: Staged) -> Staged:
-        return program.call(embed_diagonals, expand_to(value, have, order), sizes, pairs, shape)
+        return program.call(embed_diagonals, diagonal.read(value), sizes, pairs, shape)
 
-    return Node(shape, (factor.node,), compute, moved=math.prod(shape) + factor.node.numel, label="block diagonal")
+    moved = math.prod(shape) + diagonal.node.numel
+    return Node(shape, (diagonal.node,), compute, moved=moved, label="block diagonal")
 
 
 def _broadcast_node(factor: Factor, positions: tuple[Axis, ...], shape: tuple[int, ...]) -> Node:

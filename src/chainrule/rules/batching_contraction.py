@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainrule.maps.contract import many_small, products_by_columns
 from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, physical, value_of
 from chainrule.rules.batching_pointwise import align
 
@@ -21,9 +22,41 @@ def matrix_matrix(first: Any, second: Any, size: int) -> Tensor:
     if is_batched(first) and is_batched(second):
         return a.bmm(b)
     if is_batched(first):
-        _, n, k = a.shape
-        return a.reshape(size * n, k).mm(b).view(size, n, b.shape[1])
-    return a.unsqueeze(0).expand(size, *a.shape).bmm(b)
+        return _rows_product(a, b)
+    n, m = a.shape[0], b.shape[2]
+    if m > n >= _FEW_ROWS or b.numel() * n < _SMALL:
+        # Laid out by rows, the result has its long dimension last.
+        return a.unsqueeze(0).expand(size, *a.shape).bmm(b)
+    return _rows_product(b.transpose(1, 2), a.t()).transpose(1, 2)
+
+
+#: A stack of matrices of fewer rows than this is slow as a stack, even with what it takes to copy it.
+_FEW_ROWS = 32
+#: Products of fewer multiply-adds than this are bound by the number of calls.
+_SMALL = 1 << 16
+
+
+def _rows_product(stack: Tensor, matrix: Tensor) -> Tensor:
+    """(batch, n, k) @ (k, m), one matrix for the whole stack, as (batch, n, m).
+
+    All rows make one product where they stand one after the other in memory. Where they do not, as in a stack of
+    transposes, a copy that puts them so costs more than a product per sample does, unless these are thin.
+    """
+    size, n, k = stack.shape
+    m = matrix.shape[1]
+    if n >= _FEW_ROWS and not _mergeable(stack):
+        return stack.bmm(matrix.unsqueeze(0).expand(size, k, m))
+    rows = stack.reshape(size * n, k)
+    if m < _FEW_ROWS <= n and stack.numel() * m >= _SMALL:
+        # The long dimension goes last: matrix products fill thin rows slowly.
+        return matrix.t().mm(rows.t()).view(m, size, n).permute(1, 2, 0)
+    return rows.mm(matrix).view(size, n, m)
+
+
+def _mergeable(stack: Tensor) -> bool:
+    """Whether the first two dimensions are one in memory."""
+    size, n, _ = stack.shape
+    return size == 1 or n == 1 or stack.stride(0) == n * stack.stride(1)
 
 
 def matrix_vector(first: Any, second: Any, size: int) -> Tensor:
@@ -54,6 +87,8 @@ def batch_matrix(first: Any, second: Any, size: int) -> Tensor:
     if is_batched(first) and is_batched(second):
         _, p, n, k = a.shape
         m = b.shape[3]
+        if many_small(a, b):
+            return products_by_columns(a, b)  # type: ignore[no-any-return]
         return a.reshape(size * p, n, k).bmm(b.reshape(size * p, b.shape[2], m)).view(size, p, n, m)
     if is_batched(first):
         _, p, n, k = a.shape
