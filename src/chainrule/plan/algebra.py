@@ -17,8 +17,9 @@ import torch
 
 from chainrule.maps.compose import Workspace, settle
 from chainrule.maps.coordinates import coordinates
-from chainrule.maps.linear_map import LinearMap, add_maps, compose, densify, merge
+from chainrule.maps.linear_map import LinearMap, add_maps, compose, dense_term, densify, merge
 from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.onehots import digit
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
 from chainrule.plan import elimination
@@ -146,7 +147,7 @@ class _Builder:
         if isinstance(expression, Transposed):
             return {(i, o): local.transpose() for (o, i), local in self.blocks(expression.of).items()}
         if isinstance(expression, Scaled):
-            return {key: self._scaled(local, expression) for key, local in self.blocks(expression.of).items()}
+            return {key: self.scaled(local, expression) for key, local in self.blocks(expression.of).items()}
         if isinstance(expression, Added):
             sums: dict[tuple[int, int], list[LinearMap]] = {}
             for part in expression.parts:
@@ -169,10 +170,16 @@ class _Builder:
         return compose(one, two, self.workspace, eager=False)
 
     def added(self, parts: Sequence[LinearMap]) -> LinearMap:
-        """The sum of maps between the same spaces."""
-        return parts[0] if len(parts) == 1 else add_maps(parts, self.workspace)
+        """The sum of maps between the same spaces: its terms stay apart as long as they hold less than a dense array."""
+        first = parts[0]
+        terms = tuple(term for part in parts for term in part.terms)
+        dense = math.prod(first.out_shape) * math.prod(first.in_shape)
+        if len(terms) > 2 and sum(factor.node.numel for term in terms for factor in term.factors) >= dense:
+            return add_maps(parts, self.workspace, force=True)
+        return replace(first, terms=terms)
 
-    def _scaled(self, local: LinearMap, expression: Scaled) -> LinearMap:
+    def scaled(self, local: LinearMap, expression: Scaled) -> LinearMap:
+        """A map times the factors of an expression."""
         factors: tuple[Factor, ...] = ()
         if (number := expression.seed) is not None:
             factors = (Factor(self.seed(number, ()), ()),)
@@ -211,18 +218,9 @@ class _Builder:
                     continue
                 target = Axis(size)
                 in_dims.append((target,))
-                relations.append(OneHot(_digit(positions, stride, size), (source,), target))
+                relations.append(OneHot(digit(positions, stride, size), (source,), target))
         whole = tuple(size for shape, _ in shapes for size in shape)
         return LinearMap((count,), whole, (Term(((source,),), tuple(in_dims), (), tuple(relations)),))
-
-
-def _digit(positions: Node, stride: int, size: int) -> Node:
-    def compute(program: Program, value: Staged) -> Staged:
-        if stride > 1:
-            value = torch.div(value, stride, rounding_mode="floor")
-        return torch.remainder(value, max(size, 1))
-
-    return Node(positions.sizes, (positions,), compute, label="index digit")
 
 
 def _as_vector(local: LinearMap) -> LinearMap:
@@ -260,16 +258,46 @@ def _entries(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[A
 
 
 def _diagonals(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[Any, LinearMap]:
-    found: dict[Any, LinearMap] = {}
-    for (o, i), local in blocks.items():
+    parts = _diagonal_parts(request.expression, build, request.kind == "diagonal")
+    found = {key: [local for local in several if not local.is_zero] for key, several in parts.items()}
+    if request.kind == "trace":
+        every = [local for several in found.values() for local in several]
+        return {"trace": build.added(every)} if every else {}
+    return {key: build.added(several) for key, several in found.items() if several}
+
+
+def _diagonal_parts(expression: Expression, build: _Builder, keep: bool) -> dict[int, list[LinearMap]]:
+    """By the number of a space's leaf, summands of the diagonal of its block, or of its trace, as maps from nothing.
+
+    A product is closed as a whole: its two sides meet on the diagonal before they meet in between.
+    """
+    found: dict[int, list[LinearMap]] = {}
+    if isinstance(expression, Transposed):
+        return _diagonal_parts(expression.of, build, keep)
+    if isinstance(expression, Scaled):
+        parts = _diagonal_parts(expression.of, build, keep)
+        return {key: [build.scaled(local, expression) for local in several] for key, several in parts.items()}
+    if isinstance(expression, Added):
+        for part in expression.parts:
+            for key, several in _diagonal_parts(part, build, keep).items():
+                found.setdefault(key, []).extend(several)
+        return found
+    if isinstance(expression, Composed):
+        right = build.blocks(expression.right)
+        for (o, middle), one in build.blocks(expression.left).items():
+            if (two := right.get((middle, o))) is not None:
+                terms = tuple(
+                    replace(t, out_dims=t.out_dims if keep else (), in_dims=(*t.in_dims, *t.out_dims)) for t in one.terms
+                )
+                closing = LinearMap(one.out_shape if keep else (), (*one.in_shape, *one.out_shape), terms)
+                found.setdefault(o, []).append(build.product(closing, _as_vector(two)))
+        return found
+    for (o, i), local in build.blocks(expression).items():
         if o == i:
             axes = dims_of(new_axes(local.in_shape))
-            out_dims, out_shape = (axes, local.in_shape) if request.kind == "diagonal" else ((), ())
+            out_dims, out_shape = (axes, local.in_shape) if keep else ((), ())
             same = LinearMap(out_shape, (*local.in_shape, *local.in_shape), (Term(out_dims, (*axes, *axes)),))
-            found[o] = build.product(same, _as_vector(local))
-    found = {key: local for key, local in found.items() if not local.is_zero}
-    if request.kind == "trace" and found:
-        return {"trace": build.added(list(found.values()))}
+            found[o] = [build.product(same, _as_vector(local))]
     return found
 
 
@@ -302,7 +330,24 @@ def _coordinates(blocks: Blocks, workspace: Workspace) -> dict[Any, Node]:
 
 def _settled(local: LinearMap, workspace: Workspace) -> list[Term]:
     terms = [term for term in local.terms if not any(axis.size == 0 for axis in term.all_axes())]
-    return [settle(term, workspace) for term in merge(terms, workspace, force=False)]
+    return [settle(term, workspace) for term in merge(terms, workspace, force=False, limit=None)]
+
+
+def _as_array(local: LinearMap, workspace: Workspace) -> Node:
+    """A result as an array, written term by term: no relation becomes dense on the way, however many terms there are."""
+    shape = (*local.out_shape, *local.in_shape)
+    terms = _settled(local, workspace)
+    if not terms or math.prod(shape) == 0:
+        return densify(replace(local, terms=()), workspace)
+    total = dense_term(terms[0], workspace, shape)
+    for term in terms[1:]:
+        node = dense_term(term, workspace, shape)
+        total = Node(shape, (total, node), _sum_of_two, flops=node.numel, moved=3 * node.numel, label="add")
+    return total
+
+
+def _sum_of_two(program: Program, one: Staged, two: Staged) -> Staged:
+    return torch.add(one, two)
 
 
 def _candidates(
@@ -323,15 +368,56 @@ def _candidates(
     for name in dict.fromkeys(name for makers in made.values() for name in makers):
         maps = {jacobian: makers.get(name, makers["reverse"])[0]() for jacobian, makers in made.items()}
         build = _Builder(maps, seeds, workspace)
-        blocks[name] = build.blocks(request.expression)
+        blocks[name] = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
         if request.kind == "coordinates":
             nodes = _coordinates(blocks[name], workspace)
         else:
             closed = _CLOSED[request.kind](request, blocks[name], build)
-            nodes = {key: densify(local, workspace) for key, local in closed.items()}
+            whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
+            array = densify if whole_blocks else _as_array
+            nodes = {key: array(local, workspace) for key, local in closed.items()}
         eliminated = [slot for makers in made.values() for slot in makers.get(name, makers["reverse"])[1]]
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
+    if (swept := _swept(request, whole, _Builder({}, seeds, workspace), tape)) is not None:
+        nodes = {key: _as_array(local, workspace) for key, local in swept.items()}
+        found.append(elimination.measure(Candidate("selected", nodes)))
     return found, blocks, whole
+
+
+def _swept(request: AlgebraRequest, graph: Graph, build: _Builder, tape: Any) -> dict[Any, LinearMap] | None:
+    """Some rows of a Jacobian by a sweep that begins with them, or some columns; None where it is not that simple."""
+    flipped = isinstance(request.expression, Transposed)
+    jacobian = request.expression.of if isinstance(request.expression, Transposed) else request.expression
+    if request.kind != "blocks" or not isinstance(jacobian, Jacobian):
+        return None
+    rows, columns = (request.columns, request.rows) if flipped else (request.rows, request.columns)
+    by_rows = all(seed is not None for _, seed in rows) and bool(rows)
+    if not by_rows and not (columns and all(seed is not None for _, seed in columns)):
+        return None
+    found: dict[Any, LinearMap] = {}
+    shapes = [tuple(tape.values[slot].shape) for slot in jacobian.inputs]
+    inputs, outputs = list(jacobian.inputs), [slot for slot in jacobian.outputs if slot is not None]
+    for number, seed in rows if by_rows else columns:
+        start = jacobian.outputs[number] if by_rows else jacobian.inputs[number]
+        if start is None:
+            continue
+        chosen = build.chosen([(tuple(tape.values[start].shape), seed)])  # type: ignore[list-item]
+        if by_rows:
+            maps = elimination.sweep_back(graph, {start: chosen}, inputs, build.workspace)
+        else:
+            maps = elimination.sweep_forward(graph, {start: chosen.transpose()}, outputs, build.workspace)
+        for other, column in columns if by_rows else rows:
+            end = jacobian.inputs[other] if by_rows else jacobian.outputs[other]
+            if end is None or (local := maps.get(end)) is None:
+                continue
+            if by_rows and column is not None:
+                local = build.product(local, build.chosen([(shapes[other], column)]).transpose())
+            elif not by_rows and column is not None:
+                local = build.product(build.chosen([(tuple(tape.values[end].shape), column)]), local)
+            if not local.is_zero:
+                o, i = (number, other) if by_rows else (other, number)
+                found[(i, o) if flipped else (o, i)] = local.transpose() if flipped else local
+    return found
 
 
 def _include(whole: Graph, graph: Graph) -> None:
