@@ -229,7 +229,7 @@ class LinearMap(ABC):
                 f"LinearMap * factor: expected a number or a real tensor of no dimensions, got {factor.dtype} of shape "
                 f"{tuple(factor.shape)}"
             )
-        return ScaledMap(self, 1.0, factor.to(self.dtype))
+        return ScaledMap(self, 1.0, factor.to(self.out_space.devices[0], self.dtype))
 
     __rmul__ = __mul__
 

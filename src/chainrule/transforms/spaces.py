@@ -178,6 +178,7 @@ def positions(index: Any, size: int, what: str) -> Positions:
                 index = torch.empty(0, 0)
             if index.numel() == 0 and index.dim() == 1:
                 index = index.to(torch.int64)
+        index = index.cpu()
         if index.dtype == torch.bool and index.shape == (size,):
             return Positions(index.nonzero().reshape(-1))
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.dim() > 1:
