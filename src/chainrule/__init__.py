@@ -6,7 +6,9 @@ from chainrule.transforms import autograd_bridge
 from chainrule.transforms.blocks import RowBlock, jacobian_blocks
 from chainrule.transforms.compile import CompileError, compile  # noqa: A004 - torch's name
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
+from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
+from chainrule.transforms.linear_map import LinearMap
 from chainrule.transforms.modules import (
     functional_call,
     functionalize,
@@ -23,7 +25,7 @@ autograd_bridge.install()
 # Inside of a function under torch.compile, transforms are made and called outside of its graphs.
 for _transform in (
     compile, divergence, explain, ggn, grad, grad_and_value, hessian, hessian_diagonal, hvp, jacfwd, jacobian, jacobian_blocks,
-    jacrev, jet, jvp, laplacian, linearize, ntk, vhp, vjp, vmap,
+    jacrev, jet, jvp, laplacian, linear_map, linearize, ntk, vhp, vjp, vmap,
 ):  # fmt: skip
     hide_from_dynamo(_transform)
 
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompileError",
     "Explanation",
+    "LinearMap",
     "RowBlock",
     "compile",
     "divergence",
@@ -51,6 +54,7 @@ __all__ = [
     "jet",
     "jvp",
     "laplacian",
+    "linear_map",
     "linearize",
     "ntk",
     "replace_all_batch_norm_modules_",

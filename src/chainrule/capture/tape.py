@@ -112,6 +112,14 @@ class Tape(LightMode):
         self._nodes_indexed = 0
         self._by_node: dict[tuple[int, int], int] = {}
 
+    def fork(self) -> Tape:
+        """A finished tape once more: what is recorded on it from now on does not change this one."""
+        fork = Tape(self.policy, respect_no_grad=self.respect_no_grad)
+        fork.values, fork.active, fork.records = [*self.values], [*self.active], [*self.records]
+        fork.inputs, fork.key, fork.slots = [*self.inputs], [*self.key], dict(self.slots)
+        fork.kept, fork.saw_blocked = [*self.kept], self.saw_blocked
+        return fork
+
     @property
     def alias(self) -> AliasTracker:
         """The views and writes of this run."""

@@ -15,9 +15,10 @@ from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
 from chainrule.maps.staging import Instruction, Program, Staged
+from chainrule.plan.algebra import AlgebraRequest, plan_algebra
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
-from chainrule.plan.planner import Request, plan
+from chainrule.plan.planner import Planned, Request, plan
 
 #: Plans are compiled by one thread at a time.
 COMPILING = threading.Lock()
@@ -150,20 +151,20 @@ CACHE = PlanCache()
 
 
 def execute(
-    tape: Any, request: Request, seeds: Sequence[torch.Tensor] = (), *, last: bool = False
+    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor] = (), *, last: bool = False
 ) -> dict[Any, torch.Tensor | None]:
     """The results of a request on a finished tape, by key; None stands for zeros.
 
     Args:
         tape: the tape.
         request: what is asked.
-        seeds: the seed tensors, in the order of ``request.seeds``.
+        seeds: the seed tensors, in the order of ``request.seeds`` (or by the numbers that an expression names).
         last: whether the tape serves nothing after this: its values are let go as the plan has read them.
     """
     ledger = current_ledger()
     if ledger is not None:
         if ledger is UNCACHED:
-            planned = plan(tape, request, seeds)
+            planned = _planned(tape, request, seeds)
             results = owned(planned.program, planned.results)
             found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
             _without_values(planned.program)
@@ -182,7 +183,7 @@ def execute(
             values, tape.values = Spent(values), []
             tape.forget()
         return cached.run(values, seeds)
-    planned = plan(tape, request, seeds)
+    planned = _planned(tape, request, seeds)
     results = owned(planned.program, planned.results)
     values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
     if key is not None:
@@ -199,11 +200,19 @@ def predicted(tape: Any, request: Request) -> Memory:
     return Memory(watch.results, watch.peak)
 
 
+def _planned(
+    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], *, compare: bool = False
+) -> Planned:
+    if isinstance(request, AlgebraRequest):
+        return plan_algebra(tape, request, seeds)
+    return plan(tape, request, seeds, compare=compare)
+
+
 def _execute_accounted(
-    tape: Any, request: Request, seeds: Sequence[torch.Tensor], ledger: Ledger
+    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], ledger: Ledger
 ) -> dict[Any, torch.Tensor | None]:
     """Plan anew, run, and put the account of it into the ledger."""
-    planned = plan(tape, request, seeds, compare=True)
+    planned = _planned(tape, request, seeds, compare=True)
     results = owned(planned.program, planned.results)
     ledger.accounts.append(
         account_of(
@@ -216,7 +225,7 @@ def _execute_accounted(
 
 def account_of(
     tape: Any,
-    request: Request,
+    request: Request | AlgebraRequest,
     graph: Graph,
     chosen: str,
     candidates: Sequence[Candidate],
@@ -268,7 +277,7 @@ def account_of(
     )  # fmt: skip
 
 
-def _vertices(tape: Any, request: Request, graph: Graph) -> list[dict[str, Any]]:
+def _vertices(tape: Any, request: Request | AlgebraRequest, graph: Graph) -> list[dict[str, Any]]:
     made = {slot: step for step in graph.steps for slot in step.outputs}
     found = []
     for slot in sorted({*request.inputs, *request.outputs, *graph.order, *graph.out_of}):
@@ -281,7 +290,7 @@ def _vertices(tape: Any, request: Request, graph: Graph) -> list[dict[str, Any]]
     return found
 
 
-def _key(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Any:
+def _key(tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor]) -> Any:
     return (tape.signature(request), tuple([(seed.shape, seed.dtype) for seed in seeds]) if seeds else ())
 
 

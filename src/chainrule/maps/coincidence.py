@@ -24,6 +24,8 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     becomes dense, and a term in which they never meet gets the scale zero. Of other relations, one is replaced by a mask
     over the sources of both.
     """
+    if one.index is two.index and one.sources == two.sources:
+        return replace(term, onehots=tuple(h for h in term.onehots if h is not two))
     if one.affine is not None and two.affine is not None:
         solved = _solve(term, one, two, workspace.device)
         if solved is not None:

@@ -178,7 +178,9 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
         step = _push_one(term, workspace)
         if step is None:
             return term
-        term = step
+        # Two relations that lead back to where they came from have become one of an axis to itself.
+        circular = any(h.target in h.sources or len(set(h.sources)) < len(h.sources) for h in step.onehots)
+        term = _without_circles(step, workspace) if circular else step
     return term
 
 

@@ -229,13 +229,16 @@ def _pattern(term: Term) -> tuple[object, ...]:
     return dims, sizes, relations
 
 
-def merge(terms: Sequence[Term], workspace: Workspace, *, force: bool) -> tuple[Term, ...]:
-    """Add terms of one structure into one term; with ``force``, or when many are left, make all of one structure."""
+def merge(
+    terms: Sequence[Term], workspace: Workspace, *, force: bool, limit: int | None = TERM_LIMIT
+) -> tuple[Term, ...]:
+    """Add terms of one structure into one term; with ``force``, or when more than ``limit`` are left, make all of one."""
     if len(terms) < 2:
         return tuple(terms)
     settled = [settle(term, workspace, bands=True) for term in terms]
     merged = _merge_equal(settled, workspace, force)
-    if len(merged) > (1 if force else TERM_LIMIT):
+    limit = 1 if force else limit
+    if limit is not None and len(merged) > limit:
         common = _common_diagonals(merged)
         merged = _merge_equal([_to_common(term, common, workspace) for term in merged], workspace, True)
     return tuple(merged)

@@ -28,7 +28,8 @@ class Request(NamedTuple):
         inputs: the tape slots differentiated with respect to.
         outputs: the tape slots differentiated.
         order: ``forward``, ``reverse`` or ``auto`` (Jacobians only).
-        seeds: which outputs (pull) or inputs (push) have a seed; the others' seeds are zero.
+        seeds: which outputs (pull) or inputs (push) have a seed; the others' seeds are zero. Seeds with further dimensions
+            behind those of their slot are several at once: these stand last in a push's results, first in a pull's.
         cast: whether results take the dtype of the ``input`` or of the ``output``.
     """
 
@@ -99,7 +100,7 @@ def _shapes(tape: Any) -> Any:
     return lambda slot: tuple(tape.values[slot].shape)
 
 
-def _orders(
+def accumulations(
     tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
 ) -> dict[str, Any]:
     """The ways to accumulate that the request allows, by name: what makes the maps, and the order of elimination."""
@@ -125,7 +126,7 @@ def candidates(
     tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
 ) -> list[Candidate]:
     """The ways to compute a Jacobian that the request allows, with their predicted costs."""
-    makers = _orders(tape, request, graph, inputs, outputs, workspace)
+    makers = accumulations(tape, request, graph, inputs, outputs, workspace)
     found = []
     for name, (make, eliminated) in makers.items():
         maps: Maps = make()
@@ -158,7 +159,7 @@ def _plan_contracted(
     """Traces and grams: the last product is left to the contraction, which need not form the Jacobian."""
     contracted = _traces if request.kind == "trace" else _grams
     found = []
-    for name, (make, eliminated) in _orders(tape, request, graph, inputs, outputs, workspace).items():
+    for name, (make, eliminated) in accumulations(tape, request, graph, inputs, outputs, workspace).items():
         nodes = {key: densify(m, workspace) for key, m in contracted(request, make(), workspace).items()}
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
     best = min(found, key=lambda c: c.cost)
@@ -212,14 +213,18 @@ def _cast(value: Staged, dtype: torch.dtype) -> Staged:
 
 
 def seed_map(tape: Any, slot: int, number: int, seeds: Sequence[torch.Tensor], transposed: bool) -> LinearMap:
-    """A cotangent as the map to a scalar, or a tangent as the map from one."""
+    """A cotangent as the map to a scalar, or a tangent as the map from one.
+
+    A seed with further dimensions behind those of its slot stands for several: it is the map to (from) these dimensions.
+    """
     shape = tuple(tape.values[slot].shape)
-    axes = new_axes(shape)
-    node = leaf(shape, lambda program: program.input(("seed", number), seeds[number]), label="seed")
-    factors = (Factor(node, axes),)
+    several = tuple(seeds[number].shape[len(shape) :])
+    axes, columns = new_axes(shape), new_axes(several)
+    node = leaf((*shape, *several), lambda program: program.input(("seed", number), seeds[number]), label="seed")
+    factors = (Factor(node, (*axes, *columns)),)
     if transposed:
-        return LinearMap(shape, (), (Term(dims_of(axes), (), factors),))
-    return LinearMap((), shape, (Term((), dims_of(axes), factors),))
+        return LinearMap(shape, several, (Term(dims_of(axes), dims_of(columns), factors),))
+    return LinearMap(several, shape, (Term(dims_of(columns), dims_of(axes), factors),))
 
 
 def _plan_sweep(
@@ -252,4 +257,4 @@ def _plan_sweep(
     return Planned(program, list(keys), results, graph, "forward" if forward else "reverse", [candidate])
 
 
-__all__ = ["Node", "Planned", "Request", "candidates", "plan"]
+__all__ = ["Node", "Planned", "Request", "accumulations", "candidates", "make_workspace", "plan"]

@@ -15,6 +15,8 @@ from chainrule.execute.engine import predicted
 from chainrule.execute.memory import Watch, current_watch, free_memory, parse_bytes
 from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.hessian_map import hessian_transform
+from chainrule.transforms.jacobian_map import operator_transform
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
 from chainrule.transforms.trace import Block, Traced, trace
 
@@ -28,6 +30,7 @@ def jacrev(
     _preallocate_and_copy: bool = False,
     max_memory: int | str | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func``, accumulated in reverse order.
 
@@ -41,6 +44,8 @@ def jacrev(
             ``"512MB"``. The rows of a chunk are chosen by what the plans are predicted to need. By default a result of
             more than a quarter of a gigabyte is computed in chunks where the free memory of the device asks for it.
         progress: whether to show the progress over the chunks (needs tqdm).
+        layout: ``"dense"`` for tensors, ``"operator"`` for a :class:`~chainrule.LinearMap` that forms no matrix (see
+            :func:`chainrule.linear_map`); an operator takes no chunks.
 
     Returns:
         A function returning, for each output leaf, the tree of Jacobians with respect to the arguments (a tuple when
@@ -59,6 +64,8 @@ def jacrev(
                 [0., 4.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "jacrev")
+    if chunks.layout(layout) == "operator":
+        return operator_transform(func, argnums, has_aux, "jacrev")
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacrev", "reverse", "input")
 
 
@@ -70,6 +77,7 @@ def jacfwd(
     randomness: str = "error",
     chunk_size: int | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func``, accumulated in forward order.
 
@@ -82,6 +90,7 @@ def jacfwd(
         chunk_size: how many columns (elements of an input) to compute at once, which bounds the memory of intermediate
             results; None for all. ``func`` still runs once, but on a copy: a write to its argument stays inside.
         progress: as in :func:`jacrev`.
+        layout: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`, with Jacobians of the output's dtype.
@@ -100,6 +109,8 @@ def jacfwd(
     if randomness not in ("error", "different", "same"):
         raise RuntimeError(f"jacfwd: only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}")
     chunks = Chunks(chunk_size, None, progress, "jacfwd")
+    if chunks.layout(layout) == "operator":
+        return operator_transform(func, argnums, has_aux, "jacfwd", respect_no_grad=False)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacfwd", "forward", "output")
 
 
@@ -111,6 +122,7 @@ def jacobian(
     chunk_size: int | None = None,
     max_memory: int | str | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func`` in the order that costs least.
 
@@ -124,6 +136,7 @@ def jacobian(
         chunk_size: as in :func:`jacrev`.
         max_memory: as in :func:`jacrev`.
         progress: as in :func:`jacrev`.
+        layout: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`.
@@ -139,6 +152,8 @@ def jacobian(
         tensor([[3., 0.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "jacobian")
+    if chunks.layout(layout) == "operator":
+        return operator_transform(func, argnums, has_aux, "jacobian")
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacobian", "auto", "input")
 
 
@@ -150,6 +165,7 @@ def hessian(
     chunk_size: int | None = None,
     max_memory: int | str | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Hessian of ``func``: the Jacobian of its Jacobian.
 
@@ -161,6 +177,7 @@ def hessian(
             all. The first derivative itself is computed whole.
         max_memory: as in :func:`jacrev`.
         progress: as in :func:`jacrev`.
+        layout: as in :func:`jacrev`; an operator is symmetric, and ``func`` has to return a scalar for it.
 
     Returns:
         A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
@@ -178,6 +195,8 @@ def hessian(
                 [ 0., 12.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "hessian")
+    if chunks.layout(layout) == "operator":
+        return hessian_transform(func, argnums, has_aux)
     inner = _jacobian_transform(func, argnums, has_aux, Chunks(None, None, False, "hessian"), "hessian", "reverse", "input")
     return _jacobian_transform(inner, argnums, has_aux, chunks, "hessian", "auto", "output", respect_no_grad=False)
 
@@ -205,6 +224,18 @@ class Chunks:
         self.progress = progress
         self.name = name
         self.given = size is not None or max_memory is not None
+
+    def layout(self, layout: str) -> str:
+        """The layout of the result, checked.
+
+        Raises:
+            ValueError: if there is no such layout, or it has no chunks and some are asked for.
+        """
+        if layout not in ("dense", "operator"):
+            raise ValueError(f"{self.name}: layout should be 'dense' or 'operator', got {layout!r}")
+        if layout == "operator" and (self.given or self.progress):
+            raise ValueError(f"{self.name}: layout='operator' forms no matrix: chunk_size, max_memory and progress mean nothing")
+        return layout
 
     @contextmanager
     def shown(self, total: int) -> Iterator[Callable[[], Any]]:

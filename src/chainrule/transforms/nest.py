@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec
 
 from chainrule.capture.recorder import Recorder
-from chainrule.capture.tape import BelowAutograd
+from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import undispatched
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
@@ -193,7 +193,17 @@ def _run_innermost(
         # Under no_grad the levels may differ in what they count as constant.
         return None
     traced.in_leaves = [tape.values[slot] for slot in traced.in_slots]
-    key: Any = tape.signature(
+    key: Any = _key_of(levels, wanted, traced, seeds)
+    return _Run(levels, wanted, traced, *_cached(key, tape))
+
+
+def _key_of(
+    levels: Sequence[Level],
+    wanted: Sequence[tuple[tuple[int, ...], bool]],
+    traced: Traced,
+    seeds: tuple[torch.Tensor, ...],
+) -> Any:
+    return traced.tape.signature(
         (
             tuple([(level.key, *place) for level, place in zip(levels, wanted, strict=True)]),
             structure_key(traced.in_spec),
@@ -206,13 +216,43 @@ def _run_innermost(
             traced.grad_enabled,
         )
     )
+
+
+def _cached(key: Any, tape: Tape) -> tuple[Any, Any]:
+    """The key, None if it is none, and the plan for it."""
     try:
         cached: Any = engine.CACHE.get(key)
     except TypeError:
         key, cached = None, _BY_LEVELS
     if cached is None and not all(isinstance(value, torch.Tensor) for value in tape.values):
         cached = _BY_LEVELS
-    return _Run(levels, wanted, traced, key, cached)
+    return key, cached
+
+
+def run_recorded(level: Level, traced: Traced) -> Any:
+    """The result of a level on a run that is there already, by a cached program; the run's tape is left as it is.
+
+    Args:
+        level: the level; its function is not called.
+        traced: the run, as the level sees it.
+    """
+    wanted = [(tuple(range(len(traced.in_slots))), False)]
+    key: Any = None
+    cached: Any = _BY_LEVELS
+    if current_ledger() is None:
+        key, cached = _cached(_key_of([level], wanted, traced, ()), traced.tape)
+    if cached is not None and cached is not _BY_LEVELS:
+        values = traced.tape.values
+        found = cached.run(values, ())
+        leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
+        return tree_unflatten(leaves, cached.spec)
+    forked = replace(traced, tape=traced.tape.fork())
+    if cached is _BY_LEVELS:
+        return _run_levels([level], wanted, forked, ())
+    result, plan = _record_levels([level], wanted, forked, ())
+    if key is not None:
+        engine.CACHE.put(key, plan)
+    return result
 
 
 def _run_whole(

@@ -1,0 +1,673 @@
+"""The Jacobian as an object: one suite that maps of every kind, and maps made of them, go through.
+
+The oracle is the dense matrix by torch.func. Tolerances: an entry of a result is a sum of at most n products of at most five
+factors, so that its error is bounded by a small multiple of n·eps times the product of their sizes; `close` allows
+64·n·eps times the largest entry (at least one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+
+import chainrule
+from chainrule import LinearMap, linear_map
+from chainrule.execute.memory import watching
+from tests.transforms.map_kinds import KERNEL, WEIGHT, Kind, flat, make_kinds, matrix_of, network, randn
+from tests.transforms.test_blocks import peak_bytes
+
+Tensor = torch.Tensor
+
+KINDS = list(make_kinds())
+
+
+def kind_of(name: str) -> Kind:
+    torch.manual_seed(len(name))
+    return make_kinds()[name]
+
+
+def close(found: Any, expected: Tensor, size: int = 64) -> None:
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    tolerance = 64 * max(size, 8) * torch.finfo(expected.dtype).eps * scale
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def vector_in(space: Any, *columns: int) -> tuple[Any, Tensor]:
+    """A random element of a space (or several), as a tree and flattened."""
+    vector = torch.randn(space.size, *columns, dtype=space.dtype)
+    return space.tree(space.unflatten(vector)), vector
+
+
+def flat_columns(tree: Any, *columns: int) -> Tensor:
+    return torch.cat([leaf.flatten(0, leaf.dim() - 1 - len(columns)) if leaf.dim() > len(columns) else leaf[None] for leaf in pytree.tree_leaves(tree)])
+
+
+def check_products(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
+    assert J.shape == tuple(matrix.shape) and J.dtype == matrix.dtype
+    for of, dense in ((J, matrix), (J.T, matrix.T), (J.mT, matrix.T)):
+        for columns in ((), (3,), (1,), (0,)):
+            tree, vector = vector_in(of.in_space, *columns)
+            for _ in range(2):  # the second time replays
+                product = of @ tree
+                assert pytree.tree_map(lambda leaf: leaf.shape, product) == pytree.tree_map(
+                    lambda shape, c=columns: torch.Size([*shape, *c]), of.out_shape, is_leaf=lambda s: isinstance(s, torch.Size)
+                )
+                close(flat_columns(product, *columns), dense @ vector, max(dense.shape))
+            close(flat_columns(of.matmat(tree) if columns else of.matvec(tree), *columns), dense @ vector, max(dense.shape))
+
+
+def check_dense(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
+    close(J.dense(flat=True), matrix)
+    close(J.T.dense(flat=True), matrix.T)
+    blocks = pytree.tree_leaves(J.dense())
+    assert len(blocks) == len(J.out_space.shapes) * len(J.in_space.shapes)
+    for number, block in enumerate(blocks):
+        o, i = divmod(number, len(J.in_space.shapes))
+        assert block.shape == (*J.out_space.shapes[o], *J.in_space.shapes[i])
+        rows = slice(sum(J.out_space.sizes[:o]), sum(J.out_space.sizes[: o + 1]))
+        columns = slice(sum(J.in_space.sizes[:i]), sum(J.in_space.sizes[: i + 1]))
+        close(block.reshape(J.out_space.sizes[o], J.in_space.sizes[i]), matrix[rows, columns])
+    close(J.sparse(flat=True).to_dense(), matrix)
+    sparse = pytree.tree_leaves(J.sparse())
+    for part, block in zip(sparse, blocks, strict=True):
+        assert part.layout is torch.sparse_coo and part.is_coalesced()
+        close(part.to_dense(), block)
+    close(J.norm(), matrix.norm(), matrix.numel())
+
+
+def check_parts(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
+    m, n = matrix.shape
+    if not m or not n:
+        assert J.rows([]) is not None and J.columns([]) is not None
+        return
+    some, others = torch.randint(-m, m, (4,)), torch.randint(-n, n, (4,))
+    stacked = torch.cat([leaf.reshape(4, math.prod(leaf.shape[1:])) for leaf in pytree.tree_leaves(J.rows(some))], 1)
+    close(stacked, matrix[some])
+    close(torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(J.rows(m - 1))]), matrix[-1])
+    close(flat_columns(J.columns(others), 4), matrix[:, others])
+    close(flat_columns(J.columns(0)), matrix[:, 0])
+    close(J.block(some, others), matrix[some][:, others])
+    close(J[some, others], matrix[some, others])
+    close(J[-1, 0], matrix[-1, 0])
+
+
+@pytest.mark.parametrize("name", ["dense", "trees", "parameters", "element-wise 2-d", "scalar"])
+def test_indexing(name: str) -> None:
+    function, primals = kind_of(name)
+    J, matrix = linear_map(function, *primals), matrix_of(function, primals)
+    m, n = matrix.shape
+    some, others = torch.randint(-m, m, (4,)), torch.randint(-n, n, (4,))
+    for key in (0, -1, slice(None), slice(0, m, 2), some, some.tolist()):
+        close(J[key], matrix[key])
+        close(J[key, n - 1], matrix[key, n - 1])
+        close(J[key, 1:], matrix[key, 1:])
+        close(J.T[key if n == m else 0], matrix.T[key if n == m else 0])
+    close(J[:, others], matrix[:, others])
+    mask = torch.rand(m) > 0.5
+    close(J[mask], matrix[mask])
+    close(J[range(m)], matrix)
+    close(J[::-1], matrix.flip(0))
+    close(J.block([0], []), matrix[:1, :0])
+
+
+def check_diagonal(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
+    if J.in_space.shapes != J.out_space.shapes:
+        with pytest.raises(ValueError, match="diagonal: needs a map of a space to itself"):
+            J.diagonal()
+        with pytest.raises(ValueError, match="trace: needs a map of a space to itself"):
+            J.trace()
+        return
+    close(flat(J.diagonal()), matrix.diagonal())
+    close(J.trace(), matrix.trace(), matrix.shape[0])
+
+
+def check_structure(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
+    account = J.structure()
+    assert len(account.blocks) == len(J.out_space.shapes) * len(J.in_space.shapes)
+    assert f"{matrix.shape[0]}×{matrix.shape[1]}" in str(account)
+    assert account.dense_bytes == matrix.numel() * matrix.element_size()
+
+
+def check_all(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
+    check_products(J, matrix)
+    check_dense(J, matrix)
+    check_parts(J, matrix)
+    check_diagonal(J, matrix)
+    check_structure(J, matrix)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_jacobian(name: str) -> None:
+    function, primals = kind_of(name)
+    check_all(linear_map(function, *primals), matrix_of(function, primals))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_transpose(name: str) -> None:
+    function, primals = kind_of(name)
+    J = linear_map(function, *primals)
+    check_all(J.T, matrix_of(function, primals).T)
+    assert J.T.T is J
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gram(name: str) -> None:
+    function, primals = kind_of(name)
+    matrix = matrix_of(function, primals)
+    gram = linear_map(function, *primals).gram()
+    assert gram.symmetric and gram.T is gram
+    check_all(gram, matrix @ matrix.T)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_normal(name: str) -> None:
+    function, primals = kind_of(name)
+    matrix = matrix_of(function, primals)
+    check_all(linear_map(function, *primals).normal(), matrix.T @ matrix)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_sums_and_multiples(name: str) -> None:
+    function, primals = kind_of(name)
+    matrix = matrix_of(function, primals)
+    J = linear_map(function, *primals)
+    K = linear_map(function, *pytree.tree_map(lambda t: t + 0.5, primals))
+    other = matrix_of(function, pytree.tree_map(lambda t: t + 0.5, primals))
+    factor = torch.tensor(-1.5, dtype=J.dtype)
+    check_all(2 * J - factor * K, 2 * matrix + 1.5 * other)
+    check_all(-(J / 4) + J, 0.75 * matrix)
+
+
+def curve(*leaves: Tensor) -> Any:
+    """Couples neighbours in the first leaf; element-wise in the others."""
+    first = leaves[0]
+    mixed = torch.roll(first.reshape(-1), 1).reshape(first.shape) * first
+    return (mixed, *(torch.sin(leaf) for leaf in leaves[1:]))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_composition(name: str) -> None:
+    """With a map from another run: the two records are planned as one."""
+    function, primals = kind_of(name)
+    J = linear_map(function, *primals)
+
+    def after(output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        return pytree.tree_unflatten(list(curve(*leaves)), spec)
+
+    output = pytree.tree_map(lambda t: t.detach().clone(), J.output)
+    matrix = matrix_of(after, (output,)) @ matrix_of(function, primals)
+    product = linear_map(after, output) @ J
+    check_all(product, matrix)
+    check_all(J.T @ linear_map(after, output).normal() @ J, matrix.T @ matrix)
+
+
+SMOOTH = [name for name in KINDS if name not in ("float32", "trees", "empty output", "constant")]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_finite_differences(name: str) -> None:
+    """A second oracle. Central differences with h = 1e-5 err by h² times third derivatives and by eps/h: below 1e-8 here."""
+    function, primals = kind_of(name)
+    J = linear_map(function, *primals)
+    tree, vector = vector_in(J.in_space)
+    arguments = (tree,) if len(primals) == 1 else tree
+
+    def moved(step: float) -> Tensor:
+        return flat(function(*pytree.tree_map(lambda x, v: x + step * v, primals, tuple(arguments))))
+
+    expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    scale = max(1.0, float(vector.norm())) ** 3
+    torch.testing.assert_close(flat(J @ tree), expected, rtol=1e-7, atol=1e-8 * scale)
+
+
+SCALARS: dict[str, Callable[..., Tensor]] = {
+    "separable": lambda x: (x**3).sum(),
+    "chain": lambda x: ((x[1:] - x[:-1] ** 2) ** 2).sum() + torch.sin(x).sum(),
+    "dense": lambda x: torch.exp(torch.tanh(WEIGHT @ x)).sum(),
+    "linear": lambda x: x.sum() * 2,
+    "constant": lambda x: torch.ones((), dtype=x.dtype),
+    "convolution": lambda x: (torch.nn.functional.conv1d(x[None, None], KERNEL) ** 4).sum(),
+    "norm": lambda x: torch.linalg.vector_norm(x) * x[0],
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_hessian(name: str) -> None:
+    torch.manual_seed(1)
+    function, x = SCALARS[name], randn(6)
+    H = chainrule.hessian(function, layout="operator")(x)
+    matrix: Tensor = torch.func.hessian(function)(x)
+    assert isinstance(H, LinearMap) and H.symmetric and H.T is H
+    check_all(H, matrix)
+    check_all(H, matrix)
+    close(H.output, torch.func.grad(function)(x))
+    check_all(2.0 * H + linear_map(torch.square, x), 2 * matrix + torch.diag(2 * x))
+
+
+def test_hessian_of_trees() -> None:
+    torch.manual_seed(0)
+    p, x = make_kinds()["two arguments"].primals
+
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (network(p, x) ** 3).sum()
+
+    leaves, spec = pytree.tree_flatten(((p, x),))
+    flat_loss = lambda v: loss(  # noqa: E731
+        *pytree.tree_unflatten([a.reshape(t.shape) for a, t in zip(v.split([t.numel() for t in leaves]), leaves, strict=True)], spec)[0]
+    )
+    matrix = torch.func.hessian(flat_loss)(flat((p, x)))
+    H, aux = chainrule.hessian(lambda p, x: (loss(p, x), "aux"), argnums=(0, 1), layout="operator", has_aux=True)(p, x)
+    assert aux == "aux"
+    check_all(H, matrix)
+    single = chainrule.hessian(loss, argnums=0, layout="operator")(p, x)
+    assert set(single.in_shape) == {"first", "bias", "second"}
+
+
+@pytest.mark.parametrize("transform", [chainrule.jacobian, chainrule.jacrev, chainrule.jacfwd])
+def test_layout(transform: Any) -> None:
+    x = randn(6)
+    J = transform(lambda x: torch.tanh(WEIGHT @ x), layout="operator")(x)
+    close(J.dense(), torch.func.jacrev(lambda x: torch.tanh(WEIGHT @ x))(x))
+    J, aux = transform(lambda y, x: (torch.tanh(WEIGHT @ x) * y, 3), argnums=(1,), layout="operator", has_aux=True)(2.0, x)
+    assert aux == 3 and isinstance(J.in_shape, tuple) and len(J.in_shape) == 1
+    for options in ({"chunk_size": 2}, {"progress": True}):
+        with pytest.raises(ValueError, match="layout='operator' forms no matrix"):
+            transform(torch.sin, layout="operator", **options)
+    with pytest.raises(ValueError, match="layout should be 'dense' or 'operator', got 'csc'"):
+        transform(torch.sin, layout="csc")
+
+
+def test_layout_of_hessians() -> None:
+    with pytest.raises(ValueError, match="layout should be"):
+        chainrule.hessian(torch.sum, layout="nothing")
+    with pytest.raises(ValueError, match="expected sin to return one scalar Tensor"):
+        chainrule.hessian(torch.sin, layout="operator")(randn(3))
+
+
+def no_grad_inside(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x * 2
+    return scale * x
+
+
+def test_steps_under_no_grad_are_constant_as_in_the_transform() -> None:
+    x = randn(3)
+    for transform in (chainrule.jacobian, chainrule.jacrev, chainrule.jacfwd):
+        J = transform(no_grad_inside, layout="operator")(x)
+        close(J.dense(), transform(no_grad_inside)(x))
+        close(J @ torch.ones_like(x), J.dense().sum(1))
+    H = chainrule.hessian(lambda x: no_grad_inside(x).sum(), layout="operator")(x)
+    close(H.dense(), chainrule.hessian(lambda x: no_grad_inside(x).sum())(x))
+    close(H.diagonal(), H.dense().diagonal())
+
+
+# Nests
+
+
+def reading(function: Callable[..., Any], matrix: Callable[..., Any]) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Results of maps as functions of the primal, beside the same by torch.func."""
+    u, v = randn(6), randn(6)
+    square = lambda x: linear_map(function, x)  # noqa: E731
+    return {
+        "matvec": (lambda x: square(x) @ v, lambda x: matrix(x) @ v),
+        "transposed": (lambda x: square(x).T @ u, lambda x: matrix(x).T @ u),
+        "diagonal": (lambda x: square(x).diagonal(), lambda x: matrix(x).diagonal()),
+        "trace": (lambda x: square(x).trace(), lambda x: matrix(x).trace()),
+        "gram": (lambda x: square(x).gram().dense(), lambda x: matrix(x) @ matrix(x).T),
+        "normal": (lambda x: square(x).normal() @ v, lambda x: matrix(x).T @ (matrix(x) @ v)),
+        "norm": (lambda x: square(x).norm(), lambda x: matrix(x).norm()),
+        "rows": (lambda x: square(x).rows([1, 3]), lambda x: matrix(x)[[1, 3]]),
+        "entries": (lambda x: square(x)[[1, 3], [0, 0]], lambda x: matrix(x)[[1, 3], [0, 0]]),
+        "scaled": (lambda x: (x.sum() * square(x) + square(x)).dense(), lambda x: (x.sum() + 1) * matrix(x)),
+        "composed": (lambda x: (square(x) @ square(x)).trace(), lambda x: (matrix(x) @ matrix(x)).trace()),
+    }
+
+
+def tanh_twice(x: Tensor) -> Tensor:
+    return torch.tanh(WEIGHT.T @ torch.tanh(WEIGHT @ x)) * torch.roll(x, 1)
+
+
+NESTS = list(reading(torch.sin, torch.sin))
+
+
+@pytest.mark.parametrize("name", NESTS)
+@pytest.mark.parametrize("nest", ["grad", "jacrev", "jacfwd", "hessian", "vmap", "jvp", "vmap of jacrev", "autograd"])
+def test_inside_transforms(name: str, nest: str) -> None:
+    torch.manual_seed(2)
+    ours, theirs = reading(tanh_twice, torch.func.jacrev(tanh_twice))[name]
+    x, batch = randn(6), randn(4, 6)
+
+    def both(ours: Any, theirs: Any, x: Tensor) -> None:
+        for _ in range(2):
+            close(ours(x), theirs(x), 512)
+
+    if nest == "grad":
+        both(chainrule.grad(lambda x: ours(x).sin().sum()), torch.func.grad(lambda x: theirs(x).sin().sum()), x)
+    elif nest == "vmap":
+        both(chainrule.vmap(ours), torch.func.vmap(theirs), batch)
+    elif nest == "jvp":
+        both(
+            lambda x: chainrule.jvp(ours, (x,), (torch.ones_like(x),))[1],
+            lambda x: torch.func.jvp(theirs, (x,), (torch.ones_like(x),))[1],
+            x,
+        )
+    elif nest == "vmap of jacrev":
+        both(chainrule.vmap(chainrule.jacrev(ours)), torch.func.vmap(torch.func.jacrev(theirs)), batch)
+    elif nest == "autograd":
+        x.requires_grad_()
+        (found,) = torch.autograd.grad(ours(x).sin().sum(), x)
+        close(found, torch.func.grad(lambda x: theirs(x).sin().sum())(x.detach()), 512)
+    else:
+        both(getattr(chainrule, nest)(ours), getattr(torch.func, nest)(theirs), x)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "trace", "dense", "product"])
+def test_hessian_maps_inside_transforms(name: str) -> None:
+    torch.manual_seed(3)
+    function, v = SCALARS["dense"], randn(6)
+    read: dict[str, Any] = {
+        "diagonal": (lambda H: H.diagonal(), lambda m: m.diagonal()),
+        "trace": (lambda H: H.trace(), lambda m: m.trace()),
+        "dense": (lambda H: H.dense(), lambda m: m),
+        "product": (lambda H: H @ v, lambda m: m @ v),
+    }
+    ours = lambda x: read[name][0](chainrule.hessian(function, layout="operator")(x))  # noqa: E731
+    theirs = lambda x: read[name][1](torch.func.hessian(function)(x))  # noqa: E731
+    x, batch = randn(6), randn(3, 6)
+    for _ in range(2):
+        close(chainrule.jacrev(ours)(x), torch.func.jacrev(theirs)(x), 512)
+        close(chainrule.vmap(ours)(batch), torch.func.vmap(theirs)(batch), 512)
+
+
+def test_vectors_and_factors_are_differentiated() -> None:
+    x, v, a = randn(6), randn(6), torch.tensor(0.7, dtype=torch.float64)
+    J = linear_map(tanh_twice, x)
+    matrix = torch.func.jacrev(tanh_twice)(x)
+    close(chainrule.grad(lambda v: (J @ v).sin().sum())(v), torch.func.grad(lambda v: (matrix @ v).sin().sum())(v))
+    close(chainrule.jacrev(lambda v: J.gram() @ v)(v), matrix @ matrix.T)
+    close(chainrule.vmap(lambda v: J @ v)(randn(3, 6)).T[0, :0], matrix[0, :0])
+    close(chainrule.grad(lambda a: (a * J + J).dense().sin().sum())(a), torch.func.grad(lambda a: (a * matrix + matrix).sin().sum())(a))
+    v.requires_grad_()
+    (found,) = torch.autograd.grad((v @ J).square().sum(), v)
+    close(found, 2 * matrix @ (matrix.T @ v.detach()))
+
+
+def test_second_order_through_two_methods() -> None:
+    x = randn(6).requires_grad_()
+    J = linear_map(tanh_twice, x)
+    (found,) = torch.autograd.grad(J.trace() * J.norm(), x, create_graph=True)
+    matrix = torch.func.jacrev(tanh_twice)
+    expected = torch.func.grad(lambda x: matrix(x).trace() * matrix(x).norm())(x.detach())
+    close(found.detach(), expected, 512)
+
+
+def test_no_grad_around() -> None:
+    x = randn(6).requires_grad_()
+    with torch.no_grad():
+        J = linear_map(tanh_twice, x)
+        assert not (J @ torch.ones_like(x)).requires_grad
+        assert not J.diagonal().requires_grad and not J.dense().requires_grad and not J.output.requires_grad
+    with torch.inference_mode():
+        close(linear_map(tanh_twice, x.detach()).trace(), torch.func.jacrev(tanh_twice)(x.detach()).trace())
+
+
+# One run of the function, and plans that are kept
+
+
+def test_the_function_runs_once() -> None:
+    runs = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return tanh_twice(x)
+
+    x = randn(6)
+    J = linear_map(counted, x)
+    for of in (J, J.T, J.gram(), J + J, 2 * J):
+        of @ x
+        of.dense(), of.norm(), of.diagonal(), of.trace(), of.rows([0]), of.columns([1]), of[0, 0], of.sparse(), of.structure()
+    close(J.output, tanh_twice(x))
+    assert runs == 1
+    H = chainrule.hessian(lambda x: counted(x).sum(), layout="operator")(x)
+    H @ x, H.diagonal(), H.trace(), H.dense(), H.norm()
+    assert runs == 2
+
+
+def test_products_replay_what_depends_on_the_vector() -> None:
+    """A product after the first calls only what the vector changes."""
+    x, v = randn(300), randn(300)
+    J = linear_map(lambda x: torch.exp(torch.sin(torch.cos(x) * x) + 2 * x), x)
+    J @ v, J @ v
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        J @ v
+    names = [event.name for event in recorded.events()]
+    assert not {"aten::sin", "aten::cos", "aten::exp"}.intersection(names), names
+    assert names.count("aten::mul") + names.count("aten::addcmul") <= 6, names
+
+
+# No dense matrix
+
+LARGE = 4000
+
+
+def large_kinds() -> dict[str, tuple[LinearMap, int]]:
+    """Square maps of 4000×4000 (128 MB if dense), and what their structure needs at once, in numbers."""
+    torch.manual_seed(0)
+    x, n = randn(LARGE), LARGE
+    tall, wide = randn(n, 3), randn(3, n)
+    index = torch.randperm(n)
+    return {
+        "element-wise": (linear_map(lambda x: torch.sin(x) * x, x), n),
+        "stencil": (linear_map(lambda x: torch.roll(x, 1) * x - torch.roll(x, -1) ** 2, x), 8 * n),
+        "gather": (linear_map(lambda x: torch.exp(x[index]), x), 4 * n),
+        "upwind": (linear_map(lambda u: torch.where(u > 0, u - torch.roll(u, 1), torch.roll(u, -1) - u) * u, x), 12 * n),
+        "low rank": (linear_map(lambda x: torch.tanh(tall @ torch.tanh(wide @ x)), x), 12 * n),
+        "block-diagonal": (linear_map(lambda x: torch.tanh(x.reshape(-1, 4) @ WEIGHT[:4, :4]).reshape(-1, 4) @ WEIGHT[:4, :4], x.reshape(-1, 4)), 16 * n),
+        "softmax": (linear_map(lambda x: torch.softmax(x.reshape(-1, 4), -1), x.reshape(-1, 4)), 16 * n),
+        # Known by how it acts only: products, rows and columns.
+        "convolution": (linear_map(lambda x: torch.nn.functional.conv1d(x, KERNEL[:1], padding=1), x.reshape(1, 1, -1)), 16 * n),
+    }
+
+
+METHODS: dict[str, Callable[[LinearMap, Any, Any], Any]] = {
+    "product": lambda J, v, u: J @ v,
+    "transposed product": lambda J, v, u: J.T @ u,
+    "diagonal": lambda J, v, u: J.diagonal(),
+    "trace": lambda J, v, u: J.trace(),
+    "norm": lambda J, v, u: J.norm(),
+    "gram product": lambda J, v, u: J.gram() @ u,
+    "normal product": lambda J, v, u: J.normal() @ v,
+    "gram diagonal": lambda J, v, u: J.gram().diagonal(),
+    "gram trace": lambda J, v, u: J.gram().trace(),
+    "normal diagonal": lambda J, v, u: J.normal().diagonal(),
+    "normal trace": lambda J, v, u: J.normal().trace(),
+    "sum diagonal": lambda J, v, u: (J + 2 * J.T.T).diagonal(),
+    "square trace": lambda J, v, u: (J @ J).trace(),
+    "rows": lambda J, v, u: J.rows([5, 7]),
+    "columns": lambda J, v, u: J.columns([5, 7]),
+    "entries": lambda J, v, u: J[[5, 7], [5, 8]],
+    "structure": lambda J, v, u: J.structure(),
+}
+
+
+#: What a map does that is known only by how it acts.
+ACTING = {"product", "transposed product", "gram product", "normal product", "rows", "columns", "structure"}
+
+
+@pytest.mark.parametrize("name", list(large_kinds()))
+@pytest.mark.parametrize("method", METHODS)
+def test_no_dense_matrix(name: str, method: str) -> None:
+    """Neither by the plan's own account nor by the allocator's; what is allowed is linear in n, a hundredth of n²."""
+    if name == "convolution" and method not in ACTING:
+        pytest.skip("a convolution is applied, and has no terms")
+    J, size = large_kinds()[name]
+    (v, _), (u, _) = vector_in(J.in_space), vector_in(J.out_space)
+    call = METHODS[method]
+    allowed = 8 * 10 * size
+    assert allowed < 8 * LARGE * LARGE / 20
+    call(J, v, u)
+    with watching() as watch:
+        call(J, v, u)
+    assert watch.peak <= allowed, f"{watch.peak} bytes planned"
+    held = peak_bytes(lambda: call(J, v, u))
+    assert held <= allowed + 8 * 64 * 64, f"{held} bytes allocated"
+
+
+@pytest.mark.parametrize("method", ["product", "diagonal", "trace"])
+def test_no_dense_hessian(method: str) -> None:
+    x = randn(LARGE)
+    H = chainrule.hessian(lambda x: ((x[1:] - x[:-1] ** 2) ** 2).sum(), layout="operator")(x)
+    METHODS[method](H, x, x)
+    with watching() as watch:
+        METHODS[method](H, x, x)
+    assert watch.peak <= 8 * 40 * LARGE
+    assert peak_bytes(lambda: METHODS[method](H, x, x)) <= 8 * 40 * LARGE
+
+
+def test_gram_of_a_network_is_contracted() -> None:
+    """The kernel of a wide layer: less is held than the Jacobian takes."""
+    torch.manual_seed(0)
+    inputs, w = randn(8, 400), randn(300, 400)
+    J = linear_map(lambda w: torch.tanh(inputs @ w.T).sum(1), w)
+    gram = J.gram().dense()
+    expected = matrix_of(lambda w: torch.tanh(inputs @ w.T).sum(1), (w,))
+    close(gram, expected @ expected.T, 120000)
+    with watching() as watch:
+        J.gram().dense()
+    assert watch.peak < 8 * (8 * 300 * 400) / 4
+
+
+def test_norm_of_a_large_dense_map_by_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chainrule.transforms.linear_map._BLOCK_BYTES", 4096)
+    torch.manual_seed(0)
+    x, left, right = randn(60), randn(90, 80), randn(80, 60)
+    function = lambda x: torch.tanh(left @ torch.tanh(right @ x))  # noqa: E731
+    close(linear_map(function, x).norm(), torch.func.jacrev(function)(x).norm(), 5400)
+
+
+# Errors
+
+
+def test_vectors_that_do_not_fit() -> None:
+    J = linear_map(tanh_twice, randn(6))
+    tree = linear_map(network, *make_kinds()["two arguments"].primals)
+    with pytest.raises(ValueError, match=r"JacobianMap @ v: expected the shape \(6,\), or \(6, k\) for k at once, got \(5,\)"):
+        J @ randn(5)
+    with pytest.raises(TypeError, match=r"JacobianMap @ v: expected the dtype torch.float64, got torch.float32"):
+        J @ torch.ones(6)
+    with pytest.raises(ValueError, match=r"JacobianMap @ v: expected the structure"):
+        J @ (randn(6),)
+    with pytest.raises(TypeError, match=r"JacobianMap @ v: expected a Tensor, got <class 'float'>"):
+        J @ 2.0
+    with pytest.raises(ValueError, match=r"JacobianMap.matvec: expected leaves of shape"):
+        J.matvec(randn(6, 2))
+    with pytest.raises(ValueError, match=r"JacobianMap.matmat: expected leaves of \(\*shape, k\)"):
+        J.matmat(randn(6))
+    with pytest.raises(ValueError, match=r"TransposedMap @ v: leaf 1: expected the shape|TransposedMap @ v: expected"):
+        tree.T @ randn(3, 3)
+    parameters, x = make_kinds()["two arguments"].primals
+    with pytest.raises(ValueError, match=r"JacobianMap @ v: leaf 3: expected the shape \(2, 3\), got \(2, 3, 4\)"):
+        tree @ (parameters, randn(2, 3, 4))
+
+
+def test_maps_that_do_not_fit() -> None:
+    J, K = linear_map(lambda x: WEIGHT @ x, randn(6)), linear_map(torch.sin, randn(4))
+    with pytest.raises(ValueError, match=r"LinearMap @ LinearMap: the left map takes \(6,\) and the right one returns \(4,\)"):
+        J @ K
+    with pytest.raises(ValueError, match=r"LinearMap \+ LinearMap: the spaces differ"):
+        J + K
+    with pytest.raises(ValueError, match=r"expected a number or a real tensor of no dimensions"):
+        J * torch.ones(2)
+    for wrong in (lambda: J + 1, lambda: J * "a", lambda: J - 2.0, lambda: True * J, lambda: J / None):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_indices_that_do_not_fit() -> None:
+    J = linear_map(lambda x: WEIGHT @ x, randn(6))
+    for wrong in (lambda: J.rows(5), lambda: J.columns([0, 6]), lambda: J[-6], lambda: J[0, 6]):
+        with pytest.raises(IndexError, match="out of range"):
+            wrong()
+    with pytest.raises(IndexError, match="2 rows and 3 columns"):
+        J[[0, 1], [0, 1, 2]]
+    for key in (1.5, "a", None, ..., (0, 1, 2), torch.ones(2, 2, dtype=torch.int64), torch.ones(3, dtype=torch.bool), True):
+        with pytest.raises(TypeError):
+            J[key]
+    with pytest.raises(TypeError, match="differs between the samples"):
+        chainrule.vmap(lambda i: J.rows(i))(torch.arange(3))
+
+
+def test_functions_that_have_no_map() -> None:
+    with pytest.raises(RuntimeError, match="expected all outputs to be real and floating-point, got torch.int64"):
+        linear_map(lambda x: x.argmax(), randn(3))
+    with pytest.raises(RuntimeError, match="expected all inputs to be real"):
+        linear_map(torch.sin, torch.randn(3, dtype=torch.complex64))
+    with pytest.raises(RuntimeError, match="at least one positional argument"):
+        linear_map(torch.sin)
+    with pytest.raises(RuntimeError, match="at least one Tensor"):
+        linear_map(lambda x: torch.ones(2), {})
+    with pytest.raises(RuntimeError, match="sparse tensors cannot be made inside"):
+        chainrule.grad(lambda x: linear_map(torch.sin, x).sparse().to_dense().sum())(randn(3))
+
+
+def test_arguments() -> None:
+    x, y = randn(3), randn(3)
+    function = lambda x, y, scale=1.0: (x * y * scale, "aux")  # noqa: E731
+    J, aux = linear_map(function, x, y, has_aux=True, scale=2.0)
+    assert aux == "aux" and J.in_shape == (torch.Size([3]), torch.Size([3]))
+    close(J @ (y, x), 2 * (y * y + x * x))
+    J, _ = linear_map(function, x, y, argnums=1, has_aux=True)
+    assert J.in_shape == torch.Size([3])
+    close(J.diagonal(), x)
+    J, _ = linear_map(function, x, y, argnums=[-1], has_aux=True)
+    assert J.in_shape == (torch.Size([3]),)
+    with pytest.raises(RuntimeError, match="got argnum=2"):
+        linear_map(torch.mul, x, y, argnums=2)
+
+
+def test_mixed_dtypes() -> None:
+    a, b = torch.randn(3), randn(3)
+    J = linear_map(lambda a, b: (a * b, a), a, b)
+    assert J.dtype == torch.float64
+    matrix = torch.zeros(6, 6, dtype=torch.float64)
+    matrix[:3, :3], matrix[:3, 3:], matrix[3:, :3] = torch.diag(b), torch.diag(a.double()), torch.eye(3)
+    torch.testing.assert_close(J.dense(flat=True), matrix)
+    torch.testing.assert_close(flat(J @ (torch.ones(3), torch.ones(3, dtype=torch.float64))).double(), matrix.sum(1))
+    torch.testing.assert_close(J.norm(), matrix.norm())
+    torch.testing.assert_close(J.sparse(flat=True).to_dense(), matrix)
+
+
+def test_structure_is_readable() -> None:
+    account = str(linear_map(lambda x: torch.sin(x) * 2, randn(1000)).structure())
+    assert account.splitlines() == [
+        "JacobianMap(1000×1000, float64, (1000,) -> (1000,)): 7.812 KiB in terms, 7.629 MiB if dense",
+        "  output 0, input 0 (1000×1000):",
+        "    (i) × (i): [i] (1000,) 7.812 KiB; diagonal in i (1000); 1000 entries",
+    ]
+    sliced = linear_map(lambda x: x[2:5], randn(9)).structure()
+    assert sliced.blocks[0].terms[0].entries == 3 and "index[i]" in str(sliced)
+    assert "zero" in str(linear_map(lambda x: torch.ones(2), randn(3)).structure())
+
+
+def test_explained() -> None:
+    explanation = chainrule.explain(lambda x: linear_map(tanh_twice, x).gram().trace())(randn(6))
+    assert "trace" in str(explanation)
+
+
+def test_compiled() -> None:
+    v = randn(6)
+    read = lambda x: linear_map(tanh_twice, x).gram() @ v + linear_map(tanh_twice, x).diagonal()  # noqa: E731
+    compiled = chainrule.compile(read)
+    for _ in range(3):
+        x = randn(6)
+        matrix = torch.func.jacrev(tanh_twice)(x)
+        close(compiled(x), matrix @ (matrix.T @ v) + matrix.diagonal())
