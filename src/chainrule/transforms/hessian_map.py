@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chainrule.capture.tape import BelowAutograd, Tape
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.plan.second_order import second_order
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
 from chainrule.transforms.derivatives import grad
@@ -139,7 +139,7 @@ def hessian_transform(func: Callable[..., Any], argnums: Argnums, has_aux: bool)
         found, aux = hessian_map(func, args, argnums, has_aux, kwargs)
         return (found, aux) if has_aux else found
 
-    return hide_from_dynamo(wrapper)
+    return entry_point(wrapper)
 
 
 __all__ = ["HessianMap", "hessian_map", "hessian_transform"]

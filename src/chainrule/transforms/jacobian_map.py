@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.dispatch import hide_from_dynamo
+from chainrule.dispatch import entry_point
 from chainrule.plan.algebra import Expression, Jacobian
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten
 from chainrule.transforms.linear_map import Frame, LinearMap
@@ -149,7 +149,7 @@ def operator_transform(
         found, aux = jacobian_map(func, args, argnums, has_aux, kwargs, name, respect_no_grad=respect_no_grad)
         return (found, aux) if has_aux else found
 
-    return hide_from_dynamo(wrapper)
+    return entry_point(wrapper)
 
 
 __all__ = ["JacobianMap", "input_space", "jacobian_map", "linear_map", "operator_transform"]
