@@ -25,7 +25,7 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     over the sources of both.
     """
     if one.affine is not None and two.affine is not None:
-        solved = _solve(term, one, two, workspace.device)
+        solved = solve_affine(term, one, two, workspace.device)
         if solved is not None:
             return solved
     dropped, kept = (two, one) if one.affine is not None else (one, two)
@@ -33,7 +33,7 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     return replace(term, factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
 
 
-def _solve(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
+def solve_affine(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
     """Read the source of one affine relation off the other's, when nothing else ties it."""
     taken = {h.target for h in term.onehots}
     solutions = []
@@ -102,4 +102,4 @@ def _equality(dropped: OneHot, kept: OneHot, workspace: Workspace) -> Factor:
     return Factor(node, axes)
 
 
-__all__ = ["coincide"]
+__all__ = ["coincide", "solve_affine"]

@@ -17,7 +17,13 @@ from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, reg
 
 
 class Workspace:
-    """What one plan shares: the dtype and device of its maps and the nodes it has made."""
+    """What one plan shares: the dtype and device of its maps and the nodes it has made.
+
+    Attributes:
+        sparse: whether maps are kept by their entries: internal sources of relations are not summed, and terms not densified.
+    """
+
+    sparse = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -34,6 +40,18 @@ class Workspace:
                 sizes, lambda program: program.call(torch.ones, sizes, dtype=dtype, device=device), label="ones"
             )
         return node
+
+    def canonical(self, term: Term) -> Term:
+        """The term in the form in which it is kept."""
+        return term
+
+    def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """The sum of terms in the form in which it is kept."""
+        return tuple(terms)
+
+    def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
+        """The term with two relations of one target made into one."""
+        return coincide(term, one, two, self)
 
     def eye(self, size: int) -> Node:
         """A dense identity."""
@@ -191,7 +209,7 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         others = tuple(h for h in term.onehots if h is not onehot)
         twin = next((h for h in others if h.target is target), None)
         if twin is not None:
-            return coincide(term, onehot, twin, workspace)
+            return workspace.coincide(term, onehot, twin)
         carried = any(target in f.axes for f in term.factors)
         chained = any(target in h.sources for h in others)
         if target in outer and not carried and not chained:
@@ -266,10 +284,11 @@ def fold_uncarried(term: Term) -> Term:
 def settle(term: Term, workspace: Workspace) -> Term:
     """Contract everything that a plan in a pinned order contracts: sums over internal axes, and factors into larger ones.
 
-    The result has no internal axis. Factors that share no summed axis and would only form an outer product stay apart.
+    The result has no internal axis (but for the sources of relations, where the workspace is sparse). Factors that share no
+    summed axis and would only form an outer product stay apart.
     """
     term = fold_uncarried(push_onehots(term, workspace))
-    term = scatter_internal(term, workspace)
+    term = workspace.canonical(term) if workspace.sparse else scatter_internal(term, workspace)
     term = _contract_connected(term, workspace)
     return _absorb(term, workspace)
 

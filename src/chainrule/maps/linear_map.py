@@ -34,6 +34,7 @@ class Operator:
         diagonal: pairs ``(output dimension, input dimension)`` on which the op acts entry by entry (a batch dimension).
         flops: multiply-adds of one row.
         label: the op's name, for ``explain``.
+        structure: makes the same map as a sum of terms, for sparse plans; None where the op is not known so.
     """
 
     out_shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Operator:
     diagonal: tuple[tuple[int, int], ...] = ()
     flops: int = 0
     label: str = ""
+    structure: Callable[[], tuple[Term, ...]] | None = None
 
     def transpose(self) -> Operator:
         """The operator read from the output to the input."""
@@ -203,6 +205,8 @@ def merge(terms: Sequence[Term], workspace: Workspace, *, force: bool) -> tuple[
         return tuple(terms)
     settled = [settle(term, workspace) for term in terms]
     merged = _merge_equal(settled, workspace, force)
+    if workspace.sparse:
+        return workspace.compress(merged)
     if len(merged) > (1 if force else TERM_LIMIT):
         common = _common_diagonals(merged)
         merged = _merge_equal([_to_common(term, common, workspace) for term in merged], workspace, True)

@@ -23,9 +23,10 @@ class Node:
         digit: for an index that is a digit of another one, ``(that index's node, stride, size)``: ``that // stride % size``.
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
+        facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "flops", "inputs", "label", "merge", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "merge", "sizes", "staged")
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class Node:
         self.staged: Staged | None = None
         self.digit: tuple[Node, int, int] | None = None
         self.merge: Any = None
+        self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
 
     @property
     def numel(self) -> int:

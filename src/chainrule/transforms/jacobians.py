@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from chainrule.execute.memory import Watch, current_watch, free_memory, parse_by
 from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
+from chainrule.transforms.sparse import SPARSE, sparse_jacobian
 from chainrule.transforms.trace import Block, Traced, trace
 
 
@@ -28,6 +29,7 @@ def jacrev(
     _preallocate_and_copy: bool = False,
     max_memory: int | str | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func``, accumulated in reverse order.
 
@@ -41,6 +43,9 @@ def jacrev(
             ``"512MB"``. The rows of a chunk are chosen by what the plans are predicted to need. By default a result of
             more than a quarter of a gigabyte is computed in chunks where the free memory of the device asks for it.
         progress: whether to show the progress over the chunks (needs tqdm).
+        layout: ``"dense"``, or ``"sparse_coo"`` or ``"sparse_csr"`` for sparse tensors (see ``docs/sparse.md``): their pattern is
+            read off the structure of ``func``, planned once per signature and value of its index tensors, and may hold explicit
+            zeros.
 
     Returns:
         A function returning, for each output leaf, the tree of Jacobians with respect to the arguments (a tuple when
@@ -49,7 +54,8 @@ def jacrev(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -59,6 +65,8 @@ def jacrev(
                 [0., 4.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "jacrev")
+    if is_sparse(layout, chunks):
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacrev", "reverse", "input", partial(check_real, func=func, name="jacrev", cast="input"))
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacrev", "reverse", "input")
 
 
@@ -70,6 +78,7 @@ def jacfwd(
     randomness: str = "error",
     chunk_size: int | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func``, accumulated in forward order.
 
@@ -82,13 +91,15 @@ def jacfwd(
         chunk_size: how many columns (elements of an input) to compute at once, which bounds the memory of intermediate
             results; None for all. ``func`` still runs once, but on a copy: a write to its argument stays inside.
         progress: as in :func:`jacrev`.
+        layout: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`, with Jacobians of the output's dtype.
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated, or ``randomness`` is unknown.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -100,6 +111,8 @@ def jacfwd(
     if randomness not in ("error", "different", "same"):
         raise RuntimeError(f"jacfwd: only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}")
     chunks = Chunks(chunk_size, None, progress, "jacfwd")
+    if is_sparse(layout, chunks):
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacfwd", "forward", "output", partial(check_real, func=func, name="jacfwd", cast="output"))
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacfwd", "forward", "output")
 
 
@@ -111,6 +124,7 @@ def jacobian(
     chunk_size: int | None = None,
     max_memory: int | str | None = None,
     progress: bool = False,
+    layout: str = "dense",
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func`` in the order that costs least.
 
@@ -124,13 +138,15 @@ def jacobian(
         chunk_size: as in :func:`jacrev`.
         max_memory: as in :func:`jacrev`.
         progress: as in :func:`jacrev`.
+        layout: as in :func:`jacrev`.
 
     Returns:
         As :func:`jacrev`.
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -139,6 +155,8 @@ def jacobian(
         tensor([[3., 0.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "jacobian")
+    if is_sparse(layout, chunks):
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacobian", "auto", "input", partial(check_real, func=func, name="jacobian", cast="input"))
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacobian", "auto", "input")
 
 
@@ -150,6 +168,8 @@ def hessian(
     chunk_size: int | None = None,
     max_memory: int | str | None = None,
     progress: bool = False,
+    layout: str = "dense",
+    triangular: str | None = None,
 ) -> Callable[..., Any]:
     """Return a function that computes the Hessian of ``func``: the Jacobian of its Jacobian.
 
@@ -161,6 +181,7 @@ def hessian(
             all. The first derivative itself is computed whole.
         max_memory: as in :func:`jacrev`.
         progress: as in :func:`jacrev`.
+        layout: as in :func:`jacrev`.
 
     Returns:
         A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
@@ -168,7 +189,8 @@ def hessian(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -180,6 +202,22 @@ def hessian(
     chunks = Chunks(chunk_size, max_memory, progress, "hessian")
     inner = _jacobian_transform(func, argnums, has_aux, Chunks(None, None, False, "hessian"), "hessian", "reverse", "input")
     return _jacobian_transform(inner, argnums, has_aux, chunks, "hessian", "auto", "output", respect_no_grad=False)
+
+
+def is_sparse(layout: str, chunks: Chunks) -> bool:
+    """Whether a layout is a sparse one.
+
+    Raises:
+        ValueError: if it is unknown, or there are chunks.
+    """
+    if layout == "dense":
+        return False
+    if layout not in SPARSE:
+        known = ", ".join(repr(name) for name in ("dense", *SPARSE))
+        raise ValueError(f"{chunks.name}: layout should be one of {known}, got {layout!r}")
+    if chunks.given or chunks.progress:
+        raise ValueError(f"{chunks.name}: chunk_size, max_memory and progress are for layout='dense', not {layout!r}")
+    return True
 
 
 class Chunks:

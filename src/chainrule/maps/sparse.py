@@ -1,0 +1,388 @@
+"""Terms by their non-zeros: relations with known targets, sums of terms as one list of entries.
+
+A plan of a sparse map is made for the *values* of its index tensors as well: every relation is held as a concrete tensor.
+Relations that are equal are then one, a shift by nothing is a diagonal, and two relations with one target are joined like
+two tables. What is left to compute in each run are the values of the entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from chainrule.maps.coincidence import solve_affine
+from chainrule.maps.compose import Workspace, dense_factor
+from chainrule.maps.contract import expand_to
+from chainrule.maps.nodes import Node
+from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
+
+#: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
+_MANY = 12
+#: Never more terms than this at one vertex.
+_MOST = 64
+
+
+class SparseWorkspace(Workspace):
+    """A workspace whose relations are concrete.
+
+    Attributes:
+        program: where indices are computed now, and values later.
+        widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
+    """
+
+    sparse = True
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, widened: frozenset[int] = frozenset()) -> None:
+        super().__init__(dtype, device)
+        self.program = Program()
+        self.widened = widened
+        self._nodes: dict[object, Node] = {}
+        self._known: dict[int, tuple[Node, Node]] = {}
+        self._leaves: list[Staged] = []
+        self._fixed: set[int] = set()
+        self._scanned = 0
+
+    # Relations.
+
+    def read(self, node: Node) -> torch.Tensor:
+        """The concrete value of an index."""
+        return plain(node.force(self.program).value)
+
+    def from_tape(self, term: Term) -> Term:
+        """The term of a rule with concrete relations."""
+        kept = []
+        for onehot in term.onehots:
+            staged = onehot.index.force(self.program)
+            if self.widened:
+                inputs, _ = self._sources([staged])
+                if not self.widened.isdisjoint(key for key in inputs if isinstance(key, int)):
+                    continue
+            self._leaves.append(staged)
+            kept.append(onehot)
+        return self.canonical(replace(term, onehots=tuple(kept)))
+
+    def canonical(self, term: Term) -> Term:
+        """The same term; equal relations share their index, and those that say nothing are gone."""
+        if not term.onehots:
+            return term
+        onehots: list[OneHot] = []
+        renamed: dict[Axis, Axis] = {}
+        for onehot in term.onehots:
+            found = self._concrete(onehot)
+            if found.affine == (0, 1) and found.sources[0].size == found.target.size:
+                renamed[found.target] = found.sources[0]
+            else:
+                onehots.append(found)
+        term = replace(term, onehots=tuple(onehots))
+        while renamed:
+            target, source = renamed.popitem()
+            term = term.rename({target: source})
+            renamed = {one: source if two is target else two for one, two in renamed.items()}
+        return term
+
+    def _concrete(self, onehot: OneHot) -> OneHot:
+        known = self._known.get(id(onehot.index))
+        if known is None:
+            node = self.index(self.read(onehot.index))
+            self._known[id(onehot.index)] = onehot.index, node
+            self._known[id(node)] = node, node
+        else:
+            node = known[1]
+        affine, partial = node.facts
+        return OneHot(node, onehot.sources, onehot.target, partial, affine)
+
+    def index(self, tensor: torch.Tensor) -> Node:
+        """The node of a concrete index; equal ones are one node."""
+        tensor = tensor.to(torch.long).contiguous()
+        digest = hashlib.blake2b(memoryview(tensor.cpu().numpy()).cast("B") if tensor.numel() else b"", digest_size=16).digest()
+        key = (tuple(tensor.shape), digest)
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
+            node.facts = _affine(tensor), bool((tensor < 0).any())
+            node.force(self.program)
+        return node
+
+    def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
+        """Join two relations with one target: a new axis counts the pairs of sources that meet."""
+        if one.affine is not None and two.affine is not None:
+            solved = solve_affine(term, one, two, self.device)
+            if solved is not None:
+                return solved
+        shared = tuple(axis for axis in one.sources if axis in two.sources)
+        left, right = (self._keys(h, shared) for h in (one, two))
+        first, second = join_equal(left, right)
+        pairs = Axis(len(first))
+        onehots = [h for h in term.onehots if h is not one and h is not two]
+        for h, chosen in ((one, first), (two, second)):
+            stride = math.prod(a.size for a in h.sources)
+            for axis in h.sources:
+                stride //= max(axis.size, 1)
+                if h is one or axis not in shared:
+                    onehots.append(OneHot(self.index(chosen // max(stride, 1) % max(axis.size, 1)), (pairs,), axis))
+        targets = self.read(one.index).reshape(-1).index_select(0, first)
+        onehots.append(OneHot(self.index(targets), (pairs,), one.target))
+        if pairs.size == 0:
+            return replace(term, onehots=tuple(onehots), scale=0.0)
+        return replace(term, onehots=tuple(onehots))
+
+    def _keys(self, onehot: OneHot, shared: Sequence[Axis]) -> torch.Tensor:
+        """For each source: target and shared sources as one number, negative where there is no target."""
+        index = self.read(onehot.index).reshape(-1)
+        flat = torch.arange(index.numel(), device=index.device)
+        key = index
+        for axis in shared:
+            after = math.prod(a.size for a in onehot.sources[onehot.sources.index(axis) + 1 :])
+            key = key * axis.size + flat // max(after, 1) % max(axis.size, 1)
+        return torch.where(index < 0, -1, key)
+
+    # What is the same in every run.
+
+    def _sources(self, staged: Sequence[Staged]) -> tuple[dict[object, int], set[int]]:
+        """The inputs that values depend on, and all slots between."""
+        wanted = {s.slot for s in staged}
+        for instruction in reversed(self.program.instructions):
+            if not wanted.isdisjoint(instruction.outputs):
+                wanted.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+        return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
+
+    def guards(self) -> tuple[dict[object, int], list[Staged]]:
+        """What the relations were computed from: inputs of an integer dtype by key, and indices that read other inputs."""
+        exact: dict[object, int] = {}
+        computed: list[Staged] = []
+        inputs, _ = self._sources(self._leaves)
+        if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
+            return dict(inputs), []
+        for staged in self._leaves:
+            own, _ = self._sources([staged])
+            if any(self.program.kinds[slot][1].is_floating_point for slot in own.values()):
+                computed.append(staged)
+            else:
+                exact.update(own)
+        return exact, computed
+
+    def is_fixed(self, staged: Staged) -> bool:
+        """Whether a value is the same in every run with these indices."""
+        if not self._scanned:
+            self._fixed.update(self.guards()[0].values())
+        for instruction in self.program.instructions[self._scanned :]:
+            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            if all(slot in self._fixed or slot in self.program.constants for slot in read) and not instruction.keep:
+                self._fixed.update(instruction.outputs)
+        self._scanned = len(self.program.instructions)
+        return staged.slot in self._fixed or staged.slot in self.program.constants
+
+    # Sums.
+
+    def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """The same sum in fewer entries, where many terms meet."""
+        if len(terms) < _MANY:
+            return tuple(terms)
+        entries = [entries_of(term, self) for term in terms]
+        count = sum(e.keys.numel() for e in entries)
+        keys = torch.unique(torch.cat([e.keys for e in entries]))
+        if keys.numel() > 0.6 * count and len(terms) <= _MOST:
+            return tuple(terms)
+        out_dims, in_dims = terms[0].out_dims, terms[0].in_dims
+        return (summed(out_dims, in_dims, entries, keys, self),)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is outside of a vmap.
+
+    Raises:
+        RuntimeError: if it differs between the samples.
+    """
+    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
+        if tensor.batched:
+            raise RuntimeError(
+                "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
+                "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
+            )
+        tensor = tensor.inner  # type: ignore[attr-defined]
+    return tensor
+
+
+def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
+    if tensor.ndim != 1 or tensor.numel() == 0:
+        return None
+    start = int(tensor[0])
+    if tensor.numel() == 1:
+        return (start, 1) if start >= 0 else None
+    step = int(tensor[1]) - start
+    if step == 0 or start < 0 or int(tensor[-1]) < 0:
+        return None
+    if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
+        return None
+    return start, step
+
+
+def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
+    order = torch.argsort(right, stable=True)
+    ordered = right.index_select(0, order)
+    low, high = torch.searchsorted(ordered, left), torch.searchsorted(ordered, left, right=True)
+    counts = torch.where(left < 0, 0, high - low)
+    first = torch.repeat_interleave(torch.arange(left.numel(), device=left.device), counts)
+    start = torch.cumsum(counts, 0) - counts
+    offset = torch.arange(first.numel(), device=left.device) - start.index_select(0, first)
+    return first, order.index_select(0, low.index_select(0, first) + offset)
+
+
+class Entries(NamedTuple):
+    """The entries of one term.
+
+    Attributes:
+        factor: their values, over some axes of the grid.
+        grid: the axes that number them.
+        keys: for each, row times the number of columns plus column.
+        kept: which points of the grid have an entry; None for all.
+    """
+
+    factor: Factor
+    grid: tuple[Axis, ...]
+    keys: torch.Tensor
+    kept: torch.Tensor | None
+
+
+def _dims_shape(dims: Dims) -> tuple[int, ...]:
+    return tuple(math.prod(axis.size for axis in dim) for dim in dims)
+
+
+def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
+    """The entries of a settled term."""
+    targets = {h.target: h for h in term.onehots}
+    every = [axis for axis in term.all_axes() if axis not in targets and axis.size != 1]
+    positions = [[axis for dim in dims for axis in dim] for dims in (term.out_dims, term.in_dims)]
+    # In the order of rows, then of columns.
+    first = [a for axis in positions[0] for a in (targets[axis].sources if axis in targets else (axis,)) if a.size != 1]
+    grid = tuple(dict.fromkeys([*first, *every]))
+    factor = dense_factor(term, grid, workspace)
+    names = {axis: number for number, axis in enumerate(grid)}
+    sizes = tuple(axis.size for axis in grid)
+    columns = math.prod(axis.size for axis in positions[1])
+    keys = torch.zeros((), dtype=torch.long, device=workspace.device)
+    valid: torch.Tensor | None = None
+    for side, scale in ((0, columns), (1, 1)):
+        stride = scale
+        for axis in reversed(positions[side]):
+            if axis in targets:
+                place = _over(targets[axis], workspace, names)
+                if targets[axis].partial:
+                    valid = place >= 0 if valid is None else valid & (place >= 0)
+                keys = keys + place * stride
+            elif axis.size != 1:
+                counted = torch.arange(axis.size, device=workspace.device) * stride
+                keys = keys + counted.reshape([-1 if n == names[axis] else 1 for n in range(len(grid))])
+            stride *= axis.size
+    for onehot in term.onehots:
+        if onehot.partial:
+            here = _over(onehot, workspace, names) >= 0
+            valid = here if valid is None else valid & here
+    keys = keys.expand(sizes).reshape(-1)
+    if valid is None:
+        return Entries(factor, grid, keys, None)
+    kept = torch.nonzero(valid.expand(sizes).reshape(-1)).squeeze(1)
+    return Entries(factor, grid, keys.index_select(0, kept), kept)
+
+
+def _over(onehot: OneHot, workspace: SparseWorkspace, names: dict[Axis, int]) -> torch.Tensor:
+    """A relation's index, broadcast against the grid."""
+    index = workspace.read(onehot.index)
+    sources = [axis for axis in onehot.sources if axis in names]
+    index = index.reshape([axis.size for axis in sources])
+    order = sorted(range(len(sources)), key=lambda n: names[sources[n]])
+    shape = [1] * len(names)
+    for axis in sources:
+        shape[names[axis]] = axis.size
+    return index.permute(order).reshape(shape)
+
+
+def summed(
+    out_dims: Dims, in_dims: Dims, entries: Sequence[Entries], keys: torch.Tensor, workspace: SparseWorkspace
+) -> Term:
+    """One term whose entries are at ``keys`` (sorted, each once)."""
+    node = values_node(entries, keys, workspace)
+    axis = Axis(keys.numel())
+    onehots: list[OneHot] = []
+    dims: list[tuple[Axis, ...]] = []
+    shapes = _dims_shape(out_dims), _dims_shape(in_dims)
+    stride = math.prod(shapes[0]) * math.prod(shapes[1])
+    for size in (*shapes[0], *shapes[1]):
+        stride //= max(size, 1)
+        target = Axis(size)
+        dims.append((target,))
+        if size != 1:
+            onehots.append(OneHot(workspace.index(keys // max(stride, 1) % size), (axis,), target))
+    made = Term(tuple(dims[: len(shapes[0])]), tuple(dims[len(shapes[0]) :]), (Factor(node, (axis,)),), tuple(onehots))
+    return workspace.canonical(made)
+
+
+def values_node(entries: Sequence[Entries], keys: torch.Tensor, workspace: SparseWorkspace) -> Node:
+    """The values at ``keys`` of a sum of entries; entries at other places are left out."""
+    chosen: list[tuple[Entries, torch.Tensor, torch.Tensor | None]] = []
+    for one in entries:
+        slots = torch.searchsorted(keys, one.keys)
+        found = keys.index_select(0, slots.clamp(max=max(keys.numel() - 1, 0))) == one.keys if keys.numel() else slots < 0
+        if bool(found.all()):
+            if one.keys.numel():
+                chosen.append((one, slots, one.kept))
+            continue
+        place = torch.nonzero(found).squeeze(1)
+        if place.numel():
+            kept = place if one.kept is None else one.kept.index_select(0, place)
+            chosen.append((one, slots.index_select(0, place), kept))
+    count = sum(slots.numel() for _, slots, _ in chosen)
+
+    def compute(program: Program, *values: Staged) -> Staged:
+        parts: list[Staged] = []
+        places: list[torch.Tensor] = []
+        base = torch.zeros(keys.numel(), dtype=workspace.dtype, device=workspace.device)
+        for (one, slots, kept), value in zip(chosen, values, strict=True):
+            flat = _flat(program, value, one, kept)
+            if flat.dtype != workspace.dtype:
+                flat = flat.to(workspace.dtype)
+            if workspace.is_fixed(flat):
+                base = base.index_add(0, slots, plain(flat.value))
+            else:
+                parts.append(flat)
+                places.append(slots)
+        start = program.constant(base)
+        if not parts:
+            return program.call(torch.clone, start)
+        if sum(p.numel() for p in places) == keys.numel() and not bool(base.any()):
+            # Each place once: the values stand there already, or are read in that order.
+            every = torch.cat(places)
+            order = torch.argsort(every)
+            if bool((every.index_select(0, order) == torch.arange(keys.numel(), device=keys.device)).all()):
+                joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
+                if bool((order[1:] > order[:-1]).all()):
+                    return joined
+                return torch.index_select(joined, 0, program.constant(order))
+        joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
+        return torch.index_add(start, 0, program.constant(torch.cat(places)), joined)
+
+    inputs = tuple(one.factor.node for one, _, _ in chosen)
+    return Node((keys.numel(),), inputs, compute, flops=count, moved=2 * count + keys.numel(), label="entries")
+
+
+def _flat(program: Program, value: Staged, entries: Entries, kept: torch.Tensor | None) -> Staged:
+    grid, factor = entries.grid, entries.factor
+    names = {axis: number for number, axis in enumerate(grid)}
+    sizes = tuple(axis.size for axis in grid)
+    have = tuple(names[a] for a in factor.axes)
+    value = expand_to(value, have, tuple(range(len(grid))))
+    if tuple(value.shape) != sizes:
+        value = torch.broadcast_to(value, sizes)
+    if len(sizes) != 1:
+        value = torch.reshape(value, (-1,))
+    return value if kept is None else torch.index_select(value, 0, program.constant(kept))
+
+
+__all__ = ["Entries", "SparseWorkspace", "entries_of", "join_equal", "plain", "summed", "values_node"]
