@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +53,9 @@ class Layouts:
         return self._csr
 
 
+Found = dict[Any, tuple[torch.Tensor, Layouts]]
+
+
 @dataclass
 class SparsePlan:
     """A plan for one value of the index tensors.
@@ -82,52 +84,77 @@ class SparsePlan:
             return all(torch.equal(plain(one), two) for one, two in zip(found, self.expected, strict=True))
         return True
 
+    def run(self, tape: Any) -> Found:
+        """The values of a run."""
+        values = self.values.run(tape.values, ())
+        return {block: (values[block], layout) for block, layout in self.layouts.items()}  # type: ignore[misc]
+
 
 @dataclass
 class SparsePlans:
-    """The plans of one signature, the last used first."""
+    """The plans of one signature, the last used first.
+
+    Attributes:
+        plans: the plans.
+        by_levels: for a Hessian, whether gradient and Hessian cannot be one program.
+        used: for the cache.
+    """
 
     plans: list[SparsePlan] = field(default_factory=list)
+    by_levels: bool = False
     used: bool = False
 
+    def find(self, tape: Any) -> SparsePlan | None:
+        """The plan for the index tensors of a run."""
+        for number, plan in enumerate(self.plans):
+            if plan.fits(tape):
+                if number:
+                    self.plans.insert(0, self.plans.pop(number))
+                return plan
+        return None
 
-def execute_sparse(
-    tape: Any, request: SparseRequest
-) -> dict[tuple[int, int], tuple[torch.Tensor, Layouts]]:
+    def add(self, plan: SparsePlan) -> None:
+        """Keep a plan."""
+        self.plans.insert(0, plan)
+        del self.plans[_PATTERNS:]
+
+
+def plans_of(tape: Any, extra: Any) -> SparsePlans:
+    """The plans of a tape's signature."""
+    key: Any = tape.signature(("sparse", extra))
+    try:
+        plans: Any = CACHE.get(key)
+    except TypeError:  # an unhashable static argument: such a plan is not kept
+        return SparsePlans()
+    if plans is None:
+        plans = SparsePlans()
+        CACHE.put(key, plans)
+    found: SparsePlans = plans
+    return found
+
+
+def execute_sparse(tape: Any, request: SparseRequest) -> Found:
     """The values of the entries of every block that has some, and where they stand.
 
     Args:
         tape: the finished tape.
         request: what is asked.
     """
-    key: Any = tape.signature(("sparse", request))
-    try:
-        plans: Any = CACHE.get(key)
-    except TypeError:  # an unhashable static argument: such a plan is not kept
-        key = plans = None
-    if plans is None:
-        plans = SparsePlans()
-        if key is not None:
-            CACHE.put(key, plans)
-    for number, plan in enumerate(plans.plans):
-        if plan.fits(tape):
-            if number:
-                plans.plans.insert(0, plans.plans.pop(number))
-            break
-    else:
+    plans = plans_of(tape, request)
+    plan = plans.find(tape)
+    if plan is None:
         plan = make_plan(plan_sparse(tape, request))
-        plans.plans.insert(0, plan)
-        del plans.plans[_PATTERNS:]
-    values = plan.values.run(tape.values, ())
-    return {block: (values[block], layout) for block, layout in plan.layouts.items()}  # type: ignore[misc]
+        plans.add(plan)
+    return plan.run(tape)
 
 
 def make_plan(planned: PlannedSparse) -> SparsePlan:
     """A plan without the tensors of the run that made it, but for its indices."""
     program, workspace = planned.program, planned.workspace
     exact, computed = workspace.guards()
+    assert all(isinstance(number, int) for number in exact)
     values = {staged.slot: staged.value for staged in program._input_values.values()}
-    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items() if isinstance(number, int)]
+    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items()]
     runner = compile_program(program, computed) if computed else None
     expected = [plain(staged.value).clone() for staged in computed]
     results = owned(program, list(planned.results.values()))

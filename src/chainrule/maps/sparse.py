@@ -38,9 +38,13 @@ class SparseWorkspace(Workspace):
 
     sparse = True
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, widened: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, widened: frozenset[int] = frozenset(), program: Program | None = None
+    ) -> None:
         super().__init__(dtype, device)
-        self.program = Program()
+        self.program = Program() if program is None else program
+        self._given = len(self.program.instructions)
+        self._fixed_known = False
         self.widened = widened
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
@@ -169,8 +173,11 @@ class SparseWorkspace(Workspace):
 
     def is_fixed(self, staged: Staged) -> bool:
         """Whether a value is the same in every run with these indices."""
-        if not self._scanned:
+        if not self._fixed_known:
+            self._fixed_known = True
             self._fixed.update(self.guards()[0].values())
+            # What a recorded program has written to is left as it is.
+            self._scanned = self._given if self.program.writes else 0
         for instruction in self.program.instructions[self._scanned :]:
             read = refs((instruction.args, tuple(instruction.kwargs.values())))
             if all(slot in self._fixed or slot in self.program.constants for slot in read) and not instruction.keep:
@@ -363,7 +370,7 @@ def values_node(entries: Sequence[Entries], keys: torch.Tensor, workspace: Spars
             if bool((every.index_select(0, order) == torch.arange(keys.numel(), device=keys.device)).all()):
                 joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
                 if bool((order[1:] > order[:-1]).all()):
-                    return joined
+                    return program.call(torch.clone, joined) if program.recorded else joined
                 return torch.index_select(joined, 0, program.constant(order))
         joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
         return torch.index_add(start, 0, program.constant(torch.cat(places)), joined)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,8 +19,6 @@ from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.planner import make_workspace
 
-#: Which entries are wanted: from the keys of a block, and its output and input slot, a mask.
-Filter = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 class SparseRequest(NamedTuple):
@@ -31,7 +29,9 @@ class SparseRequest(NamedTuple):
         outputs: the tape slots differentiated.
         order: ``forward``, ``reverse`` or ``auto``.
         cast: whether results take the dtype of the ``input`` or of the ``output``.
-        triangle: ``lower`` or ``upper``: outputs and inputs are numbered alike, and that triangle is wanted; None for all.
+        triangle: ``lower`` or ``upper``: outputs are derivatives with respect to the inputs, and that triangle is wanted; None
+            for all.
+        numbers: for a triangle, the number of the input that each output is the derivative with respect to.
     """
 
     inputs: tuple[int, ...]
@@ -39,6 +39,7 @@ class SparseRequest(NamedTuple):
     order: str = "auto"
     cast: str = "input"
     triangle: str | None = None
+    numbers: tuple[int, ...] = ()
 
 
 class Pattern(NamedTuple):
@@ -91,10 +92,12 @@ class PlannedSparse:
 Found = dict[tuple[int, int], tuple[Pattern, list[Entries]]]
 
 
-def sparse_workspace(tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset()) -> SparseWorkspace:
+def sparse_workspace(
+    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None
+) -> SparseWorkspace:
     """A workspace for maps between these slots."""
     plainly = make_workspace(tape, slots)
-    return SparseWorkspace(plainly.dtype, plainly.device, widened)
+    return SparseWorkspace(plainly.dtype, plainly.device, widened, program)
 
 
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
@@ -145,7 +148,7 @@ def find_entries(
 
 
 def _in_triangle(keys: torch.Tensor, request: SparseRequest, output: int, slot: int, columns: int) -> torch.Tensor:
-    row, column = request.outputs.index(output), request.inputs.index(slot)
+    row, column = request.numbers[request.outputs.index(output)], request.inputs.index(slot)
     if row != column:
         wanted = (row > column) == (request.triangle == "lower")
         return torch.full_like(keys, wanted, dtype=torch.bool)
@@ -162,9 +165,7 @@ def plan_sparse(tape: Any, request: SparseRequest, program: Program | None = Non
         program: a program that made some of the tape's values, which the plan continues.
     """
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
-    workspace = sparse_workspace(tape, (*inputs, *outputs))
-    if program is not None:
-        workspace.program = program
+    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program)
     graph = structured_graph(tape, inputs, outputs, workspace)
     orders = ("reverse", "forward") if request.order == "auto" else (request.order,)
     candidates: list[tuple[Candidate, Found]] = []

@@ -16,7 +16,7 @@ from chainrule.execute.memory import Watch, current_watch, free_memory, parse_by
 from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
-from chainrule.transforms.sparse import SPARSE, sparse_jacobian
+from chainrule.transforms.sparse import SPARSE, sparse_hessian, sparse_jacobian
 from chainrule.transforms.trace import Block, Traced, trace
 
 
@@ -182,6 +182,8 @@ def hessian(
         max_memory: as in :func:`jacrev`.
         progress: as in :func:`jacrev`.
         layout: as in :func:`jacrev`.
+        triangular: for a sparse layout, ``"lower"`` or ``"upper"`` for that triangle alone (of the matrix of all blocks, diagonal
+            included).
 
     Returns:
         A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
@@ -200,6 +202,12 @@ def hessian(
                 [ 0., 12.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "hessian")
+    if triangular not in (None, "lower", "upper"):
+        raise ValueError(f"hessian: triangular should be 'lower', 'upper' or None, got {triangular!r}")
+    if is_sparse(layout, chunks):
+        return sparse_hessian(func, argnums, has_aux, layout, triangular, partial(check_real, func=func, name="hessian", cast="input"))
+    if triangular is not None:
+        raise ValueError("hessian: triangular is for the sparse layouts, not 'dense'")
     inner = _jacobian_transform(func, argnums, has_aux, Chunks(None, None, False, "hessian"), "hessian", "reverse", "input")
     return _jacobian_transform(inner, argnums, has_aux, chunks, "hessian", "auto", "output", respect_no_grad=False)
 

@@ -12,13 +12,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.mode import wrap_batched
 from chainrule.batching.tensor import BatchTensor
+from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import hide_from_dynamo
-from chainrule.execute.sparse import Layouts, execute_sparse
-from chainrule.plan.sparse import Pattern, SparseRequest
+from chainrule.execute.accounts import UNCACHED, collecting
+from chainrule.execute.engine import execute
+from chainrule.execute.sparse import Found, Layouts, SparsePlan, execute_sparse, make_plan, plans_of
+from chainrule.maps.staging import Program, Staged
+from chainrule.plan.planner import Request
+from chainrule.plan.sparse import Pattern, SparseRequest, plan_sparse
 from chainrule.rules.batching_base import Batched
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
-from chainrule.transforms.trace import Traced, trace
+from chainrule.transforms.trace import Traced, recording_on, trace
 
 SPARSE = ("sparse_coo", "sparse_csr")
 
@@ -60,6 +65,156 @@ def sparse_jacobian(
         return (result, traced.aux) if has_aux else result
 
     return hide_from_dynamo(wrapper)
+
+
+def sparse_hessian(
+    func: Callable[..., Any], argnums: Argnums, has_aux: bool, layout: str, triangular: str | None,
+    check: Callable[[Traced], None],
+) -> Callable[..., Any]:
+    """The transform of a sparse Hessian.
+
+    Args:
+        func: the function.
+        argnums: what it is differentiated with respect to.
+        has_aux: whether it returns ``(output, aux)``.
+        layout: ``sparse_coo`` or ``sparse_csr``.
+        triangular: ``lower``, ``upper`` or None for all of it.
+        check: refuses runs that have no Hessian.
+    """
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        positions, single = resolve_argnums(argnums, len(args), "hessian")
+        traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
+        check(traced)
+        blocks = []
+        for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
+            if slot is None:
+                found: Found = {}
+            elif out.numel() == 1:
+                found = _curvature(traced, slot, triangular)
+            else:
+                found = _curvatures(traced, slot, triangular)
+            rows = []
+            for first, leaf in enumerate(traced.in_leaves):
+                row = []
+                for second, other in enumerate(traced.in_leaves):
+                    known = found.get((first, second))
+                    shape = (*out.shape, *leaf.shape)
+                    row.append(sparse_tensor(known, shape, tuple(other.shape), leaf.dtype, leaf.device, layout, "hessian"))
+                tree = tree_unflatten(row, traced.in_spec)
+                rows.append(tree[0] if single else tree)
+            tree = tree_unflatten(rows, traced.in_spec)
+            blocks.append(tree[0] if single else tree)
+        result = tree_unflatten(blocks, traced.out_spec)
+        return (result, traced.aux) if has_aux else result
+
+    return hide_from_dynamo(wrapper)
+
+
+def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:
+    """The blocks of the Hessian of one number, by the numbers of the inputs."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    plans = plans_of(tape, ("hessian", sources, slot, triangular, traced.grad_enabled))
+    plan = plans.find(tape)
+    if plan is None and not plans.by_levels:
+        plan = _plan_curvature(traced, slot, triangular)
+        if plan is None:
+            plans.by_levels = True
+        else:
+            plans.add(plan)
+    if plan is not None:
+        return plan.run(tape)
+    with recording_on(tape)():
+        gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
+    request, names = _of_gradient(traced, slot, gradient, triangular)
+    return {(names[o], sources.index(i)): value for (o, i), value in execute_sparse(tape, request).items()}
+
+
+def _of_gradient(
+    traced: Traced, slot: int, gradient: dict[Any, torch.Tensor | None], triangular: str | None
+) -> tuple[SparseRequest, dict[int, int]]:
+    """The request for the Jacobian of a gradient that stands on the tape, and which input each of its outputs is for."""
+    tape = traced.tape
+    names: dict[int, int] = {}
+    for number, source in enumerate(traced.in_slots):
+        value = gradient.get((slot, source))
+        place = None if value is None else tape.slot_of(value)
+        if place is not None and tape.active[place]:
+            names[place] = number
+    outputs, numbers = tuple(names), tuple(names.values())
+    return SparseRequest(tuple(traced.in_slots), outputs, "auto", "output", triangular, numbers), names
+
+
+def _plan_curvature(traced: Traced, slot: int, triangular: str | None) -> SparsePlan | None:
+    """One program for gradient and Hessian; None where the gradient cannot be written down as one."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    values = list(tape.values)
+    if torch._C._len_torch_dispatch_stack() or not all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    slots = {id(value): number for number, value in enumerate(values)}
+
+    def find(program: Program, tensor: torch.Tensor) -> Staged | None:
+        number = slots.get(id(tensor))
+        return None if number is None else program.input(number, tensor)
+
+    recorder = Recorder(find)
+    with recorder, collecting(UNCACHED):
+        tape.settle()
+        with recording_on(tape)():
+            gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
+    tape.settle()
+    request, names = _of_gradient(traced, slot, gradient, triangular)
+    program = recorder.program
+    for number in range(len(values), len(tape.values)):
+        staged = recorder.staged(tape.values[number])
+        if staged is None:
+            return None
+        program._input_values[number] = staged
+    if not recorder.pure:
+        return None
+    plan = make_plan(plan_sparse(tape, request, program))
+    plan.layouts = {(names[o], sources.index(i)): layout for (o, i), layout in plan.layouts.items()}
+    plan.values.keys = list(plan.layouts)
+    return plan
+
+
+def _curvatures(traced: Traced, slot: int, triangular: str | None) -> Found:
+    """The blocks of the Hessian of several numbers: the derivatives of the entries of their sparse Jacobian."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    request = SparseRequest(sources, (slot,), "reverse")
+    execute_sparse(tape, request)  # planned outside of the record
+    with recording_on(tape)():
+        first = execute_sparse(tape, request)
+    blocks: Found = {}
+    for (_, source), (value, layouts) in first.items():
+        place = tape.slot_of(value)
+        if place is None or not tape.active[place]:
+            continue
+        outer, number = layouts.pattern, sources.index(source)
+        for (_, other), (entries, inner) in execute_sparse(tape, SparseRequest(sources, (place,), "auto", "output")).items():
+            columns = inner.pattern.columns
+            keys = inner.pattern.keys
+            rows = outer.keys.index_select(0, torch.div(keys, columns, rounding_mode="floor"))
+            column = torch.remainder(keys, columns)
+            second = sources.index(other)
+            kept = _kept(torch.remainder(rows, outer.columns), column, number - second, triangular)
+            if kept is not None:
+                rows, column, entries = (t.index_select(-1, kept) for t in (rows, column, entries))
+            pattern = Pattern((*outer.out_shape, *outer.in_shape), inner.pattern.in_shape, rows * columns + column)
+            blocks[number, second] = entries, Layouts(pattern)
+    return blocks
+
+
+def _kept(rows: torch.Tensor, columns: torch.Tensor, offset: int, triangular: str | None) -> torch.Tensor | None:
+    """Which entries stand in a triangle; None for all."""
+    if triangular is None:
+        return None
+    if offset:
+        wanted = torch.full_like(rows, (offset > 0) == (triangular == "lower"), dtype=torch.bool)
+    else:
+        wanted = rows >= columns if triangular == "lower" else rows <= columns
+    return torch.nonzero(wanted).squeeze(1)
 
 
 def sparse_tensor(
@@ -117,4 +272,4 @@ def _refuse_derivatives(values: torch.Tensor, name: str) -> None:
             )
 
 
-__all__ = ["SPARSE", "sparse_jacobian", "sparse_tensor"]
+__all__ = ["SPARSE", "sparse_hessian", "sparse_jacobian", "sparse_tensor"]
