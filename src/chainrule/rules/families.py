@@ -282,6 +282,7 @@ def operator_edge(
     diagonal: tuple[tuple[int, int], ...] = (),
     flops: int = 0,
     output: int = 0,
+    structure: Callable[[], tuple[Term, ...]] | None = None,
 ) -> Edge:
     """An edge with one operator; ``push`` and ``pull`` get ``(call, program, rows, number of rows)``."""
     made = Operator(
@@ -292,6 +293,7 @@ def operator_edge(
         diagonal,
         flops,
         call.op.name(),
+        structure,
     )
     return single(call, item, (), (made,), output)
 

@@ -16,8 +16,8 @@ import torch
 from chainrule.maps.contract import Merge, permute
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
-from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single, value_node
 from chainrule.rules.families import operator_edge
 
 aten = torch.ops.aten
@@ -123,7 +123,30 @@ def _input_edge(call: Call, geometry: Geometry, item: Any, weight: Any) -> Edge:
     taps = 1
     for size in geometry.weight[1:]:
         taps *= size
-    return operator_edge(call, item, push, pull, ((0, 0),), call.tensor(call.outputs[0]).numel() * taps)
+    flops = call.tensor(call.outputs[0]).numel() * taps
+    structure = partial(_input_terms, call, geometry, item, weight)
+    return operator_edge(call, item, push, pull, ((0, 0),), flops, structure=structure)
+
+
+def _input_terms(call: Call, geometry: Geometry, item: Any, weight: Any) -> tuple[Term, ...]:
+    """The convolution as a sum over taps: the weight, and which input each tap reads for each output."""
+    batch, channels = call.shape(item)[:2]
+    n, g = Axis(batch), Axis(geometry.groups)
+    inner, outer = Axis(channels // geometry.groups), Axis(call.out_shape[1] // geometry.groups)
+    kernel, places, read = (new_axes(sizes) for sizes in (geometry.kernel, geometry.output, geometry.input))
+    order = (g, inner, outer, *kernel) if geometry.transposed else (g, outer, inner, *kernel)
+    factor = Factor(value_node(call, weight, (axis.size for axis in order)), order)
+    relations = []
+    for d, target in enumerate(read):
+
+        def positions(device: torch.device, d: int = d) -> torch.Tensor:
+            taps = geometry.taps(d, device)
+            return torch.where(taps == geometry.input[d], -1, taps)
+
+        index = constant_index((kernel[d].size, places[d].size), positions, call.workspace.device)
+        relations.append(OneHot(index, (kernel[d], places[d]), target, True))
+    out_dims, in_dims = ((n,), (g, outer), *dims_of(places)), ((n,), (g, inner), *dims_of(read))
+    return (Term(out_dims, in_dims, (factor,), tuple(relations)),)
 
 
 def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
