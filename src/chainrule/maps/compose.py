@@ -53,6 +53,10 @@ class Workspace:
         """The term with two relations of one target made into one."""
         return coincide(term, one, two, self)
 
+    def push(self, term: Term) -> Term:
+        """The term with its relations pushed outwards."""
+        return push_onehots(term, self)
+
     def eye(self, size: int) -> Node:
         """A dense identity."""
         key = ("eye", size)
@@ -86,7 +90,7 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
     merged = replace(merged, factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
     merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
-    return push_onehots(_keep_count(merged, tuple(between)), workspace)
+    return push_onehots(keep_count(merged, tuple(between)), workspace)
 
 
 def _without_repeats(factor: Factor, memo: Memo) -> Factor:
@@ -191,6 +195,8 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
     Afterwards each target is an outer axis, is tied by one relation only, and stands neither in a dense factor nor among
     the sources of another relation.
     """
+    if workspace.sparse:
+        return workspace.push(term)
     while term.onehots:
         step = _push_one(term, workspace)
         if step is None:
@@ -220,11 +226,11 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
             return replace(term, factors=factors, onehots=(*others, onehot))
         if onehot.partial:
             factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
-        return _keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
+        return keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
     return None
 
 
-def _keep_count(term: Term, axes: Sequence[Axis]) -> Term:
+def keep_count(term: Term, axes: Sequence[Axis]) -> Term:
     """Axes that stand nowhere in the term any more are sums of ones: their sizes go into its scale."""
     left = term.all_axes()
     lost = math.prod(axis.size for axis in axes if axis not in left)

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 
 from chainrule.maps.coincidence import solve_affine
-from chainrule.maps.compose import Workspace, dense_factor
-from chainrule.maps.contract import expand_to
+from chainrule.maps.compose import Workspace, dense_factor, keep_count
+from chainrule.maps.contract import expand_to, transpose_to
 from chainrule.maps.nodes import Node
+from chainrule.maps.onehots import gather, mask_factor
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
 
@@ -135,6 +136,105 @@ class SparseWorkspace(Workspace):
         if pairs.size == 0:
             return replace(term, onehots=tuple(onehots), scale=0.0)
         return replace(term, onehots=tuple(onehots))
+
+    def push(self, term: Term) -> Term:
+        """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
+        while term.onehots:
+            step = self._push(term)
+            if step is None:
+                return term
+            term = step
+        return term
+
+    def _push(self, term: Term) -> Term | None:
+        relations: dict[Axis, OneHot] = {}
+        for onehot in term.onehots:
+            if (twin := relations.get(onehot.target)) is not None:
+                return self.coincide(term, twin, onehot)
+            relations[onehot.target] = onehot
+        # Relations whose sources are no targets themselves.
+        final = {axis: h for axis, h in relations.items() if not any(s in relations for s in h.sources)}
+        for axis, h in relations.items():
+            if axis not in final and all(s in final or s not in relations for s in h.sources):
+                return replace(term, onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+        outer = term.outer_axes()
+        factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
+        inner = [h for axis, h in final.items() if axis not in outer]
+        if not inner:
+            return replace(term, factors=factors) if factors != term.factors else None
+        for h in inner:
+            if self._concrete(h).partial:
+                factors = (*factors, mask_factor(h, self.dtype, self.memo))
+        kept = tuple(h for h in term.onehots if h.target in outer)
+        sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
+        return keep_count(replace(term, factors=factors, onehots=kept), sources)
+
+    def _chained(self, outer: OneHot, final: dict[Axis, OneHot]) -> OneHot:
+        """A relation whose sources are targets of others, as one from their sources."""
+        grid, places, valid = self._places(outer.sources, final)
+        index = self.read(outer.index).reshape(-1)
+        found = index.index_select(0, places.reshape(-1)).reshape(places.shape)
+        if valid is not None:
+            found = torch.where(valid, found, -1)
+        return self._concrete(OneHot(self.index(found), grid, outer.target, True))
+
+    def _places(
+        self, axes: Sequence[Axis], final: dict[Axis, OneHot]
+    ) -> tuple[tuple[Axis, ...], torch.Tensor, torch.Tensor | None]:
+        """Flat row-major positions over ``axes``, some of which are targets, over the grid of what they follow from.
+
+        Where there is no target the position is that of the first element, and the third result is false.
+        """
+        every = (a for axis in axes for a in (final[axis].sources if axis in final else (axis,)))
+        grid = tuple(dict.fromkeys(every))
+        names = {axis: number for number, axis in enumerate(grid)}
+        sizes = tuple(axis.size for axis in grid)
+        places = torch.zeros((1,) * len(grid), dtype=torch.long, device=self.device)
+        valid: torch.Tensor | None = None
+        stride = 1
+        for axis in reversed(axes):
+            onehot = final.get(axis)
+            if onehot is None:
+                counted = torch.arange(axis.size, device=self.device) * stride
+                places = places + counted.reshape([-1 if n == names[axis] else 1 for n in range(len(grid))])
+            else:
+                place = _over(onehot, self, names)
+                if bool((place < 0).any()):
+                    valid = place >= 0 if valid is None else valid & (place >= 0)
+                    place = place.clamp(min=0)
+                places = places + place * stride
+            stride *= axis.size
+        return grid, places.expand(sizes), None if valid is None else valid.expand(sizes)
+
+    def _gathered(self, factor: Factor, final: dict[Axis, OneHot]) -> Factor:
+        """A factor read at the sources of all targets that it carries; zero where there is no target."""
+        targets = [axis for axis in factor.axes if axis in final]
+        if len(targets) == 1 and not set(final[targets[0]].sources).intersection(factor.axes):
+            onehot = self._concrete(final[targets[0]])
+            return gather(factor, onehot, self.memo)
+        sources = {axis for target in targets for axis in final[target].sources}
+        read = tuple(axis for axis in factor.axes if axis in final or axis in sources)
+        rest = tuple(axis for axis in factor.axes if axis not in read)
+        grid, places, valid = self._places(read, final)
+        moved = transpose_to(factor, (*rest, *read), self.memo)
+        node = self.index(places.reshape(-1) if valid is None else torch.where(valid, places, -1).reshape(-1))
+        lead = tuple(axis.size for axis in rest)
+        sizes = (*lead, *(axis.size for axis in grid))
+        partial = valid is not None
+
+        def compute(program: Program, value: Staged, index: Staged) -> Staged:
+            flat = torch.reshape(value, (*lead, -1))
+            taken = torch.index_select(flat, len(lead), torch.clamp(index, min=0) if partial else index)
+            if partial:
+                taken = torch.where(index >= 0, taken, 0.0)
+            return torch.reshape(taken, sizes)
+
+        key = ("gather", id(moved.node), lead, id(node), sizes)
+        made = self.memo.get(key)
+        if made is None:
+            numel = math.prod(sizes)
+            made = self.memo[key] = Node(sizes, (moved.node, node), compute, flops=numel, moved=2 * numel, label="gather")
+        return Factor(made, (*rest, *grid))
 
     def _keys(self, onehot: OneHot, shared: Sequence[Axis]) -> torch.Tensor:
         """For each source: target and shared sources as one number, negative where there is no target."""
