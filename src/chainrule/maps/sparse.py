@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
 
 #: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
 _MANY = 12
+#: From this many terms on, a dense block that they fill is made one.
+_SOME = 3
 #: Never more terms than this at one vertex.
 _MOST = 64
 
@@ -289,12 +291,22 @@ class SparseWorkspace(Workspace):
 
     def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """The same sum in fewer entries, where many terms meet."""
-        if len(terms) < _MANY:
+        if len(terms) < _SOME:
+            return tuple(terms)
+        bare, restore = without_shared(terms)
+        done = self._compress(bare)
+        return tuple(terms) if len(done) == len(terms) else tuple(self.canonical(restore(term)) for term in done)
+
+    def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        block = block_keys(terms, self.device)
+        if len(terms) < _MANY and (block is None or block.numel() > sum(_count(term) for term in terms)):
             return tuple(terms)
         entries = [entries_of(term, self) for term in terms]
         count = sum(e.keys.numel() for e in entries)
         keys = torch.unique(torch.cat([e.keys for e in entries]))
-        if keys.numel() > 0.6 * count and len(terms) <= _MOST:
+        if block is not None and keys.numel() == block.numel():
+            return (as_block(terms, entries, block, self),)
+        if len(terms) < _MANY or keys.numel() > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
         out_dims, in_dims = terms[0].out_dims, terms[0].in_dims
         return (summed(out_dims, in_dims, entries, keys, self),)
@@ -356,6 +368,118 @@ class Entries(NamedTuple):
     grid: tuple[Axis, ...]
     keys: torch.Tensor
     kept: torch.Tensor | None
+
+
+def _count(term: Term) -> int:
+    """How many entries a settled term has."""
+    targets = {h.target for h in term.onehots}
+    return math.prod(axis.size for axis in term.all_axes() if axis not in targets)
+
+
+def without_shared(terms: Sequence[Term]) -> tuple[list[Term], Callable[[Term], Term]]:
+    """Terms without the relations that all of them have on the same dimension: its sources are dimensions in its place.
+
+    Returns:
+        The terms, and what gives a term with their dimensions the relations back.
+    """
+    relations = [{h.target: h for h in term.onehots} for term in terms]
+    shared: dict[tuple[int, int], OneHot] = {}
+    for side in range(2):
+        for d in range(len((terms[0].out_dims, terms[0].in_dims)[side])):
+            dims = [(term.out_dims, term.in_dims)[side][d] for term in terms]
+            found = [known.get(dim[0]) if len(dim) == 1 else None for dim, known in zip(dims, relations, strict=True)]
+            if all(h is not None and h.index is found[0].index and h.sources for h in found):
+                shared[side, d] = found[0]
+
+    def places(term: Term) -> list[list[tuple[Axis, ...]]]:
+        known = {h.target: h for h in term.onehots}
+        opened: list[list[tuple[Axis, ...]]] = [[], []]
+        for side, dims in enumerate((term.out_dims, term.in_dims)):
+            for d, dim in enumerate(dims):
+                opened[side].extend([(a,) for a in known[dim[0]].sources] if (side, d) in shared else [dim])
+        return opened
+
+    def restore(term: Term) -> Term:
+        onehots = list(term.onehots)
+        closed: list[list[tuple[Axis, ...]]] = [[], []]
+        for side, dims in enumerate((term.out_dims, term.in_dims)):
+            rest = list(dims)
+            for d in range(counts[side]):
+                h = shared.get((side, d))
+                if h is None:
+                    closed[side].append(rest.pop(0))
+                    continue
+                own, rest = rest[: len(h.sources)], rest[len(h.sources) :]
+                # A source of size one may stand for itself without an axis.
+                sources = tuple(dim[0] if dim else Axis(1) for dim in own)
+                target = Axis(h.target.size)
+                onehots.append(h._replace(sources=sources, target=target))
+                closed[side].append((target,))
+        return replace(term, out_dims=tuple(closed[0]), in_dims=tuple(closed[1]), onehots=tuple(onehots))
+
+    counts = len(terms[0].out_dims), len(terms[0].in_dims)
+    bare = []
+    for term in terms:
+        out_dims, in_dims = places(term)
+        gone = {(term.out_dims, term.in_dims)[side][d][0] for side, d in shared}
+        kept = tuple(h for h in term.onehots if h.target not in gone)
+        bare.append(replace(term, out_dims=tuple(out_dims), in_dims=tuple(in_dims), onehots=kept))
+    return bare, restore
+
+
+def diagonals(terms: Sequence[Term]) -> list[tuple[int, int]]:
+    """Pairs (output dimension, input dimension) that are one and the same axis in every term."""
+    first = terms[0]
+    return [
+        (o, i)
+        for o, out in enumerate(first.out_dims)
+        for i, inner in enumerate(first.in_dims)
+        if all(len(t.out_dims[o]) == 1 and t.out_dims[o] == t.in_dims[i] and t.out_dims[o][0].size > 1 for t in terms)
+    ]
+
+
+def block_keys(terms: Sequence[Term], device: torch.device) -> torch.Tensor | None:
+    """The keys of a block that is dense but for the diagonals that all terms have, in the order of :func:`as_block`.
+
+    None where there is no such diagonal.
+    """
+    pairs = diagonals(terms)
+    if not pairs or len({o for o, _ in pairs}) < len(pairs) or len({i for _, i in pairs}) < len(pairs):
+        return None
+    out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
+    bound = {i: o for o, i in pairs}
+    free = [i for i in range(len(in_shape)) if i not in bound]
+    sizes = [*out_shape, *(in_shape[i] for i in free)]
+    keys = torch.zeros((1,) * len(sizes), dtype=torch.long, device=device)
+    stride = math.prod(out_shape) * math.prod(in_shape)
+    for position, size in enumerate((*out_shape, *in_shape)):
+        stride //= max(size, 1)
+        number = position - len(out_shape)
+        place = position if number < 0 else bound[number] if number in bound else len(out_shape) + free.index(number)
+        keys = keys + (torch.arange(size, device=device) * stride).reshape([-1 if n == place else 1 for n in range(len(sizes))])
+    return keys.expand(sizes).reshape(-1)
+
+
+def as_block(terms: Sequence[Term], entries: Sequence[Entries], block: torch.Tensor, workspace: SparseWorkspace) -> Term:
+    """The sum of terms that fill the block ``block``, as one dense factor."""
+    bound = {i: o for o, i in diagonals(terms)}
+    out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
+    out = [Axis(size) for size in out_shape]
+    inner = [out[bound[i]] if i in bound else Axis(size) for i, size in enumerate(in_shape)]
+    axes = tuple(dict.fromkeys((*out, *inner)))
+    order = torch.argsort(block)
+    ordered = block.index_select(0, order)
+    node = values_node(entries, ordered, workspace)
+    sizes = tuple(axis.size for axis in axes)
+    back = None if torch.equal(ordered, block) else torch.argsort(order)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        if back is not None:
+            value = torch.index_select(value, 0, program.constant(back))
+        return torch.reshape(value, sizes)
+
+    made = Node(sizes, (node,), compute, moved=0 if back is None else 2 * block.numel(), label="block")
+    return Term(tuple((axis,) for axis in out), tuple((axis,) for axis in inner), (Factor(made, axes),))
 
 
 def _dims_shape(dims: Dims) -> tuple[int, ...]:
