@@ -15,6 +15,7 @@ from chainrule.transforms.modules import (
 )
 from chainrule.transforms.products import divergence, ggn, ntk
 from chainrule.transforms.second_order import hessian_diagonal, laplacian
+from chainrule.transforms.sparsity import Sparsity, sparsity
 from chainrule.transforms.taylor import jet
 from chainrule.transforms.vmap import vmap
 
@@ -23,7 +24,7 @@ autograd_bridge.install()
 # Inside of a function under torch.compile, transforms are made and called outside of its graphs.
 for _transform in (
     compile, divergence, explain, ggn, grad, grad_and_value, hessian, hessian_diagonal, hvp, jacfwd, jacobian, jacobian_blocks,
-    jacrev, jet, jvp, laplacian, linearize, ntk, vhp, vjp, vmap,
+    jacrev, jet, jvp, laplacian, linearize, ntk, sparsity, vhp, vjp, vmap,
 ):  # fmt: skip
     hide_from_dynamo(_transform)
 
@@ -33,6 +34,7 @@ __all__ = [
     "CompileError",
     "Explanation",
     "RowBlock",
+    "Sparsity",
     "compile",
     "divergence",
     "explain",
@@ -54,6 +56,7 @@ __all__ = [
     "linearize",
     "ntk",
     "replace_all_batch_norm_modules_",
+    "sparsity",
     "stack_module_state",
     "vhp",
     "vjp",

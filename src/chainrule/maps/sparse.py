@@ -387,9 +387,12 @@ def without_shared(terms: Sequence[Term]) -> tuple[list[Term], Callable[[Term], 
     for side in range(2):
         for d in range(len((terms[0].out_dims, terms[0].in_dims)[side])):
             dims = [(term.out_dims, term.in_dims)[side][d] for term in terms]
+            first = relations[0].get(dims[0][0]) if len(dims[0]) == 1 else None
+            if first is None or not first.sources:
+                continue
             found = [known.get(dim[0]) if len(dim) == 1 else None for dim, known in zip(dims, relations, strict=True)]
-            if all(h is not None and h.index is found[0].index and h.sources for h in found):
-                shared[side, d] = found[0]
+            if all(h is not None and h.index is first.index for h in found):
+                shared[side, d] = first
 
     def places(term: Term) -> list[list[tuple[Axis, ...]]]:
         known = {h.target: h for h in term.onehots}

@@ -139,12 +139,32 @@ def find_entries(
         entries = [entries_of(term, workspace) for term in merge(terms, workspace, force=False)]
         if not entries:
             continue
+        if math.prod(local.out_shape) * math.prod(local.in_shape) >= 2**62:
+            raise RuntimeError("chainrule: a sparse block of 2⁶² or more places is more than its indices can count")
         keys = torch.unique(torch.cat([e.keys for e in entries]))
         if request.triangle is not None:
             keys = keys[_in_triangle(keys, request, output, slot, math.prod(local.in_shape))]
         if keys.numel():
             found[output, slot] = Pattern(local.out_shape, local.in_shape, keys), entries
     return found
+
+
+def find_patterns(
+    tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset()
+) -> dict[tuple[int, int], Pattern]:
+    """Where every block may have non-zeros; nothing but indices is computed.
+
+    Args:
+        tape: the finished tape.
+        request: what is asked.
+        widened: slots of indices and masks that could select anything.
+    """
+    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
+    workspace = sparse_workspace(tape, (*inputs, *outputs), widened)
+    graph = structured_graph(tape, inputs, outputs, workspace)
+    found = find_entries(tape, request, graph, "reverse", workspace)
+    workspace.memo.clear()
+    return {key: pattern for key, (pattern, _) in found.items()}
 
 
 def _in_triangle(keys: torch.Tensor, request: SparseRequest, output: int, slot: int, columns: int) -> torch.Tensor:
@@ -211,4 +231,4 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
     program.instructions = kept
 
 
-__all__ = ["Pattern", "PlannedSparse", "SparseRequest", "find_entries", "freeze", "plan_sparse", "structured_graph"]
+__all__ = ["Pattern", "PlannedSparse", "SparseRequest", "find_entries", "find_patterns", "freeze", "plan_sparse", "structured_graph"]

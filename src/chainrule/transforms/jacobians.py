@@ -66,7 +66,8 @@ def jacrev(
     """
     chunks = Chunks(chunk_size, max_memory, progress, "jacrev")
     if is_sparse(layout, chunks):
-        return sparse_jacobian(func, argnums, has_aux, layout, "jacrev", "reverse", "input", partial(check_real, func=func, name="jacrev", cast="input"))
+        check = partial(check_real, func=func, name="jacrev", cast="input")
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacrev", "reverse", "input", check)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacrev", "reverse", "input")
 
 
@@ -112,7 +113,8 @@ def jacfwd(
         raise RuntimeError(f"jacfwd: only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}")
     chunks = Chunks(chunk_size, None, progress, "jacfwd")
     if is_sparse(layout, chunks):
-        return sparse_jacobian(func, argnums, has_aux, layout, "jacfwd", "forward", "output", partial(check_real, func=func, name="jacfwd", cast="output"))
+        check = partial(check_real, func=func, name="jacfwd", cast="output")
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacfwd", "forward", "output", check)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacfwd", "forward", "output")
 
 
@@ -156,7 +158,8 @@ def jacobian(
     """
     chunks = Chunks(chunk_size, max_memory, progress, "jacobian")
     if is_sparse(layout, chunks):
-        return sparse_jacobian(func, argnums, has_aux, layout, "jacobian", "auto", "input", partial(check_real, func=func, name="jacobian", cast="input"))
+        check = partial(check_real, func=func, name="jacobian", cast="input")
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacobian", "auto", "input", check)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacobian", "auto", "input")
 
 
@@ -205,7 +208,8 @@ def hessian(
     if triangular not in (None, "lower", "upper"):
         raise ValueError(f"hessian: triangular should be 'lower', 'upper' or None, got {triangular!r}")
     if is_sparse(layout, chunks):
-        return sparse_hessian(func, argnums, has_aux, layout, triangular, partial(check_real, func=func, name="hessian", cast="input"))
+        check = partial(check_real, func=func, name="hessian", cast="input")
+        return sparse_hessian(func, argnums, has_aux, layout, triangular, check)
     if triangular is not None:
         raise ValueError("hessian: triangular is for the sparse layouts, not 'dense'")
     inner = _jacobian_transform(func, argnums, has_aux, Chunks(None, None, False, "hessian"), "hessian", "reverse", "input")

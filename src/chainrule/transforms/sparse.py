@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from chainrule.batching.mode import wrap_batched
-from chainrule.batching.tensor import BatchTensor
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import hide_from_dynamo
@@ -232,17 +232,31 @@ def sparse_tensor(
         known = torch.empty(0, dtype=dtype, device=device), empty
     values, layouts = known
     _refuse_derivatives(values, name)
-    if values.__class__ is BatchTensor and values.batched:  # type: ignore[attr-defined]
-        stored = values.value  # type: ignore[attr-defined]
-        if stored.__class__ is not torch.Tensor:
-            raise RuntimeError(f"{name}: a sparse layout works under one vmap, not under nested ones; use layout='dense'")
+    if (mode := _surrounding_vmap(name)) is not None:
         with torch._C._DisableTorchDispatch():
+            stored = values.value if values.__class__ is BatchTensor else values  # type: ignore[attr-defined]
+            if not getattr(values, "batched", False):
+                stored = stored.expand(mode.size, -1)
             made = _batched(stored, layouts, out_shape, in_shape, layout)
-        return wrap_batched(Batched(made), values.level)  # type: ignore[attr-defined]
+        return wrap_batched(Batched(made), mode)
     if layout == "sparse_coo":
         return torch.sparse_coo_tensor(layouts.coo, values, (*out_shape, *in_shape), is_coalesced=True, check_invariants=False)
     size = (math.prod(out_shape), math.prod(in_shape))
     return torch.sparse_csr_tensor(*layouts.csr, values, size, check_invariants=False)
+
+
+def _surrounding_vmap(name: str) -> VmapMode | None:
+    """The vmap that a result is made under.
+
+    Raises:
+        RuntimeError: if there are several.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, VmapMode)]
+    if len(modes) > 1:
+        raise RuntimeError(f"{name}: a sparse layout works under one vmap, not under nested ones; use layout='dense'")
+    return modes[0] if modes else None
 
 
 def _batched(
