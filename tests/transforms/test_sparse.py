@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import chainrule
+from chainrule.execute.memory import watching
 from tests.transforms.sparse_functions import HESSIANS, INDEX_ONLY, JACOBIANS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
@@ -293,3 +294,73 @@ def test_triangular_errors():
         chainrule.hessian(torch.sum, layout="sparse_coo", triangular="low")
     with pytest.raises(ValueError, match="for the sparse layouts"):
         chainrule.hessian(torch.sum, triangular="lower")
+
+
+# Sizes.
+
+
+def rosenbrock(x):
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+@pytest.mark.parametrize("size", [1000, 10_000])
+def test_no_temporary_of_dense_size(size):
+    """Of a matrix of size × size with 3 (or 5) entries per row, a few vectors of entries are held at a time."""
+    x = torch.randn(size, dtype=torch.float64)
+    field = torch.randn(size // 10, 10, dtype=torch.float64)
+    function, _ = JACOBIANS["periodic 2-D"]
+    for sparse, point, each in (
+        (chainrule.hessian(rosenbrock, layout="sparse_coo"), x, 3),
+        (chainrule.jacobian(lambda u: function(u.sin()) * u, layout="sparse_csr"), field, 5),
+    ):
+        for _ in range(2):
+            with watching() as watch:
+                sparse(point)
+        # Values of the run (some 20 vectors of inputs), values of the terms, their concatenation, the result.
+        assert watch.peak < (20 + 4 * each) * 8 * size
+
+
+def test_entries_grow_with_the_size_only():
+    counts = []
+    for size in (200, 400):
+        account = chainrule.explain(chainrule.hessian(rosenbrock, layout="sparse_coo"))(torch.randn(size, dtype=torch.float64))
+        assert account.accounts[-1].kind == "sparse"
+        counts.append((account.accounts[-1].alternatives[0]["bytes"], len(account.accounts[-1].calls)))
+    # Twice the size: the same calls on twice the elements.
+    assert counts[1][0] <= 2.01 * counts[0][0]
+    assert counts[1][1] == counts[0][1]
+
+
+def test_explain_says_what_is_dense():
+    matrix = torch.randn(4, 5, dtype=torch.float64)
+    x = torch.randn(5, dtype=torch.float64)
+    text = str(chainrule.explain(chainrule.jacobian(lambda y: matrix @ y, layout="sparse_coo"))(x))
+    assert "block 4 × 5: 20 entries, structurally dense" in text
+    text = str(chainrule.explain(chainrule.jacobian(lambda y: y * y.roll(1), layout="sparse_coo"))(x))
+    assert "block 5 × 5: 10 entries, 40 % of the places" in text
+
+
+# Under vmap.
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+def test_vmap(layout):
+    index = torch.tensor([1, 0, 3, 2, 2])
+    batch = torch.randn(4, 5, dtype=torch.float64)
+    for function in (lambda x: x.roll(1) * x**2, lambda x: x[index] ** 2, lambda x: 2 * x, lambda x: x.sign()):
+        transformed = chainrule.vmap(chainrule.jacobian(function, layout=layout))
+        expected = torch.func.vmap(torch.func.jacrev(function))(batch)
+        for _ in range(3):
+            found = transformed(batch)
+            assert found.shape == (4, 5, 5)
+            torch.testing.assert_close(found.to_dense(), expected, **TOLERANCE)
+    found = chainrule.vmap(chainrule.hessian(rosenbrock, layout=layout))(batch)
+    torch.testing.assert_close(found.to_dense(), torch.func.vmap(torch.func.hessian(rosenbrock))(batch), **TOLERANCE)
+
+
+def test_vmap_errors():
+    batch = torch.randn(4, 5)
+    with pytest.raises(RuntimeError, match="must be the same for all samples"):
+        chainrule.vmap(chainrule.jacobian(lambda x: x.sort().values, layout="sparse_coo"))(batch)
+    with pytest.raises(RuntimeError, match="not under nested ones"):
+        chainrule.vmap(chainrule.vmap(chainrule.jacobian(torch.sin, layout="sparse_coo")))(batch[None])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from chainrule.execute.engine import CACHE, CachedPlan
+from chainrule.batching.tensor import BatchTensor
+from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
+from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.sparse import plain
 from chainrule.maps.staging import Staged
+from chainrule.plan.planner import Request
 from chainrule.plan.sparse import Pattern, PlannedSparse, SparseRequest, freeze, plan_sparse
 
 #: So many patterns are kept per signature.
@@ -140,11 +145,36 @@ def execute_sparse(tape: Any, request: SparseRequest) -> Found:
         tape: the finished tape.
         request: what is asked.
     """
+    ledger = current_ledger()
+    if ledger is not None and ledger is not UNCACHED:
+        return _execute_accounted(tape, request, ledger)
     plans = plans_of(tape, request)
     plan = plans.find(tape)
     if plan is None:
-        plan = make_plan(plan_sparse(tape, request))
+        with planning(tape):
+            plan = make_plan(plan_sparse(tape, request))
         plans.add(plan)
+    return plan.run(tape)
+
+
+@contextmanager
+def planning(tape: Any) -> Iterator[None]:
+    """While a plan is made no other transform sees its calls, where that is possible; its results are those of a later run."""
+    plainly = all(not isinstance(value, torch.Tensor) or value.__class__ is not BatchTensor for value in tape.values)
+    with torch.no_grad(), torch._C._DisableTorchDispatch() if plainly else nullcontext():
+        yield
+
+
+def _execute_accounted(tape: Any, request: SparseRequest, ledger: Ledger) -> Found:
+    """Plan anew, run, and put the account of it into the ledger."""
+    with planning(tape):
+        planned = plan_sparse(tape, request)
+        plan = make_plan(planned)
+    asked = Request("sparse", request.inputs, request.outputs, request.order)
+    source = plan.values.runner.source_of  # type: ignore[union-attr]
+    account = account_of(tape, asked, planned.graph, planned.chosen, planned.candidates, source.kept, source.memory())
+    account.blocks = planned.blocks
+    ledger.accounts.append(account)
     return plan.run(tape)
 
 

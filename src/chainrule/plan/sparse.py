@@ -78,6 +78,7 @@ class PlannedSparse:
         graph: the local maps.
         candidates: the orders compared.
         chosen: the one taken.
+        blocks: per block, for ``explain``: its slots, shape, entries, the arrays that its terms hold, and whether it is dense.
     """
 
     program: Program
@@ -87,6 +88,7 @@ class PlannedSparse:
     graph: Graph
     candidates: list[Candidate] = field(default_factory=list)
     chosen: str = ""
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
 
 Found = dict[tuple[int, int], tuple[Pattern, list[Entries]]]
@@ -204,7 +206,14 @@ def plan_sparse(tape: Any, request: SparseRequest, program: Program | None = Non
     workspace.memo.clear()
     patterns = {key: pattern for key, (pattern, _) in found.items()}
     every = [candidate for candidate, _ in candidates]
-    return PlannedSparse(workspace.program, results, patterns, workspace, graph, every, best.name)
+    blocks = [
+        {
+            "output": output, "input": slot, "shape": (p.rows, p.columns), "entries": p.keys.numel(),
+            "terms": [e.factor.node.sizes for e in entries], "dense": p.keys.numel() == p.rows * p.columns,
+        }
+        for (output, slot), (p, entries) in found.items()
+    ]  # fmt: skip
+    return PlannedSparse(workspace.program, results, patterns, workspace, graph, every, best.name, blocks)
 
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:

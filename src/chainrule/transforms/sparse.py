@@ -15,9 +15,9 @@ from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import hide_from_dynamo
-from chainrule.execute.accounts import UNCACHED, collecting
+from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import execute
-from chainrule.execute.sparse import Found, Layouts, SparsePlan, execute_sparse, make_plan, plans_of
+from chainrule.execute.sparse import Found, Layouts, SparsePlan, execute_sparse, make_plan, planning, plans_of
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.planner import Request
 from chainrule.plan.sparse import Pattern, SparseRequest, plan_sparse
@@ -116,8 +116,9 @@ def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:
     """The blocks of the Hessian of one number, by the numbers of the inputs."""
     tape, sources = traced.tape, tuple(traced.in_slots)
     plans = plans_of(tape, ("hessian", sources, slot, triangular, traced.grad_enabled))
-    plan = plans.find(tape)
-    if plan is None and not plans.by_levels:
+    by_levels = plans.by_levels or current_ledger() is not None
+    plan = None if by_levels else plans.find(tape)
+    if plan is None and not by_levels:
         plan = _plan_curvature(traced, slot, triangular)
         if plan is None:
             plans.by_levels = True
@@ -173,7 +174,8 @@ def _plan_curvature(traced: Traced, slot: int, triangular: str | None) -> Sparse
         program._input_values[number] = staged
     if not recorder.pure:
         return None
-    plan = make_plan(plan_sparse(tape, request, program))
+    with planning(tape):
+        plan = make_plan(plan_sparse(tape, request, program))
     plan.layouts = {(names[o], sources.index(i)): layout for (o, i), layout in plan.layouts.items()}
     plan.values.keys = list(plan.layouts)
     return plan
