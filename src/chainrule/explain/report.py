@@ -17,6 +17,7 @@ _ORDERS = {
     "reverse": "reverse accumulation",
     "network": "one contraction of the whole network of local Jacobians",
     "greedy": "greedy vertex elimination",
+    "colours": "columns that share no row pushed through together (colouring)",
     "curvatures": "the curvature of each op between forward maps, after one pullback",
 }
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from chainrule.maps.coincidence import coincide
-from chainrule.maps.contract import contract, expand_to, permute
+from chainrule.maps.contract import contract, contract_any, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import Memo, fixed_points, gather, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
@@ -391,14 +391,16 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
     return replace(term, factors=tuple(kept))
 
 
-def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace) -> Factor:
-    """All factors of a settled term as one factor over exactly ``axes`` (scale included)."""
+def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace, *, ordered: bool = True) -> Factor:
+    """All factors of a settled term as one factor over exactly ``axes`` (scale included), in that order if `ordered`."""
     factors = list(term.factors) or [Factor(workspace.ones(()), ())]
     if term.scale != 1.0:
         # The smallest factor takes the scale: no second pass over the product.
         smallest = min(range(len(factors)), key=lambda number: factors[number].node.numel)
         factors[smallest] = _scaled(factors[smallest], term.scale, workspace)
-    return contract(factors, list(axes), workspace.memo) if term.factors else factors[0]
+    if not term.factors:
+        return factors[0]
+    return (contract if ordered else contract_any)(factors, list(axes), workspace.memo)
 
 
 def _scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:

@@ -497,7 +497,9 @@ def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
     # In the order of rows, then of columns.
     first = [a for axis in positions[0] for a in (targets[axis].sources if axis in targets else (axis,)) if a.size != 1]
     grid = tuple(dict.fromkeys([*first, *every]))
-    factor = dense_factor(term, grid, workspace)
+    factor = dense_factor(term, grid, workspace, ordered=False)
+    # Entries are numbered as their values come.
+    grid = (*factor.axes, *(axis for axis in grid if axis not in factor.axes))
     names = {axis: number for number, axis in enumerate(grid)}
     sizes = tuple(axis.size for axis in grid)
     columns = math.prod(axis.size for axis in positions[1])
@@ -603,7 +605,7 @@ def values_node(entries: Sequence[Entries], keys: torch.Tensor, workspace: Spars
         return torch.index_add(start, 0, program.constant(torch.cat(places)), joined)
 
     inputs = tuple(one.factor.node for one, _, _ in chosen)
-    return Node((keys.numel(),), inputs, compute, flops=count, moved=2 * count + keys.numel(), label="entries")
+    return Node((keys.numel(),), inputs, compute, flops=count, moved=5 * count + keys.numel(), label="entries")
 
 
 def _flat(program: Program, value: Staged, entries: Entries, kept: torch.Tensor | None) -> Staged:

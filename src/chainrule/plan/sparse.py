@@ -15,10 +15,15 @@ from chainrule.maps.sparse import Entries, SparseWorkspace, entries_of, plain, v
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import identity
 from chainrule.plan import elimination
+from chainrule.plan.colouring import compressed_nodes, worth_colouring
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.planner import make_workspace
 
+
+
+#: With more entries than this the second order is not tried: it would take longer than it could save.
+_LARGE = 1 << 22
 
 
 class SparseRequest(NamedTuple):
@@ -197,6 +202,10 @@ def plan_sparse(tape: Any, request: SparseRequest, program: Program | None = Non
             key: values_node(entries, pattern.keys, workspace) for key, (pattern, entries) in found.items()
         }
         candidates.append((elimination.measure(Candidate(order, nodes)), found))
+        if sum(e.keys.numel() for _, entries in found.values() for e in entries) > _LARGE:
+            break
+    if request.order == "auto" and (coloured := _coloured(tape, candidates, workspace)) is not None:
+        candidates.append(coloured)
     best, found = min(candidates, key=lambda c: c[0].cost)
     results: dict[tuple[int, int], Staged] = {}
     for key, node in best.nodes.items():
@@ -214,6 +223,22 @@ def plan_sparse(tape: Any, request: SparseRequest, program: Program | None = Non
         for (output, slot), (p, entries) in found.items()
     ]  # fmt: skip
     return PlannedSparse(workspace.program, results, patterns, workspace, graph, every, best.name, blocks)
+
+
+def _coloured(
+    tape: Any, candidates: Sequence[tuple[Candidate, Found]], workspace: SparseWorkspace
+) -> tuple[Candidate, Found] | None:
+    """The same entries from compressed columns, where that could cost less."""
+    best, found = min(candidates, key=lambda c: c[0].cost)
+    nodes: dict[tuple[int, int], Node] = {}
+    for source in dict.fromkeys(slot for _, slot in found):
+        keys = {output: pattern.keys for (output, slot), (pattern, _) in found.items() if slot == source}
+        columns = tape.values[source].numel()
+        if not worth_colouring(list(keys.values()), columns, best.cost):
+            return None
+        made = compressed_nodes(tape, source, keys, workspace.dtype, workspace.device)
+        nodes.update({(output, source): node for output, node in made.items()})
+    return (elimination.measure(Candidate("colours", nodes)), found) if nodes else None
 
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:
