@@ -161,7 +161,8 @@ def _account_text(account: Account, number: int, count: int) -> str:
         )
     for block in account.blocks:
         rows, columns = block["shape"]
-        kind = "structurally dense" if block["dense"] else f"{100 * block['entries'] / max(rows * columns, 1):.3g} % of the places"
+        share = 100 * block["entries"] / max(rows * columns, 1)
+        kind = "structurally dense" if block["dense"] else f"{share:.3g} % of the places"
         arrays = ", ".join("×".join(map(str, sizes)) or "number" for sizes in block["terms"])
         lines.append(f"  block {rows} × {columns}: {block['entries']} entries, {kind}; terms hold {arrays}")
     names = Counter(call["call"] for call in account.calls)

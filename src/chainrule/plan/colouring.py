@@ -107,7 +107,8 @@ def worth_colouring(keys: Sequence[torch.Tensor], columns: int, cost: float) -> 
     count = sum(places.numel() for places in keys)
     if not count or cost < 50.0 * count:
         return False
-    fullest = max(int(torch.unique_consecutive(torch.div(k, columns, rounding_mode="floor"), return_counts=True)[1].max()) for k in keys)
+    rows = (torch.div(places, columns, rounding_mode="floor") for places in keys)
+    fullest = max(int(torch.unique_consecutive(r, return_counts=True)[1].max()) for r in rows)
     return fullest * 4 <= columns
 
 

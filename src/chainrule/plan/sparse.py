@@ -11,7 +11,8 @@ import torch
 
 from chainrule.maps.linear_map import LinearMap, compose, merge
 from chainrule.maps.nodes import Node
-from chainrule.maps.sparse import Entries, SparseWorkspace, entries_of, plain, values_node
+from chainrule.maps.nonzeros import Entries, entries_of, values_node
+from chainrule.maps.sparse import SparseWorkspace, plain
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import identity
 from chainrule.plan import elimination
@@ -19,8 +20,6 @@ from chainrule.plan.colouring import compressed_nodes, worth_colouring
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.planner import make_workspace
-
-
 
 #: With more entries than this the second order is not tried: it would take longer than it could save.
 _LARGE = 1 << 22
@@ -265,4 +264,6 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
     program.instructions = kept
 
 
-__all__ = ["Pattern", "PlannedSparse", "SparseRequest", "find_entries", "find_patterns", "freeze", "plan_sparse", "structured_graph"]
+__all__ = [
+    "Pattern", "PlannedSparse", "SparseRequest", "find_entries", "find_patterns", "freeze", "plan_sparse", "structured_graph",
+]  # fmt: skip

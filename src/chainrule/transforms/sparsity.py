@@ -105,8 +105,8 @@ def sparsity(func: Callable[..., Any], *args: Any, argnums: Argnums = 0, global_
         func: a function of tensors that returns tensors (any pytree).
         args: its arguments.
         argnums: the positional arguments whose elements are the columns; an int, or a tuple or list of ints.
-        global_: whether what ``max``, ``sort``, ``argmax``, a mask or an index computed from the inputs selects here is widened to
-            everything that it could select at other values. (A branch of Python is not seen: the pattern is that of this run.)
+        global_: whether what ``max``, ``sort``, a mask or an index computed from the inputs selects here is widened to everything
+            that it could select at other values. (A branch of Python is not seen: the pattern is that of this run.)
 
     Returns:
         The pattern.
