@@ -289,6 +289,48 @@ def test_errors(transform):
         make(lambda x: x.real.sum(), layout="sparse_coo")(torch.ones(2, dtype=torch.complex64))
 
 
+def test_complex_values_are_refused():
+    function = lambda x: torch.fft.rfft(x).abs()  # noqa: E731
+    with pytest.raises(RuntimeError, match="complex values between"):
+        chainrule.jacobian(function, layout="sparse_coo")(torch.randn(5))
+    with pytest.raises(RuntimeError, match="complex values between"):
+        chainrule.hessian(lambda x: function(x).sum(), layout="sparse_coo")(torch.randn(5))
+    assert len(chainrule.sparsity(function, torch.randn(5))) == 15
+
+
+def test_ops_without_structure():
+    for function in (lambda x: torch.linalg.svdvals(x.reshape(2, 3)), lambda x: torch.linalg.det(x[:4].reshape(2, 2))):
+        x = torch.randn(6, dtype=torch.float64)
+        found = chainrule.jacobian(function, layout="sparse_coo")(x)
+        torch.testing.assert_close(found.to_dense(), torch.func.jacrev(function)(x), **TOLERANCE)
+
+
+def test_hessian_values_carry_a_graph():
+    x = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        x.grad = None
+        (chainrule.hessian(rosenbrock, layout="sparse_coo")(x).to_dense() ** 2).sum().backward()
+        (expected,) = torch.autograd.grad((torch.func.hessian(rosenbrock)(x) ** 2).sum(), x)
+        torch.testing.assert_close(x.grad, expected, **TOLERANCE)
+    with torch.no_grad():
+        assert not chainrule.hessian(rosenbrock, layout="sparse_coo")(x).requires_grad
+
+
+def test_compile():
+    function = lambda x: x.roll(1) * x**2  # noqa: E731
+    compiled = chainrule.compile(chainrule.jacobian(function, layout="sparse_csr"))
+    for seed in range(3):
+        x = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(compiled(x).to_dense(), torch.func.jacrev(function)(x), **TOLERANCE)
+
+
+def test_compile_refuses_patterns_that_depend_on_values():
+    compiled = chainrule.compile(chainrule.jacobian(lambda x: x.sort().values, layout="sparse_csr"))
+    with pytest.raises(chainrule.CompileError):
+        for seed in range(3):
+            compiled(torch.randn(5, generator=torch.Generator().manual_seed(seed)))
+
+
 def test_triangular_errors():
     with pytest.raises(ValueError, match="triangular should be"):
         chainrule.hessian(torch.sum, layout="sparse_coo", triangular="low")

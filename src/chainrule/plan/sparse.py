@@ -119,6 +119,19 @@ def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace
     return graph
 
 
+def _refuse_complex(tape: Any, graph: Graph) -> None:
+    """Maps to and from complex values are no arrays of numbers: their entries cannot be listed.
+
+    Raises:
+        RuntimeError: if there are complex values between inputs and outputs.
+    """
+    if any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of)):
+        raise RuntimeError(
+            "chainrule: complex values between the inputs and the outputs: sparse layouts work on real ones only. Use "
+            "layout='dense'"
+        )
+
+
 def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
     terms = list(local.terms)
     for operator in local.operators:
@@ -193,6 +206,7 @@ def plan_sparse(tape: Any, request: SparseRequest, program: Program | None = Non
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     workspace = sparse_workspace(tape, (*inputs, *outputs), program=program)
     graph = structured_graph(tape, inputs, outputs, workspace)
+    _refuse_complex(tape, graph)
     orders = ("reverse", "forward") if request.order == "auto" else (request.order,)
     candidates: list[tuple[Candidate, Found]] = []
     for order in orders:
