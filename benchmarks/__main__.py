@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import overhead, report, section_a, section_b
+from benchmarks import overhead, report, section_a, section_b, section_c
 from benchmarks.measure import Disagreement, Options, Row, measure
 from benchmarks.workload import Workload
 
 #: Modules that hold a tuple ``WORKLOADS``; a further section is one more entry.
-SECTIONS = (section_a, section_b)
+SECTIONS = (section_a, section_b, section_c)
 
 #: Memory that was freed is kept by the C library and used again. With its default settings every result over 32 MB is
 #: mapped anew, and the page faults of writing it hide the arithmetic of all peers alike.

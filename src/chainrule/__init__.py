@@ -17,6 +17,7 @@ from chainrule.transforms.modules import (
 )
 from chainrule.transforms.products import divergence, ggn, ntk
 from chainrule.transforms.second_order import hessian_diagonal, laplacian
+from chainrule.transforms.sparsity import Sparsity, sparsity
 from chainrule.transforms.taylor import jet
 from chainrule.transforms.vmap import vmap
 
@@ -25,7 +26,7 @@ autograd_bridge.install()
 # Inside of a function under torch.compile, transforms are made and called outside of its graphs.
 for _transform in (
     compile, divergence, explain, ggn, grad, grad_and_value, hessian, hessian_diagonal, hvp, jacfwd, jacobian, jacobian_blocks,
-    jacrev, jet, jvp, laplacian, linear_map, linearize, ntk, vhp, vjp, vmap,
+    jacrev, jet, jvp, laplacian, linear_map, linearize, ntk, sparsity, vhp, vjp, vmap,
 ):  # fmt: skip
     hide_from_dynamo(_transform)
 
@@ -36,6 +37,7 @@ __all__ = [
     "Explanation",
     "LinearMap",
     "RowBlock",
+    "Sparsity",
     "compile",
     "divergence",
     "explain",
@@ -58,6 +60,7 @@ __all__ = [
     "linearize",
     "ntk",
     "replace_all_batch_norm_modules_",
+    "sparsity",
     "stack_module_state",
     "vhp",
     "vjp",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -200,6 +201,18 @@ class undispatched:  # noqa: N801 - used like torch.no_grad
     ) -> None:
         for guard in reversed(self._guards):
             guard.__exit__(kind, error, traceback)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Run a block without any dispatch or function mode, but with the classes that torch functions leave a call to."""
+    modes_off = [_pop_function() for _ in range(_count_functions())]
+    try:
+        with torch._C._DisableTorchDispatch():
+            yield
+    finally:
+        for mode in reversed(modes_off):
+            _push_function(mode)
 
 
 class without_innermost:  # noqa: N801 - used like torch.no_grad

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import section_a, section_b
+import chainrule
+from benchmarks import section_a, section_b, section_c
 from benchmarks.__main__ import SECTIONS
 from benchmarks.measure import check_agreement
 from benchmarks.workload import Workload
@@ -15,13 +16,14 @@ WORKLOADS = [workload for section in SECTIONS for workload in section.WORKLOADS]
 
 CHECKED = [
     *(pytest.param(w, id=w.key, marks=[pytest.mark.slow] if w.key in LARGE else []) for w in section_a.WORKLOADS),
-    *(pytest.param(w, id=f"{w.key}-small") for w in section_b.SMALL),
+    *(pytest.param(w, id=f"{w.key}-small") for w in (*section_b.SMALL, *section_c.SMALL)),
     *(pytest.param(w, id=w.key, marks=[pytest.mark.slow]) for w in section_b.WORKLOADS),
 ]
 
 
 # torch.func.linearize folds constants of a graph, which warns of an attribute that torch itself leaves out.
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 @pytest.mark.parametrize("workload", CHECKED)
 def test_expressions_agree(workload: Workload) -> None:
     check_agreement(workload, "cpu")
@@ -34,7 +36,18 @@ def test_inputs_are_reproducible(workload: Workload) -> None:
 
 
 def test_every_row_has_a_small_one() -> None:
-    assert [w.key for w in section_b.SMALL] == [w.key for w in section_b.WORKLOADS]
+    for section in (section_b, section_c):
+        assert [w.key for w in section.SMALL] == [w.key for w in section.WORKLOADS]
+
+
+def test_bundle_adjustment() -> None:
+    problem = section_c.Adjustment(3, 10, 25)
+    x = problem.start()
+    expected = torch.func.jacrev(problem.residuals)(x)
+    found = chainrule.jacobian(problem.residuals, layout="sparse_coo")(x)
+    torch.testing.assert_close(found.to_dense(), expected, rtol=1e-9, atol=1e-9)
+    # Two rows of 15 places (but for the two principal points of the other row) and one of one, per observation.
+    assert found._nnz() == 25 * (2 * 14 + 1)
 
 
 def test_keys_are_unique() -> None:

@@ -88,8 +88,14 @@ FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMED)
-@pytest.mark.parametrize("formula", FORMULAS)
+#: Those that run for minutes: third derivatives through a formula of many small steps.
+LONG = {("householder", name) for name in ("third", "reverse over forward", "forward over reverse")}
+PAIRS = [
+    pytest.param(f, t, marks=pytest.mark.slow if (f, t) in LONG else (), id=f"{f}-{t}") for f in FORMULAS for t in TRANSFORMED
+]
+
+
+@pytest.mark.parametrize(("formula", "transform"), PAIRS)
 def test_result_has_a_graph_only_where_an_input_has_one(formula: str, transform: str) -> None:
     """Torch's graph of the single op stays inside, in the planned and in the replayed run; gradients are joined to the input's."""
     f, run = FORMULAS[formula], TRANSFORMED[transform]

@@ -58,6 +58,9 @@ TABLE: dict[Any, list[Function]] = {
     aten.nanmedian.dim: [lambda x: x.nanmedian(-1, keepdim=True).values],
     aten.mode.default: [lambda x: torch.mode(x, 0).values],
     aten.kthvalue.default: [lambda x: x.kthvalue(2, -1).values],
+    aten.sort.default: [lambda x: x.sort(-1).values, lambda x: x.sort(0, descending=True).values],
+    aten.sort.stable: [lambda x: x.sort(dim=0, stable=True).values],
+    aten.topk.default: [lambda x: x.topk(2, -1).values],
 }
 
 ROWS = [pytest.param(f, id=f"{op}-{n}") for op, functions in TABLE.items() for n, f in enumerate(functions)]

@@ -279,9 +279,9 @@ def test_layout(transform: Any) -> None:
     J, aux = transform(lambda y, x: (torch.tanh(WEIGHT @ x) * y, 3), argnums=(1,), layout="operator", has_aux=True)(2.0, x)
     assert aux == 3 and isinstance(J.in_shape, tuple) and len(J.in_shape) == 1
     for options in ({"chunk_size": 2}, {"progress": True}):
-        with pytest.raises(ValueError, match="layout='operator' forms no matrix"):
+        with pytest.raises(ValueError, match="layout='dense', not 'operator'"):
             transform(torch.sin, layout="operator", **options)
-    with pytest.raises(ValueError, match="layout should be 'dense' or 'operator', got 'csc'"):
+    with pytest.raises(ValueError, match="layout should be one of .*, got 'csc'"):
         transform(torch.sin, layout="csc")
 
 

@@ -159,11 +159,12 @@ def _escape(tree: Any, func: Any) -> Any:
 def wrap_batched(batched: Batched, mode: Any) -> BatchTensor:
     """A tensor of the level `mode` for a batched result. Its strides are those of one sample."""
     value = batched.value
+    strided = value.layout is torch.strided
     tensor: BatchTensor = _make_wrapper(
         BatchTensor,
         value.shape[1:],
-        value.stride()[1:],
-        value.storage_offset(),
+        value.stride()[1:] if strided else None,
+        value.storage_offset() if strided else None,
         None,
         value.dtype,
         torch.strided,

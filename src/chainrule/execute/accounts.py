@@ -14,7 +14,7 @@ class Account:
     """What one execution of a request did.
 
     Attributes:
-        kind: ``jacobian``, ``pull`` or ``push``.
+        kind: ``jacobian``, ``sparse``, ``pull`` or ``push``.
         order: the order asked for: ``forward``, ``reverse`` or ``auto``.
         chosen: the order taken.
         input_shapes: shapes of what is differentiated with respect to.
@@ -28,6 +28,7 @@ class Account:
         eliminated: the slots in the order in which they are eliminated; empty if the network is contracted as a whole.
         steps: what the plan computes: label, shape, flops, bytes moved.
         memory: predicted bytes: ``recorded`` (values of the run that are kept), ``temporaries``, ``results``, ``peak``.
+        blocks: of a sparse result, per block its slots, shape, entries, the arrays that its terms hold, and whether it is dense.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Account:
     eliminated: list[int] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass

@@ -17,11 +17,13 @@ _ORDERS = {
     "reverse": "reverse accumulation",
     "network": "one contraction of the whole network of local Jacobians",
     "greedy": "greedy vertex elimination",
+    "colours": "columns that share no row pushed through together (colouring)",
     "curvatures": "the curvature of each op between forward maps, after one pullback",
 }
 
 _TITLES = {
     "jacobian": "Jacobian",
+    "sparse": "sparse Jacobian",
     "pull": "pullback (vjp)",
     "push": "pushforward (jvp)",
     "trace": "trace of the Jacobian",
@@ -164,6 +166,12 @@ def _account_text(account: Account, number: int, count: int) -> str:
             f"  memory: {bytes_of['recorded']} of recorded values, {bytes_of['temporaries']} of temporaries and "
             f"{bytes_of['results']} of results; {bytes_of['peak']} at the peak"
         )
+    for block in account.blocks:
+        rows, columns = block["shape"]
+        share = 100 * block["entries"] / max(rows * columns, 1)
+        kind = "structurally dense" if block["dense"] else f"{share:.3g} % of the places"
+        arrays = ", ".join("×".join(map(str, sizes)) or "number" for sizes in block["terms"])
+        lines.append(f"  block {rows} × {columns}: {block['entries']} entries, {kind}; terms hold {arrays}")
     names = Counter(call["call"] for call in account.calls)
     listed = ", ".join(f"{name}×{times}" if times > 1 else name for name, times in names.items())
     lines.append(f"  program: {len(account.calls)} calls ({listed})")

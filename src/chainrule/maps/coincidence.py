@@ -27,7 +27,7 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     if one.index is two.index and one.sources == two.sources:
         return replace(term, onehots=tuple(h for h in term.onehots if h is not two))
     if one.affine is not None and two.affine is not None:
-        solved = _solve(term, one, two, workspace.device)
+        solved = solve_affine(term, one, two, workspace.device)
         if solved is not None:
             return solved
     dropped, kept = (two, one) if one.affine is not None else (one, two)
@@ -35,7 +35,7 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     return replace(term, factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
 
 
-def _solve(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
+def solve_affine(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
     """Read the source of one affine relation off the other's, when nothing else ties it."""
     taken = {h.target for h in term.onehots}
     solutions = []
@@ -104,4 +104,4 @@ def _equality(dropped: OneHot, kept: OneHot, workspace: Workspace) -> Factor:
     return Factor(node, axes)
 
 
-__all__ = ["coincide"]
+__all__ = ["coincide", "solve_affine"]

@@ -10,7 +10,7 @@ import torch
 
 from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
-from chainrule.maps.contract import contract, expand_to, permute
+from chainrule.maps.contract import contract, contract_any, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
@@ -18,7 +18,13 @@ from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, reg
 
 
 class Workspace:
-    """What one plan shares: the dtype and device of its maps and the nodes it has made."""
+    """What one plan shares: the dtype and device of its maps and the nodes it has made.
+
+    Attributes:
+        sparse: whether maps are kept by their entries: internal sources of relations are not summed, and terms not densified.
+    """
+
+    sparse = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -35,6 +41,22 @@ class Workspace:
                 sizes, lambda program: program.call(torch.ones, sizes, dtype=dtype, device=device), label="ones"
             )
         return node
+
+    def canonical(self, term: Term) -> Term:
+        """The term in the form in which it is kept."""
+        return term
+
+    def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """The sum of terms in the form in which it is kept."""
+        return tuple(terms)
+
+    def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
+        """The term with two relations of one target made into one."""
+        return coincide(term, one, two, self)
+
+    def push(self, term: Term) -> Term:
+        """The term with its relations pushed outwards."""
+        return push_onehots(term, self)
 
     def eye(self, size: int) -> Node:
         """A dense identity."""
@@ -69,7 +91,7 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
     merged = replace(merged, factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
     merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
-    return push_onehots(_keep_count(merged, tuple(between)), workspace)
+    return push_onehots(keep_count(merged, tuple(between)), workspace)
 
 
 def _without_repeats(factor: Factor, memo: Memo) -> Factor:
@@ -174,6 +196,8 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
     Afterwards each target is an outer axis, is tied by one relation only, and stands neither in a dense factor nor among
     the sources of another relation.
     """
+    if workspace.sparse:
+        return workspace.push(term)
     while term.onehots:
         step = _push_one(term, workspace)
         if step is None:
@@ -194,7 +218,7 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         others = tuple(h for h in term.onehots if h is not onehot)
         twin = next((h for h in others if h.target is target), None)
         if twin is not None:
-            return coincide(term, onehot, twin, workspace)
+            return workspace.coincide(term, onehot, twin)
         carried = any(target in f.axes for f in term.factors)
         chained = any(target in h.sources for h in others)
         if target in outer and not carried and not chained:
@@ -210,11 +234,11 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         # What was read through a shift is zero already where there is nothing to read.
         if onehot.partial and not (carried and onehot.shift is not None):
             factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
-        return _keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
+        return keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
     return None
 
 
-def _keep_count(term: Term, axes: Sequence[Axis]) -> Term:
+def keep_count(term: Term, axes: Sequence[Axis]) -> Term:
     """Axes that stand nowhere in the term any more are sums of ones: their sizes go into its scale."""
     left = term.all_axes()
     lost = math.prod(axis.size for axis in axes if axis not in left)
@@ -292,13 +316,17 @@ def fold_uncarried(term: Term) -> Term:
 def settle(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
     """Contract everything that a plan in a pinned order contracts: sums over internal axes, and factors into larger ones.
 
-    The result has no internal axis, apart from those of bands (see :mod:`chainrule.maps.bands`) where these are asked for.
-    Factors that share no summed axis and would only form an outer product stay apart.
+    The result has no internal axis, apart from those of bands (see :mod:`chainrule.maps.bands`) where these are asked for, and
+    from the sources of relations where the workspace is sparse. Factors that share no summed axis and would only form an outer
+    product stay apart.
     """
     term = fold_uncarried(push_onehots(term, workspace))
-    if bands and term.onehots:
-        term = push_onehots(with_bands(term, workspace), workspace)
-    term = scatter_internal(term, workspace, bands=bands)
+    if workspace.sparse:
+        term = workspace.canonical(term)
+    else:
+        if bands and term.onehots:
+            term = push_onehots(with_bands(term, workspace), workspace)
+        term = scatter_internal(term, workspace, bands=bands)
     term = _contract_connected(term, workspace)
     return _absorb(term, workspace)
 
@@ -406,14 +434,16 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
     return replace(term, factors=tuple(kept))
 
 
-def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace) -> Factor:
-    """All factors of a settled term as one factor over exactly ``axes`` (scale included)."""
+def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace, *, ordered: bool = True) -> Factor:
+    """All factors of a settled term as one factor over exactly ``axes`` (scale included), in that order if `ordered`."""
     factors = list(term.factors) or [Factor(workspace.ones(()), ())]
     if term.scale != 1.0:
         # The smallest factor takes the scale: no second pass over the product.
         smallest = min(range(len(factors)), key=lambda number: factors[number].node.numel)
         factors[smallest] = scaled(factors[smallest], term.scale, workspace)
-    return contract(factors, list(axes), workspace.memo) if term.factors else factors[0]
+    if not term.factors:
+        return factors[0]
+    return (contract if ordered else contract_any)(factors, list(axes), workspace.memo)
 
 
 def scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:

@@ -26,6 +26,13 @@ def contract(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object,
         keep: the axes that survive; the result has those of them that some factor carries, in this order.
         memo: nodes already made in this plan, so that equal contractions are one node.
     """
+    result = contract_any(factors, keep, memo)
+    carried = set(result.axes)
+    return transpose_to(result, [axis for axis in keep if axis in carried], memo)
+
+
+def contract_any(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object, Node]) -> Factor:
+    """As :func:`contract`, with the axes in whatever order the last step gives them."""
     operands = list(factors)
     kept = set(keep)
     if len(operands) > 2:
@@ -36,9 +43,7 @@ def contract(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object,
             operands.append(_pair(first, second, still, memo, keep))
     if len(operands) == 2:
         operands = [_pair(operands[0], operands[1], kept, memo, keep)]
-    result = _sum_axes(operands[0], kept, memo)
-    carried = set(result.axes)
-    return transpose_to(result, [axis for axis in keep if axis in carried], memo)
+    return _sum_axes(operands[0], kept, memo)
 
 
 def contraction_cost(factors: Sequence[Factor], keep: Sequence[Axis]) -> int:

@@ -37,6 +37,7 @@ class Operator:
         flops: multiply-adds of one row.
         label: the op's name, for ``explain``.
         terms: the same map as a sum of terms, where its structure may be worth more than the op's kernel.
+        structure: makes the same map as a sum of terms, for sparse plans; None where the op is not known so.
     """
 
     out_shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Operator:
     flops: int = 0
     label: str = ""
     terms: tuple[Term, ...] = ()
+    structure: Callable[[], tuple[Term, ...]] | None = None
 
     def transpose(self) -> Operator:
         """The operator read from the output to the input."""
@@ -237,6 +239,8 @@ def merge(
         return tuple(terms)
     settled = [settle(term, workspace, bands=True) for term in terms]
     merged = _merge_equal(settled, workspace, force)
+    if workspace.sparse:
+        return workspace.compress(merged)
     limit = 1 if force else limit
     if limit is not None and len(merged) > limit:
         common = _common_diagonals(merged)

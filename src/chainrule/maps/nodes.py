@@ -26,12 +26,14 @@ class Node:
         batch: the samples of a surrounding ``vmap`` that this array differs between, 1 for none: its cost is this many times
             that of one sample.
         label: a word for ``explain``.
-        digit: for an index that is a digit of another one, ``(that index's node, stride, size)``: ``that // stride % size``.
+        digit: for an index that is a digit of another one, ``(that index's node, stride, size, how many places it
+            counts)``: ``that // stride % size``.
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
+        facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "flops", "inputs", "label", "merge", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "merge", "sizes", "staged")
 
     def __init__(
         self,
@@ -52,8 +54,9 @@ class Node:
         self.bytes = moved
         self.label = label
         self.staged: Staged | None = None
-        self.digit: tuple[Node, int, int] | None = None
+        self.digit: tuple[Node, int, int, int] | None = None
         self.merge: Any = None
+        self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
 
     @property
     def numel(self) -> int:

@@ -166,8 +166,8 @@ def scatter(
     return Factor(node, axes)
 
 
-def digit(flat: Node, stride: int, size: int) -> Node:
-    """One coordinate of flat places: ``flat // stride % size``."""
+def digit(flat: Node, stride: int, size: int, total: int) -> Node:
+    """One coordinate of flat places among ``total``: ``flat // stride % size``."""
 
     def compute(program: Program, value: Staged) -> Staged:
         if stride > 1:
@@ -175,22 +175,23 @@ def digit(flat: Node, stride: int, size: int) -> Node:
         return torch.remainder(value, max(size, 1))
 
     node = Node(flat.sizes, (flat,), compute, label="index")
-    node.digit = (flat, stride, size)
+    node.digit = (flat, stride, size, total)
     return node
 
 
 def _flat_places(group: Sequence[OneHot]) -> Node | None:
     """The index whose digits the relations are, all of them in order: it is the index into all targets."""
-    stride, flat = 1, None
+    stride, flat, total = 1, None, -1
     for onehot in reversed(group):
         found = onehot.index.digit
-        if found is None or onehot.partial or found[1:] != (stride, onehot.target.size):
+        if found is None or onehot.partial or found[1:3] != (stride, onehot.target.size):
             return None
+        total = found[3]
         if flat is not None and found[0] is not flat:
             return None
         flat = found[0]
         stride *= onehot.target.size
-    return flat
+    return flat if stride == total else None
 
 
 def _linear_index(group: Sequence[OneHot], indices: Sequence[Staged]) -> tuple[Staged, Staged | None]:

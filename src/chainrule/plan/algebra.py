@@ -218,7 +218,7 @@ class _Builder:
                     continue
                 target = Axis(size)
                 in_dims.append((target,))
-                relations.append(OneHot(digit(positions, stride, size), (source,), target))
+                relations.append(OneHot(digit(positions, stride, size, math.prod(shape)), (source,), target))
         whole = tuple(size for shape, _ in shapes for size in shape)
         return LinearMap((count,), whole, (Term(((source,),), tuple(in_dims), (), tuple(relations)),))
 

@@ -283,6 +283,7 @@ def operator_edge(
     flops: int = 0,
     output: int = 0,
     terms: tuple[Term, ...] = (),
+    structure: Callable[[], tuple[Term, ...]] | None = None,
 ) -> Edge:
     """An edge with one operator; ``push`` and ``pull`` get ``(call, program, rows, number of rows)``."""
     made = Operator(
@@ -294,6 +295,7 @@ def operator_edge(
         flops,
         call.op.name(),
         terms,
+        structure,
     )
     return single(call, item, (), (made,), output)
 

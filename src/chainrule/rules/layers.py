@@ -151,7 +151,8 @@ def _input_edge(call: Call, geometry: Geometry, item: Any, weight: Any) -> Edge:
     for size in geometry.weight[1:]:
         taps *= size
     flops = call.tensor(call.outputs[0]).numel() * taps
-    return operator_edge(call, item, push, pull, ((0, 0),), flops, terms=(_stencil_term(call, geometry, item, weight),))
+    terms = (_stencil_term(call, geometry, item, weight),)
+    return operator_edge(call, item, push, pull, ((0, 0),), flops, terms=terms, structure=lambda: terms)
 
 
 def _stencil_term(call: Call, geometry: Geometry, item: Any, weight: Any) -> Term:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from chainrule.maps.nodes import leaf
 from chainrule.maps.onehots import digit
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import OneHot, Term, dims_of, new_axes
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, single
 from chainrule.rules.families import operator_edge
 
@@ -28,10 +30,10 @@ def _maximum(rank: int) -> Rule:
         sources = new_axes(call.out_shape)
         lead = len(shape) - rank
         targets = new_axes(shape[lead:])
-        onehots, stride = [], 1
+        onehots, stride, total = [], 1, math.prod(shape[lead:])
         flat = leaf(call.out_shape, lambda program: call.stage_output(program, 1), label="index")
         for target in reversed(targets):
-            onehots.append(OneHot(digit(flat, stride, target.size), sources, target))
+            onehots.append(OneHot(digit(flat, stride, target.size, total), sources, target))
             stride *= target.size
         yield single(
             call, item, [Term(dims_of(sources), dims_of((*sources[:lead], *targets)), (), tuple(reversed(onehots)))]
@@ -40,13 +42,19 @@ def _maximum(rank: int) -> Rule:
     return Rule("selection", linearize)
 
 
-def _folded(rank: int, forward: Callable[[Call, Staged, tuple[int, ...]], Staged], backward: Callable[..., Staged]) -> Rule:
+def _folded(
+    rank: int,
+    forward: Callable[[Call, Staged, tuple[int, ...]], Staged],
+    backward: Callable[..., Staged],
+    structure: Callable[[Call, tuple[int, ...], tuple[int, ...]], Term] | None = None,
+) -> Rule:
     """A linear op on the last ``rank`` dimensions that acts on rows folded into the batch.
 
     Args:
         rank: the number of spatial dimensions.
         forward: ``(call, values, folded output shape)``: the op on folded rows.
         backward: ``(call, values, folded input shape)``: its transpose.
+        structure: ``(call, output shape, input shape)``: the same as a term.
     """
 
     def linearize(call: Call) -> Iterable[Edge]:
@@ -70,9 +78,9 @@ def _folded(rank: int, forward: Callable[[Call, Staged, tuple[int, ...]], Staged
 
         diagonal = tuple((d, d) for d in range(lead))
         size = call.tensor(item).numel() + call.tensor(call.outputs[0]).numel()
-        yield operator_edge(
-            call, item, acting(forward, in_shape, out_shape), acting(backward, out_shape, in_shape), diagonal, size
-        )
+        push, pull = acting(forward, in_shape, out_shape), acting(backward, out_shape, in_shape)
+        terms = None if structure is None else lambda: (structure(call, out_shape, in_shape),)
+        yield operator_edge(call, item, push, pull, diagonal, size, structure=terms)
 
     return Rule("resampling", linearize, reads=False)
 
@@ -94,7 +102,49 @@ def _average(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
         size = (value.shape[0], *call.shape(call.args[1])[-rank - 1 :])
         return transpose(value, value.new_zeros(size), *statics(call))
 
-    return _folded(rank, forward, backward), _folded(rank, forward_of_backward, forward)
+    def transposed(call: Call, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Term:
+        return _windows(call, rank, in_shape, out_shape).transpose()
+
+    windows = partial(_windows_of, rank)
+    return _folded(rank, forward, backward, windows), _folded(rank, forward_of_backward, forward, transposed)
+
+
+def _windows_of(rank: int, call: Call, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Term:
+    return _windows(call, rank, out_shape, in_shape)
+
+
+def _windows(call: Call, rank: int, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Term:
+    """An average over windows: which element each tap reads, and the share of each window, one dimension at a time."""
+    kernel, stride, padding = (call.argument(name) for name in ("kernel_size", "stride", "padding"))
+    divisor, device = call.argument("divisor_override"), call.workspace.device
+    lead = len(in_shape) - rank
+    axes = new_axes(in_shape[:lead])
+    places, read, factors, relations = [], [], [], []
+    for d in range(rank):
+        size, width = in_shape[lead + d], kernel[d % len(kernel)]
+        step, pad = (stride or kernel)[d % len(stride or kernel)], padding[d % len(padding)]
+        place, tap, target = Axis(out_shape[lead + d]), Axis(width), Axis(size)
+
+        def positions(dev: torch.device, s: int = step, p: int = pad, n: int = size, o: int = place.size,
+                      w: int = width) -> torch.Tensor:
+            found = torch.arange(w, device=dev)[:, None] + torch.arange(o, device=dev) * s - p
+            return torch.where((found >= 0) & (found < n), found, -1)
+
+        def shares(dev: torch.device, s: int = step, p: int = pad, n: int = size, o: int = place.size,
+                   w: int = width) -> torch.Tensor:
+            first = torch.arange(o, device=dev) * s - p
+            last = torch.clamp(first + w, max=n + p)
+            if not call.argument("count_include_pad"):
+                first, last = torch.clamp(first, min=0), torch.clamp(last, max=n)
+            return torch.reciprocal((last - first).to(call.workspace.dtype))
+
+        relations.append(OneHot(constant_index((width, place.size), positions, device), (tap, place), target, True))
+        if divisor is None:
+            factors.append(Factor(constant_index((place.size,), shares, device), (place,)))
+        places.append(place)
+        read.append(target)
+    scale = 1.0 if divisor is None else 1.0 / divisor
+    return Term(dims_of((*axes, *places)), dims_of((*axes, *read)), tuple(factors), tuple(relations), scale)
 
 
 def _adaptive(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:

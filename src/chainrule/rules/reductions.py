@@ -230,7 +230,24 @@ def _picked(call: Call) -> Iterable[Edge]:
         yield single(call, item, [picked_term(call, call.argument("dim") % rank)])
 
 
+def _ordered(call: Call) -> Iterable[Edge]:
+    """``sort`` and ``topk``: the second output says what each element of the first one reads."""
+    item = call.args[0]
+    if not call.is_active(item):
+        return
+    shape, out_shape = call.shape(item), call.out_shape
+    if not shape:
+        yield single(call, item, [Term((), ())])
+        return
+    dim = call.argument("dim") % len(shape)
+    axes = new_axes(shape)
+    out = (*axes[:dim], Axis(out_shape[dim]), *axes[dim + 1 :])
+    relation = OneHot(_picked_index(call, 1, out_shape), out, axes[dim])
+    yield single(call, item, [Term(dims_of(out), dims_of(axes), (), (relation,))])
+
+
 PICKS = Rule("selection", _picked)
+_ORDERED = Rule("selection", _ordered)
 _EVEN = Rule("reduction", _evenly)
 _PROD = weighted_reduction(_prod)
 _NANSUM = weighted_reduction(_nansum)
@@ -267,6 +284,9 @@ RULES: dict[Any, Rule] = {
     aten.nanmedian.dim: PICKS,
     aten.mode.default: PICKS,
     aten.kthvalue.default: PICKS,
+    aten.sort.default: _ORDERED,
+    aten.sort.stable: _ORDERED,
+    aten.topk.default: _ORDERED,
 }
 
 __all__ = ["PICKS", "RULES", "norm_slope", "picked_term", "products_of_others"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
 from chainrule.rules.families import operator_edge
 from chainrule.rules.reductions import PICKS
@@ -42,7 +43,23 @@ def _cumsum(call: Call) -> Iterable[Edge]:
         return torch.flip(torch.cumsum(backwards, dim + 1), [dim + 1])  # type: ignore[return-value]
 
     diagonal = tuple((d, d) for d in range(len(shape)) if d != dim)
-    yield operator_edge(call, item, push, pull, diagonal, math.prod(shape))
+    structure = partial(_triangle_terms, call, shape, dim)
+    yield operator_edge(call, item, push, pull, diagonal, math.prod(shape), structure=structure)
+
+
+def _triangle_terms(call: Call, shape: tuple[int, ...], dim: int) -> tuple[Term, ...]:
+    """A running sum by its pairs of positions."""
+    size = shape[dim]
+    pairs, result, argument = Axis(size * (size + 1) // 2), Axis(size), Axis(size)
+    relations = []
+    for side, target in enumerate((result, argument)):
+        index = constant_index(
+            (pairs.size,), lambda d, s=side: torch.tril_indices(size, size, device=d)[s], call.workspace.device
+        )
+        relations.append(OneHot(index, (pairs,), target))
+    axes = new_axes(shape)
+    out, inner = ((*axes[:dim], place, *axes[dim + 1 :]) for place in (result, argument))
+    return (Term(dims_of(out), dims_of(inner), (), tuple(relations)),)
 
 
 def _lines(entries: Callable[[Any, Any, int, int], Any]) -> Rule:

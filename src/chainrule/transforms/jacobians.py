@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_nam
 from chainrule.transforms.hessian_map import hessian_transform
 from chainrule.transforms.jacobian_map import operator_transform
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
+from chainrule.transforms.sparse import SPARSE, sparse_hessian, sparse_jacobian
 from chainrule.transforms.trace import Block, Traced, trace
 
 
@@ -44,8 +45,10 @@ def jacrev(
             ``"512MB"``. The rows of a chunk are chosen by what the plans are predicted to need. By default a result of
             more than a quarter of a gigabyte is computed in chunks where the free memory of the device asks for it.
         progress: whether to show the progress over the chunks (needs tqdm).
-        layout: ``"dense"`` for tensors, ``"operator"`` for a :class:`~chainrule.LinearMap` that forms no matrix (see
-            :func:`chainrule.linear_map`); an operator takes no chunks.
+        layout: ``"dense"`` for tensors; ``"sparse_coo"`` or ``"sparse_csr"`` for sparse tensors (see ``docs/sparse.md``): their
+            pattern is read off the structure of ``func``, planned once per signature and value of its index tensors, and may
+            hold explicit zeros; ``"operator"`` for a :class:`~chainrule.LinearMap` that forms no matrix (see
+            :func:`chainrule.linear_map`). Sparse tensors and operators take no chunks.
 
     Returns:
         A function returning, for each output leaf, the tree of Jacobians with respect to the arguments (a tuple when
@@ -54,7 +57,8 @@ def jacrev(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -66,6 +70,9 @@ def jacrev(
     chunks = Chunks(chunk_size, max_memory, progress, "jacrev")
     if chunks.layout(layout) == "operator":
         return operator_transform(func, argnums, has_aux, "jacrev")
+    if layout in SPARSE:
+        check = partial(check_real, func=func, name="jacrev", cast="input")
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacrev", "reverse", "input", check)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacrev", "reverse", "input")
 
 
@@ -97,7 +104,8 @@ def jacfwd(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated, or ``randomness`` is unknown.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -111,6 +119,9 @@ def jacfwd(
     chunks = Chunks(chunk_size, None, progress, "jacfwd")
     if chunks.layout(layout) == "operator":
         return operator_transform(func, argnums, has_aux, "jacfwd", respect_no_grad=False)
+    if layout in SPARSE:
+        check = partial(check_real, func=func, name="jacfwd", cast="output")
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacfwd", "forward", "output", check)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacfwd", "forward", "output")
 
 
@@ -143,7 +154,8 @@ def jacobian(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -154,6 +166,9 @@ def jacobian(
     chunks = Chunks(chunk_size, max_memory, progress, "jacobian")
     if chunks.layout(layout) == "operator":
         return operator_transform(func, argnums, has_aux, "jacobian")
+    if layout in SPARSE:
+        check = partial(check_real, func=func, name="jacobian", cast="input")
+        return sparse_jacobian(func, argnums, has_aux, layout, "jacobian", "auto", "input", check)
     return _jacobian_transform(func, argnums, has_aux, chunks, "jacobian", "auto", "input")
 
 
@@ -166,6 +181,7 @@ def hessian(
     max_memory: int | str | None = None,
     progress: bool = False,
     layout: str = "dense",
+    triangular: str | None = None,
 ) -> Callable[..., Any]:
     """Return a function that computes the Hessian of ``func``: the Jacobian of its Jacobian.
 
@@ -178,6 +194,8 @@ def hessian(
         max_memory: as in :func:`jacrev`.
         progress: as in :func:`jacrev`.
         layout: as in :func:`jacrev`; an operator is symmetric, and ``func`` has to return a scalar for it.
+        triangular: for a sparse layout, ``"lower"`` or ``"upper"`` for that triangle alone (of the matrix of all blocks, diagonal
+            included).
 
     Returns:
         A function returning, for each output leaf, the tree over the arguments of trees over the arguments of blocks of
@@ -185,7 +203,8 @@ def hessian(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
-        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, or both are given.
+        ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
+            layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
 
     Example:
@@ -195,8 +214,15 @@ def hessian(
                 [ 0., 12.]])
     """
     chunks = Chunks(chunk_size, max_memory, progress, "hessian")
+    if triangular not in (None, "lower", "upper"):
+        raise ValueError(f"hessian: triangular should be 'lower', 'upper' or None, got {triangular!r}")
+    if triangular is not None and layout not in SPARSE:
+        raise ValueError(f"hessian: triangular is for the sparse layouts, not {layout!r}")
     if chunks.layout(layout) == "operator":
         return hessian_transform(func, argnums, has_aux)
+    if layout in SPARSE:
+        check = partial(check_real, func=func, name="hessian", cast="input")
+        return sparse_hessian(func, argnums, has_aux, layout, triangular, check)
     inner = _jacobian_transform(func, argnums, has_aux, Chunks(None, None, False, "hessian"), "hessian", "reverse", "input")
     return _jacobian_transform(inner, argnums, has_aux, chunks, "hessian", "auto", "output", respect_no_grad=False)
 
@@ -231,10 +257,11 @@ class Chunks:
         Raises:
             ValueError: if there is no such layout, or it has no chunks and some are asked for.
         """
-        if layout not in ("dense", "operator"):
-            raise ValueError(f"{self.name}: layout should be 'dense' or 'operator', got {layout!r}")
-        if layout == "operator" and (self.given or self.progress):
-            raise ValueError(f"{self.name}: layout='operator' forms no matrix: chunk_size, max_memory and progress mean nothing")
+        known = ("dense", *SPARSE, "operator")
+        if layout not in known:
+            raise ValueError(f"{self.name}: layout should be one of {', '.join(map(repr, known))}, got {layout!r}")
+        if layout != "dense" and (self.given or self.progress):
+            raise ValueError(f"{self.name}: chunk_size, max_memory and progress are for layout='dense', not {layout!r}")
         return layout
 
     @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import entry_point
@@ -19,7 +18,7 @@ from chainrule.plan.second_order import Contracted, second_order
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.jacobians import hessian
 from chainrule.transforms.nest import Level, run_planned
-from chainrule.transforms.trace import Traced
+from chainrule.transforms.trace import Traced, recording_on
 
 
 def laplacian(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False) -> Callable[..., Any]:
@@ -186,20 +185,6 @@ def check_real(traced: Traced, func: Callable[..., Any], name: str) -> None:
                     f"{name}: Expected all {kind} to be real and floating-point but received {leaf.dtype} at flattened "
                     f"position {number}"
                 )
-
-
-def recording_on(tape: Tape) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes what runs inside be recorded on a tape, which may be recording already."""
-    stack = _get_current_dispatch_mode_stack()
-    if stack and stack[-1] is tape:
-        return nullcontext
-
-    @contextmanager
-    def recording() -> Iterator[None]:
-        with torch.enable_grad(), tape.recording():
-            yield
-
-    return recording
 
 
 def write_account(tape: Tape, inputs: list[int], output: int, contracted: Contracted, diagonal: bool) -> None:

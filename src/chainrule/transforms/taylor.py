@@ -12,8 +12,7 @@ from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import tree_unflatten
 from chainrule.transforms.derivatives import check_seed
 from chainrule.transforms.nest import Level, run_planned
-from chainrule.transforms.second_order import recording_on
-from chainrule.transforms.trace import Traced, fresh_alias
+from chainrule.transforms.trace import Traced, fresh_alias, recording_on
 
 
 def jet(func: Callable[..., Any], primals: Any, series: Any) -> tuple[Any, Any]:

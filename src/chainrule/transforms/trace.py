@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_map
 
 from chainrule.batching.tensor import BatchTensor
@@ -196,3 +198,17 @@ def active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
     """The slot of an output, None for one that does not depend on the inputs."""
     slot = tape.slot_of(leaf)
     return slot if slot is not None and tape.active[slot] else None
+
+
+def recording_on(tape: Tape) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes what runs inside be recorded on a tape, which may be recording already."""
+    stack = _get_current_dispatch_mode_stack()
+    if stack and stack[-1] is tape:
+        return nullcontext
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        with torch.enable_grad(), tape.recording():
+            yield
+
+    return recording

@@ -1,0 +1,304 @@
+"""The non-zeros of terms: their values and places, sums of them as vectors, and dense blocks that they fill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from chainrule.maps.compose import dense_factor
+from chainrule.maps.contract import expand_to
+from chainrule.maps.nodes import Node
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
+
+if TYPE_CHECKING:
+    from chainrule.maps.sparse import SparseWorkspace
+
+
+class Entries(NamedTuple):
+    """The entries of one term.
+
+    Attributes:
+        factor: their values, over some axes of the grid.
+        grid: the axes that number them.
+        keys: for each, row times the number of columns plus column.
+        kept: which points of the grid have an entry; None for all.
+    """
+
+    factor: Factor
+    grid: tuple[Axis, ...]
+    keys: torch.Tensor
+    kept: torch.Tensor | None
+
+
+def count_entries(term: Term) -> int:
+    """How many entries a settled term has."""
+    targets = {h.target for h in term.onehots}
+    return math.prod(axis.size for axis in term.all_axes() if axis not in targets)
+
+
+def without_shared(terms: Sequence[Term]) -> tuple[list[Term], Callable[[Term], Term]]:
+    """Terms without the relations that all of them have on the same dimension: its sources are dimensions in its place.
+
+    Returns:
+        The terms, and what gives a term with their dimensions the relations back.
+    """
+    relations = [{h.target: h for h in term.onehots} for term in terms]
+    shared: dict[tuple[int, int], OneHot] = {}
+    for side in range(2):
+        for d in range(len((terms[0].out_dims, terms[0].in_dims)[side])):
+            dims = [(term.out_dims, term.in_dims)[side][d] for term in terms]
+            first = relations[0].get(dims[0][0]) if len(dims[0]) == 1 else None
+            if first is None or not first.sources:
+                continue
+            found = [known.get(dim[0]) if len(dim) == 1 else None for dim, known in zip(dims, relations, strict=True)]
+            if all(h is not None and h.index is first.index for h in found):
+                shared[side, d] = first
+
+    def places(term: Term) -> list[list[tuple[Axis, ...]]]:
+        known = {h.target: h for h in term.onehots}
+        opened: list[list[tuple[Axis, ...]]] = [[], []]
+        for side, dims in enumerate((term.out_dims, term.in_dims)):
+            for d, dim in enumerate(dims):
+                opened[side].extend([(a,) for a in known[dim[0]].sources] if (side, d) in shared else [dim])
+        return opened
+
+    def restore(term: Term) -> Term:
+        onehots = list(term.onehots)
+        closed: list[list[tuple[Axis, ...]]] = [[], []]
+        for side, dims in enumerate((term.out_dims, term.in_dims)):
+            rest = list(dims)
+            for d in range(counts[side]):
+                h = shared.get((side, d))
+                if h is None:
+                    closed[side].append(rest.pop(0))
+                    continue
+                own, rest = rest[: len(h.sources)], rest[len(h.sources) :]
+                # A source of size one may stand for itself without an axis.
+                sources = tuple(dim[0] if dim else Axis(1) for dim in own)
+                target = Axis(h.target.size)
+                onehots.append(h._replace(sources=sources, target=target))
+                closed[side].append((target,))
+        return replace(term, out_dims=tuple(closed[0]), in_dims=tuple(closed[1]), onehots=tuple(onehots))
+
+    counts = len(terms[0].out_dims), len(terms[0].in_dims)
+    bare = []
+    for term in terms:
+        out_dims, in_dims = places(term)
+        gone = {(term.out_dims, term.in_dims)[side][d][0] for side, d in shared}
+        kept = tuple(h for h in term.onehots if h.target not in gone)
+        bare.append(replace(term, out_dims=tuple(out_dims), in_dims=tuple(in_dims), onehots=kept))
+    return bare, restore
+
+
+def diagonals(terms: Sequence[Term]) -> list[tuple[int, int]]:
+    """Pairs (output dimension, input dimension) that are one and the same axis in every term."""
+    first = terms[0]
+    return [
+        (o, i)
+        for o, out in enumerate(first.out_dims)
+        for i, inner in enumerate(first.in_dims)
+        if all(len(t.out_dims[o]) == 1 and t.out_dims[o] == t.in_dims[i] and t.out_dims[o][0].size > 1 for t in terms)
+    ]
+
+
+def block_keys(terms: Sequence[Term], device: torch.device) -> torch.Tensor | None:
+    """The keys of a block that is dense but for the diagonals that all terms have, in the order of :func:`as_block`.
+
+    None where there is no such diagonal.
+    """
+    pairs = diagonals(terms)
+    if not pairs or len({o for o, _ in pairs}) < len(pairs) or len({i for _, i in pairs}) < len(pairs):
+        return None
+    out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
+    bound = {i: o for o, i in pairs}
+    free = [i for i in range(len(in_shape)) if i not in bound]
+    sizes = [*out_shape, *(in_shape[i] for i in free)]
+    keys = torch.zeros((1,) * len(sizes), dtype=torch.long, device=device)
+    stride = math.prod(out_shape) * math.prod(in_shape)
+    for position, size in enumerate((*out_shape, *in_shape)):
+        stride //= max(size, 1)
+        number = position - len(out_shape)
+        place = position if number < 0 else bound[number] if number in bound else len(out_shape) + free.index(number)
+        keys = keys + (torch.arange(size, device=device) * stride).reshape([-1 if n == place else 1 for n in range(len(sizes))])
+    return keys.expand(sizes).reshape(-1)
+
+
+def as_block(terms: Sequence[Term], entries: Sequence[Entries], block: torch.Tensor, workspace: SparseWorkspace) -> Term:
+    """The sum of terms that fill the block ``block``, as one dense factor."""
+    bound = {i: o for o, i in diagonals(terms)}
+    out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
+    out = [Axis(size) for size in out_shape]
+    inner = [out[bound[i]] if i in bound else Axis(size) for i, size in enumerate(in_shape)]
+    axes = tuple(dict.fromkeys((*out, *inner)))
+    order = torch.argsort(block)
+    ordered = block.index_select(0, order)
+    node = values_node(entries, ordered, workspace)
+    sizes = tuple(axis.size for axis in axes)
+    back = None if torch.equal(ordered, block) else torch.argsort(order)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        if back is not None:
+            value = torch.index_select(value, 0, program.constant(back))
+        return torch.reshape(value, sizes)
+
+    made = Node(sizes, (node,), compute, moved=0 if back is None else 2 * block.numel(), label="block")
+    return Term(tuple((axis,) for axis in out), tuple((axis,) for axis in inner), (Factor(made, axes),))
+
+
+def _dims_shape(dims: Dims) -> tuple[int, ...]:
+    return tuple(math.prod(axis.size for axis in dim) for dim in dims)
+
+
+def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
+    """The entries of a settled term."""
+    targets = {h.target: h for h in term.onehots}
+    every = [axis for axis in term.all_axes() if axis not in targets and axis.size != 1]
+    positions = [[axis for dim in dims for axis in dim] for dims in (term.out_dims, term.in_dims)]
+    # In the order of rows, then of columns.
+    first = [a for axis in positions[0] for a in (targets[axis].sources if axis in targets else (axis,)) if a.size != 1]
+    grid = tuple(dict.fromkeys([*first, *every]))
+    factor = dense_factor(term, grid, workspace, ordered=False)
+    # Entries are numbered as their values come.
+    grid = (*factor.axes, *(axis for axis in grid if axis not in factor.axes))
+    names = {axis: number for number, axis in enumerate(grid)}
+    sizes = tuple(axis.size for axis in grid)
+    columns = math.prod(axis.size for axis in positions[1])
+    keys = torch.zeros((), dtype=torch.long, device=workspace.device)
+    valid: torch.Tensor | None = None
+    for side, scale in ((0, columns), (1, 1)):
+        stride = scale
+        for axis in reversed(positions[side]):
+            if axis in targets:
+                place = over_grid(targets[axis], workspace, names)
+                if targets[axis].partial:
+                    valid = place >= 0 if valid is None else valid & (place >= 0)
+                keys = keys + place * stride
+            elif axis.size != 1:
+                counted = torch.arange(axis.size, device=workspace.device) * stride
+                keys = keys + counted.reshape([-1 if n == names[axis] else 1 for n in range(len(grid))])
+            stride *= axis.size
+    for onehot in term.onehots:
+        if onehot.partial:
+            here = over_grid(onehot, workspace, names) >= 0
+            valid = here if valid is None else valid & here
+    keys = keys.expand(sizes).reshape(-1)
+    if valid is None:
+        return Entries(factor, grid, keys, None)
+    kept = torch.nonzero(valid.expand(sizes).reshape(-1)).squeeze(1)
+    return Entries(factor, grid, keys.index_select(0, kept), kept)
+
+
+def over_grid(onehot: OneHot, workspace: SparseWorkspace, names: dict[Axis, int]) -> torch.Tensor:
+    """A relation's index, broadcast against the grid."""
+    index = workspace.read(onehot.index)
+    sources = [axis for axis in onehot.sources if axis in names]
+    index = index.reshape([axis.size for axis in sources])
+    order = sorted(range(len(sources)), key=lambda n: names[sources[n]])
+    shape = [1] * len(names)
+    for axis in sources:
+        shape[names[axis]] = axis.size
+    return index.permute(order).reshape(shape)
+
+
+def summed(
+    out_dims: Dims, in_dims: Dims, entries: Sequence[Entries], keys: torch.Tensor, workspace: SparseWorkspace
+) -> Term:
+    """One term whose entries are at ``keys`` (sorted, each once)."""
+    node = values_node(entries, keys, workspace)
+    axis = Axis(keys.numel())
+    onehots: list[OneHot] = []
+    dims: list[tuple[Axis, ...]] = []
+    shapes = _dims_shape(out_dims), _dims_shape(in_dims)
+    stride = math.prod(shapes[0]) * math.prod(shapes[1])
+    for size in (*shapes[0], *shapes[1]):
+        stride //= max(size, 1)
+        target = Axis(size)
+        dims.append((target,))
+        if size != 1:
+            onehots.append(OneHot(workspace.index(keys // max(stride, 1) % size), (axis,), target))
+    made = Term(tuple(dims[: len(shapes[0])]), tuple(dims[len(shapes[0]) :]), (Factor(node, (axis,)),), tuple(onehots))
+    return workspace.canonical(made)
+
+
+def values_node(entries: Sequence[Entries], keys: torch.Tensor, workspace: SparseWorkspace) -> Node:
+    """The values at ``keys`` of a sum of entries; entries at other places are left out."""
+    chosen: list[tuple[Entries, torch.Tensor, torch.Tensor | None]] = []
+    for one in entries:
+        slots = torch.searchsorted(keys, one.keys)
+        found = keys.index_select(0, slots.clamp(max=max(keys.numel() - 1, 0))) == one.keys if keys.numel() else slots < 0
+        if bool(found.all()):
+            if one.keys.numel():
+                chosen.append((one, slots, one.kept))
+            continue
+        place = torch.nonzero(found).squeeze(1)
+        if place.numel():
+            kept = place if one.kept is None else one.kept.index_select(0, place)
+            chosen.append((one, slots.index_select(0, place), kept))
+    count = sum(slots.numel() for _, slots, _ in chosen)
+
+    def compute(program: Program, *values: Staged) -> Staged:
+        parts: list[Staged] = []
+        places: list[torch.Tensor] = []
+        base = torch.zeros(keys.numel(), dtype=workspace.dtype, device=workspace.device)
+        for (one, slots, kept), value in zip(chosen, values, strict=True):
+            flat, slots = _flat(program, value, one, kept, slots)
+            if flat.dtype != workspace.dtype:
+                flat = flat.to(workspace.dtype)
+            if workspace.is_fixed(flat):
+                base = base.index_add(0, slots, workspace.plain(flat.value))
+            else:
+                parts.append(flat)
+                places.append(slots)
+        start = program.constant(base)
+        if not parts:
+            return program.call(torch.clone, start)
+        if sum(p.numel() for p in places) == keys.numel() and not bool(base.any()):
+            # Each place once: the values stand there already, or are read in that order.
+            every = torch.cat(places)
+            order = torch.argsort(every)
+            if bool((every.index_select(0, order) == torch.arange(keys.numel(), device=keys.device)).all()):
+                joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
+                if bool((order[1:] > order[:-1]).all()):
+                    return program.call(torch.clone, joined) if program.recorded else joined
+                return torch.index_select(joined, 0, program.constant(order))
+        joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
+        return torch.index_add(start, 0, program.constant(torch.cat(places)), joined)
+
+    inputs = tuple(one.factor.node for one, _, _ in chosen)
+    return Node((keys.numel(),), inputs, compute, flops=count, moved=5 * count + keys.numel(), label="entries")
+
+
+def _flat(
+    program: Program, value: Staged, entries: Entries, kept: torch.Tensor | None, slots: torch.Tensor
+) -> tuple[Staged, torch.Tensor]:
+    """The values of entries as a vector, in the order in which they lie in memory, and the slots in that order."""
+    grid, factor = entries.grid, entries.factor
+    names = {axis: number for number, axis in enumerate(grid)}
+    sizes = tuple(axis.size for axis in grid)
+    have = tuple(names[a] for a in factor.axes)
+    value = expand_to(value, have, tuple(range(len(grid))))
+    if tuple(value.shape) != sizes:
+        value = torch.broadcast_to(value, sizes)
+    strides = value.value.stride()
+    order = sorted(range(len(sizes)), key=lambda n: -strides[n])
+    if order != list(range(len(sizes))) and 0 not in strides:
+        value = torch.permute(value, order)
+        before = torch.arange(math.prod(sizes), device=slots.device).reshape(sizes).permute(order).reshape(-1)
+        if kept is None:
+            slots = slots.index_select(0, before)
+        else:
+            kept, by_place = torch.argsort(before).index_select(0, kept).sort()
+            slots = slots.index_select(0, by_place)
+    if len(sizes) != 1:
+        value = torch.reshape(value, (-1,))
+    return (value if kept is None else torch.index_select(value, 0, program.constant(kept))), slots
+
+
+__all__ = [
+    "Entries", "as_block", "block_keys", "count_entries", "entries_of", "over_grid", "summed", "values_node", "without_shared",
+]  # fmt: skip

@@ -1,0 +1,370 @@
+"""Terms by their non-zeros: relations with known targets, sums of terms as one list of entries.
+
+A plan of a sparse map is made for the *values* of its index tensors as well: every relation is held as a concrete tensor.
+Relations that are equal are then one, a shift by nothing is a diagonal, and two relations with one target are joined like
+two tables. What is left to compute in each run are the values of the entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from chainrule.maps.coincidence import solve_affine
+from chainrule.maps.compose import Workspace, keep_count
+from chainrule.maps.contract import transpose_to
+from chainrule.maps.nodes import Node
+from chainrule.maps.nonzeros import (
+    as_block,
+    block_keys,
+    count_entries,
+    entries_of,
+    over_grid,
+    summed,
+    without_shared,
+)
+from chainrule.maps.onehots import gather, mask_factor
+from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.terms import Axis, Factor, OneHot, Term
+
+#: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
+_MANY = 12
+#: From this many terms on, a dense block that they fill is made one.
+_SOME = 3
+#: Never more terms than this at one vertex.
+_MOST = 64
+
+
+class SparseWorkspace(Workspace):
+    """A workspace whose relations are concrete.
+
+    Attributes:
+        program: where indices are computed now, and values later.
+        widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
+    """
+
+    sparse = True
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, widened: frozenset[int] = frozenset(), program: Program | None = None
+    ) -> None:
+        super().__init__(dtype, device)
+        self.program = Program() if program is None else program
+        self._given = len(self.program.instructions)
+        self._fixed_known = False
+        self.widened = widened
+        self._nodes: dict[object, Node] = {}
+        self._known: dict[int, tuple[Node, Node]] = {}
+        self._leaves: list[Staged] = []
+        self._fixed: set[int] = set()
+        self._scanned = 0
+
+    # Relations.
+
+    @staticmethod
+    def plain(tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as it is outside of a vmap (see :func:`plain`)."""
+        return plain(tensor)
+
+    def read(self, node: Node) -> torch.Tensor:
+        """The concrete value of an index."""
+        return plain(node.force(self.program).value)
+
+    def from_tape(self, term: Term) -> Term:
+        """The term of a rule with concrete relations."""
+        kept = []
+        for onehot in term.onehots:
+            staged = onehot.index.force(self.program)
+            if self.widened:
+                inputs, _ = self._sources([staged])
+                if not self.widened.isdisjoint(key for key in inputs if isinstance(key, int)):
+                    continue
+            self._leaves.append(staged)
+            kept.append(onehot)
+        return self.canonical(replace(term, onehots=tuple(kept)))
+
+    def canonical(self, term: Term) -> Term:
+        """The same term; equal relations share their index, and those that say nothing are gone."""
+        if not term.onehots:
+            return term
+        onehots: list[OneHot] = []
+        renamed: dict[Axis, Axis] = {}
+        for onehot in term.onehots:
+            found = self._concrete(onehot)
+            if found.affine == (0, 1) and found.sources[0].size == found.target.size:
+                renamed[found.target] = found.sources[0]
+            else:
+                onehots.append(found)
+        term = replace(term, onehots=tuple(onehots))
+        while renamed:
+            target, source = renamed.popitem()
+            term = term.rename({target: source})
+            renamed = {one: source if two is target else two for one, two in renamed.items()}
+        return term
+
+    def _concrete(self, onehot: OneHot) -> OneHot:
+        known = self._known.get(id(onehot.index))
+        if known is None:
+            node = self.index(self.read(onehot.index))
+            self._known[id(onehot.index)] = onehot.index, node
+            self._known[id(node)] = node, node
+        else:
+            node = known[1]
+        affine, partial = node.facts
+        return OneHot(node, onehot.sources, onehot.target, partial, affine)
+
+    def index(self, tensor: torch.Tensor) -> Node:
+        """The node of a concrete index; equal ones are one node."""
+        tensor = tensor.to(torch.long).contiguous()
+        digest = hashlib.blake2b(memoryview(tensor.cpu().numpy()).cast("B") if tensor.numel() else b"", digest_size=16).digest()
+        key = (tuple(tensor.shape), digest)
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
+            node.facts = _affine(tensor), bool((tensor < 0).any())
+            node.force(self.program)
+        return node
+
+    def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
+        """Join two relations with one target: a new axis counts the pairs of sources that meet."""
+        if one.affine is not None and two.affine is not None:
+            solved = solve_affine(term, one, two, self.device)
+            if solved is not None:
+                return solved
+        shared = tuple(axis for axis in one.sources if axis in two.sources)
+        left, right = (self._keys(h, shared) for h in (one, two))
+        first, second = join_equal(left, right)
+        pairs = Axis(len(first))
+        onehots = [h for h in term.onehots if h is not one and h is not two]
+        for h, chosen in ((one, first), (two, second)):
+            stride = math.prod(a.size for a in h.sources)
+            for axis in h.sources:
+                stride //= max(axis.size, 1)
+                if h is one or axis not in shared:
+                    onehots.append(OneHot(self.index(chosen // max(stride, 1) % max(axis.size, 1)), (pairs,), axis))
+        targets = self.read(one.index).reshape(-1).index_select(0, first)
+        onehots.append(OneHot(self.index(targets), (pairs,), one.target))
+        if pairs.size == 0:
+            return replace(term, onehots=tuple(onehots), scale=0.0)
+        return replace(term, onehots=tuple(onehots))
+
+    def push(self, term: Term) -> Term:
+        """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
+        while term.onehots:
+            step = self._push(term)
+            if step is None:
+                return term
+            term = step
+        return term
+
+    def _push(self, term: Term) -> Term | None:
+        relations: dict[Axis, OneHot] = {}
+        for onehot in term.onehots:
+            if (twin := relations.get(onehot.target)) is not None:
+                return self.coincide(term, twin, onehot)
+            relations[onehot.target] = onehot
+        # Relations whose sources are no targets themselves.
+        final = {axis: h for axis, h in relations.items() if not any(s in relations for s in h.sources)}
+        for axis, h in relations.items():
+            if axis not in final and all(s in final or s not in relations for s in h.sources):
+                return replace(term, onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+        outer = term.outer_axes()
+        factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
+        inner = [h for axis, h in final.items() if axis not in outer]
+        if not inner:
+            return replace(term, factors=factors) if factors != term.factors else None
+        for h in inner:
+            if self._concrete(h).partial:
+                factors = (*factors, mask_factor(h, self.dtype, self.memo))
+        kept = tuple(h for h in term.onehots if h.target in outer)
+        sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
+        return keep_count(replace(term, factors=factors, onehots=kept), sources)
+
+    def _chained(self, outer: OneHot, final: dict[Axis, OneHot]) -> OneHot:
+        """A relation whose sources are targets of others, as one from their sources."""
+        grid, places, valid = self._places(outer.sources, final)
+        index = self.read(outer.index).reshape(-1)
+        found = index.index_select(0, places.reshape(-1)).reshape(places.shape)
+        if valid is not None:
+            found = torch.where(valid, found, -1)
+        return self._concrete(OneHot(self.index(found), grid, outer.target, True))
+
+    def _places(
+        self, axes: Sequence[Axis], final: dict[Axis, OneHot]
+    ) -> tuple[tuple[Axis, ...], torch.Tensor, torch.Tensor | None]:
+        """Flat row-major positions over ``axes``, some of which are targets, over the grid of what they follow from.
+
+        Where there is no target the position is that of the first element, and the third result is false.
+        """
+        every = (a for axis in axes for a in (final[axis].sources if axis in final else (axis,)))
+        grid = tuple(dict.fromkeys(every))
+        names = {axis: number for number, axis in enumerate(grid)}
+        sizes = tuple(axis.size for axis in grid)
+        places = torch.zeros((1,) * len(grid), dtype=torch.long, device=self.device)
+        valid: torch.Tensor | None = None
+        stride = 1
+        for axis in reversed(axes):
+            onehot = final.get(axis)
+            if onehot is None:
+                counted = torch.arange(axis.size, device=self.device) * stride
+                places = places + counted.reshape([-1 if n == names[axis] else 1 for n in range(len(grid))])
+            else:
+                place = over_grid(onehot, self, names)
+                if bool((place < 0).any()):
+                    valid = place >= 0 if valid is None else valid & (place >= 0)
+                    place = place.clamp(min=0)
+                places = places + place * stride
+            stride *= axis.size
+        return grid, places.expand(sizes), None if valid is None else valid.expand(sizes)
+
+    def _gathered(self, factor: Factor, final: dict[Axis, OneHot]) -> Factor:
+        """A factor read at the sources of all targets that it carries; zero where there is no target."""
+        targets = [axis for axis in factor.axes if axis in final]
+        if len(targets) == 1 and not set(final[targets[0]].sources).intersection(factor.axes):
+            onehot = self._concrete(final[targets[0]])
+            return gather(factor, onehot, self.memo)
+        sources = {axis for target in targets for axis in final[target].sources}
+        read = tuple(axis for axis in factor.axes if axis in final or axis in sources)
+        rest = tuple(axis for axis in factor.axes if axis not in read)
+        grid, places, valid = self._places(read, final)
+        moved = transpose_to(factor, (*rest, *read), self.memo)
+        node = self.index(places.reshape(-1) if valid is None else torch.where(valid, places, -1).reshape(-1))
+        lead = tuple(axis.size for axis in rest)
+        sizes = (*lead, *(axis.size for axis in grid))
+        partial = valid is not None
+
+        def compute(program: Program, value: Staged, index: Staged) -> Staged:
+            flat = torch.reshape(value, (*lead, -1))
+            taken = torch.index_select(flat, len(lead), torch.clamp(index, min=0) if partial else index)
+            if partial:
+                taken = torch.where(index >= 0, taken, 0.0)
+            return torch.reshape(taken, sizes)
+
+        key = ("gather", id(moved.node), lead, id(node), sizes)
+        made = self.memo.get(key)
+        if made is None:
+            numel = math.prod(sizes)
+            made = self.memo[key] = Node(sizes, (moved.node, node), compute, flops=numel, moved=2 * numel, label="gather")
+        return Factor(made, (*rest, *grid))
+
+    def _keys(self, onehot: OneHot, shared: Sequence[Axis]) -> torch.Tensor:
+        """For each source: target and shared sources as one number, negative where there is no target."""
+        index = self.read(onehot.index).reshape(-1)
+        flat = torch.arange(index.numel(), device=index.device)
+        key = index
+        for axis in shared:
+            after = math.prod(a.size for a in onehot.sources[onehot.sources.index(axis) + 1 :])
+            key = key * axis.size + flat // max(after, 1) % max(axis.size, 1)
+        return torch.where(index < 0, -1, key)
+
+    # What is the same in every run.
+
+    def _sources(self, staged: Sequence[Staged]) -> tuple[dict[object, int], set[int]]:
+        """The inputs that values depend on, and all slots between."""
+        wanted = {s.slot for s in staged}
+        for instruction in reversed(self.program.instructions):
+            if not wanted.isdisjoint(instruction.outputs):
+                wanted.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+        return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
+
+    def guards(self) -> tuple[dict[object, int], list[Staged]]:
+        """What the relations were computed from: inputs of an integer dtype by key, and indices that read other inputs."""
+        exact: dict[object, int] = {}
+        computed: list[Staged] = []
+        inputs, _ = self._sources(self._leaves)
+        if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
+            return dict(inputs), []
+        for staged in self._leaves:
+            own, _ = self._sources([staged])
+            if any(self.program.kinds[slot][1].is_floating_point for slot in own.values()):
+                computed.append(staged)
+            else:
+                exact.update(own)
+        return exact, computed
+
+    def is_fixed(self, staged: Staged) -> bool:
+        """Whether a value is the same in every run with these indices."""
+        if not self._fixed_known:
+            self._fixed_known = True
+            self._fixed.update(self.guards()[0].values())
+            # What a recorded program has written to is left as it is.
+            self._scanned = self._given if self.program.writes else 0
+        for instruction in self.program.instructions[self._scanned :]:
+            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            if all(slot in self._fixed or slot in self.program.constants for slot in read) and not instruction.keep:
+                self._fixed.update(instruction.outputs)
+        self._scanned = len(self.program.instructions)
+        return staged.slot in self._fixed or staged.slot in self.program.constants
+
+    # Sums.
+
+    def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """The same sum in fewer entries, where many terms meet."""
+        if len(terms) < _SOME:
+            return tuple(terms)
+        bare, restore = without_shared(terms)
+        done = self._compress(bare)
+        return tuple(terms) if len(done) == len(terms) else tuple(self.canonical(restore(term)) for term in done)
+
+    def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        block = block_keys(terms, self.device)
+        if len(terms) < _MANY and (block is None or block.numel() > sum(count_entries(term) for term in terms)):
+            return tuple(terms)
+        entries = [entries_of(term, self) for term in terms]
+        count = sum(e.keys.numel() for e in entries)
+        keys = torch.unique(torch.cat([e.keys for e in entries]))
+        if block is not None and keys.numel() == block.numel():
+            return (as_block(terms, entries, block, self),)
+        if len(terms) < _MANY or keys.numel() > 0.6 * count and len(terms) <= _MOST:
+            return tuple(terms)
+        out_dims, in_dims = terms[0].out_dims, terms[0].in_dims
+        return (summed(out_dims, in_dims, entries, keys, self),)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is outside of a vmap.
+
+    Raises:
+        RuntimeError: if it differs between the samples.
+    """
+    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
+        if tensor.batched:
+            raise RuntimeError(
+                "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
+                "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
+            )
+        tensor = tensor.inner  # type: ignore[attr-defined]
+    return tensor
+
+
+def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
+    if tensor.ndim != 1 or tensor.numel() == 0:
+        return None
+    start = int(tensor[0])
+    if tensor.numel() == 1:
+        return (start, 1) if start >= 0 else None
+    step = int(tensor[1]) - start
+    if step == 0 or start < 0 or int(tensor[-1]) < 0:
+        return None
+    if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
+        return None
+    return start, step
+
+
+def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
+    order = torch.argsort(right, stable=True)
+    ordered = right.index_select(0, order)
+    low, high = torch.searchsorted(ordered, left), torch.searchsorted(ordered, left, right=True)
+    counts = torch.where(left < 0, 0, high - low)
+    first = torch.repeat_interleave(torch.arange(left.numel(), device=left.device), counts)
+    start = torch.cumsum(counts, 0) - counts
+    offset = torch.arange(first.numel(), device=left.device) - start.index_select(0, first)
+    return first, order.index_select(0, low.index_select(0, first) + offset)
+
+
+__all__ = ["SparseWorkspace", "join_equal", "plain"]

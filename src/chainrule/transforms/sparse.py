@@ -1,0 +1,291 @@
+"""Jacobians and Hessians as sparse tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor, wrap_batched
+from chainrule.capture.recorder import Recorder
+from chainrule.capture.tape import Tape
+from chainrule.dispatch import entry_point
+from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
+from chainrule.execute.engine import execute
+from chainrule.execute.sparse import Found, Layouts, SparsePlan, execute_sparse, make_plan, planning, plans_of
+from chainrule.maps.staging import Program, Staged
+from chainrule.plan.planner import Request
+from chainrule.plan.sparse import Pattern, SparseRequest, plan_sparse
+from chainrule.rules.batching_base import Batched
+from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
+from chainrule.transforms.trace import Traced, recording_on, trace
+
+SPARSE = ("sparse_coo", "sparse_csr")
+
+
+def sparse_jacobian(
+    func: Callable[..., Any], argnums: Argnums, has_aux: bool, layout: str, name: str, order: str, cast: str,
+    check: Callable[[Traced], None],
+) -> Callable[..., Any]:
+    """The transform of a sparse Jacobian.
+
+    Args:
+        func: the function.
+        argnums: what it is differentiated with respect to.
+        has_aux: whether it returns ``(output, aux)``.
+        layout: ``sparse_coo`` or ``sparse_csr``.
+        name: the transform's name, for messages.
+        order: ``forward``, ``reverse`` or ``auto``.
+        cast: whether results take the dtype of the ``input`` or of the ``output``.
+        check: refuses runs that have no Jacobian.
+    """
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        positions, single = resolve_argnums(argnums, len(args), name)
+        traced = trace(func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward")
+        check(traced)
+        outputs = tuple(slot for slot in traced.out_slots if slot is not None)
+        found = execute_sparse(traced.tape, SparseRequest(tuple(traced.in_slots), outputs, order, cast)) if outputs else {}
+        blocks = []
+        for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
+            row = []
+            for source, leaf in zip(traced.in_slots, traced.in_leaves, strict=True):
+                known = found.get((slot, source)) if slot is not None else None
+                dtype = out.dtype if cast == "output" else leaf.dtype
+                row.append(sparse_tensor(known, tuple(out.shape), tuple(leaf.shape), dtype, leaf.device, layout, name))
+            tree = tree_unflatten(row, traced.in_spec)
+            blocks.append(tree[0] if single else tree)
+        result = tree_unflatten(blocks, traced.out_spec)
+        return (result, traced.aux) if has_aux else result
+
+    return entry_point(wrapper)
+
+
+def sparse_hessian(
+    func: Callable[..., Any], argnums: Argnums, has_aux: bool, layout: str, triangular: str | None,
+    check: Callable[[Traced], None],
+) -> Callable[..., Any]:
+    """The transform of a sparse Hessian.
+
+    Args:
+        func: the function.
+        argnums: what it is differentiated with respect to.
+        has_aux: whether it returns ``(output, aux)``.
+        layout: ``sparse_coo`` or ``sparse_csr``.
+        triangular: ``lower``, ``upper`` or None for all of it.
+        check: refuses runs that have no Hessian.
+    """
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        positions, single = resolve_argnums(argnums, len(args), "hessian")
+        traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
+        check(traced)
+        blocks = []
+        for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
+            if slot is None:
+                found: Found = {}
+            elif out.numel() == 1:
+                found = _curvature(traced, slot, triangular)
+            else:
+                found = _curvatures(traced, slot, triangular)
+            rows = []
+            for first, leaf in enumerate(traced.in_leaves):
+                row = []
+                for second, other in enumerate(traced.in_leaves):
+                    known = found.get((first, second))
+                    shape = (*out.shape, *leaf.shape)
+                    row.append(sparse_tensor(known, shape, tuple(other.shape), leaf.dtype, leaf.device, layout, "hessian"))
+                tree = tree_unflatten(row, traced.in_spec)
+                rows.append(tree[0] if single else tree)
+            tree = tree_unflatten(rows, traced.in_spec)
+            blocks.append(tree[0] if single else tree)
+        result = tree_unflatten(blocks, traced.out_spec)
+        return (result, traced.aux) if has_aux else result
+
+    return entry_point(wrapper)
+
+
+def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:
+    """The blocks of the Hessian of one number, by the numbers of the inputs."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    plans = plans_of(tape, ("hessian", sources, slot, triangular, traced.grad_enabled))
+    by_levels = plans.by_levels or current_ledger() is not None
+    plan = None if by_levels else plans.find(tape)
+    if plan is None and not by_levels:
+        plan = _plan_curvature(traced, slot, triangular)
+        if plan is None:
+            plans.by_levels = True
+        else:
+            plans.add(plan)
+    if plan is not None:
+        return plan.run(tape)
+    with recording_on(tape)():
+        gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
+    request, names = _of_gradient(traced, slot, gradient, triangular)
+    return {(names[o], sources.index(i)): value for (o, i), value in execute_sparse(tape, request).items()}
+
+
+def _of_gradient(
+    traced: Traced, slot: int, gradient: dict[Any, torch.Tensor | None], triangular: str | None
+) -> tuple[SparseRequest, dict[int, int]]:
+    """The request for the Jacobian of a gradient that stands on the tape, and which input each of its outputs is for."""
+    tape = traced.tape
+    names: dict[int, int] = {}
+    for number, source in enumerate(traced.in_slots):
+        value = gradient.get((slot, source))
+        place = None if value is None else tape.slot_of(value)
+        if place is not None and tape.active[place]:
+            names[place] = number
+    outputs, numbers = tuple(names), tuple(names.values())
+    return SparseRequest(tuple(traced.in_slots), outputs, "auto", "output", triangular, numbers), names
+
+
+def _plan_curvature(traced: Traced, slot: int, triangular: str | None) -> SparsePlan | None:
+    """One program for gradient and Hessian; None where the gradient cannot be written down as one."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    values = list(tape.values)
+    if torch._C._len_torch_dispatch_stack() or not all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    slots = {id(value): number for number, value in enumerate(values)}
+
+    def find(program: Program, tensor: torch.Tensor) -> Staged | None:
+        number = slots.get(id(tensor))
+        return None if number is None else program.input(number, tensor)
+
+    recorder = Recorder(find)
+    with recorder, collecting(UNCACHED):
+        tape.settle()
+        with recording_on(tape)():
+            gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
+    tape.settle()
+    request, names = _of_gradient(traced, slot, gradient, triangular)
+    program = recorder.program
+    for number in range(len(values), len(tape.values)):
+        staged = recorder.staged(tape.values[number])
+        if staged is None:
+            return None
+        program._input_values[number] = staged
+    if not recorder.pure:
+        return None
+    with planning(tape):
+        plan = make_plan(plan_sparse(tape, request, program))
+    plan.layouts = {(names[o], sources.index(i)): layout for (o, i), layout in plan.layouts.items()}
+    plan.values.keys = list(plan.layouts)
+    return plan
+
+
+def _curvatures(traced: Traced, slot: int, triangular: str | None) -> Found:
+    """The blocks of the Hessian of several numbers: the derivatives of the entries of their sparse Jacobian."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    request = SparseRequest(sources, (slot,), "reverse")
+    execute_sparse(tape, request)  # planned outside of the record
+    with recording_on(tape)():
+        first = execute_sparse(tape, request)
+    blocks: Found = {}
+    for (_, source), (value, layouts) in first.items():
+        place = tape.slot_of(value)
+        if place is None or not tape.active[place]:
+            continue
+        outer, number = layouts.pattern, sources.index(source)
+        for (_, other), (entries, inner) in execute_sparse(tape, SparseRequest(sources, (place,), "auto", "output")).items():
+            columns = inner.pattern.columns
+            keys = inner.pattern.keys
+            rows = outer.keys.index_select(0, torch.div(keys, columns, rounding_mode="floor"))
+            column = torch.remainder(keys, columns)
+            second = sources.index(other)
+            kept = _kept(torch.remainder(rows, outer.columns), column, number - second, triangular)
+            if kept is not None:
+                rows, column, entries = (t.index_select(-1, kept) for t in (rows, column, entries))
+            pattern = Pattern((*outer.out_shape, *outer.in_shape), inner.pattern.in_shape, rows * columns + column)
+            blocks[number, second] = entries, Layouts(pattern)
+    return blocks
+
+
+def _kept(rows: torch.Tensor, columns: torch.Tensor, offset: int, triangular: str | None) -> torch.Tensor | None:
+    """Which entries stand in a triangle; None for all."""
+    if triangular is None:
+        return None
+    if offset:
+        wanted = torch.full_like(rows, (offset > 0) == (triangular == "lower"), dtype=torch.bool)
+    else:
+        wanted = rows >= columns if triangular == "lower" else rows <= columns
+    return torch.nonzero(wanted).squeeze(1)
+
+
+def sparse_tensor(
+    known: tuple[torch.Tensor, Layouts] | None,
+    out_shape: tuple[int, ...],
+    in_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: str,
+    name: str,
+) -> torch.Tensor:
+    """One block as a sparse tensor; `known` is None for zeros."""
+    if known is None:
+        empty = Layouts(Pattern(out_shape, in_shape, torch.empty(0, dtype=torch.long, device=device)))
+        known = torch.empty(0, dtype=dtype, device=device), empty
+    values, layouts = known
+    _refuse_derivatives(values, name)
+    if (mode := _surrounding_vmap(name)) is not None:
+        with torch._C._DisableTorchDispatch():
+            stored = values.value if values.__class__ is BatchTensor else values  # type: ignore[attr-defined]
+            if not getattr(values, "batched", False):
+                stored = stored.expand(mode.size, -1)
+            made = _batched(stored, layouts, out_shape, in_shape, layout)
+        return wrap_batched(Batched(made), mode)
+    if layout == "sparse_coo":
+        return torch.sparse_coo_tensor(layouts.coo, values, (*out_shape, *in_shape), is_coalesced=True, check_invariants=False)
+    size = (math.prod(out_shape), math.prod(in_shape))
+    return torch.sparse_csr_tensor(*layouts.csr, values, size, check_invariants=False)
+
+
+def _surrounding_vmap(name: str) -> VmapMode | None:
+    """The vmap that a result is made under.
+
+    Raises:
+        RuntimeError: if there are several.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, VmapMode)]
+    if len(modes) > 1:
+        raise RuntimeError(f"{name}: a sparse layout works under one vmap, not under nested ones; use layout='dense'")
+    return modes[0] if modes else None
+
+
+def _batched(
+    values: torch.Tensor, layouts: Layouts, out_shape: tuple[int, ...], in_shape: tuple[int, ...], layout: str
+) -> torch.Tensor:
+    """One block of all samples: the batch is the first sparse dimension (COO), or the batch dimension (CSR)."""
+    batch, count = values.shape
+    if layout == "sparse_coo":
+        samples = torch.arange(batch, device=values.device).repeat_interleave(count)
+        indices = torch.cat([samples[None], layouts.coo.repeat(1, batch)])
+        shape = (batch, *out_shape, *in_shape)
+        return torch.sparse_coo_tensor(indices, values.reshape(-1), shape, is_coalesced=True, check_invariants=False)
+    starts, columns = (index.expand(batch, -1).contiguous() for index in layouts.csr)
+    size = (batch, math.prod(out_shape), math.prod(in_shape))
+    return torch.sparse_csr_tensor(starts, columns, values.contiguous(), size, check_invariants=False)
+
+
+def _refuse_derivatives(values: torch.Tensor, name: str) -> None:
+    """Refuse to hide values that an enclosing transform differentiates in a sparse tensor."""
+    if not torch._C._len_torch_dispatch_stack():
+        return
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Tape) and mode.is_active(values):
+            raise RuntimeError(
+                f"{name}: a sparse result inside of a function that is differentiated: derivatives of sparse tensors are not "
+                "known. Use layout='dense' there."
+            )
+
+
+__all__ = ["SPARSE", "sparse_hessian", "sparse_jacobian", "sparse_tensor"]
