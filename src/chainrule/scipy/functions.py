@@ -84,7 +84,7 @@ class TorchFunction:
             with torch.no_grad():
                 yield
         except Exception as error:
-            error.add_note(f"(raised in {self.where[len('chainrule.scipy.'):]})")
+            error.add_note(f"(raised in {self.where})")
             raise
 
     def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
