@@ -26,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
-	$(BIN)/python -m doctest -o ELLIPSIS README.md docs/sparse.md
+	$(BIN)/python -m doctest -o ELLIPSIS README.md docs/sparse.md docs/scipy.md
 
 notebook: $(STAMP)
 	$(BIN)/python examples/build_notebook.py

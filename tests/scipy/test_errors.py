@@ -159,6 +159,25 @@ def test_results_are_the_callers_own():
         assert np.array_equal(method(np.ones(2)), expected)
 
 
+def test_callbacks_see_what_changed_between_solves():
+    scale, x = [1.0], np.ones(3)
+
+    def scaled(x):
+        return scale[0] * square(x)
+
+    constraint = chainrule_scipy.nonlinear_constraint(scaled, 0, 1)
+    problem = chainrule_scipy.nlp_problem(lambda x: scaled(x).sum(), x, scaled)
+    for callbacks in (
+        [constraint.fun, constraint.jac], [problem.objective, problem.gradient], [problem.gradient, problem.objective],
+        [problem.constraints, problem.jacobian], [problem.jacobian, problem.constraints],
+    ):  # fmt: skip
+        scale[0] = 1.0
+        before = [callback(x) for callback in callbacks]
+        scale[0] = 2.0
+        for callback, value in zip(callbacks, before, strict=True):
+            assert np.allclose(callback(x), 2 * value)
+
+
 @pytest.mark.parametrize(("code", "message"), [
     ("import chainrule, sys; assert 'scipy' not in sys.modules", ""),
     ("import sys; sys.modules['scipy'] = None\nimport chainrule.scipy", "ImportError: chainrule.scipy needs SciPy; install chainrule[scipy]"),

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from chainrule.scipy.functions import Device, TorchFunction, check_absent, check_layout, map_matrix, matrix
-from chainrule.transforms.jacobian_map import linear_map
+from chainrule.scipy.functions import Device, Linearised, TorchFunction, check_absent, check_layout, matrix
 from chainrule.transforms.jacobians import jacobian
 
 
@@ -62,27 +61,22 @@ def least_squares(
     named = kwargs or {}
 
     def residuals(x: Any, *rest: Any) -> Any:
-        found = TorchFunction.__call__(bound, x, *rest)
+        found = function(x, *rest, **named)
         if found.dim() > 1:
             raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
 
-    bound = TorchFunction(functools.partial(fun, **named), "least_squares", device, allow_nan)
-    bound.name = function.name
+    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
+        def compute() -> Linearised:
+            return Linearised(function, residuals, layout, (function.tensor(x), *function.extra(rest)))
 
-    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Any:
-        def compute() -> Any:
-            return linear_map(residuals, function.tensor(x), *function.extra(rest), argnums=0)
-
-        return function.once("map", (x, *rest), compute)
+        return function.once("run", (x, *rest), compute)
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        return function.array(at(x, rest).output)
+        return at(x, rest).value.copy()
 
     def derivative(x: np.ndarray, *rest: Any) -> Any:
-        of = at(x, rest)
-        with function.named():
-            return map_matrix(function, of, layout, "Jacobian")
+        return at(x, rest).jacobian()
 
     return optimize.least_squares(value, x0, jac=derivative, args=args, **options)
 
@@ -189,22 +183,20 @@ def curve_fit(
             raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
         return found
 
-    def at(data: Any, parameters: tuple[Any, ...]) -> Any:
-        def compute() -> Any:
+    def at(data: Any, parameters: tuple[Any, ...]) -> Linearised:
+        def compute() -> Linearised:
             given = function.tensor(data) if isinstance(data, np.ndarray) else data
-            return linear_map(model, given, function.tensor(np.array(parameters)), argnums=1)
+            return Linearised(function, model, "dense", (given, function.tensor(parameters)), 1)
 
-        return function.once("map", (data, *parameters), compute)
+        return function.once("run", (data, *parameters), compute)
 
     # SciPy reads the number of parameters off the signature.
     @functools.wraps(f)
     def value(data: Any, *parameters: Any) -> np.ndarray:
-        return function.array(at(data, parameters).output)
+        return at(data, parameters).value.copy()
 
     def derivative(data: Any, *parameters: Any) -> np.ndarray:
-        of = at(data, parameters)
-        with function.named():
-            return map_matrix(function, of, "dense", "Jacobian")
+        return at(data, parameters).jacobian()
 
     return optimize.curve_fit(value, xdata, ydata, *args, jac=derivative, **options)
 

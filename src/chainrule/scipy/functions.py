@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from chainrule.transforms.linear_map import LinearMap
+from chainrule.transforms.jacobian_map import linear_map
+from chainrule.transforms.jacobians import jacobian
 
 Device = torch.device | str | None
 
@@ -23,7 +24,7 @@ class TorchFunction:
     Attributes:
         function: the function of tensors.
         caller: the solver's name, for messages.
-        device: where its arguments are put; None for torch's default.
+        device: where its arguments are put; None for the CPU.
         allow_nan: whether NaN in values and derivatives goes on to SciPy.
     """
 
@@ -34,10 +35,11 @@ class TorchFunction:
         self.name = getattr(function, "__qualname__", None) or repr(function)
         self._at: tuple[Any, ...] | None = None
         self._known: dict[str, Any] = {}
+        self._readers: set[str] = set()
 
-    def __call__(self, *args: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The function itself, its result checked to be one real tensor."""
-        result = self.function(*args)
+        result = self.function(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             raise TypeError(f"{self.where} must return a tensor, got {type(result).__name__}")
         if not result.dtype.is_floating_point:
@@ -54,7 +56,9 @@ class TorchFunction:
         array = np.asarray(array)
         if np.iscomplexobj(array):
             raise TypeError(f"{self.where} is given complex values; only real ones are supported")
-        return torch.tensor(array, dtype=torch.float64, device=self.device)
+        # A copy: SciPy writes to its arrays in place. (torch.tensor takes ten times as long for small ones.)
+        found = torch.from_numpy(np.array(array, dtype=np.float64))
+        return found if self.device is None else found.to(self.device)
 
     def extra(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Further arguments: arrays of floats become tensors, anything else stays what it is."""
@@ -84,14 +88,22 @@ class TorchFunction:
             with torch.no_grad():
                 yield
         except Exception as error:
-            error.add_note(f"(raised in {self.where})")
+            if self.where not in str(error):
+                error.add_note(f"(raised in {self.where})")
             raise
 
-    def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, remembered under ``key`` as long as the point stays the same."""
-        if self._at is None or not _same(self._at, at):
+    def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any], reader: str | None = None) -> Any:
+        """What ``compute`` returns, remembered under ``key`` as long as the point stays the same.
+
+        With a ``reader`` it is remembered for one reading by each: callbacks that outlive a solve may start the next one at the
+        point where the last one ended, with other values in the function's closure.
+        """
+        if self._at is None or reader in self._readers or not _same(self._at, at):
             # SciPy writes to its arrays in place.
             self._at, self._known = tuple(a.copy() if isinstance(a, np.ndarray) else a for a in at), {}
+            self._readers = set()
+        if reader is not None:
+            self._readers.add(reader)
         if key not in self._known:
             with self.named():
                 result = compute()
@@ -107,7 +119,7 @@ def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     )
 
 
-def matrix(function: TorchFunction, found: torch.Tensor, shape: tuple[int, int], what: str) -> Any:
+def matrix(function: TorchFunction, found: torch.Tensor, shape: tuple[int, ...], what: str) -> Any:
     """A dense or COO derivative as a numpy array or a ``scipy.sparse.csr_array`` of a given shape."""
     if found.layout == torch.strided:
         return function.array(found.reshape(shape), what=what)
@@ -116,12 +128,40 @@ def matrix(function: TorchFunction, found: torch.Tensor, shape: tuple[int, int],
     return sparse.csr_array((values, (rows, columns)), shape=shape)
 
 
-def map_matrix(function: TorchFunction, of: LinearMap, layout: str, what: str) -> Any:
-    """A linear map of one vector in the layout that a solver takes."""
-    if layout == "operator":
-        return of.scipy()
-    found = of.sparse() if layout == "sparse" else of.dense(flat=True)
-    return matrix(function, found, of.shape, what)
+class Linearised:
+    """A vector function at one point: its value, and its Jacobian in the layout that a solver takes, from one run.
+
+    Attributes:
+        value: the value, a float64 array ``(m,)``.
+    """
+
+    def __init__(
+        self, function: TorchFunction, vector: Callable[..., torch.Tensor], layout: str, args: tuple[Any, ...], argnum: int = 0
+    ) -> None:
+        self._function, self._layout = function, layout
+        if layout == "sparse":
+            # The patterns of `jacobian` are planned once per signature, those of maps once per map.
+            self._found, output = jacobian(_twice(vector), argnum, has_aux=True, layout="sparse_coo")(*args)
+        else:
+            self._found = linear_map(vector, *args, argnums=argnum)
+            output = self._found.output
+        self.value = function.array(output)
+
+    def jacobian(self) -> Any:
+        """The Jacobian: a new array, a ``csr_array`` or a ``LinearOperator``."""
+        with self._function.named():
+            if self._layout == "operator":
+                return self._found.scipy()
+            found = self._found if self._layout == "sparse" else self._found.dense(flat=True)
+            return matrix(self._function, found, tuple(found.shape), "Jacobian")
+
+
+def _twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def of(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = vector(*args)
+        return found, found
+
+    return of
 
 
 def check_layout(layout: str, caller: str, allowed: tuple[str, ...] = LAYOUTS) -> None:
@@ -137,4 +177,4 @@ def check_absent(options: dict[str, Any], names: tuple[str, ...], caller: str) -
             raise TypeError(f"chainrule.scipy.{caller}: {name} is derived from the function and cannot be given")
 
 
-__all__ = ["LAYOUTS", "Device", "TorchFunction", "check_absent", "check_layout", "map_matrix", "matrix"]
+__all__ = ["LAYOUTS", "Device", "Linearised", "TorchFunction", "check_absent", "check_layout", "matrix"]

@@ -10,7 +10,6 @@ import torch
 from scipy import integrate
 
 from chainrule.scipy.functions import Device, TorchFunction, check_absent, check_layout, matrix
-from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import jacobian
 
 
@@ -100,7 +99,7 @@ def solve_bvp(
     """``scipy.integrate.solve_bvp`` of a torch system, with the exact Jacobians of the right-hand side and the conditions.
 
     As in SciPy the right-hand side is vectorised: each column of its result depends on the same column of ``y`` alone. All
-    columns are differentiated together, by ``n`` (plus the number of parameters) tangents.
+    columns are differentiated together, with respect to one shift of them all.
 
     Args:
         fun: ``fun(x, y)`` or ``fun(x, y, p)`` with ``x`` of shape ``(m,)``, ``y`` of shape ``(n, m)``, ``p`` of shape ``(k,)``;
@@ -141,7 +140,7 @@ def solve_bvp(
 
     def derivative(*args: np.ndarray) -> Any:
         with right.named():
-            return _column_jacobians(right, args, states, parameters)
+            return _column_jacobians(right, args, states)
 
     def conditions(*args: np.ndarray) -> np.ndarray:
         with ends.named():
@@ -157,18 +156,16 @@ def solve_bvp(
     )
 
 
-def _column_jacobians(function: TorchFunction, args: tuple[np.ndarray, ...], states: int, parameters: int) -> Any:
+def _column_jacobians(function: TorchFunction, args: tuple[np.ndarray, ...], states: int) -> Any:
     """``df/dy`` of shape ``(n, n, m)``, with parameters also ``df/dp`` of shape ``(n, k, m)``."""
-    primals = tuple(function.tensor(a) for a in args)
-    count, nodes = states + parameters, args[1].shape[1]
-    tangents = torch.eye(count, dtype=torch.float64, device=primals[0].device)
-    by_state = tangents[:states, None, :].expand(states, nodes, count)
-    if not parameters:
-        found = linear_map(function, *primals, argnums=1) @ by_state
-    else:
-        found = linear_map(function, *primals, argnums=(1, 2)) @ (by_state, tangents[states:])
-    blocks = function.array(found.movedim(2, 1), (states, count, nodes), "Jacobian")
-    return (blocks[:, :states], blocks[:, states:]) if parameters else blocks
+    # One shift of all columns: its Jacobian holds what each column depends on in its own place.
+    def shifted(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
+        return function(x, y + shift[:, None], *p)
+
+    x, y, *rest = (function.tensor(a) for a in args)
+    found = jacobian(shifted, argnums=(2, 3) if rest else (2,))(x, y, y.new_zeros(states), *rest)
+    blocks = tuple(function.array(block.movedim(2, 1), what="Jacobian") for block in found)
+    return blocks if rest else blocks[0]
 
 
 __all__ = ["solve_bvp", "solve_ivp"]

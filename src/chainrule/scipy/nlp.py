@@ -56,24 +56,24 @@ class NLPProblem:
         value = factor * self._scalar(x)
         return value + (multipliers * self._vector(x)).sum() if self.m else value
 
-    def _gradient_and_value(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+    def _gradient_and_value(self, x: np.ndarray, reader: str) -> tuple[np.ndarray, float]:
         function = self._objective
 
         def compute() -> tuple[np.ndarray, float]:
             gradient, value = grad_and_value(self._scalar)(function.tensor(x))
             return function.array(gradient, what="gradient"), float(function.array(value))
 
-        return function.once("run", (x,), compute)
+        return function.once("run", (x,), compute, reader)
 
     def objective(self, x: np.ndarray) -> float:
         """The value at ``x``."""
-        return self._gradient_and_value(x)[1]
+        return self._gradient_and_value(x, "value")[1]
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
         """The gradient at ``x``, ``(n,)``; computed with the value."""
-        return self._gradient_and_value(x)[0].copy()
+        return self._gradient_and_value(x, "gradient")[0].copy()
 
-    def _jacobian_and_value(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _jacobian_and_value(self, x: np.ndarray, reader: str) -> tuple[np.ndarray, np.ndarray]:
         function = self._constraints
         if function is None or not self.m:
             return np.empty(0), np.empty(0)
@@ -87,11 +87,11 @@ class NLPProblem:
             entries = _placed(function, found, self._jacobian_structure, "Jacobian")
             return entries, function.array(value, (self.m,))
 
-        return function.once("run", (x,), compute)
+        return function.once("run", (x,), compute, reader)
 
     def constraints(self, x: np.ndarray) -> np.ndarray:
         """The constraints' values at ``x``, ``(m,)``."""
-        return self._jacobian_and_value(x)[1].copy()
+        return self._jacobian_and_value(x, "value")[1].copy()
 
     def jacobianstructure(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of the constraints' Jacobian, for all ``x``."""
@@ -99,7 +99,7 @@ class NLPProblem:
 
     def jacobian(self, x: np.ndarray) -> np.ndarray:
         """The values at :meth:`jacobianstructure`; computed with those of the constraints."""
-        return self._jacobian_and_value(x)[0].copy()
+        return self._jacobian_and_value(x, "jacobian")[0].copy()
 
     def hessianstructure(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of the lower triangle of the Lagrangian's Hessian, for all ``x`` and multipliers."""

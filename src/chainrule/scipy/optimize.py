@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize, sparse
 
-from chainrule.scipy.functions import Device, TorchFunction, check_absent, check_layout, map_matrix, matrix
+from chainrule.scipy.functions import Device, Linearised, TorchFunction, check_absent, check_layout, matrix
 from chainrule.transforms.derivatives import grad_and_value
-from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import hessian
 
 _WITHOUT_GRADIENT = frozenset({"nelder-mead", "powell", "cobyla", "cobyqa"})
@@ -96,7 +95,7 @@ def minimize(
         method: as in SciPy. Methods without derivatives get none.
         layout: the Hessian's form: ``"dense"``, ``"operator"`` (products), or ``"sparse"`` (CSR; trust-constr alone).
             None takes what the method is made for.
-        device: where the function runs; None for torch's default.
+        device: where the function runs; None for the CPU.
         allow_nan: whether NaN goes on to SciPy; it raises otherwise.
         options: ``bounds``, ``constraints`` (SciPy's own, or :func:`nonlinear_constraint`), ``tol``, ``options``, ``callback``.
 
@@ -208,15 +207,14 @@ def nonlinear_constraint(
             raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
 
-    def at(x: np.ndarray) -> Any:
-        return function.once("map", (x,), lambda: linear_map(vector, function.tensor(x)))
+    def at(x: np.ndarray, reader: str) -> Linearised:
+        return function.once("run", (x,), lambda: Linearised(function, vector, layout, (function.tensor(x),)), reader)
 
     def value(x: np.ndarray) -> np.ndarray:
-        found = at(x).output
-        return function.array(found)
+        return at(x, "value").value.copy()
 
     def jacobian(x: np.ndarray) -> Any:
-        return function.once("jacobian", (x,), lambda: map_matrix(function, at(x), layout, "Jacobian")).copy()
+        return at(x, "jacobian").jacobian()
 
     def weighted(x: Any, weights: Any) -> Any:
         return (weights * vector(x)).sum()
