@@ -44,12 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     growth: list[dict[str, Any]] = []
     failed = []
+    settings = _settings(options)
+    everything = [workload.key for section in SECTIONS for workload in section.WORKLOADS]
     for workload in chosen:
         print(f"{workload.key} {workload.title}", file=sys.stderr, flush=True)
         try:
             rows.append(measure(workload, options))
             if workload.sizes:
                 growth.append(_growth(workload, options))
+            if target is not None:  # what a run that is cut off has measured is kept
+                report.write_results(target, rows, settings, {}, growth, everything, {})
         except Disagreement as error:
             failed.append(str(error))
             print(f"DISAGREE {error}", file=sys.stderr)
@@ -59,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"FAIL {failed[-1]}", file=sys.stderr)
     budget = overhead.overhead_budget(options.threads, options.seconds) if options.device == "cpu" else {}
     products = overhead.product_memory(options.device)
-    settings = _settings(options)
     for name, value in settings.items():
         print(f"{name}: {value}")
     report.print_table(report.header(), [report.cells(row) for row in rows], "times and ratios")
@@ -72,7 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in row.problems:
             print(f"{row.key}: {problem}")
     if target is not None:
-        everything = [workload.key for section in SECTIONS for workload in section.WORKLOADS]
         report.write_results(target, rows, settings, budget, growth, everything, products)
         print(f"written: {target / 'RESULTS.md'}, {target / 'results.json'}, {target / 'plots'}")
     return 1 if failed else 0

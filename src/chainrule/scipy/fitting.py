@@ -1,0 +1,204 @@
+"""``least_squares``, ``root`` and ``curve_fit`` of SciPy, with Jacobians of torch functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from chainrule.scipy.functions import Device, Linearised, TorchFunction, check_absent, check_layout, matrix
+from chainrule.transforms.jacobians import jacobian
+
+
+def least_squares(
+    fun: Callable[..., Any],
+    x0: Any,
+    *,
+    layout: str = "dense",
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    device: Device = None,
+    allow_nan: bool = False,
+    **options: Any,
+) -> Any:
+    """``scipy.optimize.least_squares`` of a torch function's residuals, with their exact Jacobian.
+
+    Residuals and Jacobian at a point come from one run.
+
+    Args:
+        fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``, ``kwargs``) that returns residuals of shape ``(m,)``.
+        x0: the first point.
+        layout: the Jacobian's form: ``"dense"``, ``"sparse"`` (CSR) or ``"operator"`` (products); the last two with ``lsmr``.
+        args: further arguments, as in :func:`minimize`.
+        kwargs: further arguments by name, given to ``fun`` unchanged.
+        device: as in :func:`minimize`.
+        allow_nan: as in :func:`minimize`.
+        options: SciPy's own: ``bounds``, ``method``, ``loss``, ``tr_solver``, ``x_scale``, tolerances and so on.
+
+    Returns:
+        SciPy's ``OptimizeResult``.
+
+    Raises:
+        TypeError: if ``fun`` does not return a real tensor, or ``jac`` is given.
+        ValueError: if residuals are no vector, or contain NaN, as their Jacobian must not; if the layout is unknown.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from chainrule.scipy import least_squares
+        >>> def residuals(x):
+        ...     return torch.cat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])
+        >>> least_squares(residuals, np.full(4, 0.5), layout="sparse").x.round(6)
+        array([1., 1., 1., 1.])
+    """
+    check_layout(layout, "least_squares")
+    check_absent(options, ("jac", "jac_sparsity"), "least_squares")
+    if layout != "dense":
+        options.setdefault("tr_solver", "lsmr")
+    function = TorchFunction(fun, "least_squares", device, allow_nan)
+    named = kwargs or {}
+
+    def residuals(x: Any, *rest: Any) -> Any:
+        found = function(x, *rest, **named)
+        if found.dim() > 1:
+            raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
+        return found.reshape(-1)
+
+    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
+        def compute() -> Linearised:
+            return Linearised(function, residuals, layout, (function.tensor(x), *function.extra(rest)))
+
+        return function.once("run", (x, *rest), compute)
+
+    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
+        return at(x, rest).value.copy()
+
+    def derivative(x: np.ndarray, *rest: Any) -> Any:
+        return at(x, rest).jacobian()
+
+    return optimize.least_squares(value, x0, jac=derivative, args=args, **options)
+
+
+def root(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    method: str = "hybr",
+    *,
+    device: Device = None,
+    allow_nan: bool = False,
+    **options: Any,
+) -> Any:
+    """``scipy.optimize.root`` of a torch function, with its exact Jacobian for the methods that use one (hybr, lm).
+
+    Args:
+        fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``) that returns shape ``(n,)`` (``(m,)`` with lm).
+        x0: the first point.
+        args: further arguments, as in :func:`minimize`.
+        method: as in SciPy.
+        device: as in :func:`minimize`.
+        allow_nan: as in :func:`minimize`.
+        options: ``tol``, ``callback``, ``options``.
+
+    Returns:
+        SciPy's ``OptimizeResult``.
+
+    Raises:
+        TypeError: if ``fun`` does not return a real tensor, or ``jac`` is given.
+        ValueError: if its value has a wrong shape, or it or its Jacobian contains NaN.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from chainrule.scipy import root
+        >>> root(lambda x: torch.stack([x[0] ** 2 - x[1], x[1] - 4]), np.array([1.0, 1.0])).x.round(6)
+        array([2., 4.])
+    """
+    check_absent(options, ("jac",), "root")
+    function = TorchFunction(fun, "root", device, allow_nan)
+    size = np.size(x0)
+
+    def checked(x: Any, *rest: Any) -> Any:
+        found = function(x, *rest)
+        if found.dim() > 1 or (found.numel() != size and method != "lm"):
+            raise ValueError(f"{function.where} must return shape {(size,)}, got {tuple(found.shape)}")
+        return found.reshape(-1)
+
+    # Broyden's updates ask for many values and few Jacobians: values alone are not recorded.
+    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
+        def compute() -> np.ndarray:
+            return function.array(checked(function.tensor(x), *function.extra(rest)))
+
+        return function.once("value", (x, *rest), compute).copy()
+
+    def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
+        with function.named():
+            found = jacobian(checked)(function.tensor(x), *function.extra(rest))
+            return matrix(function, found, found.shape, "Jacobian")
+
+    if method in ("hybr", "lm"):
+        options["jac"] = derivative
+    return optimize.root(value, x0, args=args, method=method, **options)
+
+
+def curve_fit(
+    f: Callable[..., Any], xdata: Any, ydata: Any, *args: Any, device: Device = None, allow_nan: bool = False, **options: Any
+) -> Any:
+    """``scipy.optimize.curve_fit`` of a torch model, with its exact Jacobian by the parameters.
+
+    Args:
+        f: ``f(x, *parameters)`` with ``x`` a float64 tensor of ``xdata``'s shape and parameters of shape ``()``; returns shape
+            ``(m,)``.
+        xdata: the independent variable; arrays become tensors, other objects reach ``f`` unchanged.
+        ydata: the data, ``(m,)``.
+        args: ``p0``, ``sigma``, ``absolute_sigma``, ``check_finite``, ``bounds``, ``method``, as in SciPy.
+        device: as in :func:`minimize`.
+        allow_nan: as in :func:`minimize`.
+        options: SciPy's own.
+
+    Returns:
+        The parameters and their covariance (and more with ``full_output``), as in SciPy.
+
+    Raises:
+        TypeError: if ``f`` does not return a real tensor, or ``jac`` is given.
+        ValueError: if a value or the Jacobian is NaN, or ``f`` returns no vector.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from chainrule.scipy import curve_fit
+        >>> x = np.linspace(0, 1, 20)
+        >>> found, covariance = curve_fit(lambda x, a, b: a * torch.exp(-b * x), x, 2 * np.exp(-3 * x))
+        >>> found.round(6)
+        array([2., 3.])
+    """
+    check_absent(options, ("jac",), "curve_fit")
+    if len(args) > 6:
+        raise TypeError("chainrule.scipy.curve_fit: jac is derived from the function and cannot be given")
+    function = TorchFunction(f, "curve_fit", device, allow_nan)
+
+    def model(data: Any, parameters: Any) -> Any:
+        found = function(data, *parameters.unbind())
+        if found.dim() != 1:
+            raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
+        return found
+
+    def at(data: Any, parameters: tuple[Any, ...]) -> Linearised:
+        def compute() -> Linearised:
+            given = function.tensor(data) if isinstance(data, np.ndarray) else data
+            return Linearised(function, model, "dense", (given, function.tensor(parameters)), 1)
+
+        return function.once("run", (data, *parameters), compute)
+
+    # SciPy reads the number of parameters off the signature.
+    @functools.wraps(f)
+    def value(data: Any, *parameters: Any) -> np.ndarray:
+        return at(data, parameters).value.copy()
+
+    def derivative(data: Any, *parameters: Any) -> np.ndarray:
+        return at(data, parameters).jacobian()
+
+    return optimize.curve_fit(value, xdata, ydata, *args, jac=derivative, **options)
+
+
+__all__ = ["curve_fit", "least_squares", "root"]

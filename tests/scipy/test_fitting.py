@@ -1,0 +1,95 @@
+"""``least_squares``, ``root`` and ``curve_fit``: SciPy's own solutions in fewer evaluations, and exact Jacobians."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+scipy_optimize = pytest.importorskip("scipy.optimize")
+
+from chainrule import scipy as chainrule_scipy  # noqa: E402
+from tests.scipy.problems import decay, numpy_of, rosenbrock_residuals, trigonometric_system  # noqa: E402
+
+# Solutions agree to the solvers' default tolerances, 1e-8 in the value, which is 1e-4 in a flat direction.
+NEAR = 1e-4
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse", "operator"])
+def test_least_squares(layout):
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return rosenbrock_residuals(x)
+
+    x0 = np.full(30, 0.8)
+    ours = chainrule_scipy.least_squares(counted, x0, layout=layout, bounds=(-2, 3))
+    evaluations = []
+    reference = numpy_of(rosenbrock_residuals)
+
+    def theirs_counted(x):
+        evaluations.append(1)
+        return reference(x)
+
+    theirs = scipy_optimize.least_squares(theirs_counted, x0, bounds=(-2, 3))
+    assert np.allclose(ours.x, theirs.x, atol=NEAR)
+    # One run per point gives residuals and Jacobian.
+    assert len(calls) == ours.nfev
+    assert len(calls) * 3 < len(evaluations)
+
+
+def test_least_squares_derivative_is_exact(monkeypatch):
+    seen = {}
+
+    def keep(fun, x0, jac, args, **options):
+        seen.update(value=fun(x0, *args), jacobian=jac(x0, *args), options=options)
+
+    monkeypatch.setattr(scipy_optimize, "least_squares", keep)
+    x = np.random.default_rng(1).normal(size=6)
+    at = torch.tensor(x)
+    expected = torch.func.jacrev(lambda x: rosenbrock_residuals(x * 2))(at).numpy()
+
+    def scaled(x, factor, *, power=1):
+        return rosenbrock_residuals(x * factor**power)
+
+    for layout in ("dense", "sparse", "operator"):
+        chainrule_scipy.least_squares(scaled, x, layout=layout, args=(2.0,), kwargs={"power": 1})
+        found = seen["jacobian"]
+        found = found if layout == "dense" else found.toarray() if layout == "sparse" else found @ np.eye(6)
+        assert np.allclose(found, expected, rtol=1e-13)
+        assert np.allclose(seen["value"], rosenbrock_residuals(at * 2).numpy(), rtol=1e-14)
+        assert seen["options"] == ({} if layout == "dense" else {"tr_solver": "lsmr"})
+
+
+def test_least_squares_with_lm_and_loss():
+    x0 = np.full(5, 0.5)
+    assert np.allclose(chainrule_scipy.least_squares(rosenbrock_residuals, x0, method="lm").x, 1, atol=NEAR)
+    assert np.allclose(chainrule_scipy.least_squares(rosenbrock_residuals, x0, loss="soft_l1", method="dogbox").x, 1, atol=NEAR)
+
+
+@pytest.mark.parametrize("method", ["hybr", "lm", "krylov", "df-sane"])
+def test_root(method):
+    x0 = np.linspace(0, 1, 20)
+    ours = chainrule_scipy.root(trigonometric_system, x0, method=method)
+    theirs = scipy_optimize.root(numpy_of(trigonometric_system), x0, method=method)
+    # df-sane and krylov stop at residuals of 1e-5 or so.
+    assert np.allclose(ours.x, theirs.x, atol=NEAR)
+    assert np.allclose(numpy_of(trigonometric_system)(ours.x), 0, atol=NEAR)
+    if method in ("hybr", "lm"):
+        assert ours.nfev * 2 < theirs.nfev
+
+
+@pytest.mark.parametrize("options", [{}, {"p0": [1.0, 1.0, 0.0]}, {"bounds": (0, 10)}, {"method": "dogbox"}])
+def test_curve_fit(options):
+    x = np.linspace(0, 4, 60)
+    noise = np.random.default_rng(2).normal(size=60)
+    y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * noise
+    options = options | {"sigma": np.linspace(0.5, 1, 60)}
+    ours = chainrule_scipy.curve_fit(decay, x, y, full_output=True, **options)
+    reference = scipy_optimize.curve_fit(lambda x, a, b, c: a * np.exp(-b * x) + c, x, y, full_output=True, **options)
+    assert np.allclose(ours[0], reference[0], rtol=1e-5)
+    # The covariance is an inverse of JᵀJ: finite differences of step 1e-8 give it to about that.
+    assert np.allclose(ours[1], reference[1], rtol=1e-3)
+    if "bounds" not in options and options.get("method") is None:
+        assert ours[2]["nfev"] < reference[2]["nfev"]

@@ -1,0 +1,99 @@
+"""The callbacks of a nonlinear program: structure and values are the dense derivatives, at every point."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+scipy_optimize = pytest.importorskip("scipy.optimize")
+
+from chainrule import scipy as chainrule_scipy  # noqa: E402
+from tests.scipy.problems import coupled, rosenbrock  # noqa: E402
+
+
+def selecting(x):
+    """What is selected changes from point to point."""
+    return torch.cat([x.sort().values[:2], x.max()[None] * x[1], torch.where(x > 0, x**2, x)])
+
+
+@pytest.mark.parametrize("constraints", [coupled, selecting, None])
+def test_structure_and_values_are_dense(constraints):
+    problem = chainrule_scipy.nlp_problem(rosenbrock, np.linspace(0.1, 1, 6), constraints)
+    generator = np.random.default_rng(5)
+    for _ in range(4):
+        x, factor, weights = generator.normal(size=6), 0.7, generator.normal(size=problem.m)
+        at, v = torch.tensor(x), torch.tensor(weights)
+        assert np.isclose(problem.objective(x), rosenbrock(at).item(), rtol=1e-14)
+        assert np.allclose(problem.gradient(x), torch.func.grad(rosenbrock)(at).numpy(), rtol=1e-12)
+
+        def lagrangian(x, factor=factor, v=v):
+            value = factor * rosenbrock(x)
+            return value if constraints is None else value + (v * constraints(x)).sum()
+
+        dense = np.zeros((6, 6))
+        dense[problem.hessianstructure()] = problem.hessian(x, weights, factor)
+        assert np.allclose(dense, np.tril(torch.func.hessian(lagrangian)(at).numpy()), rtol=1e-12, atol=1e-12)
+        dense = np.zeros((problem.m, 6))
+        dense[problem.jacobianstructure()] = problem.jacobian(x)
+        if constraints is None:
+            assert problem.m == 0 and problem.constraints(x).shape == (0,)
+        else:
+            assert np.allclose(dense, torch.func.jacrev(constraints)(at).numpy(), rtol=1e-13)
+            assert np.allclose(problem.constraints(x), constraints(at).numpy(), rtol=1e-14)
+
+
+def test_structure_is_sparse_and_unique():
+    problem = chainrule_scipy.nlp_problem(rosenbrock, np.ones(50), lambda x: x[1:] * x[:-1])
+    rows, columns = problem.jacobianstructure()
+    assert len(rows) == 98 and len(set(zip(rows, columns, strict=True))) == 98
+    rows, columns = problem.hessianstructure()
+    assert len(rows) == 99 and (rows >= columns).all()
+
+
+def test_another_branch_is_an_error():
+    def branching(x):
+        return x[:1] * x[1:2] if x[0] > 0 else x[1:2] * x[2:3]
+
+    problem = chainrule_scipy.nlp_problem(rosenbrock, np.ones(3), branching)
+    with pytest.raises(ValueError, match="another branch"):
+        problem.jacobian(-np.ones(3))
+
+
+def test_runs_are_shared():
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return coupled(x)
+
+    problem = chainrule_scipy.nlp_problem(rosenbrock, np.ones(4), counted)
+    calls.clear()
+    problem.constraints(np.zeros(4))
+    problem.jacobian(np.zeros(4))
+    assert len(calls) == 1
+
+
+def test_with_cyipopt():
+    cyipopt = pytest.importorskip("cyipopt")
+    x0 = np.linspace(0.2, 0.6, 8)
+    lower, upper = np.array([1.0] + [-2e19] * 7), np.array([2.0] + [0.3] * 7)
+    callbacks = chainrule_scipy.nlp_problem(rosenbrock, x0, coupled)
+    problem = cyipopt.Problem(n=8, m=8, problem_obj=callbacks, lb=np.full(8, -2.0), ub=np.full(8, 2.0), cl=lower, cu=upper)
+    problem.add_option("print_level", 0)
+    x, info = problem.solve(x0)
+    ours = chainrule_scipy.minimize(
+        rosenbrock, x0, method="SLSQP", bounds=scipy_optimize.Bounds(-2, 2),
+        constraints=chainrule_scipy.nonlinear_constraint(coupled, lower, upper),
+    )  # fmt: skip
+    assert info["status"] == 0
+    assert np.isclose(info["obj_val"], ours.fun, rtol=1e-4)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="x0 must be a vector"):
+        chainrule_scipy.nlp_problem(rosenbrock, np.ones((2, 2)))
+    with pytest.raises(ValueError, match="must return a scalar"):
+        chainrule_scipy.nlp_problem(coupled, np.ones(3))
+    with pytest.raises(ValueError, match="must return a vector"):
+        chainrule_scipy.nlp_problem(rosenbrock, np.ones(3), rosenbrock)
