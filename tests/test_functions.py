@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import chainrule
 from chainrule import dispatch
+from chainrule.batching.mode import VmapMode
 from chainrule.capture.tape import Tape
 from chainrule.functions import TABLE
 from chainrule.transforms.trace import trace
@@ -84,19 +85,19 @@ def test_same_under_vmap(function: Any) -> None:
                 torch.testing.assert_close(found[sample], expected, equal_nan=True)
 
 
-def count_taken(function: Callable[..., Any], *args: Any) -> int:
+def count_taken(function: Callable[..., Any], *args: Any, kind: Any = Tape) -> int:
     """How many calls were taken as functions."""
     taken = 0
-    original = Tape.run_function
+    original = kind.run_function
 
-    def counted(self: Tape, entry: Any, given: tuple[Any, ...]) -> Any:
+    def counted(self: Any, entry: Any, given: tuple[Any, ...]) -> Any:
         nonlocal taken
         out = original(self, entry, given)
         taken += out is not NotImplemented
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tape, "run_function", counted)
+        patch.setattr(kind, "run_function", counted)
         function(*args)
     return taken
 
@@ -110,6 +111,9 @@ def test_taken_in_every_nest() -> None:
     assert count_taken(chainrule.grad(layers), x) == 5
     assert count_taken(chainrule.vmap(chainrule.grad(lambda v: layers(v) if v.dim() else v)), torch.randn(2, 3)) == 4
     assert count_taken(chainrule.jacobian(chainrule.vmap(torch.sin)), x) == 1
+    assert count_taken(chainrule.vmap(layers), torch.randn(2, 3), kind=VmapMode) == 4
+    weight = torch.nn.Parameter(torch.randn(3, 3), requires_grad=False)
+    assert count_taken(chainrule.jacobian(lambda v: torch.tanh(F.linear(v, weight))), x) == 2
 
 
 def test_autocast_is_recorded() -> None:
