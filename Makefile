@@ -26,11 +26,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
-<<<<<<< HEAD
-	$(BIN)/python -m doctest -o ELLIPSIS README.md docs/sparse.md docs/linear-maps.md
-=======
-	$(BIN)/python -m doctest -o ELLIPSIS README.md docs/sparse.md docs/scipy.md
->>>>>>> wt-scipy
+	$(BIN)/python -m doctest -o ELLIPSIS README.md docs/sparse.md docs/linear-maps.md docs/scipy.md
 
 notebook: $(STAMP)
 	$(BIN)/python examples/build_notebook.py
