@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from functools import wraps
+from types import CodeType, FunctionType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -33,10 +34,14 @@ def hide_from_dynamo(function: Function) -> Function:
     return function
 
 
-def entry_point(function: Function) -> Function:
+def entry_point(function: Function, like: Callable[..., Any] | None = None) -> Function:
     """Mark the function that a transform returns (or is): its own code is hidden from dynamo and from function modes.
 
     Inside of another transform, torch would show every look at a tensor's shape or dtype to the outer one.
+
+    Args:
+        function: the transform's own.
+        like: the user's function, whose name, documentation and attributes the result bears; `function` itself by default.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -49,12 +54,26 @@ def entry_point(function: Function) -> Function:
         finally:
             _push_function(mode)
 
-    # What functools.wraps does, in a fraction of its time: transforms are often made anew for each call.
-    run.__name__, run.__qualname__, run.__doc__ = function.__name__, function.__qualname__, function.__doc__
-    run.__module__ = function.__module__
-    run.__dict__.update(function.__dict__)
-    run.__dict__.setdefault("__wrapped__", function)
-    return hide_from_dynamo(run)  # type: ignore[return-value]
+    source = function if like is None else like
+    if source.__class__ is FunctionType:
+        # What functools.wraps does, in a fraction of its time: transforms are often made anew for each call.
+        run.__name__, run.__qualname__, run.__doc__ = source.__name__, source.__qualname__, source.__doc__
+        run.__module__, run.__annotations__ = source.__module__, source.__annotations__
+        attributes = run.__dict__
+        attributes.update(source.__dict__)
+        attributes["__wrapped__"] = source
+        attributes["_torchdynamo_disable"] = True
+    else:
+        wraps(source)(run)
+        run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    if run.__code__ not in _HIDDEN:
+        _HIDDEN.append(run.__code__)
+        _dynamo.set_code_exec_strategy(run.__code__, _SKIPPED)
+    return run  # type: ignore[return-value]
+
+
+#: The code of the functions that :func:`entry_point` returns, once dynamo knows of it (there is only one).
+_HIDDEN: list[CodeType] = []
 
 
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded

@@ -110,6 +110,11 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
         RuntimeError: if a leaf has an integer dtype, in a reverse transform.
     """
     leaves, spec = tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) or not ((dtype := leaf.dtype).is_floating_point or dtype.is_complex):
+            break
+    else:
+        return leaves, spec
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +129,6 @@ def jacobian_blocks(
                     yield RowBlock(number, slice(start, stop), made(stop - start, parts))
                     advance()
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         blocks = iterate(args, kwargs)
         if callback is None:
@@ -139,4 +137,4 @@ def jacobian_blocks(
             callback(block)
         return None
 
-    return entry_point(wrapper)
+    return entry_point(wrapper, func)

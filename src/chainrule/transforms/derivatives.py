@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +44,11 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
     level = Level(func, "grad_and_value", argnums, has_aux, finish, ("grad_and_value",))
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         (gradient, value), aux = run_level(level, args, kwargs)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
-    wrapper = entry_point(wrapper)
+    wrapper = entry_point(wrapper, func)
     if not has_aux:  # the aux of this transform stands elsewhere
         level.mark(wrapper)
     return wrapper
@@ -80,12 +79,11 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
 
     level = Level(func, "grad", argnums, has_aux, finish, ("grad",))
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         gradient, aux = run_level(level, args, kwargs)
         return (gradient, aux) if has_aux else gradient
 
-    wrapper = entry_point(wrapper)
+    wrapper = entry_point(wrapper, func)
     level.mark(wrapper)
     return wrapper
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,12 +134,11 @@ def hessian_map(
 def hessian_transform(func: Callable[..., Any], argnums: Argnums, has_aux: bool) -> Callable[..., Any]:
     """The function that ``hessian(func, layout="operator")`` returns."""
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         found, aux = hessian_map(func, args, argnums, has_aux, kwargs)
         return (found, aux) if has_aux else found
 
-    return entry_point(wrapper)
+    return entry_point(wrapper, func)
 
 
 __all__ = ["HessianMap", "hessian_map", "hessian_transform"]

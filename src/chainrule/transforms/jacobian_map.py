@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
@@ -144,12 +143,11 @@ def operator_transform(
 ) -> Callable[..., Any]:
     """The function that ``jacobian(func, layout="operator")`` and its like return."""
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         found, aux = jacobian_map(func, args, argnums, has_aux, kwargs, name, respect_no_grad=respect_no_grad)
         return (found, aux) if has_aux else found
 
-    return entry_point(wrapper)
+    return entry_point(wrapper, func)
 
 
 __all__ = ["JacobianMap", "input_space", "jacobian_map", "linear_map", "operator_transform"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -284,7 +284,9 @@ class Chunks:
             return [self.size] * len(traced.out_leaves)
         budget = self.budget
         if budget is None:
-            wanted = sum(result_bytes(traced, n, cast) for n in range(len(traced.out_leaves)))
+            wanted = 0
+            for number in range(len(traced.out_leaves)):
+                wanted += result_bytes(traced, number, cast)
             if wanted < _LARGE or torch._C._len_torch_dispatch_stack():
                 return None
             free = free_memory(traced.out_leaves[0].device)
@@ -358,8 +360,7 @@ def _jacobian_transform(
                 found = _by_rows(traced, order, cast, sizes, chunks.shown)
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec), traced.aux
 
-    wrapper = wraps(func)(wrapper)
-    wrapper = entry_point(wrapper)
+    wrapper = entry_point(wrapper, func)
     if not chunks.given:
         level.mark(wrapper)
     return wrapper
@@ -487,8 +488,10 @@ def _by_columns(traced: Traced, cast: str, shown: Callable[..., Any]) -> dict[An
 def result_bytes(traced: Traced, number: int, cast: str) -> int:
     """The size of the Jacobians of one output with respect to all inputs."""
     out = traced.out_leaves[number]
-    sizes = (leaf.numel() * (out if cast == "output" else leaf).element_size() for leaf in traced.in_leaves)
-    return out.numel() * sum(sizes)
+    size = 0
+    for leaf in traced.in_leaves:
+        size += leaf.numel() * (out if cast == "output" else leaf).itemsize
+    return out.numel() * size
 
 
 def rows_within(traced: Traced, number: int, order: str, cast: str, budget: int, name: str, *, whole: bool) -> int:

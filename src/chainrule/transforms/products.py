@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from chainrule.dispatch import entry_point
@@ -113,12 +112,11 @@ def ntk(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False
 
 
 def _transform(level: Level) -> Callable[..., Any]:
-    @wraps(level.func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result, aux = run_level(level, args, kwargs)
         return (result, aux) if level.has_aux else result
 
-    wrapper = entry_point(wrapper)
+    wrapper = entry_point(wrapper, level.func)
     level.mark(wrapper)
     return wrapper
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -124,7 +123,6 @@ def _transform(level: Level, combine: Callable[[list[torch.Tensor], torch.Tensor
 
     level.finish = checked
 
-    @wraps(level.func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             result, aux = run_planned(level, args, kwargs)
@@ -132,7 +130,7 @@ def _transform(level: Level, combine: Callable[[list[torch.Tensor], torch.Tensor
             result, aux = _from_blocks(level, hidden, combine, args, kwargs)
         return (result, aux) if level.has_aux else result
 
-    wrapper = entry_point(wrapper)
+    wrapper = entry_point(wrapper, level.func)
     level.mark(wrapper)
     return wrapper
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ def sparse_jacobian(
         check: refuses runs that have no Jacobian.
     """
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         positions, single = resolve_argnums(argnums, len(args), name)
         traced = trace(func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward")
@@ -64,7 +62,7 @@ def sparse_jacobian(
         result = tree_unflatten(blocks, traced.out_spec)
         return (result, traced.aux) if has_aux else result
 
-    return entry_point(wrapper)
+    return entry_point(wrapper, func)
 
 
 def sparse_hessian(
@@ -82,7 +80,6 @@ def sparse_hessian(
         check: refuses runs that have no Hessian.
     """
 
-    @wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         positions, single = resolve_argnums(argnums, len(args), "hessian")
         traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
@@ -109,7 +106,7 @@ def sparse_hessian(
         result = tree_unflatten(blocks, traced.out_spec)
         return (result, traced.aux) if has_aux else result
 
-    return entry_point(wrapper)
+    return entry_point(wrapper, func)
 
 
 def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:

@@ -140,7 +140,7 @@ def trace(
     With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them.
     """
     refuse_inside_torch_func(transform)
-    in_leaves, in_spec = flatten_inputs(tuple(args[number] for number in argnums), transform)
+    in_leaves, in_spec = flatten_inputs(tuple([args[number] for number in argnums]), transform)
     grad_enabled = torch.is_grad_enabled()
     if not grad_enabled:
         torch._C._set_grad_enabled(True)
@@ -159,7 +159,7 @@ def trace(
                 columns.append(block)
         called: Sequence[Any] = tree_unflatten(aliases, in_spec)
         if len(argnums) < len(args) or argnums != tuple(range(len(args))):
-            values, called = called, list(args)
+            values, called = called, [*args]
             for number, value in zip(argnums, values, strict=True):
                 called[number] = value
         with BelowAutograd(), tape:

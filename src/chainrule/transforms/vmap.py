@@ -63,7 +63,6 @@ def vmap(
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
 
-    @functools.wraps(func)
     def vmapped(*args: Any, **kwargs: Any) -> Any:
         refuse_inside_torch_func("vmap")
         if out_dims.__class__ is not int:
@@ -77,7 +76,7 @@ def vmap(
             return _run_in_chunks(call, (flat_args, flat_dims, args_spec), out_dims, randomness, size, chunk_size)
         return _run(call, flat_args, flat_dims, args_spec, out_dims, randomness, size)
 
-    return entry_point(vmapped)
+    return entry_point(vmapped, func)
 
 
 def _name(func: Any) -> str:
