@@ -31,7 +31,7 @@ docs: $(STAMP)
 notebook: $(STAMP)
 	$(BIN)/python examples/build_notebook.py
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py src/chainrule/_shortcuts.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)

@@ -63,7 +63,8 @@ REAL = (torch.float32, torch.float64)
 #: Whole numbers up to this one are exact in double precision.
 _LARGEST = 2.0**53
 
-_CONSTANTS: dict[torch.dtype, dict[float, torch.Tensor]] = {torch.float32: {}, torch.float64: {}}
+#: Constants without dimensions, by dtype and number.
+CONSTANTS: dict[torch.dtype, dict[float, torch.Tensor]] = {torch.float32: {}, torch.float64: {}}
 
 
 def fits(number: Any) -> bool:
@@ -84,7 +85,7 @@ def shared_constant(number: Any, dtype: torch.dtype) -> Any:
         number: a Python number.
         dtype: the dtype of the tensor that it meets.
     """
-    known = _CONSTANTS.get(dtype)
+    known = CONSTANTS.get(dtype)
     if known is None:
         return number
     found = known.get(number)

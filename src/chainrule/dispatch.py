@@ -12,8 +12,10 @@ import torch
 from torch.utils import _python_dispatch as modes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
+from chainrule.shortcuts import FLOATING, REAL, Handler, configure
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -87,8 +89,14 @@ _function_at = torch._C._get_function_stack_at
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
+configure(
+    table=TABLE, count=_count, level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor,
+    real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
+    autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
+)  # fmt: skip
 
-class LightMode(TorchDispatchMode):
+
+class LightMode(Handler, TorchDispatchMode):
     """A dispatch mode that stays out of compiled regions, and is cheap to enter.
 
     A mode that has :meth:`run_function` is a function mode as well, for the functions of
@@ -104,8 +112,7 @@ class LightMode(TorchDispatchMode):
     #: Whether the mode takes functions.
     takes_functions = False
 
-    below: LightMode | None = None
-    graphs = False
+    below: LightMode | None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -119,7 +126,6 @@ class LightMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         self._entered: list[tuple[Any, ...]] = []
-        self._depth = -1
 
     def run_function(self, function: TorchFunction, args: tuple[Any, ...]) -> Any:
         """Run a function of the table on arguments without keywords; NotImplemented leaves it to the dispatcher.
@@ -129,7 +135,7 @@ class LightMode(TorchDispatchMode):
         """
         return NotImplemented
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the table, if this mode is the innermost one."""
         function = TABLE.get(func)
         if function is None:

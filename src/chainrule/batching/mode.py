@@ -21,8 +21,10 @@ from chainrule.dispatch import LightMode, again, undispatched
 from chainrule.functions import Function
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
+from chainrule.shortcuts import VMAP, configure
 
 _make_wrapper = Tensor._make_wrapper_subclass
+configure(batch_tensor=BatchTensor, batched=Batched, make_wrapper=_make_wrapper, wrap_batched=wrap_batched)
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _AUTOCAST = functools.reduce(
     torch._C.DispatchKeySet.__or__,
@@ -51,6 +53,7 @@ class VmapMode(LightMode):
 
     def __init__(self, size: int, randomness: str = "error") -> None:
         super().__init__()
+        self.kind = VMAP
         self.size = size
         self.randomness = randomness
         self.fallbacks: list[str] = []

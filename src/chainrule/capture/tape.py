@@ -14,6 +14,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.dispatch import LightMode, again
 from chainrule.functions import Function
+from chainrule.shortcuts import TAPE, configure
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -56,6 +57,8 @@ _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 #: Slots are made once: they stand in every record.
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
 
+configure(record=Record, slot_objects=_SLOTS)
+
 
 def slot_object(number: int) -> Slot:
     """The slot of a number."""
@@ -91,6 +94,7 @@ class Tape(LightMode):
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True) -> None:
         super().__init__()
+        self.kind = TAPE
         self.policy = policy
         self.values: list[Any] = []
         self.active: list[bool] = []

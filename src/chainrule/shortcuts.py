@@ -1,0 +1,51 @@
+"""The base class of the modes, in C where it could be compiled (``_shortcuts.c``) and in Python everywhere else.
+
+Setting ``CHAINRULE_PURE_PYTHON=1`` in the environment before the import chooses Python.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+#: Dtypes of tensors that take no way of their own, and those among them that have derivatives.
+FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+REAL = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+#: What a mode is to the base class.
+NO_KIND, VMAP, TAPE = 0, 1, 2
+
+
+class Handler:
+    """What a mode's function handler reads; calls go to ``take_function``."""
+
+    _depth = -1
+    below: Any = None
+    graphs = False
+    kind = NO_KIND
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Take a function of the table."""
+        return self.take_function(func, types, args, kwargs)
+
+    def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Take a function of the table; given by the modes."""
+        raise NotImplementedError
+
+
+def configure(**known: Any) -> None:
+    """Give the handlers the objects that they use; those in Python know them."""
+
+
+#: Whether the handlers are compiled.
+COMPILED = False
+
+if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0"):
+    try:
+        from chainrule._shortcuts import Handler, configure  # noqa: F401, F811 - in their place
+    except ImportError:
+        pass
+    else:
+        COMPILED = True

@@ -1,0 +1,188 @@
+"""The compiled short cuts do what the Python methods do, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import chainrule
+from chainrule.batching.tensor import BatchTensor
+from chainrule.capture.tape import Tape
+from chainrule.rules.table import POLICY
+from chainrule.shortcuts import COMPILED
+
+compiled_only = pytest.mark.skipif(not COMPILED, reason="the short cuts are not compiled here")
+
+
+def recorded(function, *args):
+    """The result and the record of a function of tensors, and the method that took each call."""
+    tape = Tape(POLICY)
+    aliases = [arg.detach() for arg in args]
+    for alias in aliases:
+        tape.add_input(alias)
+    with tape.recording():
+        out = function(*aliases)
+    return out, tape.records, tape.key, tape.active
+
+
+NAN = float("nan")
+
+FUNCTIONS = {
+    "unary": lambda x: x.sin().tanh(),
+    "numbers": lambda x: (x * 2.5 + 1) / 3 - 0.5,
+    "other numbers": lambda x: 2 * x**2 - (1.5 - x),
+    "zero and nan": lambda x: (x + 0.0) * -0.0 + NAN,
+    "big number": lambda x: x * 2.0**70,
+    "two tensors": lambda x: x * x.cos() + torch.ones_like(x) / x,
+    "constant first": lambda x: torch.full((3, 3), 2.0, dtype=x.dtype) * x,
+    "two constants": lambda x: x + torch.sin(torch.ones(3, dtype=x.dtype)) * 2,
+    "linear": lambda x: F.linear(x, torch.eye(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)),
+    "linear without bias": lambda x: F.linear(x, torch.eye(3, dtype=x.dtype)),
+    "matmul": lambda x: x @ x.t(),
+    "comparison": lambda x: torch.where(x > 0.1, x, x.exp()),
+    "comparison of tensors": lambda x: torch.where(x > x.t(), x, x.exp()),
+    "reductions": lambda x: x.sum() * x.mean(),
+    "mixed dtypes": lambda x: x * torch.arange(3) + torch.ones(3, dtype=torch.float32),
+    "complex": lambda x: torch.abs(x * torch.tensor(1j)),
+    "parameter": lambda x: x * torch.nn.Parameter(torch.ones(3, dtype=x.dtype)),
+    "no grad": lambda x: _without_grad(x) + x,
+    "in place": lambda x: x.clone().add_(1.0).sin(),
+    "half": lambda x: x.to(torch.float16).sin().to(x.dtype),
+}
+
+
+def _without_grad(x):
+    with torch.no_grad():
+        return x.sin() * 2
+
+
+@compiled_only
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_record_is_that_of_python(name, monkeypatch):
+    function, x = FUNCTIONS[name], torch.randn(3, 3, dtype=torch.float64)
+    quick = recorded(function, x)
+    monkeypatch.setattr(Tape, "__torch_function__", Tape.take_function)
+    plain = recorded(function, x)
+    torch.testing.assert_close(quick[0], plain[0], rtol=0, atol=0, equal_nan=True)
+    for found, expected in zip(quick[1:], plain[1:], strict=True):
+        assert found == expected
+    assert [type(record) for record in quick[1]] == [type(record) for record in plain[1]]
+
+
+@compiled_only
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_vmap_is_that_of_python(name, in_dim, monkeypatch):
+    function, x = FUNCTIONS[name], torch.randn(3, 3, 3, dtype=torch.float64)
+    kinds = []
+
+    def seen(sample):
+        out = function(sample)
+        kinds.append((type(out), out.shape, out.stride(), out.dtype, out.requires_grad, out.batched))
+        return out
+
+    def outcome():
+        try:
+            return chainrule.vmap(seen, in_dim)(x)
+        except RuntimeError as error:  # writing a mapped value into a tensor from outside, say
+            return str(error)
+
+    quick = outcome()
+    monkeypatch.setattr("chainrule.batching.mode.VmapMode.__torch_function__", chainrule.batching.mode.VmapMode.take_function)
+    plain = outcome()
+    assert isinstance(quick, str) == isinstance(plain, str)
+    if not isinstance(quick, str):
+        torch.testing.assert_close(quick, plain, rtol=0, atol=0, equal_nan=True)
+        assert kinds[0] == kinds[1]
+
+
+def test_an_error_of_the_op_arrives_and_nothing_stays_off():
+    x = torch.randn(4, 3)
+
+    def wrong(a):
+        try:
+            a + torch.ones(5)
+        except RuntimeError as error:
+            assert "must match" in str(error)
+        else:
+            raise AssertionError("no error")
+        return (a * 2.0).sum()
+
+    torch.testing.assert_close(chainrule.grad(wrong)(x), torch.full((4, 3), 2.0))
+    torch.testing.assert_close(chainrule.vmap(wrong)(x), 2 * x.sum(1))
+    with pytest.raises(RuntimeError, match="must match"):
+        chainrule.grad(lambda a: (a + torch.ones(5)).sum())(x)
+    assert torch._C._len_torch_dispatch_stack() == 0 == torch._C._len_torch_function_stack()
+    assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+
+
+def test_nothing_is_held():
+    x = torch.randn(3, 3)
+    seen = []
+
+    def f(a):
+        b = (a.sin() * 2.0 + a).tanh()
+        seen.append(weakref.ref(b))
+        return b.sum()
+
+    gc.disable()
+    try:
+        chainrule.grad(f)(x)
+        chainrule.vmap(f)(x)
+        chainrule.vmap(chainrule.grad(f))(x)
+        assert len(seen) == 3 and all(reference() is None for reference in seen)
+    finally:
+        gc.enable()
+
+
+def test_refused_calls_leave_references_alone():
+    """Arguments that the short cuts leave to Python at every place: a graph, a complex tensor, no batch, another dtype."""
+    plain = torch.randn(3, 4)
+    others = [torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, dtype=torch.complex64), torch.ones(3, 4, dtype=torch.int64)]
+    for other in others:
+        before = sys.getrefcount(other)
+        for _ in range(50):
+            chainrule.vmap(torch.mul)(plain, other)
+            chainrule.vmap(torch.mul)(other, plain)
+            chainrule.vmap(torch.mul, (0, None))(plain, other[0])
+            chainrule.jvp(lambda a, other=other: a * other + other * a, (plain,), (plain,))
+        assert abs(sys.getrefcount(other) - before) < 20
+
+
+def test_references_are_balanced():
+    x, bias = torch.randn(3, 3), torch.randn(3)
+
+    def run():
+        chainrule.grad(lambda a: ((a * 3.5 + bias).sin() * a).sum())(x)
+        chainrule.vmap(lambda a: (a * 3.5).sin() + a)(x)
+
+    run()
+    counted = (x, bias, torch.float32, torch.sin, torch.mul, BatchTensor, Tape, None, True)
+    before = [sys.getrefcount(item) for item in counted]
+    for _ in range(200):
+        run()
+    after = [sys.getrefcount(item) for item in counted]
+    # Caches and the interpreter itself keep a few; a reference that is lost or kept per call would be hundreds.
+    assert all(abs(new - old) < 100 for new, old in zip(after, before, strict=True)), (before, after)
+
+
+def test_python_alone():
+    """The package works in the same way where nothing was compiled."""
+    program = (
+        "import torch, chainrule\n"
+        "from chainrule.shortcuts import COMPILED\n"
+        "assert not COMPILED\n"
+        "x = torch.randn(3, 4, dtype=torch.float64)\n"
+        "f = lambda a: ((a * 2.5 + 1).sin() * a).sum()\n"
+        "torch.testing.assert_close(chainrule.grad(f)(x), torch.func.grad(f)(x))\n"
+        "torch.testing.assert_close(chainrule.vmap(chainrule.hessian(f))(x), torch.vmap(torch.func.hessian(f))(x))\n"
+    )
+    environment = os.environ | {"CHAINRULE_PURE_PYTHON": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
