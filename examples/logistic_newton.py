@@ -212,7 +212,7 @@ def draw(report: Report, fit: Fit, paths: dict[str, list[float]], spread: Tensor
         return
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
-    figure = Figure(figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.semilogy(fit.errors, "o-", label="Newton, written out")
     for method, path in paths.items():
