@@ -258,14 +258,14 @@ def classification(report: Report, samples: int, width: int) -> dict[str, Tensor
         return Laplace(model, last, x, probability * (1 - probability), float(delta))
 
     evidences = []
-    for delta in torch.logspace(-4, 2, 13):  # as tensors: a new Python number would be a new function, planned anew
+    for delta in torch.logspace(-5, 1, 13):  # as tensors: a new Python number would be a new function, planned anew
         last = refit(delta, last)
         fit = -float(loss(model(last, x))) - delta * float(last.square().sum()) / 2
         evidences.append(fit + (head * math.log(delta) - posterior(delta, last).log_determinants()[1]) / 2)
-    best = torch.logspace(-4, 2, 13)[evidences.index(max(evidences))]
+    best = torch.logspace(-5, 1, 13)[evidences.index(max(evidences))]
     last = refit(best, last)
     report.say(f"  chosen: precision of the prior {best:.3g}")
-    report.check("its logarithm, from the middle of the range that was tried", abs(math.log10(best) + 1), below=2.9)
+    report.check("its logarithm, from the middle of the range that was tried", abs(math.log10(best) + 2), below=2.9)
     laplace = posterior(best, last)
     axis = torch.linspace(-3, 4, 50)
     grid = torch.cartesian_prod(axis, axis - 0.5)
