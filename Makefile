@@ -5,10 +5,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test sweep bench lint docs notebook clean
+.PHONY: demo examples test sweep bench lint docs notebook clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/tour.py $(ARGS)
+
+EXAMPLES := $(filter-out build_notebook support tour,$(basename $(notdir $(wildcard examples/*.py))))
+
+examples: $(STAMP)
+	@mkdir -p examples/pictures; failed=; \
+	for name in $(EXAMPLES); do \
+		$(BIN)/python examples/$$name.py --picture examples/pictures/$$name.png $(ARGS) || failed="$$failed $$name"; echo; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
