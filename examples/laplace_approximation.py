@@ -258,7 +258,7 @@ def classification(report: Report, samples: int, width: int) -> dict[str, Tensor
         return Laplace(model, last, x, probability * (1 - probability), float(delta))
 
     evidences = []
-    for delta in torch.logspace(-5, 1, 13):  # as tensors: a new Python number would be a new function, planned anew
+    for delta in torch.logspace(-5, 1, 13):
         last = refit(delta, last)
         fit = -float(loss(model(last, x))) - delta * float(last.square().sum()) / 2
         evidences.append(fit + (head * math.log(delta) - posterior(delta, last).log_determinants()[1]) / 2)

@@ -72,10 +72,10 @@ def fits(number: Any) -> bool:
     return type(number) in (int, float) and not abs(number) > _LARGEST
 
 
-def number_constant(number: float, dtype: torch.dtype) -> torch.Tensor:
-    """A number that :func:`fits` as a tensor without dimensions, in the memory of the processor."""
+def number_constant(number: float, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A number that :func:`fits` as a tensor without dimensions."""
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
-        return torch.tensor(number, dtype=dtype, device="cpu")
+        return torch.tensor(number, dtype=dtype, device=device)
 
 
 def shared_constant(number: Any, dtype: torch.dtype) -> Any:

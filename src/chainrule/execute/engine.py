@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import undispatched
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
@@ -183,6 +184,7 @@ def execute(
             values, tape.values = Spent(values), []
             tape.forget()
         return cached.run(values, seeds)
+    note_numbers(tape)
     planned = _planned(tape, request, seeds)
     results = owned(planned.program, planned.results)
     values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}

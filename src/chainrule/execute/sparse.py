@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from chainrule.batching.tensor import BatchTensor
+from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
@@ -133,6 +134,7 @@ def plans_of(tape: Any, extra: Any) -> SparsePlans:
     except TypeError:  # an unhashable static argument: such a plan is not kept
         return SparsePlans()
     if plans is None:
+        note_numbers(tape)
         plans = SparsePlans()
         CACHE.put(key, plans)
     found: SparsePlans = plans

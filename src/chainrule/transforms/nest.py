@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec
 
+from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import undispatched
@@ -224,8 +225,10 @@ def _cached(key: Any, tape: Tape) -> tuple[Any, Any]:
         cached: Any = engine.CACHE.get(key)
     except TypeError:
         key, cached = None, _BY_LEVELS
-    if cached is None and not all(isinstance(value, torch.Tensor) for value in tape.values):
-        cached = _BY_LEVELS
+    if cached is None:
+        note_numbers(tape)
+        if not all(isinstance(value, torch.Tensor) for value in tape.values):
+            cached = _BY_LEVELS
     return key, cached
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_map
 
 from chainrule.batching.tensor import BatchTensor
+from chainrule.capture.numbers import numbers_to_values
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute
@@ -174,6 +175,7 @@ def trace(
             aux = tree_map(
                 lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
             )
+    numbers_to_values(tape)
     out_leaves, out_spec = flatten_outputs(output, transform, function)
     if (watch := current_watch()) is not None:
         made = [tape.values[slot] for record in tape.records for slot in record.outputs if slot >= 0]
