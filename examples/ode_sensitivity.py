@@ -235,6 +235,7 @@ def draw(report: Report, solver: Solver, unknowns: torch.Tensor, covariance: tor
     axes[0].set(title="pelts in thousands: data, fit, two standard deviations of the fit and of an observation", ylim=(0, 140))
     axes[0].legend()
     axes[1].legend(ncols=2, fontsize="small")
+    axes[2].set_xticks(years[::4])
     report.save(figure)
 
 
