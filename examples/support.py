@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from scipy import sparse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +56,12 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def to_scipy(matrix: torch.Tensor) -> sparse.csr_array:
+    """A ``torch.sparse_csr`` matrix as SciPy's; both share their memory."""
+    parts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
+    return sparse.csr_array(tuple(part.numpy() for part in parts), shape=tuple(matrix.shape))
+
+
 def main(example: Callable[[Report], None], description: str | None, arguments: Sequence[str] | None = None) -> int:
     """Run an example from the command line.
 
@@ -71,6 +79,7 @@ def main(example: Callable[[Report], None], description: str | None, arguments: 
     parser.add_argument("--picture", type=Path, help="draw into this file (.svg, .png or .pdf; needs matplotlib)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)  # torch's own
     report = Report(options.small, options.picture)
     report.say(title)
     example(report)

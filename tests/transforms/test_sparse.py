@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import chainrule
+from chainrule.execute import sparse as execute_sparse
 from chainrule.execute.memory import watching
+from chainrule.transforms import sparse as transforms_sparse
 from tests.transforms.sparse_functions import HESSIANS, INDEX_ONLY, JACOBIANS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
@@ -247,6 +249,32 @@ def test_results_do_not_share_memory():
     squared = chainrule.jacobian(lambda y: 0.5 * y * y, layout="sparse_coo")(x)
     squared.values().zero_()
     assert x.sum() == 4
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x[0] * x[1:]).sin().sum(),
+        lambda x: torch.stack([a * b for a, b in zip(*x.view(2, -1).unbind(0), strict=True)]).cos().sum(),
+        lambda x: torch.select_scatter(x.sin(), x[1] ** 2, 0, 3).prod(),
+        lambda x: torch.slice_scatter(x.sin(), x[:2] ** 2, 0, 1, 5, 2).prod(),
+        lambda x: (x.repeat(2) ** 3).index_select(0, torch.tensor([0, 5, 5])).prod(),
+    ],
+    ids=["select", "unbind", "select_scatter", "slice_scatter", "repeat"],
+)
+def test_hessian_is_planned_once(function, monkeypatch):
+    planned = []
+    for module in (transforms_sparse, execute_sparse):
+        plan = module.plan_sparse
+        monkeypatch.setattr(module, "plan_sparse", lambda *args, plan=plan: planned.append(args) or plan(*args))
+    hessian = chainrule.hessian(function, layout="sparse_coo")
+    hessian(torch.randn(6, dtype=torch.float64))
+    assert planned
+    planned.clear()
+    for _ in range(2):
+        x = torch.randn(6, dtype=torch.float64)
+        torch.testing.assert_close(hessian(x).to_dense(), torch.func.hessian(function)(x), **TOLERANCE)
+    assert not planned
 
 
 def test_values_carry_a_graph():

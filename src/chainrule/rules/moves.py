@@ -350,15 +350,14 @@ def _outside_select(call: Call, axes: tuple[Axis, ...]) -> Factor:
     dim = call.argument("dim") % len(axes)
     size, index = axes[dim].size, call.argument("index")
     return weights(call, lambda d, t: torch.ones(size, dtype=t, device=d).index_fill(
-        0, torch.tensor([index % size], device=d), 0.0), [axes[dim]])
+        0, torch.full((1,), index % size, device=d), 0.0), [axes[dim]])
 
 
 def _outside_slice(call: Call, axes: tuple[Axis, ...]) -> Factor:
     dim, start, step, length = sliced(call, call.out_shape, call.shape(call.args[1])[call.argument("dim") % len(axes)])
-    places = [start + step * k for k in range(length)]
     size = axes[dim].size
     return weights(call, lambda d, t: torch.ones(size, dtype=t, device=d).index_fill(
-        0, torch.tensor(places, dtype=torch.long, device=d), 0.0), [axes[dim]])
+        0, start + step * torch.arange(length, device=d), 0.0), [axes[dim]])
 
 
 def _outside_diagonal(call: Call, axes: tuple[Axis, ...]) -> Factor:

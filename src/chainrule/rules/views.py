@@ -50,7 +50,7 @@ def _expand(call: Call) -> Term:
 
 def fixed_index(target: Axis, index: int, device: torch.device) -> OneHot:
     """The relation ``target == index``, which has no sources."""
-    return OneHot(constant_index((), lambda d: torch.tensor(index, device=d), device), (), target, False, (index, 0))
+    return OneHot(constant_index((), lambda d: torch.full((), index, device=d), device), (), target, False, (index, 0))
 
 
 def select_term(shape: Sequence[int], dim: int, index: int, device: torch.device) -> Term:
