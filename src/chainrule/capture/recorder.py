@@ -17,7 +17,7 @@ aten = torch.ops.aten
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 #: Ops that update running statistics without saying so in their schema.
-_HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
+HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
 
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
@@ -56,7 +56,7 @@ class Recorder(LightMode):
     ) -> Any:
         """Run an op and append it."""
         kwargs = kwargs or {}
-        written = self._written(func, args, kwargs) if func._schema.is_mutable or func in _HIDDEN_WRITES else []
+        written = self._written(func, args, kwargs) if func._schema.is_mutable or func in HIDDEN_WRITES else []
         out = func(*args, **kwargs)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
@@ -102,7 +102,7 @@ class Recorder(LightMode):
         """The tensors that an op writes to. A constant that is about to be written becomes a copy of itself."""
         constants = self.program.constants
         written: list[torch.Tensor] = []
-        if func in _HIDDEN_WRITES:
+        if func in HIDDEN_WRITES:
             # Running statistics: the fourth and the fifth argument, if the sixth says that this is training.
             written.extend(t for t in args[3:5] if isinstance(t, torch.Tensor) and args[5])
         for position, argument in enumerate(func._schema.arguments):

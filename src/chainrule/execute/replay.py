@@ -11,6 +11,7 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
 from chainrule.execute.simplify import root, shared_results, simplify
+from chainrule.execute.workspace import Space, observable, of_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
@@ -98,7 +99,6 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
     lines = ["def run(tape, seeds):", *inputs, *names, source.returned(range(len(source.wanted)))]
     runner: Runner = source.compiled(lines, "run")
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
-    runner.memory = source.memory()  # type: ignore[attr-defined]
     runner.source_of = source  # type: ignore[attr-defined]
     return runner
 
@@ -110,14 +110,19 @@ class Stages(NamedTuple):
         prepare: from the tape values, what does not depend on the seeds: the results that come first, and what the second
             part needs.
         apply: from the tape values, what the first part left, and the seeds: the other results.
-        prepared: the memory of the first part.
-        applied: the memory of the second part.
+        source: the program.
+        parts: for each part its instructions, its results, and those of them (by number) that are copied at the end.
     """
 
     prepare: Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]
     apply: Callable[[Sequence[Any], tuple[Any, ...], Sequence[torch.Tensor]], tuple[Any, ...]]
-    prepared: Memory
-    applied: Memory
+    source: Source
+    parts: tuple[tuple[list[Instruction], list[int | None], set[int]], ...]
+
+    def memory(self, part: int, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> Memory:
+        """What a run of one part on these values allocates."""
+        self.source.observe(tape, seeds)
+        return predict(self.source.program, *self.parts[part], inside=self.source.inside)
 
 
 def compile_stages(program: Program, results: Sequence[Staged | None], first: int = 0) -> Stages | None:
@@ -168,8 +173,8 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     return Stages(
         source.compiled(lines, "prepare"),
         source.compiled(lines, "apply"),
-        predict(program, early, kept, {n for n in source.copied if n < first}),
-        predict(program, rest, later, copied),
+        source,
+        ((early, kept, {n for n in source.copied if n < first}), (rest, later, copied)),
     )
 
 
@@ -187,10 +192,23 @@ class Source:
         self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
+        # What the instructions allocate, once it was observed.
+        self.inside: dict[int, Space] = {}
 
     def memory(self, spent: Mapping[int, tuple[int, int]] | None = None) -> Memory:
         """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`)."""
-        return predict(self.program, self.kept, self.wanted, self.copied, spent)
+        return predict(self.program, self.kept, self.wanted, self.copied, spent, self.inside)
+
+    def observe(self, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> None:
+        """Find out the work space of the instructions on these values, where that is possible and not known yet."""
+        if all(i.outputs[0] in self.inside for i in self.kept if i.outputs) or not observable():
+            return
+        given = {
+            slot: tape[key] if isinstance(key, int) else seeds[key[1]]
+            for key, slot in self.program.inputs.items()
+            if slot in self.used and (isinstance(key, int) or key[1] < len(seeds))
+        }
+        self.inside.update(of_instructions(self.kept, {**given, **self.constants}) or {})
 
     def of_inputs(self) -> set[int]:
         """The results (by number) that are inputs or views of them."""

@@ -166,6 +166,8 @@ def _account_text(account: Account, number: int, count: int) -> str:
             f"  memory: {bytes_of['recorded']} of recorded values, {bytes_of['temporaries']} of temporaries and "
             f"{bytes_of['results']} of results; {bytes_of['peak']} at the peak"
         )
+    if account.uncounted:
+        lines.append(f"    not counted: the work space of {', '.join(account.uncounted)}")
     for block in account.blocks:
         rows, columns = block["shape"]
         share = 100 * block["entries"] / max(rows * columns, 1)

@@ -378,13 +378,13 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
         if found is None:
             found = prepared[key] = stages.prepare(values)
             if (watch := current_watch()) is not None:
-                watch.add_program(stages.prepared, kept=True)
+                watch.add_program(stages.memory(0, values, ()), kept=True)
         return found
 
     def call(seeds: tuple[torch.Tensor, ...]) -> Any:
         found = stages.apply(values, prepare()[1], seeds)
         if (watch := current_watch()) is not None:
-            watch.add_program(stages.applied)
+            watch.add_program(stages.memory(1, values, seeds))
         later = plan.sources[plan.first :]
         leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
         return tree_unflatten(leaves, plan.spec)
