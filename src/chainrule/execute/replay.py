@@ -10,7 +10,7 @@ import torch
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
-from chainrule.execute.simplify import root, shared_results, simplify
+from chainrule.execute.simplify import renamed, root, shared_results, simplify
 from chainrule.execute.workspace import Space, observable, of_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
 
@@ -27,6 +27,17 @@ _VIEWS = frozenset(
         torch.split, torch.Tensor.detach, torch.Tensor.contiguous, torch.atleast_1d, torch.swapaxes, torch.expand_copy,
     }
 )  # fmt: skip
+
+
+#: Calls that take no longer than reading and writing their tensors.
+_CHEAP = frozenset({torch.mul, torch.add, torch.sub, torch.rsub, torch.neg, torch.addcmul})
+
+#: From this size on, in bytes, memory counts more than a call.
+_LARGE = 1 << 16
+
+#: How many such calls may take the place of a value that is kept, and within how many calls it is kept after a use.
+_LONGEST = 2
+_NEAR = 8
 
 
 class Spent(list[Any]):
@@ -150,6 +161,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     if not early and not first:
         return None
     numbers = range(len(source.wanted))
+    rest = _computed_late(source, early, rest)
     made = {slot for instruction in early for slot in instruction.outputs}
     read = {slot for instruction in rest for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
     later = [source.wanted[number] for number in numbers[first:]]
@@ -158,6 +170,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     source.copied.update(n for n in numbers[first:] if wanted[n] is not None and wanted[n] not in late)
     passed = sorted(made & (read | {slot for slot in later if slot is not None}))
     kept = [*(source.wanted[number] for number in numbers[:first]), *passed]
+    early = _read_by(early, kept)
     given = ", ".join(f"v{slot}" for slot in passed)
     prepared = source.returned(numbers[:first])[len("    return ") :]
     used_early = {slot for i in early for slot in refs((i.args, tuple(i.kwargs.values())))}
@@ -176,6 +189,72 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
         source,
         ((early, kept, {n for n in source.copied if n < first}), (rest, later, copied)),
     )
+
+
+def _computed_late(source: Source, early: list[Instruction], rest: list[Instruction]) -> list[Instruction]:
+    """The second part of a program, with values computed where they are read in place of being kept for it.
+
+    These are large values that one or two cheap calls make of what the second part reads anyhow. What is read again much
+    later is computed again.
+
+    Args:
+        source: the program.
+        early: its first part.
+        rest: its second part.
+    """
+    program = source.program
+    recipes = _recipes(source, early, {slot for i in rest for slot in _reads(i)})
+    found: list[Instruction] = []
+    copies: dict[int, tuple[int, int]] = {}
+    for number, instruction in enumerate(rest):
+        names: dict[int, int] = {}
+        for slot in _reads(instruction):
+            if slot not in recipes:
+                continue
+            copy, used = copies.get(slot, (-1, -_NEAR - 1))
+            if number - used > _NEAR:
+                inner: dict[int, int] = {}
+                for part in recipes[slot]:
+                    copy = inner[part.outputs[0]] = program.new_slot()
+                    program.kinds[copy] = program.kinds[part.outputs[0]]
+                    found.append(renamed(part, inner)._replace(outputs=(copy,)))
+            copies[slot] = copy, number
+            names[slot] = copy
+        found.append(renamed(instruction, names) if names else instruction)
+    return found
+
+
+def _recipes(source: Source, early: list[Instruction], late: set[int]) -> dict[int, tuple[Instruction, ...]]:
+    """How those values of the first part are computed that need not be kept for the second, which reads ``late``."""
+    made = {slot for instruction in early for slot in instruction.outputs}
+    fixed = (late & {*source.program.inputs.values()}) | source.constants.keys()
+    wanted = {slot for slot in source.wanted if slot is not None}
+    found: dict[int, tuple[Instruction, ...]] = {}
+    for instruction in early:
+        slot = instruction.outputs[0] if len(instruction.outputs) == 1 else -1
+        if slot not in late or slot in wanted or instruction.function not in _CHEAP or instruction.keep:
+            continue
+        kind, read = source.program.kinds.get(slot), set(_reads(instruction))
+        if kind is None or kind[0].numel() * kind[1].itemsize < _LARGE or not read <= fixed | (late & made):
+            continue
+        recipe = {part.outputs[0]: part for r in sorted(read) for part in found.get(r, ())}
+        if len(recipe) < _LONGEST:
+            found[slot] = (*recipe.values(), instruction)
+    return found
+
+
+def _reads(instruction: Instruction) -> list[int]:
+    return refs((instruction.args, tuple(instruction.kwargs.values())))
+
+
+def _read_by(instructions: list[Instruction], wanted: Sequence[int | None]) -> list[Instruction]:
+    """Those instructions that some results need."""
+    needed, found = set(wanted), list[Instruction]()
+    for instruction in reversed(instructions):
+        if instruction.keep or not needed.isdisjoint(instruction.outputs):
+            needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            found.append(instruction)
+    return found[::-1]
 
 
 class Source:

@@ -369,7 +369,12 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
     if plan.stages is None:
         plan.compile()
     assert plan.stages is not None
-    values, stages = traced.tape.values, plan.stages
+    # Of the values of the run only those stay that the plan reads: the run serves nothing else.
+    stages = plan.stages
+    needed = {key for key, slot in stages.source.program.inputs.items() if slot in stages.source.used} | {*plan.sources}
+    values = [value if number in needed else None for number, value in enumerate(traced.tape.values)]
+    traced.tape.values = []
+    traced.tape.forget()
     prepared: dict[Any, tuple[Any, Any]] = {}
 
     def prepare() -> tuple[Any, Any]:
