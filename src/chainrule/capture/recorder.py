@@ -400,8 +400,8 @@ class NoReads(TorchFunctionMode):
             )
         if func in _PLACES and not _asked_by_chainrule() and any(map(self._recorder.depends, _tensors(args[:1]))):
             self._recorder.refuse(
-                f"{getattr(func, '__name__', func)} asks where in memory a tensor lies, which is another place in each call (pickle "
-                "and torch.save ask, too). Call the function without compile."
+                f"{getattr(func, '__name__', func)} asks where in memory a tensor lies, which is another place in each call "
+                "(pickle and torch.save ask, too). Call the function without compile."
             )
         if func in _GRAPHS and args and not _asked_by_chainrule() and self._recorder.is_given(args[0]):
             self._recorder.refuse(

@@ -134,8 +134,8 @@ class Tape(LightMode):
         if facts is None:
             if not isinstance(op, OpOverload):
                 raise RuntimeError(
-                    f"chainrule cannot differentiate torch's operator {op} on functions (torch.cond, torch.while_loop, scan ...). "
-                    "Use torch.where, or branch in Python: a transform follows the branch that is taken."
+                    f"chainrule cannot differentiate torch's operator {op} on functions (torch.cond, torch.while_loop, "
+                    "scan ...). Use torch.where, or branch in Python: a transform follows the branch that is taken."
                 )
             facts = self._facts[id(op)] = OpFacts(op, self.policy)
         return facts

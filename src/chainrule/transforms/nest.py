@@ -372,7 +372,7 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
     # Of the values of the run only those stay that the plan reads: the run serves nothing else.
     stages = plan.stages
     needed = {key for key, slot in stages.source.program.inputs.items() if slot in stages.source.used} | {*plan.sources}
-    values = [value if number in needed else None for number, value in enumerate(traced.tape.values)]
+    values: list[Any] = [value if number in needed else None for number, value in enumerate(traced.tape.values)]
     traced.tape.values = []
     traced.tape.forget()
     prepared: dict[Any, tuple[Any, Any]] = {}
