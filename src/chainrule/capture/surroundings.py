@@ -59,8 +59,7 @@ class Surroundings:
     They are followed through closures, default arguments, the globals that the code names, bound objects with their
     attributes and classes, modules with their parameters and buffers, `functools.partial`, containers and arrays of NumPy.
     Not followed: objects of the standard library (but for `os.environ`) and of extension types, arrays of more than 65536
-    elements, and whatever is
-    computed by calls (files, the time, Python's random numbers).
+    elements, and whatever is computed by calls (files, the time, Python's random numbers).
 
     Args:
         roots: the functions and other objects to start from.
