@@ -38,8 +38,18 @@ _OVERLOADS = {
 }  # fmt: skip
 
 
+def col2im(columns: torch.Tensor, *sizes: Any) -> torch.Tensor:
+    """The op of that name, into memory of the result's size: its own result keeps as much as its argument takes."""
+    if columns.__class__ is not torch.Tensor or columns.requires_grad or torch._C._len_torch_dispatch_stack():
+        found: torch.Tensor = aten.col2im.default(columns, *sizes)
+        return found
+    out = columns.new_empty(0)
+    aten.col2im.out(columns, *sizes, out=out)
+    return out
+
+
 def _table() -> dict[Any, Callable[..., Any]]:
-    found: dict[Any, Callable[..., Any]] = {}
+    found: dict[Any, Callable[..., Any]] = {aten.col2im.default._op: col2im}
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)
     overloads: dict[str, Any] = _OVERLOADS

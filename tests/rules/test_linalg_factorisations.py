@@ -312,6 +312,19 @@ def test_determinant_of_singular_matrices(size: int) -> None:
         assert not chainrule.hessian(torch.linalg.det)(a).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [4, 5])
+def test_determinant_of_matrices_that_are_singular_up_to_rounding(size: int) -> None:
+    """Two equal rows: the determinant is not quite zero, and the inverse has no digits."""
+    a = regular(size, size)
+    a[0] = a[-1]
+    minor = lambda i, k: torch.linalg.det(a[[r for r in range(size) if r != i]][:, [c for c in range(size) if c != k]])  # noqa: E731
+    wanted = torch.stack([torch.stack([(-1) ** (i + k) * minor(i, k) for k in range(size)]) for i in range(size)])
+    for transform in (chainrule.grad, chainrule.jacrev, chainrule.jacfwd):
+        assert_same(transform(torch.linalg.det)(a), wanted)
+    assert not chainrule.hessian(torch.linalg.det)(a).isfinite().all()
+    assert_same(chainrule.grad(torch.linalg.det)(torch.zeros_like(a)), torch.zeros_like(a))
+
+
 def test_determinant_of_an_orthogonal_matrix() -> None:
     """Equal singular values are no obstacle, in any order."""
     eye = torch.eye(4, dtype=torch.float64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
+from itertools import permutations
 
 import pytest
 import torch
@@ -102,3 +104,24 @@ def test_bad_input() -> None:
         with pytest.raises(RuntimeError, match="jet"):
             chainrule.jet(lambda *a: a[0], primals, series)
     assert chainrule.jet(torch.sin, (x,), ([x],))[1][0].shape == (3,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_determinant_along_a_line(size: int) -> None:
+    """Against the polynomial `det(A + tV)` in exact rational numbers; nested `torch.func.jvp` is wrong from order two on."""
+    a, v = torch.randn(2, size, size, dtype=torch.float64).unbind(0)
+    exact = [[(Fraction(p), Fraction(q)) for p, q in zip(*rows, strict=True)] for rows in zip(a.tolist(), v.tolist(), strict=True)]
+    coefficients = [Fraction(0)] * (size + 4)
+    for order in permutations(range(size)):
+        sign = (-1) ** sum(order[i] > order[j] for i in range(size) for j in range(i + 1, size))
+        product = [Fraction(sign)]
+        for i, j in enumerate(order):
+            constant, slope = exact[i][j]
+            product = [constant * p + slope * q for p, q in zip([*product, Fraction(0)], [Fraction(0), *product], strict=True)]
+        for power, part in enumerate(product):
+            coefficients[power] += part
+    zero = torch.zeros_like(v)
+    value, series = chainrule.jet(torch.linalg.det, (a,), ([v, zero, zero],))
+    for order, found in enumerate([value, *series]):
+        wanted = float(coefficients[order] * math.factorial(order))
+        assert abs(float(found) - wanted) <= 1e-10 * (1 + abs(wanted))  # condition numbers of a few thousand

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from chainrule.dispatch import LightMode
@@ -17,7 +19,7 @@ aten = torch.ops.aten
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 #: Ops that update running statistics without saying so in their schema.
-_HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
+HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
 
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
@@ -56,7 +58,7 @@ class Recorder(LightMode):
     ) -> Any:
         """Run an op and append it."""
         kwargs = kwargs or {}
-        written = self._written(func, args, kwargs) if func._schema.is_mutable or func in _HIDDEN_WRITES else []
+        written = self._written(func, args, kwargs) if func._schema.is_mutable or func in HIDDEN_WRITES else []
         out = func(*args, **kwargs)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
@@ -102,7 +104,7 @@ class Recorder(LightMode):
         """The tensors that an op writes to. A constant that is about to be written becomes a copy of itself."""
         constants = self.program.constants
         written: list[torch.Tensor] = []
-        if func in _HIDDEN_WRITES:
+        if func in HIDDEN_WRITES:
             # Running statistics: the fourth and the fifth argument, if the sixth says that this is training.
             written.extend(t for t in args[3:5] if isinstance(t, torch.Tensor) and args[5])
         for position, argument in enumerate(func._schema.arguments):
@@ -244,7 +246,7 @@ class WholeRecorder(Recorder):
     """Records a whole call. Tensors that it meets on the way are inputs; what cannot be replayed is refused.
 
     Args:
-        leaves: the tensors that the call is given (no two of them the same object).
+        leaves: the tensors that the call is given.
         generators: the generators of random numbers that were there before the call, beside torch's own.
 
     Attributes:
@@ -252,13 +254,17 @@ class WholeRecorder(Recorder):
         random: whether random numbers are drawn.
         joined: whether one of the inputs requires grad.
         obstacle: why a replay could compute something else, although nothing had to be refused.
+        refusal: the first error of this kind that was raised, should the function catch it.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, leaves: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = ()) -> None:
         super().__init__(self._input)
         self.found: list[torch.Tensor] = []
         self.random = False
         self.obstacle = ""
+        self.refusal: CompileError | None = None
         # By address: torch hands generators over as other Python objects.
         self._states = {_address_of(g): (g, g.get_state()) for g in (torch.default_generator, *generators)}
         self._memory: set[int] = set()
@@ -270,11 +276,16 @@ class WholeRecorder(Recorder):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an op and append it."""
+        if not isinstance(func, OpOverload):
+            self.refuse(
+                f"torch's operator {func} on functions (torch.cond, torch.while_loop, scan ...) cannot be recorded. Use "
+                "torch.where, or call the function without compile."
+            )
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random:
             self._check_states((*args, *(kwargs or {}).values()))
         if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default and self._is_input(args[0]):
-            raise CompileError(f"chainrule.compile: {func} gives an argument, or a closed-over tensor, another shape or memory")
+            self.refuse(f"{func} gives an argument, or a closed-over tensor, another shape or memory")
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs)
         except (torch.linalg.LinAlgError, IndexError):
@@ -288,12 +299,26 @@ class WholeRecorder(Recorder):
                 self._memory.add(_address(made))
         return out
 
+    def refuse(self, why: str) -> NoReturn:
+        """Say why the call cannot be recorded.
+
+        Raises:
+            CompileError: always.
+        """
+        error = CompileError(f"chainrule.compile: {why}")
+        self.refusal = self.refusal or error
+        raise error
+
     def _check_states(self, given: Sequence[Any]) -> None:
         """Whether the state of a generator was set, or numbers drawn, by something that is not recorded."""
         if any(isinstance(item, torch.Generator) and _address_of(item) not in self._states for item in given):
             self.obstacle = "it draws from a generator of random numbers that it makes itself"
         elif any(not torch.equal(generator.get_state(), state) for generator, state in self._states.values()):
             self.obstacle = "it sets the state of a generator of random numbers (a seed)"
+
+    def is_given(self, tensor: Any) -> bool:
+        """Whether a tensor is an argument of the call."""
+        return isinstance(tensor, torch.Tensor) and self._numbers.get(id(tensor), self._count) < self._count
 
     def _is_input(self, tensor: Any) -> bool:
         staged = self.staged(tensor) if isinstance(tensor, torch.Tensor) else None
@@ -307,14 +332,14 @@ class WholeRecorder(Recorder):
     def _input(self, program: Program, tensor: torch.Tensor) -> Staged:
         number = self._numbers.get(id(tensor))
         if number is None and tensor.layout is torch.strided and tensor.numel() and _address(tensor) in self._memory:
-            raise CompileError(
-                "chainrule.compile: the values of a computed tensor were taken to another one in a way that torch does not show "
+            self.refuse(
+                "the values of a computed tensor were taken to another one in a way that torch does not show "
                 "(nn.Parameter(...), deepcopy, from_numpy). Use clone() or detach()."
             )
         if number is None:
             if tensor.__class__ is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter):
                 name = type(tensor).__name__
-                raise CompileError(f"chainrule.compile: a tensor of type {name} was used; only plain ones can be")
+                self.refuse(f"a tensor of type {name} was used; only plain ones can be")
             number = self._numbers[id(tensor)] = self._count + len(self.found)
             self.found.append(tensor)
             self.joined = self.joined or tensor.requires_grad
@@ -332,8 +357,8 @@ class WholeRecorder(Recorder):
 
     def _on_read(self, func: Any, read: list[Staged]) -> None:
         if any(staged.slot not in self.program.constants for staged in read):
-            raise CompileError(
-                f"chainrule.compile: {func} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "
+            self.refuse(
+                f"{func} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "
                 "cannot depend on values: use torch.where, or call the function without compile."
             )
 
@@ -343,13 +368,13 @@ class WholeRecorder(Recorder):
         elif torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
         else:
-            raise CompileError(
-                f"chainrule.compile: the shape of the result of {func} depends on values. A graph has fixed shapes: use "
+            self.refuse(
+                f"the shape of the result of {func} depends on values. A graph has fixed shapes: use "
                 "torch.where or a mask, or call the function without compile."
             )
 
     def _on_shared_write(self, func: Any) -> None:
-        raise CompileError(f"chainrule.compile: {func} writes to memory that several constants share")
+        self.refuse(f"{func} writes to memory that several constants share")
 
 
 class NoReads(TorchFunctionMode):
@@ -369,9 +394,18 @@ class NoReads(TorchFunctionMode):
         """Call a function of torch, if it leaves the values where they are."""
         if func in _HIDDEN_CALLS or (func in _CONVERSIONS and any(map(self._recorder.depends, _tensors(_read_by(func, args))))):
             name = getattr(func, "__name__", func)
-            raise CompileError(
-                f"chainrule.compile: {name} took the values of a tensor out of torch, or put others in; what Python or NumPy "
+            self._recorder.refuse(
+                f"{name} took the values of a tensor out of torch, or put others in; what Python or NumPy "
                 "computes would not be computed again. Compute it with torch, or call the function without compile."
+            )
+        if func in _PLACES and not _asked_by_chainrule() and any(map(self._recorder.depends, _tensors(args[:1]))):
+            self._recorder.refuse(
+                f"{getattr(func, '__name__', func)} asks where in memory a tensor lies, which is another place in each call "
+                "(pickle and torch.save ask, too). Call the function without compile."
+            )
+        if func in _GRAPHS and args and not _asked_by_chainrule() and self._recorder.is_given(args[0]):
+            self._recorder.refuse(
+                f"{_GRAPHS[func]} of an argument was read, which is not the same in each call. Call the function without compile."
             )
         return func(*args, **(kwargs or {}))
 
@@ -386,8 +420,27 @@ _CONVERSIONS = frozenset(
     }
 )  # fmt: skip
 
+#: Where a tensor lies in memory.
+_PLACES = frozenset(
+    {
+        torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.storage_offset,
+        torch.Tensor._typed_storage,  # type: ignore[attr-defined]
+    }
+)  # fmt: skip
+
+#: Properties by which a tensor is tied to what happened before.
+_GRAPHS: dict[Any, str] = {
+    getattr(torch.Tensor, name).__get__: name for name in ("is_leaf", "grad_fn", "_version", "output_nr")
+}
+
 #: Compute with values, or replace them, where the dispatcher does not see it.
 _HIDDEN_CALLS = frozenset({torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.data.__set__})  # type: ignore[attr-defined]
+
+
+def _asked_by_chainrule() -> bool:
+    """Whether a handler of this package, and not the function, has called what is looked at."""
+    caller: str = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.startswith("chainrule.")
 
 
 def _read_by(func: Any, args: tuple[Any, ...]) -> Any:

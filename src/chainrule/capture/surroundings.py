@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import operator
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.modules import module as torch_module
+
+from chainrule.capture.recorder import CompileError
 
 #: Values that are compared, where everything else is told apart by identity.
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, range)
@@ -39,8 +43,14 @@ _ARRAY = 1 << 16
 #: Hooks that run for all modules.
 _HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
-#: More than this many values are not watched.
+#: More values than these cannot be watched.
 _LIMIT = 20_000
+
+#: Containers with more entries are compared as a whole.
+_MANY = 64
+
+#: How code reads the environment of the process.
+_ENVIRONMENT = frozenset({"environ", "getenv", "environb", "getenvb"})
 
 
 class Surroundings:
@@ -48,11 +58,14 @@ class Surroundings:
 
     They are followed through closures, default arguments, the globals that the code names, bound objects with their
     attributes and classes, modules with their parameters and buffers, `functools.partial`, containers and arrays of NumPy.
-    Not followed: objects of the standard library and of extension types, arrays of more than 65536 elements, and whatever is
-    computed by calls (files, the time, Python's random numbers).
+    Not followed: objects of the standard library (but for `os.environ`) and of extension types, arrays of more than 65536
+    elements, and whatever is computed by calls (files, the time, Python's random numbers).
 
     Args:
         roots: the functions and other objects to start from.
+
+    Raises:
+        CompileError: if there are more than 20 000 of them.
 
     Attributes:
         changed: where something was replaced, in words, once :meth:`hold` has said no.
@@ -69,8 +82,14 @@ class Surroundings:
         self.tensors: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
         pending = [(root, "the function") for root in roots]
-        while pending and len(self._places) < _LIMIT:
+        while pending:
             item, where = pending.pop()
+            if len(self._places) > _LIMIT:
+                raise CompileError(
+                    f"chainrule.compile: the function reads more than {_LIMIT} values outside of its arguments (where counting "
+                    f"stopped: {where}). Each of them would have to be compared in each call: give them as arguments, put "
+                    "numbers into tensors, or call the function without compile."
+                )
             if id(item) in self._seen or isinstance(item, _PLAIN):
                 continue
             self._seen[id(item)] = item
@@ -107,6 +126,13 @@ class Surroundings:
         self._places.append((where, read, value))
 
     def _entries(self, table: Any, keys: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
+        keys = list(keys)
+        if len(keys) > _MANY and len(keys) == len(table):
+            mapping = hasattr(table, "values")
+            kept = (tuple(table), tuple(table.values())) if mapping else tuple(table)
+            self._equal(table, kept, where, _same_entries if mapping else _same_items)
+            yield from ((table[key], f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]") for key in keys)
+            return
         for key in keys:
             value = table[key]
             name = f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
@@ -142,6 +168,8 @@ class Surroundings:
                 self._equal(item, item.copy(), where, _same_arrays)
         elif isinstance(item, type):
             yield from self._class(item, where)
+        elif isinstance(item, type(os.environ)):
+            self._environment(where)
         elif not isinstance(item, (types.ModuleType, types.BuiltinFunctionType)):
             yield from self._object(item, where)
 
@@ -171,6 +199,11 @@ class Surroundings:
                     value = getattr(item, key)
                     self._watch(item, f".{key}", value, f"{where}.{key}", functools.partial(getattr, item, key))
                     yield value, f"{where}.{key}"
+
+    def _environment(self, where: str) -> None:
+        """Watch the variables of the process's environment."""
+        table = vars(os.environ)["_data"]
+        self._equal(table, dict(table), where, operator.eq)
 
     def _size(self, container: Any) -> None:
         self._conditions.append(f"len({self._name(container)}) == {len(container)}")
@@ -213,6 +246,8 @@ class Surroundings:
 
     def _named(self, module: types.ModuleType, names: set[str], where: str) -> Iterator[tuple[Any, str]]:
         """What the code may read of a module of the user."""
+        if module is os and not names.isdisjoint(_ENVIRONMENT):
+            self._environment("os.environ")
         if _is_library(module.__name__) or (id(module), frozenset(names)) in self._seen:
             return
         self._seen[id(module), frozenset(names)] = module
@@ -282,6 +317,14 @@ def _same(value: Any, other: Any) -> bool:
 
 def _same_arrays(array: Any, kept: Any) -> bool:
     return array.shape == kept.shape and array.dtype == kept.dtype and array.tobytes() == kept.tobytes()
+
+
+def _same_items(container: Any, kept: tuple[Any, ...]) -> bool:
+    return len(container) == len(kept) and all(map(operator.is_, container, kept))
+
+
+def _same_entries(table: Any, kept: tuple[tuple[Any, ...], tuple[Any, ...]]) -> bool:
+    return _same_items(table, kept[0]) and all(map(operator.is_, table.values(), kept[1]))
 
 
 def _equal_sets(container: set[Any], kept: frozenset[Any]) -> bool:

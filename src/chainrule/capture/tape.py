@@ -91,6 +91,7 @@ class Tape(LightMode):
     """
 
     takes_functions = True
+    supports_higher_order_operators = True
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True) -> None:
         super().__init__()
@@ -135,6 +136,11 @@ class Tape(LightMode):
         """What is known of ``op`` under this tape's policy."""
         facts = self._facts.get(id(op))
         if facts is None:
+            if not isinstance(op, OpOverload):
+                raise RuntimeError(
+                    f"chainrule cannot differentiate torch's operator {op} on functions (torch.cond, torch.while_loop, "
+                    "scan ...). Use torch.where, or branch in Python: a transform follows the branch that is taken."
+                )
             facts = self._facts[id(op)] = OpFacts(op, self.policy)
         return facts
 

@@ -28,6 +28,7 @@ class Account:
         eliminated: the slots in the order in which they are eliminated; empty if the network is contracted as a whole.
         steps: what the plan computes: label, shape, flops, bytes moved.
         memory: predicted bytes: ``recorded`` (values of the run that are kept), ``temporaries``, ``results``, ``peak``.
+        uncounted: the calls whose work space is not in these figures.
         blocks: of a sparse result, per block its slots, shape, entries, the arrays that its terms hold, and whether it is dense.
     """
 
@@ -45,6 +46,7 @@ class Account:
     eliminated: list[int] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    uncounted: list[str] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -80,5 +82,15 @@ def collecting(ledger: Ledger | None = None) -> Iterator[Ledger]:
     token = _LEDGER.set(ledger)
     try:
         yield ledger
+    finally:
+        _LEDGER.reset(token)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Run what is inside as if nobody collected accounts."""
+    token = _LEDGER.set(None)
+    try:
+        yield
     finally:
         _LEDGER.reset(token)

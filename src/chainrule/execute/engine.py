@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import undispatched
-from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
+from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
+from chainrule.execute.workspace import free, observe
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.algebra import AlgebraRequest, plan_algebra
 from chainrule.plan.elimination import Candidate
@@ -65,9 +67,9 @@ class CachedPlan:
         if found is None:
             found = tape.prepared[key] = (self, self.stages.prepare(tape.values)[1])
             if watch is not None:
-                watch.add_program(self.stages.prepared, kept=True)
+                watch.add_program(self.stages.memory(0, tape.values, seeds), kept=True)
         if watch is not None:
-            watch.add_program(self.stages.applied)
+            watch.add_program(self.stages.memory(1, tape.values, seeds))
         return dict(zip(self.keys, self.stages.apply(tape.values, found[1], seeds), strict=True))
 
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
@@ -81,7 +83,11 @@ class CachedPlan:
             if under is not None:
                 return dict(zip(self.keys, self._run_batched(values, seeds, *under), strict=True))
         if (watch := current_watch()) is not None:
+            if any(value.__class__ is BatchTensor for value in (*values, *seeds)):
+                found = _observed(watch, self.runner, values, seeds)
+                return dict(zip(self.keys, found, strict=True))
             source = self.runner.source_of  # type: ignore[attr-defined]
+            source.observe(values, seeds)
             spent = watch.spend(values, source.program.inputs) if values.__class__ is Spent else None
             watch.add_program(source.memory(spent))
         return dict(zip(self.keys, self.runner(values, seeds), strict=True))
@@ -103,13 +109,27 @@ class CachedPlan:
                 self.batched[key] = (compile_program(program, staged), flags) if staged else (None, [])
             return results
         batched_runner, flags = found
+        watch = current_watch()
         if batched_runner is None:
-            return runner(values, seeds)
-        if (watch := current_watch()) is not None:
-            watch.add_program(batched_runner.memory)  # type: ignore[attr-defined]
+            return runner(values, seeds) if watch is None else _observed(watch, runner, values, seeds)
+        if watch is not None:
+            source = batched_runner.source_of  # type: ignore[attr-defined]
+            with undispatched():
+                source.observe(tensors, ())
+            watch.add_program(source.memory())
         with undispatched():
             results = batched_runner(tensors, ())
         return wrap(results, flags, mode)
+
+
+def _observed(watch: Watch, runner: Runner, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Run a program that vmap takes op by op, some of them sample by sample: its memory is that of the run as a whole."""
+    if not free():
+        return runner(values, seeds)
+    results, space = observe(lambda: runner(values, seeds))
+    watch.add_program(Memory(space.results, space.results + space.work))
+    found: tuple[Any, ...] = results
+    return found
 
 
 class PlanCache:
@@ -196,7 +216,7 @@ def execute(
 
 def predicted(tape: Any, request: Request) -> Memory:
     """The memory of the plan of a request, which is made (and run) if it is not known."""
-    with watching() as watch:
+    with watching() as watch, uncollected():
         for _ in range(2):  # the first time plans
             execute(tape, request)
     return Memory(watch.results, watch.peak)
@@ -216,12 +236,13 @@ def _execute_accounted(
     """Plan anew, run, and put the account of it into the ledger."""
     planned = _planned(tape, request, seeds, compare=True)
     results = owned(planned.program, planned.results)
+    source = Source(planned.program, results)
+    source.observe(tape.values, seeds)
     ledger.accounts.append(
         account_of(
-            tape, request, planned.graph, planned.chosen, planned.candidates, planned.program.instructions,
-            Source(planned.program, results).memory(),
+            tape, request, planned.graph, planned.chosen, planned.candidates, planned.program.instructions, source.memory()
         )
-    )  # fmt: skip
+    )
     return {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
 
 
@@ -237,7 +258,7 @@ def account_of(
     """The account of a plan that ran."""
     taken = next((c for c in candidates if c.name == chosen), candidates[0] if candidates else None)
     watch = Watch()
-    watch.add_values([tape.values[s] for r in tape.records for s in r.outputs if s >= 0], [tape.values[s] for s in tape.inputs])
+    watch.add_run(tape)
     slots = dict.fromkeys((*request.inputs, *request.outputs))
     size = max((tape.values[slot].element_size() for slot in slots), default=4)
     return Account(
@@ -274,8 +295,9 @@ def account_of(
         if memory is None
         else {
             "recorded": watch.held, "temporaries": memory.temporaries, "results": memory.results,
-            "peak": watch.held + memory.peak,
+            "peak": max(watch.peak, watch.held + memory.peak),
         },
+        uncounted=[] if memory is None else list(memory.uncounted),
     )  # fmt: skip
 
 

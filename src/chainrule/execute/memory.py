@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from chainrule.capture.tape import Tape
+from chainrule.execute.workspace import Space, observable, of_run
 from chainrule.maps.staging import Instruction, Program, refs
 
 _convolution = torch.ops.aten.convolution.default
@@ -20,6 +23,16 @@ _CONVOLUTIONS = frozenset(
     {
         torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
         torch.convolution, _convolution, _convolution._op, torch.ops.aten.convolution_backward.default._op,
+    }
+)  # fmt: skip
+
+#: Functions, beside element-wise ones and views, that hold nothing but their results (on contiguous arguments).
+_WITHOUT_WORKSPACE = frozenset(
+    {
+        "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "matmul", "sum", "cat", "stack", "zeros", "ones", "full", "eye", "arange",
+        "empty", "zeros_like", "ones_like", "new_zeros", "new_empty", "new_full", "new_ones", "reshape", "contiguous", "to",
+        "gather", "index_select", "scatter_add", "scatter", "index_add", "where", "amax", "amin", "broadcast_to", "__getitem__",
+        "flatten", "outer", "diag_embed", "cumsum", "flip", "tril", "triu", "linear", "clone", "narrow", "embed_diagonals",
     }
 )  # fmt: skip
 
@@ -37,10 +50,12 @@ class Memory:
     Attributes:
         results: its results.
         peak: the most that it holds at once, results included.
+        uncounted: the calls whose work space is not known.
     """
 
     results: int
     peak: int
+    uncounted: tuple[str, ...] = ()
 
     @property
     def temporaries(self) -> int:
@@ -54,6 +69,7 @@ def predict(
     wanted: Sequence[int | None],
     copied: set[int],
     spent: Mapping[int, tuple[int, int]] | None = None,
+    inside: Mapping[int, Space] | None = None,
 ) -> Memory:
     """Predict what the instructions ``kept`` of a program allocate.
 
@@ -66,6 +82,7 @@ def predict(
         copied: the results (by number) that are copied at the end.
         spent: inputs (by slot) that nobody else holds, with the identity of their memory and its bytes: it is let go after
             the last use of the last of them.
+        inside: what the instructions allocate, by the first slot that each makes, where it was observed.
     """
     made: set[int] = {slot for instruction in kept for slot in instruction.outputs}
 
@@ -90,17 +107,21 @@ def predict(
     alive = {slot: size for _, slot, size in latest.values()}
     held = peak = sum(alive.values())
     for number, instruction in enumerate(kept):
-        for slot in instruction.outputs:
-            if slot == root(slot) and slot not in alive:
-                alive[slot] = size = _bytes(program, slot)
-                held += size
-        peak = max(peak, held + _inside(program, instruction))
+        own = [slot for slot in instruction.outputs if slot == root(slot) and slot not in alive]
+        sizes = [_bytes(program, slot) for slot in own]
+        space = (inside or {}).get(instruction.outputs[0]) if instruction.outputs else Space(0, 0)
+        if space is not None and sizes:
+            sizes[0] += max(space.results - sum(sizes), 0)
+        alive.update(zip(own, sizes, strict=True))
+        held += sum(sizes)
+        peak = max(peak, held + (_inside(program, instruction) if space is None else space.work))
         for slot in dying.get(number, ()):
             held -= alive.pop(slot, 0)
     extra = sum(_bytes(program, slot) for n, slot in enumerate(wanted) if n in copied and slot is not None)
     results = {root(slot) for n, slot in enumerate(wanted) if slot is not None and n not in copied}
     kept_bytes = sum(_bytes(program, slot) for slot in results if slot in made) + extra
-    return Memory(kept_bytes, max(peak, held + extra))
+    uncounted = [name for i in kept if i.outputs and i.outputs[0] not in (inside or {}) and (name := _unknown(i.function))]
+    return Memory(kept_bytes, max(peak, held + extra), tuple(dict.fromkeys(uncounted)))
 
 
 def _bytes(program: Program, slot: int) -> int:
@@ -108,8 +129,20 @@ def _bytes(program: Program, slot: int) -> int:
     return prod(kind[0]) * kind[1].itemsize if kind is not None else 0
 
 
+def _unknown(function: Any) -> str:
+    """The name of a function that needs work space of which nothing is known; empty for others."""
+    name: str = getattr(function, "__name__", str(function)).partition(".")[0]
+    if function in _CONVOLUTIONS or name in _WITHOUT_WORKSPACE:
+        return ""
+    if getattr(function, "__module__", "").startswith("chainrule.rules.opaque"):
+        return f"{name} of an opaque op"
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return "" if any(torch.Tag.pointwise in o.tags or o.is_view for o in overloads) else name
+
+
 def _inside(program: Program, instruction: Instruction) -> int:
-    """What a call allocates and frees itself."""
+    """What a call allocates and frees itself, where that was not observed."""
     if instruction.function not in _CONVOLUTIONS:
         return 0
     # The library computes in a layout of its own, of as many channels at a time as a register holds, and the result is
@@ -137,24 +170,35 @@ class Watch:
     storages: set[int] = field(default_factory=set)
     made: dict[int, int] = field(default_factory=dict)
 
-    def add_values(self, made: Sequence[Any], given: Sequence[Any]) -> None:
-        """A run has ended whose record holds the values ``made``; those ``given`` were there before."""
-        self.storages.update(_storage(value)[0] for value in given if isinstance(value, torch.Tensor))
-        for value in made:
-            if isinstance(value, torch.Tensor):
-                number, size = _storage(value)
-                if number not in self.storages:
-                    self.storages.add(number)
-                    self.made[number] = size
-                    self.held += size
+    def add_run(self, tape: Tape) -> None:
+        """A run has ended whose values its tape holds."""
+        spaces = of_run(tape) if observable() else [0] * len(tape.records)
+        outputs = {slot for record in tape.records for slot in record.outputs}
+        known = [n for n in range(len(tape.values)) if n not in outputs and not (tape.active[n] or _is_held_here(tape, n))]
+        self.storages.update(_storage(tape.values[n])[0] for n in (*tape.inputs, *known) if _is_tensor(tape.values[n]))
+        for slot in range(len(tape.values)):
+            if slot not in outputs:
+                self._add(tape.values[slot])
+        for record, space in zip(tape.records, spaces, strict=True):
+            for slot in record.outputs:
+                if slot >= 0:
+                    self._add(tape.values[slot])
+            self.peak = max(self.peak, self.held + space)
         self.peak = max(self.peak, self.held)
+
+    def _add(self, value: Any) -> None:
+        if _is_tensor(value):
+            number, size = _storage(value)
+            if number not in self.storages:
+                self.storages.add(number)
+                self.made[number] = size
+                self.held += size
 
     def add_program(self, memory: Memory, *, kept: bool = False) -> None:
         """A program has run; with `kept`, its results stay for programs that follow."""
         self.peak = max(self.peak, self.held + memory.peak)
         self.results = memory.results
         self.held += memory.results if kept else 0
-
 
     def spend(self, values: Sequence[Any], inputs: Mapping[Any, int]) -> dict[int, tuple[int, int]]:
         """The values of a run are given away to a program: what it takes, by its slots, with its memory and bytes."""
@@ -168,6 +212,22 @@ class Watch:
                     found[inputs[number]] = storage, self.made[storage]
         self.held -= sum(self.made.pop(storage) for storage in gone)
         return found
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _is_held_here(tape: Tape, slot: int) -> bool:
+    """Whether a constant of a run is held by its tape alone: then the run has made it."""
+    value = tape.values[slot]
+    views = tape.alias.pending if tape._alias is not None else ()
+    mine = sum(item is value for _, args, _, out in views for item in (*args, out))
+    # The tape's list, `value`, and the argument of the call.
+    if not _is_tensor(value) or sys.getrefcount(value) > 3 + mine or value.__class__ is not torch.Tensor:
+        return False
+    # Its tensor's, and that of the object that was asked.
+    return torch._C._storage_Use_Count(value.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:

@@ -10,7 +10,8 @@ import torch
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
-from chainrule.execute.simplify import root, shared_results, simplify
+from chainrule.execute.simplify import renamed, root, shared_results, simplify
+from chainrule.execute.workspace import Space, observable, of_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
@@ -26,6 +27,17 @@ _VIEWS = frozenset(
         torch.split, torch.Tensor.detach, torch.Tensor.contiguous, torch.atleast_1d, torch.swapaxes, torch.expand_copy,
     }
 )  # fmt: skip
+
+
+#: Calls that take no longer than reading and writing their tensors.
+_CHEAP = frozenset({torch.mul, torch.add, torch.sub, torch.rsub, torch.neg, torch.addcmul})
+
+#: From this size on, in bytes, memory counts more than a call.
+_LARGE = 1 << 16
+
+#: How many such calls may take the place of a value that is kept, and within how many calls it is kept after a use.
+_LONGEST = 2
+_NEAR = 8
 
 
 class Spent(list[Any]):
@@ -98,7 +110,6 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
     lines = ["def run(tape, seeds):", *inputs, *names, source.returned(range(len(source.wanted)))]
     runner: Runner = source.compiled(lines, "run")
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
-    runner.memory = source.memory()  # type: ignore[attr-defined]
     runner.source_of = source  # type: ignore[attr-defined]
     return runner
 
@@ -110,14 +121,19 @@ class Stages(NamedTuple):
         prepare: from the tape values, what does not depend on the seeds: the results that come first, and what the second
             part needs.
         apply: from the tape values, what the first part left, and the seeds: the other results.
-        prepared: the memory of the first part.
-        applied: the memory of the second part.
+        source: the program.
+        parts: for each part its instructions, its results, and those of them (by number) that are copied at the end.
     """
 
     prepare: Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]
     apply: Callable[[Sequence[Any], tuple[Any, ...], Sequence[torch.Tensor]], tuple[Any, ...]]
-    prepared: Memory
-    applied: Memory
+    source: Source
+    parts: tuple[tuple[list[Instruction], list[int | None], set[int]], ...]
+
+    def memory(self, part: int, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> Memory:
+        """What a run of one part on these values allocates."""
+        self.source.observe(tape, seeds)
+        return predict(self.source.program, *self.parts[part], inside=self.source.inside)
 
 
 def compile_stages(program: Program, results: Sequence[Staged | None], first: int = 0) -> Stages | None:
@@ -145,6 +161,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     if not early and not first:
         return None
     numbers = range(len(source.wanted))
+    rest = _computed_late(source, early, rest)
     made = {slot for instruction in early for slot in instruction.outputs}
     read = {slot for instruction in rest for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
     later = [source.wanted[number] for number in numbers[first:]]
@@ -153,6 +170,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     source.copied.update(n for n in numbers[first:] if wanted[n] is not None and wanted[n] not in late)
     passed = sorted(made & (read | {slot for slot in later if slot is not None}))
     kept = [*(source.wanted[number] for number in numbers[:first]), *passed]
+    early = _read_by(early, kept)
     given = ", ".join(f"v{slot}" for slot in passed)
     prepared = source.returned(numbers[:first])[len("    return ") :]
     used_early = {slot for i in early for slot in refs((i.args, tuple(i.kwargs.values())))}
@@ -168,9 +186,75 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     return Stages(
         source.compiled(lines, "prepare"),
         source.compiled(lines, "apply"),
-        predict(program, early, kept, {n for n in source.copied if n < first}),
-        predict(program, rest, later, copied),
+        source,
+        ((early, kept, {n for n in source.copied if n < first}), (rest, later, copied)),
     )
+
+
+def _computed_late(source: Source, early: list[Instruction], rest: list[Instruction]) -> list[Instruction]:
+    """The second part of a program, with values computed where they are read in place of being kept for it.
+
+    These are large values that one or two cheap calls make of what the second part reads anyhow. What is read again much
+    later is computed again.
+
+    Args:
+        source: the program.
+        early: its first part.
+        rest: its second part.
+    """
+    program = source.program
+    recipes = _recipes(source, early, {slot for i in rest for slot in _reads(i)})
+    found: list[Instruction] = []
+    copies: dict[int, tuple[int, int]] = {}
+    for number, instruction in enumerate(rest):
+        names: dict[int, int] = {}
+        for slot in _reads(instruction):
+            if slot not in recipes:
+                continue
+            copy, used = copies.get(slot, (-1, -_NEAR - 1))
+            if number - used > _NEAR:
+                inner: dict[int, int] = {}
+                for part in recipes[slot]:
+                    copy = inner[part.outputs[0]] = program.new_slot()
+                    program.kinds[copy] = program.kinds[part.outputs[0]]
+                    found.append(renamed(part, inner)._replace(outputs=(copy,)))
+            copies[slot] = copy, number
+            names[slot] = copy
+        found.append(renamed(instruction, names) if names else instruction)
+    return found
+
+
+def _recipes(source: Source, early: list[Instruction], late: set[int]) -> dict[int, tuple[Instruction, ...]]:
+    """How those values of the first part are computed that need not be kept for the second, which reads ``late``."""
+    made = {slot for instruction in early for slot in instruction.outputs}
+    fixed = (late & {*source.program.inputs.values()}) | source.constants.keys()
+    wanted = {slot for slot in source.wanted if slot is not None}
+    found: dict[int, tuple[Instruction, ...]] = {}
+    for instruction in early:
+        slot = instruction.outputs[0] if len(instruction.outputs) == 1 else -1
+        if slot not in late or slot in wanted or instruction.function not in _CHEAP or instruction.keep:
+            continue
+        kind, read = source.program.kinds.get(slot), set(_reads(instruction))
+        if kind is None or kind[0].numel() * kind[1].itemsize < _LARGE or not read <= fixed | (late & made):
+            continue
+        recipe = {part.outputs[0]: part for r in sorted(read) for part in found.get(r, ())}
+        if len(recipe) < _LONGEST:
+            found[slot] = (*recipe.values(), instruction)
+    return found
+
+
+def _reads(instruction: Instruction) -> list[int]:
+    return refs((instruction.args, tuple(instruction.kwargs.values())))
+
+
+def _read_by(instructions: list[Instruction], wanted: Sequence[int | None]) -> list[Instruction]:
+    """Those instructions that some results need."""
+    needed, found = set(wanted), list[Instruction]()
+    for instruction in reversed(instructions):
+        if instruction.keep or not needed.isdisjoint(instruction.outputs):
+            needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            found.append(instruction)
+    return found[::-1]
 
 
 class Source:
@@ -187,10 +271,23 @@ class Source:
         self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
+        # What the instructions allocate, once it was observed.
+        self.inside: dict[int, Space] = {}
 
     def memory(self, spent: Mapping[int, tuple[int, int]] | None = None) -> Memory:
         """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`)."""
-        return predict(self.program, self.kept, self.wanted, self.copied, spent)
+        return predict(self.program, self.kept, self.wanted, self.copied, spent, self.inside)
+
+    def observe(self, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> None:
+        """Find out the work space of the instructions on these values, where that is possible and not known yet."""
+        if all(i.outputs[0] in self.inside for i in self.kept if i.outputs) or not observable():
+            return
+        given = {
+            slot: tape[key] if isinstance(key, int) else seeds[key[1]]
+            for key, slot in self.program.inputs.items()
+            if slot in self.used and (isinstance(key, int) or key[1] < len(seeds))
+        }
+        self.inside.update(of_instructions(self.kept, {**given, **self.constants}) or {})
 
     def of_inputs(self) -> set[int]:
         """The results (by number) that are inputs or views of them."""

@@ -86,19 +86,17 @@ def _as_view(program: Program, instruction: Instruction) -> Instruction:
 
 def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[int]) -> list[Instruction]:
     """Leave out views of the shape that their argument has; results stay tensors of their own."""
-    renamed: dict[int, int] = {}
+    names: dict[int, int] = {}
     own = set(wanted)
     left: list[Instruction] = []
     for instruction in kept:
-        if renamed:
-            args = _renamed(instruction.args, renamed)
-            kwargs = {name: _renamed(item, renamed) for name, item in instruction.kwargs.items()}
-            instruction = instruction._replace(args=args, kwargs=kwargs)
+        if names:
+            instruction = renamed(instruction, names)
         if instruction.function in _SHAPINGS and isinstance(instruction.args[0], Ref):
             (out,), source = instruction.outputs, instruction.args[0].slot
             kind, before = program.kinds.get(out), program.kinds.get(source)
             if out not in own and kind is not None and before is not None and kind[0] == before[0]:
-                renamed[out] = source
+                names[out] = source
                 continue
         left.append(instruction)
     return left
@@ -247,24 +245,24 @@ def _share(
     instructions: Sequence[Instruction], own: set[int], copies: dict[int, int], memory: _Memory
 ) -> list[Instruction]:
     """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
-    renamed: dict[int, int] = {}
+    names: dict[int, int] = {}
     known: dict[Any, tuple[int, ...]] = {}
     transposed: dict[tuple[int, frozenset[Any]], int] = {}
     kept: list[Instruction] = []
     for instruction in instructions:
-        args, kwargs = _renamed(instruction.args, renamed), {k: _renamed(v, renamed) for k, v in instruction.kwargs.items()}
-        instruction = instruction._replace(args=args, kwargs=kwargs)
+        instruction = renamed(instruction, names)
+        args, kwargs = instruction.args, instruction.kwargs
         if not own.isdisjoint(instruction.outputs) or instruction.keep or not instruction.outputs or memory.touched(instruction):
             kept.append(instruction)
             continue
         if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
-            renamed[instruction.outputs[0]] = renamed.get(source, source)
+            names[instruction.outputs[0]] = names.get(source, source)
             continue
         if instruction.function in _TRANSPOSES and isinstance(args[0], Ref) and not kwargs:
             # A matrix transposed twice is the matrix.
             dimensions = frozenset(args[1:])
             if (source := transposed.get((args[0].slot, dimensions))) is not None:
-                renamed[instruction.outputs[0]] = source
+                names[instruction.outputs[0]] = source
                 continue
             transposed[instruction.outputs[0], dimensions] = args[0].slot
         try:
@@ -277,8 +275,14 @@ def _share(
             known[key] = instruction.outputs
             kept.append(instruction)
         else:
-            renamed.update(zip(instruction.outputs, earlier, strict=True))
+            names.update(zip(instruction.outputs, earlier, strict=True))
     return kept
+
+
+def renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
+    """The same instruction on values of other names."""
+    kwargs = {name: _renamed(item, names) for name, item in instruction.kwargs.items()}
+    return instruction._replace(args=_renamed(instruction.args, names), kwargs=kwargs)
 
 
 def _renamed(tree: Any, names: dict[int, int]) -> Any:

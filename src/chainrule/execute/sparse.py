@@ -175,6 +175,7 @@ def _execute_accounted(tape: Any, request: SparseRequest, ledger: Ledger) -> Fou
         plan = make_plan(planned)
     asked = Request("sparse", request.inputs, request.outputs, request.order)
     source = plan.values.runner.source_of  # type: ignore[union-attr]
+    source.observe(tape.values, ())
     account = account_of(tape, asked, planned.graph, planned.chosen, planned.candidates, source.kept, source.memory())
     account.blocks = planned.blocks
     ledger.accounts.append(account)

@@ -166,6 +166,8 @@ def _account_text(account: Account, number: int, count: int) -> str:
             f"  memory: {bytes_of['recorded']} of recorded values, {bytes_of['temporaries']} of temporaries and "
             f"{bytes_of['results']} of results; {bytes_of['peak']} at the peak"
         )
+    if account.uncounted:
+        lines.append(f"    not counted: the work space of {', '.join(account.uncounted)}")
     for block in account.blocks:
         rows, columns = block["shape"]
         share = 100 * block["entries"] / max(rows * columns, 1)
@@ -174,7 +176,8 @@ def _account_text(account: Account, number: int, count: int) -> str:
         lines.append(f"  block {rows} × {columns}: {block['entries']} entries, {kind}; terms hold {arrays}")
     names = Counter(call["call"] for call in account.calls)
     listed = ", ".join(f"{name}×{times}" if times > 1 else name for name, times in names.items())
-    lines.append(f"  program: {len(account.calls)} calls ({listed})")
+    count = len(account.calls)
+    lines.append(f"  program: {count} call{'' if count == 1 else 's'}" + (f" ({listed})" if listed else ""))
     return "\n".join(lines)
 
 

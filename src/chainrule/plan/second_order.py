@@ -23,7 +23,7 @@ import torch
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, add_maps, compose, densify
 from chainrule.maps.nodes import Node, leaf
-from chainrule.maps.staging import Instruction, Program
+from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, Term, dims_of, identity, new_axes
 from chainrule.plan import elimination
 from chainrule.plan.elimination import Candidate
@@ -171,13 +171,15 @@ class Contracted(NamedTuple):
         results: for each input slot, a scalar (or a tensor of the input's shape); an input without curvature is left out.
         graph: the ops between the inputs and the output.
         candidate: what the contraction costs, without the pullback.
-        calls: the calls of the contraction.
+        program: the calls of the contraction.
+        staged: its results.
     """
 
     results: dict[int, torch.Tensor]
     graph: Graph
     candidate: Candidate
-    calls: list[Instruction]
+    program: Program
+    staged: list[Staged]
 
 
 def second_order(
@@ -188,7 +190,6 @@ def second_order(
     workspace = make_workspace(tape, (*inputs, output))
     needed = curvatures(tape, inputs, output, seed, workspace, recording)
     slots = list(dict.fromkeys(slot for c in needed for slot in (c.first, c.second)))
-    results: dict[int, torch.Tensor] = {}
     program = Program()
     nodes: dict[tuple[int, int], Node] = {}
     for source in dict.fromkeys(inputs):
@@ -203,10 +204,10 @@ def second_order(
             nodes[output, source] = densify(total, workspace)
     whole = build_graph(_Part(tape, records), list(dict.fromkeys(inputs)), [output], workspace)
     candidate = elimination.measure(Candidate("curvatures", nodes))
-    for (_, source), node in nodes.items():
-        results[source] = node.force(program).value
+    staged = {source: node.force(program) for (_, source), node in nodes.items()}
+    results = {source: made.value for source, made in staged.items()}
     workspace.memo.clear()
-    return Contracted(results, whole, candidate, program.instructions)
+    return Contracted(results, whole, candidate, program, list(staged.values()))
 
 
 __all__ = ["Curvature", "curvatures", "second_order"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from chainrule.calls import col2im
 from chainrule.maps.contract import Merge, permute
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
@@ -94,7 +95,7 @@ class Geometry:
         size, kernel = [*lead, *self.input], [*lead, *self.kernel]
         dilation, stride = [*lead, *self.dilation], [*lead, *self.stride]
         padding = [*(0 for _ in lead), *self.padding]
-        summed = aten.col2im.default(columns, size, kernel, dilation, padding, stride)
+        summed = columns.program.call(col2im, columns, size, kernel, dilation, padding, stride)
         return torch.reshape(summed, (count, inner, *self.input))
 
     def taps(self, d: int, device: torch.device) -> torch.Tensor:

@@ -34,20 +34,24 @@ def _cofactors(call: Call, program: Program) -> Staged:
     if size == 3:
         return torch.linalg.cross(torch.roll(matrix, -1, -2), torch.roll(matrix, -2, -2), dim=-1)
     determinant = call.stage_output(program).reshape((*matrix.shape[:-2], 1, 1))
-    singular = determinant == 0
+    # Singular to the last digit: the inverse has no digits then. (The factors may be those of the transposed matrix.)
+    pivots = torch.abs(torch.diagonal(call.stage_output(program, 1), 0, -2, -1))
+    least = torch.amax(torch.abs(matrix), (-2, -1)) * (size * torch.finfo(matrix.dtype).eps)
+    singular = (torch.amin(pivots, -1) <= least).unsqueeze(-1).unsqueeze(-1)
     regular = torch.where(singular, identity_like(program, matrix, size), matrix)
     inverse = torch.linalg.inv_ex(regular)[0]
-    # Where A is singular, the first derivative is still a number; the square root marks those of higher order as undefined.
-    undefined = torch.sqrt(torch.where(singular, determinant, 1.0))
+    # There, the first derivative is still a number; the square root marks those of higher order as undefined.
+    undefined = torch.sqrt(torch.where(singular, determinant - determinant.detach(), 1.0))
     return torch.where(singular, _singular_cofactors(program, matrix.detach()) + undefined, transposed(inverse) * determinant)
 
 
 def _singular_cofactors(program: Program, matrix: Staged) -> Staged:
-    """``det A · A⁻ᵀ`` from a factorisation in which a pivot that is zero has become a tiny one."""
+    """``det A · A⁻ᵀ`` from one factorisation, in which a pivot that is zero has become a tiny one."""
     size = matrix.shape[-1]
     factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     diagonal = torch.diagonal(factors, 0, -2, -1)
-    tiny = torch.amax(torch.abs(matrix), (-2, -1)).unsqueeze(-1) * torch.finfo(matrix.dtype).eps
+    limits = torch.finfo(matrix.dtype)
+    tiny = torch.clamp(torch.amax(torch.abs(matrix), (-2, -1)).unsqueeze(-1) * limits.eps, limits.tiny)
     shift = torch.where(diagonal == 0, torch.broadcast_to(tiny, diagonal.shape), 0.0)
     places = program.constant(torch.arange(1, size + 1, dtype=torch.int32, device=matrix.device))
     swaps = torch.sum((pivots != places).to(torch.int64), -1)

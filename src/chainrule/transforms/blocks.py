@@ -9,7 +9,8 @@ import torch
 
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
-from chainrule.transforms.jacobians import Chunks, check_real, row_blocks, rows_within
+from chainrule.transforms.budget import rows_within
+from chainrule.transforms.jacobians import Chunks, check_real, row_blocks
 from chainrule.transforms.trace import trace
 
 #: Rows per block when neither ``rows`` nor ``max_memory`` is given: as many as take this many bytes.

@@ -276,14 +276,26 @@ class _Compiled:
         """Run the function on aliases of its arguments; they are returned with what they stand for."""
         leaves, spec = tree_flatten((args, kwargs))
         given: list[tuple[torch.Tensor, torch.Tensor]] = []
+        aliases: dict[int, torch.Tensor] = {}
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
-                leaves[number] = alias = aten.alias.default(leaf)
+                alias = aliases.get(id(leaf))
+                if alias is None:
+                    alias = aliases[id(leaf)] = aten.alias.default(leaf)
+                leaves[number] = alias
                 given.append((alias, leaf))
         called, named = tree_unflatten(leaves, spec)
         recorder = WholeRecorder([alias for alias, _ in given], generators)
-        with NoReads(recorder), recorder:
-            result = self.function(*called, **named)
+        try:
+            with NoReads(recorder), recorder:
+                result = self.function(*called, **named)
+        except Exception as error:
+            # TorchScript gives errors another type.
+            if recorder.refusal is None or isinstance(error, CompileError):
+                raise
+            raise recorder.refusal from error
+        if recorder.refusal is not None:
+            raise recorder.refusal  # the function has caught it, and went on some other way
         recorder.finish()
         return result, recorder, given
 
@@ -339,9 +351,11 @@ def _key(leaves: Sequence[Any], spec: Any) -> Any:
         torch.get_default_device() if torch._C._len_torch_function_stack() else None,
         *(torch.get_autocast_dtype(d) for d in _AUTOCAST if torch.is_autocast_enabled(d)),
     ]  # fmt: skip
+    count = 0
     for leaf in leaves:
         kind = leaf.__class__
         if kind in _PLAIN_TENSORS:
+            count += 1
             if leaf.layout is not torch.strided or leaf.is_conj() or leaf.is_neg():
                 return None
             parts += (leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.requires_grad)
@@ -349,7 +363,15 @@ def _key(leaves: Sequence[Any], spec: Any) -> Any:
             return None
         else:
             parts.append(_static(leaf))
+    if count > 1 and len(set(map(id, leaves))) < len(leaves):
+        parts.append(_repeated(leaves))
     return tuple(parts)
+
+
+def _repeated(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Which of the tensors are one object: for each the number of the first such."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(leaf), n) for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
 
 
 def _static(value: Any) -> Any:

@@ -11,10 +11,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from chainrule.dispatch import entry_point
-from chainrule.execute.engine import predicted
-from chainrule.execute.memory import Watch, current_watch, free_memory, parse_bytes
-from chainrule.plan.planner import Request
+from chainrule.execute.memory import current_watch, free_memory, parse_bytes
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.budget import result_bytes, rows_within
 from chainrule.transforms.hessian_map import hessian_transform
 from chainrule.transforms.jacobian_map import operator_transform
 from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
@@ -483,60 +482,6 @@ def _by_columns(traced: Traced, cast: str, shown: Callable[..., Any]) -> dict[An
                 columns = assembled.result()
                 found[slot, block.slot] = columns.reshape(*columns.shape[:-1], *leaf.shape)
     return found
-
-
-def result_bytes(traced: Traced, number: int, cast: str) -> int:
-    """The size of the Jacobians of one output with respect to all inputs."""
-    out = traced.out_leaves[number]
-    size = 0
-    for leaf in traced.in_leaves:
-        size += leaf.numel() * (out if cast == "output" else leaf).itemsize
-    return out.numel() * size
-
-
-def rows_within(traced: Traced, number: int, order: str, cast: str, budget: int, name: str, *, whole: bool) -> int:
-    """How many rows of an output's Jacobians can be computed at once.
-
-    The plans of two and of four rows are made, and what they need is extrapolated.
-
-    Args:
-        traced: the run.
-        number: the output.
-        order: the order of accumulation.
-        cast: whose dtype the result has.
-        budget: how many bytes may be allocated, the record of the run and the blocks included.
-        name: the transform's name.
-        whole: whether a result of full size is allocated beside the budget (which all rows at once are written to).
-
-    Raises:
-        MemoryError: if not even one row fits.
-    """
-    out = traced.out_leaves[number]
-    total = out.numel()
-    if total <= 4:
-        return max(total, 1)
-    inputs = tuple(traced.in_slots)
-    few, more = (
-        predicted(traced.tape, Request("jacobian", inputs, (traced.rows(number, size).slot,), order, (), cast)).peak
-        for size in (2, 4)
-    )
-    held = Watch()
-    tape = traced.tape
-    held.add_values([tape.values[s] for r in tape.records for s in r.outputs if s >= 0], traced.in_leaves)
-    each = max((more - few) / 2, 1.0)
-    fixed = max(few - 2 * each, 0) + held.held
-    size = result_bytes(traced, number, cast)
-    if whole and fixed + each * total - size <= budget:
-        return total
-    if not whole:
-        each += size / total  # the caller holds a block while the next one is computed
-    rows = int((budget - fixed) / each)
-    if rows < 1:
-        raise MemoryError(
-            f"{name}: one row of the Jacobian needs about {int(fixed + each)} bytes ({int(fixed)} of them for the record of the "
-            f"function's run), more than max_memory={budget}"
-        )
-    return min(rows, total)
 
 
 def check_real(traced: Traced, func: Callable[..., Any], name: str, cast: str) -> None:

@@ -372,7 +372,12 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
     if plan.stages is None:
         plan.compile()
     assert plan.stages is not None
-    values, stages = traced.tape.values, plan.stages
+    # Of the values of the run only those stay that the plan reads: the run serves nothing else.
+    stages = plan.stages
+    needed = {key for key, slot in stages.source.program.inputs.items() if slot in stages.source.used} | {*plan.sources}
+    values: list[Any] = [value if number in needed else None for number, value in enumerate(traced.tape.values)]
+    traced.tape.values = []
+    traced.tape.forget()
     prepared: dict[Any, tuple[Any, Any]] = {}
 
     def prepare() -> tuple[Any, Any]:
@@ -381,13 +386,13 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
         if found is None:
             found = prepared[key] = stages.prepare(values)
             if (watch := current_watch()) is not None:
-                watch.add_program(stages.prepared, kept=True)
+                watch.add_program(stages.memory(0, values, ()), kept=True)
         return found
 
     def call(seeds: tuple[torch.Tensor, ...]) -> Any:
         found = stages.apply(values, prepare()[1], seeds)
         if (watch := current_watch()) is not None:
-            watch.add_program(stages.applied)
+            watch.add_program(stages.memory(1, values, seeds))
         later = plan.sources[plan.first :]
         leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
         return tree_unflatten(leaves, plan.spec)

@@ -12,6 +12,7 @@ from chainrule.capture.tape import Tape
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import UNCACHED, current_ledger
 from chainrule.execute.engine import account_of, execute
+from chainrule.execute.replay import Source
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import Contracted, second_order
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
@@ -192,8 +193,11 @@ def write_account(tape: Tape, inputs: list[int], output: int, contracted: Contra
         return
     kind = "hessian_diagonal" if diagonal else "laplacian"
     request = Request(kind, tuple(inputs), (output,))
+    source = Source(contracted.program, contracted.staged)
+    source.observe(tape.values, ())
+    calls = contracted.program.instructions
     ledger.accounts.append(
-        account_of(tape, request, contracted.graph, "curvatures", [contracted.candidate], contracted.calls)
+        account_of(tape, request, contracted.graph, "curvatures", [contracted.candidate], calls, source.memory())
     )
 
 

@@ -178,8 +178,7 @@ def trace(
     numbers_to_values(tape)
     out_leaves, out_spec = flatten_outputs(output, transform, function)
     if (watch := current_watch()) is not None:
-        made = [tape.values[slot] for record in tape.records for slot in record.outputs if slot >= 0]
-        watch.add_values(made, [*tape.values[: len(aliases)], *(v for n, v in enumerate(tape.values) if not tape.active[n])])
+        watch.add_run(tape)
     out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
     return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
 

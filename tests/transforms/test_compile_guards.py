@@ -1,0 +1,198 @@
+"""What a compiled function may read beside values: guarded, or refused with a clear error; never replayed wrongly."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from os import environ
+from typing import Any
+
+import pytest
+import torch
+
+import chainrule
+from chainrule import CompileError
+
+Tensor = torch.Tensor
+X = torch.tensor([1.0, 2.0, 3.0])
+KNOWN = torch.tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * float(os.environ["CHAINRULE_TEST"]),
+        lambda x: x * float(os.getenv("CHAINRULE_TEST", "1")),
+        lambda x: x * float(environ["CHAINRULE_TEST"]),
+    ],
+)
+def test_the_environment_is_watched(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = chainrule.compile(function)
+    for value in ("2", "5", "2", "5"):
+        monkeypatch.setenv("CHAINRULE_TEST", value)
+        torch.testing.assert_close(compiled(X), X * float(value))
+    assert compiled.cache_info().misses == 2
+
+
+def test_arguments_that_are_one_object() -> None:
+    def function(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return a + 2 * b + (100 * c if a is b else c)
+
+    compiled = chainrule.compile(function)
+    y = X + 1
+    for args in ((X, X, y), (X, y, X), (y, X, X), (X, X, X), (X, X.clone(), y)):
+        for _ in range(3):
+            torch.testing.assert_close(compiled(*args), function(*args))
+    assert compiled.cache_info().misses == 5 and compiled.cache_info().hits == 10
+
+
+def test_a_write_to_an_argument_is_seen_through_the_same_argument() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        a.add_(1)
+        return b * 2
+
+    compiled = chainrule.compile(function)
+    for _ in range(3):
+        a, b = X.clone(), X.clone()
+        torch.testing.assert_close(compiled(a, a), 2 * (X + 1))
+        torch.testing.assert_close(a, X + 1)
+        torch.testing.assert_close(compiled(a, b), 2 * X)
+
+
+def test_an_argument_is_no_closed_over_object() -> None:
+    """Documented: inside, an argument is a new object for the same memory, even where it is closed over as well."""
+    compiled = chainrule.compile(lambda x: x * 2 if x is KNOWN else x * 3)
+    for x in (KNOWN, X):
+        torch.testing.assert_close(compiled(x), x * 3)
+
+
+def save(x: Tensor) -> Any:
+    stream = io.BytesIO()
+    torch.save(x, stream)
+    stream.seek(0)
+    return torch.load(stream) * 2
+
+
+PLACES: dict[str, Callable[[Tensor], Any]] = {
+    "data_ptr": lambda x: x * float(x.data_ptr() % 128 == 0),
+    "storage_offset": lambda x: x + x.storage_offset(),
+    "untyped_storage": lambda x: x * x.untyped_storage().nbytes(),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)) * 2,  # noqa: S301 - its own
+    "save": save,
+    "deepcopy": lambda x: copy.deepcopy(x) * 2,
+    "version": lambda x: x * x._version,
+    "is_leaf": lambda x: x * 2 if x.is_leaf else x * 3,
+    "grad_fn": lambda x: x * 2 if x.grad_fn is None else x * 3,
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_lies_behind_a_tensor_is_refused(name: str) -> None:
+    compiled = chainrule.compile(PLACES[name])
+    for _ in range(2):
+        with pytest.raises(CompileError):
+            compiled(X)
+
+
+def test_asking_inside_of_constants_and_results_is_no_obstacle() -> None:
+    def function(x: Tensor) -> Tensor:
+        kept = torch.arange(3.0)
+        if not kept.data_ptr() or kept.storage_offset():
+            raise ValueError
+        y = x * 2
+        if not y.is_leaf or y.grad_fn is not None:
+            raise ValueError
+        return y + kept
+
+    compiled = chainrule.compile(function)
+    for x in (X, X + 1):
+        torch.testing.assert_close(compiled(x), 2 * x + torch.arange(3.0))
+
+
+def test_a_refusal_that_the_function_catches_is_a_refusal() -> None:
+    def function(x: Tensor) -> Tensor:
+        try:
+            return x.sin() if x.sum() > 0 else x.cos()
+        except Exception:
+            return x.tan()
+
+    with pytest.raises(CompileError, match="read the value"):
+        chainrule.compile(function)(X)
+
+
+def branching(x: Tensor) -> Any:
+    return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+
+def test_operators_on_functions_are_refused() -> None:
+    with pytest.raises(CompileError, match=r"torch\.cond"):
+        chainrule.compile(branching)(X)
+    with pytest.raises(RuntimeError, match=r"torch\.cond.*torch\.where"):
+        chainrule.jacobian(branching)(X)
+
+
+def test_scripted_functions() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+
+        @torch.jit.script
+        def branch(x: Tensor) -> Tensor:
+            if bool(x.sum() > 0):
+                return x.sin()
+            return x.cos()
+
+        traced = torch.jit.trace(lambda x: x.sin() * 2, X)  # type: ignore[no-untyped-call]
+    with pytest.raises(CompileError, match="read the value"):
+        chainrule.compile(lambda x: branch(x) * 2)(X)
+    compiled = chainrule.compile(chainrule.grad(lambda x: traced(x).sum()))
+    for x in (X, -X):
+        torch.testing.assert_close(compiled(x), 2 * x.cos())
+
+
+def test_a_device_around_and_inside() -> None:
+    def inside(x: Tensor) -> Any:
+        with torch.device("meta"):
+            shape = torch.zeros(4)
+        return x * 2, shape
+
+    compiled = chainrule.compile(inside)
+    for x in (X, X + 1):
+        doubled, shape = compiled(x)
+        torch.testing.assert_close(doubled, 2 * x)
+        assert shape.device.type == "meta" and shape.shape == (4,)
+    around = chainrule.compile(lambda x: (x * 2, torch.zeros(3)))
+    assert around(X)[1].device.type == "cpu"
+    with torch.device("meta"):
+        assert around(X)[1].device.type == "meta"
+    assert around(X)[1].device.type == "cpu"
+
+
+NESTED = {number: [number] for number in range(25_000)}
+SCALE = {"s": 1.0}
+
+
+def test_large_tables_are_watched_as_a_whole() -> None:
+    numbers = [float(number) for number in range(30_000)]
+    words = {f"word {number}": number for number in range(30_000)}
+    compiled = chainrule.compile(lambda x: x * numbers[29_999] + words["word 7"])
+    torch.testing.assert_close(compiled(X), X * 29_999.0 + 7)
+    numbers[29_999] = 3.0
+    torch.testing.assert_close(compiled(X), X * 3.0 + 7)
+    words["word 7"] = 8
+    torch.testing.assert_close(compiled(X), X * 3.0 + 8)
+    words["another"] = 8
+    torch.testing.assert_close(compiled(X), X * 3.0 + 8)
+    assert compiled.cache_info().misses == 4
+    torch.testing.assert_close(compiled(X), X * 3.0 + 8)
+    assert compiled.cache_info().hits == 1
+
+
+def test_more_than_can_be_watched_is_an_error() -> None:
+    compiled = chainrule.compile(lambda x: x * SCALE["s"] + len(NESTED))
+    for _ in range(2):
+        with pytest.raises(CompileError, match="20000 values outside of its arguments"):
+            compiled(X)
