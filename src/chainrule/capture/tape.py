@@ -250,7 +250,7 @@ class Tape(LightMode):
                 if out is not NotImplemented:
                     return out
             joins = self.joins(args)
-            if joins and facts.composite and not facts.is_view:
+            if joins and facts.composite:
                 with again(self):
                     return func.decompose(*args, **(kwargs or {}))
             if joins or facts.is_view:
@@ -272,6 +272,10 @@ class Tape(LightMode):
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
+                if facts.direct is not None and not joins:
+                    out = facts.direct(self._run_part, *args, **(kwargs or {}))
+                    if out is not NotImplemented:
+                        return out
                 with again(self):
                     return expansion(*args, **(kwargs or {}))
             finally:
@@ -288,6 +292,10 @@ class Tape(LightMode):
         if not facts.inactive and not self.is_blocked():
             self._record(facts, args, kwargs, out)
         return out
+
+    def _run_part(self, op: OpOverload, *args: Any) -> Any:
+        """Run and record an op that is a part of another one, inside of the handler."""
+        return self.__torch_dispatch__(op, (), args)
 
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op, and record the op."""
