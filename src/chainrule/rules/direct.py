@@ -81,9 +81,9 @@ def nll_loss(run: Run, input: Tensor, target: Tensor, reduction: int, ignored: i
     classes = 0 if input.dim() == 1 else 1
     # What depends on the targets alone is a constant: it is not recorded.
     kept = torch.ne(target, ignored)
-    place = target.where(kept, target.new_zeros(())).unsqueeze(classes)
+    place = (target * kept).unsqueeze(classes)
     nothing = torch.zeros((), dtype=input.dtype, device=input.device)
-    total = nothing if reduction not in (_MEAN, _SUM) else kept.sum().to(input.dtype)
+    total = nothing if reduction not in (_MEAN, _SUM) else kept.sum(dtype=input.dtype)
     scale = -total if reduction == _MEAN else nothing - 1
     picked = run(aten.squeeze.dim, run(aten.gather.default, input, classes, place), classes)
     picked = run(aten.where.self, kept, picked, nothing)
