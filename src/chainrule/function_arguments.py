@@ -119,11 +119,14 @@ def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
     if not rank:
         return None
     size = tensor.shape[dim]
-    if index.__class__ is int:
+    if isinstance(index, int):
         return (aten.select.int, (tensor, dim, index)) if -size <= index < size else None
-    start, stop, step = index.start, index.stop, index.step
-    start, stop, step = 0 if start is None else start, sys.maxsize if stop is None else stop, 1 if step is None else step
-    if not (start.__class__ is stop.__class__ is step.__class__ is int) or step < 1 or (start == 0 and stop >= size and step == 1):
+    start = 0 if index.start is None else index.start
+    stop = sys.maxsize if index.stop is None else index.stop
+    step = 1 if index.step is None else index.step
+    if not (start.__class__ is stop.__class__ is step.__class__ is int) or step < 1:
+        return None
+    if start == 0 and stop >= size and step == 1:  # the tensor itself
         return None
     return aten.slice.Tensor, (tensor, dim, start, stop, step)
 

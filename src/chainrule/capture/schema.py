@@ -58,8 +58,8 @@ class OpFacts:
     """
 
     __slots__ = (
-        "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out", "is_view",
-        "joined", "numbers", "op", "whole", "writes",
+        "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
+        "is_view", "joined", "numbers", "op", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
