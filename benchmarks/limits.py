@@ -27,8 +27,12 @@ LIMITS: dict[str, str] = {
     "product and `col2im`, a scatter in the layout that the convolution reads. Tried and dropped: masks before the scatter "
     "(slower gradients of weights). Not done: blocks of rows inside a plan.",
     "B6": "the same convolutions as torch.func's, grouped for the weights; what is left is recording in Python. Slower by "
-    "measurement: patches and batched products, a loop over samples.",
+    "measurement: patches and batched products, a loop over samples. Kept: parts of composite ops, views and numbers beside "
+    "batched tensors are run by the vmap without a way through torch's dispatcher.",
     "B7": "recording in Python, about 5 µs an op, and some 15 small calls for the cross-entropy.",
+    "B7t": "recording in Python: 46 ops, most of them small views inside of `multi_head_attention_forward`; the replay alone is "
+    "as fast as torch.autograd. Kept: dropout of nothing is no op, composite ops are recorded in parts in one pass, torch's "
+    "Python functions are entered so that the calls in them are taken early.",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
     "hand.",
     "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",

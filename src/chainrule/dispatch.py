@@ -13,6 +13,8 @@ from torch.utils import _python_dispatch as modes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule.calls import CONSTANTS, shared_constant
+from chainrule.function_arguments import READINGS
+from chainrule.function_bodies import body_of
 from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
@@ -135,31 +137,50 @@ class LightMode(Handler, TorchDispatchMode):
         """
         return NotImplemented
 
+    def run_op(self, op: Any, args: tuple[Any, ...]) -> Any:
+        """Run an op with positional arguments, under the same conditions as :meth:`run_function`."""
+        return NotImplemented
+
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Take a function of the table, if this mode is the innermost one."""
+        """Take a function of the tables, if this mode is the innermost one."""
         function = TABLE.get(func)
-        if function is None:
+        reading = READINGS.get(func)
+        if function is None and reading is None:
             if func in MAKING_GRAPHS:
                 mode: LightMode | None = self
                 while mode is not None:
                     mode.graphs, mode = True, mode.below
-            return func(*args, **kwargs) if kwargs else func(*args)
-        if (
-            (types and not all([kind.__torch_function__ is _NO_FUNCTIONS for kind in types]))  # classes with their own way
-            or _count() != self._depth  # another dispatch mode is inside of this one
-            or _functorch_level() is not None
-            or (kwargs and kwargs not in NEUTRAL)
-        ):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        # Excluding its key keeps torch from the handlers in a third of the time of taking the mode off the stack.
-        _exclude(_PYTHON, True)
-        try:
-            out = self.run_function(function, args)
-        finally:
-            _exclude(_PYTHON, False)
-        if out is NotImplemented:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        return out
+                return func(*args, **kwargs) if kwargs else func(*args)
+            body = body_of(func)
+            if body is None or not self._takes(types):
+                return func(*args, **kwargs) if kwargs else func(*args)
+            _push_function(self)
+            try:
+                return body(*args, **kwargs) if kwargs else body(*args)
+            finally:
+                _pop_function()
+        if self._takes(types):
+            # Excluding its key keeps torch from the handlers in a third of the time of taking the mode off the stack.
+            _exclude(_PYTHON, True)
+            try:
+                out = NotImplemented
+                if function is not None and (not kwargs or kwargs in NEUTRAL):
+                    out = self.run_function(function, args)
+                if out is NotImplemented and reading is not None and (read := reading(args, kwargs or {})) is not None:
+                    out = self.run_op(*read)
+            finally:
+                _exclude(_PYTHON, False)
+            if out is not NotImplemented:
+                return out
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _takes(self, types: Any) -> bool:
+        """Whether calls on tensors of these types may be taken."""
+        return (
+            (not types or all([kind.__torch_function__ is _NO_FUNCTIONS for kind in types]))  # no class with its own way
+            and _count() == self._depth  # no other dispatch mode is inside of this one
+            and _functorch_level() is None
+        )
 
     def __enter__(self) -> Self:
         _push(self)

@@ -162,3 +162,19 @@ EXPECTED = {
 def test_operator_database() -> None:
     """Nothing in PyTorch's operator database is wrong or fails where torch.func answers."""
     assert set(sweep(lambda name: True)) <= EXPECTED
+
+
+def test_one_pullback_for_all_tensors() -> None:
+    """The cotangents of all arguments of an opaque op come from one run of torch's formula."""
+    lstm = torch.nn.LSTM(3, 4, batch_first=True)
+    parameters = {name: p.detach() for name, p in lstm.named_parameters()}
+    x = torch.randn(2, 5, 3)
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = chainrule.functional_call(lstm, parameters, (x,))[0]
+        return (out**2).sum()
+
+    report = chainrule.explain(chainrule.grad(loss))(parameters)
+    assert sum(call["call"] == "pull" for account in report.accounts for call in account.calls) == 1
+    expected = torch.func.grad(lambda p: (torch.func.functional_call(lstm, p, (x,))[0] ** 2).sum())(parameters)
+    torch.testing.assert_close(chainrule.grad(loss)(parameters), expected)

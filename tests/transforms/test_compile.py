@@ -578,3 +578,16 @@ def test_whole_graph_under_torch_compile_is_a_clear_error() -> None:
     compiled = torch.compile(lambda x: chainrule.jacrev(field)(x) + 1, fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled(randn(4))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind: Callable[..., nn.Module]) -> None:
+    """One recording serves all calls, although the layers list their parameters anew in each."""
+    layer = kind(3, 4, batch_first=True).double()
+    gradient = chainrule.grad(lambda p, x: (chainrule.functional_call(layer, p, (x,))[0] ** 2).sum())
+    compiled = chainrule.compile(gradient)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    for _ in range(4):
+        x = randn(2, 5, 3)
+        same(compiled(parameters, x), gradient(parameters, x))
+    assert compiled.cache_info().misses == 1

@@ -200,6 +200,38 @@ class VmapMode(LightMode):
         tensor.level = self
         return tensor
 
+    def run_op(self, op: Any, args: tuple[Any, ...]) -> Any:
+        """Run an op on the stored tensors by its strategy, where no other mode and no autograd has to see it."""
+        entry = _ENTRIES.get(id(op)) or entry_of(op)
+        strategy = entry.strategy
+        if strategy is None or entry.random or self._always_guard or self.graphs:
+            return NotImplemented
+        inner: list[Any] = []
+        batched = False
+        for arg in args:
+            if isinstance(arg, Tensor):
+                value: Any = arg
+                if arg.__class__ is BatchTensor:
+                    if arg.level is not self or arg.requires_grad:
+                        return NotImplemented
+                    value = arg = arg.inner
+                    if arg.__class__ is Batched:
+                        batched, value = True, arg.value
+                if value.requires_grad or value.is_complex():
+                    return NotImplemented
+            inner.append(arg)
+        if not batched:
+            return NotImplemented
+        if entry.aliases:
+            # Autograd has to see views: a write through one is a write to the other.
+            with _ForceDispatchKeyGuard(self._include, self._exclude):
+                result = strategy(op, inner, {}, self.size)
+        else:
+            result = strategy(op, inner, {}, self.size)
+        if result.__class__ is Batched:
+            return wrap_batched(result, self)
+        return result if result is NotImplemented else self._wrap(result)
+
     def _stored_beside(self, value: Tensor, items: tuple[Any, ...], function: Function) -> list[Any] | None:
         """The other arguments of a function as they stand beside the stored tensor of the first; None for its own way."""
         found: list[Any] = []
@@ -221,9 +253,13 @@ class VmapMode(LightMode):
                 item = item.value
             if item.requires_grad or item.dtype is not value.dtype:
                 return None
-            # Element by element, both carry the batch. A product along the last dimension has it before all others.
-            fits = item.dim() == value.dim() if function.pointwise else value.dim() > 1 and (found or item.dim() == 2)
-            if batched is not function.pointwise or not fits:
+            if function.pointwise:
+                # Element by element: one without the batch broadcasts against the last dimensions.
+                fits = item.dim() == value.dim() if batched else item.dim() < value.dim()
+            else:
+                # A product along the last dimension has the batch before all others.
+                fits = not batched and value.dim() > 1 and (bool(found) or item.dim() == 2)
+            if not fits:
                 return None
             found.append(item)
         return found

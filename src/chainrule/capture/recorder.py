@@ -21,6 +21,9 @@ _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 #: Ops that update running statistics without saying so in their schema.
 HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
 
+#: Ops whose answer to Python depends on the kind of tensor only, not on its values.
+_QUERIES = frozenset({aten.cudnn_is_acceptable.default})
+
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
 #: Larger constants (in elements) are made anew in each run: indices and masks, and numbers.
@@ -60,6 +63,8 @@ class Recorder(LightMode):
         kwargs = kwargs or {}
         written = self._written(func, args, kwargs) if func._schema.is_mutable or func in HIDDEN_WRITES else []
         out = func(*args, **kwargs)
+        if func in _QUERIES:
+            return out
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
         # Without a result: a write, or a check that raises.

@@ -23,6 +23,12 @@ class Policy(Protocol):
     def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...]], bool] | None:
         """For an op with an expansion: which calls are recorded as they are all the same."""
 
+    def direct(self, op: OpOverload) -> Callable[..., Any] | None:
+        """A function of ``run(op, *args)`` and the arguments that computes the op by others, each run by ``run``.
+
+        It returns NotImplemented, with nothing run, for calls that it does not take.
+        """
+
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """Such a function for calls that torch's own autograd has to reach through."""
 
@@ -41,6 +47,7 @@ class OpFacts:
         argument_names: the positional argument names, in order.
         inactive: whether the outputs are constants for differentiation.
         expansion: the composite form that is recorded instead of the op, or None.
+        direct: a composite form whose parts are handed to the tape one by one, or None.
         whole: which calls of an op that has an expansion are recorded as they are.
         joined: the composite form that is recorded when an argument requires grad, or None.
         composite: whether torch defines the op as a composition of others.
@@ -51,8 +58,8 @@ class OpFacts:
     """
 
     __slots__ = (
-        "argument_names", "call", "common", "composite", "expansion", "fast", "functional", "inactive", "is_out", "is_view",
-        "joined", "numbers", "op", "whole", "writes",
+        "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
+        "is_view", "joined", "numbers", "op", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -69,10 +76,11 @@ class OpFacts:
         self.inactive = not self.writes and policy.is_inactive(op)
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.whole = policy.whole(op)
+        self.direct = None if self.writes or self.expansion is None else policy.direct(op)
         self.composite = op._can_decompose() and not self.writes
         self.joined = None if self.writes else policy.joined_expansion(op)
         parts = self.joined is not None or self.expansion is not None
-        self.common = not (parts or self.writes or self.inactive or (self.is_view and (self.composite or not schema.arguments)))
+        self.common = not (parts or self.writes or self.inactive or (self.is_view and not schema.arguments))
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

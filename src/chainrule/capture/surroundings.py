@@ -32,10 +32,13 @@ _OF_CLASSES = frozenset(
     {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "_abc_impl"}
 )
 
-#: What torch keeps in each module for itself.
+#: What torch keeps in each module for itself; recurrent layers list their parameters anew where these are replaced.
 _OF_MODULES = frozenset(
-    {"_non_persistent_buffers_set", "_load_state_dict_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"}
-)
+    {
+        "_non_persistent_buffers_set", "_load_state_dict_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+        "_flat_weights", "_flat_weight_refs",
+    }
+)  # fmt: skip
 
 #: Arrays of NumPy with more elements are not compared.
 _ARRAY = 1 << 16

@@ -53,6 +53,9 @@ _FACTS: dict[Any, dict[int, OpFacts]] = {}
 _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
+_count_modes = torch._C._len_torch_dispatch_stack
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_PYTHON = torch._C.DispatchKey.Python
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 #: Slots are made once: they stand in every record.
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
@@ -260,7 +263,7 @@ class Tape(LightMode):
                 if out is not NotImplemented:
                     return out
             joins = self.joins(args)
-            if joins and facts.composite and not facts.is_view:
+            if joins and facts.composite:
                 with again(self):
                     return func.decompose(*args, **(kwargs or {}))
             if joins or facts.is_view:
@@ -282,6 +285,10 @@ class Tape(LightMode):
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
+                if facts.direct is not None and not joins:
+                    out = facts.direct(self._run_part, *args, **(kwargs or {}))
+                    if out is not NotImplemented:
+                        return out
                 with again(self):
                     return expansion(*args, **(kwargs or {}))
             finally:
@@ -298,6 +305,19 @@ class Tape(LightMode):
         if not facts.inactive and not self.is_blocked():
             self._record(facts, args, kwargs, out)
         return out
+
+    def _run_part(self, op: OpOverload, *args: Any) -> Any:
+        """Run and record an op that is a part of another one, inside of the handler."""
+        if self.below is not None and _count_modes() == self._depth - 1:
+            # The next mode takes the op itself, if it is one that can.
+            _exclude(_PYTHON, True)
+            try:
+                out = self.run_op(op, args)
+            finally:
+                _exclude(_PYTHON, False)
+            if out is not NotImplemented:
+                return out
+        return self.__torch_dispatch__(op, (), args)
 
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op, and record the op."""
@@ -323,6 +343,22 @@ class Tape(LightMode):
         if below is None:
             return self._run_plain(facts, args, _run_function, function)
         return self._run_plain(facts, args, below.run_function, function)
+
+    def run_op(self, op: OpOverload, args: tuple[Any, ...]) -> Any:
+        """Run an op, and record it."""
+        facts = self._facts.get(id(op)) or self.facts(op)
+        if not facts.common or _any_autocast():
+            return NotImplemented
+        if self.below is None:
+            return self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+        return self._run_plain(facts, args, self._run_below)
+
+    def _run_below(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        assert self.below is not None
+        out = self.below.run_op(facts.op, args)
+        if facts.is_view and out is not NotImplemented:
+            self.alias.pending.append((facts.op, args, None, out))
+        return out
 
     def _run_view(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         # Autograd must see views, so that writes through them are counted as writes.

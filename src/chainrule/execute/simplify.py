@@ -112,7 +112,7 @@ def _fold(
         read = refs((instruction.args, tuple(instruction.kwargs.values())))
         made = bool(read) or instruction.function in _CREATIONS
         made = made and not instruction.keep and not memory.touched(instruction)
-        if made and len(instruction.outputs) == 1 and fixed.issuperset(read):
+        if made and len(instruction.outputs) == 1 and not instruction.is_tuple and fixed.issuperset(read):
             kind = program.kinds.get(instruction.outputs[0])
             if kind is not None and kind[0].numel() <= _FOLDED:
                 fixed.add(instruction.outputs[0])

@@ -26,6 +26,9 @@ aten = torch.ops.aten
 def reduce_dims(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
     """A reduction over a list of dimensions, where None or an empty list means all."""
     plan = plan_of(func)
+    if not kwargs and len(args) > 1 and plan.names[1] == "dim" and args[1] and args[1].__class__ is list and args[0].rank:
+        rank = args[0].rank
+        return mark(func(args[0].value, [wrap_dim(dim, rank) + 1 for dim in args[1]], *args[2:]))
     values = dict(zip(plan.names, args, strict=False))
     values.update(kwargs)
     source = values[plan.names[0]]

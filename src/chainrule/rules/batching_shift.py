@@ -204,7 +204,10 @@ def view(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> B
     shape = resolve_size(shape, source.shape.numel())
     if math.prod(shape) != source.shape.numel():
         raise RuntimeError(f"shape '{list(shape)}' is invalid for input of size {source.shape.numel()}")
-    return Batched(func(source.value, [size, *shape]))
+    value = source.value
+    if func is aten._unsafe_view.default:
+        return Batched(func(value, [size, *shape]))
+    return Batched(value.reshape([size, *shape]) if func is aten.reshape.default else value.view([size, *shape]))
 
 
 def reshape_alias(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:

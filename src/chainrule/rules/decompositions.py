@@ -11,8 +11,8 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
-from chainrule.dispatch import without_innermost
 from chainrule.rules import attention, layers
+from chainrule.rules.direct import has_classes, nll_loss
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -32,7 +32,7 @@ def composite(op: OpOverload) -> Callable[..., Any] | None:
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     """Dropout with the draw that torch makes on the same device (fused on accelerators, one bernoulli else)."""
     if not train or p == 0 or input.numel() == 0:
-        return input.clone() if p == 0 and train else input
+        return input
     if p == 1:
         return input * torch.zeros((), dtype=input.dtype, device=input.device)
     if input.device.type == "cuda":
@@ -122,7 +122,7 @@ def _linear_cross_entropy_no_reduction(
     return _linear_cross_entropy(input, linear_weight, target, linear_bias, weight, "none", ignore_index, 0.0)[0]
 
 
-_MEAN, _SUM = 1, 2
+_MEAN = 1
 
 
 def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -131,29 +131,17 @@ def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: in
     if weight is not None or low or self.dim() == 0 or self.shape[:1] != (target.shape[:1] or self.shape[:1]):
         full: tuple[Tensor, Tensor] = _TORCH_NLL(self, target, weight, reduction, ignore_index)
         return full
-    classes = 0 if self.dim() == 1 else 1
-    with without_innermost():  # what depends on the targets alone is a constant
-        kept = torch.ne(target, ignore_index)
-        place = target.where(kept, target.new_zeros(())).unsqueeze(classes)
-        nothing = torch.zeros((), dtype=self.dtype, device=self.device)
-        total = nothing if reduction not in (_MEAN, _SUM) else kept.sum().to(self.dtype)
-        scale = -total if reduction == _MEAN else nothing - 1
-    picked = torch.where(kept, self.gather(classes, place).squeeze(classes), nothing)
-    if reduction not in (_MEAN, _SUM):
-        return picked * scale, total
-    return picked.sum() / scale, total
+    return nll_loss(_call, self, target, reduction, ignore_index)
 
 
-def _has_classes(self: Tensor, target: Tensor) -> bool:
-    """Whether the targets are one class each, of the shape that the logits ask for."""
-    whole = not (target.dtype.is_floating_point or target.dtype.is_complex)
-    return whole and self.dim() > 0 and target.shape == (self.shape[1:1] if self.dim() == 1 else self.shape[:1] + self.shape[2:])
+def _call(op: OpOverload, *args: Any) -> Any:
+    return op(*args)
 
 
 def _nll_loss_nd(
     self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignore_index: int = -100
 ) -> Tensor:
-    if not _has_classes(self, target):
+    if not has_classes(self, target):
         raised: Tensor = _COMPOSITE_NLL(self, target, weight, reduction, ignore_index)
         return raised
     return _nll_loss(self, target, weight, reduction, ignore_index)[0]
@@ -168,7 +156,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The softmax cross-entropy with one class for each sample; torch's own parts for every other case."""
-    if label_smoothing or weight is not None or not _has_classes(self, target):
+    if label_smoothing or weight is not None or not has_classes(self, target):
         full: Tensor = _COMPOSITE_CROSS_ENTROPY(self, target, weight, reduction, ignore_index, label_smoothing)
         return full
     logarithms = aten._log_softmax.default(self, 0 if self.dim() == 1 else 1, False)

@@ -102,8 +102,12 @@ def _fill(tree: Any, tensors: list[torch.Tensor]) -> Any:
     return tree
 
 
-def _strip(tensor: torch.Tensor) -> torch.Tensor:
+def _strip(tensor: Any) -> Any:
     """Leave torch's autograd graph while staying the same value for every tape."""
+    if isinstance(tensor, tuple):
+        return tuple(_strip(item) for item in tensor)
+    if not tensor.requires_grad:
+        return tensor
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return aten.alias.default(tensor)
 
@@ -206,8 +210,8 @@ def _autograd_keys() -> Any:
 _AUTOGRAD_KEYS = _autograd_keys()
 
 
-def apart(action: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """Run an action that differentiates by torch's autograd.
+def apart(action: Callable[..., Any], *arguments: Any) -> Any:
+    """Run an action that differentiates by torch's autograd and returns a tensor or a tuple of them.
 
     The graph that it makes stays inside. The result, and what tapes record on the way to it, has a graph only where one
     of the arguments brought one along.
@@ -224,56 +228,54 @@ def apart(action: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
             pass
     with torch.enable_grad():
         result = action(*arguments)
-    return result if joined or not result.requires_grad else _strip(result)
+    return result if joined else _strip(result)
 
 
 class OpaqueAction:
-    """Pullback and pushforward of one op with respect to one of its tensors.
+    """Pullback and pushforward of one output of an op.
+
+    The pullback gives the cotangents of all tensors that are differentiated at once: they share one run of torch's formula.
 
     Args:
         template: the call.
-        number: which of its tensors is differentiated.
+        numbers: which of its tensors are differentiated.
         output: which of its outputs.
     """
 
-    def __init__(self, template: _Template, number: int, output: int) -> None:
+    def __init__(self, template: _Template, numbers: Sequence[int], output: int) -> None:
         self.template = template
-        self.number = number
+        self.numbers = tuple(numbers)
         self.output = output
 
-    def pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Cotangents ``(R, *out_shape)`` to cotangents ``(R, *in_shape)``."""
-        return apart(self._pull, rows, *tensors)
+    def pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cotangents ``(R, *out_shape)`` to cotangents ``(R, *in_shape)`` of each tensor that is differentiated."""
+        pulled: tuple[torch.Tensor, ...] = apart(self._pull, rows, *tensors)
+        return pulled
 
-    def push(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Tangents ``(R, *in_shape)`` to tangents ``(R, *out_shape)``."""
-        return apart(self._push, rows, *tensors)
+    def push(self, number: int, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Tangents ``(R, *in_shape)`` of one tensor to tangents ``(R, *out_shape)``."""
+        pushed: torch.Tensor = apart(self._push, number, rows, *tensors)
+        return pushed
 
-    def _run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The op's output and the leaf it is differentiated by."""
-        aliases = [t if i != self.number else aten.alias.default(t) for i, t in enumerate(tensors)]
-        leaf = aliases[self.number]
-        if not leaf.requires_grad:
-            leaf.requires_grad_()
+    def _run(self, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The op's output and the leaves it is differentiated by."""
+        aliases = [aten.alias.default(t) if i in numbers else t for i, t in enumerate(tensors)]
+        leaves = [aliases[number] for number in numbers]
+        for leaf in leaves:
+            if not leaf.requires_grad:
+                leaf.requires_grad_()
         out = self.template.run(aliases)
-        return (out if isinstance(out, torch.Tensor) else out[self.output]), leaf
+        return (out if isinstance(out, torch.Tensor) else out[self.output]), leaves
 
-    def _pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        out, leaf = self._run(tensors)
-        pulled = [self._pull_one(out, leaf, row) for row in rows.unbind(0)]
-        return torch.stack(pulled) if pulled else rows.new_zeros((0, *leaf.shape))
+    def _pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, leaves = self._run(tensors, self.numbers)
+        pulled = [_pull_one(out, leaves, row) for row in rows.unbind(0)]
+        if not pulled:
+            return tuple(rows.new_zeros((0, *leaf.shape)) for leaf in leaves)
+        return tuple(torch.stack(found) for found in zip(*pulled, strict=True))
 
-    def _pull_one(self, out: torch.Tensor, leaf: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        if not out.requires_grad:
-            return torch.zeros_like(leaf)
-        row = row if row.dtype == out.dtype else row.to(out.dtype)
-        (pulled,) = torch.autograd.grad(out, leaf, row, retain_graph=True, create_graph=True, allow_unused=True)
-        if pulled is None:
-            return torch.zeros_like(leaf)
-        return pulled.to_dense() if pulled.layout != torch.strided else pulled
-
-    def _push(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        out, leaf = self._run(tensors)
+    def _push(self, number: int, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        out, (leaf,) = self._run(tensors, (number,))
         try:
             return self._push_transposed(out, leaf, rows)
         except (RuntimeError, NotImplementedError):
@@ -283,7 +285,7 @@ class OpaqueAction:
         if not out.requires_grad:
             return rows.new_zeros((rows.shape[0], *out.shape))
         probe = torch.zeros_like(out).requires_grad_()
-        pulled = self._pull_one(out, leaf, probe)
+        (pulled,) = _pull_one(out, [leaf], probe)
         if not pulled.requires_grad:
             raise NotImplementedError("the backward formula is not differentiable")
         pushed = []
@@ -297,11 +299,23 @@ class OpaqueAction:
     def _push_dense(self, out: torch.Tensor, leaf: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         count = out.numel()
         basis = torch.eye(count, dtype=out.dtype, device=out.device).reshape(count, *out.shape)
-        local = torch.stack([self._pull_one(out, leaf, row) for row in basis.unbind(0)])
+        local = torch.stack([_pull_one(out, [leaf], row)[0] for row in basis.unbind(0)])
         if local.is_complex():
             local = local.conj()
         flat = rows.reshape(rows.shape[0], -1).to(local.dtype) @ local.reshape(count, -1).t()
         return flat.reshape(rows.shape[0], *out.shape)
+
+
+def _pull_one(out: torch.Tensor, leaves: Sequence[torch.Tensor], row: torch.Tensor) -> list[torch.Tensor]:
+    """The cotangents of the leaves from one of the output."""
+    if not out.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    row = row if row.dtype == out.dtype else row.to(out.dtype)
+    pulled = torch.autograd.grad(out, leaves, row, retain_graph=True, create_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if found is None else found.to_dense() if found.layout != torch.strided else found
+        for found, leaf in zip(pulled, leaves, strict=True)
+    ]
 
 
 def opaque_edges(call: Call) -> Iterable[Edge]:
@@ -312,19 +326,23 @@ def opaque_edges(call: Call) -> Iterable[Edge]:
             yield from edges
             return
     template = _Template(call)
-    for number, item in enumerate(template.tensors):
-        if not call.is_active(item):
+    numbers = [number for number, item in enumerate(template.tensors) if call.is_active(item)]
+    for output, slot in enumerate(call.outputs):
+        if slot < 0 or not _is_float(call.tensor(slot)):
             continue
-        for output, slot in enumerate(call.outputs):
-            if slot < 0 or not _is_float(call.tensor(slot)):
-                continue
-            action = OpaqueAction(template, number, output)
+        action = OpaqueAction(template, numbers, output)
+        for place, number in enumerate(numbers):
+            item = template.tensors[number]
 
-            def push(c: Call, program: Program, rows: Staged, count: int, a: OpaqueAction = action) -> Staged:
-                return program.call(a.push, rows, *[c.stage(program, t) for t in a.template.tensors])
+            def push(
+                c: Call, program: Program, rows: Staged, count: int, a: OpaqueAction = action, n: int = number
+            ) -> Staged:
+                pushed: Staged = program.call(a.push, n, rows, *[c.stage(program, t) for t in a.template.tensors])
+                return pushed
 
-            def pull(c: Call, program: Program, rows: Staged, count: int, a: OpaqueAction = action) -> Staged:
-                return program.call(a.pull, rows, *[c.stage(program, t) for t in a.template.tensors])
+            def pull(c: Call, program: Program, rows: Staged, count: int, a: OpaqueAction = action, n: int = place) -> Staged:
+                pulled: Staged = program.call(a.pull, rows, *[c.stage(program, t) for t in a.template.tensors])[n]
+                return pulled
 
             size = call.tensor(item).numel() + call.tensor(slot).numel()
             yield operator_edge(call, item, push, pull, (), size, output)

@@ -30,6 +30,7 @@ from chainrule.rules import (
 )
 from chainrule.rules.base import Rule
 from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, LATE_DECOMPOSITIONS, composite
+from chainrule.rules.direct import DIRECT
 from chainrule.rules.opaque import opaque_rule
 
 
@@ -97,6 +98,10 @@ class Rules:
     def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...]], bool] | None:
         """For an op that has a composite form: which calls are recorded whole nevertheless."""
         return WHOLE.get(op)
+
+    def direct(self, op: OpOverload) -> Callable[..., Any] | None:
+        """A composite form whose parts are run one by one, without a way through torch's dispatcher for each of them."""
+        return DIRECT.get(op)
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""

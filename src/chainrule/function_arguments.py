@@ -1,0 +1,163 @@
+"""Torch's functions that name dimensions and sizes, as a user spells them, and the op that each spelling is.
+
+``x.view(2, 3)``, ``x.view((2, 3))`` and ``x.view(size=(2, 3))`` are one op with one list of arguments. A *reading* takes the
+arguments of a call and returns that op with its positional arguments, or None for spellings that it leaves to torch's
+dispatcher (which also reports the errors).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+#: From the arguments of a function to the op and its arguments.
+Reading = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, tuple[Any, ...]] | None]
+
+
+def _sizes(op: Any) -> Reading:
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        if kwargs or len(args) < 2:
+            return None
+        sizes = args[1] if len(args) == 2 and args[1].__class__ is not int else args[1:]
+        if not isinstance(sizes, (tuple, list)) or not all([size.__class__ is int for size in sizes]):
+            return None
+        return op, (args[0], list(sizes))
+
+    return read
+
+
+def _places(op: Any, count: int) -> Reading:
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        if kwargs or len(args) != count + 1 or not all([place.__class__ is int for place in args[1:]]):
+            return None
+        return op, args
+
+    return read
+
+
+def _swapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    return (aten.transpose.int, (args[0], -2, -1)) if len(args) == 1 and args[0].dim() > 1 else None
+
+
+def _turned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    return (aten.transpose.int, (args[0], 0, 1)) if len(args) == 1 and args[0].dim() == 2 else None
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    if kwargs or len(args) > 3:
+        return None
+    first, last = args[1] if len(args) > 1 else 0, args[2] if len(args) > 2 else -1
+    if first.__class__ is not int or last.__class__ is not int:
+        return None
+    shape = args[0].shape
+    rank = len(shape)
+    first, last = (first + rank if first < 0 else first), (last + rank if last < 0 else last)
+    if not 0 <= first < last < rank:
+        return None
+    return aten.reshape.default, (args[0], [*shape[:first], shape[first : last + 1].numel(), *shape[last + 1 :]])
+
+
+def _along(op: Any, *after: Any) -> Reading:
+    """A function of one dimension, without a dtype."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        if kwargs:
+            if len(args) != 1 or len(kwargs) != 1 or "dim" not in kwargs:
+                return None
+            args = (args[0], kwargs["dim"])
+        if len(args) != 2 or args[1].__class__ is not int or not args[0].is_floating_point():
+            return None
+        return op, (*args, *after)
+
+    return read
+
+
+_OVER = frozenset({"dim", "keepdim"})
+
+
+def _over(op: Any, whole: Any = None) -> Reading:
+    """A reduction over dimensions, without a dtype."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        if not kwargs and len(args) == 1:
+            return None if whole is None else (whole, args)
+        if len(args) > 3 or not _OVER.issuperset(kwargs) or not args[0].is_floating_point():
+            return None
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+        if dims.__class__ is int:
+            dims = [dims]
+        elif not isinstance(dims, (tuple, list)) or not dims or not all([dim.__class__ is int for dim in dims]):
+            return None
+        return (op, (args[0], list(dims), keep)) if keep.__class__ is bool else None
+
+    return read
+
+
+_WHOLE = slice(None)
+
+
+def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    """An index of which one part is a number, a slice or None, and the others are whole dimensions."""
+    tensor, index = args
+    rank, dim = tensor.dim(), 0
+    if index.__class__ is tuple:
+        parts = [n for n, item in enumerate(index) if item.__class__ is not slice or item != _WHOLE]
+        if len(parts) != 1 or len(index) > rank + (index[parts[0]] is None):
+            return None
+        dim = parts[0]
+        index = index[dim]
+    if not (index.__class__ is int or index.__class__ is slice or index is None):
+        return None
+    if index is None:
+        return aten.unsqueeze.default, (tensor, dim)
+    if not rank:
+        return None
+    size = tensor.shape[dim]
+    if isinstance(index, int):
+        return (aten.select.int, (tensor, dim, index)) if -size <= index < size else None
+    start = 0 if index.start is None else index.start
+    stop = sys.maxsize if index.stop is None else index.stop
+    step = 1 if index.step is None else index.step
+    if not (start.__class__ is stop.__class__ is step.__class__ is int) or step < 1:
+        return None
+    if start == 0 and stop >= size and step == 1:  # the tensor itself
+        return None
+    return aten.slice.Tensor, (tensor, dim, start, stop, step)
+
+
+def _table() -> dict[Any, Reading]:
+    tensor: Any = torch.Tensor
+    found: dict[Any, Reading] = {
+        tensor.view: _sizes(aten.view.default),
+        tensor.permute: _sizes(aten.permute.default),
+        tensor.expand: _sizes(aten.expand.default),
+        tensor.T.__get__: _turned,
+        tensor.mT.__get__: _swapped,
+        tensor.__getitem__: _chosen,
+    }
+    for name, reading in {
+        "reshape": _sizes(aten.reshape.default),
+        "transpose": _places(aten.transpose.int, 2),
+        "unsqueeze": _places(aten.unsqueeze.default, 1),
+        "squeeze": _places(aten.squeeze.dim, 1),
+        "t": _turned,
+        "flatten": _flattened,
+        "softmax": _along(aten._softmax.default, False),
+        "log_softmax": _along(aten._log_softmax.default, False),
+        "sum": _over(aten.sum.dim_IntList, aten.sum.default),
+        "mean": _over(aten.mean.dim, aten.mean.default),
+        "amax": _over(aten.amax.default),
+        "amin": _over(aten.amin.default),
+    }.items():
+        found[getattr(torch, name)] = found[getattr(tensor, name)] = reading
+    return found
+
+
+#: By the function as torch shows it to a function mode.
+READINGS = _table()

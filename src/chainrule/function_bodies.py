@@ -1,0 +1,54 @@
+"""The bodies of torch's functions that are written in Python, without the door that leads to function modes.
+
+Such a function (``F.layer_norm``, ``F.multi_head_attention_forward``) first asks whether a function mode is on, and hands
+itself to it. What it calls after that is hidden from the mode. Its body alone, with that question answered by no, can be run
+with the mode on: the calls in it are then taken one by one.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+_NOBODY: dict[str, Any] = dict.fromkeys(
+    ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *items: False
+)
+
+
+class _Globals(dict[str, Any]):
+    """The globals of a module, looked up when they are read, but for those names."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        super().__init__(_NOBODY)
+        self._module = module.__dict__
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
+
+
+_OPEN = {id(module.__dict__): _Globals(module) for module in (F, torch.functional)}
+_BODIES: dict[Any, Callable[..., Any] | None] = {}
+
+
+def body_of(function: Any) -> Callable[..., Any] | None:
+    """The body of a function, None where it has none that can be run so."""
+    try:
+        return _BODIES[function]
+    except KeyError:
+        body = _BODIES[function] = _made(function)
+        return body
+
+
+def _made(function: Any) -> Callable[..., Any] | None:
+    if function.__class__ is not types.FunctionType or "handle_torch_function" not in function.__code__.co_names:
+        return None
+    names = _OPEN.get(id(function.__globals__))
+    if names is None:
+        return None
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body

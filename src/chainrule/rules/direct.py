@@ -1,0 +1,244 @@
+"""Ops that are recorded as others without a way through torch's dispatcher for each of these.
+
+Torch's composite kernels, and decompositions written with torch's functions, come back to the recording op by op, each time
+by the dispatcher. For the commonest composite ops the parts are written down here: each function gets ``run(op, *args)``,
+which runs one part and records it, and the op's own arguments. It does what torch's kernel does for the usual arguments,
+and returns `NotImplemented`, before it has run anything, for all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+Run = Callable[..., Any]
+
+_MEAN, _SUM = 1, 2
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def _dropout(run: Run, input: Tensor, p: float, train: bool) -> Any:
+    return input if not train or p == 0 else NotImplemented
+
+
+def _layer_norm(
+    run: Run, input: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Any:  # fmt: skip
+    return run(aten.native_layer_norm.default, input, shape, weight, bias, eps)[0]
+
+
+def _softmax(run: Run, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return NotImplemented if dtype is not None else run(aten._softmax.default, input, dim, False)
+
+
+def _log_softmax(run: Run, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return NotImplemented if dtype is not None else run(aten._log_softmax.default, input, dim, False)
+
+
+def _convolution(dims: int) -> Callable[..., Any]:
+    def convolve(
+        run: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Sequence[int] = (1,),
+        padding: Sequence[int] = (0,), dilation: Sequence[int] = (1,), groups: int = 1,
+    ) -> Any:  # fmt: skip
+        missing = dims + 2 - input.dim()
+        if missing not in (0, 1) or weight.dim() != dims + 2 or input.is_complex() or weight.is_complex():
+            return NotImplemented
+        if missing:
+            input = run(aten.unsqueeze.default, input, 0)
+        sizes = [list(item) * dims if len(item) == 1 else list(item) for item in (stride, padding, dilation)]
+        out = run(aten.convolution.default, input, weight, bias, *sizes, False, [0] * dims, groups)
+        return run(aten.squeeze.dim, out, 0) if missing else out
+
+    return convolve
+
+
+def _batch_norm(
+    run: Run, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Any:  # fmt: skip
+    # On other devices torch chooses among kernels; statistics that are updated are left to it as well.
+    if not input.is_cpu or not input.numel() or mean is not None or variance is not None or not training:
+        return NotImplemented
+    return run(aten.native_batch_norm.default, input, weight, bias, None, None, True, momentum, eps)[0]
+
+
+def has_classes(input: Tensor, target: Tensor) -> bool:
+    """Whether the targets are one class each, of the shape that the logits ask for."""
+    whole = not (target.dtype.is_floating_point or target.dtype.is_complex)
+    return whole and input.dim() > 0 and target.shape == (
+        input.shape[1:1] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    )  # fmt: skip
+
+
+def nll_loss(run: Run, input: Tensor, target: Tensor, reduction: int, ignored: int) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of the targets' classes, unweighted, and how many targets count."""
+    classes = 0 if input.dim() == 1 else 1
+    # What depends on the targets alone is a constant: it is not recorded.
+    kept = torch.ne(target, ignored)
+    place = (target * kept).unsqueeze(classes)
+    nothing = torch.zeros((), dtype=input.dtype, device=input.device)
+    total = nothing if reduction not in (_MEAN, _SUM) else kept.sum(dtype=input.dtype)
+    scale = -total if reduction == _MEAN else nothing - 1
+    picked = run(aten.squeeze.dim, run(aten.gather.default, input, classes, place), classes)
+    picked = run(aten.where.self, kept, picked, nothing)
+    if reduction not in (_MEAN, _SUM):
+        return run(aten.mul.Tensor, picked, scale), total
+    return run(aten.div.Tensor, run(aten.sum.default, picked), scale), total
+
+
+def _cross_entropy(
+    run: Run, input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignored: int = -100,
+    smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    if smoothing or weight is not None or input.dtype in _LOW or not has_classes(input, target):
+        return NotImplemented
+    logarithms = run(aten._log_softmax.default, input, 0 if input.dim() == 1 else 1, False)
+    return nll_loss(run, logarithms, target, reduction, ignored)[0]
+
+
+def _nll_loss_nd(
+    run: Run, input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignored: int = -100
+) -> Any:
+    if weight is not None or input.dtype in _LOW or not has_classes(input, target):
+        return NotImplemented
+    return nll_loss(run, input, target, reduction, ignored)[0]
+
+
+def _attention(
+    run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+    causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    if mask is not None or dropout or causal or enable_gqa:
+        return NotImplemented
+    query = run(aten.mul.Tensor, query, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = run(aten.matmul.default, query, run(aten.transpose.int, key, -2, -1))
+    return run(aten.matmul.default, run(aten._softmax.default, scores, -1, False), value)
+
+
+def _flatten(run: Run, input: Tensor, start: int = 0, end: int = -1) -> Any:
+    rank = input.dim()
+    first, last = (start + rank if start < 0 else start), (end + rank if end < 0 else end)
+    # Whatever cannot be a view is copied by torch, in its own layout.
+    if not 0 <= first < last < rank or not input.is_contiguous():
+        return NotImplemented
+    shape = input.shape
+    return run(aten.view.default, input, [*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :]])
+
+
+def _unflatten(run: Run, input: Tensor, dim: int, sizes: Sequence[int]) -> Any:
+    rank = input.dim()
+    place = dim + rank if dim < 0 else dim
+    if not 0 <= place < rank or not sizes or min(sizes) < 1 or math.prod(sizes) != input.shape[place]:
+        return NotImplemented
+    return run(aten.view.default, input, [*input.shape[:place], *sizes, *input.shape[place + 1 :]])
+
+
+def _chunks(run: Run, input: Tensor, count: int, dim: int = 0, *, op: Any = aten.split.Tensor) -> Any:
+    if not input.dim() or count < 1 or not input.shape[dim]:
+        return NotImplemented
+    return run(op, input, -(-input.shape[dim] // count), dim)
+
+
+def _unsafe_chunks(run: Run, input: Tensor, count: int, dim: int = 0) -> Any:
+    return _chunks(run, input, count, dim, op=aten.unsafe_split.Tensor)
+
+
+def _lstm_cell(
+    run: Run, input: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Any:  # fmt: skip
+    if not input.is_cpu:
+        return NotImplemented
+    hidden, cell = state
+    gates = run(aten.add.Tensor, _linear(run, hidden, w_hh, b_hh), _linear(run, input, w_ih, b_ih))
+    into, forget, new, out = _unsafe_chunks(run, gates, 4, 1)
+    into, forget, out = (run(aten.sigmoid.default, gate) for gate in (into, forget, out))
+    entered = run(aten.mul.Tensor, into, run(aten.tanh.default, new))
+    cell = run(aten.add.Tensor, run(aten.mul.Tensor, forget, cell), entered)
+    return run(aten.mul.Tensor, out, run(aten.tanh.default, cell)), cell
+
+
+def _gru_cell(
+    run: Run, input: Tensor, hidden: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Any:
+    return gru_step(run, _linear(run, input, w_ih, b_ih), hidden, w_hh, b_hh) if input.is_cpu else NotImplemented
+
+
+def gru_step(run: Run, entered: Tensor, hidden: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """The next hidden state, from the linear function of the input."""
+    reset_in, update_in, new_in = _unsafe_chunks(run, entered, 3, 1)
+    reset, update, new = _unsafe_chunks(run, _linear(run, hidden, w_hh, b_hh), 3, 1)
+    reset = run(aten.sigmoid.default, run(aten.add.Tensor, reset, reset_in))
+    update = run(aten.sigmoid.default, run(aten.add.Tensor, update, update_in))
+    new = run(aten.tanh.default, run(aten.add.Tensor, new_in, run(aten.mul.Tensor, new, reset)))
+    kept = run(aten.mul.Tensor, run(aten.sub.Tensor, hidden, new), update)
+    state: Tensor = run(aten.add.Tensor, kept, new)
+    return state
+
+
+def _linear(run: Run, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = run(aten.linear.default, input, weight) if bias is None else run(aten.linear.default, input, weight, bias)
+    return out
+
+
+def _gru(
+    run: Run, input: Tensor, state: Tensor, parameters: Sequence[Tensor], has_biases: bool, layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool,
+) -> Any:  # fmt: skip
+    directions = 2 if bidirectional else 1
+    each = 4 if has_biases else 2
+    if not input.is_cpu or (dropout and train) or input.dim() != 3 or len(parameters) != layers * directions * each:
+        return NotImplemented
+    if not input.numel():
+        return NotImplemented
+    outputs = run(aten.transpose.int, input, 0, 1) if batch_first else input
+    states = run(aten.unbind.int, state, 0)
+    finals = []
+    for layer in range(layers):
+        made = []
+        for direction in range(directions):
+            number = layer * directions + direction
+            w_ih, w_hh, b_ih, b_hh = (*parameters[number * each : (number + 1) * each], None, None)[:4]
+            hidden = states[number]
+            steps = run(aten.unbind.int, _linear(run, outputs, w_ih, b_ih), 0)
+            found = []
+            for entered in reversed(steps) if direction else steps:
+                hidden = gru_step(run, entered, hidden, w_hh, b_hh)
+                found.append(hidden)
+            finals.append(hidden)
+            made.append(run(aten.stack.default, found[::-1] if direction else found, 0))
+        outputs = made[0] if directions == 1 else run(aten.cat.default, made, 2)
+    if batch_first:
+        outputs = run(aten.transpose.int, outputs, 0, 1)
+    return outputs, run(aten.stack.default, finals, 0)
+
+
+#: By the op that arrives.
+DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.dropout.default: _dropout,
+    aten.layer_norm.default: _layer_norm,
+    aten.softmax.int: _softmax,
+    aten.log_softmax.int: _log_softmax,
+    aten.conv1d.default: _convolution(1),
+    aten.conv2d.default: _convolution(2),
+    aten.conv3d.default: _convolution(3),
+    aten.batch_norm.default: _batch_norm,
+    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.nll_loss_nd.default: _nll_loss_nd,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.flatten.using_ints: _flatten,
+    aten.unflatten.int: _unflatten,
+    aten.chunk.default: _chunks,
+    aten.unsafe_chunk.default: _unsafe_chunks,
+    aten.lstm_cell.default: _lstm_cell,
+    aten.gru_cell.default: _gru_cell,
+    aten.gru.input: _gru,
+}
+
+__all__ = ["DIRECT", "has_classes", "nll_loss"]

@@ -1,0 +1,186 @@
+"""Functions that name dimensions and sizes: each spelling gives what torch gives, in every transform."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import chainrule
+from chainrule.function_arguments import READINGS
+from chainrule.transforms.trace import trace
+
+Tensor = torch.Tensor
+
+SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
+    "view": lambda x: x.view(4, 3, 2),
+    "view of a list": lambda x: x.view([6, -1]),
+    "view by keyword": lambda x: x.view(size=(6, 4)),
+    "view of a size": lambda x: x.view(x.shape),
+    "reshape": lambda x: x.reshape(-1),
+    "reshape of a transpose": lambda x: x.transpose(0, 1).reshape(3, 8),
+    "torch.reshape": lambda x: torch.reshape(x, (4, -1)),
+    "permute": lambda x: x.permute(2, 0, -2),
+    "torch.permute": lambda x: torch.permute(x, (1, 2, 0)),
+    "transpose": lambda x: x.transpose(-1, 0),
+    "transpose by keyword": lambda x: x.transpose(dim0=0, dim1=1),
+    "unsqueeze": lambda x: x.unsqueeze(-1),
+    "squeeze": lambda x: x[:1].squeeze(0),
+    "squeeze of nothing": lambda x: x.squeeze(1),
+    "squeeze of all": lambda x: x[:1].squeeze(),
+    "t": lambda x: x[0].t(),
+    "t of a vector": lambda x: x[0, 0].t(),
+    "T": lambda x: x[0].T,
+    "mT": lambda x: x.mT,
+    "expand": lambda x: x[:, :1].expand(2, 5, 4),
+    "expand -1": lambda x: x[None].expand([6, -1, -1, -1]),
+    "flatten": lambda x: x.flatten(),
+    "flatten one": lambda x: x.flatten(1),
+    "flatten two": lambda x: torch.flatten(x, 0, -2),
+    "flatten of a transpose": lambda x: x.mT.flatten(1, 2),
+    "flatten of one dimension": lambda x: x.flatten(1, 1),
+    "flatten of a scalar": lambda x: x[0, 0, 0].flatten(),
+    "softmax": lambda x: x.softmax(-1),
+    "softmax by keyword": lambda x: torch.softmax(x, dim=0),
+    "softmax with a dtype": lambda x: x.softmax(1, dtype=torch.float64),
+    "log_softmax": lambda x: torch.log_softmax(x, 1),
+    "softmax of a scalar": lambda x: x[0, 0, 0].softmax(0),
+    "sum": lambda x: x.sum(),
+    "sum over one": lambda x: x.sum(1),
+    "sum over two": lambda x: torch.sum(x, (0, -1), keepdim=True),
+    "sum by keyword": lambda x: x.sum(dim=-1, keepdim=True),
+    "sum over none": lambda x: x.sum(()),
+    "sum of booleans": lambda x: (x > 0).sum(1) * x.sum(1),
+    "sum of a scalar": lambda x: x[0, 0, 0].sum(0),
+    "mean": lambda x: x.mean(),
+    "mean over one": lambda x: x.mean(-1, True),
+    "mean with a dtype": lambda x: x.mean(1, dtype=torch.float64),
+    "amax": lambda x: x.amax(1),
+    "amin": lambda x: x.amin((0, 2)),
+    "number": lambda x: x[1],
+    "negative number": lambda x: x[:, -1],
+    "number behind": lambda x: x[:, :, 0],
+    "slice": lambda x: x[1:],
+    "slice with a step": lambda x: x[:, ::2],
+    "slice to a negative": lambda x: x[:, :-1],
+    "slice past the end": lambda x: x[:, 1:99],
+    "empty slice": lambda x: x[:, 2:1],
+    "whole": lambda x: x[:],
+    "None": lambda x: x[:, None],
+    "None behind": lambda x: x[:, :, :, None],
+    "two numbers": lambda x: x[0, 1],
+    "Ellipsis": lambda x: x[..., 0],
+    "tensor": lambda x: x[torch.tensor([1, 0])],
+    "mask": lambda x: x[0][torch.tensor([True, False, True])],
+    "boolean": lambda x: x[True],
+}
+
+
+def value() -> Tensor:
+    return torch.randn(2, 3, 4, dtype=torch.float64)
+
+
+def scalar(spelling: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    return lambda x: (spelling(x * x) ** 3).sum()
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_as_in_torch(name: str) -> None:
+    """Values, strides seen by the function, and derivatives of order one and two agree in each nest of transforms."""
+    spelling = SPELLINGS[name]
+    x, many = value(), torch.stack([value() for _ in range(3)])
+    assert torch.equal(trace(spelling, (x,), (0,), {}, "trace").out_leaves[0], spelling(x))
+    batched = name in ("mask", "boolean")  # torch.vmap has no rule for these
+    if not batched:
+        torch.testing.assert_close(chainrule.vmap(spelling)(many), torch.vmap(spelling)(many))
+    loss = scalar(spelling)
+    torch.testing.assert_close(chainrule.grad(loss)(x), torch.func.grad(loss)(x))
+    each = torch.stack([torch.func.grad(loss)(sample) for sample in many])
+    torch.testing.assert_close(chainrule.vmap(chainrule.grad(loss))(many), each)
+    torch.testing.assert_close(chainrule.grad(lambda m: chainrule.vmap(loss)(m).sum())(many), each)
+    hessian = torch.func.hessian(loss)(x)
+    torch.testing.assert_close(chainrule.grad(lambda z: chainrule.grad(loss)(z).sum())(x), hessian.sum((0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("view", "number"), [(SPELLINGS[name], n) for n, name in enumerate(("view", "transpose", "number", "mT", "slice", "None"))]
+)
+def test_writes_through_views(view: Callable[[Tensor], Tensor], number: int) -> None:
+    """A view that was taken early is one: what is written to it arrives in its base, and the other way round."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        part = view(y)
+        part.mul_(3.0)
+        y.add_(x)
+        return (y**2).sum() + (part**3).sum()
+
+    x, many = value(), torch.stack([value() for _ in range(3)])
+    torch.testing.assert_close(chainrule.grad(function)(x), torch.func.grad(function)(x))
+    torch.testing.assert_close(
+        chainrule.vmap(chainrule.grad(function))(many), torch.stack([torch.func.grad(function)(m) for m in many])
+    )
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda x: x.view(5), lambda x: x.transpose(0, 7), lambda x: x[9], lambda x: x[:, 3], lambda x: x.sum(4),
+        lambda x: x[0, 0, 0, 0],
+    ],
+)  # fmt: skip
+def test_errors_are_torchs(spelling: Callable[[Tensor], Tensor]) -> None:
+    """What torch refuses is refused, with torch's kind of error."""
+    with pytest.raises((RuntimeError, IndexError)) as expected:
+        spelling(value())
+    with pytest.raises(expected.type):
+        chainrule.grad(lambda x: spelling(x).sum())(value())
+    with pytest.raises((RuntimeError, IndexError)):
+        chainrule.vmap(spelling)(torch.stack([value(), value()]))
+
+
+def test_empty_and_complex() -> None:
+    """Batches of nothing, samples of nothing and complex values take torch's way."""
+    empty = torch.randn(0, 2, 3, 4, dtype=torch.float64)
+    for name in ("view", "transpose", "number", "sum over one", "softmax", "flatten"):
+        assert chainrule.vmap(SPELLINGS[name])(empty).shape == (0, *SPELLINGS[name](value()).shape)
+    nothing = torch.randn(3, 0, dtype=torch.float64)
+    torch.testing.assert_close(chainrule.vmap(lambda x: x.sum(0))(nothing), nothing.sum(1))
+    z = torch.randn(2, 3, 4, dtype=torch.complex128)
+    found = chainrule.vmap(lambda x: x.transpose(0, 1).sum(0).reshape(-1))(z)
+    torch.testing.assert_close(found, z.transpose(1, 2).sum(1))
+
+
+def _with(function: Callable[..., Tensor], other: Tensor, x: Tensor) -> Tensor:
+    return function(x, other)
+
+
+def test_numbers_beside_batched_tensors() -> None:
+    """Tensors without the batch broadcast against the sample, whatever their rank."""
+    many = torch.randn(3, 4, 5, dtype=torch.float64)
+    for shape in ((5,), (4, 5), (2, 4, 5), (), (4, 1), (1,)):
+        other = torch.randn(shape, dtype=torch.float64)
+        for function in (torch.add, torch.mul, torch.sub, torch.div):
+            both = functools.partial(_with, function, other)
+            torch.testing.assert_close(chainrule.vmap(both)(many), torch.vmap(both)(many))
+    scalars = torch.randn(3, dtype=torch.float64)
+    torch.testing.assert_close(chainrule.vmap(lambda x: x * many[0])(scalars), torch.vmap(lambda x: x * many[0])(scalars))
+
+
+def test_every_function_has_a_row() -> None:
+    """The functions of the table are called by the spellings above."""
+    seen: set[Any] = set()
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        for spelling in SPELLINGS.values():
+            spelling(value())
+    names = {getattr(function, "__name__", "") for function in seen}
+    assert {getattr(function, "__name__", "") for function in READINGS} <= names
