@@ -253,6 +253,8 @@ def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Opti
     result = next(iter(workload.ours.values()))(*inputs)
     row.nonzeros = sum(x.values().numel() for x in tree_leaves(result) if x.layout is not torch.strided) or None
     columns["write"]["clone"] = (lambda: tree_map(torch.clone, result), ())
+    if not workload.compiled:
+        return columns
     columns["compiled"] = _compiled(chainrule.compile, workload.ours, inputs, row, "chainrule.compile")
     if options.compiled and workload.peers:
         fastest = _fastest(workload.peers, inputs, options)

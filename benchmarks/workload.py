@@ -58,6 +58,7 @@ class Workload:
         reduced: what of a result is compared, from the expression's column and name, its result and the inputs; all of it if None.
         account: what else there is to say of the inputs' row, by title.
         solve: whether a whole solve is timed: nothing is compiled and no memory measured.
+        compiled: whether ours and the peers are timed compiled too.
         large: whether ``--quick`` leaves the workload out.
     """
 
@@ -82,6 +83,7 @@ class Workload:
     reduced: Callable[[str, Any, tuple[torch.Tensor, ...]], Any] | None = None
     account: Callable[..., Mapping[str, str]] | None = None
     solve: bool = False
+    compiled: bool = True
     large: bool = False
 
     def __post_init__(self) -> None:
