@@ -95,6 +95,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Pa
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default="", help="comma-separated rows or sections, such as A2,A3 or A")
     parser.add_argument("--quick", action="store_true", help="short measurements, nothing compiled, no large sizes")
+    parser.add_argument("--short", action="store_true", help="short measurements of all sizes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of one operation (default 1)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="time torch.compile of the peers")
@@ -109,8 +110,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Pa
     options = Options(
         device=given.device,
         threads=given.threads,
-        rounds=3 if given.quick else 7,
-        seconds=0.03 if given.quick else 0.15,
+        rounds=3 if given.quick or given.short else 7,
+        seconds=0.03 if given.quick or given.short else 0.15,
         quick=given.quick,
         compiled=not given.quick if given.compile is None else given.compile,
         jax=_import_jax(given.threads) if given.jax and given.device == "cpu" else None,

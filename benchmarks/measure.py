@@ -23,7 +23,6 @@ from benchmarks.workload import Expression, Workload
 from chainrule.execute import engine
 from chainrule.execute.memory import watching
 
-
 Runnable = tuple[Expression, tuple[Any, ...]]
 
 #: Expressions that take more seconds are timed in two rounds.

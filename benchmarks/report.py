@@ -179,7 +179,7 @@ def markdown(
         "`eager/hand` how far it is from the formula written by hand, `best peer/compiled` compares us compiled with the best of",
         "all peers; in parentheses what is to be reached, with `!` where it is not.",
         "",
-        *(line for title, head, found in tables(rows) for line in (*_INTRODUCTIONS.get(title, ()), markdown_table(head, found), "")),
+        *_tables(rows),
         *(f"![section {s}: how many times faster than torch.func](plots/ratios-{s}.svg)" for s in _sections(rows)),
         "",
         *_notes(rows),
@@ -232,7 +232,8 @@ def growth_table(entry: Mapping[str, Any]) -> str:
     head = ["", *(f"n={n}" for n in entry["sizes"]), "exponent"]
     rows = []
     for column in GROWING:
-        for name, title, text in ((column, COLUMNS[column], seconds), (f"{column}_bytes", f"{COLUMNS[column]}, peak memory", _size)):
+        shown = COLUMNS[column]
+        for name, title, text in ((column, shown, seconds), (f"{column}_bytes", f"{shown}, peak memory", _size)):
             if name in entry:
                 values = ("–" if value is None else text(value) for value in entry[name])
                 rows.append([title, *values, _exponent(entry, name)])
@@ -263,10 +264,11 @@ _INTRODUCTIONS = {
     SPARSE_TITLE: (
         "## Section C",
         "",
-        "Sparse Jacobians and Hessians in float64 (B17 in float32), and solvers. `planning` is what the first call takes more than a",
-        "later one. `function itself` is one evaluation of what is differentiated. `torch.func` is dense, for C7 the blocks gathered by",
-        "hand. `torch.func, coloured` pushes one tangent per colour, with a pattern and a colouring made beforehand by hand. `by hand` is",
-        "a formula with a pattern made beforehand. For C4 and C5 a whole solve is timed; `finite differences` are SciPy's.",
+        "Sparse Jacobians and Hessians in float64 (B17: float32), and solvers. `planning` is what the first call takes more than",
+        "a later one. `function itself` is one evaluation of what is differentiated. `torch.func` is dense, for C7 the blocks",
+        "gathered by hand. `torch.func, coloured` pushes one tangent per colour, with a pattern and a colouring made beforehand.",
+        "`by hand` is a formula with a pattern made beforehand. For C4 and C5 a whole solve is timed; `finite differences` are",
+        "SciPy's.",
         "",
     ),
 }
@@ -299,6 +301,13 @@ def _misses(row: Row, growth: Sequence[Mapping[str, Any]]) -> bool:
     return any("!" in text for text in texts)
 
 
+def _tables(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for title, head, found in tables(rows):
+        lines += [*_INTRODUCTIONS.get(title, ()), markdown_table(head, found), ""]
+    return lines
+
+
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What the accounts of the workloads say."""
     noted = [[row.key, name, text] for row in rows for name, text in row.notes.items()]
@@ -314,7 +323,8 @@ def _expressions(rows: Sequence[Row]) -> list[list[str]]:
             times = row.all_times.get(column)
             if times and column not in ("write", "function"):
                 ordered = sorted(times, key=times.__getitem__)
-                found.append([row.key, (COLUMNS | SPARSE_COLUMNS)[column], ", ".join(f"{name} {seconds(times[name])}" for name in ordered)])
+                text = ", ".join(f"{name} {seconds(times[name])}" for name in ordered)
+                found.append([row.key, (COLUMNS | SPARSE_COLUMNS)[column], text])
     return found
 
 

@@ -189,7 +189,8 @@ def cluster(*sides: int) -> Problem:
         return 4 * (inverse * inverse - inverse).sum()
 
     title = f"Newton-CG: a Lennard-Jones cluster of {len(places)} atoms"
-    return Problem(title, energy, start.reshape(-1).numpy(), **newton_cg(xtol=1e-6), tolerance=1e-4, by_value=True, large=len(places) > 4)
+    ways = newton_cg(xtol=1e-6)
+    return Problem(title, energy, start.reshape(-1).numpy(), **ways, tolerance=1e-4, by_value=True, large=len(places) > 4)
 
 
 # --- trust-constr ---------------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def broyden(size: int) -> Problem:
         ends = x.new_zeros(1)
         return (3 - x) * x + 1 - torch.cat([ends, x[:-1]]) - 2 * torch.cat([x[1:], ends])
 
-    structure = sparse.diags_array([1, 1, 1], offsets=[-1, 0, 1], shape=(size, size)).tolil()
+    structure = sparse.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(size, size)).tolil()
     title = f"least_squares: Broyden's tridiagonal system, n={size}, sparse Jacobian"
     return Problem(title, residuals, np.full(size, -1.0), **least_squares(structure, tr_solver="lsmr"), tolerance=1e-4)
 
@@ -350,7 +351,7 @@ def broyden(size: int) -> Problem:
 WORKLOADS: tuple[Workload, ...] = tuple(
     row(f"C5{letter}", problem)
     for letter, problem in zip(
-        "abcdef", (logistic(500, 20), cluster(2, 2, 2), membrane(8), trajectory(20), spectrum(4, 400), broyden(2000)), strict=True
+        "abcdef", (logistic(500, 10), cluster(2, 2, 2), membrane(8), trajectory(20), spectrum(4, 400), broyden(2000)), strict=True
     )
 )
 

@@ -14,7 +14,14 @@ from scipy.optimize._numdiff import group_columns
 import chainrule
 from benchmarks.peers import hessians, jacobians
 from benchmarks.scientific import (
-    Adjustment, brusselator, brusselator_state, hand_brusselator, hand_rosenbrock, rolled, rosenbrock, sliced,
+    Adjustment,
+    brusselator,
+    brusselator_state,
+    hand_brusselator,
+    hand_rosenbrock,
+    rolled,
+    rosenbrock,
+    sliced,
 )  # fmt: skip
 from benchmarks.section_b_curvature import factorisation_loss
 from benchmarks.section_b_networks import convolutions
@@ -111,7 +118,12 @@ def _coloured(function: Expression, pattern: Callable[[int], Tensor], size: Call
 
 
 def brusselator_row(
-    key: str, size: int, laplacian: Callable[[Tensor], Tensor], *, dense: bool = False, sizes: Mapping[int, Workload] | None = None
+    key: str,
+    size: int,
+    laplacian: Callable[[Tensor], Tensor],
+    *,
+    dense: bool = False,
+    sizes: Mapping[int, Workload] | None = None,
 ) -> Workload:
     """C1 and C2; beside the dense Jacobian where that is small enough."""
     rhs = brusselator(laplacian)
@@ -130,7 +142,7 @@ def brusselator_row(
         coloured={"vmap(jvp)": _coloured(rhs, lambda n: hand_brusselator(brusselator_state(n)), lambda x: x.shape[-1])},
         reference=reference(rhs),
         reduced=_by_products,
-        large=size > 200,
+        large=size > 200 or (dense and size > 32),
     )
 
 
@@ -153,7 +165,7 @@ def rosenbrock_row(
         coloured={"vmap(jvp(grad))": _coloured(tf.grad(rosenbrock), lambda n: hand_rosenbrock(torch.zeros(n).double()), len)},
         reference=reference(tf.grad(rosenbrock)),
         reduced=_by_products,
-        large=size > 20_000,
+        large=size > 20_000 or (dense and size > 2000),
     )
 
 

@@ -55,7 +55,7 @@ class Workload:
         coloured: expressions in torch.func that compress by a colouring made beforehand, by name.
         differences: expressions with SciPy's finite differences, by name.
         reference: what all results are compared with, where it is no peer's result.
-        reduced: what of a result is compared, from the expression's column and name, its result and the inputs; all of it if None.
+        reduced: what of a result is compared, from the expression's column, its result and the inputs; all of it if None.
         account: what else there is to say of the inputs' row, by title.
         solve: whether a whole solve is timed: nothing is compiled and no memory measured.
         compiled: whether ours and the peers are timed compiled too.
