@@ -10,6 +10,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from string import ascii_lowercase
@@ -37,7 +38,7 @@ def _keep_freed_memory() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen workloads; 0 if all expressions ran and agreed."""
-    options, chosen, target = _parse(arguments)
+    options, chosen, target, left_out = _parse(arguments)
     torch.set_num_threads(options.threads)
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module="torch")
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{workload.key} {workload.title}", file=sys.stderr, flush=True)
         try:
             rows.append(measure(workload, options))
+            if target is not None:  # a growth study may take long
+                report.write_results(target, rows, settings, {}, growth, everything, {})
             if workload.sizes:
                 growth.append(_growth(workload, options))
             if target is not None:  # what a run that is cut off has measured is kept
@@ -61,29 +64,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             failed.append(f"{workload.key}: {type(error).__name__}: {reason}")
             print(f"FAIL {failed[-1]}", file=sys.stderr)
-    budget = overhead.overhead_budget(options.threads, options.seconds) if options.device == "cpu" else {}
-    products = overhead.product_memory(options.device)
+    calls = any(workload.section != "C" for workload in chosen)  # what these tables explain
+    budget = overhead.overhead_budget(options.threads, options.seconds) if calls and options.device == "cpu" else {}
+    products = overhead.product_memory(options.device) if calls else {}
     for name, value in settings.items():
         print(f"{name}: {value}")
-    report.print_table(report.header(), [report.cells(row) for row in rows], "times and ratios")
+    for title, head, found in report.tables(rows):
+        report.print_table(head, found, title)
+    for row in rows:
+        for name, text in row.notes.items():
+            print(f"{row.key} {name}: {text}")
     for entry in growth:
         print(f"\ngrowth of {entry['key']}\n{report.growth_table(entry)}")
     if budget:
         report.print_table(["piece", "time"], report.budget_rows(budget), "overhead budget")
-    report.print_table(["", *report.PRODUCTS], report.product_rows(products), "peak memory of Hessian-vector products")
+    if products:
+        report.print_table(["", *report.PRODUCTS], report.product_rows(products), "peak memory of Hessian-vector products")
     for row in rows:
         for problem in row.problems:
             print(f"{row.key}: {problem}")
     if target is not None:
         report.write_results(target, rows, settings, budget, growth, everything, products)
         print(f"written: {target / 'RESULTS.md'}, {target / 'results.json'}, {target / 'plots'}")
+    if left_out:
+        print(f"left out with --quick, as are the large sizes of growth studies: {', '.join(left_out)}")
     return 1 if failed else 0
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Path | None]:
+def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Path | None, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default="", help="comma-separated rows or sections, such as A2,A3 or A")
-    parser.add_argument("--quick", action="store_true", help="short measurements, nothing compiled")
+    parser.add_argument("--quick", action="store_true", help="short measurements, nothing compiled, no large sizes")
+    parser.add_argument("--short", action="store_true", help="short measurements of all sizes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of one operation (default 1)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="time torch.compile of the peers")
@@ -92,21 +104,24 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Pa
     given = parser.parse_args(arguments)
     names = [name.strip() for name in given.only.split(",") if name.strip()]
     workloads = [workload for section in SECTIONS for workload in section.WORKLOADS]
-    chosen = [w for w in workloads if not names or w.key in names or w.key[0] in names or w.key.rstrip(ascii_lowercase) in names]
+    chosen = [w for w in workloads if not names or w.key in names or w.section in names or w.key.rstrip(ascii_lowercase) in names]
     if not chosen:
         parser.error(f"no workload matches {given.only!r}; there are {', '.join(w.key for w in workloads)}")
     options = Options(
         device=given.device,
         threads=given.threads,
-        rounds=3 if given.quick else 7,
-        seconds=0.03 if given.quick else 0.15,
+        rounds=3 if given.quick or given.short else 7,
+        seconds=0.03 if given.quick or given.short else 0.15,
+        quick=given.quick,
         compiled=not given.quick if given.compile is None else given.compile,
         jax=_import_jax(given.threads) if given.jax and given.device == "cpu" else None,
     )
+    left_out = [w.key for w in chosen if given.quick and w.large]
+    chosen = [w for w in chosen if w.key not in left_out]
     output: Path | None = given.output
     if output is None and not names and not given.quick:
         output = Path(__file__).parent
-    return options, chosen, output
+    return options, chosen, output, left_out
 
 
 def _import_jax(threads: int) -> Any:
@@ -120,16 +135,21 @@ def _import_jax(threads: int) -> Any:
 
 
 def _growth(workload: Workload, options: Options) -> dict[str, Any]:
-    short = Options(device=options.device, threads=options.threads, rounds=3, seconds=min(options.seconds, 0.1), compiled=False)
-    sizes = sorted(workload.sizes)
+    """Times and peak memory by size, with the fitted exponents; None where a peer has no such size."""
+    short = replace(options, rounds=3, seconds=min(options.seconds, 0.1), compiled=False, jax=None, first_call=False)
+    sizes = [n for n in sorted(workload.sizes) if not (options.quick and workload.sizes[n].large)]
     measured = [measure(workload.sizes[n], short) for n in sizes]
-    entry: dict[str, Any] = {"key": workload.key, "sizes": sizes}
-    for column in ("eager", "peer", "hand"):
-        if any(column not in row.times for row in measured):
-            continue
-        times = [row.times[column] for row in measured]
-        entry[column] = times
-        entry[f"{column}_exponent"] = _slope([math.log(n) for n in sizes], [math.log(t) for t in times])
+    entry: dict[str, Any] = {"key": workload.key, "sizes": sizes, "exponent": workload.exponent}
+    for column in report.GROWING:
+        for name, found in (
+            (column, [row.times.get(column) for row in measured]),
+            (f"{column}_bytes", [row.memory.get(column) for row in measured]),
+        ):
+            known = [(math.log(n), math.log(value)) for n, value in zip(sizes, found, strict=True) if value]
+            if known:
+                entry[name] = found
+            if len(known) > 1:
+                entry[f"{name}_exponent"] = _slope(*zip(*known, strict=True))
     return entry
 
 

@@ -53,6 +53,10 @@ LIMITS: dict[str, str] = {
     "B19a": "three products of 62 million multiply-adds in float64 take most of the calls; by hand value, Jacobian and "
     "Laplacian are rows of the same products, here the cotangents take three matrix-vector products more, and "
     "recording. Tried: thin products as their transposes (kept: a fifth less time in them).",
+    "C1": "by profile 70 % of the call are the run of the function under the recorder in Python (41 calls, some four times the "
+    "plain run), 18 % the replay of the derivative, 8 % the sparse tensor's object. A compiled call records nothing. On larger "
+    "grids the arithmetic decides, and the formula by hand is near.",
+    "C2": "as C1: 85 % are the run of the function under the recorder, of 57 calls.",
     "B19c": "of each Hessian 25 entries are carried, by hand the 15 of a triangle: 40 % of the largest products. The "
     "symmetry is not known to the plan. Tried: small matrices multiplied by passes over their stack (kept: each "
     "of these products alone is ten times faster).",

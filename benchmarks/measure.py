@@ -23,6 +23,11 @@ from benchmarks.workload import Expression, Workload
 from chainrule.execute import engine
 from chainrule.execute.memory import watching
 
+Runnable = tuple[Expression, tuple[Any, ...]]
+
+#: Expressions that take more seconds are timed in two rounds.
+SLOW = 3.0
+
 
 @dataclass(frozen=True)
 class Options:
@@ -35,6 +40,8 @@ class Options:
         seconds: least time spent on an expression in one round.
         compiled: whether ``torch.compile`` of the peers is timed.
         jax: the ``jax`` module, or None.
+        first_call: whether the first call is timed, which forgets all plans.
+        quick: whether workloads that are large are left out.
     """
 
     device: str = "cpu"
@@ -43,6 +50,8 @@ class Options:
     seconds: float = 0.1
     compiled: bool = True
     jax: Any = None
+    first_call: bool = True
+    quick: bool = False
 
 
 @dataclass
@@ -52,26 +61,41 @@ class Row:
     Attributes:
         key: the workload's key.
         title: its title.
-        times: time of the fastest expression by column: eager, compiled, peer, peer_compiled, autograd, jax, hand, write.
+        section: where the row belongs.
+        times: time of the fastest expression by column: eager, compiled, peer, peer_compiled, autograd, jax, hand, write,
+            function, coloured, differences.
         names: which expression was the fastest, by column.
         all_times: time of every expression, by column and name.
         first_call: time of the first call of ours in a process where its plan is not known yet.
         memory: peak of what the call allocates, by column, the result included; ``predicted`` is ours as the plan has it.
-        ratios: the ratios of interest: peer_eager, eager_hand, best_compiled.
+        nonzeros: the entries of our result, where it is sparse.
+        ratios: the ratios of interest: peer_eager, eager_hand, best_compiled, eager_function, differences_eager.
         targets: the ratios to reach, by the same names.
+        notes: what else the workload's account says.
         problems: what could not be run, and why.
     """
 
     key: str
     title: str
+    section: str = ""
     times: dict[str, float] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     all_times: dict[str, dict[str, float]] = field(default_factory=dict)
     first_call: float = math.nan
     memory: dict[str, int] = field(default_factory=dict)
+    nonzeros: int | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     targets: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.section = self.section or self.key[0]
+
+    @property
+    def plan(self) -> float:
+        """What the first call takes more than a later one."""
+        return max(self.first_call - self.times.get("eager", math.nan), 0.0)
 
 
 class Disagreement(AssertionError):
@@ -79,7 +103,7 @@ class Disagreement(AssertionError):
 
 
 def check_agreement(workload: Workload, device: str, jax: Any = None) -> float:
-    """Compare every expression with the first peer in float64.
+    """Compare every expression with the first one, or the workload's reference, in float64.
 
     Returns:
         The largest difference, relative to the largest entry.
@@ -88,20 +112,25 @@ def check_agreement(workload: Workload, device: str, jax: Any = None) -> float:
         Disagreement: if one is off by more than the workload's tolerance.
     """
     inputs = workload.tensors(torch.float64, device)
-    expressions = {f"torch.func {name}": made for name, made in workload.peers.items()}
-    expressions |= {f"chainrule {name}": made for name, made in workload.ours.items()}
+    expressions: dict[tuple[str, str], Expression] = {}
+    if workload.reference is not None:
+        expressions["reference", ""] = workload.reference
+    for column, made in (
+        ("peer", workload.peers), ("eager", workload.ours), ("coloured", workload.coloured), ("differences", workload.differences)
+    ):  # fmt: skip
+        expressions |= {(column, name): expression for name, expression in made.items()}
     if workload.hand is not None:
-        expressions["hand"] = workload.hand
+        expressions["hand", "formula"] = workload.hand
     if workload.autograd is not None:
-        expressions["autograd.grad"] = workload.autograd
+        expressions["autograd", "autograd.grad"] = workload.autograd
     reference: list[torch.Tensor] = []
     worst = 0.0
-    for name, expression in expressions.items():
+    for (column, name), expression in expressions.items():
         # Twice: the first call plans, the second replays the plan.
-        for _ in range(2 if name.startswith("chainrule") else 1):
-            result = [_dense(leaf.detach()) for leaf in tree_leaves(expression(*inputs))]
+        for _ in range(2 if column == "eager" and not workload.solve else 1):
+            result = _compared(workload, column, expression, inputs)
             reference = reference or result
-            worst = max(worst, _compare(workload, name, result, reference))
+            worst = max(worst, _compare(workload, f"{column} {name}", result, reference))
     if jax is not None and workload.jax is not None:
         arrays = _jax_arrays(jax, inputs)
         for name, expression in workload.jax(jax).items():
@@ -109,6 +138,13 @@ def check_agreement(workload: Workload, device: str, jax: Any = None) -> float:
             # JAX has kernels of its own; where 1 - tanh² cancels, their last digits differ.
             _compare(workload, f"jax {name}", result, [leaf.cpu() for leaf in reference], 1e-6)
     return worst
+
+
+def _compared(workload: Workload, column: str, expression: Expression, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    found = expression(*inputs)
+    if workload.reduced is not None and column != "reference":
+        found = workload.reduced(column, found, inputs)
+    return [_dense(leaf.detach()) for leaf in tree_leaves(found)]
 
 
 def _dense(leaf: torch.Tensor) -> torch.Tensor:
@@ -141,11 +177,15 @@ def _compare(
 
 def measure(workload: Workload, options: Options) -> Row:
     """Check that all expressions agree, then time them in turn."""
-    row = Row(workload.key, workload.title, targets=_targets(workload))
-    check_agreement(workload, options.device, options.jax)
+    row = Row(workload.key, workload.title, workload.section, targets=_targets(workload))
     inputs = workload.tensors(workload.dtype, options.device)
     torch.set_num_threads(options.threads)
-    row.first_call = _first_call(next(iter(workload.ours.values())), inputs, options)
+    ours = next(iter(workload.ours.values()))
+    if options.first_call and workload.large:  # planning takes long: the plan serves the comparison too
+        row.first_call = _first_call(ours, inputs, options)
+    check_agreement(workload, options.device, options.jax)
+    if options.first_call and not workload.large:
+        row.first_call = _first_call(ours, inputs, options)
     columns = _columns(workload, inputs, options, row)
     times = _interleaved(columns, options)
     for column, by_name in times.items():
@@ -153,16 +193,23 @@ def measure(workload: Workload, options: Options) -> Row:
             row.all_times[column] = by_name
             row.names[column] = min(by_name, key=by_name.__getitem__)
             row.times[column] = min(by_name.values())
-    for column in ("eager", "peer", "hand", "autograd"):
+    if not workload.solve:
+        _measure_memory(columns, row, options.device)
+    if workload.account is not None:
+        row.notes = dict(workload.account(*inputs))
+    row.ratios = _ratios(row.times)
+    return row
+
+
+def _measure_memory(columns: Mapping[str, Mapping[str, Runnable]], row: Row, device: str) -> None:
+    for column in ("eager", "peer", "hand", "autograd", "function", "coloured"):
         if column in row.names:
             expression, arguments = columns[column][row.names[column]]
-            row.memory[column] = peak_memory(expression, arguments, options.device)
+            row.memory[column] = peak_memory(expression, arguments, device)
     expression, arguments = columns["eager"][row.names["eager"]]
     with watching() as watch:
         expression(*arguments)
     row.memory["predicted"] = watch.peak
-    row.ratios = _ratios(row.times)
-    return row
 
 
 def _targets(workload: Workload) -> dict[str, float]:
@@ -176,13 +223,14 @@ def _ratios(times: Mapping[str, float]) -> dict[str, float]:
         ratios["peer_eager"] = times["peer"] / times["eager"]
     if "hand" in times:
         ratios["eager_hand"] = times["eager"] / times["hand"]
+    if "function" in times:
+        ratios["eager_function"] = times["eager"] / times["function"]
+    if "differences" in times:
+        ratios["differences_eager"] = times["differences"] / times["eager"]
     peers = [times[name] for name in ("peer", "peer_compiled", "jax") if name in times]
     if "compiled" in times and ("peer_compiled" in times or "jax" in times):
         ratios["best_compiled"] = min(peers) / times["compiled"]
     return ratios
-
-
-Runnable = tuple[Expression, tuple[Any, ...]]
 
 
 def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Options, row: Row) -> dict[str, dict[str, Runnable]]:
@@ -191,15 +239,23 @@ def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Opti
         "peer": {name: (made, inputs) for name, made in workload.peers.items()},
         "hand": {} if workload.hand is None else {"formula": (workload.hand, inputs)},
         "autograd": {} if workload.autograd is None else {"autograd.grad": (workload.autograd, inputs)},
+        "function": {} if workload.function is None else {"function": (workload.function, inputs)},
+        "coloured": {name: (made, inputs) for name, made in workload.coloured.items()},
+        "differences": {name: (made, inputs) for name, made in workload.differences.items()},
         "write": {},
         "compiled": {},
         "peer_compiled": {},
         "jax": {},
     }
+    if workload.solve:
+        return columns
     result = next(iter(workload.ours.values()))(*inputs)
+    row.nonzeros = sum(x.values().numel() for x in tree_leaves(result) if x.layout is not torch.strided) or None
     columns["write"]["clone"] = (lambda: tree_map(torch.clone, result), ())
+    if not workload.compiled:
+        return columns
     columns["compiled"] = _compiled(chainrule.compile, workload.ours, inputs, row, "chainrule.compile")
-    if options.compiled:
+    if options.compiled and workload.peers:
         fastest = _fastest(workload.peers, inputs, options)
         columns["peer_compiled"] = _compiled(torch.compile, fastest, inputs, row, "torch.compile")
     if options.jax is not None and workload.jax is not None:
@@ -279,14 +335,16 @@ def _time(runnable: Runnable, options: Options, seconds: float) -> float:
 def _interleaved(columns: Mapping[str, Mapping[str, Runnable]], options: Options) -> dict[str, dict[str, float]]:
     """Every expression once per round, one after another; the median over the rounds.
 
-    From the second round on, only expressions within twice the fastest of their column are timed again.
+    From the second round on, only expressions within twice the fastest of their column are timed again, and from the third on
+    none that takes seconds.
     """
     samples: dict[tuple[str, str], list[float]] = {}
     for number in range(options.rounds):
         for column, expressions in columns.items():
             fastest = min((statistics.median(s) for (c, _), s in samples.items() if c == column), default=math.inf)
             for name, runnable in expressions.items():
-                if number and statistics.median(samples[column, name]) > 2 * fastest:
+                known = statistics.median(samples[column, name]) if number else 0.0
+                if known > 2 * fastest or (number > 1 and known > SLOW):
                     continue
                 samples.setdefault((column, name), []).append(_time(runnable, options, options.seconds))
     return {

@@ -23,8 +23,8 @@ def write(folder: Path, rows: Sequence[Row], growth: Sequence[Mapping[str, Any]]
     if find_spec("matplotlib") is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for section in sorted({row.key[0] for row in rows}):
-        _ratios(folder / f"ratios-{section}.svg", [row for row in rows if row.key[0] == section])
+    for section in sorted({row.section for row in rows}):
+        _ratios(folder / f"ratios-{section}.svg", [row for row in rows if row.section == section])
     for entry in growth:
         _growth(folder / f"growth-{entry['key']}.svg", entry)
 
@@ -63,16 +63,21 @@ def _ratios(path: Path, rows: Sequence[Row]) -> None:
 def _growth(path: Path, entry: Mapping[str, Any]) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
-    figure = Figure(figsize=(5, 3.4))
-    axes = figure.subplots()
-    for column, (name, colour) in _LINES.items():
-        if column in entry:
-            label = f"{name}: exponent {entry[f'{column}_exponent']:.2f}"
-            axes.loglog(entry["sizes"], entry[column], "o-", color=colour, label=label, ms=4)
-    axes.set_xticks(entry["sizes"], [str(n) for n in entry["sizes"]])
-    axes.minorticks_off()
-    axes.set_xlabel("size")
-    axes.set_ylabel("seconds")
-    axes.set_title(f"growth of {entry['key']}", fontsize=9)
-    axes.legend(fontsize=7, frameon=False)
+    has_memory = any(f"{column}_bytes" in entry for column in _LINES)
+    figure = Figure(figsize=(9.5 if has_memory else 5, 3.4))
+    panels = figure.subplots(1, 2 if has_memory else 1, squeeze=False)[0]
+    for axes, suffix, unit in zip(panels, ("", "_bytes"), ("seconds", "bytes of peak memory"), strict=False):
+        for column, (name, colour) in _LINES.items():
+            points = [(n, y) for n, y in zip(entry["sizes"], entry.get(column + suffix, ()), strict=False) if y is not None]
+            if points:
+                exponent = entry.get(f"{column}{suffix}_exponent")
+                label = name if exponent is None else f"{name}: exponent {exponent:.2f}"
+                axes.loglog(*zip(*points, strict=True), "o-", color=colour, label=label, ms=4)
+        if max(entry["sizes"]) / min(entry["sizes"]) < 100:
+            axes.set_xticks(entry["sizes"], [str(n) for n in entry["sizes"]])
+            axes.minorticks_off()
+        axes.set_xlabel("size")
+        axes.set_ylabel(unit)
+        axes.set_title(f"growth of {entry['key']}", fontsize=9)
+        axes.legend(fontsize=7, frameon=False)
     _save(figure, path)

@@ -23,6 +23,7 @@ if find_spec("rich"):
 else:
     Console = Table = None  # type: ignore[assignment,misc]
 
+SPARSE_TITLE = "section C: sparse derivatives and solvers"
 COLUMNS = {
     "eager": "chainrule",
     "compiled": "compiled",
@@ -34,6 +35,24 @@ COLUMNS = {
     "write": "write output",
 }
 RATIOS = {"peer_eager": ("tf/eager", ">="), "eager_hand": ("eager/hand", "<="), "best_compiled": ("best peer/compiled", ">=")}
+
+#: The columns and ratios of section C, of sparse derivatives and solvers.
+SPARSE_COLUMNS = {
+    "eager": "chainrule",
+    "compiled": "compiled",
+    "function": "function itself",
+    "peer": "torch.func",
+    "coloured": "torch.func, coloured",
+    "differences": "finite differences",
+    "hand": "by hand",
+}
+SPARSE_RATIOS = {
+    "eager_function": ("eager/function", "<="),
+    "peer_eager": ("tf/eager", ">="),
+    "differences_eager": ("differences/eager", ">="),
+    "eager_hand": ("eager/hand", "<="),
+}
+_SIGNS = {name: sign for name, (_, sign) in (RATIOS | SPARSE_RATIOS).items()}
 
 
 def processor(device: str) -> str:
@@ -75,8 +94,8 @@ def ratio(row: Row, name: str) -> str:
     text = f"{got:.1f}" if got >= 10 else f"{got:.2f}"
     if wanted is None:
         return text
-    reached = got >= wanted if RATIOS[name][1] == ">=" else got <= wanted
-    sign = "≥" if RATIOS[name][1] == ">=" else "≤"
+    reached = got >= wanted if _SIGNS[name] == ">=" else got <= wanted
+    sign = "≥" if _SIGNS[name] == ">=" else "≤"
     return f"{text} ({sign} {wanted:g}{'' if reached else ' !'})"
 
 
@@ -93,6 +112,32 @@ def cells(row: Row) -> list[str]:
 def header() -> list[str]:
     """The head of the table of times."""
     return ["", "workload", *COLUMNS.values(), *(title for title, _ in RATIOS.values())]
+
+
+def sparse_cells(row: Row) -> list[str]:
+    """A row of section C's table."""
+    return [
+        row.key,
+        row.title,
+        "–" if row.nonzeros is None else str(row.nonzeros),
+        seconds(row.plan),
+        seconds(row.first_call),
+        *(seconds(row.times.get(column, math.nan)) for column in SPARSE_COLUMNS),
+        *(ratio(row, name) for name in SPARSE_RATIOS),
+    ]
+
+
+def sparse_header() -> list[str]:
+    """The head of section C's table."""
+    titles = (title for title, _ in SPARSE_RATIOS.values())
+    return ["", "workload", "non-zeros", "planning", "first call", *SPARSE_COLUMNS.values(), *titles]
+
+
+def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of times: title, head and rows; section C has its own columns."""
+    dense, other = [row for row in rows if row.section != "C"], [row for row in rows if row.section == "C"]
+    found = [("times and ratios", header(), [cells(row) for row in dense])] if dense else []
+    return found + ([(SPARSE_TITLE, sparse_header(), [sparse_cells(row) for row in other])] if other else [])
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -134,10 +179,10 @@ def markdown(
         "`eager/hand` how far it is from the formula written by hand, `best peer/compiled` compares us compiled with the best of",
         "all peers; in parentheses what is to be reached, with `!` where it is not.",
         "",
-        markdown_table(header(), [cells(row) for row in rows]),
-        "",
+        *_tables(rows),
         *(f"![section {s}: how many times faster than torch.func](plots/ratios-{s}.svg)" for s in _sections(rows)),
         "",
+        *_notes(rows),
         "## Which expression was the fastest, first call and peak memory",
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
@@ -168,7 +213,7 @@ def markdown(
     parts += [markdown_table(["", "library", "expressions"], _expressions(rows))]
     if budget:
         parts += ["", "## Overhead budget", "", markdown_table(["piece", "time"], budget_rows(budget))]
-    missed = [row.key for row in rows if any("!" in cell for cell in cells(row)) and row.key in LIMITS]
+    missed = [row.key for row in rows if row.key in LIMITS and _misses(row, growth)]
     if missed:
         parts += ["", "## What limits the rows that miss a ratio", "", *(f"- {key}: {LIMITS[key]}" for key in missed)]
     problems = [f"- {row.key}: {problem}" for row in rows for problem in row.problems]
@@ -183,18 +228,50 @@ def budget_rows(budget: Mapping[str, float]) -> list[list[str]]:
 
 
 def growth_table(entry: Mapping[str, Any]) -> str:
-    """Times by size and the fitted exponents."""
+    """Times and peak memory by size, and the fitted exponents; ``!`` where ours is over the one to reach."""
     head = ["", *(f"n={n}" for n in entry["sizes"]), "exponent"]
-    rows = [
-        [COLUMNS[column], *(seconds(t) for t in entry[column]), f"{entry[f'{column}_exponent']:.2f}"]
-        for column in ("eager", "peer", "hand")
-        if column in entry
-    ]
+    rows = []
+    for column in GROWING:
+        shown = COLUMNS[column]
+        for name, title, text in ((column, shown, seconds), (f"{column}_bytes", f"{shown}, peak memory", _size)):
+            if name in entry:
+                values = ("–" if value is None else text(value) for value in entry[name])
+                rows.append([title, *values, _exponent(entry, name)])
     return markdown_table(head, rows)
+
+
+#: The columns of a growth study.
+GROWING = ("eager", "peer", "hand")
+
+
+def _size(value: float) -> str:
+    return size(int(value))
+
+
+def _exponent(entry: Mapping[str, Any], name: str) -> str:
+    found, wanted = entry.get(f"{name}_exponent"), entry.get("exponent")
+    if found is None:
+        return "–"
+    if wanted is None or not name.startswith("eager"):
+        return f"{found:.2f}"
+    return f"{found:.2f} (≤ {wanted:g}{'' if found <= wanted else ' !'})"
 
 
 PRODUCTS = ("chainrule, forward over reverse", "chainrule, reverse over reverse", "torch.func, forward over reverse",
             "torch.func, reverse over reverse")  # fmt: skip
+
+_INTRODUCTIONS = {
+    SPARSE_TITLE: (
+        "## Section C",
+        "",
+        "Sparse Jacobians and Hessians in float64 (B17: float32), and solvers. `planning` is what the first call takes more than",
+        "a later one. `function itself` is one evaluation of what is differentiated. `torch.func` is dense, for C7 the blocks",
+        "gathered by hand. `torch.func, coloured` pushes one tangent per colour, with a pattern and a colouring made beforehand.",
+        "`by hand` is a formula with a pattern made beforehand. For C4 and C5 a whole solve is timed; `finite differences` are",
+        "SciPy's.",
+        "",
+    ),
+}
 
 _PRODUCT_TEXT = (
     "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent needs no second record.",
@@ -214,17 +291,40 @@ def product_rows(products: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
 
 
 def _sections(rows: Sequence[Row]) -> list[str]:
-    return sorted({row.key[0] for row in rows})
+    return sorted({row.section for row in rows})
+
+
+def _misses(row: Row, growth: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a ratio or an exponent of the row is not the one to reach."""
+    texts = [ratio(row, name) for name in _SIGNS]
+    texts += [growth_table(entry) for entry in growth if entry["key"] == row.key]
+    return any("!" in text for text in texts)
+
+
+def _tables(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for title, head, found in tables(rows):
+        lines += [*_INTRODUCTIONS.get(title, ()), markdown_table(head, found), ""]
+    return lines
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What the accounts of the workloads say."""
+    noted = [[row.key, name, text] for row in rows for name, text in row.notes.items()]
+    if not noted:
+        return []
+    return ["## Runs, accuracy and memory of solves and products", "", markdown_table(["", "way", "account"], noted), ""]
 
 
 def _expressions(rows: Sequence[Row]) -> list[list[str]]:
     found = []
     for row in rows:
-        for column in ("eager", "compiled", "peer", "peer_compiled", "autograd", "jax", "hand"):
+        for column in (*COLUMNS, *(column for column in SPARSE_COLUMNS if column not in COLUMNS)):
             times = row.all_times.get(column)
-            if times:
+            if times and column not in ("write", "function"):
                 ordered = sorted(times, key=times.__getitem__)
-                found.append([row.key, COLUMNS[column], ", ".join(f"{name} {seconds(times[name])}" for name in ordered)])
+                text = ", ".join(f"{name} {seconds(times[name])}" for name in ordered)
+                found.append([row.key, (COLUMNS | SPARSE_COLUMNS)[column], text])
     return found
 
 

@@ -19,11 +19,15 @@ class Targets:
         peer_eager: time of the best torch.func expression over ours, at least this.
         eager_hand: our time over that of the hand-written formula, at most this.
         best_compiled: time of the best of all peers over ours compiled, at least this.
+        eager_function: our time over that of one evaluation of the function itself, at most this.
+        differences_eager: time with SciPy's finite differences over ours, at least this.
     """
 
     peer_eager: float | None = None
     eager_hand: float | None = None
     best_compiled: float | None = None
+    eager_function: float | None = None
+    differences_eager: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ class Workload:
         dtype: the dtype that is timed.
         tolerance: the relative tolerance of the agreement in float64.
         sizes: for a growth study, workloads of the same kind by size.
+        exponent: the fitted exponents of time and memory over size to reach, at most this; None where none is set.
+        section: where the row belongs; its key's first letter if empty.
+        function: what is differentiated, on the same tensors, for the ratio to one evaluation of it.
+        coloured: expressions in torch.func that compress by a colouring made beforehand, by name.
+        differences: expressions with SciPy's finite differences, by name.
+        reference: what all results are compared with, where it is no peer's result.
+        reduced: what of a result is compared, from the expression's column, its result and the inputs; all of it if None.
+        account: what else there is to say of the inputs' row, by title.
+        solve: whether a whole solve is timed: nothing is compiled and no memory measured.
+        compiled: whether ours and the peers are timed compiled too.
+        large: whether ``--quick`` leaves the workload out.
     """
 
     key: str
@@ -59,6 +74,20 @@ class Workload:
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-9
     sizes: Mapping[int, Workload] = field(default_factory=dict)
+    exponent: float | None = None
+    section: str = ""
+    function: Expression | None = None
+    coloured: Mapping[str, Expression] = field(default_factory=dict)
+    differences: Mapping[str, Expression] = field(default_factory=dict)
+    reference: Expression | None = None
+    reduced: Callable[[str, Any, tuple[torch.Tensor, ...]], Any] | None = None
+    account: Callable[..., Mapping[str, str]] | None = None
+    solve: bool = False
+    compiled: bool = True
+    large: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "section", self.section or self.key[0])
 
     def tensors(self, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
         """The inputs, the same ones every time, in ``dtype`` on ``device`` (integer tensors keep their dtype)."""

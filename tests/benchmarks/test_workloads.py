@@ -7,6 +7,9 @@ import chainrule
 from benchmarks import section_a, section_b, section_c
 from benchmarks.__main__ import SECTIONS
 from benchmarks.measure import check_agreement
+from benchmarks.scientific import Adjustment, brusselator, brusselator_state, hand_brusselator, rolled
+from benchmarks.section_c_implicit import CORRECTION, STEP, Brusselator, implicit_step
+from benchmarks.section_c_sparse import Coloured
 from benchmarks.workload import Workload
 
 #: Rows whose peers take many seconds or gigabytes in float64.
@@ -41,13 +44,33 @@ def test_every_row_has_a_small_one() -> None:
 
 
 def test_bundle_adjustment() -> None:
-    problem = section_c.Adjustment(3, 10, 25)
+    problem = Adjustment(3, 10, 25)
     x = problem.start()
     expected = torch.func.jacrev(problem.residuals)(x)
     found = chainrule.jacobian(problem.residuals, layout="sparse_coo")(x)
     torch.testing.assert_close(found.to_dense(), expected, rtol=1e-9, atol=1e-9)
     # Two rows of 15 places (but for the two principal points of the other row) and one of one, per observation.
     assert found._nnz() == 25 * (2 * 14 + 1)
+
+
+def test_an_implicit_step_solves_its_equation() -> None:
+    problem = Brusselator(6)
+    start = brusselator_state(6).reshape(-1).numpy()
+    found, iterations = implicit_step(problem.exact, start)
+    residual = found - start - STEP * problem.value(found)
+    # The last correction was CORRECTION of the solution at most; the matrix that it is multiplied by is I - STEP J.
+    scale = 1 + STEP * abs(problem.exact(found)[1]).sum(1).max()
+    assert abs(residual).max() <= CORRECTION * scale * abs(found).max()
+    assert 1 < iterations < 10
+
+
+def test_the_colouring_by_hand_gives_the_dense_jacobian() -> None:
+    state = brusselator_state(6)
+    rhs = brusselator(rolled)
+    found = Coloured(rhs, hand_brusselator(state))
+    assert found.seeds.shape[0] < state.numel()
+    dense = torch.func.jacfwd(rhs)(state).reshape(state.numel(), -1)
+    torch.testing.assert_close(found(state).to_dense(), dense, rtol=1e-12, atol=1e-12)
 
 
 def test_keys_are_unique() -> None:

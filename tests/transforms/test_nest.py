@@ -75,6 +75,31 @@ def test_the_function_runs_once_and_a_second_call_does_not_plan(monkeypatch: pyt
     assert len(calls) == 2
 
 
+def components(x: Tensor) -> Tensor:
+    """What systems of equations look like: single components, slices, and a stack of them."""
+    rates, state = x[:2], x[2:]
+    for _ in range(2):
+        product = state[0] * state[1]
+        state = state + 0.1 * torch.stack([rates[0] * state[0] - product, product - rates[1] * state[1]])
+    return (state**2).sum()
+
+
+@pytest.mark.parametrize("mode", ["jvp", "vjp"])
+def test_a_nest_of_a_function_of_components_does_not_plan_twice(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(library: Any, x: Tensor, v: Tensor) -> Tensor:
+        gradient = library.grad(components)
+        return library.jvp(gradient, (x,), (v,))[1] if mode == "jvp" else library.vjp(gradient, x)[1](v)[0]
+
+    product(chainrule, real(4), real(4))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(engine, "plan", refuse)
+    x, v = real(4), real(4)
+    torch.testing.assert_close(product(chainrule, x, v), product(torch.func, x, v))
+
+
 def test_closed_over_values_are_read_each_time() -> None:
     scale = real(3)
     found = chainrule.hessian(lambda x: (scale * x**3).sum())

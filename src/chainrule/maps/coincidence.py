@@ -75,7 +75,8 @@ def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
 def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, device: torch.device) -> OneHot:
     if not sources:
         fixed = positions[0]
-        return OneHot(constant_index((), lambda d: torch.full((), fixed, device=d), device), (), target, False, (fixed, 0))
+        node = constant_index((), lambda d: torch.full((), fixed, dtype=torch.long, device=d), device)
+        return OneHot(node, (), target, False, (fixed, 0))
     index = constant_index((len(positions),), lambda d: torch.tensor(positions, device=d), device)
     steps = {b - a for a, b in zip(positions, positions[1:], strict=False)} or {1}
     partial = any(p < 0 for p in positions)

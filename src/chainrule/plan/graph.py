@@ -59,8 +59,9 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
     """
     kept, needed, reachable = _between(tape.records, inputs, outputs)
     graph = Graph()
+    active = _Reachable(tape, reachable)
     for record in kept:
-        _add_record(graph, record, tape, needed, reachable, workspace)
+        _add_record(graph, record, tape, needed, active, workspace)
     return graph
 
 
@@ -110,9 +111,9 @@ def _involves_complex(record: Any, tape: Any) -> bool:
 
 
 def _add_record(
-    graph: Graph, record: Any, tape: Any, needed: set[int], reachable: set[int], workspace: Workspace
+    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace
 ) -> None:
-    call = Call(record, _Reachable(tape, reachable), workspace)
+    call = Call(record, active, workspace)
     rule = rule_for(record.op)
     # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
     is_complex = _involves_complex(record, tape)

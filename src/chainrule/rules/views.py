@@ -50,7 +50,9 @@ def _expand(call: Call) -> Term:
 
 def fixed_index(target: Axis, index: int, device: torch.device) -> OneHot:
     """The relation ``target == index``, which has no sources."""
-    return OneHot(constant_index((), lambda d: torch.full((), index, device=d), device), (), target, False, (index, 0))
+    # Not torch.tensor, which puts a tensor of unknown origin into the record of a nest.
+    node = constant_index((), lambda d: torch.full((), index, dtype=torch.long, device=d), device)
+    return OneHot(node, (), target, False, (index, 0))
 
 
 def select_term(shape: Sequence[int], dim: int, index: int, device: torch.device) -> Term:
