@@ -210,7 +210,7 @@ def factorisation_row(key: str, rows: int, rank: int, *, dense: bool) -> Workloa
         title=f"sparse Hessian wrt U of Σ Ω∘(T − U Vᵀ)², n=m={rows}, k={rank}, float64",
         inputs=make,
         ours={"hessian": chainrule.hessian(factorisation_loss, layout="sparse_csr")},
-        peers=hessians(factorisation_loss, chunks=(None, 32)) if dense else {},
+        peers=hessians(factorisation_loss, chunks=(32,)) if dense else {},  # whole they take gigabytes
         hand=hand_factorisation,
         targets=Targets(10 if dense else None, 2),
         dtype=torch.float64,
