@@ -23,6 +23,7 @@ from chainrule.maps.nonzeros import (
     block_keys,
     count_entries,
     entries_of,
+    listed,
     over_grid,
     summed,
     without_shared,
@@ -316,13 +317,13 @@ class SparseWorkspace(Workspace):
             return tuple(terms)
         entries = [entries_of(term, self) for term in terms]
         count = sum(e.keys.numel() for e in entries)
-        keys = torch.unique(torch.cat([e.keys for e in entries]))
-        if block is not None and keys.numel() == block.numel():
-            return (as_block(terms, entries, block, self),)
-        if len(terms) < _MANY or keys.numel() > 0.6 * count and len(terms) <= _MOST:
+        every = listed(entries)
+        found = every.keys.numel()
+        if block is not None and found == block.numel():
+            return (as_block(terms, entries, block, every, self),)
+        if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
-        out_dims, in_dims = terms[0].out_dims, terms[0].in_dims
-        return (summed(out_dims, in_dims, entries, keys, self),)
+        return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
