@@ -279,28 +279,34 @@ def values_node(
     count, total = sum(places.numel() for places in every.places), every.keys.numel()
 
     def compute(program: Program, *values: Staged) -> Staged:
-        parts: list[Staged] = []
+        parts: list[tuple[Staged, torch.Tensor | None]] = []
         places: list[torch.Tensor] = []
         base = torch.zeros(total, dtype=workspace.dtype, device=workspace.device)
         for one, own, value in zip(entries, every.places, values, strict=True):
-            flat, slots = _flat(program, value, one, own)
+            flat, kept, slots = _flat(value, one, own)
             if flat.dtype != workspace.dtype:
                 flat = flat.to(workspace.dtype)
             if workspace.is_fixed(flat):
-                base = base.index_add(0, slots, workspace.plain(flat.value))
+                fixed = workspace.plain(flat.value)
+                base = base.index_add(0, slots, fixed if kept is None else fixed.index_select(0, kept))
             else:
-                parts.append(flat)
+                parts.append((flat, kept))
                 places.append(slots)
         if not parts:
             start = program.constant(base if read is None else base.index_select(0, read))
             return program.call(torch.clone, start)
-        joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
-        where = torch.cat(places)
+        where = torch.cat(places) if len(places) > 1 else places[0]
         order = _order_of(where, total) if not bool(base.any()) else None
+        if order is not None and read is not None:
+            order = order.index_select(0, read)
+        flat, kept = parts[0]
+        if order is not None and len(parts) == 1 and kept is not None:
+            return torch.index_select(flat, 0, program.constant(kept.index_select(0, order)))
+        chosen = [f if k is None else torch.index_select(f, 0, program.constant(k)) for f, k in parts]
+        joined = program.call(torch.cat, chosen) if len(chosen) > 1 else chosen[0]
         if order is None:
             summed = torch.index_add(program.constant(base), 0, program.constant(where), joined)
             return summed if read is None else torch.index_select(summed, 0, program.constant(read))
-        order = order if read is None else order.index_select(0, read)
         if order.numel() == where.numel() and bool((order[1:] > order[:-1]).all()):
             return program.call(torch.clone, joined) if program.recorded else joined
         return torch.index_select(joined, 0, program.constant(order))
@@ -320,8 +326,8 @@ def _order_of(places: torch.Tensor, total: int) -> torch.Tensor | None:
     return None if bool((order < 0).any()) else order
 
 
-def _flat(program: Program, value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged, torch.Tensor]:
-    """The values of the entries that have a place as a vector, in the order in which they lie in memory, and their places."""
+def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged, torch.Tensor | None, torch.Tensor]:
+    """The values of entries as a vector, in the order in which they lie in memory; which of them have a place; their places."""
     grid, factor = entries.grid, entries.factor
     names = {axis: number for number, axis in enumerate(grid)}
     sizes = tuple(axis.size for axis in grid)
@@ -340,9 +346,9 @@ def _flat(program: Program, value: Staged, entries: Entries, places: torch.Tenso
         value = torch.reshape(value, (-1,))
     present = places >= 0
     if bool(present.all()):
-        return value, places
+        return value, None, places
     kept = torch.nonzero(present).squeeze(1)
-    return torch.index_select(value, 0, program.constant(kept)), places.index_select(0, kept)
+    return value, kept, places.index_select(0, kept)
 
 
 __all__ = [

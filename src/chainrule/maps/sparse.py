@@ -30,6 +30,7 @@ from chainrule.maps.nonzeros import (
 )
 from chainrule.maps.onehots import gather, mask_factor
 from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 
 #: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
@@ -130,6 +131,10 @@ class SparseWorkspace(Workspace):
             node.force(self.program)
         return node
 
+    def relation(self, index: torch.Tensor, sources: tuple[Axis, ...], target: Axis) -> OneHot:
+        """The relation of a concrete index; negative places have no target."""
+        return self._concrete(OneHot(self.index(index), sources, target, True))
+
     def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
         """Join two relations with one target: a new axis counts the pairs of sources that meet."""
         if one.affine is not None and two.affine is not None:
@@ -156,7 +161,7 @@ class SparseWorkspace(Workspace):
     def push(self, term: Term) -> Term:
         """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
         while term.onehots:
-            step = self._push(term)
+            step = self._push(term) or merge_taps(term, self)
             if step is None:
                 return term
             term = step
@@ -192,7 +197,7 @@ class SparseWorkspace(Workspace):
         found = index.index_select(0, places.reshape(-1)).reshape(places.shape)
         if valid is not None:
             found = torch.where(valid, found, -1)
-        return self._concrete(OneHot(self.index(found), grid, outer.target, True))
+        return self.relation(found, grid, outer.target)
 
     def _places(
         self, axes: Sequence[Axis], final: dict[Axis, OneHot]

@@ -109,6 +109,9 @@ def by_columns(
     for source in dict.fromkeys(slot for _, slot in keys):
         own = {output: places for (output, slot), places in keys.items() if slot == source}
         work = Compression(tape, [source], list(own), dtype, device)
+        # The fullest row has at least as many entries as rows have on average, and needs as many colours as it has entries.
+        if _most(work, -(-sum(places.numel() for places in own.values()) // work.rows), least) is None:
+            return None
         rows, columns = _stacked(tape, own, work.columns)
         most = _most(work, int(torch.bincount(rows).max()), least)
         colours = None if most is None else colour_columns(rows, columns, (work.rows, work.columns), most)
