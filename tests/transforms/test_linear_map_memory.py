@@ -104,3 +104,18 @@ def test_norm_of_a_large_dense_map_by_blocks_of_rows(monkeypatch: pytest.MonkeyP
     x, left, right = randn(60), randn(90, 80), randn(80, 60)
     function = lambda x: torch.tanh(left @ torch.tanh(right @ x))  # noqa: E731
     close(linear_map(function, x).norm(), torch.func.jacrev(function)(x).norm(), 5400)
+
+
+def test_norms_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a norm is taken by blocks of rows, too, is found out once per signature."""
+    monkeypatch.setattr("chainrule.transforms.linear_map._BLOCK_BYTES", 4096)
+    torch.manual_seed(0)
+    left, right = randn(41, 40), randn(40, 42)
+    function = lambda x: torch.tanh(left @ torch.tanh(right @ x))  # noqa: E731
+    linear_map(function, randn(42)).norm()
+    planned: list[int] = []
+    for name in ("plan_algebra", "predicted_peak"):
+        monkeypatch.setattr(f"chainrule.execute.engine.{name}", lambda *args: planned.append(1))
+    x = randn(42)
+    close(linear_map(function, x).norm(), torch.func.jacrev(function)(x).norm(), 41 * 42)
+    assert not planned

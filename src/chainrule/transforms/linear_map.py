@@ -10,9 +10,9 @@ import torch
 from chainrule.capture.joined import JoinedTape
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import hide_from_dynamo
-from chainrule.execute.engine import execute
+from chainrule.execute.engine import execute, peak_elements
 from chainrule.execute.sparse import execute_sparse
-from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed, predicted_peak
+from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.sparse import SparseExpression
 from chainrule.transforms.map_reading import entries, matrix, pieces
 from chainrule.transforms.map_structure import Structure, structure_of
@@ -452,7 +452,7 @@ class LinearMap(ABC):
         """
         m, n = self.shape
         size = self.dtype.itemsize
-        if m * n * size > _BLOCK_BYTES and (peak := predicted_peak(*self._request("squares")) * size) > _BLOCK_BYTES:
+        if m * n * size > _BLOCK_BYTES and (peak := peak_elements(*self._request("squares")) * size) > _BLOCK_BYTES:
             count = max(1, min(m, m * _BLOCK_BYTES // peak))
             total = self._scalar(None)
             for start in range(0, m, count):
