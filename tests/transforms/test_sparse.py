@@ -231,6 +231,78 @@ def test_hessian_of_two_arguments():
             torch.testing.assert_close(lower[i][j].to_dense(), part, **TOLERANCE)
 
 
+def chosen_for(function, *args, argnums=0):
+    return chainrule.explain(chainrule.hessian(function, argnums, layout="sparse_coo"))(*args).accounts[-1]
+
+
+def test_one_triangle_is_computed():
+    """Of a symmetric Hessian the upper triangle is read from the lower one; the result is symmetric to the last bit."""
+    x = torch.randn(40, dtype=torch.float64)
+    account = chosen_for(rosenbrock, x)
+    assert account.chosen.endswith("one triangle")
+    whole = next(a for a in account.alternatives if a["order"] + ", one triangle" == account.chosen)
+    assert next(a for a in account.alternatives if a["order"] == account.chosen)["cost"] < whole["cost"]
+    found = chainrule.hessian(rosenbrock, layout="sparse_coo")(x).to_dense()
+    assert torch.equal(found, found.T)
+
+
+def test_blocks_of_a_symmetric_hessian_are_computed_once():
+    """Blocks (i, j) and (j, i) of three arguments; one argument has no curvature, one is passed twice."""
+    a, b, c = (torch.randn(n, dtype=torch.float64) for n in (4, 5, 3))
+    function = lambda a, b, c: (a[:, None] * b.exp()).sum() + (c * a[:3] ** 2).sum() + b.prod()  # noqa: E731
+    expected = torch.func.hessian(function, (2, 0, 1))(a, b, c)
+    assert chosen_for(function, a, b, c, argnums=(2, 0, 1)).chosen.endswith("one triangle")
+    for _ in range(2):
+        found = chainrule.hessian(function, (2, 0, 1), layout="sparse_coo")(a, b, c)
+        for i in range(3):
+            for j in range(3):
+                well_formed(found[i][j])
+                torch.testing.assert_close(found[i][j].to_dense(), expected[i][j], **TOLERANCE)
+                assert torch.equal(found[i][j].to_dense(), found[j][i].to_dense().T)
+    both = lambda a, b: (a * b[0]).sin().sum() + (a + b).pow(3).sum()  # noqa: E731
+    expected = torch.func.hessian(both, (0, 1))(a, a)
+    found = chainrule.hessian(both, (0, 1), layout="sparse_coo")(a, a)
+    for i in range(2):
+        for j in range(2):
+            torch.testing.assert_close(found[i][j].to_dense(), expected[i][j], **TOLERANCE)
+
+
+class Bent(torch.autograd.Function):
+    """A user's derivative that is no gradient: its own derivative is not symmetric."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return cotangent * x.roll(1) ** 2
+
+
+def test_hessians_that_are_not_symmetric_are_computed_whole():
+    def blocked(x):
+        with torch.no_grad():
+            fixed = x.roll(1) ** 2
+        return (fixed * x).sum()
+
+    x = torch.randn(5, dtype=torch.float64)
+    for function in (lambda x: Bent.apply(x).sum(), blocked):
+        dense = chainrule.hessian(function)(x)
+        assert not torch.equal(dense, dense.T)
+        found = chainrule.hessian(function, layout="sparse_coo")(x).to_dense()
+        torch.testing.assert_close(found, dense)
+    torch.testing.assert_close(chainrule.hessian(blocked)(x), torch.func.hessian(blocked)(x))
+    with pytest.raises(RuntimeError, match="runs under no_grad"):
+        chainrule.hessian(blocked, layout="sparse_coo", triangular="lower")(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype(dtype):
     x = torch.randn(5, dtype=dtype)
@@ -286,10 +358,46 @@ def test_values_carry_a_graph():
     torch.testing.assert_close(x.grad, expected, **TOLERANCE)
 
 
-def test_derivative_of_a_sparse_result_is_refused():
-    inner = lambda x: chainrule.jacobian(lambda y: y**3, layout="sparse_coo")(x).to_dense()  # noqa: E731
-    with pytest.raises(RuntimeError, match="inside of a function that is differentiated"):
-        chainrule.jacobian(inner)(torch.randn(3))
+SPARSE_INSIDE = {
+    "sparse_coo": (chainrule.jacobian(lambda y: y**3, layout="sparse_coo"), "layout='dense'"),
+    "sparse_csr": (chainrule.jacobian(lambda y: y**3, layout="sparse_csr"), "layout='dense'"),
+    "hessian": (chainrule.hessian(lambda y: (y**3).sum(), layout="sparse_coo"), "layout='dense'"),
+    "map": (lambda x: chainrule.linear_map(lambda y: y**3, x).sparse(), r"dense\(\)"),
+    "hessian map": (lambda x: chainrule.hessian(lambda y: (y**3).sum(), layout="operator")(x).sparse(), r"dense\(\)"),
+}
+
+DIFFERENTIATED = {
+    "grad": lambda f, x: chainrule.grad(f)(x),
+    "vjp": lambda f, x: chainrule.vjp(f, x)[1](torch.ones(())),
+    "jvp": lambda f, x: chainrule.jvp(f, (x,), (x,)),
+    "linearize": lambda f, x: chainrule.linearize(f, x),
+    "jacobian": lambda f, x: chainrule.jacobian(f)(x),
+    "jacfwd": lambda f, x: chainrule.jacfwd(f)(x),
+    "jacrev": lambda f, x: chainrule.jacrev(f)(x),
+    "sparse jacobian": lambda f, x: chainrule.jacobian(f, layout="sparse_coo")(x),
+    "hessian": lambda f, x: chainrule.hessian(f)(x),
+    "linear_map": lambda f, x: chainrule.linear_map(f, x),
+    "grad of vmap": lambda f, x: chainrule.grad(lambda y: chainrule.vmap(f)(y[None]).sum())(x),
+    "vmap of grad": lambda f, x: chainrule.vmap(chainrule.grad(f))(x[None]),
+}
+
+
+@pytest.mark.parametrize("inner", SPARSE_INSIDE)
+@pytest.mark.parametrize("outer", DIFFERENTIATED)
+def test_derivative_of_a_sparse_result_is_refused(outer, inner):
+    """Each time, not only when plans are made; the message says what to do."""
+    make, advice = SPARSE_INSIDE[inner]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"inside of a function that is differentiated.* Use {advice} there, or make"):
+            DIFFERENTIATED[outer](lambda x: make(x).to_dense().sum(), torch.randn(3))
+
+
+@pytest.mark.parametrize("inner", SPARSE_INSIDE)
+def test_vmap_of_a_sparse_result(inner):
+    make, _ = SPARSE_INSIDE[inner]
+    batch = torch.randn(4, 3, dtype=torch.float64)
+    expected = torch.diag_embed(6 * batch if inner.startswith("hessian") else 3 * batch**2)
+    torch.testing.assert_close(chainrule.vmap(make)(batch).to_dense(), expected)
 
 
 def test_sparse_inside_of_a_function_that_does_not_depend_on_it():

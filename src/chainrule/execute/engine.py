@@ -18,7 +18,7 @@ from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
 from chainrule.execute.workspace import free, observe
 from chainrule.maps.staging import Instruction, Program, Staged
-from chainrule.plan.algebra import AlgebraRequest, plan_algebra
+from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
 from chainrule.plan.planner import Planned, Request, plan
@@ -220,6 +220,38 @@ def predicted(tape: Any, request: Request) -> Memory:
         for _ in range(2):  # the first time plans
             execute(tape, request)
     return Memory(watch.results, watch.peak)
+
+
+@dataclass
+class KnownPeak:
+    """What a plan of a signature holds at once.
+
+    Attributes:
+        elements: how many elements.
+        used: for the cache.
+    """
+
+    elements: int
+    used: bool = False
+
+
+def peak_elements(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor] = ()) -> int:
+    """The most elements that the cheapest plan of a request holds at once; predicted once per signature, nothing is run.
+
+    Args:
+        tape: the tape.
+        request: what is asked.
+        seeds: the seed tensors.
+    """
+    key: Any = ("peak", _key(tape, request, seeds))
+    try:
+        known: Any = CACHE.get(key)
+    except TypeError:  # an unhashable static argument
+        return predicted_peak(tape, request, seeds)
+    if known is None:
+        known = KnownPeak(predicted_peak(tape, request, seeds))
+        CACHE.put(key, known)
+    return int(known.elements)
 
 
 def _planned(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,9 @@ from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.sparse import plain
 from chainrule.maps.staging import Staged
+from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import Pattern, PlannedSparse, SparseRequest, freeze, plan_sparse
+from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
@@ -91,9 +92,9 @@ class SparsePlan:
             return all(torch.equal(plain(one), two) for one, two in zip(found, self.expected, strict=True))
         return True
 
-    def run(self, tape: Any) -> Found:
+    def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
         """The values of a run."""
-        values = self.values.run(tape.values, ())
+        values = self.values.run(tape.values, seeds)
         return {block: (values[block], layout) for block, layout in self.layouts.items()}  # type: ignore[misc]
 
 
@@ -141,23 +142,24 @@ def plans_of(tape: Any, extra: Any) -> SparsePlans:
     return found
 
 
-def execute_sparse(tape: Any, request: SparseRequest) -> Found:
+def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()) -> Found:
     """The values of the entries of every block that has some, and where they stand.
 
     Args:
-        tape: the finished tape.
+        tape: the finished tape, or several that are joined.
         request: what is asked.
+        seeds: the factors that an expression names.
     """
     ledger = current_ledger()
     if ledger is not None and ledger is not UNCACHED:
-        return _execute_accounted(tape, request, ledger)
-    plans = plans_of(tape, request)
+        return _execute_accounted(tape, request, seeds, ledger)
+    plans = plans_of(tape, (request, tuple([seed.dtype for seed in seeds])))
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
-            plan = make_plan(plan_sparse(tape, request))
+            plan = make_plan(plan_sparse(tape, request, seeds=seeds))
         plans.add(plan)
-    return plan.run(tape)
+    return plan.run(tape, seeds)
 
 
 @contextmanager
@@ -168,10 +170,12 @@ def planning(tape: Any) -> Iterator[None]:
         yield
 
 
-def _execute_accounted(tape: Any, request: SparseRequest, ledger: Ledger) -> Found:
+def _execute_accounted(
+    tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor], ledger: Ledger
+) -> Found:
     """Plan anew, run, and put the account of it into the ledger."""
     with planning(tape):
-        planned = plan_sparse(tape, request)
+        planned = plan_sparse(tape, request, seeds=seeds)
         plan = make_plan(planned)
     asked = Request("sparse", request.inputs, request.outputs, request.order)
     source = plan.values.runner.source_of  # type: ignore[union-attr]
@@ -179,7 +183,7 @@ def _execute_accounted(tape: Any, request: SparseRequest, ledger: Ledger) -> Fou
     account = account_of(tape, asked, planned.graph, planned.chosen, planned.candidates, source.kept, source.memory())
     account.blocks = planned.blocks
     ledger.accounts.append(account)
-    return plan.run(tape)
+    return plan.run(tape, seeds)
 
 
 def make_plan(planned: PlannedSparse) -> SparsePlan:

@@ -12,6 +12,7 @@ import torch
 from chainrule.maps.compose import dense_factor
 from chainrule.maps.contract import expand_to
 from chainrule.maps.nodes import Node
+from chainrule.maps.places import inverse, ordering, places_among
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
 
@@ -128,18 +129,18 @@ def block_keys(terms: Sequence[Term], device: torch.device) -> torch.Tensor | No
     return keys.expand(sizes).reshape(-1)
 
 
-def as_block(terms: Sequence[Term], entries: Sequence[Entries], block: torch.Tensor, workspace: SparseWorkspace) -> Term:
-    """The sum of terms that fill the block ``block``, as one dense factor."""
+def as_block(
+    terms: Sequence[Term], entries: Sequence[Entries], block: torch.Tensor, every: Listed, workspace: SparseWorkspace
+) -> Term:
+    """The sum of terms that fill the block ``block``, whose keys are those that are listed, as one dense factor."""
     bound = {i: o for o, i in diagonals(terms)}
     out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
     out = [Axis(size) for size in out_shape]
     inner = [out[bound[i]] if i in bound else Axis(size) for i, size in enumerate(in_shape)]
     axes = tuple(dict.fromkeys((*out, *inner)))
-    order = torch.argsort(block)
-    ordered = block.index_select(0, order)
-    node = values_node(entries, ordered, workspace)
+    node = values_node(entries, every, workspace)
     sizes = tuple(axis.size for axis in axes)
-    back = None if torch.equal(ordered, block) else torch.argsort(order)
+    back = None if torch.equal(every.keys, block) else inverse(ordering(block))
 
     def compute(program: Program, value: Staged) -> Staged:
         if back is not None:
@@ -205,11 +206,10 @@ def over_grid(onehot: OneHot, workspace: SparseWorkspace, names: dict[Axis, int]
     return index.permute(order).reshape(shape)
 
 
-def summed(
-    out_dims: Dims, in_dims: Dims, entries: Sequence[Entries], keys: torch.Tensor, workspace: SparseWorkspace
-) -> Term:
-    """One term whose entries are at ``keys`` (sorted, each once)."""
-    node = values_node(entries, keys, workspace)
+def summed(out_dims: Dims, in_dims: Dims, entries: Sequence[Entries], listed: Listed, workspace: SparseWorkspace) -> Term:
+    """One term of the entries of several, which stand at the keys ``listed``."""
+    keys = listed.keys
+    node = values_node(entries, listed, workspace)
     axis = Axis(keys.numel())
     onehots: list[OneHot] = []
     dims: list[tuple[Axis, ...]] = []
@@ -225,58 +225,109 @@ def summed(
     return workspace.canonical(made)
 
 
-def values_node(entries: Sequence[Entries], keys: torch.Tensor, workspace: SparseWorkspace) -> Node:
-    """The values at ``keys`` of a sum of entries; entries at other places are left out."""
-    chosen: list[tuple[Entries, torch.Tensor, torch.Tensor | None]] = []
-    for one in entries:
-        slots = torch.searchsorted(keys, one.keys)
-        found = keys.index_select(0, slots.clamp(max=max(keys.numel() - 1, 0))) == one.keys if keys.numel() else slots < 0
-        if bool(found.all()):
-            if one.keys.numel():
-                chosen.append((one, slots, one.kept))
-            continue
-        place = torch.nonzero(found).squeeze(1)
-        if place.numel():
-            kept = place if one.kept is None else one.kept.index_select(0, place)
-            chosen.append((one, slots.index_select(0, place), kept))
-    count = sum(slots.numel() for _, slots, _ in chosen)
+class Listed(NamedTuple):
+    """Where entries of several terms stand in one list.
+
+    Attributes:
+        keys: the keys of the list, sorted, each once.
+        places: for each term, the place of each of its entries in the list; -1 where it is left out.
+    """
+
+    keys: torch.Tensor
+    places: tuple[torch.Tensor, ...]
+
+
+def listed(entries: Sequence[Entries]) -> Listed:
+    """All entries of some terms in one list."""
+    if len(entries) == 1 and bool((entries[0].keys[1:] > entries[0].keys[:-1]).all()):
+        keys = entries[0].keys
+        return Listed(keys, (torch.arange(keys.numel(), device=keys.device),))
+    keys, places = places_among(torch.cat([e.keys for e in entries]))
+    return Listed(keys, places.split([e.keys.numel() for e in entries]))
+
+
+def restricted(entries: Sequence[Entries], every: Listed, wanted: torch.Tensor) -> tuple[list[Entries], Listed]:
+    """Entries at some places of a list only; terms that have none there are gone.
+
+    Args:
+        entries: the entries.
+        every: where they stand.
+        wanted: for each key of the list whether it is kept.
+    """
+    renumbered = torch.where(wanted, torch.cumsum(wanted, 0) - 1, -1)
+    kept: list[Entries] = []
+    places: list[torch.Tensor] = []
+    for one, own in zip(entries, every.places, strict=True):
+        found = renumbered.index_select(0, own)
+        if bool((found >= 0).any()):
+            kept.append(one)
+            places.append(found)
+    return kept, Listed(every.keys[wanted], tuple(places))
+
+
+def values_node(
+    entries: Sequence[Entries], every: Listed, workspace: SparseWorkspace, read: torch.Tensor | None = None
+) -> Node:
+    """The values of a sum of entries in the order of a list.
+
+    Args:
+        entries: the entries.
+        every: where they stand.
+        workspace: where values that are the same in every run are known.
+        read: which values of the list to return, in which order; None for all.
+    """
+    count, total = sum(places.numel() for places in every.places), every.keys.numel()
 
     def compute(program: Program, *values: Staged) -> Staged:
-        parts: list[Staged] = []
+        parts: list[tuple[Staged, torch.Tensor | None]] = []
         places: list[torch.Tensor] = []
-        base = torch.zeros(keys.numel(), dtype=workspace.dtype, device=workspace.device)
-        for (one, slots, kept), value in zip(chosen, values, strict=True):
-            flat, slots = _flat(program, value, one, kept, slots)
+        base = torch.zeros(total, dtype=workspace.dtype, device=workspace.device)
+        for one, own, value in zip(entries, every.places, values, strict=True):
+            flat, kept, slots = _flat(value, one, own)
             if flat.dtype != workspace.dtype:
                 flat = flat.to(workspace.dtype)
             if workspace.is_fixed(flat):
-                base = base.index_add(0, slots, workspace.plain(flat.value))
+                fixed = workspace.plain(flat.value)
+                base = base.index_add(0, slots, fixed if kept is None else fixed.index_select(0, kept))
             else:
-                parts.append(flat)
+                parts.append((flat, kept))
                 places.append(slots)
-        start = program.constant(base)
         if not parts:
+            start = program.constant(base if read is None else base.index_select(0, read))
             return program.call(torch.clone, start)
-        if sum(p.numel() for p in places) == keys.numel() and not bool(base.any()):
-            # Each place once: the values stand there already, or are read in that order.
-            every = torch.cat(places)
-            order = torch.argsort(every)
-            if bool((every.index_select(0, order) == torch.arange(keys.numel(), device=keys.device)).all()):
-                joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
-                if bool((order[1:] > order[:-1]).all()):
-                    return program.call(torch.clone, joined) if program.recorded else joined
-                return torch.index_select(joined, 0, program.constant(order))
-        joined = program.call(torch.cat, parts) if len(parts) > 1 else parts[0]
-        return torch.index_add(start, 0, program.constant(torch.cat(places)), joined)
+        where = torch.cat(places) if len(places) > 1 else places[0]
+        order = _order_of(where, total) if not bool(base.any()) else None
+        if order is not None and read is not None:
+            order = order.index_select(0, read)
+        flat, kept = parts[0]
+        if order is not None and len(parts) == 1 and kept is not None:
+            return torch.index_select(flat, 0, program.constant(kept.index_select(0, order)))
+        chosen = [f if k is None else torch.index_select(f, 0, program.constant(k)) for f, k in parts]
+        joined = program.call(torch.cat, chosen) if len(chosen) > 1 else chosen[0]
+        if order is None:
+            summed = torch.index_add(program.constant(base), 0, program.constant(where), joined)
+            return summed if read is None else torch.index_select(summed, 0, program.constant(read))
+        if order.numel() == where.numel() and bool((order[1:] > order[:-1]).all()):
+            return program.call(torch.clone, joined) if program.recorded else joined
+        return torch.index_select(joined, 0, program.constant(order))
 
-    inputs = tuple(one.factor.node for one, _, _ in chosen)
-    return Node((keys.numel(),), inputs, compute, flops=count, moved=5 * count + keys.numel(), label="entries")
+    results = total if read is None else read.numel()
+    inputs = tuple(one.factor.node for one in entries)
+    moved = 5 * count + total + (0 if read is None else 2 * results)
+    return Node((results,), inputs, compute, flops=count, moved=moved, label="entries")
 
 
-def _flat(
-    program: Program, value: Staged, entries: Entries, kept: torch.Tensor | None, slots: torch.Tensor
-) -> tuple[Staged, torch.Tensor]:
-    """The values of entries as a vector, in the order in which they lie in memory, and the slots in that order."""
+def _order_of(places: torch.Tensor, total: int) -> torch.Tensor | None:
+    """The order in which entries at ``places`` come in a list of ``total``; None unless each place is taken once."""
+    if places.numel() != total:
+        return None
+    order = torch.full((total,), -1, dtype=torch.long, device=places.device)
+    order.index_copy_(0, places, torch.arange(total, device=places.device))
+    return None if bool((order < 0).any()) else order
+
+
+def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged, torch.Tensor | None, torch.Tensor]:
+    """The values of entries as a vector, in the order in which they lie in memory; which of them have a place; their places."""
     grid, factor = entries.grid, entries.factor
     names = {axis: number for number, axis in enumerate(grid)}
     sizes = tuple(axis.size for axis in grid)
@@ -284,21 +335,23 @@ def _flat(
     value = expand_to(value, have, tuple(range(len(grid))))
     if tuple(value.shape) != sizes:
         value = torch.broadcast_to(value, sizes)
+    if entries.kept is not None:
+        places = torch.full((math.prod(sizes),), -1, device=places.device).index_copy_(0, entries.kept, places)
     strides = value.value.stride()
     order = sorted(range(len(sizes)), key=lambda n: -strides[n])
     if order != list(range(len(sizes))) and 0 not in strides:
         value = torch.permute(value, order)
-        before = torch.arange(math.prod(sizes), device=slots.device).reshape(sizes).permute(order).reshape(-1)
-        if kept is None:
-            slots = slots.index_select(0, before)
-        else:
-            kept, by_place = torch.argsort(before).index_select(0, kept).sort()
-            slots = slots.index_select(0, by_place)
+        places = places.reshape(sizes).permute(order).reshape(-1)
     if len(sizes) != 1:
         value = torch.reshape(value, (-1,))
-    return (value if kept is None else torch.index_select(value, 0, program.constant(kept))), slots
+    present = places >= 0
+    if bool(present.all()):
+        return value, None, places
+    kept = torch.nonzero(present).squeeze(1)
+    return value, kept, places.index_select(0, kept)
 
 
 __all__ = [
-    "Entries", "as_block", "block_keys", "count_entries", "entries_of", "over_grid", "summed", "values_node", "without_shared",
+    "Entries", "Listed", "as_block", "block_keys", "count_entries", "entries_of", "listed", "over_grid", "restricted", "summed",
+    "values_node", "without_shared",
 ]  # fmt: skip

@@ -23,12 +23,14 @@ from chainrule.maps.nonzeros import (
     block_keys,
     count_entries,
     entries_of,
+    listed,
     over_grid,
     summed,
     without_shared,
 )
 from chainrule.maps.onehots import gather, mask_factor
 from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 
 #: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
@@ -129,6 +131,10 @@ class SparseWorkspace(Workspace):
             node.force(self.program)
         return node
 
+    def relation(self, index: torch.Tensor, sources: tuple[Axis, ...], target: Axis) -> OneHot:
+        """The relation of a concrete index; negative places have no target."""
+        return self._concrete(OneHot(self.index(index), sources, target, True))
+
     def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
         """Join two relations with one target: a new axis counts the pairs of sources that meet."""
         if one.affine is not None and two.affine is not None:
@@ -155,7 +161,7 @@ class SparseWorkspace(Workspace):
     def push(self, term: Term) -> Term:
         """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
         while term.onehots:
-            step = self._push(term)
+            step = self._push(term) or merge_taps(term, self)
             if step is None:
                 return term
             term = step
@@ -191,7 +197,7 @@ class SparseWorkspace(Workspace):
         found = index.index_select(0, places.reshape(-1)).reshape(places.shape)
         if valid is not None:
             found = torch.where(valid, found, -1)
-        return self._concrete(OneHot(self.index(found), grid, outer.target, True))
+        return self.relation(found, grid, outer.target)
 
     def _places(
         self, axes: Sequence[Axis], final: dict[Axis, OneHot]
@@ -316,13 +322,13 @@ class SparseWorkspace(Workspace):
             return tuple(terms)
         entries = [entries_of(term, self) for term in terms]
         count = sum(e.keys.numel() for e in entries)
-        keys = torch.unique(torch.cat([e.keys for e in entries]))
-        if block is not None and keys.numel() == block.numel():
-            return (as_block(terms, entries, block, self),)
-        if len(terms) < _MANY or keys.numel() > 0.6 * count and len(terms) <= _MOST:
+        every = listed(entries)
+        found = every.keys.numel()
+        if block is not None and found == block.numel():
+            return (as_block(terms, entries, block, every, self),)
+        if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
-        out_dims, in_dims = terms[0].out_dims, terms[0].in_dims
-        return (summed(out_dims, in_dims, entries, keys, self),)
+        return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

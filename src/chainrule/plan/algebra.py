@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from chainrule.maps.compose import Workspace, settle
-from chainrule.maps.coordinates import coordinates
 from chainrule.maps.linear_map import LinearMap, add_maps, compose, dense_term, densify, merge
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import digit
@@ -82,8 +81,7 @@ class AlgebraRequest:
     Attributes:
         kind: ``blocks`` (the blocks of some outputs and inputs, or some rows and columns of them), ``entries`` (single ones:
             the seeds of a pair of selections are read side by side), ``diagonal`` (of the blocks of an output and the input
-            of the same number), ``trace`` (the sum of these), ``squares`` (the sum of the squares of all entries) or
-            ``coordinates`` (of the entries that are not structurally zero).
+            of the same number), ``trace`` (the sum of these) or ``squares`` (the sum of the squares of all entries).
         expression: the map.
         rows: which outputs, whole or in part.
         columns: which inputs, whole or in part; for ``entries``, the partners of ``rows``.
@@ -126,7 +124,7 @@ def _leaves(expression: Expression) -> Iterator[Jacobian]:
         yield from _leaves(expression.of)
 
 
-class _Builder:
+class Builder:
     """Makes the blocks of expressions in one workspace, from Jacobians that were accumulated in one order."""
 
     def __init__(self, found: dict[Jacobian, dict[tuple[int, int], LinearMap]], seeds: Any, workspace: Workspace) -> None:
@@ -166,12 +164,14 @@ class _Builder:
         return {key: self.added(parts) for key, parts in found.items() if parts}
 
     def product(self, one: LinearMap, two: LinearMap) -> LinearMap:
-        """The composition of two maps, left as a network."""
-        return compose(one, two, self.workspace, eager=False)
+        """The composition of two maps, left as a network where entries are not listed."""
+        return compose(one, two, self.workspace, eager=self.workspace.sparse)
 
     def added(self, parts: Sequence[LinearMap]) -> LinearMap:
         """The sum of maps between the same spaces: its terms stay apart as long as they hold less than a dense array."""
         first = parts[0]
+        if self.workspace.sparse:
+            return add_maps(parts, self.workspace)
         terms = tuple(term for part in parts for term in part.terms)
         dense = math.prod(first.out_shape) * math.prod(first.in_shape)
         if len(terms) > 2 and sum(factor.node.numel for term in terms for factor in term.factors) >= dense:
@@ -229,7 +229,7 @@ def _as_vector(local: LinearMap) -> LinearMap:
     return LinearMap((*local.out_shape, *local.in_shape), (), terms)
 
 
-def _blocks(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[Any, LinearMap]:
+def _blocks(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[Any, LinearMap]:
     found = {}
     for o, row in request.rows:
         for i, column in request.columns:
@@ -246,7 +246,7 @@ def _blocks(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[An
     return found
 
 
-def _entries(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[Any, LinearMap]:
+def _entries(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[Any, LinearMap]:
     found = {}
     for number, ((o, row), (i, column)) in enumerate(zip(request.rows, request.columns, strict=True)):
         local = blocks.get((o, i))
@@ -257,7 +257,7 @@ def _entries(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[A
     return {key: local for key, local in found.items() if not local.is_zero}
 
 
-def _diagonals(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[Any, LinearMap]:
+def _diagonals(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[Any, LinearMap]:
     parts = _diagonal_parts(request.expression, build, request.kind == "diagonal")
     found = {key: [local for local in several if not local.is_zero] for key, several in parts.items()}
     if request.kind == "trace":
@@ -266,7 +266,7 @@ def _diagonals(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict
     return {key: build.added(several) for key, several in found.items() if several}
 
 
-def _diagonal_parts(expression: Expression, build: _Builder, keep: bool) -> dict[int, list[LinearMap]]:
+def _diagonal_parts(expression: Expression, build: Builder, keep: bool) -> dict[int, list[LinearMap]]:
     """By the number of a space's leaf, summands of the diagonal of its block, or of its trace, as maps from nothing.
 
     A product is closed as a whole: its two sides meet on the diagonal before they meet in between.
@@ -301,7 +301,7 @@ def _diagonal_parts(expression: Expression, build: _Builder, keep: bool) -> dict
     return found
 
 
-def _squares(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[Any, LinearMap]:
+def _squares(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[Any, LinearMap]:
     parts = []
     for local in blocks.values():
         vector = _as_vector(local)
@@ -310,22 +310,13 @@ def _squares(request: AlgebraRequest, blocks: Blocks, build: _Builder) -> dict[A
     return {"squares": build.added(parts)} if parts else {}
 
 
-_CLOSED: dict[str, Callable[[AlgebraRequest, Blocks, _Builder], dict[Any, LinearMap]]] = {
+_CLOSED: dict[str, Callable[[AlgebraRequest, Blocks, Builder], dict[Any, LinearMap]]] = {
     "blocks": _blocks,
     "entries": _entries,
     "diagonal": _diagonals,
     "trace": _diagonals,
     "squares": _squares,
 }
-
-
-def _coordinates(blocks: Blocks, workspace: Workspace) -> dict[Any, Node]:
-    """For each term of each block, the flat places of its entries and the entries."""
-    found: dict[Any, Node] = {}
-    for key, local in blocks.items():
-        for number, term in enumerate(_settled(local, workspace)):
-            found["places", *key, number], found["values", *key, number] = coordinates(term, workspace)
-    return found
 
 
 def _settled(local: LinearMap, workspace: Workspace) -> list[Term]:
@@ -362,29 +353,26 @@ def _candidates(
         graph = build_graph(tape, inputs, outputs, workspace)
         plain = Request("jacobian", tuple(inputs), tuple(outputs))
         made[jacobian] = accumulations(tape, plain, graph, inputs, outputs, workspace)
-        _include(whole, graph)
+        whole.include(graph)
     found: list[Candidate] = []
     blocks: dict[str, Blocks] = {}
     for name in dict.fromkeys(name for makers in made.values() for name in makers):
         maps = {jacobian: makers.get(name, makers["reverse"])[0]() for jacobian, makers in made.items()}
-        build = _Builder(maps, seeds, workspace)
+        build = Builder(maps, seeds, workspace)
         blocks[name] = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
-        if request.kind == "coordinates":
-            nodes = _coordinates(blocks[name], workspace)
-        else:
-            closed = _CLOSED[request.kind](request, blocks[name], build)
-            whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
-            array = densify if whole_blocks else _as_array
-            nodes = {key: array(local, workspace) for key, local in closed.items()}
+        closed = _CLOSED[request.kind](request, blocks[name], build)
+        whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
+        array = densify if whole_blocks else _as_array
+        nodes = {key: array(local, workspace) for key, local in closed.items()}
         eliminated = [slot for makers in made.values() for slot in makers.get(name, makers["reverse"])[1]]
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
-    if (swept := _swept(request, whole, _Builder({}, seeds, workspace), tape)) is not None:
+    if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
         nodes = {key: _as_array(local, workspace) for key, local in swept.items()}
         found.append(elimination.measure(Candidate("selected", nodes)))
     return found, blocks, whole
 
 
-def _swept(request: AlgebraRequest, graph: Graph, build: _Builder, tape: Any) -> dict[Any, LinearMap] | None:
+def _swept(request: AlgebraRequest, graph: Graph, build: Builder, tape: Any) -> dict[Any, LinearMap] | None:
     """Some rows of a Jacobian by a sweep that begins with them, or some columns; None where it is not that simple."""
     flipped = isinstance(request.expression, Transposed)
     jacobian = request.expression.of if isinstance(request.expression, Transposed) else request.expression
@@ -418,17 +406,6 @@ def _swept(request: AlgebraRequest, graph: Graph, build: _Builder, tape: Any) ->
                 o, i = (number, other) if by_rows else (other, number)
                 found[(i, o) if flipped else (o, i)] = local.transpose() if flipped else local
     return found
-
-
-def _include(whole: Graph, graph: Graph) -> None:
-    """Add what a further graph of the same tape holds."""
-    for target, edges in graph.into.items():
-        if target not in whole.into:
-            for source, local in edges:
-                whole.add(source, target, local)
-    whole.order = sorted({*whole.order, *graph.order})
-    known = {step.outputs for step in whole.steps}
-    whole.steps.extend(step for step in graph.steps if step.outputs not in known)
 
 
 def plan_algebra(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> Planned:

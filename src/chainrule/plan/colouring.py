@@ -1,115 +1,113 @@
-"""Compressed evaluation: columns that share no row are pushed through the function together.
+"""Colourings of sparse patterns: columns, or rows and columns of a symmetric matrix, that may be computed as one.
 
-Source: Curtis, Powell and Reid, *On the estimation of sparse Jacobian matrices*, 1974; the greedy colouring of columns at
-distance two is that of Gebremedhin, Manne and Pothen, *What color is your Jacobian?*, SIAM Review 47 (2005).
+Sources: Curtis, Powell and Reid, *On the estimation of sparse Jacobian matrices*, 1974; Gebremedhin, Manne and Pothen, *What
+color is your Jacobian? Graph coloring for computing derivatives*, SIAM Review 47 (2005); Gebremedhin, Tarafdar, Manne and
+Pothen, *New acyclic and star coloring algorithms with application to computing Hessians*, SIAM J. Sci. Comput. 29 (2007).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
-from chainrule.maps.compose import Workspace
-from chainrule.maps.linear_map import LinearMap, densify
-from chainrule.maps.nodes import Node
-from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
-from chainrule.plan import elimination
-from chainrule.plan.graph import build_graph
+from chainrule.maps.places import ordering, places_among
 
 
-def colour_columns(rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def colour_columns(
+    rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int], most: int | None = None
+) -> torch.Tensor | None:
     """Colours of columns such that two columns with an entry in one row differ; greedy, fullest columns first.
+
+    The time taken grows with the number of entries: the colours in use in a row are the bits of one number.
 
     Args:
         rows: the rows of the entries.
         columns: their columns.
         shape: the numbers of rows and columns.
+        most: with more colours than this there is no result.
 
     Returns:
-        The colour of every column, from 0 on; of a column without entries as well.
+        The colour of every column, from 0 on; of a column without entries as well. None if there are too many.
     """
-    rows, columns = rows.cpu(), columns.cpu()
-    order = torch.argsort(columns, stable=True)
-    counts = torch.bincount(columns, minlength=shape[1])
-    parts = rows.index_select(0, order).split(counts.tolist())
-    width = max(int(torch.bincount(rows, minlength=shape[0]).max()), 1) if rows.numel() else 1
-    used = torch.zeros(shape[0], width, dtype=torch.bool)
-    colours = torch.zeros(shape[1], dtype=torch.long)
+    own, starts, counts = _grouped(columns.cpu(), rows.cpu(), shape[1])
+    used = [0] * shape[0]
+    colours = [0] * shape[1]
+    limit = 1 << most if most is not None else None
     for column in torch.argsort(counts, descending=True, stable=True).tolist():
-        own = parts[column]
-        if not own.numel():
+        adjacent = own[starts[column] : starts[column + 1]]
+        if not adjacent:
             break
-        free = torch.logical_not(used.index_select(0, own).any(0)).nonzero()
-        if free.numel():
-            colour = int(free[0])
-        else:
-            colour = used.shape[1]
-            used = torch.cat([used, torch.zeros(shape[0], max(colour // 4, 1), dtype=torch.bool)], 1)
-        used[own, colour] = True
-        colours[column] = colour
-    return colours
+        taken = 0
+        for row in adjacent:
+            taken |= used[row]
+        free = ~taken & (taken + 1)
+        if limit is not None and free >= limit:
+            return None
+        colours[column] = free.bit_length() - 1
+        for row in adjacent:
+            used[row] |= free
+    return torch.tensor(colours, dtype=torch.long)
 
 
-def compressed_nodes(
-    tape: Any, source: int, keys: dict[int, torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> dict[int, Node]:
-    """The values at ``keys`` of the Jacobians of some outputs with respect to one input, from compressed columns.
+def colour_symmetric(
+    rows: torch.Tensor, columns: torch.Tensor, size: int, most: int | None = None
+) -> torch.Tensor | None:
+    """A star colouring of a symmetric pattern: from the sums of the columns of each colour, every entry can be read.
+
+    Rows (and columns) with an entry in common differ, and any path through four of them has at least three colours. So of an
+    entry's row and column, one has a colour that none of the other's further neighbours has. Greedy, fullest rows first; the
+    time taken grows with the number of entries.
 
     Args:
-        tape: the tape.
-        source: the input's slot.
-        keys: by output slot, row times the number of columns plus column.
-        dtype: the dtype of the maps.
-        device: their device.
+        rows: the rows of entries of which each stands for its mirror image, too; those on the diagonal are passed over.
+        columns: their columns.
+        size: the number of rows.
+        most: with more colours than this there is no result.
+
+    Returns:
+        The colour of every row, from 0 on. None if there are too many.
     """
-    shape = tuple(tape.values[source].shape)
-    columns = math.prod(shape)
-    rows_of, columns_of, first = [], [], 0
-    for slot, places in keys.items():
-        rows_of.append(torch.div(places, columns, rounding_mode="floor") + first)
-        columns_of.append(torch.remainder(places, columns))
-        first += tape.values[slot].numel()
-    colours = colour_columns(torch.cat(rows_of), torch.cat(columns_of), (first, columns)).to(device)
-    count = int(colours.max()) + 1
-    workspace = Workspace(dtype, device)
-
-    def seeds(program: Program) -> Staged:
-        made = torch.nn.functional.one_hot(colours, count).to(dtype).reshape(*shape, count)
-        return program.constant(made)
-
-    axes, colour = new_axes(shape), Axis(count)
-    node = Node((*shape, count), (), seeds, label="seeds")
-    seed = LinearMap(shape, (count,), (Term(dims_of(axes), ((colour,),), (Factor(node, (*axes, colour)),)),))
-    graph = build_graph(tape, [source], list(keys), workspace)
-    maps = elimination.sweep_forward(graph, {source: seed}, list(keys), workspace)
-    found = {slot: _read(densify(maps[slot], workspace), keys[slot], colours, columns, count) for slot in keys}
-    workspace.memo.clear()
-    return found
-
-
-def _read(node: Node, keys: torch.Tensor, colours: torch.Tensor, columns: int, count: int) -> Node:
-    """The entries, read from the compressed Jacobian."""
-    rows = torch.div(keys, columns, rounding_mode="floor")
-    places = rows * count + colours.index_select(0, torch.remainder(keys, columns))
-
-    def compute(program: Program, value: Staged) -> Staged:
-        return torch.index_select(torch.reshape(value, (-1,)), 0, program.constant(places))
-
-    return Node((keys.numel(),), (node,), compute, flops=keys.numel(), moved=2 * keys.numel(), label="entries")
-
-
-def worth_colouring(keys: Sequence[torch.Tensor], columns: int, cost: float) -> bool:
-    """Whether computing entries one by one costs so much, and rows are so sparse, that colours could be cheaper."""
-    count = sum(places.numel() for places in keys)
-    if not count or cost < 50.0 * count:
-        return False
-    rows = (torch.div(places, columns, rounding_mode="floor") for places in keys)
-    fullest = max(int(torch.unique_consecutive(r, return_counts=True)[1].max()) for r in rows)
-    return fullest * 4 <= columns
+    rows, columns = rows.cpu(), columns.cpu()
+    low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    edges, _ = places_among((low * size + high)[low != high])
+    low, high = torch.div(edges, max(size, 1), rounding_mode="floor"), torch.remainder(edges, max(size, 1))
+    neighbours, starts, counts = _grouped(torch.cat([low, high]), torch.cat([high, low]), size)
+    order = torch.argsort(counts, descending=True, stable=True).tolist()
+    bits = [0] * size  # the colour, as a bit; 0 before there is one
+    once, twice = [0] * size, [0] * size  # the colours of neighbours; those of several neighbours
+    hubs = [0] * size  # the colours of those neighbours of which another neighbour has this one's colour
+    first: dict[tuple[int, int], int] = {}  # the first neighbour of a colour
+    limit = 1 << most if most is not None else None
+    for vertex in order:
+        adjacent = neighbours[starts[vertex] : starts[vertex + 1]]
+        taken, several = once[vertex], twice[vertex]
+        for other in adjacent:
+            if bits[other]:
+                # Between two of one colour, it must differ from their other neighbours; else from the centres of stars.
+                taken |= once[other] if several & bits[other] else hubs[other]
+        own = ~taken & (taken + 1)
+        if limit is not None and own >= limit:
+            return None
+        bits[vertex] = own
+        for other in adjacent:
+            theirs = bits[other]
+            if not once[other] & own:
+                once[other] |= own
+                first[other, own] = vertex
+            else:
+                if not twice[other] & own:
+                    twice[other] |= own
+                    hubs[first[other, own]] |= theirs
+                hubs[vertex] |= theirs
+            if several & theirs:
+                hubs[other] |= own
+    return torch.tensor([bit.bit_length() - 1 for bit in bits], dtype=torch.long)
 
 
-__all__ = ["colour_columns", "compressed_nodes", "worth_colouring"]
+def _grouped(by: torch.Tensor, values: torch.Tensor, count: int) -> tuple[list[int], list[int], torch.Tensor]:
+    """Values group by group, where each group begins, and how many each has."""
+    counts = torch.bincount(by, minlength=count)
+    starts = torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0)])
+    return values.index_select(0, ordering(by)).tolist(), starts.tolist(), counts
+
+
+__all__ = ["colour_columns", "colour_symmetric"]

@@ -47,6 +47,16 @@ class Graph:
         self.into.setdefault(target, []).append((source, local))
         self.out_of.setdefault(source, []).append((target, local))
 
+    def include(self, graph: Graph) -> None:
+        """Add what a further graph of the same tape holds."""
+        for target, edges in graph.into.items():
+            if target not in self.into:
+                for source, local in edges:
+                    self.add(source, target, local)
+        self.order = sorted({*self.order, *graph.order})
+        known = {step.outputs for step in self.steps}
+        self.steps.extend(step for step in graph.steps if step.outputs not in known)
+
 
 def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Workspace) -> Graph:
     """Make the local Jacobians of the ops that lie between ``inputs`` and ``outputs``.

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from chainrule.maps.linear_map import LinearMap, compose, merge
-from chainrule.maps.nodes import Node
-from chainrule.maps.nonzeros import Entries, entries_of, values_node
+from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.sparse import SparseWorkspace, plain
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import identity
 from chainrule.plan import elimination
-from chainrule.plan.colouring import compressed_nodes, worth_colouring
+from chainrule.plan.algebra import Builder, Expression, Jacobian, jacobians
+from chainrule.plan.compression import by_columns, by_stars
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
+from chainrule.plan.patterns import (
+    Found,
+    Key,
+    Pattern,
+    as_matrix,
+    block_nodes,
+    find_blocks,
+    mirrored,
+    triangle_of,
+)
 from chainrule.plan.planner import make_workspace
 
 #: With more entries than this the second order is not tried: it would take longer than it could save.
@@ -32,10 +40,12 @@ class SparseRequest(NamedTuple):
         inputs: the tape slots differentiated with respect to.
         outputs: the tape slots differentiated.
         order: ``forward``, ``reverse`` or ``auto``.
-        cast: whether results take the dtype of the ``input`` or of the ``output``.
+        cast: whether results take the dtype of the ``input``, of the ``output`` or of ``neither``.
         triangle: ``lower`` or ``upper``: outputs are derivatives with respect to the inputs, and that triangle is wanted; None
             for all.
-        numbers: for a triangle, the number of the input that each output is the derivative with respect to.
+        numbers: for a triangle or a symmetric matrix, the number of the input that each output is the derivative with
+            respect to.
+        symmetric: whether the blocks are those of a symmetric matrix: one triangle may be computed for both.
     """
 
     inputs: tuple[int, ...]
@@ -44,30 +54,33 @@ class SparseRequest(NamedTuple):
     cast: str = "input"
     triangle: str | None = None
     numbers: tuple[int, ...] = ()
+    symmetric: bool = False
 
 
-class Pattern(NamedTuple):
-    """Where a block may have non-zeros.
+@dataclass(frozen=True)
+class SparseExpression:
+    """What is asked of an expression in Jacobians; its blocks are named by the numbers of output and input.
 
     Attributes:
-        out_shape: the shape of the output.
-        in_shape: the shape of the input.
-        keys: rows times the number of columns plus columns of the flattened block, sorted, each once.
+        expression: the map.
+        symmetric: whether it is symmetric.
+        sizes: where one matrix of all blocks is wanted, the numbers of elements of its outputs and of its inputs.
     """
 
-    out_shape: tuple[int, ...]
-    in_shape: tuple[int, ...]
-    keys: torch.Tensor
+    expression: Expression
+    symmetric: bool = False
+    sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    order: str = "auto"
 
     @property
-    def rows(self) -> int:
-        """The number of rows of the flattened block."""
-        return math.prod(self.out_shape)
+    def inputs(self) -> tuple[int, ...]:
+        """The slots differentiated with respect to."""
+        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.inputs)
 
     @property
-    def columns(self) -> int:
-        """The number of columns of the flattened block."""
-        return math.prod(self.in_shape)
+    def outputs(self) -> tuple[int, ...]:
+        """The slots differentiated."""
+        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.outputs if slot is not None)
 
 
 @dataclass
@@ -93,9 +106,6 @@ class PlannedSparse:
     candidates: list[Candidate] = field(default_factory=list)
     chosen: str = ""
     blocks: list[dict[str, Any]] = field(default_factory=list)
-
-
-Found = dict[tuple[int, int], tuple[Pattern, list[Entries]]]
 
 
 def sparse_workspace(
@@ -144,33 +154,7 @@ def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
     return LinearMap(local.out_shape, local.in_shape, tuple(workspace.from_tape(term) for term in terms))
 
 
-def find_entries(
-    tape: Any, request: SparseRequest, graph: Graph, order: str, workspace: SparseWorkspace
-) -> Found:
-    """The entries of every block, accumulated in one order."""
-    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
-    shapes = lambda slot: tuple(tape.values[slot].shape)  # noqa: E731
-    accumulate = elimination.forward if order == "forward" else elimination.reverse
-    maps = accumulate(graph, inputs, outputs, shapes, workspace)
-    found: Found = {}
-    for (output, slot), local in maps.items():
-        terms = [t for t in local.terms if t.scale != 0.0 and not any(a.size == 0 for a in t.all_axes())]
-        entries = [entries_of(term, workspace) for term in merge(terms, workspace, force=False)]
-        if not entries:
-            continue
-        if math.prod(local.out_shape) * math.prod(local.in_shape) >= 2**62:
-            raise RuntimeError("chainrule: a sparse block of 2⁶² or more places is more than its indices can count")
-        keys = torch.unique(torch.cat([e.keys for e in entries]))
-        if request.triangle is not None:
-            keys = keys[_in_triangle(keys, request, output, slot, math.prod(local.in_shape))]
-        if keys.numel():
-            found[output, slot] = Pattern(local.out_shape, local.in_shape, keys), entries
-    return found
-
-
-def find_patterns(
-    tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset()
-) -> dict[tuple[int, int], Pattern]:
+def find_patterns(tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset()) -> dict[Key, Pattern]:
     """Where every block may have non-zeros; nothing but indices is computed.
 
     Args:
@@ -178,80 +162,176 @@ def find_patterns(
         request: what is asked.
         widened: slots of indices and masks that could select anything.
     """
-    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
-    workspace = sparse_workspace(tape, (*inputs, *outputs), widened)
-    graph = structured_graph(tape, inputs, outputs, workspace)
-    found = find_entries(tape, request, graph, "reverse", workspace)
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), widened)
+    graph = structured_graph(tape, *_slots(request), workspace)
+    found = find_blocks(_accumulated(tape, graph, *_slots(request), "reverse", workspace), workspace)
     workspace.memo.clear()
-    return {key: pattern for key, (pattern, _) in found.items()}
+    return {key: block.pattern for key, block in found.items()}
 
 
-def _in_triangle(keys: torch.Tensor, request: SparseRequest, output: int, slot: int, columns: int) -> torch.Tensor:
-    row, column = request.numbers[request.outputs.index(output)], request.inputs.index(slot)
-    if row != column:
-        wanted = (row > column) == (request.triangle == "lower")
-        return torch.full_like(keys, wanted, dtype=torch.bool)
-    rows, places = keys // max(columns, 1), keys % max(columns, 1)
-    return rows >= places if request.triangle == "lower" else rows <= places
+def _slots(request: SparseRequest | Jacobian) -> tuple[list[int], list[int]]:
+    """The inputs and the outputs of a request, each once."""
+    return list(dict.fromkeys(request.inputs)), [slot for slot in dict.fromkeys(request.outputs) if slot is not None]
 
 
-def plan_sparse(tape: Any, request: SparseRequest, program: Program | None = None) -> PlannedSparse:
-    """Plan sparse Jacobians on a finished tape and compute them once.
+def _accumulated(
+    tape: Any, graph: Graph, inputs: list[int], outputs: list[int], order: str, workspace: SparseWorkspace
+) -> dict[Key, LinearMap]:
+    accumulate = elimination.forward if order == "forward" else elimination.reverse
+    return accumulate(graph, inputs, outputs, lambda slot: tuple(tape.values[slot].shape), workspace)
+
+
+def plan_sparse(
+    tape: Any, request: SparseRequest | SparseExpression, program: Program | None = None, seeds: Sequence[torch.Tensor] = ()
+) -> PlannedSparse:
+    """Plan sparse maps on a finished tape (or several that are joined) and compute them once.
 
     Args:
         tape: the tape.
         request: what is asked.
         program: a program that made some of the tape's values, which the plan continues.
+        seeds: the factors that an expression names.
     """
-    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
+    if isinstance(request, SparseExpression):
+        if isinstance(request.expression, Jacobian):
+            planned = _renamed(plan_sparse(tape, _as_request(request, request.expression)), request.expression)
+        else:
+            planned = _plan_expression(tape, request, seeds)
+        return planned if request.sizes is None else _joined(planned, request.sizes)
+    inputs, outputs = _slots(request)
     workspace = sparse_workspace(tape, (*inputs, *outputs), program=program)
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
+
+    def find(order: str) -> Found:
+        found = find_blocks(_accumulated(tape, graph, inputs, outputs, order, workspace), workspace)
+        return found if request.triangle is None else triangle_of(found, position, request.triangle)
+
+    def position(key: Key) -> Key:
+        return request.numbers[request.outputs.index(key[0])], request.inputs.index(key[1])
+
     orders = ("reverse", "forward") if request.order == "auto" else (request.order,)
-    candidates: list[tuple[Candidate, Found]] = []
+    candidates = _compared(orders, find, workspace)
+    if request.symmetric and request.triangle is None:
+        candidates.append(_one_triangle(candidates, position, workspace))
+    if request.order == "auto":
+        _add_coloured(tape, request, candidates, workspace)
+    dtypes = {"input": lambda key: tape.values[key[1]].dtype, "output": lambda key: tape.values[key[0]].dtype}
+    return _settled(candidates, graph, workspace, dtypes.get(request.cast, lambda key: workspace.dtype))
+
+
+Candidates = list[tuple[Candidate, Found]]
+
+
+def _compared(orders: Sequence[str], find: Callable[[str], Found], workspace: SparseWorkspace) -> Candidates:
+    """The entries of every block, accumulated in several orders."""
+    candidates: Candidates = []
     for order in orders:
-        found = find_entries(tape, request, graph, order, workspace)
-        nodes: dict[tuple[int, int], Node] = {
-            key: values_node(entries, pattern.keys, workspace) for key, (pattern, entries) in found.items()
-        }
-        candidates.append((elimination.measure(Candidate(order, nodes)), found))
-        if sum(e.keys.numel() for _, entries in found.values() for e in entries) > _LARGE:
+        found = find(order)
+        candidates.append((elimination.measure(Candidate(order, block_nodes(found, workspace))), found))
+        if sum(e.keys.numel() for block in found.values() for e in block.entries) > _LARGE:
             break
-    if request.order == "auto" and (coloured := _coloured(tape, candidates, workspace)) is not None:
-        candidates.append(coloured)
+    return candidates
+
+
+def _one_triangle(
+    candidates: Candidates, position: Callable[[Key], Key], workspace: SparseWorkspace
+) -> tuple[Candidate, Found]:
+    """The cheapest way to a symmetric matrix, for one triangle only."""
     best, found = min(candidates, key=lambda c: c[0].cost)
-    results: dict[tuple[int, int], Staged] = {}
+    half = mirrored(found, position)
+    return elimination.measure(Candidate(f"{best.name}, one triangle", block_nodes(half, workspace))), half
+
+
+def _add_coloured(tape: Any, request: SparseRequest, candidates: Candidates, workspace: SparseWorkspace) -> None:
+    """Add the same entries from compressed columns, where that could cost less."""
+    for kind in ("star colours", "colours"):
+        best, found = min(candidates, key=lambda c: c[0].cost)
+        keys = {key: block.pattern.keys for key, block in found.items()}
+        nodes = None
+        if kind == "star colours" and request.symmetric:
+            numbers = dict(zip(request.outputs, request.numbers, strict=True))
+            nodes = by_stars(tape, keys, numbers, request.inputs, best.cost, workspace.dtype, workspace.device)
+        elif kind == "colours" and request.triangle is None:
+            nodes = by_columns(tape, keys, best.cost, workspace.dtype, workspace.device)
+        if nodes:
+            candidates.append((elimination.measure(Candidate(kind, nodes)), found))
+
+
+def _settled(
+    candidates: Candidates, graph: Graph, workspace: SparseWorkspace, dtype_of: Callable[[Key], torch.dtype]
+) -> PlannedSparse:
+    """Compute what costs least."""
+    best, found = min(candidates, key=lambda c: c[0].cost)
+    results: dict[Key, Staged] = {}
     for key, node in best.nodes.items():
-        value = node.force(workspace.program)
-        dtype = tape.values[key[0] if request.cast == "output" else key[1]].dtype
+        value, dtype = node.force(workspace.program), dtype_of(key)
         results[key] = value if value.dtype == dtype else value.to(dtype)
     workspace.memo.clear()
-    patterns = {key: pattern for key, (pattern, _) in found.items()}
-    every = [candidate for candidate, _ in candidates]
+    patterns = {key: block.pattern for key, block in found.items()}
     blocks = [
         {
             "output": output, "input": slot, "shape": (p.rows, p.columns), "entries": p.keys.numel(),
-            "terms": [e.factor.node.sizes for e in entries], "dense": p.keys.numel() == p.rows * p.columns,
+            "terms": [e.factor.node.sizes for e in found[output, slot].entries], "dense": p.keys.numel() == p.rows * p.columns,
         }
-        for (output, slot), (p, entries) in found.items()
+        for (output, slot), p in patterns.items()
     ]  # fmt: skip
+    every = [candidate for candidate, _ in candidates]
     return PlannedSparse(workspace.program, results, patterns, workspace, graph, every, best.name, blocks)
 
 
-def _coloured(
-    tape: Any, candidates: Sequence[tuple[Candidate, Found]], workspace: SparseWorkspace
-) -> tuple[Candidate, Found] | None:
-    """The same entries from compressed columns, where that could cost less."""
-    best, found = min(candidates, key=lambda c: c[0].cost)
-    nodes: dict[tuple[int, int], Node] = {}
-    for source in dict.fromkeys(slot for _, slot in found):
-        keys = {output: pattern.keys for (output, slot), (pattern, _) in found.items() if slot == source}
-        columns = tape.values[source].numel()
-        if not worth_colouring(list(keys.values()), columns, best.cost):
-            return None
-        made = compressed_nodes(tape, source, keys, workspace.dtype, workspace.device)
-        nodes.update({(output, source): node for output, node in made.items()})
-    return (elimination.measure(Candidate("colours", nodes)), found) if nodes else None
+# Expressions.
+
+
+def _as_request(request: SparseExpression, jacobian: Jacobian) -> SparseRequest:
+    """A request for a Jacobian."""
+    outputs = tuple(slot for slot in jacobian.outputs if slot is not None)
+    numbers = tuple(number for number, slot in enumerate(jacobian.outputs) if slot is not None)
+    symmetric = request.symmetric and len(set(outputs)) == len(outputs) and len(set(jacobian.inputs)) == len(jacobian.inputs)
+    return SparseRequest(jacobian.inputs, outputs, cast="neither", numbers=numbers, symmetric=symmetric)
+
+
+def _renamed(planned: PlannedSparse, jacobian: Jacobian) -> PlannedSparse:
+    """A plan whose blocks are named by the numbers of output and input."""
+    names = [
+        ((o, i), (slot, source)) for o, slot in enumerate(jacobian.outputs) for i, source in enumerate(jacobian.inputs)
+        if slot is not None and (slot, source) in planned.patterns
+    ]  # fmt: skip
+    return replace(
+        planned, results={name: planned.results[key] for name, key in names},
+        patterns={name: planned.patterns[key] for name, key in names},
+    )  # fmt: skip
+
+
+def _plan_expression(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> PlannedSparse:
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
+    whole = Graph()
+    graphs = {jacobian: structured_graph(tape, *_slots(jacobian), workspace) for jacobian in jacobians(request.expression)}
+    for graph in graphs.values():
+        _refuse_complex(tape, graph)
+        whole.include(graph)
+
+    def find(order: str) -> Found:
+        made = {j: _accumulated(tape, graph, *_slots(j), order, workspace) for j, graph in graphs.items()}
+        return find_blocks(Builder(made, seeds, workspace).blocks(request.expression), workspace)
+
+    candidates = _compared(("reverse", "forward"), find, workspace)
+    if request.symmetric:
+        candidates.append(_one_triangle(candidates, lambda key: key, workspace))
+    return _settled(candidates, whole, workspace, lambda key: workspace.dtype)
+
+
+def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> PlannedSparse:
+    """A plan for one matrix of all blocks."""
+    if not planned.patterns:
+        return planned
+    pattern, order = as_matrix(planned.patterns, sizes, planned.workspace.device)
+    parts = [planned.results[key] for key in planned.patterns]
+    value = parts[0]
+    if order is not None:
+        value = planned.program.call(torch.cat, parts)
+        value = torch.index_select(value, 0, planned.program.constant(order))
+    return replace(planned, results={(0, 0): value}, patterns={(0, 0): pattern})
 
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:
@@ -279,5 +359,6 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
 
 
 __all__ = [
-    "Pattern", "PlannedSparse", "SparseRequest", "find_entries", "find_patterns", "freeze", "plan_sparse", "structured_graph",
+    "PlannedSparse", "SparseExpression", "SparseRequest", "find_patterns", "freeze", "plan_sparse",
+    "structured_graph",
 ]  # fmt: skip

@@ -147,6 +147,70 @@ def _windows(call: Call, rank: int, out_shape: tuple[int, ...], in_shape: tuple[
     return Term(dims_of((*axes, *places)), dims_of((*axes, *read)), tuple(factors), tuple(relations), scale)
 
 
+#: The size of the dimensions that are left as they are while one is looked at (some kernels misread a size of one).
+_BESIDE = 2
+
+
+def _resampled(
+    rank: int, forward: Callable[..., Staged], backward: Callable[..., Staged], along: Callable[..., torch.Tensor]
+) -> tuple[Rule, Rule]:
+    """A resampling that acts on one dimension after the other, and its backward op.
+
+    Args:
+        rank: the number of spatial dimensions.
+        forward: as for :func:`_folded`.
+        backward: as for :func:`_folded`.
+        along: ``(call, values, dimension, size)``: the op on one dimension of some rows, to ``size`` places.
+    """
+
+    def structure(call: Call, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Term:
+        lead = len(in_shape) - rank
+        axes = new_axes(in_shape[:lead])
+        places, read, factors, relations = [], [], [], []
+        for d, (size, wanted) in enumerate(zip(in_shape[lead:], out_shape[lead:], strict=True)):
+            positions, weights = _taps(call, along, rank, d, size, wanted)
+            tap, place, target = Axis(len(positions)), Axis(wanted), Axis(size)
+            shape, device = (tap.size, wanted), call.workspace.device
+            relations.append(OneHot(constant_index(shape, positions.to, device), (tap, place), target, True))
+            factors.append(Factor(constant_index(shape, weights.to(call.workspace.dtype).to, device), (tap, place)))
+            places.append(place)
+            read.append(target)
+        return Term(dims_of((*axes, *places)), dims_of((*axes, *read)), tuple(factors), tuple(relations))
+
+    def transposed(call: Call, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Term:
+        return structure(call, in_shape, out_shape).transpose()
+
+    return _folded(rank, forward, backward, structure), _folded(rank, backward, forward, transposed)
+
+
+def _taps(
+    call: Call, along: Callable[..., torch.Tensor], rank: int, d: int, size: int, wanted: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each of ``wanted`` places reads of ``size``: positions (-1 for none) and weights, both ``(taps, wanted)``.
+
+    They are found by applying the op to combs: no place reads two teeth of one, and the same teeth weighted by their
+    positions tell which one it is.
+    """
+    period = 4 * math.ceil(max(1.0, size / wanted)) + 4
+    dtype = call.tensor(call.args[0]).dtype
+    dtype = dtype if dtype.itemsize >= torch.float32.itemsize else torch.float32
+    count = min(period, size)
+    position = torch.arange(size)
+    comb = (position % period == torch.arange(count)[:, None]).to(dtype)
+    along_d = [size if e == d else 1 for e in range(rank)]
+    whole = [size if e == d else _BESIDE for e in range(rank)]
+
+    def resampled(teeth: torch.Tensor) -> torch.Tensor:
+        values = teeth.reshape(count, 1, *along_d).expand(count, 1, *whole).contiguous()
+        return along(call, values, d, wanted).movedim(2 + d, 1).reshape(count, wanted, -1)[..., 0]
+
+    weights, moments = resampled(comb), resampled(comb * (position + 1))
+    found = torch.where(weights != 0, (moments / weights).round().to(torch.long) - 1, -1)
+    order = torch.argsort((found < 0).to(torch.int8), dim=0, stable=True)
+    most = int((found >= 0).sum(0).max())
+    return found.gather(0, order)[:most], weights.gather(0, order)[:most]
+
+
 def _adaptive(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
     def forward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
         return op(value, list(shape[2:]))
@@ -154,7 +218,10 @@ def _adaptive(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
     def backward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
         return transpose(value, value.new_zeros(shape))
 
-    return _folded(rank, forward, backward), _folded(rank, backward, forward)
+    def along(call: Call, values: torch.Tensor, d: int, size: int) -> torch.Tensor:
+        return op(values, [size if e == d else _BESIDE for e in range(rank)])
+
+    return _resampled(rank, forward, backward, along)
 
 
 _AVERAGE2 = _average(2, aten.avg_pool2d.default, aten.avg_pool2d_backward.default)
@@ -177,7 +244,12 @@ def _upsampling(rank: int, op: Any, transpose: Any) -> tuple[Rule, Rule]:
     def backward(call: Call, value: Staged, shape: tuple[int, ...]) -> Staged:
         return transpose(value, list(value.shape[2:]), list(shape), *extras(call))
 
-    return _folded(rank, forward, backward), _folded(rank, backward, forward)
+    def along(call: Call, values: torch.Tensor, d: int, size: int) -> torch.Tensor:
+        given = extras(call)
+        scales = [scale if e == d else None for e, scale in enumerate(given[-rank:])]
+        return op(values, [size if e == d else _BESIDE for e in range(rank)], *given[:-rank], *scales)
+
+    return _resampled(rank, forward, backward, along)
 
 
 _UPSAMPLINGS = {

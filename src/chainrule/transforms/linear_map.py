@@ -10,13 +10,15 @@ import torch
 from chainrule.capture.joined import JoinedTape
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import hide_from_dynamo
-from chainrule.execute.engine import execute
-from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed, predicted_peak
+from chainrule.execute.engine import execute, peak_elements
+from chainrule.execute.sparse import execute_sparse
+from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
+from chainrule.plan.sparse import SparseExpression
 from chainrule.transforms.map_reading import entries, matrix, pieces
 from chainrule.transforms.map_structure import Structure, structure_of
 from chainrule.transforms.scipy_operator import scipy_operator
 from chainrule.transforms.spaces import Parts, Space, by_leaf, positions
-from chainrule.transforms.sparse_blocks import sparse_blocks
+from chainrule.transforms.sparse_blocks import sparse_blocks, sparse_matrix
 
 #: Sums over all entries that would hold more bytes than this at once are taken over blocks of rows.
 _BLOCK_BYTES = 1 << 26
@@ -450,7 +452,7 @@ class LinearMap(ABC):
         """
         m, n = self.shape
         size = self.dtype.itemsize
-        if m * n * size > _BLOCK_BYTES and (peak := predicted_peak(*self._request("squares")) * size) > _BLOCK_BYTES:
+        if m * n * size > _BLOCK_BYTES and (peak := peak_elements(*self._request("squares")) * size) > _BLOCK_BYTES:
             count = max(1, min(m, m * _BLOCK_BYTES // peak))
             total = self._scalar(None)
             for start in range(0, m, count):
@@ -461,6 +463,8 @@ class LinearMap(ABC):
     def sparse(self, *, flat: bool = False) -> Any:
         """The map as sparse tensors in coordinate form, read off the terms: nothing of the dense size is made.
 
+        Where the entries stand is planned once for maps of one signature (and for each value of their index tensors).
+
         Args:
             flat: whether to return one matrix over the flattened leaves instead of a tree of blocks.
 
@@ -468,19 +472,20 @@ class LinearMap(ABC):
             As :meth:`dense`, with coalesced ``torch.sparse_coo`` tensors. Entries that are structurally zero are left out.
 
         Raises:
-            RuntimeError: inside of a transform, whose tensors cannot be sparse.
+            RuntimeError: inside of a function that is differentiated, where the entries depend on what it is differentiated
+                with respect to; and where there are complex values between the inputs and the outputs.
 
         Example:
             >>> import torch, chainrule
             >>> chainrule.linear_map(torch.square, torch.tensor([1.0, 2.0])).sparse().values()
             tensor([2., 4.])
         """
-        if torch._C._len_torch_dispatch_stack():
-            raise RuntimeError(
-                f"{type(self).__name__}.sparse: sparse tensors cannot be made inside of a chainrule transform; return what it "
-                "needs, or use dense() or rows()"
-            )
-        return sparse_blocks(self.read("coordinates"), self.out_space, self.in_space, flat=flat)
+        frame = Frame()
+        expression = self._expression(frame)
+        sizes = (tuple(self.out_space.sizes), tuple(self.in_space.sizes)) if flat else None
+        found = execute_sparse(frame.tape, SparseExpression(expression, self.symmetric, sizes), frame.seeds)
+        assemble = sparse_matrix if flat else sparse_blocks
+        return assemble(found, self.out_space, self.in_space, f"{type(self).__name__}.sparse")
 
     def structure(self) -> Structure:
         """A readable account of the terms that the map consists of: axes, factors, bytes, what is diagonal.

@@ -18,10 +18,13 @@ from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import execute
 from chainrule.execute.sparse import Found, Layouts, SparsePlan, execute_sparse, make_plan, planning, plans_of
 from chainrule.maps.staging import Program, Staged
+from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import Pattern, SparseRequest, plan_sparse
+from chainrule.plan.sparse import SparseRequest, plan_sparse
 from chainrule.rules.batching_base import Batched
+from chainrule.rules.custom_function import FunctionOp
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
+from chainrule.transforms.derivatives import grad
 from chainrule.transforms.trace import Traced, recording_on, trace
 
 SPARSE = ("sparse_coo", "sparse_csr")
@@ -79,11 +82,22 @@ def sparse_hessian(
         triangular: ``lower``, ``upper`` or None for all of it.
         check: refuses runs that have no Hessian.
     """
+    of_gradient = sparse_jacobian(
+        grad(func, argnums, has_aux), argnums, has_aux, layout, "hessian", "forward", "output", lambda traced: None
+    )
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         positions, single = resolve_argnums(argnums, len(args), "hessian")
         traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
         check(traced)
+        if traced.tape.saw_blocked:
+            # Only the first of the two derivatives takes what runs under no_grad for constant: not one tape.
+            if triangular is not None or len(traced.out_leaves) != 1 or traced.out_leaves[0].dim():
+                raise RuntimeError(
+                    "hessian: a part of the function runs under no_grad: the sparse layouts give the Hessian of one scalar then, "
+                    "and all of it (without triangular=). Use layout='dense'"
+                )
+            return of_gradient(*args, **kwargs)
         blocks = []
         for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
             if slot is None:
@@ -141,7 +155,17 @@ def _of_gradient(
         if place is not None and tape.active[place]:
             names[place] = number
     outputs, numbers = tuple(names), tuple(names.values())
-    return SparseRequest(tuple(traced.in_slots), outputs, "auto", "output", triangular, numbers), names
+    symmetric = is_symmetric(tape) and len(set(traced.in_slots)) == len(traced.in_slots)
+    return SparseRequest(tuple(traced.in_slots), outputs, "auto", "output", triangular, numbers, symmetric), names
+
+
+def is_symmetric(tape: Tape) -> bool:
+    """Whether the derivative of a gradient on a tape is symmetric as a matter of course.
+
+    It need not be where only the first of the two derivatives takes what runs under ``no_grad`` for constant, or where a
+    derivative is the user's own.
+    """
+    return not tape.saw_blocked and not any(isinstance(record.op, FunctionOp) for record in tape.records)
 
 
 def _plan_curvature(traced: Traced, slot: int, triangular: str | None) -> SparsePlan | None:
@@ -277,11 +301,15 @@ def _refuse_derivatives(values: torch.Tensor, name: str) -> None:
     """Refuse to hide values that an enclosing transform differentiates in a sparse tensor."""
     if not torch._C._len_torch_dispatch_stack():
         return
+    stored = [values]  # a tape around a vmap knows what the vmap's tensor holds
+    while stored[-1].__class__ is BatchTensor:
+        stored.append(stored[-1].value)  # type: ignore[attr-defined]
     for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, Tape) and mode.is_active(values):
+        if isinstance(mode, Tape) and any(mode.is_active(value) for value in stored):
+            dense = "dense()" if name.endswith(".sparse") else "layout='dense'"
             raise RuntimeError(
                 f"{name}: a sparse result inside of a function that is differentiated: derivatives of sparse tensors are not "
-                "known. Use layout='dense' there."
+                f"known. Use {dense} there, or make the sparse result outside of the function and hand it in as a constant"
             )
 
 

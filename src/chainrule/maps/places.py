@@ -1,0 +1,41 @@
+"""Numbers of places: sorted and each once, with where each of them stands among those."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+
+
+def ordering(numbers: torch.Tensor) -> torch.Tensor:
+    """The order in which a vector of integers ascends; equal ones keep their order.
+
+    Numbers that come in a few ascending runs, as those of a pattern do, are merged instead of sorted.
+    """
+    if numbers.device.type != "cpu" or numbers.numel() < 2:
+        return torch.argsort(numbers, stable=True)
+    descents = int((numbers[1:] < numbers[:-1]).sum())
+    if descents == 0:
+        return torch.arange(numbers.numel())
+    if descents * 32 < numbers.numel():
+        # NumPy's stable sort is a merge of runs; torch's begins from nothing.
+        return torch.from_numpy(numpy.argsort(numbers.numpy(), kind="stable"))
+    return torch.argsort(numbers, stable=True)
+
+
+def places_among(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of a vector, ascending and each once, and the place of every one of the vector among these."""
+    order = ordering(numbers)
+    ascending = numbers.index_select(0, order)
+    first = torch.ones(numbers.numel(), dtype=torch.bool, device=numbers.device)
+    torch.ne(ascending[1:], ascending[:-1], out=first[1:])
+    rank = torch.cumsum(first, 0).sub_(1)
+    return ascending[first], torch.empty_like(rank).index_copy_(0, order, rank)
+
+
+def inverse(permutation: torch.Tensor) -> torch.Tensor:
+    """The inverse of a permutation."""
+    counted = torch.arange(permutation.numel(), device=permutation.device)
+    return torch.empty_like(permutation).index_copy_(0, permutation, counted)
+
+
+__all__ = ["inverse", "ordering", "places_among"]
