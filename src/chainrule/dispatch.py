@@ -38,6 +38,14 @@ def hide_from_dynamo(function: Function) -> Function:
     return function
 
 
+def refusal_of_operators(which: Any) -> str:
+    """What is said of torch's operators that take functions, which are no ops."""
+    return (
+        f"chainrule cannot transform torch's operator {which} (torch.cond, torch.while_loop, scan ...). Use torch.where, or "
+        "branch in Python: a transform follows the branch that is taken."
+    )
+
+
 def entry_point(function: Function, like: Callable[..., Any] | None = None) -> Function:
     """Mark the function that a transform returns (or is): its own code is hidden from dynamo and from function modes.
 
@@ -51,7 +59,12 @@ def entry_point(function: Function, like: Callable[..., Any] | None = None) -> F
     def run(*args: Any, **kwargs: Any) -> Any:
         count = _count_functions()
         if not count or not isinstance(_function_at(count - 1), LightMode):
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if error.__class__.__module__ == "torch._dynamo.exc" and "Higher Order Operator" in str(error):
+                    raise RuntimeError(refusal_of_operators("on functions")) from error
+                raise
         mode = _pop_function()
         try:
             return function(*args, **kwargs)

@@ -131,8 +131,9 @@ def branching(x: Tensor) -> Any:
 def test_operators_on_functions_are_refused() -> None:
     with pytest.raises(CompileError, match=r"torch\.cond"):
         chainrule.compile(branching)(X)
-    with pytest.raises(RuntimeError, match=r"torch\.cond.*torch\.where"):
-        chainrule.jacobian(branching)(X)
+    for transform in (chainrule.jacobian, chainrule.grad, chainrule.vmap):
+        with pytest.raises(RuntimeError, match=r"torch\.cond.*torch\.where"):
+            transform(branching)(X)
 
 
 def test_scripted_functions() -> None:

@@ -15,6 +15,7 @@ class JoinedTape:
         tapes: the tapes, each of them once.
 
     Attributes:
+        tapes: the tapes.
         offsets: where the slots of each tape begin.
         values: the values of all.
         active: whether they depend on inputs.
@@ -24,7 +25,7 @@ class JoinedTape:
     """
 
     def __init__(self, tapes: Sequence[Tape]) -> None:
-        self._tapes = tapes
+        self.tapes = tapes
         self.offsets: list[int] = []
         self.values: list[Any] = []
         self.active: list[bool] = []
@@ -41,7 +42,7 @@ class JoinedTape:
 
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What a plan depends on."""
-        return (tuple([tape.signature(None) for tape in self._tapes]), extra)
+        return (tuple([tape.signature(None) for tape in self.tapes]), extra)
 
 
 def _shifted(record: Record, offset: int) -> Record:

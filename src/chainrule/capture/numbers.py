@@ -59,8 +59,13 @@ def _without_numbers(tape: Tape) -> tuple[Any, tuple[float, ...]]:
     return (tuple(parts), tuple(tape.inputs)), tuple(numbers)
 
 
-def note_numbers(tape: Tape) -> None:
-    """Remember the numbers of a record that no plan was found for."""
+def note_numbers(tape: Any) -> None:
+    """Remember the numbers of a record (or of several joined) that no plan was found for."""
+    for part in getattr(tape, "tapes", (tape,)):
+        _note(part)
+
+
+def _note(tape: Tape) -> None:
     try:
         signature, numbers = _without_numbers(tape)
         if not numbers:

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
-from chainrule.dispatch import LightMode, again
+from chainrule.dispatch import LightMode, again, refusal_of_operators
 from chainrule.functions import Function
 from chainrule.shortcuts import TAPE, configure
 
@@ -140,10 +140,7 @@ class Tape(LightMode):
         facts = self._facts.get(id(op))
         if facts is None:
             if not isinstance(op, OpOverload):
-                raise RuntimeError(
-                    f"chainrule cannot differentiate torch's operator {op} on functions (torch.cond, torch.while_loop, "
-                    "scan ...). Use torch.where, or branch in Python: a transform follows the branch that is taken."
-                )
+                raise RuntimeError(refusal_of_operators(f"{op} on functions"))
             facts = self._facts[id(op)] = OpFacts(op, self.policy)
         return facts
 
