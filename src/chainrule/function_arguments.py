@@ -77,6 +77,45 @@ def _along(op: Any, *after: Any) -> Reading:
     return read
 
 
+def _rolled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    """A roll along named dimensions."""
+    if kwargs:
+        if len(args) != 2 or len(kwargs) != 1 or "dims" not in kwargs:
+            return None
+        args = (*args, kwargs["dims"])
+    if len(args) != 3:
+        return None
+    lists = []
+    for item in args[1:]:
+        items = [item] if item.__class__ is int else item
+        if not isinstance(items, (tuple, list)) or not items or not all([number.__class__ is int for number in items]):
+            return None
+        lists.append([*items])
+    return (aten.roll.default, (args[0], *lists)) if len(lists[0]) == len(lists[1]) else None
+
+
+def _joined(op: Any) -> Reading:
+    """A function of a list of tensors of one dtype and a dimension."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        if kwargs:
+            if len(args) != 1 or len(kwargs) != 1 or "dim" not in kwargs:
+                return None
+            args = (args[0], kwargs["dim"])
+        if not 1 <= len(args) <= 2 or not isinstance(args[0], (tuple, list)) or not args[0]:
+            return None
+        first, dim = args[0][0], args[1] if len(args) > 1 else 0
+        if dim.__class__ is not int or not isinstance(first, torch.Tensor):
+            return None
+        dtype, rank = first.dtype, first.dim()
+        for item in args[0]:
+            if not isinstance(item, torch.Tensor) or item.dtype is not dtype or item.dim() != rank:
+                return None
+        return op, ([*args[0]], dim)
+
+    return read
+
+
 _OVER = frozenset({"dim", "keepdim"})
 
 
@@ -148,6 +187,7 @@ def _table() -> dict[Any, Reading]:
         "squeeze": _places(aten.squeeze.dim, 1),
         "t": _turned,
         "flatten": _flattened,
+        "roll": _rolled,
         "softmax": _along(aten._softmax.default, False),
         "log_softmax": _along(aten._log_softmax.default, False),
         "sum": _over(aten.sum.dim_IntList, aten.sum.default),
@@ -156,6 +196,8 @@ def _table() -> dict[Any, Reading]:
         "amin": _over(aten.amin.default),
     }.items():
         found[getattr(torch, name)] = found[getattr(tensor, name)] = reading
+    found[torch.cat] = found[torch.concat] = found[torch.concatenate] = _joined(aten.cat.default)
+    found[torch.stack] = _joined(aten.stack.default)
     return found
 
 

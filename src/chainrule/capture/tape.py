@@ -404,6 +404,17 @@ class Tape(LightMode):
                 add(None)
             elif (kind is list or kind is tuple) and (not item or item[0].__class__ is int):
                 add(tuple(item))
+            elif kind is list and isinstance(item[0], torch.Tensor):
+                for one in item:
+                    if not isinstance(one, torch.Tensor) or one.requires_grad or one.is_complex():
+                        return NotImplemented
+                    slot = known(id(one))
+                    if slot is not None and active[slot]:
+                        touched = True
+                if new is None:
+                    new = []
+                new.append(len(lowered))
+                add(None)
             else:
                 return NotImplemented
         out = run(facts if given is None else given, args)
@@ -416,7 +427,11 @@ class Tape(LightMode):
             touched = touched or self._any_active(args, None)
             if touched:
                 for position in new:
-                    slot = self._slot_or_constant(args[position])
+                    item = args[position]
+                    if item.__class__ is list:
+                        lowered[position] = self.lower(item)
+                        continue
+                    slot = self._slot_or_constant(item)
                     lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
         if touched:
             if isinstance(out, torch.Tensor) and (dtype := out.dtype).is_floating_point:
