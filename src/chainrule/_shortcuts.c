@@ -398,6 +398,8 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     PyObject *op = PyTuple_GET_ITEM(function, OP);
     PyObject *second = count > 1 ? PyTuple_GET_ITEM(args, 1) : NULL;
     int number = second != NULL && is_number(second);
+    if (number && PyFloat_CheckExact(second) && PyFloat_AS_DOUBLE(second) == 0.0)
+        return Py_NewRef(Py_NotImplemented); /* its sign is marked in the signature */
     if (PyTuple_GET_ITEM(function, NUMBER_OP) != Py_None) {
         if (number)
             op = PyTuple_GET_ITEM(function, NUMBER_OP);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ class Record(NamedTuple):
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 #: Per policy, by the identity of the overload (its own hash is slow); the facts keep the overload alive.
 _FACTS: dict[Any, dict[int, OpFacts]] = {}
+#: Stands in the key before a record with a negative zero.
+_NEGATIVE_ZERO = ("-0.0",)
 #: Makes a record in half the time of its own constructor.
 _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
@@ -57,6 +60,8 @@ _count_modes = torch._C._len_torch_dispatch_stack
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _PYTHON = torch._C.DispatchKey.Python
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
+#: What the classes have whose results torch does not wrap into new objects.
+_NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 #: Slots are made once: they stand in every record.
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
 
@@ -74,6 +79,16 @@ def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
         # What differs between the samples of a vmap is planned otherwise than what does not.
         return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
     return (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Where a tensor stands in memory; None if it does not, or without elements."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    storage = tensor.untyped_storage()
+    if not storage.nbytes():
+        return None
+    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _differentiable(tensor: Any) -> bool:
@@ -119,6 +134,8 @@ class Tape(LightMode):
         self._origin: Any = None
         self._nodes_indexed = 0
         self._by_node: dict[tuple[int, int], int] = {}
+        self._memory_indexed = 0
+        self._by_memory: dict[Any, int] = {}
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""
@@ -182,7 +199,23 @@ class Tape(LightMode):
                 return slot
         if tensor.grad_fn is not None:
             return self._resolve_by_node(tensor)
+        if tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
+            return self._resolve_by_memory(tensor)
         return None
+
+    def _resolve_by_memory(self, tensor: torch.Tensor) -> int | None:
+        """A class that torch wraps results in gives new objects for values that were recorded: find them by their memory."""
+        for slot in range(self._memory_indexed, len(self.values)):
+            value = self.values[slot]
+            if isinstance(value, torch.Tensor) and (place := _place(value)) is not None:
+                self._by_memory[place] = slot
+        self._memory_indexed = len(self.values)
+        place = _place(tensor)
+        found = None if place is None else self._by_memory.get(place)
+        if found is not None:
+            self.kept.append(tensor)
+            self.slots[id(tensor)] = found
+        return found
 
     def _resolve_by_node(self, tensor: torch.Tensor) -> int | None:
         """Autograd hands saved results back as new tensors of the same graph node: find the value by its node."""
@@ -395,6 +428,8 @@ class Tape(LightMode):
             kind = item.__class__
             if kind in _PLAIN:
                 add(item)
+                if item == 0 and kind is float:
+                    self._mark_sign(item)
             elif isinstance(item, torch.Tensor):
                 if item.requires_grad or item.is_complex():
                     return NotImplemented
@@ -520,6 +555,11 @@ class Tape(LightMode):
         self.key.append(_meta(tensor))
         return self._append(tensor, False)
 
+    def _mark_sign(self, zero: float) -> None:
+        """Zeros of either sign are equal, and the key of another plan where they divide."""
+        if math.copysign(1.0, zero) < 0:
+            self.key.append(_NEGATIVE_ZERO)
+
     def lower(self, args: Iterable[Any]) -> tuple[Any, ...]:
         """Replace tensors by slots, lists by tuples."""
         slots = self.slots
@@ -530,6 +570,8 @@ class Tape(LightMode):
                 lowered.append(slot_object(self._slot_or_constant(item) if slot is None else slot))
             elif type(item) in _PLAIN:
                 lowered.append(item)
+                if item == 0 and type(item) is float:
+                    self._mark_sign(item)
             elif isinstance(item, (list, tuple)):
                 lowered.append(self.lower(item))
             else:

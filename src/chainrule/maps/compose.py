@@ -14,7 +14,7 @@ from chainrule.maps.contract import contract, contract_any, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, regroup, shift_of, shift_onehot
+from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, constant_index, regroup, shift_of, shift_onehot
 
 
 class Workspace:
@@ -145,6 +145,8 @@ def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]
         big_one = [axis for axis in one if axis.size != 1]
         big_two = [axis for axis in two if axis.size != 1]
         for a, b in zip(big_one, big_two, strict=True):
+            if a.size != b.size:
+                raise AssertionError(f"axes of sizes {a.size} and {b.size} were to be one")
             a, b = find(a), find(b)
             if a is not b:
                 parent[b] = a
@@ -152,7 +154,19 @@ def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]
 
 
 def align(left: Term, right: Term, workspace: Workspace) -> tuple[Term, Term]:
-    """Split axes until each dimension between the two terms is the same tuple of sizes (size-one axes aside)."""
+    """Split axes until each dimension between the two terms is the same tuple of sizes (size-one axes aside).
+
+    An axis may stand in several dimensions (in a trace, or on a diagonal), so that what splits it in one undoes the agreement
+    of another: the dimensions are gone through until none asks for a split.
+    """
+    before: tuple[Dims, Dims] | None = None
+    while before != (left.in_dims, right.out_dims):
+        before = left.in_dims, right.out_dims
+        left, right = _align_once(left, right, workspace)
+    return left, right
+
+
+def _align_once(left: Term, right: Term, workspace: Workspace) -> tuple[Term, Term]:
     for position in range(len(left.in_dims)):
         while True:
             one = [axis for axis in left.in_dims[position] if axis.size != 1]

@@ -311,6 +311,11 @@ def _selection(
     if x.slot in program.masks:
         x, left, y, right = y, right, x, left
     mask = program.masks[y.slot]
+    if mask.dtype != torch.bool and mask.dtype != x.dtype:
+        if x.dtype.is_complex:
+            mask = torch.ne(mask, 0)
+        else:
+            x, mask = _common_dtype(x, mask)
     if mask.dtype == x.dtype:
         # The kernel of relu's derivative: several times faster than `where`.
         return program.call(

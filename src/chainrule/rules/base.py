@@ -75,6 +75,19 @@ class Call:
             return [self.stage(program, element) for element in item]
         return item
 
+    def operand(self, program: Program, item: Any) -> Any:
+        """The staged value of an operand of an element-wise op, in the dtype that the op computes in.
+
+        The derivative of a quotient by integers has the precision of the quotient. Masks stay what they are.
+        """
+        if not self.is_slot(item):
+            return self.stage(program, item)
+        staged = self.stage(program, item)
+        wanted = self._tape.values[self.outputs[0]].dtype
+        if staged.dtype == wanted or staged.dtype == torch.bool or staged.dtype.is_complex:
+            return staged
+        return staged.to(wanted) if wanted.is_floating_point or wanted.is_complex else staged
+
     def stage_output(self, program: Program, number: int = 0) -> Staged:
         """The staged value of an output."""
         slot = self.outputs[number]

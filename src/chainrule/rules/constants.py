@@ -16,7 +16,7 @@ _INACTIVE_NAMES = frozenset(
     new_empty_strided empty_strided bernoulli multinomial poisson binomial _local_scalar_dense is_same_size
     eq ne lt le gt ge logical_and logical_or logical_xor logical_not isnan isinf isfinite isposinf isneginf isreal
     argmax argmin argsort nonzero nonzero_static count_nonzero searchsorted bucketize histc bincount allclose equal
-    is_nonzero any all one_hot unique_dim _unique2 unique_consecutive nextafter_zero isclose isin
+    is_nonzero any all one_hot nextafter_zero isclose isin
     _linalg_check_errors sym_size sym_stride sym_numel sym_storage_offset _assert_async _has_same_storage_numel
     zeros ones empty full arange linspace rand randn randint randperm eye scalar_tensor tril_indices triu_indices
     """.split()

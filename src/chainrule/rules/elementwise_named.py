@@ -25,7 +25,7 @@ class Arguments:
 
     def __getattr__(self, name: str) -> Any:
         """Return the staged argument ``name``."""
-        return self._call.stage(self._program, self._call.argument(name))
+        return self._call.operand(self._program, self._call.argument(name))
 
     @property
     def out(self) -> Any:
@@ -110,7 +110,7 @@ def _over(call: Call, shape: tuple[int, ...], derivative: Over) -> Term:
     sizes = tuple(axis.size for axis in own)
 
     def formula(program: Program) -> Any:
-        staged = call.stage(program, other)
+        staged = call.operand(program, other)
         result = derivative.function(staged)
         result = result.reshape(sizes) if hasattr(result, "shape") and tuple(result.shape) != sizes else result
         return result.to(call.workspace.dtype) if result.dtype != call.workspace.dtype else result

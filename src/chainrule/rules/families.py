@@ -77,8 +77,8 @@ def _pointwise_term(call: Call, shape: tuple[int, ...], derivative: Derivative) 
     assert function is not None
 
     def formula(program: Program) -> Any:
-        staged = [call.stage(program, item) for item in call.args]
-        kwargs = {name: call.stage(program, item) for name, item in call.kwargs.items()}
+        staged = [call.operand(program, item) for item in call.args]
+        kwargs = {name: call.operand(program, item) for name, item in call.kwargs.items()}
         return function(*staged, call.stage_output(program), **kwargs)
 
     node = formula_node(call, call.out_shape, formula)

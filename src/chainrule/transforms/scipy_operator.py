@@ -24,6 +24,8 @@ def scipy_operator(linear_map: LinearMap) -> Any:
 
     def product(of: LinearMap) -> Any:
         def apply(array: Any) -> Any:
+            if np.iscomplexobj(array):  # the map is real
+                return apply(array.real) + 1j * apply(array.imag)
             # A copy: scipy's arrays may be read-only, or of another dtype or layout.
             vector = torch.from_numpy(np.array(array, dtype=np.float64))
             if vector.dim() == 2 and vector.shape[1] == 1:
