@@ -12,6 +12,7 @@ from chainrule.maps import sums
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.entries import embed_diagonals, on_diagonals, repeated_axes, written_term
+from chainrule.maps.fixed_places import listed
 from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.staging import Program, Staged
@@ -242,6 +243,8 @@ def merge(
     if workspace.sparse:
         return workspace.compress(merged)
     limit = 1 if force else limit
+    if limit is not None and len(merged) > limit:
+        merged = listed(merged, workspace)
     if limit is not None and len(merged) > limit:
         common = _common_diagonals(merged)
         merged = _merge_equal([_to_common(term, common, workspace) for term in merged], workspace, True)
