@@ -28,7 +28,8 @@ def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
     for section in "AB":
-        table = "\n".join([*HEADER, *(line(row) for row in measured["rows"] if row["key"].startswith(section))])
+        rows = [row for row in measured["rows"] if row["section"] == section and "peer" in row["times"]]
+        table = "\n".join([*HEADER, *map(line, rows)])
         pattern = rf"\| \| workload \|[^\n]*\n\|---[^\n]*\n(?:\| {section}\d[^\n]*\n?)+"
         text, count = re.subn(pattern, lambda _, table=table: table + "\n", text)
         if count != 1:
