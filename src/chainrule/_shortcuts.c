@@ -5,17 +5,20 @@
  * of two that carry the batch alike, and Tape.run_function for plain tensors. Every other call, and everything where this
  * module could not be compiled, goes to the Python methods of the same meaning: they are the reference.
  *
- * Only the interpreter's own interface is used, nothing of torch's.
+ * Only the interpreter's own interface is used. Of torch's, the state of the dispatcher is asked for and set in its own
+ * functions where chainrule.dispatch has found and tried them (`STATE`), and by their bindings for Python otherwise.
  */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdbool.h>
+#include <stdint.h>
 #include <structmember.h>
 
 enum { NO_KIND = 0, VMAP = 1, TAPE = 2 };
 
 /* Fields of chainrule.functions.Function, which is a tuple. */
-enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, FIELDS };
+enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, KEEPS, FIELDS };
 
 typedef struct {
     PyObject_HEAD
@@ -37,10 +40,11 @@ typedef struct {
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(batch_tensor) X(batched) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects)
+    X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
+static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
@@ -50,6 +54,26 @@ CONFIGURED(DECLARE)
 NAMES(DECLARE_NAME)
 
 static PyObject *empty = NULL;
+
+/* Torch's own functions on the state of its dispatcher; all of them, or none. A key is an enumeration of 16 bits. */
+static struct {
+    void (*exclude)(uint16_t key, bool excluded);
+    bool (*included)(uint16_t key);
+    int64_t (*dispatch_modes)(void);
+    int64_t (*function_modes)(void);
+    bool (*functions_shown)(void);
+    void (*set_functions)(int disabled); /* an enumeration: 0 shown to modes and classes, 1 to modes, 2 to none */
+    int (*get_functions)(void);
+    uint16_t python;
+    uint16_t functorch;
+} state;
+
+/* Where the slots of BatchTensor and of Batched are. */
+static struct {
+    Py_ssize_t inner, level, value, dtype, sample;
+} offsets;
+
+#define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
 
 /* 1, 0, or -1 with an error set. */
 static int
@@ -107,6 +131,10 @@ plain_dtype(PyObject *tensor)
 static PyObject *
 exclude_python(int excluded)
 {
+    if (state.exclude != NULL) {
+        state.exclude(state.python, excluded);
+        return Py_NewRef(Py_None);
+    }
     PyObject *args[] = {c_python_key, excluded ? Py_True : Py_False};
     return PyObject_Vectorcall(c_exclude, args, 2, NULL);
 }
@@ -115,6 +143,10 @@ exclude_python(int excluded)
 static int
 include_python(void)
 {
+    if (state.exclude != NULL) {
+        state.exclude(state.python, false);
+        return 0;
+    }
     PyObject *kind, *error, *trace;
     PyErr_Fetch(&kind, &error, &trace);
     PyObject *done = exclude_python(0);
@@ -147,37 +179,32 @@ call_below(PyObject *call, PyObject *const *args, Py_ssize_t count)
 
 /* ---------------------------------------------------------------------------------------------------------- vmap -- */
 
-/* The stored tensor of a tensor of this level that carries the batch: 1 with new references; 0 if it is none; -1. */
-static int
-stored_of(Handler *self, PyObject *tensor, PyObject **value, PyObject **dtype)
+/* The `Batched` of a tensor of this level that carries the batch, borrowed; NULL, without an error, if it is none. */
+static PyObject *
+batch_of(Handler *self, PyObject *tensor)
 {
-    if ((PyObject *)Py_TYPE(tensor) != c_batch_tensor)
-        return 0;
-    PyObject *level = PyObject_GetAttr(tensor, s_level);
-    if (level == NULL)
-        return -1;
-    Py_DECREF(level);
-    if (level != (PyObject *)self)
-        return 0;
-    PyObject *inner = PyObject_GetAttr(tensor, s_inner);
-    if (inner == NULL)
-        return -1;
-    if ((PyObject *)Py_TYPE(inner) != c_batched) {
-        Py_DECREF(inner);
-        return 0;
+    if ((PyObject *)Py_TYPE(tensor) != c_batch_tensor || SLOT(tensor, level) != (PyObject *)self)
+        return NULL;
+    PyObject *inner = SLOT(tensor, inner);
+    return inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched && SLOT(inner, value) != NULL ? inner : NULL;
+}
+
+/* The dtype of a stored tensor, if it is plain: 1 with a new reference; 0 if it is not; -1 with an error set. */
+static int
+stored_dtype(PyObject *batch, PyObject **dtype)
+{
+    PyObject *known = SLOT(batch, dtype);
+    if (known != NULL) {
+        *dtype = Py_NewRef(known);
+        return 1;
     }
-    *value = PyObject_GetAttr(inner, s_value);
-    Py_DECREF(inner);
-    if (*value == NULL)
+    *dtype = plain_dtype(SLOT(batch, value));
+    if (*dtype == NULL)
         return -1;
-    *dtype = plain_dtype(*value);
-    if (*dtype == NULL || *dtype == Py_None) {
-        int outcome = *dtype == NULL ? -1 : 0;
-        Py_CLEAR(*dtype);
-        Py_CLEAR(*value);
-        return outcome;
-    }
-    return 1;
+    if (*dtype != Py_None)
+        return 1;
+    Py_CLEAR(*dtype);
+    return 0;
 }
 
 static int
@@ -191,40 +218,55 @@ same_rank(PyObject *one, PyObject *other)
     return same;
 }
 
-/* A result as a tensor of this level; takes the reference of `out`. */
+/* A result as a tensor of this level; takes the reference of `out`. `like` has its dtype, shape and layout, if it is given. */
 static PyObject *
-wrapped(Handler *self, PyObject *out)
+wrapped(Handler *self, PyObject *out, PyObject *like)
 {
     PyObject *tensor = NULL, *shape = NULL, *dtype = NULL, *sample = NULL, *contiguous = NULL;
-    PyObject *batched = PyObject_CallOneArg(c_batched, out);
-    if (batched == NULL)
+    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
+    if (batch == NULL)
         goto done;
-    int plain = (PyObject *)Py_TYPE(out) == c_tensor;
-    if (plain) {
-        contiguous = PyObject_CallMethodNoArgs(out, s_is_contiguous);
-        if (contiguous == NULL)
+    SLOT(batch, value) = Py_NewRef(out);
+    if (like != NULL) {
+        dtype = Py_NewRef(SLOT(like, dtype));
+        sample = Py_NewRef(SLOT(like, sample));
+    } else {
+        int plain = (PyObject *)Py_TYPE(out) == c_tensor;
+        if (plain) {
+            contiguous = PyObject_CallMethodNoArgs(out, s_is_contiguous);
+            if (contiguous == NULL)
+                goto done;
+            plain = contiguous == Py_True ? attribute_is_true(out, s_is_cpu) : 0;
+            if (plain < 0)
+                goto done;
+        }
+        if (!plain) {
+            PyObject *args[] = {batch, (PyObject *)self};
+            tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
             goto done;
-        plain = contiguous == Py_True ? attribute_is_true(out, s_is_cpu) : 0;
-        if (plain < 0)
+        }
+        shape = PyObject_GetAttr(out, s_shape);
+        dtype = shape == NULL ? NULL : PyObject_GetAttr(out, s_dtype);
+        sample = dtype == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
+        if (sample == NULL)
             goto done;
     }
-    if (!plain) {
-        PyObject *args[] = {batched, (PyObject *)self};
-        tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
-        goto done;
-    }
-    shape = PyObject_GetAttr(out, s_shape);
-    dtype = shape == NULL ? NULL : PyObject_GetAttr(out, s_dtype);
-    sample = dtype == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
-    if (sample == NULL)
-        goto done;
     PyObject *args[] = {c_batch_tensor, sample, Py_None, Py_None, Py_None, dtype};
     tensor = PyObject_Vectorcall(c_make_wrapper, args, 6, NULL);
-    if (tensor != NULL &&
-        (PyObject_SetAttr(tensor, s_inner, batched) < 0 || PyObject_SetAttr(tensor, s_level, (PyObject *)self) < 0))
-        Py_CLEAR(tensor);
+    if (tensor == NULL)
+        goto done;
+    /* What is known of a tensor without a graph need not be asked of it when it is an argument. */
+    int floating = like != NULL ? 1 : PySet_Contains(c_floating, dtype);
+    if (floating > 0 && like == NULL)
+        floating = !attribute_is_true(out, s_requires_grad);
+    if (floating > 0) {
+        SLOT(batch, dtype) = Py_NewRef(dtype);
+        SLOT(batch, sample) = Py_NewRef(sample);
+    }
+    SLOT(tensor, inner) = Py_NewRef(batch);
+    SLOT(tensor, level) = Py_NewRef(self);
 done:
-    Py_XDECREF(batched);
+    Py_XDECREF(batch);
     Py_XDECREF(contiguous);
     Py_XDECREF(shape);
     Py_XDECREF(dtype);
@@ -235,44 +277,61 @@ done:
 
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
-run_under_vmap(Handler *self, PyObject *function, PyObject *args)
+run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count)
 {
-    Py_ssize_t count = PyTuple_GET_SIZE(args);
     if (self->guarded || self->graphs || count < 1 || count > 2 || PyTuple_GET_ITEM(function, MAPPED) != Py_True ||
         PyTuple_GET_ITEM(function, POINTWISE) != Py_True || PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)) != count)
         return Py_NewRef(Py_NotImplemented);
+    PyObject *first = batch_of(self, args[0]), *second = NULL;
+    if (first == NULL)
+        return Py_NewRef(Py_NotImplemented);
     PyObject *stored[2] = {NULL, NULL}, *dtype = NULL, *other = NULL, *out = NULL;
-    int known = stored_of(self, PyTuple_GET_ITEM(args, 0), &stored[0], &dtype);
-    if (known <= 0)
-        return known < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    Py_INCREF(first); /* the call may run anything, a write to the argument included */
+    int known = stored_dtype(first, &dtype);
+    if (known <= 0) {
+        out = known < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+        goto done;
+    }
+    /* Whether the result has the dtype, the shape and the layout of the first argument. */
+    int keeps = PyTuple_GET_ITEM(function, KEEPS) == Py_True && SLOT(first, sample) != NULL;
+    stored[0] = Py_NewRef(SLOT(first, value));
     if (count == 2) {
-        PyObject *second = PyTuple_GET_ITEM(args, 1);
-        if (is_number(second)) {
+        if (is_number(args[1])) {
             if (PyTuple_GET_ITEM(function, NUMBERS) != Py_True)
                 goto refuse;
-            stored[1] = constant_for(second, dtype);
+            stored[1] = constant_for(args[1], dtype);
             if (stored[1] == NULL)
                 goto done;
         } else {
-            known = stored_of(self, second, &stored[1], &other);
+            second = batch_of(self, args[1]);
+            if (second == NULL)
+                goto refuse;
+            Py_INCREF(second);
+            known = stored_dtype(second, &other);
             if (known < 0)
                 goto done;
-            if (!known)
+            if (!known || other != dtype)
                 goto refuse;
-            int fits = other == dtype ? same_rank(stored[0], stored[1]) : 0;
-            if (fits < 0)
-                goto done;
-            if (!fits)
-                goto refuse;
+            stored[1] = Py_NewRef(SLOT(second, value));
+            if (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(second, sample)) {
+                known = same_rank(stored[0], stored[1]);
+                if (known < 0)
+                    goto done;
+                if (!known)
+                    goto refuse;
+                keeps = 0;
+            }
         }
     }
     out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
     if (out != NULL)
-        out = wrapped(self, out);
+        out = wrapped(self, out, keeps ? first : NULL);
     goto done;
 refuse:
     out = Py_NewRef(Py_NotImplemented);
 done:
+    Py_XDECREF(first);
+    Py_XDECREF(second);
     Py_XDECREF(stored[0]);
     Py_XDECREF(stored[1]);
     Py_XDECREF(dtype);
@@ -489,6 +548,8 @@ done:
 static int
 stands_innermost(Handler *self)
 {
+    if (state.exclude != NULL)
+        return state.dispatch_modes() == self->depth && !state.included(state.functorch);
     PyObject *count = PyObject_CallNoArgs(c_count);
     if (count == NULL)
         return -1;
@@ -517,7 +578,7 @@ torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject 
             if (innermost < 0)
                 return NULL;
             if (innermost) {
-                PyObject *out = self->kind == VMAP ? run_under_vmap(self, function, args[2]) : run_on_tape(self, function, args[2]);
+                PyObject *out = self->kind == VMAP ? run_under_vmap(self, function, &PyTuple_GET_ITEM(args[2], 0), PyTuple_GET_SIZE(args[2])) : run_on_tape(self, function, args[2]);
                 if (out != Py_NotImplemented)
                     return out;
                 Py_DECREF(out);
@@ -616,6 +677,126 @@ static PyTypeObject handler_type = {
     .tp_members = handler_members,
 };
 
+/* -------------------------------------------------------------------------------------------------------- methods -- */
+
+/* Method(function, otherwise): a function of the table as a method of BatchTensor, which needs no function mode under its own
+ * level. Every other call goes to `otherwise`, torch's own method. */
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    PyObject *function;
+    PyObject *otherwise;
+} Method;
+
+static PyObject *
+method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject *names)
+{
+    Method *self = (Method *)callable;
+    Py_ssize_t count = PyVectorcall_NARGS(flagged);
+    if (names == NULL && count >= 1 && count <= 2 && (PyObject *)Py_TYPE(args[0]) == c_batch_tensor) {
+        Handler *handler = (Handler *)SLOT(args[0], level);
+        /* A mode that stands among the functions stands there alone, unless another was entered inside of it. */
+        if (handler != NULL && PyObject_TypeCheck(handler, &handler_type) && handler->kind == VMAP &&
+            (handler->below == NULL || handler->below == Py_None) && state.function_modes() == 1 &&
+            state.functions_shown() && stands_innermost(handler)) {
+            int disabled = state.get_functions();
+            state.set_functions(2);
+            PyObject *out = run_under_vmap(handler, self->function, args, count);
+            state.set_functions(disabled);
+            if (out != Py_NotImplemented)
+                return out;
+            Py_DECREF(out);
+        }
+    }
+    return PyObject_Vectorcall(self->otherwise, args, flagged, names);
+}
+
+static PyObject *
+method_bound(PyObject *self, PyObject *object, PyObject *type)
+{
+    return object == NULL || object == Py_None ? Py_NewRef(self) : PyMethod_New(self, object);
+}
+
+static PyObject *
+method_attribute(PyObject *self, PyObject *name)
+{
+    PyObject *found = PyObject_GenericGetAttr(self, name);
+    if (found != NULL || !PyErr_ExceptionMatches(PyExc_AttributeError))
+        return found;
+    PyErr_Clear();
+    return PyObject_GetAttr(((Method *)self)->otherwise, name);
+}
+
+static PyObject *
+method_doc(PyObject *self, void *unused)
+{
+    return PyObject_GetAttrString(((Method *)self)->otherwise, "__doc__");
+}
+
+static PyGetSetDef method_properties[] = {
+    {"__doc__", method_doc, NULL, NULL, NULL},
+    {NULL},
+};
+
+static PyObject *
+method_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *function, *otherwise;
+    if (!PyArg_ParseTuple(args, "O!O", &PyTuple_Type, &function, &otherwise))
+        return NULL;
+    if (PyTuple_GET_SIZE(function) != FIELDS)
+        return PyErr_Format(PyExc_TypeError, "Method: a function of the table has %d fields", FIELDS);
+    Method *self = (Method *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->vectorcall = method_call;
+        self->function = Py_NewRef(function);
+        self->otherwise = Py_NewRef(otherwise);
+    }
+    return (PyObject *)self;
+}
+
+static int
+method_traverse(Method *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->function);
+    Py_VISIT(self->otherwise);
+    return 0;
+}
+
+static int
+method_clear(Method *self)
+{
+    Py_CLEAR(self->function);
+    Py_CLEAR(self->otherwise);
+    return 0;
+}
+
+static void
+method_dealloc(Method *self)
+{
+    PyObject_GC_UnTrack(self);
+    method_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyTypeObject method_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "chainrule._shortcuts.Method",
+    .tp_basicsize = sizeof(Method),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR,
+    .tp_vectorcall_offset = offsetof(Method, vectorcall),
+    .tp_call = PyVectorcall_Call,
+    .tp_descr_get = method_bound,
+    .tp_getattro = method_attribute,
+    .tp_getset = method_properties,
+    .tp_new = method_new,
+    .tp_dealloc = (destructor)method_dealloc,
+    .tp_traverse = (traverseproc)method_traverse,
+    .tp_clear = (inquiry)method_clear,
+};
+
+/* -------------------------------------------------------------------------------------------------------- module -- */
+
 static PyObject *
 configure(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -634,7 +815,90 @@ configure(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
+/* The place of a slot in the instances of a class; -1 with an error set. */
+static Py_ssize_t
+slot_offset(PyObject *type, const char *name)
+{
+    PyObject *descriptor = PyObject_GetAttrString(type, name);
+    if (descriptor == NULL)
+        return -1;
+    Py_ssize_t offset = -1;
+    if (Py_TYPE(descriptor) == &PyMemberDescr_Type)
+        offset = ((PyMemberDescrObject *)descriptor)->d_member->offset;
+    else
+        PyErr_Format(PyExc_TypeError, "%R has no slot %s", type, name);
+    Py_DECREF(descriptor);
+    return offset;
+}
+
+static PyObject *
+use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2 || !PyType_Check(args[0]) || !PyType_Check(args[1]))
+        return PyErr_Format(PyExc_TypeError, "use_classes: two classes are expected");
+    if ((offsets.inner = slot_offset(args[0], "inner")) < 0 || (offsets.level = slot_offset(args[0], "level")) < 0 ||
+        (offsets.value = slot_offset(args[1], "value")) < 0 || (offsets.dtype = slot_offset(args[1], "dtype")) < 0 ||
+        (offsets.sample = slot_offset(args[1], "sample")) < 0)
+        return NULL;
+    Py_XSETREF(c_batch_tensor, Py_NewRef(args[0]));
+    Py_XSETREF(c_batched, Py_NewRef(args[1]));
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+use_state(PyObject *module, PyObject *args)
+{
+    unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
+    unsigned short python, functorch;
+    if (!PyArg_ParseTuple(args, "KKKKKKKHH", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &python, &functorch))
+        return NULL;
+    state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
+    state.included = (bool (*)(uint16_t))(uintptr_t)included;
+    state.dispatch_modes = (int64_t(*)(void))(uintptr_t)dispatch_modes;
+    state.function_modes = (int64_t(*)(void))(uintptr_t)function_modes;
+    state.functions_shown = (bool (*)(void))(uintptr_t)functions_shown;
+    state.set_functions = (void (*)(int))(uintptr_t)set_functions;
+    state.get_functions = (int (*)(void))(uintptr_t)get_functions;
+    state.python = python;
+    state.functorch = functorch;
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+read_state(PyObject *module, PyObject *unused)
+{
+    if (state.exclude == NULL)
+        Py_RETURN_NONE;
+    return Py_BuildValue("(NLLN)", PyBool_FromLong(state.included(state.functorch)), (long long)state.dispatch_modes(),
+                         (long long)state.function_modes(), PyBool_FromLong(state.functions_shown()));
+}
+
+static PyObject *
+set_excluded(PyObject *module, PyObject *excluded)
+{
+    return exclude_python(excluded == Py_True);
+}
+
+static PyObject *
+set_functions(PyObject *module, PyObject *disabled)
+{
+    long wanted = PyLong_AsLong(disabled);
+    if (wanted == -1 && PyErr_Occurred())
+        return NULL;
+    if (wanted < 0 || wanted > 2 || state.set_functions == NULL)
+        return PyErr_Format(PyExc_ValueError, "set_functions: 0, 1 or 2 where the state is known");
+    long before = state.get_functions();
+    state.set_functions((int)wanted);
+    return PyLong_FromLong(before);
+}
+
 static PyMethodDef module_methods[] = {
+    {"use_classes", (PyCFunction)(void (*)(void))use_classes, METH_FASTCALL, "Give BatchTensor and Batched."},
+    {"use_state", use_state, METH_VARARGS, "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none."},
+    {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
+    {"set_functions", set_functions, METH_O, "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
+    {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},
     {NULL},
@@ -657,10 +921,11 @@ PyInit__shortcuts(void)
         return NULL;
     NAMES(INTERN)
     empty = PyTuple_New(0);
-    if (empty == NULL || PyType_Ready(&handler_type) < 0)
+    if (empty == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
-    if (made != NULL && PyModule_AddObjectRef(made, "Handler", (PyObject *)&handler_type) < 0)
+    if (made != NULL && (PyModule_AddObjectRef(made, "Handler", (PyObject *)&handler_type) < 0 ||
+                         PyModule_AddObjectRef(made, "Method", (PyObject *)&method_type) < 0))
         Py_CLEAR(made);
     return made;
 }

@@ -13,6 +13,7 @@ from torch.utils import _python_dispatch as modes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule.calls import CONSTANTS, shared_constant
+from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
@@ -109,6 +110,10 @@ configure(
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
 )  # fmt: skip
+
+
+#: Whether the compiled handlers know the dispatcher's state without asking in Python.
+KNOWS_STATE = find_state()
 
 
 class LightMode(Handler, TorchDispatchMode):

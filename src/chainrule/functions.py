@@ -31,6 +31,8 @@ class Function(NamedTuple):
         pointwise: whether it acts element by element.
         mapped: whether it takes a batch as one more dimension before the others: element by element, or along the last
             dimension of its first argument.
+        keeps: whether the result has the dtype, the shape and the layout of the arguments where these are of one
+            floating-point dtype, one shape and contiguous (a number beside them changes nothing).
     """
 
     call: Callable[..., Any]
@@ -41,6 +43,7 @@ class Function(NamedTuple):
     numbers: bool = False
     pointwise: bool = True
     mapped: bool = True
+    keeps: bool = False
 
 
 _UNARY = (
@@ -66,24 +69,24 @@ _CALLS: dict[Any, Callable[..., Any]] = {F.relu: torch.relu, F.silu: torch._C._n
 def _table() -> dict[Any, Function]:
     found: dict[Any, Function] = {}
     for name in _UNARY:
-        entry = Function(getattr(torch, name), getattr(aten, name).default)
+        entry = Function(getattr(torch, name), getattr(aten, name).default, keeps=name != "logical_not")
         found[getattr(torch, name)] = found[getattr(torch.Tensor, name)] = entry
     for function, op in _ACTIVATIONS.items():
-        found[function] = Function(_CALLS.get(function, function), op)
+        found[function] = Function(_CALLS.get(function, function), op, keeps=True)
     for name in _BINARY:
         call = getattr(torch, name)
         op = getattr(aten, name).Tensor
-        entry = Function(call, op, op, 2, 2, call in WITH_NUMBERS)
+        entry = Function(call, op, op, 2, 2, call in WITH_NUMBERS, keeps=True)
         found[call] = found[getattr(torch.Tensor, name)] = entry
     for name in _COMPARISONS:
         call = getattr(torch, name)
         packet = getattr(aten, name)
         entry = Function(call, packet.Tensor, packet.Scalar, 2, 2, call in WITH_NUMBERS)
         found[call] = found[getattr(torch.Tensor, name)] = entry
-    power = Function(torch.pow, aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, 2, 2)
+    power = Function(torch.pow, aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, 2, 2, keeps=True)
     found[torch.pow] = found[torch._C.TensorBase.pow] = power
     found[torch.Tensor.pow] = found[torch.Tensor.__pow__] = power
-    reverse = Function(torch.rsub, aten.rsub.Tensor, aten.rsub.Scalar, 2, 2, torch.rsub in WITH_NUMBERS)
+    reverse = Function(torch.rsub, aten.rsub.Tensor, aten.rsub.Scalar, 2, 2, torch.rsub in WITH_NUMBERS, keeps=True)
     found[torch.rsub] = found[torch.Tensor.__rsub__] = reverse
     found[torch.where] = Function(torch.where, aten.where.self, None, 3, 3)
     product = Function(torch.matmul, aten.matmul.default, None, 2, 2, pointwise=False)
@@ -97,6 +100,18 @@ def _table() -> dict[Any, Function]:
 
 #: By the function as torch shows it to a function mode.
 TABLE = _table()
+
+def methods() -> dict[str, Function]:
+    """The element-by-element functions that tensors have as methods, the operators among them, by name."""
+    names = [*_UNARY, "relu", *_BINARY, *_COMPARISONS, "pow"]
+    found = {name: TABLE[getattr(torch, name)] for name in names}
+    operators = {
+        "__neg__": "neg", "__abs__": "abs", "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub",
+        "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div", "__pow__": "pow",
+    }  # fmt: skip
+    operators |= {f"__{name}__": name for name in _COMPARISONS}
+    return found | {operator: TABLE[getattr(torch, name)] for operator, name in operators.items()}
+
 
 #: Named arguments that change nothing.
 NEUTRAL: tuple[dict[str, Any], ...] = ({"inplace": False},)

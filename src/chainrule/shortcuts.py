@@ -39,12 +39,51 @@ def configure(**known: Any) -> None:
     """Give the handlers the objects that they use; those in Python know them."""
 
 
+def use_state(*addresses: int) -> None:
+    """Give the handlers torch's functions on the state of its dispatcher; those in Python use their bindings."""
+
+
+def read_state() -> tuple[bool, int, int, bool]:
+    """What those functions say: functorch at work, the numbers of modes of either kind, functions shown to modes."""
+    raise NotImplementedError
+
+
+def set_excluded(excluded: bool) -> None:
+    """Exclude the key of torch's Python handlers by those functions."""
+    raise NotImplementedError
+
+
+def set_functions(disabled: int) -> int:
+    """Hide torch's functions from classes (1), from modes as well (2), or not (0); returns what it was."""
+    raise NotImplementedError
+
+
+class Method:
+    """A function of the table as a method of `BatchTensor`, for which it needs no mode; there is none in Python."""
+
+    def __init__(self, function: Any, otherwise: Any) -> None:
+        raise NotImplementedError
+
+
+def use_classes(batch_tensor: type, batched: type) -> None:
+    """Give the handlers the classes of vmap; those in Python know them."""
+
+
 #: Whether the handlers are compiled.
 COMPILED = False
 
 if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0"):
     try:
-        from chainrule._shortcuts import Handler, configure  # noqa: F401, F811 - in their place
+        from chainrule._shortcuts import (  # noqa: F401, F811 - in their place
+            Handler,
+            Method,
+            configure,
+            read_state,
+            set_excluded,
+            set_functions,
+            use_classes,
+            use_state,
+        )
     except ImportError:
         pass
     else:

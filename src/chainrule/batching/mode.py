@@ -17,14 +17,18 @@ from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
 from chainrule.calls import shared_constant
-from chainrule.dispatch import LightMode, again, undispatched
-from chainrule.functions import Function
+from chainrule.dispatch import KNOWS_STATE, LightMode, again, undispatched
+from chainrule.functions import Function, methods
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
-from chainrule.shortcuts import VMAP, configure
+from chainrule.shortcuts import VMAP, Method, configure, use_classes
 
 _make_wrapper = Tensor._make_wrapper_subclass
-configure(batch_tensor=BatchTensor, batched=Batched, make_wrapper=_make_wrapper, wrap_batched=wrap_batched)
+configure(make_wrapper=_make_wrapper, wrap_batched=wrap_batched)
+use_classes(BatchTensor, Batched)
+if KNOWS_STATE:
+    for _name, _function in methods().items():
+        setattr(BatchTensor, _name, Method(_function, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _AUTOCAST = functools.reduce(
     torch._C.DispatchKeySet.__or__,

@@ -20,9 +20,15 @@ BatchStrategy = Callable[[Any, Sequence[Any], dict[str, Any], int], Any]
 
 
 class Batched:
-    """A physical tensor whose dimension 0 is the batch."""
+    """A physical tensor whose dimension 0 is the batch.
 
-    __slots__ = ("value",)
+    Attributes:
+        value: the tensor.
+        dtype, sample: its dtype and the shape of one sample, where the compiled handlers made it; unset otherwise.
+
+    """
+
+    __slots__ = ("dtype", "sample", "value")
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
