@@ -564,11 +564,23 @@ stands_innermost(Handler *self)
     return level == Py_None;
 }
 
+/* Whether the classes that torch names beside a call take no functions themselves. Methods without arguments name their own. */
+static int
+are_plain(PyObject *types)
+{
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(types); place++) {
+        PyObject *type = PyTuple_GET_ITEM(types, place);
+        if (type != c_tensor && type != c_batch_tensor)
+            return 0;
+    }
+    return 1;
+}
+
 static PyObject *
 torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     if (self->kind != NO_KIND && (self->below == NULL || self->below == Py_None) && names == NULL && nargs >= 3 &&
-        PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) && PyTuple_GET_SIZE(args[1]) == 0 &&
+        PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) && are_plain(args[1]) &&
         (nargs == 3 || args[3] == Py_None || (PyDict_CheckExact(args[3]) && PyDict_GET_SIZE(args[3]) == 0))) {
         PyObject *function = PyDict_GetItemWithError(c_table, args[0]);
         if (function == NULL && PyErr_Occurred())

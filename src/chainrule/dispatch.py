@@ -102,6 +102,7 @@ _push_function = torch._C._push_on_torch_function_stack
 _pop_function = torch._C._pop_torch_function_stack
 _count_functions = torch._C._len_torch_function_stack
 _function_at = torch._C._get_function_stack_at
+_TENSOR = torch.Tensor
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
@@ -195,7 +196,8 @@ class LightMode(Handler, TorchDispatchMode):
     def _takes(self, types: Any) -> bool:
         """Whether calls on tensors of these types may be taken."""
         return (
-            (not types or all([kind.__torch_function__ is _NO_FUNCTIONS for kind in types]))  # no class with its own way
+            # No class with its own way; methods without arguments name that of their tensor, whichever it is.
+            (not types or all([kind is _TENSOR or kind.__torch_function__ is _NO_FUNCTIONS for kind in types]))
             and _count() == self._depth  # no other dispatch mode is inside of this one
             and _functorch_level() is None
         )
