@@ -35,6 +35,7 @@ typedef struct {
     PyObject *records;
     PyObject *facts;
     PyObject *origin;
+    PyObject *alias;
 } Handler;
 
 /* What `configure` is given, by name. */
@@ -48,7 +49,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
-    X(common) X(op) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record)
+    X(device) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -68,9 +69,9 @@ static struct {
     uint16_t functorch;
 } state;
 
-/* Where the slots of BatchTensor and of Batched are. */
+/* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample;
+    Py_ssize_t inner, level, value, dtype, sample, common, op;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
@@ -346,17 +347,22 @@ static int
 append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *out, PyObject *dtype)
 {
     int outcome = -1;
-    PyObject *slot = NULL, *identity = NULL, *shape = NULL, *key = NULL, *op = NULL, *outputs = NULL, *fields = NULL,
-             *record = NULL, *packed = NULL;
+    PyObject *slot = NULL, *identity = NULL, *shape = NULL, *key = NULL, *outputs = NULL, *record = NULL;
+    PyObject *op = SLOT(facts, op);
     slot = PyLong_FromSsize_t(PyList_GET_SIZE(self->active));
     identity = slot == NULL ? NULL : PyLong_FromVoidPtr(out);
     shape = identity == NULL ? NULL : PyObject_GetAttr(out, s_shape);
-    op = shape == NULL ? NULL : PyObject_GetAttr(facts, s_op);
-    outputs = op == NULL ? NULL : PyTuple_Pack(1, slot);
+    outputs = shape == NULL || op == NULL ? NULL : PyTuple_Pack(1, slot);
     key = outputs == NULL ? NULL : PyTuple_Pack(5, facts, arguments, empty, shape, dtype);
-    fields = key == NULL ? NULL : PyTuple_Pack(6, op, arguments, empty, outputs, Py_False, self->origin);
-    packed = fields == NULL ? NULL : PyTuple_Pack(1, fields);
-    record = packed == NULL ? NULL : PyTuple_Type.tp_new((PyTypeObject *)c_record, packed, NULL);
+    record = key == NULL ? NULL : ((PyTypeObject *)c_record)->tp_alloc((PyTypeObject *)c_record, 6);
+    if (record != NULL) {
+        PyTuple_SET_ITEM(record, 0, Py_NewRef(op));
+        PyTuple_SET_ITEM(record, 1, Py_NewRef(arguments));
+        PyTuple_SET_ITEM(record, 2, Py_NewRef(empty));
+        PyTuple_SET_ITEM(record, 3, Py_NewRef(outputs));
+        PyTuple_SET_ITEM(record, 4, Py_NewRef(Py_False));
+        PyTuple_SET_ITEM(record, 5, Py_NewRef(self->origin));
+    }
     if (record != NULL && PyList_Append(self->values, out) == 0 && PyList_Append(self->active, Py_True) == 0 &&
         PyDict_SetItem(self->slots, identity, slot) == 0 && PyList_Append(self->key, key) == 0 &&
         PyList_Append(self->records, record) == 0)
@@ -364,11 +370,8 @@ append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *out
     Py_XDECREF(slot);
     Py_XDECREF(identity);
     Py_XDECREF(shape);
-    Py_XDECREF(op);
     Py_XDECREF(outputs);
     Py_XDECREF(key);
-    Py_XDECREF(fields);
-    Py_XDECREF(packed);
     Py_XDECREF(record);
     return outcome;
 }
@@ -398,6 +401,46 @@ call_is_true(PyObject *callable)
     return truth;
 }
 
+/* Give a plain tensor that the tape has not seen a slot as a constant; -1 with an error set. */
+static Py_ssize_t
+append_constant(Handler *self, PyObject *tensor)
+{
+    Py_ssize_t number = PyList_GET_SIZE(self->values);
+    PyObject *slot = NULL, *identity = NULL, *shape = NULL, *dtype = NULL, *device = NULL, *key = NULL;
+    slot = PyLong_FromSsize_t(number);
+    identity = slot == NULL ? NULL : PyLong_FromVoidPtr(tensor);
+    shape = identity == NULL ? NULL : PyObject_GetAttr(tensor, s_shape);
+    dtype = shape == NULL ? NULL : PyObject_GetAttr(tensor, s_dtype);
+    device = dtype == NULL ? NULL : PyObject_GetAttr(tensor, s_device);
+    key = device == NULL ? NULL : PyTuple_Pack(3, shape, dtype, device);
+    if (key == NULL || PyList_Append(self->values, tensor) < 0 || PyList_Append(self->active, Py_False) < 0 ||
+        PyDict_SetItem(self->slots, identity, slot) < 0 || PyList_Append(self->key, key) < 0)
+        number = -1;
+    Py_XDECREF(slot);
+    Py_XDECREF(identity);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    Py_XDECREF(device);
+    Py_XDECREF(key);
+    return number;
+}
+
+/* The slot of a plain tensor that was no argument before, which may become a constant; -1 with an error set. */
+static Py_ssize_t
+slot_or_constant(Handler *self, PyObject *tensor)
+{
+    if (self->alias == NULL || self->alias == Py_None) { /* no writes or views that it may come from */
+        Py_ssize_t known = known_slot(self, tensor);     /* it may stand at two places of one call */
+        return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
+    }
+    PyObject *found = PyObject_CallMethodOneArg((PyObject *)self, s__slot_or_constant, tensor);
+    if (found == NULL)
+        return -1;
+    Py_ssize_t slot = PyLong_AsSsize_t(found);
+    Py_DECREF(found);
+    return slot;
+}
+
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot. */
 static int
 record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh, int fresh_count,
@@ -414,11 +457,9 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
         return 0;
     for (int number = 0; number < fresh_count; number++) {
         PyObject *tensor = PyTuple_GET_ITEM(args, fresh[number]);
-        PyObject *found = PyObject_CallMethodOneArg((PyObject *)self, s__slot_or_constant, tensor);
-        if (found == NULL)
+        Py_ssize_t slot = slot_or_constant(self, tensor);
+        if (slot < 0)
             return -1;
-        Py_ssize_t slot = PyLong_AsSsize_t(found);
-        Py_DECREF(found);
         PyObject *object = NULL;
         if (slot < PyList_GET_SIZE(c_slot_objects))
             object = Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
@@ -471,9 +512,8 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     Py_DECREF(identity);
     if (facts == NULL)
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
-    int common = attribute_is_true(facts, s_common);
-    if (common <= 0)
-        return common < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    if (SLOT(facts, common) != Py_True)
+        return Py_NewRef(Py_NotImplemented);
 
     PyObject *out = NULL, *first_dtype = NULL, *constant = NULL;
     PyObject *stored[3];
@@ -616,6 +656,7 @@ handler_traverse(Handler *self, visitproc visit, void *arg)
     Py_VISIT(self->records);
     Py_VISIT(self->facts);
     Py_VISIT(self->origin);
+    Py_VISIT(self->alias);
     return 0;
 }
 
@@ -630,6 +671,7 @@ handler_clear(Handler *self)
     Py_CLEAR(self->records);
     Py_CLEAR(self->facts);
     Py_CLEAR(self->origin);
+    Py_CLEAR(self->alias);
     return 0;
 }
 
@@ -672,6 +714,7 @@ static PyMemberDef handler_members[] = {
     {"records", T_OBJECT, offsetof(Handler, records), 0, NULL},
     {"_facts", T_OBJECT, offsetof(Handler, facts), 0, NULL},
     {"_origin", T_OBJECT, offsetof(Handler, origin), 0, NULL},
+    {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
     {NULL},
 };
 
@@ -858,6 +901,14 @@ use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
 }
 
 static PyObject *
+use_facts(PyObject *module, PyObject *type)
+{
+    if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.op = slot_offset(type, "op")) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 use_state(PyObject *module, PyObject *args)
 {
     unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
@@ -907,6 +958,7 @@ set_functions(PyObject *module, PyObject *disabled)
 
 static PyMethodDef module_methods[] = {
     {"use_classes", (PyCFunction)(void (*)(void))use_classes, METH_FASTCALL, "Give BatchTensor and Batched."},
+    {"use_facts", use_facts, METH_O, "Give OpFacts."},
     {"use_state", use_state, METH_VARARGS, "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none."},
     {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
     {"set_functions", set_functions, METH_O, "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},

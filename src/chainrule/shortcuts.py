@@ -39,6 +39,10 @@ def configure(**known: Any) -> None:
     """Give the handlers the objects that they use; those in Python know them."""
 
 
+def use_facts(facts: type) -> None:
+    """Give the handlers the class of what is known of ops; those in Python know it."""
+
+
 def use_state(*addresses: int) -> None:
     """Give the handlers torch's functions on the state of its dispatcher; those in Python use their bindings."""
 
@@ -82,6 +86,7 @@ if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0
             set_excluded,
             set_functions,
             use_classes,
+            use_facts,
             use_state,
         )
     except ImportError:

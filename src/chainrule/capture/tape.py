@@ -15,7 +15,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.dispatch import LightMode, again, refusal_of_operators
 from chainrule.functions import Function
-from chainrule.shortcuts import TAPE, configure
+from chainrule.shortcuts import TAPE, configure, use_facts
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -66,6 +66,7 @@ _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 _SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
 
 configure(record=Record, slot_objects=_SLOTS)
+use_facts(OpFacts)
 
 
 def slot_object(number: int) -> Slot:
