@@ -108,6 +108,38 @@ def test_vmap_is_that_of_python(name, in_dim, monkeypatch):
         assert kinds[0] == kinds[1]
 
 
+@compiled_only
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("complex", "half", "two constants")])
+def test_tape_under_vmap_is_that_of_python(name, monkeypatch):
+    function, x = FUNCTIONS[name], torch.randn(3, 3, 3, dtype=torch.float64)
+    tapes = []
+    original = Tape.__init__
+
+    def noted(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        tapes.append(self)
+
+    monkeypatch.setattr(Tape, "__init__", noted)
+
+    def outcome():
+        tapes.clear()
+        try:
+            out = chainrule.vmap(chainrule.grad(lambda a: function(a).sum()))(x)
+        except RuntimeError as error:
+            return str(error), ()
+        return out, (tapes[0].key, tapes[0].active, [tuple(record) for record in tapes[0].records])
+
+    quick = outcome()
+    monkeypatch.setattr(Tape, "__torch_function__", Tape.take_function)
+    plain = outcome()
+    assert quick[1] == plain[1]
+    if isinstance(quick[0], str):
+        assert quick[0] == plain[0]
+    else:
+        # The second run replays what the first one recorded, where a product and a sum are rounded once.
+        torch.testing.assert_close(quick[0], plain[0], rtol=1e-14, atol=1e-14, equal_nan=True)
+
+
 def test_an_error_of_the_op_arrives_and_nothing_stays_off():
     x = torch.randn(4, 3)
 

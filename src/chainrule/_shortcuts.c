@@ -178,6 +178,8 @@ call_below(PyObject *call, PyObject *const *args, Py_ssize_t count)
     return out;
 }
 
+static PyTypeObject handler_type;
+
 /* ---------------------------------------------------------------------------------------------------------- vmap -- */
 
 /* The `Batched` of a tensor of this level that carries the batch, borrowed; NULL, without an error, if it is none. */
@@ -276,67 +278,119 @@ done:
     return tensor;
 }
 
+/* 1 if the rank of `one` is less than that of `other`, 0 if not, -1 with an error set. */
+static int
+lower_rank(PyObject *one, PyObject *other)
+{
+    PyObject *first = PyObject_GetAttr(one, s_ndim);
+    PyObject *second = first == NULL ? NULL : PyObject_GetAttr(other, s_ndim);
+    int lower = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_LT);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return lower;
+}
+
+static int
+rank_is(PyObject *tensor, long wanted)
+{
+    PyObject *rank = PyObject_GetAttr(tensor, s_ndim);
+    if (rank == NULL)
+        return -1;
+    long found = PyLong_AsLong(rank);
+    Py_DECREF(rank);
+    return found == wanted;
+}
+
+/* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
+ * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout. */
+static int
+stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtype, PyObject *item, Py_ssize_t place,
+              PyObject **stored, int *keeps)
+{
+    PyObject *value = SLOT(first, value);
+    int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True;
+    if (is_number(item)) {
+        if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
+            return 0;
+        *stored = PyTuple_GET_ITEM(function, NUMBERS) == Py_True ? constant_for(item, dtype) : Py_NewRef(item);
+        return *stored == NULL ? -1 : 1;
+    }
+    PyObject *other = NULL;
+    PyObject *batch = batch_of(self, item);
+    int known, fits;
+    if (batch != NULL) {
+        if (!pointwise)
+            return 0;
+        Py_INCREF(batch);
+        known = stored_dtype(batch, &other);
+        *stored = Py_NewRef(SLOT(batch, value));
+        fits = known <= 0 ? known : other == dtype;
+        if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
+            fits = same_rank(value, *stored);
+            *keeps = 0;
+        }
+        Py_DECREF(batch);
+    } else {
+        if ((PyObject *)Py_TYPE(item) != c_tensor)
+            return 0;
+        *keeps = 0;
+        *stored = Py_NewRef(item);
+        other = plain_dtype(item);
+        fits = other == NULL ? -1 : other == dtype;
+        /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
+        if (fits > 0)
+            fits = pointwise ? lower_rank(item, value) : place > 1 ? 1 : rank_is(item, 2);
+    }
+    Py_XDECREF(other);
+    if (fits <= 0)
+        Py_CLEAR(*stored);
+    return fits;
+}
+
+/* How many arguments a call of a function has; an absent last one of a function of tensors is no argument. */
+static Py_ssize_t
+given(PyObject *function, PyObject *const *args, Py_ssize_t count)
+{
+    if (count > 2 && args[count - 1] == Py_None && PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
+        count--;
+    return count >= PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)) && count <= PyLong_AsLong(PyTuple_GET_ITEM(function, MOST)) &&
+                   count <= 3
+               ? count
+               : 0;
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
 run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count)
 {
-    if (self->guarded || self->graphs || count < 1 || count > 2 || PyTuple_GET_ITEM(function, MAPPED) != Py_True ||
-        PyTuple_GET_ITEM(function, POINTWISE) != Py_True || PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)) != count)
+    count = given(function, args, count);
+    if (self->guarded || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
         return Py_NewRef(Py_NotImplemented);
-    PyObject *first = batch_of(self, args[0]), *second = NULL;
+    PyObject *first = batch_of(self, args[0]);
     if (first == NULL)
         return Py_NewRef(Py_NotImplemented);
-    PyObject *stored[2] = {NULL, NULL}, *dtype = NULL, *other = NULL, *out = NULL;
+    PyObject *stored[3] = {NULL, NULL, NULL}, *dtype = NULL, *out = NULL;
     Py_INCREF(first); /* the call may run anything, a write to the argument included */
-    int known = stored_dtype(first, &dtype);
-    if (known <= 0) {
-        out = known < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-        goto done;
-    }
+    int fits = stored_dtype(first, &dtype);
     /* Whether the result has the dtype, the shape and the layout of the first argument. */
     int keeps = PyTuple_GET_ITEM(function, KEEPS) == Py_True && SLOT(first, sample) != NULL;
     stored[0] = Py_NewRef(SLOT(first, value));
-    if (count == 2) {
-        if (is_number(args[1])) {
-            if (PyTuple_GET_ITEM(function, NUMBERS) != Py_True)
-                goto refuse;
-            stored[1] = constant_for(args[1], dtype);
-            if (stored[1] == NULL)
-                goto done;
-        } else {
-            second = batch_of(self, args[1]);
-            if (second == NULL)
-                goto refuse;
-            Py_INCREF(second);
-            known = stored_dtype(second, &other);
-            if (known < 0)
-                goto done;
-            if (!known || other != dtype)
-                goto refuse;
-            stored[1] = Py_NewRef(SLOT(second, value));
-            if (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(second, sample)) {
-                known = same_rank(stored[0], stored[1]);
-                if (known < 0)
-                    goto done;
-                if (!known)
-                    goto refuse;
-                keeps = 0;
-            }
-        }
+    if (fits > 0 && PyTuple_GET_ITEM(function, POINTWISE) != Py_True) {
+        fits = rank_is(stored[0], 1); /* a product of vectors has the batch before it nowhere */
+        fits = fits < 0 ? fits : !fits;
     }
-    out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
-    if (out != NULL)
-        out = wrapped(self, out, keeps ? first : NULL);
-    goto done;
-refuse:
-    out = Py_NewRef(Py_NotImplemented);
-done:
-    Py_XDECREF(first);
-    Py_XDECREF(second);
-    Py_XDECREF(stored[0]);
-    Py_XDECREF(stored[1]);
+    for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
+        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps);
+    if (fits > 0) {
+        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
+        if (out != NULL)
+            out = wrapped(self, out, keeps ? first : NULL);
+    } else if (fits == 0)
+        out = Py_NewRef(Py_NotImplemented);
+    Py_DECREF(first);
+    for (Py_ssize_t place = 0; place < 3; place++)
+        Py_XDECREF(stored[place]);
     Py_XDECREF(dtype);
-    Py_XDECREF(other);
     return out;
 }
 
@@ -469,7 +523,8 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
             return -1;
         PyTuple_SET_ITEM(lowered, fresh[number], object);
     }
-    PyObject *dtype = (PyObject *)Py_TYPE(out) == c_tensor ? PyObject_GetAttr(out, s_dtype) : Py_NewRef(Py_None);
+    PyObject *kind = (PyObject *)Py_TYPE(out);
+    PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? PyObject_GetAttr(out, s_dtype) : Py_NewRef(Py_None);
     if (dtype == NULL)
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
@@ -488,9 +543,8 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args)
 {
-    Py_ssize_t count = PyTuple_GET_SIZE(args);
-    if (count < PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)) || count > PyLong_AsLong(PyTuple_GET_ITEM(function, MOST)) ||
-        count > 3)
+    Py_ssize_t count = given(function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args));
+    if (count < 1)
         return Py_NewRef(Py_NotImplemented);
     int autocast = call_is_true(c_autocast);
     if (autocast)
@@ -557,8 +611,11 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             goto done;
         stored[1] = constant;
     }
-    out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
-    if (out == NULL)
+    if (self->below == NULL || self->below == Py_None)
+        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
+    else
+        out = run_under_vmap((Handler *)self->below, function, stored, count);
+    if (out == NULL || out == Py_NotImplemented)
         goto done;
     if (self->respect_no_grad) {
         int enabled = call_is_true(c_grad_enabled);
@@ -616,10 +673,22 @@ are_plain(PyObject *types)
     return 1;
 }
 
+/* Whether the next mode is torch itself, or for a tape the outermost vmap. */
+static int
+is_near_torch(Handler *self)
+{
+    if (self->below == NULL || self->below == Py_None)
+        return self->kind != NO_KIND;
+    if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
+        return 0;
+    Handler *below = (Handler *)self->below;
+    return below->kind == VMAP && (below->below == NULL || below->below == Py_None);
+}
+
 static PyObject *
 torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
-    if (self->kind != NO_KIND && (self->below == NULL || self->below == Py_None) && names == NULL && nargs >= 3 &&
+    if (is_near_torch(self) && names == NULL && nargs >= 3 &&
         PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) && are_plain(args[1]) &&
         (nargs == 3 || args[3] == Py_None || (PyDict_CheckExact(args[3]) && PyDict_GET_SIZE(args[3]) == 0))) {
         PyObject *function = PyDict_GetItemWithError(c_table, args[0]);
@@ -630,7 +699,9 @@ torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject 
             if (innermost < 0)
                 return NULL;
             if (innermost) {
-                PyObject *out = self->kind == VMAP ? run_under_vmap(self, function, &PyTuple_GET_ITEM(args[2], 0), PyTuple_GET_SIZE(args[2])) : run_on_tape(self, function, args[2]);
+                PyObject *out = self->kind == TAPE ? run_on_tape(self, function, args[2])
+                                                   : run_under_vmap(self, function, &PyTuple_GET_ITEM(args[2], 0),
+                                                                    PyTuple_GET_SIZE(args[2]));
                 if (out != Py_NotImplemented)
                     return out;
                 Py_DECREF(out);

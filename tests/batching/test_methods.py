@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +124,55 @@ def test_operators_of_every_kind_of_operand():
     check(lambda a: (a.sin() == a.sin()) | (a.cos() != 1), x)
     check(lambda a: a.t().sin().t() * a.sin(), torch.randn(3, 4, 2, dtype=torch.float64))  # layouts that differ
     check(lambda a, b: a.sin() + b.sin(), x, torch.randn(4, 3, dtype=torch.float64), in_dims=(0, 1))
+
+
+PRODUCTS = {
+    "linear": lambda a, w, b: F.linear(a, w, b),
+    "linear without bias": lambda a, w, b: F.linear(a, w, None) + F.linear(a, w),
+    "linear with a scalar bias": lambda a, w, b: F.linear(a, w, b[0]),
+    "linear, all mapped": lambda a, w, b: F.linear(a, w * a.sum(), b * a.sum()),
+    "linear, the bias mapped": lambda a, w, b: F.linear(a, w, b * a.sum()),
+    "linear, the weight mapped": lambda a, w, b: F.linear(a, w * a.sum(), b),
+    "linear, constant input": lambda a, w, b: F.linear(w, w, a.sum() * b),
+    "vector": lambda a, w, b: F.linear(a, b) if a.dim() else a,
+    "matmul": lambda a, w, b: a @ w.t() if a.dim() else a,
+    "matmul with a vector": lambda a, w, b: a @ w[0] if a.dim() else a,
+    "matmul by matmul": lambda a, w, b: a @ a.t() if a.dim() == 2 else a * 2,
+    "matmul with a stack": lambda a, w, b: a @ w.t().expand(2, 4, 4) if a.dim() == 2 else a * 2,
+    "where": lambda a, w, b: torch.where(a > 0, a, a.sin()) + torch.where(a > 0, b, a),
+    "power": lambda a, w, b: (a * a) ** 2 + (a * a + 1) ** b + 2**a,
+    "other constants": lambda a, w, b: a * b + a / w - torch.ones(2, 4, 4, dtype=a.dtype) * a,
+    "softplus": lambda a, w, b: F.softplus(a) + F.softplus(a, 2.0) + F.gelu(a) + F.gelu(a, approximate="tanh") + F.silu(a),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (3, 4, 4), (3, 2, 2, 4), (1, 4), (0, 4)], ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_and_constants_beside(name, shape):
+    function = PRODUCTS[name]
+    x = torch.randn(shape, dtype=torch.float64)
+    weight, bias = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+
+    def outcome(run):
+        try:
+            return run()
+        except RuntimeError:
+            return None
+
+    found = outcome(lambda: chainrule.vmap(function, (0, None, None))(x, weight, bias))
+    if shape[0] == 0:
+        expected = outcome(lambda: function(torch.randn(shape[1:], dtype=torch.float64), weight, bias))
+        assert (found is None) == (expected is None)
+        assert found is None or found.shape == (0, *expected.shape)
+        return
+    expected = outcome(lambda: torch.stack([function(sample, weight, bias) for sample in x]))
+    assert (found is None) == (expected is None)
+    if found is None:
+        return
+    torch.testing.assert_close(found, expected)
+    nested = chainrule.vmap(chainrule.grad(lambda a, w, b: (function(a, w, b) ** 2).sum(), (0, 1)), (0, None, None))
+    theirs = torch.func.vmap(torch.func.grad(lambda a, w, b: (function(a, w, b) ** 2).sum(), (0, 1)), (0, None, None))
+    torch.testing.assert_close(nested(x, weight, bias), theirs(x, weight, bias))
 
 
 def test_named_arguments_and_operands_that_are_no_tensors():
