@@ -40,7 +40,7 @@ docs: $(STAMP)
 notebook: $(STAMP)
 	$(BIN)/python examples/build_notebook.py
 
-$(STAMP): pyproject.toml constraints.txt hatch_build.py src/chainrule/_shortcuts.c
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/chainrule/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)

@@ -1,4 +1,4 @@
-"""Compiles ``src/chainrule/_shortcuts.c`` where that can be done; without it the package runs on Python alone."""
+"""Compiles ``src/chainrule/csrc`` where that can be done; without it the package runs on Python alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODULE = "chainrule._shortcuts"
 
 def compiled(root: Path, target: Path) -> Path:
     """Compile the extension module into a directory, and return its file."""
-    extension = Extension(MODULE, [str(root / "src/chainrule/_shortcuts.c")])
+    extension = Extension(MODULE, [str(root / "src/chainrule/csrc/shortcuts.c")])
     command = build_ext(Distribution({"name": "chainrule", "ext_modules": [extension]}))
     command.build_lib, command.build_temp = str(target), str(target / "objects")
     command.ensure_finalized()

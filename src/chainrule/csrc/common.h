@@ -1,0 +1,166 @@
+/* What the parts share: the fields of a handler, what `configure` gives, the state of torch's dispatcher. Part of shortcuts.c. */
+
+enum { NO_KIND = 0, VMAP = 1, TAPE = 2 };
+
+/* Fields of chainrule.functions.Function, which is a tuple. */
+enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, KEEPS, FIELDS };
+
+typedef struct {
+    PyObject_HEAD
+    Py_ssize_t depth;
+    PyObject *below;
+    char graphs;
+    char kind;
+    char guarded;
+    char respect_no_grad;
+    PyObject *values;
+    PyObject *active;
+    PyObject *slots;
+    PyObject *key;
+    PyObject *records;
+    PyObject *facts;
+    PyObject *origin;
+    PyObject *alias;
+} Handler;
+
+/* What `configure` is given, by name. */
+#define CONFIGURED(X)                                                                                                  \
+    X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
+    X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects)
+
+#define DECLARE(name) static PyObject *c_##name = NULL;
+CONFIGURED(DECLARE)
+static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
+
+#define NAMES(X)                                                                                                       \
+    X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
+    X(device) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record)
+
+#define DECLARE_NAME(name) static PyObject *s_##name = NULL;
+NAMES(DECLARE_NAME)
+
+static PyObject *empty = NULL;
+
+/* Torch's own functions on the state of its dispatcher; all of them, or none. A key is an enumeration of 16 bits. */
+static struct {
+    void (*exclude)(uint16_t key, bool excluded);
+    bool (*included)(uint16_t key);
+    int64_t (*dispatch_modes)(void);
+    int64_t (*function_modes)(void);
+    bool (*functions_shown)(void);
+    void (*set_functions)(int disabled); /* an enumeration: 0 shown to modes and classes, 1 to modes, 2 to none */
+    int (*get_functions)(void);
+    uint16_t python;
+    uint16_t functorch;
+} state;
+
+/* Where the slots of BatchTensor, of Batched and of OpFacts are. */
+static struct {
+    Py_ssize_t inner, level, value, dtype, sample, common, op;
+} offsets;
+
+#define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
+
+/* 1, 0, or -1 with an error set. */
+static int
+attribute_is_true(PyObject *object, PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+    if (found == NULL)
+        return -1;
+    int truth = found == Py_True ? 1 : found == Py_False ? 0 : PyObject_IsTrue(found);
+    Py_DECREF(found);
+    return truth;
+}
+
+static int
+is_number(PyObject *item)
+{
+    return PyFloat_CheckExact(item) || PyLong_CheckExact(item);
+}
+
+/* A new reference to the constant for a number beside a tensor, or to the number itself. */
+static PyObject *
+constant_for(PyObject *number, PyObject *dtype)
+{
+    PyObject *known = PyDict_GetItemWithError(c_constants, dtype);
+    if (known != NULL) {
+        PyObject *found = PyDict_GetItemWithError(known, number);
+        if (found != NULL)
+            return Py_NewRef(found);
+    }
+    if (PyErr_Occurred())
+        return NULL;
+    PyObject *args[] = {number, dtype};
+    return PyObject_Vectorcall(c_shared_constant, args, 2, NULL);
+}
+
+/* A new reference to a tensor's dtype if the tensor is plain (real, without a graph), None if it is not; NULL on error. */
+static PyObject *
+plain_dtype(PyObject *tensor)
+{
+    int graph = attribute_is_true(tensor, s_requires_grad);
+    if (graph < 0)
+        return NULL;
+    if (graph)
+        return Py_NewRef(Py_None);
+    PyObject *dtype = PyObject_GetAttr(tensor, s_dtype);
+    if (dtype == NULL)
+        return NULL;
+    int real = PySet_Contains(c_real, dtype);
+    if (real > 0)
+        return dtype;
+    Py_DECREF(dtype);
+    return real < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *
+exclude_python(int excluded)
+{
+    if (state.exclude != NULL) {
+        state.exclude(state.python, excluded);
+        return Py_NewRef(Py_None);
+    }
+    PyObject *args[] = {c_python_key, excluded ? Py_True : Py_False};
+    return PyObject_Vectorcall(c_exclude, args, 2, NULL);
+}
+
+/* Let torch's handlers be reached again; an error that is on its way stays. */
+static int
+include_python(void)
+{
+    if (state.exclude != NULL) {
+        state.exclude(state.python, false);
+        return 0;
+    }
+    PyObject *kind, *error, *trace;
+    PyErr_Fetch(&kind, &error, &trace);
+    PyObject *done = exclude_python(0);
+    if (done == NULL) {
+        Py_XDECREF(kind);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        return -1;
+    }
+    Py_DECREF(done);
+    PyErr_Restore(kind, error, trace);
+    return 0;
+}
+
+/* The call of a function with torch's Python handlers off. */
+static PyObject *
+call_below(PyObject *call, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *done = exclude_python(1);
+    if (done == NULL)
+        return NULL;
+    Py_DECREF(done);
+    PyObject *out = PyObject_Vectorcall(call, args, count, NULL);
+    if (include_python() < 0) {
+        Py_XDECREF(out);
+        return NULL;
+    }
+    return out;
+}
+
+static PyTypeObject handler_type;

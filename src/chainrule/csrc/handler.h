@@ -1,0 +1,163 @@
+/* The base class of the modes: which calls are taken here. Part of shortcuts.c. */
+
+/* Whether the innermost mode is this one, and torch.func is not at work: 1, 0, or -1 with an error set. */
+static int
+stands_innermost(Handler *self)
+{
+    if (state.exclude != NULL)
+        return state.dispatch_modes() == self->depth && !state.included(state.functorch);
+    PyObject *count = PyObject_CallNoArgs(c_count);
+    if (count == NULL)
+        return -1;
+    Py_ssize_t depth = PyLong_AsSsize_t(count);
+    Py_DECREF(count);
+    if (depth != self->depth)
+        return 0;
+    PyObject *level = PyObject_CallNoArgs(c_level);
+    if (level == NULL)
+        return -1;
+    Py_DECREF(level);
+    return level == Py_None;
+}
+
+/* Whether the classes that torch names beside a call take no functions themselves. Methods without arguments name their own. */
+static int
+are_plain(PyObject *types)
+{
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(types); place++) {
+        PyObject *type = PyTuple_GET_ITEM(types, place);
+        if (type != c_tensor && type != c_batch_tensor)
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether the next mode is torch itself, or for a tape the outermost vmap. */
+static int
+is_near_torch(Handler *self)
+{
+    if (self->below == NULL || self->below == Py_None)
+        return self->kind != NO_KIND;
+    if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
+        return 0;
+    Handler *below = (Handler *)self->below;
+    return below->kind == VMAP && (below->below == NULL || below->below == Py_None);
+}
+
+static PyObject *
+torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+{
+    if (is_near_torch(self) && names == NULL && nargs >= 3 &&
+        PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) && are_plain(args[1]) &&
+        (nargs == 3 || args[3] == Py_None || (PyDict_CheckExact(args[3]) && PyDict_GET_SIZE(args[3]) == 0))) {
+        PyObject *function = PyDict_GetItemWithError(c_table, args[0]);
+        if (function == NULL && PyErr_Occurred())
+            return NULL;
+        if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS) {
+            int innermost = stands_innermost(self);
+            if (innermost < 0)
+                return NULL;
+            if (innermost) {
+                PyObject *out = self->kind == TAPE ? run_on_tape(self, function, args[2])
+                                                   : run_under_vmap(self, function, &PyTuple_GET_ITEM(args[2], 0),
+                                                                    PyTuple_GET_SIZE(args[2]));
+                if (out != Py_NotImplemented)
+                    return out;
+                Py_DECREF(out);
+            }
+        }
+    }
+    PyObject *method = PyObject_GetAttr((PyObject *)self, s_take_function);
+    if (method == NULL)
+        return NULL;
+    PyObject *out = PyObject_Vectorcall(method, args, nargs, names);
+    Py_DECREF(method);
+    return out;
+}
+
+static int
+handler_traverse(Handler *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->below);
+    Py_VISIT(self->values);
+    Py_VISIT(self->active);
+    Py_VISIT(self->slots);
+    Py_VISIT(self->key);
+    Py_VISIT(self->records);
+    Py_VISIT(self->facts);
+    Py_VISIT(self->origin);
+    Py_VISIT(self->alias);
+    return 0;
+}
+
+static int
+handler_clear(Handler *self)
+{
+    Py_CLEAR(self->below);
+    Py_CLEAR(self->values);
+    Py_CLEAR(self->active);
+    Py_CLEAR(self->slots);
+    Py_CLEAR(self->key);
+    Py_CLEAR(self->records);
+    Py_CLEAR(self->facts);
+    Py_CLEAR(self->origin);
+    Py_CLEAR(self->alias);
+    return 0;
+}
+
+static void
+handler_dealloc(Handler *self)
+{
+    PyObject_GC_UnTrack(self);
+    handler_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyObject *
+handler_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Handler *self = (Handler *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->depth = -1;
+        self->origin = Py_NewRef(Py_None);
+    }
+    return (PyObject *)self;
+}
+
+static PyMethodDef handler_methods[] = {
+    {"__torch_function__", (PyCFunction)(void (*)(void))torch_function, METH_FASTCALL | METH_KEYWORDS,
+     "Take a function of the table; whatever is not plain goes to take_function."},
+    {NULL},
+};
+
+static PyMemberDef handler_members[] = {
+    {"_depth", T_PYSSIZET, offsetof(Handler, depth), 0, NULL},
+    {"below", T_OBJECT, offsetof(Handler, below), 0, NULL},
+    {"graphs", T_BOOL, offsetof(Handler, graphs), 0, NULL},
+    {"kind", T_BYTE, offsetof(Handler, kind), 0, NULL},
+    {"_always_guard", T_BOOL, offsetof(Handler, guarded), 0, NULL},
+    {"respect_no_grad", T_BOOL, offsetof(Handler, respect_no_grad), 0, NULL},
+    {"values", T_OBJECT, offsetof(Handler, values), 0, NULL},
+    {"active", T_OBJECT, offsetof(Handler, active), 0, NULL},
+    {"slots", T_OBJECT, offsetof(Handler, slots), 0, NULL},
+    {"key", T_OBJECT, offsetof(Handler, key), 0, NULL},
+    {"records", T_OBJECT, offsetof(Handler, records), 0, NULL},
+    {"_facts", T_OBJECT, offsetof(Handler, facts), 0, NULL},
+    {"_origin", T_OBJECT, offsetof(Handler, origin), 0, NULL},
+    {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
+    {NULL},
+};
+
+static PyTypeObject handler_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "chainrule._shortcuts.Handler",
+    .tp_doc = "What a mode's function handler reads, and the handler itself for plain calls.",
+    .tp_basicsize = sizeof(Handler),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .tp_new = handler_new,
+    .tp_dealloc = (destructor)handler_dealloc,
+    .tp_traverse = (traverseproc)handler_traverse,
+    .tp_clear = (inquiry)handler_clear,
+    .tp_methods = handler_methods,
+    .tp_members = handler_members,
+};

@@ -1,0 +1,165 @@
+/* The commonest calls of the function modes (chainrule.dispatch.LightMode), in C.
+ *
+ * A function of chainrule.functions.TABLE that is called under one mode costs more in the interpreter of the mode's handler
+ * than in torch. What the handlers do for plain arguments is done here: VmapMode.run_function beside tensors that
+ * carry the batch alike, numbers and constants, and Tape.run_function for plain tensors and for those of one vmap. Every other
+ * call, and everything where this module could not be compiled, goes to the Python methods of the same meaning: they are the
+ * reference.
+ *
+ * Only the interpreter's own interface is used. Of torch's, the state of the dispatcher is asked for and set in its own
+ * functions where chainrule.dispatcher_state has found and tried them (`state`), and by their bindings for Python otherwise.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <structmember.h>
+
+#include "common.h"
+#include "vmap.h"
+#include "tape.h"
+#include "handler.h"
+#include "methods.h"
+
+static PyObject *
+configure(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    PyObject *name, *value;
+    Py_ssize_t place = 0;
+    while (kwargs != NULL && PyDict_Next(kwargs, &place, &name, &value)) {
+        PyObject **where = NULL;
+#define PLACE(known)                                                                                                   \
+    if (PyUnicode_CompareWithASCIIString(name, #known) == 0)                                                           \
+        where = &c_##known;
+        CONFIGURED(PLACE)
+        if (where == NULL)
+            return PyErr_Format(PyExc_TypeError, "configure: unknown name %R", name);
+        Py_XSETREF(*where, Py_NewRef(value));
+    }
+    Py_RETURN_NONE;
+}
+
+/* The place of a slot in the instances of a class; -1 with an error set. */
+static Py_ssize_t
+slot_offset(PyObject *type, const char *name)
+{
+    PyObject *descriptor = PyObject_GetAttrString(type, name);
+    if (descriptor == NULL)
+        return -1;
+    Py_ssize_t offset = -1;
+    if (Py_TYPE(descriptor) == &PyMemberDescr_Type)
+        offset = ((PyMemberDescrObject *)descriptor)->d_member->offset;
+    else
+        PyErr_Format(PyExc_TypeError, "%R has no slot %s", type, name);
+    Py_DECREF(descriptor);
+    return offset;
+}
+
+static PyObject *
+use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2 || !PyType_Check(args[0]) || !PyType_Check(args[1]))
+        return PyErr_Format(PyExc_TypeError, "use_classes: two classes are expected");
+    if ((offsets.inner = slot_offset(args[0], "inner")) < 0 || (offsets.level = slot_offset(args[0], "level")) < 0 ||
+        (offsets.value = slot_offset(args[1], "value")) < 0 || (offsets.dtype = slot_offset(args[1], "dtype")) < 0 ||
+        (offsets.sample = slot_offset(args[1], "sample")) < 0)
+        return NULL;
+    Py_XSETREF(c_batch_tensor, Py_NewRef(args[0]));
+    Py_XSETREF(c_batched, Py_NewRef(args[1]));
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+use_facts(PyObject *module, PyObject *type)
+{
+    if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.op = slot_offset(type, "op")) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+use_state(PyObject *module, PyObject *args)
+{
+    unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
+    unsigned short python, functorch;
+    if (!PyArg_ParseTuple(args, "KKKKKKKHH", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &python, &functorch))
+        return NULL;
+    state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
+    state.included = (bool (*)(uint16_t))(uintptr_t)included;
+    state.dispatch_modes = (int64_t(*)(void))(uintptr_t)dispatch_modes;
+    state.function_modes = (int64_t(*)(void))(uintptr_t)function_modes;
+    state.functions_shown = (bool (*)(void))(uintptr_t)functions_shown;
+    state.set_functions = (void (*)(int))(uintptr_t)set_functions;
+    state.get_functions = (int (*)(void))(uintptr_t)get_functions;
+    state.python = python;
+    state.functorch = functorch;
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+read_state(PyObject *module, PyObject *unused)
+{
+    if (state.exclude == NULL)
+        Py_RETURN_NONE;
+    return Py_BuildValue("(NLLN)", PyBool_FromLong(state.included(state.functorch)), (long long)state.dispatch_modes(),
+                         (long long)state.function_modes(), PyBool_FromLong(state.functions_shown()));
+}
+
+static PyObject *
+set_excluded(PyObject *module, PyObject *excluded)
+{
+    return exclude_python(excluded == Py_True);
+}
+
+static PyObject *
+set_functions(PyObject *module, PyObject *disabled)
+{
+    long wanted = PyLong_AsLong(disabled);
+    if (wanted == -1 && PyErr_Occurred())
+        return NULL;
+    if (wanted < 0 || wanted > 2 || state.set_functions == NULL)
+        return PyErr_Format(PyExc_ValueError, "set_functions: 0, 1 or 2 where the state is known");
+    long before = state.get_functions();
+    state.set_functions((int)wanted);
+    return PyLong_FromLong(before);
+}
+
+static PyMethodDef module_methods[] = {
+    {"use_classes", (PyCFunction)(void (*)(void))use_classes, METH_FASTCALL, "Give BatchTensor and Batched."},
+    {"use_facts", use_facts, METH_O, "Give OpFacts."},
+    {"use_state", use_state, METH_VARARGS, "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none."},
+    {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
+    {"set_functions", set_functions, METH_O, "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
+    {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
+    {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
+     "Give the handlers the objects that they use, by name."},
+    {NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "chainrule._shortcuts",
+    .m_doc = "The commonest calls of the function modes, in C.",
+    .m_size = -1,
+    .m_methods = module_methods,
+};
+
+PyMODINIT_FUNC
+PyInit__shortcuts(void)
+{
+#define INTERN(name)                                                                                                   \
+    s_##name = PyUnicode_InternFromString(#name);                                                                      \
+    if (s_##name == NULL)                                                                                              \
+        return NULL;
+    NAMES(INTERN)
+    empty = PyTuple_New(0);
+    if (empty == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0)
+        return NULL;
+    PyObject *made = PyModule_Create(&module);
+    if (made != NULL && (PyModule_AddObjectRef(made, "Handler", (PyObject *)&handler_type) < 0 ||
+                         PyModule_AddObjectRef(made, "Method", (PyObject *)&method_type) < 0))
+        Py_CLEAR(made);
+    return made;
+}

@@ -1,0 +1,244 @@
+/* Handlers of the tape: functions of plain tensors, run and recorded. Part of shortcuts.c. */
+
+/* Append an op that ran with one floating-point result; 0, or -1 with an error set. */
+static int
+append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *out, PyObject *dtype)
+{
+    int outcome = -1;
+    PyObject *slot = NULL, *identity = NULL, *shape = NULL, *key = NULL, *outputs = NULL, *record = NULL;
+    PyObject *op = SLOT(facts, op);
+    slot = PyLong_FromSsize_t(PyList_GET_SIZE(self->active));
+    identity = slot == NULL ? NULL : PyLong_FromVoidPtr(out);
+    shape = identity == NULL ? NULL : PyObject_GetAttr(out, s_shape);
+    outputs = shape == NULL || op == NULL ? NULL : PyTuple_Pack(1, slot);
+    key = outputs == NULL ? NULL : PyTuple_Pack(5, facts, arguments, empty, shape, dtype);
+    record = key == NULL ? NULL : ((PyTypeObject *)c_record)->tp_alloc((PyTypeObject *)c_record, 6);
+    if (record != NULL) {
+        PyTuple_SET_ITEM(record, 0, Py_NewRef(op));
+        PyTuple_SET_ITEM(record, 1, Py_NewRef(arguments));
+        PyTuple_SET_ITEM(record, 2, Py_NewRef(empty));
+        PyTuple_SET_ITEM(record, 3, Py_NewRef(outputs));
+        PyTuple_SET_ITEM(record, 4, Py_NewRef(Py_False));
+        PyTuple_SET_ITEM(record, 5, Py_NewRef(self->origin));
+    }
+    if (record != NULL && PyList_Append(self->values, out) == 0 && PyList_Append(self->active, Py_True) == 0 &&
+        PyDict_SetItem(self->slots, identity, slot) == 0 && PyList_Append(self->key, key) == 0 &&
+        PyList_Append(self->records, record) == 0)
+        outcome = 0;
+    Py_XDECREF(slot);
+    Py_XDECREF(identity);
+    Py_XDECREF(shape);
+    Py_XDECREF(outputs);
+    Py_XDECREF(key);
+    Py_XDECREF(record);
+    return outcome;
+}
+
+/* The slot of a tensor that the tape knows, -1 if it does not, -2 with an error set. */
+static Py_ssize_t
+known_slot(Handler *self, PyObject *item)
+{
+    PyObject *identity = PyLong_FromVoidPtr(item);
+    if (identity == NULL)
+        return -2;
+    PyObject *slot = PyDict_GetItemWithError(self->slots, identity);
+    Py_DECREF(identity);
+    if (slot == NULL)
+        return PyErr_Occurred() ? -2 : -1;
+    return PyLong_AsSsize_t(slot);
+}
+
+static int
+call_is_true(PyObject *callable)
+{
+    PyObject *found = PyObject_CallNoArgs(callable);
+    if (found == NULL)
+        return -1;
+    int truth = PyObject_IsTrue(found);
+    Py_DECREF(found);
+    return truth;
+}
+
+/* Give a plain tensor that the tape has not seen a slot as a constant; -1 with an error set. */
+static Py_ssize_t
+append_constant(Handler *self, PyObject *tensor)
+{
+    Py_ssize_t number = PyList_GET_SIZE(self->values);
+    PyObject *slot = NULL, *identity = NULL, *shape = NULL, *dtype = NULL, *device = NULL, *key = NULL;
+    slot = PyLong_FromSsize_t(number);
+    identity = slot == NULL ? NULL : PyLong_FromVoidPtr(tensor);
+    shape = identity == NULL ? NULL : PyObject_GetAttr(tensor, s_shape);
+    dtype = shape == NULL ? NULL : PyObject_GetAttr(tensor, s_dtype);
+    device = dtype == NULL ? NULL : PyObject_GetAttr(tensor, s_device);
+    key = device == NULL ? NULL : PyTuple_Pack(3, shape, dtype, device);
+    if (key == NULL || PyList_Append(self->values, tensor) < 0 || PyList_Append(self->active, Py_False) < 0 ||
+        PyDict_SetItem(self->slots, identity, slot) < 0 || PyList_Append(self->key, key) < 0)
+        number = -1;
+    Py_XDECREF(slot);
+    Py_XDECREF(identity);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    Py_XDECREF(device);
+    Py_XDECREF(key);
+    return number;
+}
+
+/* The slot of a plain tensor that was no argument before, which may become a constant; -1 with an error set. */
+static Py_ssize_t
+slot_or_constant(Handler *self, PyObject *tensor)
+{
+    if (self->alias == NULL || self->alias == Py_None) { /* no writes or views that it may come from */
+        Py_ssize_t known = known_slot(self, tensor);     /* it may stand at two places of one call */
+        return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
+    }
+    PyObject *found = PyObject_CallMethodOneArg((PyObject *)self, s__slot_or_constant, tensor);
+    if (found == NULL)
+        return -1;
+    Py_ssize_t slot = PyLong_AsSsize_t(found);
+    Py_DECREF(found);
+    return slot;
+}
+
+/* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot. */
+static int
+record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh, int fresh_count,
+            int touched, PyObject *out)
+{
+    if (fresh_count && !touched) {
+        PyObject *any = PyObject_CallMethodObjArgs((PyObject *)self, s__any_active, args, Py_None, NULL);
+        if (any == NULL)
+            return -1;
+        touched = PyObject_IsTrue(any);
+        Py_DECREF(any);
+    }
+    if (!touched)
+        return 0;
+    for (int number = 0; number < fresh_count; number++) {
+        PyObject *tensor = PyTuple_GET_ITEM(args, fresh[number]);
+        Py_ssize_t slot = slot_or_constant(self, tensor);
+        if (slot < 0)
+            return -1;
+        PyObject *object = NULL;
+        if (slot < PyList_GET_SIZE(c_slot_objects))
+            object = Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
+        else
+            object = PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
+        if (object == NULL)
+            return -1;
+        PyTuple_SET_ITEM(lowered, fresh[number], object);
+    }
+    PyObject *kind = (PyObject *)Py_TYPE(out);
+    PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? PyObject_GetAttr(out, s_dtype) : Py_NewRef(Py_None);
+    if (dtype == NULL)
+        return -1;
+    int outcome = PySet_Contains(c_floating, dtype);
+    if (outcome > 0)
+        outcome = append_record(self, facts, lowered, out, dtype);
+    else if (outcome == 0) {
+        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__append_record, facts, lowered, empty, out, NULL);
+        outcome = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_DECREF(dtype);
+    return outcome;
+}
+
+/* NotImplemented leaves the call to the Python method, with nothing done. */
+static PyObject *
+run_on_tape(Handler *self, PyObject *function, PyObject *args)
+{
+    Py_ssize_t count = given(function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args));
+    if (count < 1)
+        return Py_NewRef(Py_NotImplemented);
+    int autocast = call_is_true(c_autocast);
+    if (autocast)
+        return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *op = PyTuple_GET_ITEM(function, OP);
+    PyObject *second = count > 1 ? PyTuple_GET_ITEM(args, 1) : NULL;
+    int number = second != NULL && is_number(second);
+    if (number && PyFloat_CheckExact(second) && PyFloat_AS_DOUBLE(second) == 0.0)
+        return Py_NewRef(Py_NotImplemented); /* its sign is marked in the signature */
+    if (PyTuple_GET_ITEM(function, NUMBER_OP) != Py_None) {
+        if (number)
+            op = PyTuple_GET_ITEM(function, NUMBER_OP);
+    } else if (number)
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *identity = PyLong_FromVoidPtr(op);
+    if (identity == NULL)
+        return NULL;
+    PyObject *facts = PyDict_GetItemWithError(self->facts, identity);
+    Py_DECREF(identity);
+    if (facts == NULL)
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    if (SLOT(facts, common) != Py_True)
+        return Py_NewRef(Py_NotImplemented);
+
+    PyObject *out = NULL, *first_dtype = NULL, *constant = NULL;
+    PyObject *stored[3];
+    Py_ssize_t fresh[3];
+    int fresh_count = 0, touched = 0;
+    PyObject *lowered = PyTuple_New(count);
+    if (lowered == NULL)
+        return NULL;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *item = stored[place] = PyTuple_GET_ITEM(args, place);
+        if (place == 1 && number) {
+            PyTuple_SET_ITEM(lowered, place, Py_NewRef(item));
+            continue;
+        }
+        Py_ssize_t slot = known_slot(self, item);
+        if (slot == -2)
+            goto done;
+        if (slot < 0 && (PyObject *)Py_TYPE(item) != c_tensor)
+            goto refuse;
+        PyObject *dtype = plain_dtype(item);
+        if (dtype == NULL)
+            goto done;
+        int plain = dtype != Py_None;
+        if (place == 0)
+            first_dtype = dtype;
+        else
+            Py_DECREF(dtype);
+        if (!plain || slot >= PyList_GET_SIZE(c_slot_objects))
+            goto refuse;
+        if (slot < 0) {
+            fresh[fresh_count++] = place;
+            continue;
+        }
+        if (PyList_GET_ITEM(self->active, slot) == Py_True)
+            touched = 1;
+        PyTuple_SET_ITEM(lowered, place, Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot)));
+    }
+    if (number && PyTuple_GET_ITEM(function, NUMBERS) == Py_True && (PyObject *)Py_TYPE(stored[0]) == c_tensor) {
+        constant = constant_for(second, first_dtype);
+        if (constant == NULL)
+            goto done;
+        stored[1] = constant;
+    }
+    if (self->below == NULL || self->below == Py_None)
+        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
+    else
+        out = run_under_vmap((Handler *)self->below, function, stored, count);
+    if (out == NULL || out == Py_NotImplemented)
+        goto done;
+    if (self->respect_no_grad) {
+        int enabled = call_is_true(c_grad_enabled);
+        if (enabled == 0)
+            enabled = PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 0;
+        if (enabled <= 0) {
+            if (enabled < 0)
+                Py_CLEAR(out);
+            goto done;
+        }
+    }
+    if (record_call(self, facts, args, lowered, fresh, fresh_count, touched, out) < 0)
+        Py_CLEAR(out);
+    goto done;
+refuse:
+    out = Py_NewRef(Py_NotImplemented);
+done:
+    Py_XDECREF(first_dtype);
+    Py_XDECREF(constant);
+    Py_DECREF(lowered);
+    return out;
+}

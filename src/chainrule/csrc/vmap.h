@@ -1,0 +1,213 @@
+/* Handlers of vmap: functions of tensors that carry the batch, run on the stored tensors. Part of shortcuts.c. */
+
+/* The `Batched` of a tensor of this level that carries the batch, borrowed; NULL, without an error, if it is none. */
+static PyObject *
+batch_of(Handler *self, PyObject *tensor)
+{
+    if ((PyObject *)Py_TYPE(tensor) != c_batch_tensor || SLOT(tensor, level) != (PyObject *)self)
+        return NULL;
+    PyObject *inner = SLOT(tensor, inner);
+    return inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched && SLOT(inner, value) != NULL ? inner : NULL;
+}
+
+/* The dtype of a stored tensor, if it is plain: 1 with a new reference; 0 if it is not; -1 with an error set. */
+static int
+stored_dtype(PyObject *batch, PyObject **dtype)
+{
+    PyObject *known = SLOT(batch, dtype);
+    if (known != NULL) {
+        *dtype = Py_NewRef(known);
+        return 1;
+    }
+    *dtype = plain_dtype(SLOT(batch, value));
+    if (*dtype == NULL)
+        return -1;
+    if (*dtype != Py_None)
+        return 1;
+    Py_CLEAR(*dtype);
+    return 0;
+}
+
+static int
+same_rank(PyObject *one, PyObject *other)
+{
+    PyObject *first = PyObject_GetAttr(one, s_ndim);
+    PyObject *second = first == NULL ? NULL : PyObject_GetAttr(other, s_ndim);
+    int same = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_EQ);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return same;
+}
+
+/* A result as a tensor of this level; takes the reference of `out`. `like` has its dtype, shape and layout, if it is given. */
+static PyObject *
+wrapped(Handler *self, PyObject *out, PyObject *like)
+{
+    PyObject *tensor = NULL, *shape = NULL, *dtype = NULL, *sample = NULL, *contiguous = NULL;
+    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
+    if (batch == NULL)
+        goto done;
+    SLOT(batch, value) = Py_NewRef(out);
+    if (like != NULL) {
+        dtype = Py_NewRef(SLOT(like, dtype));
+        sample = Py_NewRef(SLOT(like, sample));
+    } else {
+        int plain = (PyObject *)Py_TYPE(out) == c_tensor;
+        if (plain) {
+            contiguous = PyObject_CallMethodNoArgs(out, s_is_contiguous);
+            if (contiguous == NULL)
+                goto done;
+            plain = contiguous == Py_True ? attribute_is_true(out, s_is_cpu) : 0;
+            if (plain < 0)
+                goto done;
+        }
+        if (!plain) {
+            PyObject *args[] = {batch, (PyObject *)self};
+            tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+            goto done;
+        }
+        shape = PyObject_GetAttr(out, s_shape);
+        dtype = shape == NULL ? NULL : PyObject_GetAttr(out, s_dtype);
+        sample = dtype == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
+        if (sample == NULL)
+            goto done;
+    }
+    PyObject *args[] = {c_batch_tensor, sample, Py_None, Py_None, Py_None, dtype};
+    tensor = PyObject_Vectorcall(c_make_wrapper, args, 6, NULL);
+    if (tensor == NULL)
+        goto done;
+    /* What is known of a tensor without a graph need not be asked of it when it is an argument. */
+    int floating = like != NULL ? 1 : PySet_Contains(c_floating, dtype);
+    if (floating > 0 && like == NULL)
+        floating = !attribute_is_true(out, s_requires_grad);
+    if (floating > 0) {
+        SLOT(batch, dtype) = Py_NewRef(dtype);
+        SLOT(batch, sample) = Py_NewRef(sample);
+    }
+    SLOT(tensor, inner) = Py_NewRef(batch);
+    SLOT(tensor, level) = Py_NewRef(self);
+done:
+    Py_XDECREF(batch);
+    Py_XDECREF(contiguous);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    Py_XDECREF(sample);
+    Py_DECREF(out);
+    return tensor;
+}
+
+/* 1 if the rank of `one` is less than that of `other`, 0 if not, -1 with an error set. */
+static int
+lower_rank(PyObject *one, PyObject *other)
+{
+    PyObject *first = PyObject_GetAttr(one, s_ndim);
+    PyObject *second = first == NULL ? NULL : PyObject_GetAttr(other, s_ndim);
+    int lower = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_LT);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return lower;
+}
+
+static int
+rank_is(PyObject *tensor, long wanted)
+{
+    PyObject *rank = PyObject_GetAttr(tensor, s_ndim);
+    if (rank == NULL)
+        return -1;
+    long found = PyLong_AsLong(rank);
+    Py_DECREF(rank);
+    return found == wanted;
+}
+
+/* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
+ * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout. */
+static int
+stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtype, PyObject *item, Py_ssize_t place,
+              PyObject **stored, int *keeps)
+{
+    PyObject *value = SLOT(first, value);
+    int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True;
+    if (is_number(item)) {
+        if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
+            return 0;
+        *stored = PyTuple_GET_ITEM(function, NUMBERS) == Py_True ? constant_for(item, dtype) : Py_NewRef(item);
+        return *stored == NULL ? -1 : 1;
+    }
+    PyObject *other = NULL;
+    PyObject *batch = batch_of(self, item);
+    int known, fits;
+    if (batch != NULL) {
+        if (!pointwise)
+            return 0;
+        Py_INCREF(batch);
+        known = stored_dtype(batch, &other);
+        *stored = Py_NewRef(SLOT(batch, value));
+        fits = known <= 0 ? known : other == dtype;
+        if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
+            fits = same_rank(value, *stored);
+            *keeps = 0;
+        }
+        Py_DECREF(batch);
+    } else {
+        if ((PyObject *)Py_TYPE(item) != c_tensor)
+            return 0;
+        *keeps = 0;
+        *stored = Py_NewRef(item);
+        other = plain_dtype(item);
+        fits = other == NULL ? -1 : other == dtype;
+        /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
+        if (fits > 0)
+            fits = pointwise ? lower_rank(item, value) : place > 1 ? 1 : rank_is(item, 2);
+    }
+    Py_XDECREF(other);
+    if (fits <= 0)
+        Py_CLEAR(*stored);
+    return fits;
+}
+
+/* How many arguments a call of a function has; an absent last one of a function of tensors is no argument. */
+static Py_ssize_t
+given(PyObject *function, PyObject *const *args, Py_ssize_t count)
+{
+    if (count > 2 && args[count - 1] == Py_None && PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
+        count--;
+    return count >= PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)) && count <= PyLong_AsLong(PyTuple_GET_ITEM(function, MOST)) &&
+                   count <= 3
+               ? count
+               : 0;
+}
+
+/* NotImplemented leaves the call to the Python method, with nothing done. */
+static PyObject *
+run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count)
+{
+    count = given(function, args, count);
+    if (self->guarded || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *first = batch_of(self, args[0]);
+    if (first == NULL)
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *stored[3] = {NULL, NULL, NULL}, *dtype = NULL, *out = NULL;
+    Py_INCREF(first); /* the call may run anything, a write to the argument included */
+    int fits = stored_dtype(first, &dtype);
+    /* Whether the result has the dtype, the shape and the layout of the first argument. */
+    int keeps = PyTuple_GET_ITEM(function, KEEPS) == Py_True && SLOT(first, sample) != NULL;
+    stored[0] = Py_NewRef(SLOT(first, value));
+    if (fits > 0 && PyTuple_GET_ITEM(function, POINTWISE) != Py_True) {
+        fits = rank_is(stored[0], 1); /* a product of vectors has the batch before it nowhere */
+        fits = fits < 0 ? fits : !fits;
+    }
+    for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
+        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps);
+    if (fits > 0) {
+        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
+        if (out != NULL)
+            out = wrapped(self, out, keeps ? first : NULL);
+    } else if (fits == 0)
+        out = Py_NewRef(Py_NotImplemented);
+    Py_DECREF(first);
+    for (Py_ssize_t place = 0; place < 3; place++)
+        Py_XDECREF(stored[place]);
+    Py_XDECREF(dtype);
+    return out;
+}
