@@ -129,9 +129,11 @@ set_functions(PyObject *module, PyObject *disabled)
 static PyMethodDef module_methods[] = {
     {"use_classes", (PyCFunction)(void (*)(void))use_classes, METH_FASTCALL, "Give BatchTensor and Batched."},
     {"use_facts", use_facts, METH_O, "Give OpFacts."},
-    {"use_state", use_state, METH_VARARGS, "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none."},
+    {"use_state", use_state, METH_VARARGS,
+     "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none."},
     {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
-    {"set_functions", set_functions, METH_O, "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
+    {"set_functions", set_functions, METH_O,
+     "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
     {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},

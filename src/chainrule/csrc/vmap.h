@@ -171,10 +171,8 @@ given(PyObject *function, PyObject *const *args, Py_ssize_t count)
 {
     if (count > 2 && args[count - 1] == Py_None && PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
         count--;
-    return count >= PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)) && count <= PyLong_AsLong(PyTuple_GET_ITEM(function, MOST)) &&
-                   count <= 3
-               ? count
-               : 0;
+    long fewest = PyLong_AsLong(PyTuple_GET_ITEM(function, FEWEST)), most = PyLong_AsLong(PyTuple_GET_ITEM(function, MOST));
+    return count >= fewest && count <= most && count <= 3 ? count : 0;
 }
 
 /* NotImplemented leaves the call to the Python method, with nothing done. */
