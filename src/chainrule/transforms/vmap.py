@@ -63,20 +63,57 @@ def vmap(
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
 
+    return entry_point(_mapping(func, in_dims, out_dims, randomness, chunk_size, "vmap"), func)
+
+
+def _mapping(
+    func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None, name: str
+) -> Callable[..., Any]:
+    """What `vmap` returns; `name` is the transform's in its messages."""
+
     def vmapped(*args: Any, **kwargs: Any) -> Any:
-        refuse_inside_torch_func("vmap")
+        refuse_inside_torch_func(name)
         if out_dims.__class__ is not int:
             _check_out_dims(out_dims, func)
         if chunk_size is None and (found := _plain_inputs(in_dims, args)) is not None:
             return _call(functools.partial(func, **kwargs) if kwargs else func, *found, None, out_dims, randomness)
-        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args)
-        size = _batch_size(func, flat_args, flat_dims)
+        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args, name)
+        size = _batch_size(func, flat_args, flat_dims, name)
         call = functools.partial(func, **kwargs) if kwargs else func
         if chunk_size is not None and size > chunk_size:
             return _run_in_chunks(call, (flat_args, flat_dims, args_spec), out_dims, randomness, size, chunk_size)
         return _run(call, flat_args, flat_dims, args_spec, out_dims, randomness, size)
 
-    return entry_point(vmapped, func)
+    return vmapped
+
+
+def per_sample(transformed: Callable[..., Any], in_dims: Any, name: str, *, has_aux: bool = False) -> Callable[..., Any]:
+    """``vmap(transformed, in_dims)``, the ``in_dims`` of a transform.
+
+    Args:
+        transformed: the function that the transform returns.
+        in_dims: as :func:`vmap` takes them.
+        name: the transform's name, for messages.
+        has_aux: whether the result may hold something else than tensors: that is passed through.
+    """
+    if not has_aux:
+        return entry_point(_mapping(transformed, in_dims, 0, "error", None, name), transformed)
+
+    def with_others(*args: Any, **kwargs: Any) -> Any:
+        leaves: list[Any] = []
+        spec: TreeSpec | None = None
+
+        def tensors(*inner: Any) -> list[Tensor]:
+            nonlocal leaves, spec
+            leaves, spec = tree_flatten(transformed(*inner, **kwargs))
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        tensors.__name__ = _name(transformed)
+        found = iter(_mapping(tensors, in_dims, 0, "error", None, name)(*args))
+        assert spec is not None
+        return tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    return entry_point(with_others, transformed)
 
 
 def _name(func: Any) -> str:
@@ -103,11 +140,11 @@ def _check_out_dims(out_dims: Any, func: Any) -> None:
 
 
 def _flatten_inputs(
-    func: Any, in_dims: Any, args: tuple[Any, ...]
+    func: Any, in_dims: Any, args: tuple[Any, ...], name: str
 ) -> tuple[list[Any], list[int | None], TreeSpec | None]:
     """The arguments as a list, the dimension of each, and their structure (None for plain tensors)."""
     def call() -> str:
-        return f"vmap({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
+        return f"{name}({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
 
     if not isinstance(in_dims, (int, tuple)):
         raise ValueError(
@@ -116,7 +153,7 @@ def _flatten_inputs(
         )
     if not args:
         raise ValueError(
-            f"vmap({_name(func)})(<inputs>): got no inputs. Maybe you forgot to add inputs, or you are trying to vmap "
+            f"{name}({_name(func)})(<inputs>): got no inputs. Maybe you forgot to add inputs, or you are trying to vmap "
             "over a function with no inputs. The latter is unsupported."
         )
     if isinstance(in_dims, int) and all(isinstance(arg, Tensor) for arg in args):
@@ -191,13 +228,13 @@ def _plain_inputs(in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[
     return None if size < 0 else (values, mapped, size)
 
 
-def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None]) -> int:
+def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None], name: str) -> int:
     sizes = [arg.size(dim) for arg, dim in zip(flat_args, flat_dims, strict=True) if dim is not None]
     if not sizes:
-        raise ValueError(f"vmap({_name(func)}): Expected at least one Tensor to vmap over, but every in_dim is None")
+        raise ValueError(f"{name}({_name(func)}): Expected at least one Tensor to vmap over, but every in_dim is None")
     if any(size != sizes[0] for size in sizes):
         raise ValueError(
-            f"vmap({_name(func)}): Expected all tensors to have the same size in the mapped dimension, got "
+            f"{name}({_name(func)}): Expected all tensors to have the same size in the mapped dimension, got "
             f"sizes {sizes} for the mapped dimension"
         )
     return int(sizes[0])
