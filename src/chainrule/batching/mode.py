@@ -267,12 +267,22 @@ class VmapMode(LightMode):
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Run this level inside of modes that were pushed after it was made: they then see its inner ops."""
+        with self._moved(), again(self):
+            yield
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Go on in this level, which was left, wherever that is now."""
+        with self._moved(), self:
+            yield
+
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
         before = self._include, self._exclude
         self._include = torch._C._dispatch_tls_local_include_set()
         self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
         try:
-            with again(self):
-                yield
+            yield
         finally:
             self._include, self._exclude = before
 

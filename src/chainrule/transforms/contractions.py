@@ -9,7 +9,7 @@ from torch.utils._pytree import _broadcast_to_and_flatten
 
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
-from chainrule.transforms.nest import Finish, Level
+from chainrule.transforms.levels import Finish, Level
 from chainrule.transforms.trace import Traced
 from chainrule.transforms.vmap import per_sample
 

@@ -16,7 +16,8 @@ from chainrule.plan.second_order import second_order
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
 from chainrule.transforms.derivatives import grad
 from chainrule.transforms.jacobian_map import JacobianMap, input_space, jacobian_map
-from chainrule.transforms.nest import Level, run_recorded
+from chainrule.transforms.levels import Level
+from chainrule.transforms.nest import run_recorded
 from chainrule.transforms.spaces import Space
 from chainrule.transforms.trace import Traced, active_slot, trace
 

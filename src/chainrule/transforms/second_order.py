@@ -17,7 +17,8 @@ from chainrule.plan.second_order import Contracted, second_order
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.contractions import Run, contraction
 from chainrule.transforms.jacobians import hessian
-from chainrule.transforms.nest import Finish, Level, run_planned
+from chainrule.transforms.levels import Finish, Level
+from chainrule.transforms.nest import run_planned
 from chainrule.transforms.trace import Traced, recording_on
 
 

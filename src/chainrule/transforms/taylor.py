@@ -12,7 +12,8 @@ from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.contractions import chosen_primals, dims_of_primals
 from chainrule.transforms.derivatives import check_seed
-from chainrule.transforms.nest import Level, run_planned
+from chainrule.transforms.levels import Level
+from chainrule.transforms.nest import run_planned
 from chainrule.transforms.trace import Traced, fresh_alias, recording_on
 from chainrule.transforms.vmap import per_sample
 

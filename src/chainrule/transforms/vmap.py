@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,24 +64,75 @@ def vmap(
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
 
-    return entry_point(_mapping(func, in_dims, out_dims, randomness, chunk_size, "vmap"), func)
+    if chunk_size is not None:
+        return entry_point(_in_chunks(func, in_dims, out_dims, randomness, chunk_size), func)
+    return Mapping(func, in_dims, out_dims, randomness, "vmap").wrapper()
 
 
-def _mapping(
-    func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None, name: str
+class Mapping:
+    """One vmap of a function.
+
+    Args:
+        func: the function.
+        in_dims: as in :func:`vmap`.
+        out_dims: as in :func:`vmap`.
+        randomness: as in :func:`vmap`.
+        name: the transform's name, for messages.
+
+    Attributes:
+        owner: the function that carries this mapping, where the mapped function is a transform's.
+    """
+
+    __slots__ = ("func", "in_dims", "name", "out_dims", "owner", "randomness")
+
+    def __init__(self, func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, name: str) -> None:
+        self.func = func
+        self.in_dims = in_dims
+        self.out_dims = out_dims
+        self.randomness = randomness
+        self.name = name
+        self.owner: Callable[[], Any] | None = None
+
+    def wrapper(self) -> Callable[..., Any]:
+        """The mapped function."""
+
+        def vmapped(*args: Any, **kwargs: Any) -> Any:
+            func = self.func
+            return self.leave(*self.enter(functools.partial(func, **kwargs) if kwargs else func, args))
+
+        made = entry_point(vmapped, self.func)
+        if hasattr(self.func, "_chainrule_level"):
+            # A nest of transforms goes on through this mapping.
+            self.owner = weakref.ref(made)
+            made._chainrule_level = self  # type: ignore[attr-defined]
+        return made
+
+    def enter(self, call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, VmapMode]:
+        """Call a function on the mapped arguments; returns what it returns, and the level that this belongs to."""
+        refuse_inside_torch_func(self.name)
+        if self.out_dims.__class__ is not int:
+            _check_out_dims(self.out_dims, self.func)
+        if (found := _plain_inputs(self.in_dims, args)) is not None:
+            return _inside(call, *found, None, self.randomness)
+        flat_args, flat_dims, args_spec = _flatten_inputs(self.func, self.in_dims, args, self.name)
+        size = _batch_size(self.func, flat_args, flat_dims, self.name)
+        return _inside(call, *_batch_first(flat_args, flat_dims), size, args_spec, self.randomness)
+
+    def leave(self, outputs: Any, mode: VmapMode) -> Any:
+        """The results outside of the level."""
+        return _unwrapped(self.func, outputs, self.out_dims, mode)
+
+
+def _in_chunks(
+    func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, chunk_size: int
 ) -> Callable[..., Any]:
-    """What `vmap` returns; `name` is the transform's in its messages."""
-
     def vmapped(*args: Any, **kwargs: Any) -> Any:
-        refuse_inside_torch_func(name)
-        if out_dims.__class__ is not int:
-            _check_out_dims(out_dims, func)
-        if chunk_size is None and (found := _plain_inputs(in_dims, args)) is not None:
-            return _call(functools.partial(func, **kwargs) if kwargs else func, *found, None, out_dims, randomness)
-        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args, name)
-        size = _batch_size(func, flat_args, flat_dims, name)
+        refuse_inside_torch_func("vmap")
+        _check_out_dims(out_dims, func)
+        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args, "vmap")
+        size = _batch_size(func, flat_args, flat_dims, "vmap")
         call = functools.partial(func, **kwargs) if kwargs else func
-        if chunk_size is not None and size > chunk_size:
+        if size > chunk_size:
             return _run_in_chunks(call, (flat_args, flat_dims, args_spec), out_dims, randomness, size, chunk_size)
         return _run(call, flat_args, flat_dims, args_spec, out_dims, randomness, size)
 
@@ -97,7 +149,7 @@ def per_sample(transformed: Callable[..., Any], in_dims: Any, name: str, *, has_
         has_aux: whether the result may hold something else than tensors: that is passed through.
     """
     if not has_aux:
-        return entry_point(_mapping(transformed, in_dims, 0, "error", None, name), transformed)
+        return Mapping(transformed, in_dims, 0, "error", name).wrapper()
 
     def with_others(*args: Any, **kwargs: Any) -> Any:
         leaves: list[Any] = []
@@ -109,7 +161,7 @@ def per_sample(transformed: Callable[..., Any], in_dims: Any, name: str, *, has_
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         tensors.__name__ = _name(transformed)
-        found = iter(_mapping(tensors, in_dims, 0, "error", None, name)(*args))
+        found = iter(Mapping(tensors, in_dims, 0, "error", name).wrapper()(*args))
         assert spec is not None
         return tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
@@ -240,6 +292,19 @@ def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | N
     return int(sizes[0])
 
 
+def _batch_first(flat_args: Sequence[Any], flat_dims: Sequence[int | None]) -> tuple[list[Any], list[bool]]:
+    """The arguments with their mapped dimension first, and which of them are mapped."""
+    values = []
+    for arg, dim in zip(flat_args, flat_dims, strict=True):
+        if dim is not None and isinstance(arg, Tensor):
+            if arg.is_conj() or arg.is_neg():
+                arg = arg.resolve_conj().resolve_neg()
+            if dim:
+                arg = arg.movedim(dim, 0)
+        values.append(arg)
+    return values, [dim is not None for dim in flat_dims]
+
+
 def _run(
     func: Any,
     flat_args: Sequence[Any],
@@ -249,21 +314,13 @@ def _run(
     randomness: str,
     size: int,
 ) -> Any:
-    values = []
-    for arg, dim in zip(flat_args, flat_dims, strict=True):
-        if dim is not None and isinstance(arg, Tensor):
-            if arg.is_conj() or arg.is_neg():
-                arg = arg.resolve_conj().resolve_neg()
-            if dim:
-                arg = arg.movedim(dim, 0)
-        values.append(arg)
-    mapped = [dim is not None for dim in flat_dims]
-    return _call(func, values, mapped, size, args_spec, out_dims, randomness)
+    outputs, mode = _inside(func, *_batch_first(flat_args, flat_dims), size, args_spec, randomness)
+    return _unwrapped(func, outputs, out_dims, mode)
 
 
-def _call(
-    func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, out_dims: Any, randomness: str
-) -> Any:
+def _inside(
+    func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, randomness: str
+) -> tuple[Any, VmapMode]:
     """Run `func` on tensors whose mapped dimension is the first."""
     mode = VmapMode(size, randomness)
     args: Any = [
@@ -275,6 +332,11 @@ def _call(
         outputs = func(*args)
     if mode.fallbacks and (ledger := current_ledger()) is not None:
         ledger.loops.extend(mode.fallbacks)
+    return outputs, mode
+
+
+def _unwrapped(func: Any, outputs: Any, out_dims: Any, mode: VmapMode) -> Any:
+    """Results of a level outside of it."""
     if isinstance(outputs, Tensor) and isinstance(out_dims, int):
         if outputs.__class__ is BatchTensor and out_dims == 0 and outputs.level is mode and outputs.batched:
             return outputs.value
