@@ -102,6 +102,7 @@ _pop_function = torch._C._pop_torch_function_stack
 _count_functions = torch._C._len_torch_function_stack
 _function_at = torch._C._get_function_stack_at
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
 configure(
@@ -154,11 +155,17 @@ class LightMode(Handler, TorchDispatchMode):
         """Run an op with positional arguments, under the same conditions as :meth:`run_function`."""
         return NotImplemented
 
+    def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ``data`` of a tensor."""
+        return tensor.data
+
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:
+            if func == _DATA:
+                return self.read_data(args[0])
             if func in MAKING_GRAPHS:
                 mode: LightMode | None = self
                 while mode is not None:

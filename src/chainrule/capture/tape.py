@@ -14,7 +14,7 @@ from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
-from chainrule.dispatch import LightMode, again, refusal_of_operators
+from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
 from chainrule.functions import Function
 from chainrule.shortcuts import TAPE, configure
 
@@ -314,6 +314,16 @@ class Tape(LightMode):
             if out is not NotImplemented:
                 return out
         return self.__torch_dispatch__(op, (), args)
+
+    def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A constant for this tape alone: the transforms around it see the tensor itself, as in torch.func."""
+        if _count_modes() != self._depth or not self.is_active(tensor):
+            return tensor.data
+        self.saw_blocked = True
+        with without_innermost():
+            out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
+        self.alias.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))
+        return out
 
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op, and record the op."""
