@@ -18,6 +18,7 @@ from chainrule.function_bodies import body_of
 from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
+from chainrule.subclasses import is_bare
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -127,6 +128,8 @@ class LightMode(Handler, TorchDispatchMode):
 
     #: Whether the mode takes functions.
     takes_functions = False
+    #: Whether the mode makes tensors of a class of its own.
+    maps = False
 
     below: LightMode | None
 
@@ -161,6 +164,9 @@ class LightMode(Handler, TorchDispatchMode):
 
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
+        if types and self._makes_plain(types):
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.take_function(func, (), args, kwargs)
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:
@@ -193,6 +199,13 @@ class LightMode(Handler, TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _makes_plain(self, types: Any) -> bool:
+        """Whether results are not made tensors of a subclass that is nothing more: it cannot hold a mapped tensor."""
+        mode: LightMode | None = self
+        while mode is not None and not mode.maps:
+            mode = mode.below
+        return mode is not None and all([kind.__torch_function__ is _NO_FUNCTIONS or is_bare(kind) for kind in types])
 
     def _takes(self, types: Any) -> bool:
         """Whether calls on tensors of these types may be taken."""

@@ -17,6 +17,7 @@ from chainrule.capture.schema import OpFacts, Policy
 from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
 from chainrule.functions import Function
 from chainrule.shortcuts import TAPE, configure
+from chainrule.subclasses import is_foreign, refuse_foreign
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -163,7 +164,13 @@ class Tape(LightMode):
         return slot
 
     def constant(self, tensor: torch.Tensor) -> int:
-        """Give a tensor that the tape has not seen a slot as a constant."""
+        """Give a tensor that the tape has not seen a slot as a constant.
+
+        Raises:
+            RuntimeError: if the tensor is of a class that cannot be seen through.
+        """
+        if tensor.__class__ is not torch.Tensor:
+            refuse_foreign(tensor, "chainrule")
         slot = self._append(tensor, False)
         self.key.append(_meta(tensor))
         return slot
@@ -407,7 +414,7 @@ class Tape(LightMode):
                 if item == 0 and kind is float:
                     self._mark_sign(item)
             elif isinstance(item, torch.Tensor):
-                if item.requires_grad or item.is_complex():
+                if item.requires_grad or item.is_complex() or (kind is not torch.Tensor and is_foreign(kind)):
                     return NotImplemented
                 if new is None:
                     new = []

@@ -19,6 +19,7 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
 from chainrule.rules.linalg_complex import COMPLEX
+from chainrule.subclasses import known
 
 aten = torch.ops.aten
 
@@ -119,6 +120,7 @@ class _UnknownTensorError(Exception):
     """A tensor of autograd's graph that stands for nothing that a screen has seen."""
 
 
+@known
 class _Twin(torch.Tensor):
     """What autograd sees of a tensor that holds no data of its own (a batched one)."""
 

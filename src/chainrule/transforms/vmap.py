@@ -16,6 +16,7 @@ from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import current_ledger
 from chainrule.rules.batching_base import Batched
+from chainrule.subclasses import refuse_foreign
 from chainrule.transforms.arguments import refuse_inside_torch_func
 
 
@@ -326,6 +327,9 @@ def _inside(
     args: Any = [
         wrap_batched(Batched(value), mode) if flag else value for value, flag in zip(values, mapped, strict=True)
     ]
+    for value, flag in zip(values, mapped, strict=True):
+        if flag and value.__class__ is not Tensor:
+            refuse_foreign(value, "vmap")
     if args_spec is not None:
         args = tree_unflatten(args, args_spec)
     with mode:
