@@ -19,6 +19,7 @@ from chainrule.function_bodies import body_of
 from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
+from chainrule.subclasses import is_bare
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,6 +105,7 @@ _count_functions = torch._C._len_torch_function_stack
 _function_at = torch._C._get_function_stack_at
 _TENSOR = torch.Tensor
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
 configure(
@@ -132,6 +134,8 @@ class LightMode(Handler, TorchDispatchMode):
 
     #: Whether the mode takes functions.
     takes_functions = False
+    #: Whether the mode makes tensors of a class of its own.
+    maps = False
 
     below: LightMode | None
 
@@ -160,11 +164,20 @@ class LightMode(Handler, TorchDispatchMode):
         """Run an op with positional arguments, under the same conditions as :meth:`run_function`."""
         return NotImplemented
 
+    def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ``data`` of a tensor."""
+        return tensor.data
+
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
+        if types and self._makes_plain(types):
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.take_function(func, (), args, kwargs)
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:
+            if func == _DATA:
+                return self.read_data(args[0])
             if func in MAKING_GRAPHS:
                 mode: LightMode | None = self
                 while mode is not None:
@@ -192,6 +205,13 @@ class LightMode(Handler, TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _makes_plain(self, types: Any) -> bool:
+        """Whether results are not made tensors of a subclass that is nothing more: it cannot hold a mapped tensor."""
+        mode: LightMode | None = self
+        while mode is not None and not mode.maps:
+            mode = mode.below
+        return mode is not None and all([kind.__torch_function__ is _NO_FUNCTIONS or is_bare(kind) for kind in types])
 
     def _takes(self, types: Any) -> bool:
         """Whether calls on tensors of these types may be taken."""

@@ -178,3 +178,23 @@ def test_one_pullback_for_all_tensors() -> None:
     assert sum(call["call"] == "pull" for account in report.accounts for call in account.calls) == 1
     expected = torch.func.grad(lambda p: (torch.func.functional_call(lstm, p, (x,))[0] ** 2).sum())(parameters)
     torch.testing.assert_close(chainrule.grad(loss)(parameters), expected)
+
+
+def test_a_real_operand_beside_a_complex_one() -> None:
+    """In closed form: torch's own backward of such a `where` raises."""
+    condition = torch.tensor([True, False, True])
+    x, tangent = torch.randn(2, 3, dtype=torch.float64).unbind(0)
+    other, cotangent = torch.randn(2, 3, dtype=torch.complex128).unbind(0)
+    kept = torch.where(condition, tangent, 0).to(torch.complex128)
+    for function, active in (
+        (lambda x: torch.where(condition, x, other), condition),
+        (lambda x: torch.where(~condition, other, x), condition),
+        (lambda x: torch.where(condition, x, other.sum()), condition),
+    ):
+        torch.testing.assert_close(chainrule.jvp(function, (x,), (tangent,))[1], kept)
+        (pulled,) = chainrule.vjp(function, x)[1](cotangent)
+        torch.testing.assert_close(pulled, torch.where(active, cotangent.real, 0))
+        found = chainrule.vmap(lambda x, f=function: chainrule.jvp(f, (x,), (tangent,))[1])(torch.stack([x, x]))
+        torch.testing.assert_close(found, torch.stack([kept, kept]))
+    hessian = chainrule.hessian(lambda x: torch.where(condition, x, other).abs().pow(2).sum())(x)
+    torch.testing.assert_close(hessian, torch.diag(2 * condition.to(torch.float64)))

@@ -22,6 +22,7 @@ from chainrule.functions import Function, methods
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
 from chainrule.shortcuts import VMAP, Method, configure, use_classes
+from chainrule.subclasses import is_foreign
 
 _make_wrapper = Tensor._make_wrapper_subclass
 configure(make_wrapper=_make_wrapper, wrap_batched=wrap_batched)
@@ -54,6 +55,7 @@ class VmapMode(LightMode):
     """
 
     takes_functions = True
+    maps = True
 
     def __init__(self, size: int, randomness: str = "error") -> None:
         super().__init__()
@@ -161,6 +163,11 @@ class VmapMode(LightMode):
         tensor.level = self
         return tensor
 
+    @property
+    def running(self) -> bool:
+        """Whether the mapped function has not returned yet."""
+        return bool(self._entered)
+
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op on the stored tensors, where nothing has to be aligned first."""
         first = args[0] if args else None
@@ -221,6 +228,8 @@ class VmapMode(LightMode):
                     value = arg = arg.inner
                     if arg.__class__ is Batched:
                         batched, value = True, arg.value
+                elif arg.__class__ is not Tensor and is_foreign(arg.__class__):
+                    return NotImplemented
                 if value.requires_grad or value.is_complex():
                     return NotImplemented
             inner.append(arg)
@@ -250,7 +259,7 @@ class VmapMode(LightMode):
                 if item.requires_grad or item.level is not self:
                     return None
                 item = item.inner
-            elif not isinstance(item, Tensor):
+            elif not isinstance(item, Tensor) or (kind is not Tensor and is_foreign(kind)):
                 return None
             batched = item.__class__ is Batched
             if batched:
@@ -271,12 +280,22 @@ class VmapMode(LightMode):
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Run this level inside of modes that were pushed after it was made: they then see its inner ops."""
+        with self._moved(), again(self):
+            yield
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Go on in this level, which was left, wherever that is now."""
+        with self._moved(), self:
+            yield
+
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
         before = self._include, self._exclude
         self._include = torch._C._dispatch_tls_local_include_set()
         self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
         try:
-            with again(self):
-                yield
+            yield
         finally:
             self._include, self._exclude = before
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from chainrule.rules.batching_base import Batched
+from chainrule.subclasses import known
 
 _make_wrapper = Tensor._make_wrapper_subclass
 _make_subclass = Tensor._make_subclass
 
 
+@known
 class BatchTensor(Tensor):
     """A tensor of one vmap level: logical shape outside, a stored tensor inside.
 
@@ -146,6 +148,12 @@ def _plain_repr(value: Tensor) -> str:
 
 def _escape(tree: Any, func: Any) -> Any:
     if isinstance(tree, BatchTensor):
+        if tree.batched and tree.level.running:
+            raise RuntimeError(
+                f"vmap: {func} was called on a mapped tensor where no mode is seen: torch makes tensors of a subclass so "
+                "(as_subclass, or a result that a subclass takes for its own). Give the function plain tensors: "
+                "x.as_subclass(torch.Tensor)."
+            )
         if tree.batched:
             raise RuntimeError(
                 f"vmap: {func} was called on a tensor that escaped from its vmap: it was kept (in a closure, a global "

@@ -132,7 +132,11 @@ class AliasTracker:
         hidden = tape.is_blocked() and not reshaping and not facts.is_out
         roots = [self.roots.get(id(tensor), tensor) for tensor in written]
         kept = [self.resolve(root) if hidden and tape.is_active(root) else None for root in roots]
-        result = tape.outside(op, *args, **kwargs)
+        if op is aten.detach_.default:
+            # For the transforms around this one the tensor stays what it is.
+            tape.saw_blocked, result = True, args[0]
+        else:
+            result = tape.outside(op, *args, **kwargs)
         self.has_writes = True
         if constant:
             for tensor, root, slot in zip(written, roots, kept, strict=True):

@@ -12,10 +12,12 @@ from torch._ops import OpOverload
 
 from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
+from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
-from chainrule.dispatch import LightMode, again, refusal_of_operators
+from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
 from chainrule.functions import Function
 from chainrule.shortcuts import TAPE, configure, use_facts
+from chainrule.subclasses import is_foreign, refuse_foreign
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -74,22 +76,11 @@ def slot_object(number: int) -> Slot:
     return _SLOTS[number] if number < 4096 else Slot(number)
 
 
-
 def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.__class__ is not torch.Tensor:
         # What differs between the samples of a vmap is planned otherwise than what does not.
         return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
     return (tensor.shape, tensor.dtype, tensor.device)
-
-
-def _place(tensor: torch.Tensor) -> Any:
-    """Where a tensor stands in memory; None if it does not, or without elements."""
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    storage = tensor.untyped_storage()
-    if not storage.nbytes():
-        return None
-    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _differentiable(tensor: Any) -> bool:
@@ -133,10 +124,7 @@ class Tape(LightMode):
         # What plans computed on this tape that serves further seeds.
         self.prepared: dict[Any, Any] = {}
         self._origin: Any = None
-        self._nodes_indexed = 0
-        self._by_node: dict[tuple[int, int], int] = {}
-        self._memory_indexed = 0
-        self._by_memory: dict[Any, int] = {}
+        self._others: OtherObjects | None = None
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""
@@ -177,7 +165,13 @@ class Tape(LightMode):
         return slot
 
     def constant(self, tensor: torch.Tensor) -> int:
-        """Give a tensor that the tape has not seen a slot as a constant."""
+        """Give a tensor that the tape has not seen a slot as a constant.
+
+        Raises:
+            RuntimeError: if the tensor is of a class that cannot be seen through.
+        """
+        if tensor.__class__ is not torch.Tensor:
+            refuse_foreign(tensor, "chainrule")
         slot = self._append(tensor, False)
         self.key.append(_meta(tensor))
         return slot
@@ -199,40 +193,19 @@ class Tape(LightMode):
             if slot is not None:
                 return slot
         if tensor.grad_fn is not None:
-            return self._resolve_by_node(tensor)
-        if tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
-            return self._resolve_by_memory(tensor)
-        return None
-
-    def _resolve_by_memory(self, tensor: torch.Tensor) -> int | None:
-        """A class that torch wraps results in gives new objects for values that were recorded: find them by their memory."""
-        for slot in range(self._memory_indexed, len(self.values)):
-            value = self.values[slot]
-            if isinstance(value, torch.Tensor) and (place := _place(value)) is not None:
-                self._by_memory[place] = slot
-        self._memory_indexed = len(self.values)
-        place = _place(tensor)
-        found = None if place is None else self._by_memory.get(place)
-        if found is not None:
+            slot = self._other_objects().by_node(tensor, self.values)
+        elif tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
+            slot = self._other_objects().by_memory(tensor, self.values)
+        if slot is not None:
             self.kept.append(tensor)
-            self.slots[id(tensor)] = found
-        return found
+            self.slots[id(tensor)] = slot
+        return slot
 
-    def _resolve_by_node(self, tensor: torch.Tensor) -> int | None:
-        """Autograd hands saved results back as new tensors of the same graph node: find the value by its node."""
-        for slot in range(self._nodes_indexed, len(self.values)):
-            value = self.values[slot]
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                self._by_node[id(value.grad_fn), value.output_nr] = slot
-        self._nodes_indexed = len(self.values)
-        found = self._by_node.get((id(tensor.grad_fn), tensor.output_nr))
-        if found is None or self.values[found].grad_fn is not tensor.grad_fn:
-            return None
-        if self.values[found].shape != tensor.shape:
-            return None
-        self.kept.append(tensor)
-        self.slots[id(tensor)] = found
-        return found
+    def _other_objects(self) -> OtherObjects:
+        if self._others is None:
+            self._others = OtherObjects()
+        return self._others
+
 
     def is_active(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor depends on the inputs."""
@@ -350,6 +323,16 @@ class Tape(LightMode):
                 return out
         return self.__torch_dispatch__(op, (), args)
 
+    def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A constant for this tape alone: the transforms around it see the tensor itself, as in torch.func."""
+        if _count_modes() != self._depth or not self.is_active(tensor):
+            return tensor.data
+        self.saw_blocked = True
+        with without_innermost():
+            out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
+        self.alias.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))
+        return out
+
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op, and record the op."""
         # What autocast turns a call into is recorded where it arrives.
@@ -432,7 +415,7 @@ class Tape(LightMode):
                 if item == 0 and kind is float:
                     self._mark_sign(item)
             elif isinstance(item, torch.Tensor):
-                if item.requires_grad or item.is_complex():
+                if item.requires_grad or item.is_complex() or (kind is not torch.Tensor and is_foreign(kind)):
                     return NotImplemented
                 if new is None:
                     new = []

@@ -11,7 +11,7 @@ import torch
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, listed_index
 
 if TYPE_CHECKING:
     from chainrule.maps.compose import Workspace
@@ -77,7 +77,7 @@ def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, d
         fixed = positions[0]
         node = constant_index((), lambda d: torch.full((), fixed, dtype=torch.long, device=d), device)
         return OneHot(node, (), target, False, (fixed, 0))
-    index = constant_index((len(positions),), lambda d: torch.tensor(positions, device=d), device)
+    index = listed_index(positions, device)
     steps = {b - a for a, b in zip(positions, positions[1:], strict=False)} or {1}
     partial = any(p < 0 for p in positions)
     affine = (positions[0], steps.pop()) if not partial and len(steps) == 1 else None

@@ -12,7 +12,7 @@ from chainrule.maps import sums
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.entries import embed_diagonals, on_diagonals, repeated_axes, written_term
-from chainrule.maps.fixed_places import listed
+from chainrule.maps.listed_terms import listed
 from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.staging import Program, Staged
@@ -258,17 +258,22 @@ def _merge_equal(terms: Sequence[Term], workspace: Workspace, force: bool) -> li
     merged: list[Term] = []
     for group in groups.values():
         stack = sorted(group, key=lambda t: -sum(f.node.numel for f in t.factors))
-        kept: list[Term] = []
-        for term in stack:
-            for position, host in enumerate(kept):
-                added = _add(host, term, workspace, force)
-                if added is not None:
-                    kept[position] = added
-                    break
-            else:
-                kept.append(term)
-        merged.extend(kept)
+        merged.extend(_taken_together(stack, lambda host, term: _add(host, term, workspace, force)))
     return merged
+
+
+def _taken_together(terms: Sequence[Term], add: Callable[[Term, Term], Term | None]) -> list[Term]:
+    """Each term added to the first one before it that it can be added to; `add` returns None where it cannot."""
+    kept: list[Term] = []
+    for term in terms:
+        for position, host in enumerate(kept):
+            added = add(host, term)
+            if added is not None:
+                kept[position] = added
+                break
+        else:
+            kept.append(term)
+    return kept
 
 
 def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | None:
@@ -485,19 +490,15 @@ def _on_same_axes(terms: Sequence[Term]) -> list[Term]:
 
 def _with_common_factors(terms: Sequence[Term], workspace: Workspace, numel: int) -> list[Term]:
     """Terms that share factors as one, where the sum of what is left is much smaller than the result."""
-    kept: list[Term] = []
-    for term in terms:
-        for position, host in enumerate(kept):
-            common = _shared_factors(host, term)
-            rest = _without(host, common).carried_axes() | _without(term, common).carried_axes()
-            if common and sums.SAVING * math.prod(axis.size for axis in rest) <= numel:
-                added = _add(host, term, workspace, True)
-                if added is not None:
-                    kept[position] = added
-                    break
-        else:
-            kept.append(term)
-    return kept
+
+    def add(host: Term, term: Term) -> Term | None:
+        common = _shared_factors(host, term)
+        rest = _without(host, common).carried_axes() | _without(term, common).carried_axes()
+        if not common or sums.SAVING * math.prod(axis.size for axis in rest) > numel:
+            return None
+        return _add(host, term, workspace, True)
+
+    return _taken_together(terms, add)
 
 
 def _identity_like(shape: tuple[int, ...]) -> Term:

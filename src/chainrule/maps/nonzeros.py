@@ -12,7 +12,7 @@ import torch
 from chainrule.maps.compose import dense_factor
 from chainrule.maps.contract import expand_to
 from chainrule.maps.nodes import Node
-from chainrule.maps.places import inverse, ordering, places_among
+from chainrule.maps.sorted_places import inverse, ordering, places_among
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
 

@@ -11,7 +11,7 @@ on both sides is a diagonal.  A one-hot factor ties its target axis to its sourc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -163,6 +163,27 @@ def _index_digit(index: Node, stride: int, size: int) -> Node:
 def constant_index(sizes: Iterable[int], make: Callable[[torch.device], torch.Tensor], device: torch.device) -> Node:
     """An index node that is the same in every run: computed once and kept in the program."""
     return Node(tuple(sizes), (), lambda program: program.constant(make(device)), label="index")
+
+
+def listed_index(positions: Sequence[int], device: torch.device) -> Node:
+    """The index node of a list of places."""
+    runs: list[list[int]] = []
+    for place in positions:
+        if runs and (runs[-1][2] == 1 or place == runs[-1][0] + runs[-1][1] * runs[-1][2]):
+            run = runs[-1]
+            run[1], run[2] = (place - run[0] if run[2] == 1 else run[1]), run[2] + 1
+        else:
+            runs.append([place, 0, 1])
+
+    def make(wanted: torch.device) -> torch.Tensor:
+        # Not torch.tensor, which puts a tensor of unknown origin into the record of a nest.
+        return torch.cat([
+            torch.arange(start, start + step * count, step, device=wanted)
+            if step else torch.full((count,), start, dtype=torch.long, device=wanted)
+            for start, step, count in runs
+        ])  # fmt: skip
+
+    return constant_index((len(positions),), make, device)
 
 
 def affine_onehot(source: Axis, target: Axis, start: int, step: int, device: torch.device) -> OneHot:

@@ -74,8 +74,28 @@ Expression = Jacobian | Transposed | Scaled | Added | Composed
 Selection = tuple[int, int | None]
 
 
+class OfExpression:
+    """A request about an expression in Jacobians.
+
+    Attributes:
+        expression: the map.
+    """
+
+    expression: Expression
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The slots differentiated with respect to."""
+        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.inputs)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The slots differentiated."""
+        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.outputs if slot is not None)
+
+
 @dataclass(frozen=True)
-class AlgebraRequest:
+class AlgebraRequest(OfExpression):
     """What is asked of an expression.
 
     Attributes:
@@ -94,16 +114,6 @@ class AlgebraRequest:
     columns: tuple[Selection, ...] = ()
     symmetric: bool = False
     order: str = "auto"
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The slots differentiated with respect to."""
-        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.inputs)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """The slots differentiated."""
-        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.outputs if slot is not None)
 
 
 def jacobians(expression: Expression) -> list[Jacobian]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from chainrule.maps.places import ordering, places_among
+from chainrule.maps.sorted_places import ordering, places_among
 
 
 def colour_columns(

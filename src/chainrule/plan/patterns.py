@@ -12,7 +12,7 @@ import torch
 from chainrule.maps.linear_map import LinearMap, merge
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import Entries, Listed, entries_of, listed, restricted, values_node
-from chainrule.maps.places import ordering
+from chainrule.maps.sorted_places import ordering
 from chainrule.maps.sparse import SparseWorkspace
 from chainrule.maps.staging import Program, Staged
 

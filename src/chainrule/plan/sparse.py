@@ -13,7 +13,7 @@ from chainrule.maps.sparse import SparseWorkspace, plain
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import identity
 from chainrule.plan import elimination
-from chainrule.plan.algebra import Builder, Expression, Jacobian, jacobians
+from chainrule.plan.algebra import Builder, Expression, Jacobian, OfExpression, jacobians
 from chainrule.plan.compression import by_columns, by_stars
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
@@ -58,7 +58,7 @@ class SparseRequest(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SparseExpression:
+class SparseExpression(OfExpression):
     """What is asked of an expression in Jacobians; its blocks are named by the numbers of output and input.
 
     Attributes:
@@ -71,16 +71,6 @@ class SparseExpression:
     symmetric: bool = False
     sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     order: str = "auto"
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The slots differentiated with respect to."""
-        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.inputs)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """The slots differentiated."""
-        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.outputs if slot is not None)
 
 
 @dataclass

@@ -29,7 +29,8 @@ def _cofactors(call: Call, program: Program) -> Staged:
     if size <= 1:
         return torch.ones_like(matrix)
     if size == 2:
-        signs = program.constant(torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=matrix.dtype, device=matrix.device))
+        counted = torch.arange(2, dtype=matrix.dtype, device=matrix.device)
+        signs = program.constant(1 - 2 * torch.abs(counted - counted.unsqueeze(1)))
         return torch.flip(matrix, (-2, -1)) * signs
     if size == 3:
         return torch.linalg.cross(torch.roll(matrix, -1, -2), torch.roll(matrix, -2, -2), dim=-1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, constant_index, dims_of, new_axes
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, constant_index, dims_of, listed_index, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single
 from chainrule.rules.families import slice_term, view
 from chainrule.rules.views import (
@@ -87,9 +87,7 @@ def _roll(call: Call) -> Term:
 
 def _listed(source: Axis, target: Axis, positions: Sequence[int], device: torch.device) -> OneHot:
     """The relation ``target == positions[source]``; negative positions read nothing."""
-    fixed = list(positions)
-    index = constant_index((source.size,), lambda d: torch.tensor(fixed, dtype=torch.long, device=d), device)
-    return OneHot(index, (source,), target, any(p < 0 for p in fixed))
+    return OneHot(listed_index(positions, device), (source,), target, any(p < 0 for p in positions))
 
 
 def _repeat(call: Call) -> Term:

@@ -19,6 +19,7 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
 from chainrule.rules.linalg_complex import COMPLEX
+from chainrule.subclasses import known
 
 aten = torch.ops.aten
 
@@ -86,6 +87,9 @@ class _Template:
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
         """Call the op with the holes filled."""
+        if torch.Tag.pointwise in self.op.tags and any(t.is_complex() for t in tensors):
+            # It converts them itself, but torch's formula (of where) forgets to convert the cotangent back.
+            tensors = [t.to(t.dtype.to_complex()) if t.dtype.is_floating_point else t for t in tensors]
         return self.op(*_fill(self.args, tensors), **{n: _fill(i, tensors) for n, i in self.kwargs.items()})
 
 
@@ -116,6 +120,7 @@ class _UnknownTensorError(Exception):
     """A tensor of autograd's graph that stands for nothing that a screen has seen."""
 
 
+@known
 class _Twin(torch.Tensor):
     """What autograd sees of a tensor that holds no data of its own (a batched one)."""
 

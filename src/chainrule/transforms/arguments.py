@@ -10,6 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
+from chainrule.subclasses import refuse_foreign
+
 Argnums = int | Sequence[int]
 
 #: Transforms that torch.func evaluates in forward mode, where an integer input is a ValueError (in reverse mode it is a
@@ -113,6 +115,8 @@ def flatten_inputs(tree: Any, transform: str) -> tuple[list[torch.Tensor], TreeS
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor) or not ((dtype := leaf.dtype).is_floating_point or dtype.is_complex):
             break
+        if leaf.__class__ is not torch.Tensor:
+            refuse_foreign(leaf, transform)
     else:
         return leaves, spec
     for number, leaf in enumerate(leaves):

@@ -10,7 +10,8 @@ import torch
 
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
-from chainrule.transforms.nest import NO_NEST, Level, Linearized, level_of, run_level, run_linearized, run_nest
+from chainrule.transforms.levels import Level, Linearized, mark_of
+from chainrule.transforms.nest import NO_NEST, run_level, run_linearized, run_nest
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -137,7 +138,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         (tensor([1., 1.]),)
     """
     found = None
-    if level_of(func) is not None:
+    if mark_of(func) is not None:
         found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
     if found is None:
         traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux)
@@ -246,7 +247,7 @@ def _jvp(
     func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, kwargs: dict[str, Any], name: str
 ) -> Any:
     leaves = check_tangents(primals, tangents, name, "tangents")
-    if not strict and level_of(func) is not None and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+    if not strict and mark_of(func) is not None and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
 
         def finish(traced: Traced, single: bool) -> Any:
             return traced.output(), push_forward(traced, list(traced.seeds), name)
@@ -346,7 +347,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         tensor([1., 1.])
     """
     found = None
-    if level_of(func) is not None:
+    if mark_of(func) is not None:
         level = Level(func, "linearize", None, has_aux, _no_finish, ("linearize",))
         found = run_linearized(level, primals, kwargs, _pushforward)
     if found is None:

@@ -16,7 +16,8 @@ from chainrule.plan.second_order import second_order
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
 from chainrule.transforms.derivatives import grad
 from chainrule.transforms.jacobian_map import JacobianMap, input_space, jacobian_map
-from chainrule.transforms.nest import Level, run_recorded
+from chainrule.transforms.levels import Level
+from chainrule.transforms.nest import run_recorded
 from chainrule.transforms.spaces import Space
 from chainrule.transforms.trace import Traced, active_slot, trace
 
@@ -92,7 +93,12 @@ def _recording(tape: Tape) -> Iterator[None]:
 
 
 def hessian_map(
-    func: Callable[..., Any], args: tuple[Any, ...], argnums: Argnums, has_aux: bool, kwargs: dict[str, Any]
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    argnums: Argnums,
+    has_aux: bool,
+    kwargs: dict[str, Any],
+    name: str = "hessian",
 ) -> tuple[JacobianMap, Any]:
     """Run a scalar function, and return the map of its Hessian and the auxiliary output.
 
@@ -100,19 +106,19 @@ def hessian_map(
         RuntimeError: if arguments or the output cannot be differentiated, or are complex.
         ValueError: if the output is no scalar.
     """
-    where, single = resolve_argnums(argnums, len(args), "hessian")
-    traced = trace(func, args, where, kwargs, "hessian", has_aux=has_aux)
-    space = input_space(traced, args, where, single, func, "hessian")
+    where, single = resolve_argnums(argnums, len(args), name)
+    traced = trace(func, args, where, kwargs, name, has_aux=has_aux)
+    space = input_space(traced, args, where, single, func, name)
     label = function_name(func)
     if len(traced.out_leaves) != 1 or traced.out_leaves[0].dim():
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in traced.out_leaves)
         raise ValueError(
-            f"hessian({label}, layout='operator'): expected {label} to return one scalar Tensor, got shapes {shapes}. For other "
+            f"{name}({label}, layout='operator'): expected {label} to return one scalar Tensor, got shapes {shapes}. For other "
             "functions, linear_map(jacrev(function), ...) is the derivative of the Jacobian as a map."
         )
     if traced.tape.saw_blocked:
         # Only the first of the two derivatives takes what runs under no_grad for constant: not one tape, and not symmetric.
-        found = jacobian_map(grad(func, argnums, has_aux), args, argnums, has_aux, kwargs, "hessian", respect_no_grad=False)
+        found = jacobian_map(grad(func, argnums, has_aux), args, argnums, has_aux, kwargs, name, respect_no_grad=False)
         return found[0], traced.aux
     tape, (slot,) = traced.tape, traced.out_slots
     leaves: list[torch.Tensor | None] = [None] * len(traced.in_slots)

@@ -10,7 +10,8 @@ import torch
 from chainrule.dispatch import entry_point
 from chainrule.plan.algebra import Expression, Jacobian
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten
-from chainrule.transforms.linear_map import Frame, LinearMap
+from chainrule.transforms.linear_map import LinearMap
+from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.spaces import Space
 from chainrule.transforms.trace import Traced, trace
 

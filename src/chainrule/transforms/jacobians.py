@@ -16,7 +16,8 @@ from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_nam
 from chainrule.transforms.budget import result_bytes, rows_within
 from chainrule.transforms.hessian_map import hessian_transform
 from chainrule.transforms.jacobian_map import operator_transform
-from chainrule.transforms.nest import NO_NEST, Level, level_of, run_nest
+from chainrule.transforms.levels import Level, mark_of
+from chainrule.transforms.nest import NO_NEST, run_nest
 from chainrule.transforms.sparse import SPARSE, sparse_hessian, sparse_jacobian
 from chainrule.transforms.trace import Block, Traced, trace
 
@@ -338,7 +339,7 @@ def _jacobian_transform(
         return (result, aux) if has_aux else result
 
     def computed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if not chunks.given and level_of(func) is not None:
+        if not chunks.given and mark_of(func) is not None:
             result, aux = run_nest(level, args, kwargs)
             if result is not NO_NEST:
                 return result, aux

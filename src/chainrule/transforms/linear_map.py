@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from chainrule.capture.joined import JoinedTape
-from chainrule.capture.tape import Tape
 from chainrule.dispatch import hide_from_dynamo
 from chainrule.execute.engine import execute, peak_elements
 from chainrule.execute.sparse import execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.sparse import SparseExpression
+from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.map_reading import entries, matrix, pieces
 from chainrule.transforms.map_structure import Structure, structure_of
 from chainrule.transforms.scipy_operator import scipy_operator
@@ -22,35 +21,6 @@ from chainrule.transforms.sparse_blocks import sparse_blocks, sparse_matrix
 
 #: Sums over all entries that would hold more bytes than this at once are taken over blocks of rows.
 _BLOCK_BYTES = 1 << 26
-
-
-class Frame:
-    """The tapes and the seeds that an expression refers to, in the order of its numbers."""
-
-    def __init__(self) -> None:
-        self._tapes: list[Tape] = []
-        self._offsets: list[int] = []
-        self.seeds: list[torch.Tensor] = []
-
-    def place(self, tape: Tape) -> int:
-        """Where the slots of a tape begin."""
-        for known, offset in zip(self._tapes, self._offsets, strict=True):
-            if known is tape:
-                return offset
-        offset = self._offsets[-1] + len(self._tapes[-1].values) if self._tapes else 0
-        self._tapes.append(tape)
-        self._offsets.append(offset)
-        return offset
-
-    def seed(self, tensor: torch.Tensor) -> int:
-        """The number of a seed."""
-        self.seeds.append(tensor)
-        return len(self.seeds) - 1
-
-    @property
-    def tape(self) -> Any:
-        """The only tape, or all of them as one."""
-        return self._tapes[0] if len(self._tapes) == 1 else JoinedTape(self._tapes)
 
 
 class LinearMap(ABC):

@@ -4,30 +4,32 @@ Each derivative transform leaves a `Level` on the function it returns. A transfo
 is given does not run that function: it runs the innermost one on a tape, and the levels one after the other on that tape.
 The first time, what the levels compute is recorded as one program; later calls of the same signature replay it, whatever
 the depth of the nest.
+
+``vmap`` leaves a `Mapping` on what it makes of such a function. The levels inside of it then have a tape of their own, with the
+values of a sample, and those outside one with the stored values: both come from one run, and the program is one all the same.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec
 
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd, Tape
-from chainrule.dispatch import undispatched
+from chainrule.dispatch import entry_point, undispatched
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
-from chainrule.execute.replay import compile_stages
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import (
-    Argnums,
     flatten_inputs,
     flatten_outputs,
     resolve_argnums,
@@ -35,61 +37,15 @@ from chainrule.transforms.arguments import (
     tree_flatten,
     tree_unflatten,
 )
+from chainrule.transforms.levels import Level, Linearized, LinearPlan, NestPlan, level_of, mapping_of, mark_of
 from chainrule.transforms.trace import Traced, active_slot, trace
-
-Finish = Callable[[Traced, bool], Any]
-
-
-@dataclass(slots=True)
-class Level:
-    """One derivative transform of a function.
-
-    Attributes:
-        func: the function.
-        name: the transform's name, for messages.
-        argnums: what is differentiated; None for all positional arguments.
-        has_aux: whether the function returns ``(output, aux)``.
-        finish: computes the transform's result (without aux) from a run; the flag is whether ``argnums`` is one.
-        key: what the result depends on beside the run.
-        owner: the function that carries this level.
-    """
-
-    func: Callable[..., Any]
-    name: str
-    argnums: Argnums | None
-    has_aux: bool
-    finish: Finish
-    key: tuple[Any, ...]
-    owner: Callable[[], Any] | None = None
-
-    def mark(self, wrapper: Callable[..., Any]) -> None:
-        """Put this level on the function that the transform returns."""
-        self.owner = weakref.ref(wrapper)
-        wrapper._chainrule_level = self  # type: ignore[attr-defined]
-
-
-@dataclass
-class NestPlan(CachedPlan):
-    """The program of a whole nest, and how its results are put together."""
-
-    spec: Any = None
-    sources: list[int | None] = field(default_factory=list)
-
+from chainrule.transforms.vmap import Mapping
 
 #: In place of a plan: this nest is run level by level.
 _BY_LEVELS = CachedPlan([], None)
 
 #: What :func:`run_nest` returns when there is no nest, or none that can be run as a whole.
 NO_NEST = object()
-
-
-def level_of(func: Any) -> Level | None:
-    """The level that a function carries. A decorator that copies attributes does not make its function carry one."""
-    level = getattr(func, "_chainrule_level", None)
-    if level is None or level.owner is None or level.owner() is not func:
-        return None
-    found: Level = level
-    return found
 
 
 def run_nest(
@@ -106,15 +62,45 @@ def run_nest(
     Returns:
         The result and the auxiliary output; ``(NO_NEST, None)`` when the caller has to go its usual way.
     """
-    inner = level_of(outer.func)
-    if inner is None or current_ledger() is not None:
+    if current_ledger() is not None or (chain := _chain_of(outer)) is None:
         return NO_NEST, None
-    levels = [inner, outer]
-    while (inner := level_of(levels[0].func)) is not None:
-        levels.insert(0, inner)
-    if any(level.has_aux != outer.has_aux for level in levels):
-        return NO_NEST, None
-    return _run_whole(levels, args, kwargs, seeds)
+    return _run_whole(chain, args, kwargs, seeds)
+
+
+@dataclass(slots=True)
+class _Chain:
+    """What a nest is made of, innermost first.
+
+    Attributes:
+        levels: the levels up to the first ``vmap``, those up to the next one, and so on.
+        mappings: between two of these groups, the mappings from the outer to the inner one.
+    """
+
+    levels: list[list[Level]]
+    mappings: list[list[Mapping]]
+
+
+def _chain_of(outer: Level) -> _Chain | None:
+    """The nest whose outermost level is given; None where it is no nest, or none that can run as a whole."""
+    chain, func = _Chain([[outer]], []), outer.func
+    while True:
+        while (level := level_of(func)) is not None:
+            chain.levels[0].insert(0, level)
+            func = level.func
+        passed = []
+        while (mapping := mapping_of(func)) is not None:
+            passed.append(mapping)
+            func = mapping.func
+        if level_of(func) is None:
+            break  # a mapping of a plain function runs as it is
+        chain.levels.insert(0, [])
+        chain.mappings.insert(0, passed)
+    several = len(chain.levels) > 1
+    if not several and len(chain.levels[0]) == 1:
+        return None
+    if any(level.has_aux != outer.has_aux for levels in chain.levels for level in levels) or (several and outer.has_aux):
+        return None
+    return chain
 
 
 def run_planned(
@@ -127,7 +113,7 @@ def run_planned(
     """
     found = run_nest(level, args, kwargs, seeds)
     if found[0] is NO_NEST and current_ledger() is None:
-        found = _run_whole([level], args, kwargs, seeds)
+        found = _run_whole(_Chain([[level]], []), args, kwargs, seeds)
     if found[0] is not NO_NEST:
         return found
     assert level.argnums is not None
@@ -143,7 +129,7 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     Returns:
         The result and the auxiliary output.
     """
-    if level_of(level.func) is not None:
+    if mark_of(level.func) is not None:
         found = run_nest(level, args, kwargs)
         if found[0] is not NO_NEST:
             return found
@@ -155,20 +141,84 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 @dataclass(slots=True)
-class _Run:
-    """One run of the innermost function of a nest, and the nest's cached plan."""
+class _Part:
+    """The levels of a nest that have one tape, and what they have in common.
+
+    Attributes:
+        levels: the levels, innermost first.
+        wanted: for each of them, the positions of what it differentiates, and whether that is one.
+        traced: the run, as the innermost of these levels sees it.
+        around: the mappings that lead from the part outside of this one to it, outermost first.
+    """
 
     levels: Sequence[Level]
     wanted: Sequence[tuple[tuple[int, ...], bool]]
     traced: Traced
+    around: Sequence[tuple[Mapping, VmapMode]] = ()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of the innermost function of a nest, and the nest's cached plan.
+
+    Attributes:
+        parts: the parts of the nest, innermost first.
+        values: all stored values of their tapes, those of the outermost first: what the plan reads.
+        key: the key of the plan; None where there is none.
+        cached: the plan for it.
+    """
+
+    parts: list[_Part]
+    values: list[Any]
     key: Any
     cached: Any
 
+    @property
+    def traced(self) -> Traced:
+        """The run as it looks from outside."""
+        return self.parts[-1].traced
+
+
+class _NotWhole(Exception):  # noqa: N818 - never leaves this module
+    """This nest cannot run as a whole."""
+
 
 def _run_innermost(
-    levels: Sequence[Level], args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+    chain: _Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
 ) -> _Run | None:
     """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
+    parts: list[_Part] = []
+    try:
+        _run_part(chain, len(chain.levels) - 1, args, kwargs, (), parts)
+    except _NotWhole:
+        return None
+    keys: list[Any] = [_key_of(part.levels, part.wanted, part.traced, seeds) for part in parts]
+    values = parts[-1].traced.tape.values
+    if len(parts) > 1:
+        values, wiring = _stored_values(parts)
+        keys.append(wiring)
+    return _Run(parts, values, *_cached(keys[0] if len(keys) == 1 else tuple(keys), [part.traced.tape for part in parts]))
+
+
+def _run_part(
+    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[_Part]
+) -> None:
+    """Run the function of a part, which runs the parts inside of it, and append all of them."""
+    levels = chain.levels[number]
+    wanted, union = _positions(levels, args)
+    func, first, has_aux = levels[0].func, levels[0], levels[0].has_aux
+    if number:
+        func = entry_point(lambda *args, **kwargs: _run_mapped(chain, number - 1, args, kwargs, parts))
+    traced = trace(func, args, union, kwargs, first.name, has_aux=has_aux)
+    if traced.tape.saw_blocked and (len(levels) > 1 or len(chain.levels) > 1):
+        # Under no_grad the levels may differ in what they count as constant.
+        raise _NotWhole
+    traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
+    parts.append(_Part(levels, wanted, traced, around))
+
+
+def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tuple[tuple[int, ...], bool]], tuple[int, ...]]:
+    """For each level the positions of what it differentiates, and whether that is one; and all of these positions."""
     count = len(args)
     wanted = []
     checked: tuple[int, ...] = ()
@@ -186,16 +236,59 @@ def _run_innermost(
     if any(positions != union for positions, _ in wanted):
         union = tuple(sorted({p for positions, _ in wanted for p in positions}))
         if not all(isinstance(args[p], torch.Tensor) for p in union):
-            return None
-    first = levels[0]
-    traced = trace(first.func, args, union, kwargs, first.name, has_aux=first.has_aux)
-    tape = traced.tape
-    if tape.saw_blocked and len(levels) > 1:
-        # Under no_grad the levels may differ in what they count as constant.
-        return None
-    traced.in_leaves = [tape.values[slot] for slot in traced.in_slots]
-    key: Any = _key_of(levels, wanted, traced, seeds)
-    return _Run(levels, wanted, traced, *_cached(key, tape))
+            raise _NotWhole
+    return wanted, union
+
+
+def _run_mapped(
+    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[_Part]
+) -> list[torch.Tensor]:
+    """Run a part inside of the mappings that lead to it; returns the stored outputs of its function."""
+    around: list[tuple[Mapping, VmapMode]] = []
+
+    def enter(mappings: list[Mapping], args: tuple[Any, ...]) -> None:
+        if not mappings:
+            _run_part(chain, number, args, kwargs, around, parts)
+            return
+        _, mode = mappings[0].enter(lambda *mapped: enter(mappings[1:], mapped), args)
+        around.insert(0, (mappings[0], mode))
+        if not mode.size:
+            raise _NotWhole
+
+    enter(chain.mappings[number], args)
+    return [_stored(leaf, around)[0] for leaf in parts[-1].traced.out_leaves]
+
+
+def _stored(tensor: Any, around: Sequence[tuple[Mapping, VmapMode]]) -> tuple[Any, tuple[bool, ...]]:
+    """The tensor behind one of some mappings, and for each of their levels on the way to it whether it is batched there."""
+    flags: list[bool] = []
+    while tensor.__class__ is BatchTensor and any(tensor.level is mode for _, mode in around):
+        flags.append(tensor.batched)
+        tensor = tensor.value
+    return tensor, tuple(flags)
+
+
+def _stored_values(parts: Sequence[_Part]) -> tuple[list[Any], Any]:
+    """All stored values of the tapes of some parts, each once, and how the tapes are made of them."""
+    values = [*parts[-1].traced.tape.values]
+    known = {id(value): number for number, value in enumerate(values)}
+    wiring: list[Any] = []
+    around: list[tuple[Mapping, VmapMode]] = []
+    for part in reversed(parts[:-1]):
+        around.extend(part.around)
+        for mapping, mode in part.around:
+            dims, spec = tree_flatten(mapping.out_dims)
+            wiring.append((mode.size, tuple(dims), structure_key(spec)))
+        for value in part.traced.tape.values:
+            tensor, flags = _stored(value, around)
+            number = known.get(id(tensor))
+            if number is not None:
+                wiring.append((number, flags))
+                continue
+            known[id(tensor)] = len(values)
+            values.append(tensor)
+            wiring.append((flags, tensor.shape, tensor.dtype, tensor.device) if isinstance(tensor, torch.Tensor) else None)
+    return values, tuple(wiring)
 
 
 def _key_of(
@@ -219,15 +312,16 @@ def _key_of(
     )
 
 
-def _cached(key: Any, tape: Tape) -> tuple[Any, Any]:
+def _cached(key: Any, tapes: Sequence[Tape]) -> tuple[Any, Any]:
     """The key, None if it is none, and the plan for it."""
     try:
         cached: Any = engine.CACHE.get(key)
     except TypeError:
         key, cached = None, _BY_LEVELS
     if cached is None:
-        note_numbers(tape)
-        if not all(isinstance(value, torch.Tensor) for value in tape.values):
+        for tape in tapes:
+            note_numbers(tape)
+        if not all(isinstance(value, torch.Tensor) for tape in tapes for value in tape.values):
             cached = _BY_LEVELS
     return key, cached
 
@@ -243,77 +337,37 @@ def run_recorded(level: Level, traced: Traced) -> Any:
     key: Any = None
     cached: Any = _BY_LEVELS
     if current_ledger() is None:
-        key, cached = _cached(_key_of([level], wanted, traced, ()), traced.tape)
-    if cached is not None and cached is not _BY_LEVELS:
+        key, cached = _cached(_key_of([level], wanted, traced, ()), [traced.tape])
+    values = traced.tape.values
+    if cached is None or cached is _BY_LEVELS:
+        traced = replace(traced, tape=traced.tape.fork())
         values = traced.tape.values
-        found = cached.run(values, ())
-        leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
-        return tree_unflatten(leaves, cached.spec)
-    forked = replace(traced, tape=traced.tape.fork())
-    if cached is _BY_LEVELS:
-        return _run_levels([level], wanted, forked, ())
-    result, plan = _record_levels([level], wanted, forked, ())
-    if key is not None:
-        engine.CACHE.put(key, plan)
-    return result
+    return _finished(_Run([_Part([level], wanted, traced)], values, key, cached), ())
 
 
 def _run_whole(
-    levels: Sequence[Level], args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+    chain: _Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
 ) -> tuple[Any, Any]:
     """Run the innermost function once, and the levels by one cached program."""
-    run = _run_innermost(levels, args, kwargs, seeds)
+    run = _run_innermost(chain, args, kwargs, seeds)
     if run is None:
         return NO_NEST, None
-    traced, cached = run.traced, run.cached
+    return _finished(run, seeds), run.traced.aux
+
+
+def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+    """The result of a nest, by its cached program."""
+    values, cached = run.values, run.cached
     if cached is _BY_LEVELS:
-        return _run_levels(levels, run.wanted, traced, seeds), traced.aux
+        return _run_parts(run.parts, seeds)
     if cached is not None:
-        values = traced.tape.values
         found = cached.run(values, seeds)
         leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
-        return tree_unflatten(leaves, cached.spec), traced.aux
-    result, plan = _record_levels(levels, run.wanted, traced, seeds)
+        return tree_unflatten(leaves, cached.spec)
+    result, plan = _record_parts(run, seeds)
     if run.key is not None:
         engine.CACHE.put(run.key, plan)
-    return result, traced.aux
-
-
-@dataclass(slots=True)
-class Linearized:
-    """The output of a function and the linear function that goes with it (its pullback or its pushforward).
-
-    Attributes:
-        leaves: the output's leaves.
-        spec: their structure.
-        active: which of them depend on the inputs.
-        call: the linear function, from seeds to a tree.
-        traced: the run.
-        output: the output as the user gets it.
-    """
-
-    leaves: list[torch.Tensor]
-    spec: TreeSpec
-    active: list[int]
-    call: Callable[[tuple[torch.Tensor, ...]], Any]
-    traced: Traced
-    output: Any
-
-
-@dataclass
-class LinearPlan(NestPlan):
-    """The program of a nest under ``vjp`` or ``linearize``: the output first, then what depends on the seeds."""
-
-    first: int = 0
-    active: list[int] = field(default_factory=list)
-    out_spec: Any = None
-
-    def compile(self) -> None:
-        """Make the two functions that replay the plan."""
-        with engine.COMPILING:
-            if self.recorded is not None:
-                self.stages = compile_stages(*self.recorded, first=self.first)
-                self.recorded = None
+    return result
 
 
 def run_linearized(
@@ -330,13 +384,7 @@ def run_linearized(
     Returns:
         The output and the linear function; None when there is no nest, or none that can be run as a whole.
     """
-    inner = level_of(outer.func)
-    if inner is None or current_ledger() is not None or torch._C._len_torch_dispatch_stack():
-        return None
-    levels = [inner, outer]
-    while (inner := level_of(levels[0].func)) is not None:
-        levels.insert(0, inner)
-    if any(level.has_aux != outer.has_aux for level in levels):
+    if current_ledger() is not None or torch._C._len_torch_dispatch_stack() or (chain := _chain_of(outer)) is None:
         return None
 
     def finish(traced: Traced, single: bool) -> Any:
@@ -349,35 +397,38 @@ def run_linearized(
         traced.made.extend(seeds)
         return [*found.leaves], found.call(tuple(seeds)), found
 
-    levels[-1] = Level(outer.func, outer.name, None, outer.has_aux, finish, outer.key)
-    run = _run_innermost(levels, args, kwargs, ())
+    chain.levels[-1][-1] = Level(outer.func, outer.name, None, outer.has_aux, finish, outer.key)
+    run = _run_innermost(chain, args, kwargs, ())
     if run is None:
         return None
-    traced, plan = run.traced, run.cached
+    plan = run.cached
     if plan is None:
         made: list[torch.Tensor] = []
-        result, plan = _record_levels(levels, run.wanted, traced, (), made)
+        result, plan = _record_parts(run, (), made)
         if run.key is not None:
             engine.CACHE.put(run.key, plan)
         if plan is _BY_LEVELS:
             found: Linearized = result[2]
             return found
     if plan is _BY_LEVELS:
-        whole: Linearized = _run_levels(levels, run.wanted, traced, ())
+        whole: Linearized = _run_parts(run.parts, ())
         return whole
-    return _replayed(plan, traced)
+    return _replayed(plan, run)
 
 
-def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
+def _replayed(plan: LinearPlan, run: _Run) -> Linearized:
     if plan.stages is None:
         plan.compile()
     assert plan.stages is not None
     # Of the values of the run only those stay that the plan reads: the run serves nothing else.
     stages = plan.stages
     needed = {key for key, slot in stages.source.program.inputs.items() if slot in stages.source.used} | {*plan.sources}
-    values: list[Any] = [value if number in needed else None for number, value in enumerate(traced.tape.values)]
-    traced.tape.values = []
-    traced.tape.forget()
+    values: list[Any] = [value if number in needed else None for number, value in enumerate(run.values)]
+    traced = run.traced
+    run.values = []
+    for part in run.parts:
+        part.traced.tape.values = []
+        part.traced.tape.forget()
     prepared: dict[Any, tuple[Any, Any]] = {}
 
     def prepare() -> tuple[Any, Any]:
@@ -403,6 +454,34 @@ def _replayed(plan: LinearPlan, traced: Traced) -> Linearized:
         for leaf, source in zip(first, plan.sources[: plan.first], strict=True)
     ]
     return Linearized(leaves, plan.out_spec, plan.active, call, traced, tree_unflatten(leaves, plan.out_spec))
+
+
+def _run_parts(parts: Sequence[_Part], seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None) -> Any:
+    """The levels of all parts one after the other; all but the last are recorded on the tape of the part outside of them."""
+    part, inner = parts[-1], parts[:-1]
+    traced = part.traced
+
+    def resume() -> Any:
+        inner[-1].traced.tape.settle()
+        return _run_parts(inner, ())
+
+    if inner:
+        with torch.enable_grad(), BelowAutograd(), traced.tape:
+            result = _through(inner[-1].around, resume)
+        leaves, spec = flatten_outputs(result, part.levels[0].name, part.levels[0].func)
+        slots = [active_slot(traced.tape, leaf) for leaf in leaves]
+        traced = replace(traced, out_leaves=leaves, out_spec=spec, out_slots=slots)
+    return _run_levels(part.levels, part.wanted, traced, seeds, made)
+
+
+def _through(around: Sequence[tuple[Mapping, VmapMode]], call: Callable[[], Any]) -> Any:
+    """Call inside of mappings, and take the result out of them."""
+    if not around:
+        return call()
+    mapping, mode = around[0]
+    with mode.resumed():
+        result = _through(around[1:], call)
+    return mapping.leave(result, mode)
 
 
 def _run_levels(
@@ -454,16 +533,11 @@ def _restricted(
     return Traced(whole.tape, in_leaves, in_spec, in_slots, leaves, spec, slots, None, True, columns)  # type: ignore[arg-type]
 
 
-def _record_levels(
-    levels: Sequence[Level],
-    wanted: Sequence[tuple[tuple[int, ...], bool]],
-    traced: Traced,
-    seeds: tuple[torch.Tensor, ...],
-    made: list[torch.Tensor] | None = None,
+def _record_parts(
+    run: _Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
 ) -> tuple[Any, Any]:
     """Run the levels and write down what they compute as one program."""
-    tape = traced.tape
-    slots = {id(value): slot for slot, value in enumerate(tape.values)}
+    slots = {id(value): slot for slot, value in enumerate(run.values)}
     numbers = {id(seed): number for number, seed in enumerate(seeds)}
 
     def find(program: Program, tensor: torch.Tensor) -> Staged | None:
@@ -477,8 +551,8 @@ def _record_levels(
 
     recorder = Recorder(find)
     with recorder, collecting(UNCACHED):
-        tape.settle()
-        result = _run_levels(levels, wanted, traced, seeds, made)
+        run.traced.tape.settle()
+        result = _run_parts(run.parts, seeds, made)
     linear: Linearized | None = None
     if made is not None:
         outputs, pulled, linear = result

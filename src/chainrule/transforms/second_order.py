@@ -9,41 +9,56 @@ from typing import Any
 import torch
 
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import UNCACHED, current_ledger
 from chainrule.execute.engine import account_of, execute
 from chainrule.execute.replay import Source
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import Contracted, second_order
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.contractions import Run, contraction
 from chainrule.transforms.jacobians import hessian
-from chainrule.transforms.nest import Level, run_planned
+from chainrule.transforms.levels import Finish, Level
+from chainrule.transforms.nest import run_planned
 from chainrule.transforms.trace import Traced, recording_on
 
 
-def laplacian(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+def laplacian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    return_value: bool = False,
+    in_dims: Any = None,
+) -> Callable[..., Any]:
     """Return a function that computes the Laplacian of ``func``: the trace of its Hessian.
 
     The Hessian is not formed: each op's own curvature is contracted with the forward derivatives of its arguments, which
-    costs what the forward Laplacian costs. A Laplacian per sample is ``vmap(laplacian(func))``.
+    costs what the forward Laplacian costs.
 
     Args:
         func: a function of real floating-point tensors that returns tensors (any pytree), or ``(output, aux)`` with
             ``has_aux``.
         argnums: the positional arguments; the sum runs over all elements of all of them.
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
+        return_value: whether the output of ``func`` is returned as well.
+        in_dims: the Laplacian per sample, as ``vmap(laplacian(func), in_dims)`` computes it: for each argument the dimension
+            to map over, an int or a tuple of ints and None. By default nothing is mapped.
 
     Returns:
-        A function returning a tree like the output's, each leaf of the shape and dtype of its output; or
-        ``(laplacian, aux)``.
+        A function returning a tree like the output's, each leaf of the shape and dtype of its output; ``(laplacian, aux)``
+        with ``has_aux``, ``(laplacian, value)`` with ``return_value``, ``(laplacian, (value, aux))`` with both. With
+        ``in_dims`` the samples stand in the first dimension of every tensor.
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated, or are complex.
+        ValueError: if ``in_dims`` does not fit the arguments.
 
     Example:
         >>> import torch, chainrule
         >>> chainrule.laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
         tensor(18.)
+        >>> chainrule.laplacian(lambda x: (x ** 3).sum(), in_dims=0)(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        tensor([18.,  6.])
 
     Source: Li et al., *A computational framework for neural network-based variational Monte Carlo with forward Laplacian*,
     Nature Machine Intelligence 6 (2024).
@@ -62,10 +77,20 @@ def laplacian(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool =
     def add_up(blocks: list[torch.Tensor], leaf: torch.Tensor) -> torch.Tensor:
         return torch.stack([block.flatten(leaf.dim()).sum(-1) for block in blocks]).sum(0)
 
-    return _transform(Level(func, "laplacian", argnums, has_aux, finish, ("laplacian",)), add_up)
+    checked, run = _seen_whole(finish, add_up, return_value)
+    return contraction(
+        func, "laplacian", argnums, checked, run, has_aux=has_aux, return_value=return_value, in_dims=in_dims
+    )
 
 
-def hessian_diagonal(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+def hessian_diagonal(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    return_value: bool = False,
+    in_dims: Any = None,
+) -> Callable[..., Any]:
     """Return a function that computes the diagonal of the Hessian of ``func``.
 
     The Hessian is not formed, see :func:`laplacian`.
@@ -75,13 +100,16 @@ def hessian_diagonal(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux:
             ``has_aux``.
         argnums: the positional arguments to differentiate with respect to; an int, or a tuple or list of ints.
         has_aux: whether ``func`` returns a pair whose second entry is passed through.
+        return_value: as in :func:`laplacian`.
+        in_dims: the diagonal per sample, as in :func:`laplacian`.
 
     Returns:
         A function returning, for each output leaf, the tree of diagonals with respect to the arguments (a tuple when
-        ``argnums`` is one), each of shape ``(*output.shape, *input.shape)``; or ``(diagonals, aux)``.
+        ``argnums`` is one), each of shape ``(*output.shape, *input.shape)``; with value and aux as in :func:`laplacian`.
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated, or are complex.
+        ValueError: if ``in_dims`` does not fit the arguments.
 
     Example:
         >>> import torch, chainrule
@@ -103,7 +131,10 @@ def hessian_diagonal(func: Callable[..., Any], argnums: Argnums = 0, *, has_aux:
     def collect(blocks: list[torch.Tensor], leaf: torch.Tensor) -> Any:
         return blocks
 
-    return _transform(Level(func, "hessian_diagonal", argnums, has_aux, finish, ("hessian_diagonal",)), collect)
+    checked, run = _seen_whole(finish, collect, return_value)
+    return contraction(
+        func, "hessian_diagonal", argnums, checked, run, has_aux=has_aux, return_value=return_value, in_dims=in_dims
+    )
 
 
 class _HiddenSteps(Exception):  # noqa: N818 - never leaves this module
@@ -114,26 +145,24 @@ class _HiddenSteps(Exception):  # noqa: N818 - never leaves this module
         self.single = single
 
 
-def _transform(level: Level, combine: Callable[[list[torch.Tensor], torch.Tensor], Any]) -> Callable[..., Any]:
-    finish = level.finish
+def _seen_whole(
+    finish: Finish, combine: Callable[[list[torch.Tensor], torch.Tensor], Any], return_value: bool
+) -> tuple[Finish, Run]:
+    """What finishes and what runs a level, where steps under ``torch.no_grad()`` make a detour by the Hessian."""
 
     def checked(traced: Traced, single: bool) -> Any:
         if traced.tape.saw_blocked:
             raise _HiddenSteps(traced, single)
         return finish(traced, single)
 
-    level.finish = checked
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def run(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         try:
-            result, aux = run_planned(level, args, kwargs)
+            return run_planned(level, args, kwargs)
         except _HiddenSteps as hidden:
             result, aux = _from_blocks(level, hidden, combine, args, kwargs)
-        return (result, aux) if level.has_aux else result
+            return ((result, hidden.traced.output()) if return_value else result), aux
 
-    wrapper = entry_point(wrapper, level.func)
-    level.mark(wrapper)
-    return wrapper
+    return checked, run
 
 
 def _from_blocks(

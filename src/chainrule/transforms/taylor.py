@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
-from chainrule.transforms.arguments import tree_unflatten
+from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.contractions import chosen_primals, dims_of_primals
 from chainrule.transforms.derivatives import check_seed
-from chainrule.transforms.nest import Level, run_planned
+from chainrule.transforms.levels import Level
+from chainrule.transforms.nest import run_planned
 from chainrule.transforms.trace import Traced, fresh_alias, recording_on
+from chainrule.transforms.vmap import per_sample
 
 
-def jet(func: Callable[..., Any], primals: Any, series: Any) -> tuple[Any, Any]:
+def jet(
+    func: Callable[..., Any],
+    primals: Any,
+    series: Any,
+    *,
+    argnums: Argnums | None = None,
+    has_aux: bool = False,
+    in_dims: Any = None,
+    **kwargs: Any,
+) -> Any:
     """Push a Taylor series through ``func``: the derivatives of ``t ↦ func(x(t))`` up to some order at ``t = 0``.
 
     The curves are ``x(t) = x + h₁ t + h₂ t²/2! + … + h_K t^K/K!``: the coefficients are derivatives, not divided by
     factorials, as in JAX. With ``h₁ = v`` and the rest zero, the results are ``func(x)``, ``f'v``, ``f''[v, v]``, …
 
     Args:
-        func: a function of floating-point tensors that returns tensors (any pytree).
-        primals: a tuple of its positional arguments, tensors.
-        series: a tuple with one list (or tuple) of ``K`` tensors of the primal's shape for each primal.
+        func: a function that returns tensors (any pytree).
+        primals: a tuple of its positional arguments; pytrees of floating-point tensors where they have a series.
+        series: a tuple with one list (or tuple) of ``K`` trees of the primal's structure and shapes for each such primal; that
+            list itself where ``argnums`` is an int.
+        argnums: which of the primals have a series; an int, or a tuple or list of ints; all by default.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        in_dims: the series per sample, as under ``vmap``: for each primal (and the coefficients of its series) the dimension
+            to map over, an int or a tuple of ints and None. By default nothing is mapped.
+        kwargs: passed to ``func``.
 
     Returns:
-        ``(outputs, output series)``: the output, and a tree of its structure with a list of ``K`` tensors at each leaf.
+        ``(outputs, output series)`` or ``(outputs, output series, aux)``: the output, and a tree of its structure with a list
+        of ``K`` tensors at each leaf.
 
     Raises:
         RuntimeError: if primals and series do not match, or an output is not a floating-point tensor.
+        ValueError: if ``in_dims`` does not fit the primals.
 
     Example:
         >>> import torch, chainrule
@@ -41,8 +61,18 @@ def jet(func: Callable[..., Any], primals: Any, series: Any) -> tuple[Any, Any]:
     Source: Griewank and Walther, *Evaluating Derivatives*, 2nd ed., chapter 13; Bettencourt, Johnson, Duvenaud,
     *Taylor-mode automatic differentiation for higher-order derivatives in JAX* (2019).
     """
-    leaves = _check(primals, series)
-    order = len(leaves[0]) if leaves else 0
+    where, single = chosen_primals(primals, argnums, _CALL)
+    given = (series,) if single else series
+    leaves, order = _check(tuple([primals[number] for number in where]), given)
+    if in_dims is not None:
+        dims = dims_of_primals(func, primals, in_dims, "jet")
+
+        def pushed(primals: Any, series: Any) -> Any:
+            return jet(func, primals, series, argnums=argnums, has_aux=has_aux, **kwargs)
+
+        dims_of_series = tuple([type(one)([dims[number]] * order) for number, one in zip(where, given, strict=True)])
+        mapped = per_sample(pushed, (dims, dims_of_series[0] if single else dims_of_series), "jet", has_aux=has_aux)
+        return mapped(primals, series if single else tuple(given))
 
     def finish(traced: Traced, single: bool) -> Any:
         for number, (leaf, coefficients) in enumerate(zip(traced.in_leaves, leaves, strict=True)):
@@ -51,29 +81,46 @@ def jet(func: Callable[..., Any], primals: Any, series: Any) -> tuple[Any, Any]:
         return traced.output(), _coefficients(traced, order)
 
     seeds = tuple([coefficient for coefficients in leaves for coefficient in coefficients])
-    level = Level(func, "jet", tuple(range(len(leaves))), False, finish, ("jet", order))
-    (output, found), _ = run_planned(level, primals, {}, seeds)
-    return output, found
+    level = Level(func, "jet", where, has_aux, finish, ("jet", order))
+    (output, found), aux = run_planned(level, primals, kwargs, seeds)
+    return (output, found, aux) if has_aux else (output, found)
 
 
-def _check(primals: Any, series: Any) -> list[Sequence[torch.Tensor]]:
-    """One sequence of coefficients for each primal, all of one length."""
-    if not isinstance(primals, tuple) or not isinstance(series, (tuple, list)):
-        raise RuntimeError(
-            f"jet(f, primals, series): expected primals to be a tuple and series a tuple of lists, got {type(primals)} and "
-            f"{type(series)}"
-        )
+_CALL = "jet(f, primals, series)"
+
+
+def _check(primals: tuple[Any, ...], series: Any) -> tuple[list[list[torch.Tensor]], int]:
+    """For each leaf of the primals its coefficients, and how many these are.
+
+    Raises:
+        RuntimeError: if primals and series do not match.
+    """
+    if not isinstance(series, (tuple, list)):
+        raise RuntimeError(f"{_CALL}: expected series to be a tuple of lists, got {type(series)}")
     if len(primals) != len(series):
-        raise RuntimeError(f"jet(f, primals, series): got {len(primals)} primals and {len(series)} series")
+        raise RuntimeError(f"{_CALL}: got {len(primals)} primals and {len(series)} series")
+    leaves: list[list[torch.Tensor]] = []
+    order = len(series[0]) if series and isinstance(series[0], (tuple, list)) else 0
     for number, (primal, coefficients) in enumerate(zip(primals, series, strict=True)):
-        if not isinstance(primal, torch.Tensor):
-            raise RuntimeError(f"jet(f, primals, series): expected primals to be Tensors, got {type(primal)}")
-        if not isinstance(coefficients, (tuple, list)) or len(coefficients) != len(series[0]):
+        if not isinstance(coefficients, (tuple, list)) or len(coefficients) != order:
             raise RuntimeError(
-                f"jet(f, primals, series): expected each series to be a list of {len(series[0])} Tensors like the first, got "
-                f"{coefficients!r} for primal {number}"
+                f"{_CALL}: expected each series to be a list of {order} trees like the first, got {type(coefficients)}"
+                f"{f' of {len(coefficients)}' if isinstance(coefficients, (tuple, list)) else ''} for primal {number}"
             )
-    return list(series)
+        primal_leaves, spec = tree_flatten(primal)
+        for leaf in primal_leaves:
+            if not isinstance(leaf, torch.Tensor):
+                raise RuntimeError(f"{_CALL}: expected primals to contain only Tensors, got {type(leaf)}")
+        columns = []
+        for coefficient in coefficients:
+            column, found = tree_flatten(coefficient)
+            if found != spec:
+                raise RuntimeError(
+                    f"{_CALL}: expected the coefficients of primal {number} to have its structure, {spec}, got {found}"
+                )
+            columns.append(column)
+        leaves.extend([column[n] for column in columns] for n in range(len(primal_leaves)))
+    return leaves, order
 
 
 def _coefficients(traced: Traced, order: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import current_ledger
 from chainrule.rules.batching_base import Batched
+from chainrule.subclasses import refuse_foreign
 from chainrule.transforms.arguments import refuse_inside_torch_func
 
 
@@ -63,20 +65,108 @@ def vmap(
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
 
+    if chunk_size is not None:
+        return entry_point(_in_chunks(func, in_dims, out_dims, randomness, chunk_size), func)
+    return Mapping(func, in_dims, out_dims, randomness, "vmap").wrapper()
+
+
+class Mapping:
+    """One vmap of a function.
+
+    Args:
+        func: the function.
+        in_dims: as in :func:`vmap`.
+        out_dims: as in :func:`vmap`.
+        randomness: as in :func:`vmap`.
+        name: the transform's name, for messages.
+
+    Attributes:
+        owner: the function that carries this mapping, where the mapped function is a transform's.
+    """
+
+    __slots__ = ("func", "in_dims", "name", "out_dims", "owner", "randomness")
+
+    def __init__(self, func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, name: str) -> None:
+        self.func = func
+        self.in_dims = in_dims
+        self.out_dims = out_dims
+        self.randomness = randomness
+        self.name = name
+        self.owner: Callable[[], Any] | None = None
+
+    def wrapper(self) -> Callable[..., Any]:
+        """The mapped function."""
+
+        def vmapped(*args: Any, **kwargs: Any) -> Any:
+            func = self.func
+            return self.leave(*self.enter(functools.partial(func, **kwargs) if kwargs else func, args))
+
+        made = entry_point(vmapped, self.func)
+        if hasattr(self.func, "_chainrule_level"):
+            # A nest of transforms goes on through this mapping.
+            self.owner = weakref.ref(made)
+            made._chainrule_level = self  # type: ignore[attr-defined]
+        return made
+
+    def enter(self, call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, VmapMode]:
+        """Call a function on the mapped arguments; returns what it returns, and the level that this belongs to."""
+        refuse_inside_torch_func(self.name)
+        if self.out_dims.__class__ is not int:
+            _check_out_dims(self.out_dims, self.func)
+        if (found := _plain_inputs(self.in_dims, args)) is not None:
+            return _inside(call, *found, None, self.randomness)
+        flat_args, flat_dims, args_spec = _flatten_inputs(self.func, self.in_dims, args, self.name)
+        size = _batch_size(self.func, flat_args, flat_dims, self.name)
+        return _inside(call, *_batch_first(flat_args, flat_dims), size, args_spec, self.randomness)
+
+    def leave(self, outputs: Any, mode: VmapMode) -> Any:
+        """The results outside of the level."""
+        return _unwrapped(self.func, outputs, self.out_dims, mode)
+
+
+def _in_chunks(
+    func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, chunk_size: int
+) -> Callable[..., Any]:
     def vmapped(*args: Any, **kwargs: Any) -> Any:
         refuse_inside_torch_func("vmap")
-        if out_dims.__class__ is not int:
-            _check_out_dims(out_dims, func)
-        if chunk_size is None and (found := _plain_inputs(in_dims, args)) is not None:
-            return _call(functools.partial(func, **kwargs) if kwargs else func, *found, None, out_dims, randomness)
-        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args)
-        size = _batch_size(func, flat_args, flat_dims)
+        _check_out_dims(out_dims, func)
+        flat_args, flat_dims, args_spec = _flatten_inputs(func, in_dims, args, "vmap")
+        size = _batch_size(func, flat_args, flat_dims, "vmap")
         call = functools.partial(func, **kwargs) if kwargs else func
-        if chunk_size is not None and size > chunk_size:
+        if size > chunk_size:
             return _run_in_chunks(call, (flat_args, flat_dims, args_spec), out_dims, randomness, size, chunk_size)
         return _run(call, flat_args, flat_dims, args_spec, out_dims, randomness, size)
 
-    return entry_point(vmapped, func)
+    return vmapped
+
+
+def per_sample(transformed: Callable[..., Any], in_dims: Any, name: str, *, has_aux: bool = False) -> Callable[..., Any]:
+    """``vmap(transformed, in_dims)``, the ``in_dims`` of a transform.
+
+    Args:
+        transformed: the function that the transform returns.
+        in_dims: as :func:`vmap` takes them.
+        name: the transform's name, for messages.
+        has_aux: whether the result may hold something else than tensors: that is passed through.
+    """
+    if not has_aux:
+        return Mapping(transformed, in_dims, 0, "error", name).wrapper()
+
+    def with_others(*args: Any, **kwargs: Any) -> Any:
+        leaves: list[Any] = []
+        spec: TreeSpec | None = None
+
+        def tensors(*inner: Any) -> list[Tensor]:
+            nonlocal leaves, spec
+            leaves, spec = tree_flatten(transformed(*inner, **kwargs))
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        tensors.__name__ = _name(transformed)
+        found = iter(Mapping(tensors, in_dims, 0, "error", name).wrapper()(*args))
+        assert spec is not None
+        return tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    return entry_point(with_others, transformed)
 
 
 def _name(func: Any) -> str:
@@ -103,11 +193,11 @@ def _check_out_dims(out_dims: Any, func: Any) -> None:
 
 
 def _flatten_inputs(
-    func: Any, in_dims: Any, args: tuple[Any, ...]
+    func: Any, in_dims: Any, args: tuple[Any, ...], name: str
 ) -> tuple[list[Any], list[int | None], TreeSpec | None]:
     """The arguments as a list, the dimension of each, and their structure (None for plain tensors)."""
     def call() -> str:
-        return f"vmap({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
+        return f"{name}({_name(func)}, in_dims={in_dims}, ...)(<inputs>)"
 
     if not isinstance(in_dims, (int, tuple)):
         raise ValueError(
@@ -116,7 +206,7 @@ def _flatten_inputs(
         )
     if not args:
         raise ValueError(
-            f"vmap({_name(func)})(<inputs>): got no inputs. Maybe you forgot to add inputs, or you are trying to vmap "
+            f"{name}({_name(func)})(<inputs>): got no inputs. Maybe you forgot to add inputs, or you are trying to vmap "
             "over a function with no inputs. The latter is unsupported."
         )
     if isinstance(in_dims, int) and all(isinstance(arg, Tensor) for arg in args):
@@ -191,16 +281,29 @@ def _plain_inputs(in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[
     return None if size < 0 else (values, mapped, size)
 
 
-def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None]) -> int:
+def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None], name: str) -> int:
     sizes = [arg.size(dim) for arg, dim in zip(flat_args, flat_dims, strict=True) if dim is not None]
     if not sizes:
-        raise ValueError(f"vmap({_name(func)}): Expected at least one Tensor to vmap over, but every in_dim is None")
+        raise ValueError(f"{name}({_name(func)}): Expected at least one Tensor to vmap over, but every in_dim is None")
     if any(size != sizes[0] for size in sizes):
         raise ValueError(
-            f"vmap({_name(func)}): Expected all tensors to have the same size in the mapped dimension, got "
+            f"{name}({_name(func)}): Expected all tensors to have the same size in the mapped dimension, got "
             f"sizes {sizes} for the mapped dimension"
         )
     return int(sizes[0])
+
+
+def _batch_first(flat_args: Sequence[Any], flat_dims: Sequence[int | None]) -> tuple[list[Any], list[bool]]:
+    """The arguments with their mapped dimension first, and which of them are mapped."""
+    values = []
+    for arg, dim in zip(flat_args, flat_dims, strict=True):
+        if dim is not None and isinstance(arg, Tensor):
+            if arg.is_conj() or arg.is_neg():
+                arg = arg.resolve_conj().resolve_neg()
+            if dim:
+                arg = arg.movedim(dim, 0)
+        values.append(arg)
+    return values, [dim is not None for dim in flat_dims]
 
 
 def _run(
@@ -212,32 +315,32 @@ def _run(
     randomness: str,
     size: int,
 ) -> Any:
-    values = []
-    for arg, dim in zip(flat_args, flat_dims, strict=True):
-        if dim is not None and isinstance(arg, Tensor):
-            if arg.is_conj() or arg.is_neg():
-                arg = arg.resolve_conj().resolve_neg()
-            if dim:
-                arg = arg.movedim(dim, 0)
-        values.append(arg)
-    mapped = [dim is not None for dim in flat_dims]
-    return _call(func, values, mapped, size, args_spec, out_dims, randomness)
+    outputs, mode = _inside(func, *_batch_first(flat_args, flat_dims), size, args_spec, randomness)
+    return _unwrapped(func, outputs, out_dims, mode)
 
 
-def _call(
-    func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, out_dims: Any, randomness: str
-) -> Any:
+def _inside(
+    func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, randomness: str
+) -> tuple[Any, VmapMode]:
     """Run `func` on tensors whose mapped dimension is the first."""
     mode = VmapMode(size, randomness)
     args: Any = [
         wrap_batched(Batched(value), mode) if flag else value for value, flag in zip(values, mapped, strict=True)
     ]
+    for value, flag in zip(values, mapped, strict=True):
+        if flag and value.__class__ is not Tensor:
+            refuse_foreign(value, "vmap")
     if args_spec is not None:
         args = tree_unflatten(args, args_spec)
     with mode:
         outputs = func(*args)
     if mode.fallbacks and (ledger := current_ledger()) is not None:
         ledger.loops.extend(mode.fallbacks)
+    return outputs, mode
+
+
+def _unwrapped(func: Any, outputs: Any, out_dims: Any, mode: VmapMode) -> Any:
+    """Results of a level outside of it."""
     if isinstance(outputs, Tensor) and isinstance(out_dims, int):
         if outputs.__class__ is BatchTensor and out_dims == 0 and outputs.level is mode and outputs.batched:
             return outputs.value

@@ -1,4 +1,4 @@
-"""Numbers of places: sorted and each once, with where each of them stands among those."""
+"""Places as numbers: sorted and each once, with where each of them stands among those."""
 
 from __future__ import annotations
 

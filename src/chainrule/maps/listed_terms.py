@@ -10,7 +10,7 @@ import torch
 
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.nodes import Node
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, listed_index
 
 #: From so many terms on a list is shorter than the terms.
 _FEW = 3
@@ -87,11 +87,7 @@ def _relation(count: Axis, target: Axis, places: tuple[int, ...], workspace: Wor
         )
         return OneHot(node, (count,), target, False, (places[0], step))
 
-    def make(device: torch.device) -> torch.Tensor:
-        # Not torch.tensor, which puts a tensor of unknown origin into the record of a nest.
-        return torch.cat([torch.full((1,), place, dtype=torch.long, device=device) for place in places])
-
-    return OneHot(constant_index((count.size,), make, workspace.device), (count,), target)
+    return OneHot(listed_index(places, workspace.device), (count,), target)
 
 
 __all__ = ["listed"]

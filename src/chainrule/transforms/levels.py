@@ -1,0 +1,114 @@
+"""What a nest is made of: the levels that transforms leave on the functions they return, and the plans of whole nests."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec
+
+from chainrule.execute import engine
+from chainrule.execute.engine import CachedPlan
+from chainrule.execute.replay import compile_stages
+from chainrule.transforms.arguments import Argnums
+from chainrule.transforms.trace import Traced
+from chainrule.transforms.vmap import Mapping
+
+Finish = Callable[[Traced, bool], Any]
+
+
+@dataclass(slots=True)
+class Level:
+    """One derivative transform of a function.
+
+    Attributes:
+        func: the function.
+        name: the transform's name, for messages.
+        argnums: what is differentiated; None for all positional arguments.
+        has_aux: whether the function returns ``(output, aux)``.
+        finish: computes the transform's result (without aux) from a run; the flag is whether ``argnums`` is one.
+        key: what the result depends on beside the run.
+        owner: the function that carries this level.
+    """
+
+    func: Callable[..., Any]
+    name: str
+    argnums: Argnums | None
+    has_aux: bool
+    finish: Finish
+    key: tuple[Any, ...]
+    owner: Callable[[], Any] | None = None
+
+    def mark(self, wrapper: Callable[..., Any]) -> None:
+        """Put this level on the function that the transform returns."""
+        self.owner = weakref.ref(wrapper)
+        wrapper._chainrule_level = self  # type: ignore[attr-defined]
+
+
+def mark_of(func: Any) -> Level | Mapping | None:
+    """What a transform left on a function. A decorator that copies attributes does not make its function carry a mark."""
+    mark = getattr(func, "_chainrule_level", None)
+    if mark is None or mark.owner is None or mark.owner() is not func:
+        return None
+    found: Level | Mapping = mark
+    return found
+
+
+def level_of(func: Any) -> Level | None:
+    """The level that a function carries."""
+    mark = mark_of(func)
+    return mark if isinstance(mark, Level) else None
+
+
+def mapping_of(func: Any) -> Mapping | None:
+    """What ``vmap`` left on a function."""
+    mark = mark_of(func)
+    return mark if isinstance(mark, Mapping) else None
+
+
+@dataclass
+class NestPlan(CachedPlan):
+    """The program of a whole nest, and how its results are put together."""
+
+    spec: Any = None
+    sources: list[int | None] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Linearized:
+    """The output of a function and the linear function that goes with it (its pullback or its pushforward).
+
+    Attributes:
+        leaves: the output's leaves.
+        spec: their structure.
+        active: which of them depend on the inputs.
+        call: the linear function, from seeds to a tree.
+        traced: the run.
+        output: the output as the user gets it.
+    """
+
+    leaves: list[torch.Tensor]
+    spec: TreeSpec
+    active: list[int]
+    call: Callable[[tuple[torch.Tensor, ...]], Any]
+    traced: Traced
+    output: Any
+
+
+@dataclass
+class LinearPlan(NestPlan):
+    """The program of a nest under ``vjp`` or ``linearize``: the output first, then what depends on the seeds."""
+
+    first: int = 0
+    active: list[int] = field(default_factory=list)
+    out_spec: Any = None
+
+    def compile(self) -> None:
+        """Make the two functions that replay the plan."""
+        with engine.COMPILING:
+            if self.recorded is not None:
+                self.stages = compile_stages(*self.recorded, first=self.first)
+                self.recorded = None
