@@ -19,7 +19,7 @@ from chainrule.maps.sparse import plain
 from chainrule.maps.staging import Staged
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse
+from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse, predicted_entries
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
@@ -162,6 +162,44 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     return plan.run(tape, seeds)
 
 
+@dataclass
+class KnownEntries:
+    """How many entries an expression has.
+
+    Attributes:
+        count: how many; None where they cannot be listed.
+        used: for the cache.
+    """
+
+    count: int | None
+    used: bool = False
+
+
+def entries_predicted(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
+    """How many entries the terms of an expression have; found out once per signature, nothing is run.
+
+    Args:
+        tape: the finished tape, or several that are joined.
+        request: what is asked.
+        seeds: the factors that an expression names.
+
+    Returns:
+        The number; None where entries cannot be listed.
+    """
+    key: Any = tape.signature(("entries", request, tuple([seed.dtype for seed in seeds])))
+    try:
+        known: Any = CACHE.get(key)
+    except TypeError:  # an unhashable static argument
+        key = known = None
+    if known is None:
+        with planning(tape):
+            known = KnownEntries(predicted_entries(tape, request, seeds))
+        if key is not None:
+            CACHE.put(key, known)
+    count: int | None = known.count
+    return count
+
+
 @contextmanager
 def planning(tape: Any) -> Iterator[None]:
     """While a plan is made no other transform sees its calls, where that is possible; its results are those of a later run."""
@@ -205,4 +243,4 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     return SparsePlan(pairs, runner, expected, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
 
 
-__all__ = ["Layouts", "SparsePlan", "execute_sparse", "make_plan"]
+__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan"]

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
+from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.sparse import SparseWorkspace, plain
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import identity
@@ -135,11 +137,15 @@ def _refuse_complex(tape: Any, graph: Graph) -> None:
     Raises:
         RuntimeError: if there are complex values between inputs and outputs.
     """
-    if any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of)):
+    if _has_complex(tape, graph):
         raise RuntimeError(
             "chainrule: complex values between the inputs and the outputs: sparse layouts work on real ones only. Use "
             "layout='dense'"
         )
+
+
+def _has_complex(tape: Any, graph: Graph) -> bool:
+    return any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of))
 
 
 def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
@@ -321,6 +327,24 @@ def _plan_expression(tape: Any, request: SparseExpression, seeds: Sequence[torch
     return _settled(candidates, whole, workspace, lambda key: workspace.dtype)
 
 
+def predicted_entries(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
+    """How many entries the terms of an expression have, those of several terms at one place counted each.
+
+    Nothing but indices is computed. None where the entries cannot be listed: there are complex values in between.
+    """
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
+    made: dict[Jacobian, dict[Key, LinearMap]] = {}
+    for jacobian in jacobians(request.expression):
+        graph = structured_graph(tape, *_slots(jacobian), workspace)
+        if _has_complex(tape, graph):
+            return None
+        made[jacobian] = _accumulated(tape, graph, *_slots(jacobian), "reverse", workspace)
+    blocks = Builder(made, seeds, workspace).blocks(request.expression)
+    count = sum(count_entries(settle(term, workspace)) for local in blocks.values() for term in local.terms)
+    workspace.memo.clear()
+    return count
+
+
 def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> PlannedSparse:
     """A plan for one matrix of all blocks."""
     if not planned.patterns:
@@ -360,5 +384,5 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
 
 __all__ = [
     "PlannedSparse", "SparseExpression", "SparseRequest", "find_patterns", "freeze", "plan_sparse",
-    "structured_graph",
+    "predicted_entries", "structured_graph",
 ]  # fmt: skip
