@@ -141,19 +141,24 @@ class SparseWorkspace(Workspace):
             solved = solve_affine(term, one, two, self.device)
             if solved is not None:
                 return solved
+        tied = _meeting(term, one, two)
         shared = tuple(axis for axis in one.sources if axis in two.sources)
-        left, right = (self._keys(h, shared) for h in (one, two))
+        left, right = (
+            self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
+        )
         first, second = join_equal(left, right)
         pairs = Axis(len(first))
-        onehots = [h for h in term.onehots if h is not one and h is not two]
+        gone = {id(h) for pair in tied for h in pair}
+        onehots = [h for h in term.onehots if id(h) not in gone]
         for h, chosen in ((one, first), (two, second)):
             stride = math.prod(a.size for a in h.sources)
             for axis in h.sources:
                 stride //= max(axis.size, 1)
                 if h is one or axis not in shared:
                     onehots.append(OneHot(self.index(chosen // max(stride, 1) % max(axis.size, 1)), (pairs,), axis))
-        targets = self.read(one.index).reshape(-1).index_select(0, first)
-        onehots.append(OneHot(self.index(targets), (pairs,), one.target))
+        for h, _ in tied:
+            targets = self._spread(h, one.sources).index_select(0, first)
+            onehots.append(OneHot(self.index(targets), (pairs,), h.target))
         if pairs.size == 0:
             return replace(term, onehots=tuple(onehots), scale=0.0)
         return replace(term, onehots=tuple(onehots))
@@ -169,10 +174,14 @@ class SparseWorkspace(Workspace):
 
     def _push(self, term: Term) -> Term | None:
         relations: dict[Axis, OneHot] = {}
+        twins: list[tuple[OneHot, OneHot]] = []
         for onehot in term.onehots:
             if (twin := relations.get(onehot.target)) is not None:
-                return self.coincide(term, twin, onehot)
+                twins.append((twin, onehot))
             relations[onehot.target] = onehot
+        if twins:
+            # Those that meet in most sources come first: all of their targets are met at once.
+            return self.coincide(term, *max(twins, key=lambda pair: min(h.index.numel for h in pair)))
         # Relations whose sources are no targets themselves.
         final = {axis: h for axis, h in relations.items() if not any(s in relations for s in h.sources)}
         for axis, h in relations.items():
@@ -257,15 +266,24 @@ class SparseWorkspace(Workspace):
             made = self.memo[key] = Node(sizes, (moved.node, node), compute, flops=numel, moved=2 * numel, label="gather")
         return Factor(made, (*rest, *grid))
 
-    def _keys(self, onehot: OneHot, shared: Sequence[Axis]) -> torch.Tensor:
-        """For each source: target and shared sources as one number, negative where there is no target."""
-        index = self.read(onehot.index).reshape(-1)
-        flat = torch.arange(index.numel(), device=index.device)
-        key = index
+    def _spread(self, onehot: OneHot, sources: Sequence[Axis]) -> torch.Tensor:
+        """A relation's index, flat over more sources."""
+        names = {axis: number for number, axis in enumerate(sources)}
+        return over_grid(onehot, self, names).expand([axis.size for axis in sources]).reshape(-1)
+
+    def _keys(self, sources: Sequence[Axis], relations: Sequence[OneHot], shared: Sequence[Axis]) -> torch.Tensor:
+        """For each source: all targets and the shared sources as one number, negative where there is no target."""
+        flat = torch.arange(math.prod(axis.size for axis in sources), device=self.device)
+        key = torch.zeros_like(flat)
+        missing = torch.zeros_like(flat, dtype=torch.bool)
+        for onehot in relations:
+            index = self._spread(onehot, sources)
+            key = key * onehot.target.size + index
+            missing |= index < 0
         for axis in shared:
-            after = math.prod(a.size for a in onehot.sources[onehot.sources.index(axis) + 1 :])
+            after = math.prod(a.size for a in sources[list(sources).index(axis) + 1 :])
             key = key * axis.size + flat // max(after, 1) % max(axis.size, 1)
-        return torch.where(index < 0, -1, key)
+        return torch.where(missing, -1, key)
 
     # What is the same in every run.
 
@@ -359,6 +377,22 @@ def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
     if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
         return None
     return start, step
+
+
+def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]]:
+    """All pairs of relations of one target between the sources of two relations: they meet where all of these targets agree."""
+    by_target: dict[Axis, list[OneHot]] = {}
+    for onehot in term.onehots:
+        by_target.setdefault(onehot.target, []).append(onehot)
+    left, right = set(one.sources), set(two.sources)
+    tied = [(one, two)]
+    for target, several in by_target.items():
+        if target is one.target or len(several) < 2:
+            continue
+        fits = ((a, b) for a in several for b in several if a is not b and left.issuperset(a.sources) and right.issuperset(b.sources))
+        if (found := next(fits, None)) is not None:
+            tied.append(found)
+    return tied
 
 
 def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
