@@ -15,7 +15,7 @@ from chainrule.dispatch import unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
-from chainrule.maps.sparse import plain
+from chainrule.maps.sparse import plain, unbatched
 from chainrule.maps.staging import Staged
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
@@ -23,6 +23,9 @@ from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
+
+#: So many times masks may be others than those of a plan; then they are values, as if they depended on the inputs.
+_MASKS = 3
 
 
 @dataclass
@@ -65,32 +68,50 @@ Found = dict[Any, tuple[torch.Tensor, Layouts]]
 
 
 @dataclass
-class SparsePlan:
-    """A plan for one value of the index tensors.
+class Guard:
+    """What a plan was made for.
 
     Attributes:
-        exact: tape slots of index tensors, and the values that the plan is for.
-        computed: computes indices that are made from other tensors; None if there are none.
+        exact: tape slots of index tensors or masks, and the values that the plan is for.
+        computed: computes what is made from other tensors; None if there is nothing.
         expected: what it gave.
-        values: computes the values of the entries.
-        layouts: per block, where they stand.
     """
 
     exact: list[tuple[int, torch.Tensor]]
     computed: Runner | None
     expected: list[torch.Tensor]
-    values: CachedPlan
-    layouts: dict[tuple[int, int], Layouts]
 
     def fits(self, tape: Any) -> bool:
-        """Whether the plan is for the index tensors of this run."""
+        """Whether the plan is for what stands on this tape."""
         for slot, known in self.exact:
-            if not torch.equal(plain(tape.values[slot]), known):
+            if not _same(tape.values[slot], known):
                 return False
         if self.computed is not None:
             found = self.computed(tape.values, ())
-            return all(torch.equal(plain(one), two) for one, two in zip(found, self.expected, strict=True))
+            return all(_same(one, two) for one, two in zip(found, self.expected, strict=True))
         return True
+
+
+def _same(value: torch.Tensor, known: torch.Tensor) -> bool:
+    found = unbatched(value)
+    return found is not None and torch.equal(found, known)
+
+
+@dataclass
+class SparsePlan:
+    """A plan for one value of the index tensors.
+
+    Attributes:
+        relations: the index tensors.
+        masks: the masks whose zeros are left out.
+        values: computes the values of the entries.
+        layouts: per block, where they stand.
+    """
+
+    relations: Guard
+    masks: Guard
+    values: CachedPlan
+    layouts: dict[tuple[int, int], Layouts]
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
         """The values of a run."""
@@ -105,21 +126,33 @@ class SparsePlans:
     Attributes:
         plans: the plans.
         by_levels: for a Hessian, whether gradient and Hessian cannot be one program.
+        other_masks: how often a plan was missing only because of its masks.
         used: for the cache.
     """
 
     plans: list[SparsePlan] = field(default_factory=list)
     by_levels: bool = False
+    other_masks: int = 0
     used: bool = False
 
     def find(self, tape: Any) -> SparsePlan | None:
         """The plan for the index tensors of a run."""
+        others = False
         for number, plan in enumerate(self.plans):
-            if plan.fits(tape):
+            if not plan.relations.fits(tape):
+                continue
+            if plan.masks.fits(tape):
                 if number:
                     self.plans.insert(0, self.plans.pop(number))
                 return plan
+            others = True
+        self.other_masks += others
         return None
+
+    @property
+    def masked(self) -> bool:
+        """Whether the zeros of masks are left out of the next plan: not where these were others in several runs."""
+        return self.other_masks < _MASKS
 
     def add(self, plan: SparsePlan) -> None:
         """Keep a plan."""
@@ -157,7 +190,7 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
-            plan = make_plan(plan_sparse(tape, request, seeds=seeds))
+            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked))
         plans.add(plan)
     return plan.run(tape, seeds)
 
@@ -224,14 +257,20 @@ def _execute_accounted(
     return plan.run(tape, seeds)
 
 
+def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
+    """What holds for indices or masks in the run that made a plan."""
+    program = planned.program
+    exact, computed = planned.workspace.guards(staged)
+    values = {known.slot: known.value for known in program._input_values.values()}
+    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items() if isinstance(number, int)]
+    runner = compile_program(program, computed) if computed else None
+    return Guard(pairs, runner, [plain(one.value).clone() for one in computed])
+
+
 def make_plan(planned: PlannedSparse) -> SparsePlan:
     """A plan without the tensors of the run that made it, but for its indices."""
     program, workspace = planned.program, planned.workspace
-    exact, computed = workspace.guards()
-    values = {staged.slot: staged.value for staged in program._input_values.values()}
-    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items() if isinstance(number, int)]
-    runner = compile_program(program, computed) if computed else None
-    expected = [plain(staged.value).clone() for staged in computed]
+    relations, masks = (_guard(planned, staged) for staged in (workspace.relations, workspace.masks))
     results = owned(program, list(planned.results.values()))
     freeze(program, workspace, [r for r in results if r is not None])
     bare: list[Staged | None] = [Staged(program, r.slot, None) for r in results if r is not None]  # type: ignore[arg-type]
@@ -240,7 +279,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     program.masks.clear()
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
-    return SparsePlan(pairs, runner, expected, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
+    return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
 
 
 __all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan"]

@@ -8,6 +8,7 @@ two tables. What is left to compute in each run are the values of the entries.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ from chainrule.maps.terms import Axis, Factor, OneHot, Term
 _MANY = 12
 #: From this many terms on, a dense block that they fill is made one.
 _SOME = 3
+#: A constant array with more than one in so many elements other than zero is a dense one, unless it is a mask.
+_DENSE = 4
 #: Never more terms than this at one vertex.
 _MOST = 64
 
@@ -47,21 +50,34 @@ class SparseWorkspace(Workspace):
     Attributes:
         program: where indices are computed now, and values later.
         widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
+        derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
+        masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
     """
 
     sparse = True
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, widened: frozenset[int] = frozenset(), program: Program | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        widened: frozenset[int] = frozenset(),
+        program: Program | None = None,
+        derived: frozenset[int] = frozenset(),
+        masked: bool = True,
     ) -> None:
         super().__init__(dtype, device)
         self.program = Program() if program is None else program
         self._given = len(self.program.instructions)
         self._fixed_known = False
         self.widened = widened
+        self.derived = derived
+        self.masked = masked
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
         self._leaves: list[Staged] = []
+        self._masks: list[Staged] = []
+        self._settled: set[int] = set()
+        self._settled_inputs = self._settled_scanned = 0
         self._fixed: set[int] = set()
         self._scanned = 0
 
@@ -87,8 +103,57 @@ class SparseWorkspace(Workspace):
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        return self.canonical(replace(term, onehots=tuple(kept)))
+        term = replace(term, onehots=tuple(kept))
+        if self.masked:
+            term = self._without_zeros(term)
+        return self.canonical(term)
 
+    def _without_zeros(self, term: Term) -> Term:
+        """The term with each mask, whose zeros are known, as a list of the places where it is not zero."""
+        for factor in term.factors:
+            if not factor.node.mask:
+                continue
+            staged = factor.node.force(self.program)
+            if not self._is_settled(staged) or (value := unbatched(staged.value)) is None:
+                continue
+            places = torch.nonzero(value)
+            count, total = places.shape[0], value.numel()
+            if count == total:
+                continue
+            values = value[places.unbind(1)] if value.dim() else value.new_zeros(0)
+            ones = bool((values == 1).all())
+            if not ones and count * _DENSE > total:
+                continue
+            self._masks.append(staged)
+            pairs = Axis(count)
+            listed = [OneHot(self.index(column), (pairs,), axis) for column, axis in zip(places.unbind(1), factor.axes, strict=True)]
+            rest = tuple(f for f in term.factors if f is not factor)
+            if not ones:
+                constant = Node((count,), (), lambda program, found=values: program.constant(found), label="mask")
+                rest = (*rest, Factor(constant, (pairs,)))
+            if count == 0:
+                return replace(term, scale=0.0)
+            term = replace(term, factors=rest, onehots=(*term.onehots, *listed))
+        return term
+
+    def _is_settled(self, staged: Staged) -> bool:
+        """Whether a value is made from index tensors, masks and constants of the program alone, none of which follow from inputs."""
+        program = self.program
+        if not self._settled_scanned:
+            # What a recorded program has written to is left as it is.
+            self._settled_scanned = self._given if program.writes else 0
+        outside = self.derived | self.widened
+        for key, slot in itertools.islice(program.inputs.items(), self._settled_inputs, None):
+            known = isinstance(key, int) and key not in outside and slot in program.kinds
+            if known and not program.kinds[slot][1].is_floating_point and not program.kinds[slot][1].is_complex:
+                self._settled.add(slot)
+        self._settled_inputs = len(program.inputs)
+        for instruction in program.instructions[self._settled_scanned :]:
+            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            if all(slot in self._settled or slot in program.constants for slot in read) and not instruction.keep:
+                self._settled.update(instruction.outputs)
+        self._settled_scanned = len(program.instructions)
+        return staged.slot in self._settled or staged.slot in program.constants
     def canonical(self, term: Term) -> Term:
         """The same term; equal relations share their index, and those that say nothing are gone."""
         if not term.onehots:
@@ -193,8 +258,20 @@ class SparseWorkspace(Workspace):
         if not inner:
             return replace(term, factors=factors) if factors != term.factors else None
         for h in inner:
-            if self._concrete(h).partial:
-                factors = (*factors, mask_factor(h, self.dtype, self.memo))
+            if not self._concrete(h).partial:
+                continue
+            index = self.read(h.index)
+            if len(h.sources) == 1 and h.sources[0].size > 1:
+                # The places that lead somewhere are all that is left of the source.
+                left = torch.nonzero(index >= 0).squeeze(1)
+                kept = Axis(left.numel())
+                here = OneHot(self.index(left), (kept,), h.sources[0])
+                inside = OneHot(self.index(index.index_select(0, left)), (kept,), h.target)
+                others = tuple(o for o in term.onehots if o is not h)
+                if kept.size == 0:
+                    return replace(term, onehots=others, scale=0.0)
+                return replace(term, onehots=(*others, here, inside))
+            factors = (*factors, mask_factor(h, self.dtype, self.memo))
         kept = tuple(h for h in term.onehots if h.target in outer)
         sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
         return keep_count(replace(term, factors=factors, onehots=kept), sources)
@@ -295,26 +372,36 @@ class SparseWorkspace(Workspace):
                 wanted.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
         return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
 
-    def guards(self) -> tuple[dict[object, int], list[Staged]]:
-        """What the relations were computed from: inputs of an integer dtype by key, and indices that read other inputs."""
+    def guards(self, staged: Sequence[Staged]) -> tuple[dict[object, int], list[Staged]]:
+        """What indices were computed from: inputs of an integer dtype by key, and those indices that read other inputs."""
         exact: dict[object, int] = {}
         computed: list[Staged] = []
-        inputs, _ = self._sources(self._leaves)
+        inputs, _ = self._sources(staged)
         if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
             return dict(inputs), []
-        for staged in self._leaves:
-            own, _ = self._sources([staged])
+        for index in staged:
+            own, _ = self._sources([index])
             if any(self.program.kinds[slot][1].is_floating_point for slot in own.values()):
-                computed.append(staged)
+                computed.append(index)
             else:
                 exact.update(own)
         return exact, computed
+
+    @property
+    def relations(self) -> list[Staged]:
+        """The indices that the pattern was made from."""
+        return self._leaves
+
+    @property
+    def masks(self) -> list[Staged]:
+        """The masks whose zeros were left out."""
+        return self._masks
 
     def is_fixed(self, staged: Staged) -> bool:
         """Whether a value is the same in every run with these indices."""
         if not self._fixed_known:
             self._fixed_known = True
-            self._fixed.update(self.guards()[0].values())
+            self._fixed.update(self.guards([*self._leaves, *self._masks])[0].values())
             # What a recorded program has written to is left as it is.
             self._scanned = self._given if self.program.writes else 0
         for instruction in self.program.instructions[self._scanned :]:
@@ -349,20 +436,28 @@ class SparseWorkspace(Workspace):
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
 
 
+def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor as it is outside of a vmap; None if it differs between the samples."""
+    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
+        if tensor.batched:
+            return None
+        tensor = tensor.inner  # type: ignore[attr-defined]
+    return tensor
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is outside of a vmap.
 
     Raises:
         RuntimeError: if it differs between the samples.
     """
-    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
-        if tensor.batched:
-            raise RuntimeError(
-                "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
-                "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
-            )
-        tensor = tensor.inner  # type: ignore[attr-defined]
-    return tensor
+    found = unbatched(tensor)
+    if found is None:
+        raise RuntimeError(
+            "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
+            "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
+        )
+    return found
 
 
 def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -407,4 +502,4 @@ def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, t
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["SparseWorkspace", "join_equal", "plain"]
+__all__ = ["SparseWorkspace", "join_equal", "plain", "unbatched"]

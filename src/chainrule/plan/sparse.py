@@ -111,11 +111,11 @@ class PlannedSparse:
 
 
 def sparse_workspace(
-    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None
+    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None, masked: bool = True
 ) -> SparseWorkspace:
     """A workspace for maps between these slots."""
     plainly = make_workspace(tape, slots)
-    return SparseWorkspace(plainly.dtype, plainly.device, widened, program)
+    return SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked)
 
 
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
@@ -157,7 +157,8 @@ def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
         shape = local.out_shape
         seed = LinearMap(shape, shape, (identity(shape),))
         terms.extend(compose(seed, replace(local, terms=(), operators=(operator,)), workspace, eager=True).terms)
-    return LinearMap(local.out_shape, local.in_shape, tuple(workspace.from_tape(term) for term in terms))
+    kept = (workspace.from_tape(term) for term in terms)
+    return LinearMap(local.out_shape, local.in_shape, tuple(term for term in kept if term.scale != 0.0))
 
 
 def find_patterns(tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset()) -> dict[Key, Pattern]:
@@ -188,7 +189,12 @@ def _accumulated(
 
 
 def plan_sparse(
-    tape: Any, request: SparseRequest | SparseExpression, program: Program | None = None, seeds: Sequence[torch.Tensor] = ()
+    tape: Any,
+    request: SparseRequest | SparseExpression,
+    program: Program | None = None,
+    seeds: Sequence[torch.Tensor] = (),
+    *,
+    masked: bool = True,
 ) -> PlannedSparse:
     """Plan sparse maps on a finished tape (or several that are joined) and compute them once.
 
@@ -197,15 +203,17 @@ def plan_sparse(
         request: what is asked.
         program: a program that made some of the tape's values, which the plan continues.
         seeds: the factors that an expression names.
+        masked: whether the zeros of masks are left out of the pattern (see :class:`~chainrule.maps.sparse.SparseWorkspace`).
     """
     if isinstance(request, SparseExpression):
         if isinstance(request.expression, Jacobian):
-            planned = _renamed(plan_sparse(tape, _as_request(request, request.expression)), request.expression)
+            planned = plan_sparse(tape, _as_request(request, request.expression), masked=masked)
+            planned = _renamed(planned, request.expression)
         else:
-            planned = _plan_expression(tape, request, seeds)
+            planned = _plan_expression(tape, request, seeds, masked)
         return planned if request.sizes is None else _joined(planned, request.sizes)
     inputs, outputs = _slots(request)
-    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program)
+    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked)
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
 
@@ -309,8 +317,10 @@ def _renamed(planned: PlannedSparse, jacobian: Jacobian) -> PlannedSparse:
     )  # fmt: skip
 
 
-def _plan_expression(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> PlannedSparse:
-    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
+def _plan_expression(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], masked: bool
+) -> PlannedSparse:
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), masked=masked)
     whole = Graph()
     graphs = {jacobian: structured_graph(tape, *_slots(jacobian), workspace) for jacobian in jacobians(request.expression)}
     for graph in graphs.values():
@@ -360,7 +370,7 @@ def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:
     """Keep what is the same in every run with these indices as constants of the program."""
-    exact, _ = workspace.guards()
+    exact, _ = workspace.guards([*workspace.relations, *workspace.masks])
     values: dict[int, Any] = {}
     for staged in (*program._known.values(), *program._input_values.values()):
         for item in staged if isinstance(staged, tuple) else (staged,):

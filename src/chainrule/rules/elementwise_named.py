@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Factor, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single
@@ -115,7 +117,9 @@ def _over(call: Call, shape: tuple[int, ...], derivative: Over) -> Term:
         result = result.reshape(sizes) if hasattr(result, "shape") and tuple(result.shape) != sizes else result
         return result.to(call.workspace.dtype) if result.dtype != call.workspace.dtype else result
 
-    return diagonal_term(shape, axes, [Factor(formula_node(call, sizes, formula), own)])
+    node = formula_node(call, sizes, formula)
+    node.mask = call.tensor(other).dtype == torch.bool
+    return diagonal_term(shape, axes, [Factor(node, own)])
 
 
 def loss(**derivatives: Callable[[Arguments], Any]) -> Rule:
