@@ -94,7 +94,9 @@ class Guard:
 
 def _same(value: torch.Tensor, known: torch.Tensor) -> bool:
     found = unbatched(value)
-    return found is not None and torch.equal(found, known)
+    if found is None or (known.dtype.is_floating_point and (value.requires_grad or torch._C._len_torch_dispatch_stack())):
+        return False
+    return torch.equal(found, known)
 
 
 @dataclass

@@ -51,6 +51,7 @@ class SparseWorkspace(Workspace):
         program: where indices are computed now, and values later.
         widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
+        made: the slots of constants of a gradient's own making: what consists of zeros and ones there is a mask.
         masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
     """
 
@@ -72,6 +73,7 @@ class SparseWorkspace(Workspace):
         self.widened = widened
         self.derived = derived
         self.masked = masked
+        self.made: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
         self._leaves: list[Staged] = []
@@ -145,7 +147,9 @@ class SparseWorkspace(Workspace):
         outside = self.derived | self.widened
         for key, slot in itertools.islice(program.inputs.items(), self._settled_inputs, None):
             known = isinstance(key, int) and key not in outside and slot in program.kinds
-            if known and not program.kinds[slot][1].is_floating_point and not program.kinds[slot][1].is_complex:
+            if key in self.made and _is_mask(program._input_values[key].value):
+                self._settled.add(slot)
+            elif known and not program.kinds[slot][1].is_floating_point and not program.kinds[slot][1].is_complex:
                 self._settled.add(slot)
         self._settled_inputs = len(program.inputs)
         for instruction in program.instructions[self._settled_scanned :]:
@@ -434,6 +438,12 @@ class SparseWorkspace(Workspace):
         if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    """Whether a tensor consists of zeros and ones that nothing outside differentiates."""
+    found = None if tensor.requires_grad or torch._C._len_torch_dispatch_stack() else unbatched(tensor)
+    return found is not None and bool(((found == 0) | (found == 1)).all())
 
 
 def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:

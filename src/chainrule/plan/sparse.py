@@ -48,6 +48,8 @@ class SparseRequest(NamedTuple):
         numbers: for a triangle or a symmetric matrix, the number of the input that each output is the derivative with
             respect to.
         symmetric: whether the blocks are those of a symmetric matrix: one triangle may be computed for both.
+        since: for a gradient on the tape, the slot from which on constants are of the gradient's own making (masks, which stand
+            for the zeros of its maps); None for others.
     """
 
     inputs: tuple[int, ...]
@@ -57,6 +59,7 @@ class SparseRequest(NamedTuple):
     triangle: str | None = None
     numbers: tuple[int, ...] = ()
     symmetric: bool = False
+    since: int | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,9 @@ def plan_sparse(
         return planned if request.sizes is None else _joined(planned, request.sizes)
     inputs, outputs = _slots(request)
     workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked)
+    if request.since is not None:
+        slots = range(request.since, len(tape.values))
+        workspace.made = frozenset(slot for slot in slots if not tape.active[slot] and slot not in tape.derived)
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
 

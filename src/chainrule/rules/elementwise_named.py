@@ -68,6 +68,9 @@ class Static:
 
 Derivative = float | Over | Static | Callable[[Arguments], Any]
 
+#: The op by which a product with a mask of numbers is computed: it lets pass what the mask keeps.
+_SELECTS = torch.ops.aten.threshold_backward.default
+
 
 def elementwise(**derivatives: Derivative) -> Rule:
     """An element-wise op, its operands broadcast against each other.
@@ -100,6 +103,7 @@ def _term(call: Call, item: Any, derivative: Derivative) -> Term:
         return _over(call, shape, derivative)
     function = derivative
     node = formula_node(call, call.out_shape, lambda program: function(Arguments(call, program)))
+    node.mask = call.op is _SELECTS
     return diagonal_term(shape, axes, [Factor(node, axes)])
 
 
@@ -118,7 +122,7 @@ def _over(call: Call, shape: tuple[int, ...], derivative: Over) -> Term:
         return result.to(call.workspace.dtype) if result.dtype != call.workspace.dtype else result
 
     node = formula_node(call, sizes, formula)
-    node.mask = call.tensor(other).dtype == torch.bool
+    node.mask = True
     return diagonal_term(shape, axes, [Factor(node, own)])
 
 
