@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from chainrule.maps.staging import Program, Staged
 
 #: An element read or written costs about as much as this many multiply-adds.
@@ -31,10 +33,13 @@ class Node:
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
         mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
+        zeros: which of its dimensions a constant mask stands over, outside of which it is zero, and what makes that on a
+            device; None where nothing is known.
+        slot: for a value of the tape, its slot.
         facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "sizes", "slot", "staged", "zeros")
 
     def __init__(
         self,
@@ -57,6 +62,8 @@ class Node:
         self.staged: Staged | None = None
         self.digit: tuple[Node, int, int, int] | None = None
         self.mask = False
+        self.slot: int | None = None
+        self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
         self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
 

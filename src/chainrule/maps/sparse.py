@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,6 +51,7 @@ class SparseWorkspace(Workspace):
         program: where indices are computed now, and values later.
         widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
+        zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
         made: the slots of constants of a gradient's own making: what consists of zeros and ones there is a mask.
         masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
     """
@@ -73,6 +74,7 @@ class SparseWorkspace(Workspace):
         self.widened = widened
         self.derived = derived
         self.masked = masked
+        self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
         self.made: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
@@ -112,7 +114,18 @@ class SparseWorkspace(Workspace):
 
     def _without_zeros(self, term: Term) -> Term:
         """The term with each mask, whose zeros are known, as a list of the places where it is not zero."""
+        outside = {axis for dim in term.out_dims for axis in dim}
         for factor in term.factors:
+            if factor.node.zeros is not None:
+                dims, make = factor.node.zeros
+                places = torch.nonzero(make(self.device))
+                term = replace(term, onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
+            slot = factor.node.slot
+            if slot is not None and self.zeros is not None and slot in self.zeros:
+                places = torch.nonzero(self.zeros[slot](self.device).reshape(factor.node.sizes))
+                pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
+                if places.shape[0] < factor.node.numel and (pointwise or 2 * places.shape[0] <= factor.node.numel):
+                    term = replace(term, onehots=(*term.onehots, *self._listed(places, factor.axes)))
             if not factor.node.mask:
                 continue
             staged = factor.node.force(self.program)
@@ -127,16 +140,20 @@ class SparseWorkspace(Workspace):
             if not ones and count * _DENSE > total:
                 continue
             self._masks.append(staged)
-            pairs = Axis(count)
-            listed = [OneHot(self.index(column), (pairs,), axis) for column, axis in zip(places.unbind(1), factor.axes, strict=True)]
+            if count == 0:
+                return replace(term, scale=0.0)
+            listed = self._listed(places, factor.axes)
             rest = tuple(f for f in term.factors if f is not factor)
             if not ones:
                 constant = Node((count,), (), lambda program, found=values: program.constant(found), label="mask")
-                rest = (*rest, Factor(constant, (pairs,)))
-            if count == 0:
-                return replace(term, scale=0.0)
+                rest = (*rest, Factor(constant, listed[0].sources))
             term = replace(term, factors=rest, onehots=(*term.onehots, *listed))
         return term
+
+    def _listed(self, places: torch.Tensor, axes: Sequence[Axis]) -> list[OneHot]:
+        """Relations from a new axis, which counts the rows of ``places``, to what stands in its columns."""
+        counted = Axis(places.shape[0])
+        return [OneHot(self.index(column), (counted,), axis) for column, axis in zip(places.unbind(1), axes, strict=True)]
 
     def _is_settled(self, staged: Staged) -> bool:
         """Whether a value is made from index tensors, masks and constants of the program alone, none of which follow from inputs."""

@@ -30,6 +30,7 @@ from chainrule.plan.patterns import (
     triangle_of,
 )
 from chainrule.plan.planner import make_workspace
+from chainrule.rules.zeros import static_zeros
 
 #: With more entries than this the second order is not tried: it would take longer than it could save.
 _LARGE = 1 << 22
@@ -123,6 +124,8 @@ def sparse_workspace(
 
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
     """The graph of local Jacobians, each a sum of terms with concrete relations."""
+    if workspace.zeros is None:
+        workspace.zeros = static_zeros(tape.records, tape.values)
     graph = build_graph(tape, inputs, outputs, workspace)
     known: dict[int, LinearMap] = {}
     for edges in (graph.into, graph.out_of):

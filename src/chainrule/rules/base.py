@@ -169,6 +169,7 @@ def value_node(call: Call, item: Any, sizes: Iterable[int] | None = None) -> Nod
             return value if wanted == shape else torch.reshape(value, wanted)
 
         node = call.workspace.memo[key] = masking(leaf(wanted, stage, label="value", batch=batch_of(call.tensor(item))))
+        node.slot = item.index
     return node
 
 
