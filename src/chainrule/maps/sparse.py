@@ -52,7 +52,7 @@ class SparseWorkspace(Workspace):
         widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
-        made: the slots of constants of a gradient's own making: what consists of zeros and ones there is a mask.
+        constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
         masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
     """
 
@@ -75,7 +75,7 @@ class SparseWorkspace(Workspace):
         self.derived = derived
         self.masked = masked
         self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
-        self.made: frozenset[int] = frozenset()
+        self.constants: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
         self._leaves: list[Staged] = []
@@ -137,7 +137,8 @@ class SparseWorkspace(Workspace):
                 continue
             values = value[places.unbind(1)] if value.dim() else value.new_zeros(0)
             ones = bool((values == 1).all())
-            if not ones and count * _DENSE > total:
+            # A few taps that much else runs over, as those of a kernel, or a sparse array; others are dense all the same.
+            if not ones and count * _DENSE > total and total * _DENSE > count_entries(term):
                 continue
             self._masks.append(staged)
             if count == 0:
@@ -156,7 +157,7 @@ class SparseWorkspace(Workspace):
         return [OneHot(self.index(column), (counted,), axis) for column, axis in zip(places.unbind(1), axes, strict=True)]
 
     def _is_settled(self, staged: Staged) -> bool:
-        """Whether a value is made from index tensors, masks and constants of the program alone, none of which follow from inputs."""
+        """Whether a value is made from index tensors, masks and constants alone, none of which follow from inputs."""
         program = self.program
         if not self._settled_scanned:
             # What a recorded program has written to is left as it is.
@@ -164,9 +165,7 @@ class SparseWorkspace(Workspace):
         outside = self.derived | self.widened
         for key, slot in itertools.islice(program.inputs.items(), self._settled_inputs, None):
             known = isinstance(key, int) and key not in outside and slot in program.kinds
-            if key in self.made and _is_mask(program._input_values[key].value):
-                self._settled.add(slot)
-            elif known and not program.kinds[slot][1].is_floating_point and not program.kinds[slot][1].is_complex:
+            if known and (not program.kinds[slot][1].is_floating_point or key in self.constants):
                 self._settled.add(slot)
         self._settled_inputs = len(program.inputs)
         for instruction in program.instructions[self._settled_scanned :]:
@@ -398,6 +397,8 @@ class SparseWorkspace(Workspace):
         exact: dict[object, int] = {}
         computed: list[Staged] = []
         inputs, _ = self._sources(staged)
+        if staged is self._masks:
+            return dict(inputs), []
         if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
             return dict(inputs), []
         for index in staged:
@@ -407,6 +408,10 @@ class SparseWorkspace(Workspace):
             else:
                 exact.update(own)
         return exact, computed
+
+    def exact(self) -> dict[object, int]:
+        """The inputs that are the same in every run with these indices and masks."""
+        return self.guards(self._leaves)[0] | self.guards(self._masks)[0]
 
     @property
     def relations(self) -> list[Staged]:
@@ -422,7 +427,7 @@ class SparseWorkspace(Workspace):
         """Whether a value is the same in every run with these indices."""
         if not self._fixed_known:
             self._fixed_known = True
-            self._fixed.update(self.guards([*self._leaves, *self._masks])[0].values())
+            self._fixed.update(self.exact().values())
             # What a recorded program has written to is left as it is.
             self._scanned = self._given if self.program.writes else 0
         for instruction in self.program.instructions[self._scanned :]:
@@ -455,12 +460,6 @@ class SparseWorkspace(Workspace):
         if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
-
-
-def _is_mask(tensor: torch.Tensor) -> bool:
-    """Whether a tensor consists of zeros and ones that nothing outside differentiates."""
-    found = None if tensor.requires_grad or torch._C._len_torch_dispatch_stack() else unbatched(tensor)
-    return found is not None and bool(((found == 0) | (found == 1)).all())
 
 
 def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -49,8 +49,6 @@ class SparseRequest(NamedTuple):
         numbers: for a triangle or a symmetric matrix, the number of the input that each output is the derivative with
             respect to.
         symmetric: whether the blocks are those of a symmetric matrix: one triangle may be computed for both.
-        since: for a gradient on the tape, the slot from which on constants are of the gradient's own making (masks, which stand
-            for the zeros of its maps); None for others.
     """
 
     inputs: tuple[int, ...]
@@ -60,7 +58,6 @@ class SparseRequest(NamedTuple):
     triangle: str | None = None
     numbers: tuple[int, ...] = ()
     symmetric: bool = False
-    since: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,13 @@ def sparse_workspace(
 ) -> SparseWorkspace:
     """A workspace for maps between these slots."""
     plainly = make_workspace(tape, slots)
-    return SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked)
+    workspace = SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked)
+    if masked and not torch._C._len_torch_dispatch_stack():
+        workspace.constants = frozenset(
+            slot for slot, value in enumerate(tape.values)
+            if not tape.active[slot] and slot not in tape.derived and value.__class__ is torch.Tensor and not value.requires_grad
+        )  # fmt: skip
+    return workspace
 
 
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
@@ -220,9 +223,6 @@ def plan_sparse(
         return planned if request.sizes is None else _joined(planned, request.sizes)
     inputs, outputs = _slots(request)
     workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked)
-    if request.since is not None:
-        slots = range(request.since, len(tape.values))
-        workspace.made = frozenset(slot for slot in slots if not tape.active[slot] and slot not in tape.derived)
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
 
@@ -379,7 +379,7 @@ def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:
     """Keep what is the same in every run with these indices as constants of the program."""
-    exact, _ = workspace.guards([*workspace.relations, *workspace.masks])
+    exact = workspace.exact()
     values: dict[int, Any] = {}
     for staged in (*program._known.values(), *program._input_values.values()):
         for item in staged if isinstance(staged, tuple) else (staged,):

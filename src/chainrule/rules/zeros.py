@@ -55,7 +55,7 @@ def static_zeros(records: Sequence[Any], values: Sequence[Any]) -> dict[int, Pla
             continue
         elif op in _KEEP and known[0] is not None:
             found[record.outputs[0]] = _moved(record, known[0], ())
-        elif op in _FIXED or (op is aten.div.Tensor and known[0] is not None):
+        elif op in _FIXED:
             shape = tuple(values[record.outputs[0]].shape)
             found[record.outputs[0]] = _joined([known[0]], shape, torch.logical_and)
         elif op is aten.mul.Tensor:

@@ -137,11 +137,9 @@ def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:
             plans.add(plan)
     if plan is not None:
         return plan.run(tape)
-    start = len(tape.values)
     with recording_on(tape)():
         gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
     request, names = _of_gradient(traced, slot, gradient, triangular)
-    request = request._replace(since=start)
     return {(names[o], sources.index(i)): value for (o, i), value in execute_sparse(tape, request).items()}
 
 
