@@ -78,6 +78,8 @@ def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.__class__ is not torch.Tensor:
         # What differs between the samples of a vmap is planned otherwise than what does not.
         return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
+    if tensor.layout is not torch.strided:
+        return (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor._nnz())
     return (tensor.shape, tensor.dtype, tensor.device)
 
 

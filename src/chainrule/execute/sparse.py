@@ -25,7 +25,7 @@ from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest
 _PATTERNS = 8
 
 #: So many times masks may be others than those of a plan; then they are values, as if they depended on the inputs.
-_MASKS = 3
+_MASKS = 2
 
 
 @dataclass

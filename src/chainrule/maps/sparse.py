@@ -250,7 +250,7 @@ class SparseWorkspace(Workspace):
 
     def push(self, term: Term) -> Term:
         """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
-        while term.onehots:
+        while term.onehots and term.scale != 0.0:
             step = self._push(term) or merge_taps(term, self)
             if step is None:
                 return term
@@ -258,20 +258,22 @@ class SparseWorkspace(Workspace):
         return term
 
     def _push(self, term: Term) -> Term | None:
-        relations: dict[Axis, OneHot] = {}
-        twins: list[tuple[OneHot, OneHot]] = []
+        by_target: dict[Axis, list[OneHot]] = {}
         for onehot in term.onehots:
-            if (twin := relations.get(onehot.target)) is not None:
-                twins.append((twin, onehot))
-            relations[onehot.target] = onehot
-        if twins:
-            # Those that meet in most sources come first: all of their targets are met at once.
-            return self.coincide(term, *max(twins, key=lambda pair: min(h.index.numel for h in pair)))
-        # Relations whose sources are no targets themselves.
-        final = {axis: h for axis, h in relations.items() if not any(s in relations for s in h.sources)}
-        for axis, h in relations.items():
-            if axis not in final and all(s in final or s not in relations for s in h.sources):
+            by_target.setdefault(onehot.target, []).append(onehot)
+        relations = {axis: several[0] for axis, several in by_target.items() if len(several) == 1}
+        # Relations whose sources are no targets themselves: what others read of them is read at these sources.
+        final = {axis: h for axis, h in relations.items() if not any(s in by_target for s in h.sources)}
+        for h in term.onehots:
+            read = [s for s in h.sources if s in by_target]
+            if read and all(s in final for s in read):
                 return replace(term, onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+        if len(relations) < len(by_target):
+            # Among those at the ends of chains, those that meet in most sources come first: all of their targets meet at once.
+            twins = [several[:2] for several in by_target.values() if len(several) > 1]
+            ends = [pair for pair in twins if not any(s in by_target for h in pair for s in h.sources)]
+            one, two = max(ends or twins, key=lambda pair: min(h.index.numel for h in pair))
+            return self.coincide(term, one, two)
         outer = term.outer_axes()
         factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]

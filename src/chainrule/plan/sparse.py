@@ -120,7 +120,8 @@ def sparse_workspace(
     if masked and not torch._C._len_torch_dispatch_stack():
         workspace.constants = frozenset(
             slot for slot, value in enumerate(tape.values)
-            if not tape.active[slot] and slot not in tape.derived and value.__class__ is torch.Tensor and not value.requires_grad
+            if value.__class__ is torch.Tensor and value.layout is torch.strided and not value.requires_grad
+            and not tape.active[slot] and slot not in tape.derived
         )  # fmt: skip
     return workspace
 
