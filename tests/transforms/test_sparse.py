@@ -338,7 +338,7 @@ def test_hessian_is_planned_once(function, monkeypatch):
     planned = []
     for module in (transforms_sparse, execute_sparse):
         plan = module.plan_sparse
-        monkeypatch.setattr(module, "plan_sparse", lambda *args, plan=plan: planned.append(args) or plan(*args))
+        monkeypatch.setattr(module, "plan_sparse", lambda *args, plan=plan, **options: planned.append(args) or plan(*args, **options))
     hessian = chainrule.hessian(function, layout="sparse_coo")
     hessian(torch.randn(6, dtype=torch.float64))
     assert planned

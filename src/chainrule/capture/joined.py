@@ -21,6 +21,7 @@ class JoinedTape:
         active: whether they depend on inputs.
         records: the ops of all.
         inputs: the inputs of all.
+        derived: the constants that are computed from what depends on inputs.
         prepared: as on a tape.
     """
 
@@ -31,6 +32,7 @@ class JoinedTape:
         self.active: list[bool] = []
         self.records: list[Record] = []
         self.inputs: list[int] = []
+        self.derived: set[int] = set()
         self.prepared: dict[Any, Any] = {}
         for tape in tapes:
             offset = len(self.values)
@@ -38,6 +40,7 @@ class JoinedTape:
             self.values.extend(tape.values)
             self.active.extend(tape.active)
             self.inputs.extend(slot + offset for slot in tape.inputs)
+            self.derived.update(slot + offset for slot in tape.derived)
             self.records.extend(_shifted(record, offset) if offset else record for record in tape.records)
 
     def signature(self, extra: Any) -> tuple[Any, ...]:

@@ -46,6 +46,7 @@ class OpFacts:
         functional: the overload that computes the same values without writing, or None when torch has none.
         argument_names: the positional argument names, in order.
         inactive: whether the outputs are constants for differentiation.
+        shaped: whether an inactive op reads nothing of its arguments but their shapes.
         expansion: the composite form that is recorded instead of the op, or None.
         direct: a composite form whose parts are handed to the tape one by one, or None.
         whole: which calls of an op that has an expansion are recorded as they are.
@@ -59,7 +60,7 @@ class OpFacts:
 
     __slots__ = (
         "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
-        "is_view", "joined", "numbers", "op", "whole", "writes",
+        "is_view", "joined", "numbers", "op", "shaped", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -74,6 +75,8 @@ class OpFacts:
         self.is_view = not self.writes and any(a.alias_info is not None for a in schema.arguments)
         self.functional = functional_twin(op) if self.writes else None
         self.inactive = not self.writes and policy.is_inactive(op)
+        name = schema.name.split("::")[1]
+        self.shaped = self.inactive and (name.endswith("_like") or name.startswith("new_"))
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.whole = policy.whole(op)
         self.direct = None if self.writes or self.expansion is None else policy.direct(op)

@@ -80,6 +80,8 @@ def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.__class__ is not torch.Tensor:
         # What differs between the samples of a vmap is planned otherwise than what does not.
         return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
+    if tensor.layout is not torch.strided:
+        return (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor._nnz())
     return (tensor.shape, tensor.dtype, tensor.device)
 
 
@@ -116,6 +118,10 @@ class Tape(LightMode):
         # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
         self.kept: list[Any] = []
         self.respect_no_grad = respect_no_grad
+        # Constants for differentiation that are computed from what depends on the inputs, by identity, and those of them that
+        # have a slot.
+        self._derived: dict[int, Any] = {}
+        self.derived: set[int] = set()
         # Whether an op was taken for a constant because of torch.no_grad().
         self.saw_blocked = False
         self._alias: AliasTracker | None = None
@@ -132,6 +138,7 @@ class Tape(LightMode):
         fork.values, fork.active, fork.records = [*self.values], [*self.active], [*self.records]
         fork.inputs, fork.key, fork.slots = [*self.inputs], [*self.key], dict(self.slots)
         fork.kept, fork.saw_blocked = [*self.kept], self.saw_blocked
+        fork._derived, fork.derived = dict(self._derived), set(self.derived)
         return fork
 
     @property
@@ -173,8 +180,17 @@ class Tape(LightMode):
         if tensor.__class__ is not torch.Tensor:
             refuse_foreign(tensor, "chainrule")
         slot = self._append(tensor, False)
+        if id(tensor) in self._derived:
+            self.derived.add(slot)
         self.key.append(_meta(tensor))
         return slot
+
+    def _note_derived(self, args: Iterable[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Note what an op gives that is not recorded, if it reads something active or noted (as a comparison does)."""
+        derived = self._derived
+        every = (*args, *kwargs.values()) if kwargs else args
+        if self.touches(every) or (derived and any(id(item) in derived for item in _tensors(every))):
+            derived.update((id(item), item) for item in _tensors((out,)))
 
     def add_object(self, item: Any) -> int:
         """Give something that is no tensor (the context of a user's function) a slot as a constant."""
@@ -222,6 +238,7 @@ class Tape(LightMode):
     def forget(self) -> None:
         """Let go of the tensors that views and writes were tracked by."""
         self._alias = None
+        self._derived.clear()
         self.kept.clear()
 
     def settle(self) -> None:
@@ -306,7 +323,10 @@ class Tape(LightMode):
             out = facts.call(*args, **(kwargs or {}))
         if facts.is_view and args:
             self.alias.pending.append((func, args, kwargs, out))
-        if not facts.inactive and not self.is_blocked():
+        if facts.inactive:
+            if not facts.shaped:
+                self._note_derived(args, kwargs, out)
+        elif not self.is_blocked():
             self._record(facts, args, kwargs, out)
         return out
 
@@ -464,6 +484,8 @@ class Tape(LightMode):
                 self.records.append(_new(Record, (facts.op, arguments, (), (slot,), False, self._origin)))
             else:
                 self._append_record(facts, tuple(lowered), (), out)
+        elif self._derived:
+            self._note_derived(args, None, out)
         return out
 
     def _any_active(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
@@ -494,11 +516,14 @@ class Tape(LightMode):
         """Record an op that ran, if an argument is active and an output differentiable."""
         if self._any_active(args, kwargs):
             self._append_record(facts, self.lower(args), self.lower_kwargs(kwargs), out)
+        elif self._derived:
+            self._note_derived(args, kwargs, out)
 
     def _append_record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> None:
         if isinstance(out, torch.Tensor):
             dtype = out.dtype
             if not (dtype.is_floating_point or dtype.is_complex):
+                self._derived[id(out)] = out
                 return
             slot = len(self.values)
             self.values.append(out)
@@ -595,6 +620,15 @@ def _run_function(function: Function, args: tuple[Any, ...]) -> Any:
 def _is_seen_by_none(tensor: Any) -> bool:
     """Whether a number beside a tensor may be a constant: no other mode sees the call."""
     return tensor.__class__ is torch.Tensor and not torch._C._len_torch_dispatch_stack()
+
+
+def _tensors(items: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among ``items``, also in lists among them."""
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _tensors(item)
 
 
 def _returns_one(func: Any) -> bool:

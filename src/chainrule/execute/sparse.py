@@ -15,14 +15,17 @@ from chainrule.dispatch import unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
-from chainrule.maps.sparse import plain
+from chainrule.maps.sparse import plain, unbatched
 from chainrule.maps.staging import Staged
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse
+from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse, predicted_entries
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
+
+#: So many times masks may be others than those of a plan; then they are values, as if they depended on the inputs.
+_MASKS = 2
 
 
 @dataclass
@@ -65,32 +68,52 @@ Found = dict[Any, tuple[torch.Tensor, Layouts]]
 
 
 @dataclass
-class SparsePlan:
-    """A plan for one value of the index tensors.
+class Guard:
+    """What a plan was made for.
 
     Attributes:
-        exact: tape slots of index tensors, and the values that the plan is for.
-        computed: computes indices that are made from other tensors; None if there are none.
+        exact: tape slots of index tensors or masks, and the values that the plan is for.
+        computed: computes what is made from other tensors; None if there is nothing.
         expected: what it gave.
-        values: computes the values of the entries.
-        layouts: per block, where they stand.
     """
 
     exact: list[tuple[int, torch.Tensor]]
     computed: Runner | None
     expected: list[torch.Tensor]
-    values: CachedPlan
-    layouts: dict[tuple[int, int], Layouts]
 
     def fits(self, tape: Any) -> bool:
-        """Whether the plan is for the index tensors of this run."""
+        """Whether the plan is for what stands on this tape."""
         for slot, known in self.exact:
-            if not torch.equal(plain(tape.values[slot]), known):
+            if not _same(tape.values[slot], known):
                 return False
         if self.computed is not None:
             found = self.computed(tape.values, ())
-            return all(torch.equal(plain(one), two) for one, two in zip(found, self.expected, strict=True))
+            return all(_same(one, two) for one, two in zip(found, self.expected, strict=True))
         return True
+
+
+def _same(value: torch.Tensor, known: torch.Tensor) -> bool:
+    found = unbatched(value)
+    if found is None or (known.dtype.is_floating_point and (value.requires_grad or torch._C._len_torch_dispatch_stack())):
+        return False
+    return torch.equal(found, known)
+
+
+@dataclass
+class SparsePlan:
+    """A plan for one value of the index tensors.
+
+    Attributes:
+        relations: the index tensors.
+        masks: the masks whose zeros are left out.
+        values: computes the values of the entries.
+        layouts: per block, where they stand.
+    """
+
+    relations: Guard
+    masks: Guard
+    values: CachedPlan
+    layouts: dict[tuple[int, int], Layouts]
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
         """The values of a run."""
@@ -105,21 +128,33 @@ class SparsePlans:
     Attributes:
         plans: the plans.
         by_levels: for a Hessian, whether gradient and Hessian cannot be one program.
+        other_masks: how often a plan was missing only because of its masks.
         used: for the cache.
     """
 
     plans: list[SparsePlan] = field(default_factory=list)
     by_levels: bool = False
+    other_masks: int = 0
     used: bool = False
 
     def find(self, tape: Any) -> SparsePlan | None:
         """The plan for the index tensors of a run."""
+        others = False
         for number, plan in enumerate(self.plans):
-            if plan.fits(tape):
+            if not plan.relations.fits(tape):
+                continue
+            if plan.masks.fits(tape):
                 if number:
                     self.plans.insert(0, self.plans.pop(number))
                 return plan
+            others = True
+        self.other_masks += others
         return None
+
+    @property
+    def masked(self) -> bool:
+        """Whether the zeros of masks are left out of the next plan: not where these were others in several runs."""
+        return self.other_masks < _MASKS
 
     def add(self, plan: SparsePlan) -> None:
         """Keep a plan."""
@@ -157,9 +192,47 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
-            plan = make_plan(plan_sparse(tape, request, seeds=seeds))
+            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked))
         plans.add(plan)
     return plan.run(tape, seeds)
+
+
+@dataclass
+class KnownEntries:
+    """How many entries an expression has.
+
+    Attributes:
+        count: how many; None where they cannot be listed.
+        used: for the cache.
+    """
+
+    count: int | None
+    used: bool = False
+
+
+def entries_predicted(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
+    """How many entries the terms of an expression have; found out once per signature, nothing is run.
+
+    Args:
+        tape: the finished tape, or several that are joined.
+        request: what is asked.
+        seeds: the factors that an expression names.
+
+    Returns:
+        The number; None where entries cannot be listed.
+    """
+    key: Any = tape.signature(("entries", request, tuple([seed.dtype for seed in seeds])))
+    try:
+        known: Any = CACHE.get(key)
+    except TypeError:  # an unhashable static argument
+        key = known = None
+    if known is None:
+        with planning(tape):
+            known = KnownEntries(predicted_entries(tape, request, seeds))
+        if key is not None:
+            CACHE.put(key, known)
+    count: int | None = known.count
+    return count
 
 
 @contextmanager
@@ -186,14 +259,20 @@ def _execute_accounted(
     return plan.run(tape, seeds)
 
 
+def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
+    """What holds for indices or masks in the run that made a plan."""
+    program = planned.program
+    exact, computed = planned.workspace.guards(staged)
+    values = {known.slot: known.value for known in program._input_values.values()}
+    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items() if isinstance(number, int)]
+    runner = compile_program(program, computed) if computed else None
+    return Guard(pairs, runner, [plain(one.value).clone() for one in computed])
+
+
 def make_plan(planned: PlannedSparse) -> SparsePlan:
     """A plan without the tensors of the run that made it, but for its indices."""
     program, workspace = planned.program, planned.workspace
-    exact, computed = workspace.guards()
-    values = {staged.slot: staged.value for staged in program._input_values.values()}
-    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items() if isinstance(number, int)]
-    runner = compile_program(program, computed) if computed else None
-    expected = [plain(staged.value).clone() for staged in computed]
+    relations, masks = (_guard(planned, staged) for staged in (workspace.relations, workspace.masks))
     results = owned(program, list(planned.results.values()))
     freeze(program, workspace, [r for r in results if r is not None])
     bare: list[Staged | None] = [Staged(program, r.slot, None) for r in results if r is not None]  # type: ignore[arg-type]
@@ -202,7 +281,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     program.masks.clear()
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
-    return SparsePlan(pairs, runner, expected, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
+    return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
 
 
-__all__ = ["Layouts", "SparsePlan", "execute_sparse", "make_plan"]
+__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan"]

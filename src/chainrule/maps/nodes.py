@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from chainrule.maps.staging import Program, Staged
 
 #: An element read or written costs about as much as this many multiply-adds.
@@ -30,10 +32,14 @@ class Node:
             counts)``: ``that // stride % size``.
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
+        mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
+        zeros: which of its dimensions a constant mask stands over, outside of which it is zero, and what makes that on a
+            device; None where nothing is known.
+        slot: for a value of the tape, its slot.
         facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "merge", "sizes", "staged")
+    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "sizes", "slot", "staged", "zeros")
 
     def __init__(
         self,
@@ -55,6 +61,9 @@ class Node:
         self.label = label
         self.staged: Staged | None = None
         self.digit: tuple[Node, int, int, int] | None = None
+        self.mask = False
+        self.slot: int | None = None
+        self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
         self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
 
@@ -102,6 +111,12 @@ def leaf(
     """A node that needs no other node: a value of the tape, or a rule's formula over such values."""
     shape = tuple(sizes)
     return Node(shape, (), thunk, flops=flops, moved=math.prod(shape) if flops else 0, label=label, batch=batch)
+
+
+def masking(node: Node) -> Node:
+    """The node, noted as a mask."""
+    node.mask = True
+    return node
 
 
 def reshaped(node: Node, sizes: Iterable[int]) -> Node:

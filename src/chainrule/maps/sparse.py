@@ -8,8 +8,9 @@ two tables. What is left to compute in each run are the values of the entries.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,8 @@ from chainrule.maps.terms import Axis, Factor, OneHot, Term
 _MANY = 12
 #: From this many terms on, a dense block that they fill is made one.
 _SOME = 3
+#: A constant array with more than one in so many elements other than zero is a dense one, unless it is a mask.
+_DENSE = 4
 #: Never more terms than this at one vertex.
 _MOST = 64
 
@@ -47,21 +50,38 @@ class SparseWorkspace(Workspace):
     Attributes:
         program: where indices are computed now, and values later.
         widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
+        derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
+        zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
+        constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
+        masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
     """
 
     sparse = True
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, widened: frozenset[int] = frozenset(), program: Program | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        widened: frozenset[int] = frozenset(),
+        program: Program | None = None,
+        derived: frozenset[int] = frozenset(),
+        masked: bool = True,
     ) -> None:
         super().__init__(dtype, device)
         self.program = Program() if program is None else program
         self._given = len(self.program.instructions)
         self._fixed_known = False
         self.widened = widened
+        self.derived = derived
+        self.masked = masked
+        self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
+        self.constants: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
         self._leaves: list[Staged] = []
+        self._masks: list[Staged] = []
+        self._settled: set[int] = set()
+        self._settled_inputs = self._settled_scanned = 0
         self._fixed: set[int] = set()
         self._scanned = 0
 
@@ -87,8 +107,73 @@ class SparseWorkspace(Workspace):
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        return self.canonical(replace(term, onehots=tuple(kept)))
+        term = replace(term, onehots=tuple(kept))
+        if self.masked:
+            term = self._without_zeros(term)
+        return self.canonical(term)
 
+    def _without_zeros(self, term: Term) -> Term:
+        """The term with each mask, whose zeros are known, as a list of the places where it is not zero."""
+        outside = {axis for dim in term.out_dims for axis in dim}
+        for factor in term.factors:
+            if factor.node.zeros is not None:
+                dims, make = factor.node.zeros
+                places = torch.nonzero(make(self.device))
+                term = replace(term, onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
+            slot = factor.node.slot
+            if slot is not None and self.zeros is not None and slot in self.zeros:
+                places = torch.nonzero(self.zeros[slot](self.device).reshape(factor.node.sizes))
+                pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
+                if places.shape[0] < factor.node.numel and (pointwise or 2 * places.shape[0] <= factor.node.numel):
+                    term = replace(term, onehots=(*term.onehots, *self._listed(places, factor.axes)))
+            if not factor.node.mask:
+                continue
+            staged = factor.node.force(self.program)
+            if not self._is_settled(staged) or (value := unbatched(staged.value)) is None:
+                continue
+            places = torch.nonzero(value)
+            count, total = places.shape[0], value.numel()
+            if count == total:
+                continue
+            values = value[places.unbind(1)] if value.dim() else value.new_zeros(0)
+            ones = bool((values == 1).all())
+            # A few taps that much else runs over, as those of a kernel, or a sparse array; others are dense all the same.
+            if not ones and count * _DENSE > total and total * _DENSE > count_entries(term):
+                continue
+            self._masks.append(staged)
+            if count == 0:
+                return replace(term, scale=0.0)
+            listed = self._listed(places, factor.axes)
+            rest = tuple(f for f in term.factors if f is not factor)
+            if not ones:
+                constant = Node((count,), (), lambda program, found=values: program.constant(found), label="mask")
+                rest = (*rest, Factor(constant, listed[0].sources))
+            term = replace(term, factors=rest, onehots=(*term.onehots, *listed))
+        return term
+
+    def _listed(self, places: torch.Tensor, axes: Sequence[Axis]) -> list[OneHot]:
+        """Relations from a new axis, which counts the rows of ``places``, to what stands in its columns."""
+        counted = Axis(places.shape[0])
+        return [OneHot(self.index(column), (counted,), axis) for column, axis in zip(places.unbind(1), axes, strict=True)]
+
+    def _is_settled(self, staged: Staged) -> bool:
+        """Whether a value is made from index tensors, masks and constants alone, none of which follow from inputs."""
+        program = self.program
+        if not self._settled_scanned:
+            # What a recorded program has written to is left as it is.
+            self._settled_scanned = self._given if program.writes else 0
+        outside = self.derived | self.widened
+        for key, slot in itertools.islice(program.inputs.items(), self._settled_inputs, None):
+            known = isinstance(key, int) and key not in outside and slot in program.kinds
+            if known and (not program.kinds[slot][1].is_floating_point or key in self.constants):
+                self._settled.add(slot)
+        self._settled_inputs = len(program.inputs)
+        for instruction in program.instructions[self._settled_scanned :]:
+            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            if all(slot in self._settled or slot in program.constants for slot in read) and not instruction.keep:
+                self._settled.update(instruction.outputs)
+        self._settled_scanned = len(program.instructions)
+        return staged.slot in self._settled or staged.slot in program.constants
     def canonical(self, term: Term) -> Term:
         """The same term; equal relations share their index, and those that say nothing are gone."""
         if not term.onehots:
@@ -141,26 +226,31 @@ class SparseWorkspace(Workspace):
             solved = solve_affine(term, one, two, self.device)
             if solved is not None:
                 return solved
+        tied = _meeting(term, one, two)
         shared = tuple(axis for axis in one.sources if axis in two.sources)
-        left, right = (self._keys(h, shared) for h in (one, two))
+        left, right = (
+            self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
+        )
         first, second = join_equal(left, right)
         pairs = Axis(len(first))
-        onehots = [h for h in term.onehots if h is not one and h is not two]
+        gone = {id(h) for pair in tied for h in pair}
+        onehots = [h for h in term.onehots if id(h) not in gone]
         for h, chosen in ((one, first), (two, second)):
             stride = math.prod(a.size for a in h.sources)
             for axis in h.sources:
                 stride //= max(axis.size, 1)
                 if h is one or axis not in shared:
                     onehots.append(OneHot(self.index(chosen // max(stride, 1) % max(axis.size, 1)), (pairs,), axis))
-        targets = self.read(one.index).reshape(-1).index_select(0, first)
-        onehots.append(OneHot(self.index(targets), (pairs,), one.target))
+        for h, _ in tied:
+            targets = self._spread(h, one.sources).index_select(0, first)
+            onehots.append(OneHot(self.index(targets), (pairs,), h.target))
         if pairs.size == 0:
             return replace(term, onehots=tuple(onehots), scale=0.0)
         return replace(term, onehots=tuple(onehots))
 
     def push(self, term: Term) -> Term:
         """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
-        while term.onehots:
+        while term.onehots and term.scale != 0.0:
             step = self._push(term) or merge_taps(term, self)
             if step is None:
                 return term
@@ -168,24 +258,42 @@ class SparseWorkspace(Workspace):
         return term
 
     def _push(self, term: Term) -> Term | None:
-        relations: dict[Axis, OneHot] = {}
+        by_target: dict[Axis, list[OneHot]] = {}
         for onehot in term.onehots:
-            if (twin := relations.get(onehot.target)) is not None:
-                return self.coincide(term, twin, onehot)
-            relations[onehot.target] = onehot
-        # Relations whose sources are no targets themselves.
-        final = {axis: h for axis, h in relations.items() if not any(s in relations for s in h.sources)}
-        for axis, h in relations.items():
-            if axis not in final and all(s in final or s not in relations for s in h.sources):
+            by_target.setdefault(onehot.target, []).append(onehot)
+        relations = {axis: several[0] for axis, several in by_target.items() if len(several) == 1}
+        # Relations whose sources are no targets themselves: what others read of them is read at these sources.
+        final = {axis: h for axis, h in relations.items() if not any(s in by_target for s in h.sources)}
+        for h in term.onehots:
+            read = [s for s in h.sources if s in by_target]
+            if read and all(s in final for s in read):
                 return replace(term, onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+        if len(relations) < len(by_target):
+            # Among those at the ends of chains, those that meet in most sources come first: all of their targets meet at once.
+            twins = [several[:2] for several in by_target.values() if len(several) > 1]
+            ends = [pair for pair in twins if not any(s in by_target for h in pair for s in h.sources)]
+            one, two = max(ends or twins, key=lambda pair: min(h.index.numel for h in pair))
+            return self.coincide(term, one, two)
         outer = term.outer_axes()
         factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
         if not inner:
             return replace(term, factors=factors) if factors != term.factors else None
         for h in inner:
-            if self._concrete(h).partial:
-                factors = (*factors, mask_factor(h, self.dtype, self.memo))
+            if not self._concrete(h).partial:
+                continue
+            index = self.read(h.index)
+            if len(h.sources) == 1 and h.sources[0].size > 1:
+                # The places that lead somewhere are all that is left of the source.
+                left = torch.nonzero(index >= 0).squeeze(1)
+                kept = Axis(left.numel())
+                here = OneHot(self.index(left), (kept,), h.sources[0])
+                inside = OneHot(self.index(index.index_select(0, left)), (kept,), h.target)
+                others = tuple(o for o in term.onehots if o is not h)
+                if kept.size == 0:
+                    return replace(term, onehots=others, scale=0.0)
+                return replace(term, onehots=(*others, here, inside))
+            factors = (*factors, mask_factor(h, self.dtype, self.memo))
         kept = tuple(h for h in term.onehots if h.target in outer)
         sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
         return keep_count(replace(term, factors=factors, onehots=kept), sources)
@@ -257,15 +365,24 @@ class SparseWorkspace(Workspace):
             made = self.memo[key] = Node(sizes, (moved.node, node), compute, flops=numel, moved=2 * numel, label="gather")
         return Factor(made, (*rest, *grid))
 
-    def _keys(self, onehot: OneHot, shared: Sequence[Axis]) -> torch.Tensor:
-        """For each source: target and shared sources as one number, negative where there is no target."""
-        index = self.read(onehot.index).reshape(-1)
-        flat = torch.arange(index.numel(), device=index.device)
-        key = index
+    def _spread(self, onehot: OneHot, sources: Sequence[Axis]) -> torch.Tensor:
+        """A relation's index, flat over more sources."""
+        names = {axis: number for number, axis in enumerate(sources)}
+        return over_grid(onehot, self, names).expand([axis.size for axis in sources]).reshape(-1)
+
+    def _keys(self, sources: Sequence[Axis], relations: Sequence[OneHot], shared: Sequence[Axis]) -> torch.Tensor:
+        """For each source: all targets and the shared sources as one number, negative where there is no target."""
+        flat = torch.arange(math.prod(axis.size for axis in sources), device=self.device)
+        key = torch.zeros_like(flat)
+        missing = torch.zeros_like(flat, dtype=torch.bool)
+        for onehot in relations:
+            index = self._spread(onehot, sources)
+            key = key * onehot.target.size + index
+            missing |= index < 0
         for axis in shared:
-            after = math.prod(a.size for a in onehot.sources[onehot.sources.index(axis) + 1 :])
+            after = math.prod(a.size for a in sources[list(sources).index(axis) + 1 :])
             key = key * axis.size + flat // max(after, 1) % max(axis.size, 1)
-        return torch.where(index < 0, -1, key)
+        return torch.where(missing, -1, key)
 
     # What is the same in every run.
 
@@ -277,26 +394,42 @@ class SparseWorkspace(Workspace):
                 wanted.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
         return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
 
-    def guards(self) -> tuple[dict[object, int], list[Staged]]:
-        """What the relations were computed from: inputs of an integer dtype by key, and indices that read other inputs."""
+    def guards(self, staged: Sequence[Staged]) -> tuple[dict[object, int], list[Staged]]:
+        """What indices were computed from: inputs of an integer dtype by key, and those indices that read other inputs."""
         exact: dict[object, int] = {}
         computed: list[Staged] = []
-        inputs, _ = self._sources(self._leaves)
+        inputs, _ = self._sources(staged)
+        if staged is self._masks:
+            return dict(inputs), []
         if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
             return dict(inputs), []
-        for staged in self._leaves:
-            own, _ = self._sources([staged])
+        for index in staged:
+            own, _ = self._sources([index])
             if any(self.program.kinds[slot][1].is_floating_point for slot in own.values()):
-                computed.append(staged)
+                computed.append(index)
             else:
                 exact.update(own)
         return exact, computed
+
+    def exact(self) -> dict[object, int]:
+        """The inputs that are the same in every run with these indices and masks."""
+        return self.guards(self._leaves)[0] | self.guards(self._masks)[0]
+
+    @property
+    def relations(self) -> list[Staged]:
+        """The indices that the pattern was made from."""
+        return self._leaves
+
+    @property
+    def masks(self) -> list[Staged]:
+        """The masks whose zeros were left out."""
+        return self._masks
 
     def is_fixed(self, staged: Staged) -> bool:
         """Whether a value is the same in every run with these indices."""
         if not self._fixed_known:
             self._fixed_known = True
-            self._fixed.update(self.guards()[0].values())
+            self._fixed.update(self.exact().values())
             # What a recorded program has written to is left as it is.
             self._scanned = self._given if self.program.writes else 0
         for instruction in self.program.instructions[self._scanned :]:
@@ -331,20 +464,28 @@ class SparseWorkspace(Workspace):
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
 
 
+def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor as it is outside of a vmap; None if it differs between the samples."""
+    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
+        if tensor.batched:
+            return None
+        tensor = tensor.inner  # type: ignore[attr-defined]
+    return tensor
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is outside of a vmap.
 
     Raises:
         RuntimeError: if it differs between the samples.
     """
-    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
-        if tensor.batched:
-            raise RuntimeError(
-                "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
-                "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
-            )
-        tensor = tensor.inner  # type: ignore[attr-defined]
-    return tensor
+    found = unbatched(tensor)
+    if found is None:
+        raise RuntimeError(
+            "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
+            "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
+        )
+    return found
 
 
 def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -361,6 +502,22 @@ def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
     return start, step
 
 
+def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]]:
+    """All pairs of relations of one target between the sources of two relations: they meet where all of these targets agree."""
+    by_target: dict[Axis, list[OneHot]] = {}
+    for onehot in term.onehots:
+        by_target.setdefault(onehot.target, []).append(onehot)
+    left, right = set(one.sources), set(two.sources)
+    tied = [(one, two)]
+    for target, several in by_target.items():
+        if target is one.target or len(several) < 2:
+            continue
+        fits = ((a, b) for a in several for b in several if a is not b and left.issuperset(a.sources) and right.issuperset(b.sources))
+        if (found := next(fits, None)) is not None:
+            tied.append(found)
+    return tied
+
+
 def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
     order = torch.argsort(right, stable=True)
@@ -373,4 +530,4 @@ def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, t
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["SparseWorkspace", "join_equal", "plain"]
+__all__ = ["SparseWorkspace", "join_equal", "plain", "unbatched"]

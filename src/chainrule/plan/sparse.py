@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
+from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.sparse import SparseWorkspace, plain
 from chainrule.maps.staging import Program, Staged, refs
 from chainrule.maps.terms import identity
@@ -28,6 +30,7 @@ from chainrule.plan.patterns import (
     triangle_of,
 )
 from chainrule.plan.planner import make_workspace
+from chainrule.rules.zeros import static_zeros
 
 #: With more entries than this the second order is not tried: it would take longer than it could save.
 _LARGE = 1 << 22
@@ -99,15 +102,24 @@ class PlannedSparse:
 
 
 def sparse_workspace(
-    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None
+    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None, masked: bool = True
 ) -> SparseWorkspace:
     """A workspace for maps between these slots."""
     plainly = make_workspace(tape, slots)
-    return SparseWorkspace(plainly.dtype, plainly.device, widened, program)
+    workspace = SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked)
+    if masked and not torch._C._len_torch_dispatch_stack():
+        workspace.constants = frozenset(
+            slot for slot, value in enumerate(tape.values)
+            if value.__class__ is torch.Tensor and value.layout is torch.strided and not value.requires_grad
+            and not tape.active[slot] and slot not in tape.derived
+        )  # fmt: skip
+    return workspace
 
 
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
     """The graph of local Jacobians, each a sum of terms with concrete relations."""
+    if workspace.zeros is None:
+        workspace.zeros = static_zeros(tape.records, tape.values)
     graph = build_graph(tape, inputs, outputs, workspace)
     known: dict[int, LinearMap] = {}
     for edges in (graph.into, graph.out_of):
@@ -125,11 +137,15 @@ def _refuse_complex(tape: Any, graph: Graph) -> None:
     Raises:
         RuntimeError: if there are complex values between inputs and outputs.
     """
-    if any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of)):
+    if _has_complex(tape, graph):
         raise RuntimeError(
             "chainrule: complex values between the inputs and the outputs: sparse layouts work on real ones only. Use "
             "layout='dense'"
         )
+
+
+def _has_complex(tape: Any, graph: Graph) -> bool:
+    return any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of))
 
 
 def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
@@ -141,7 +157,8 @@ def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
         shape = local.out_shape
         seed = LinearMap(shape, shape, (identity(shape),))
         terms.extend(compose(seed, replace(local, terms=(), operators=(operator,)), workspace, eager=True).terms)
-    return LinearMap(local.out_shape, local.in_shape, tuple(workspace.from_tape(term) for term in terms))
+    kept = (workspace.from_tape(term) for term in terms)
+    return LinearMap(local.out_shape, local.in_shape, tuple(term for term in kept if term.scale != 0.0))
 
 
 def find_patterns(tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset()) -> dict[Key, Pattern]:
@@ -172,7 +189,12 @@ def _accumulated(
 
 
 def plan_sparse(
-    tape: Any, request: SparseRequest | SparseExpression, program: Program | None = None, seeds: Sequence[torch.Tensor] = ()
+    tape: Any,
+    request: SparseRequest | SparseExpression,
+    program: Program | None = None,
+    seeds: Sequence[torch.Tensor] = (),
+    *,
+    masked: bool = True,
 ) -> PlannedSparse:
     """Plan sparse maps on a finished tape (or several that are joined) and compute them once.
 
@@ -181,15 +203,17 @@ def plan_sparse(
         request: what is asked.
         program: a program that made some of the tape's values, which the plan continues.
         seeds: the factors that an expression names.
+        masked: whether the zeros of masks are left out of the pattern (see :class:`~chainrule.maps.sparse.SparseWorkspace`).
     """
     if isinstance(request, SparseExpression):
         if isinstance(request.expression, Jacobian):
-            planned = _renamed(plan_sparse(tape, _as_request(request, request.expression)), request.expression)
+            planned = plan_sparse(tape, _as_request(request, request.expression), masked=masked)
+            planned = _renamed(planned, request.expression)
         else:
-            planned = _plan_expression(tape, request, seeds)
+            planned = _plan_expression(tape, request, seeds, masked)
         return planned if request.sizes is None else _joined(planned, request.sizes)
     inputs, outputs = _slots(request)
-    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program)
+    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked)
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
 
@@ -293,8 +317,10 @@ def _renamed(planned: PlannedSparse, jacobian: Jacobian) -> PlannedSparse:
     )  # fmt: skip
 
 
-def _plan_expression(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> PlannedSparse:
-    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
+def _plan_expression(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], masked: bool
+) -> PlannedSparse:
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), masked=masked)
     whole = Graph()
     graphs = {jacobian: structured_graph(tape, *_slots(jacobian), workspace) for jacobian in jacobians(request.expression)}
     for graph in graphs.values():
@@ -309,6 +335,24 @@ def _plan_expression(tape: Any, request: SparseExpression, seeds: Sequence[torch
     if request.symmetric:
         candidates.append(_one_triangle(candidates, lambda key: key, workspace))
     return _settled(candidates, whole, workspace, lambda key: workspace.dtype)
+
+
+def predicted_entries(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
+    """How many entries the terms of an expression have, those of several terms at one place counted each.
+
+    Nothing but indices is computed. None where the entries cannot be listed: there are complex values in between.
+    """
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
+    made: dict[Jacobian, dict[Key, LinearMap]] = {}
+    for jacobian in jacobians(request.expression):
+        graph = structured_graph(tape, *_slots(jacobian), workspace)
+        if _has_complex(tape, graph):
+            return None
+        made[jacobian] = _accumulated(tape, graph, *_slots(jacobian), "reverse", workspace)
+    blocks = Builder(made, seeds, workspace).blocks(request.expression)
+    count = sum(count_entries(settle(term, workspace)) for local in blocks.values() for term in local.terms)
+    workspace.memo.clear()
+    return count
 
 
 def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> PlannedSparse:
@@ -326,7 +370,7 @@ def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:
     """Keep what is the same in every run with these indices as constants of the program."""
-    exact, _ = workspace.guards()
+    exact = workspace.exact()
     values: dict[int, Any] = {}
     for staged in (*program._known.values(), *program._input_values.values()):
         for item in staged if isinstance(staged, tuple) else (staged,):
@@ -350,5 +394,5 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
 
 __all__ = [
     "PlannedSparse", "SparseExpression", "SparseRequest", "find_patterns", "freeze", "plan_sparse",
-    "structured_graph",
+    "predicted_entries", "structured_graph",
 ]  # fmt: skip

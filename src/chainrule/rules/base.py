@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, Operator
-from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.nodes import Node, leaf, masking
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_axes
 
@@ -168,7 +168,8 @@ def value_node(call: Call, item: Any, sizes: Iterable[int] | None = None) -> Nod
             value = call.stage(program, item)
             return value if wanted == shape else torch.reshape(value, wanted)
 
-        node = call.workspace.memo[key] = leaf(wanted, stage, label="value", batch=batch_of(call.tensor(item)))
+        node = call.workspace.memo[key] = masking(leaf(wanted, stage, label="value", batch=batch_of(call.tensor(item))))
+        node.slot = item.index
     return node
 
 

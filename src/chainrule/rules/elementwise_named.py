@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Factor, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single
@@ -66,6 +68,9 @@ class Static:
 
 Derivative = float | Over | Static | Callable[[Arguments], Any]
 
+#: The op by which a product with a mask of numbers is computed: it lets pass what the mask keeps.
+_SELECTS = torch.ops.aten.threshold_backward.default
+
 
 def elementwise(**derivatives: Derivative) -> Rule:
     """An element-wise op, its operands broadcast against each other.
@@ -98,6 +103,7 @@ def _term(call: Call, item: Any, derivative: Derivative) -> Term:
         return _over(call, shape, derivative)
     function = derivative
     node = formula_node(call, call.out_shape, lambda program: function(Arguments(call, program)))
+    node.mask = call.op is _SELECTS
     return diagonal_term(shape, axes, [Factor(node, axes)])
 
 
@@ -115,7 +121,9 @@ def _over(call: Call, shape: tuple[int, ...], derivative: Over) -> Term:
         result = result.reshape(sizes) if hasattr(result, "shape") and tuple(result.shape) != sizes else result
         return result.to(call.workspace.dtype) if result.dtype != call.workspace.dtype else result
 
-    return diagonal_term(shape, axes, [Factor(formula_node(call, sizes, formula), own)])
+    node = formula_node(call, sizes, formula)
+    node.mask = True
+    return diagonal_term(shape, axes, [Factor(node, own)])
 
 
 def loss(**derivatives: Callable[[Arguments], Any]) -> Rule:

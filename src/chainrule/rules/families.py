@@ -21,6 +21,7 @@ from chainrule.rules.base import (
     single,
     value_node,
 )
+from chainrule.rules.sparse_operands import operand_network
 
 
 class Other:
@@ -174,14 +175,14 @@ def contraction_edges(call: Call, equation: str, operands: Sequence[Any], scale:
         if not call.is_active(item):
             continue
         axes = {name: Axis(size) for name, size in sizes.items()}
-        factors = tuple(
-            Factor(value_node(call, other), tuple(axes[name] for name in letters[k]))
-            for k, other in enumerate(operands)
-            if k != number
-        )
+        others = [
+            operand_network(call, other, [axes[name] for name in letters[k]]) for k, other in enumerate(operands) if k != number
+        ]
+        factors = tuple(factor for own, _ in others for factor in own)
+        relations = tuple(relation for _, own in others for relation in own)
         out_dims = tuple((axes[name],) for name in output)
         in_dims = tuple((axes[name],) for name in letters[number])
-        yield single(call, item, [Term(out_dims, in_dims, factors, (), scale)])
+        yield single(call, item, [Term(out_dims, in_dims, factors, relations, scale)])
 
 
 def reduction_dims(call: Call, name: str = "dim") -> tuple[int, ...]:

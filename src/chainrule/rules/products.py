@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
-from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, single, value_node
+from chainrule.maps.terms import Axis, Term, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, single
 from chainrule.rules.families import contraction, contraction_edges
+from chainrule.rules.opaque import opaque_edges
+from chainrule.rules.sparse_operands import operand_network
 
 aten = torch.ops.aten
 
@@ -25,6 +27,15 @@ def _added(equation: str) -> Rule:
         yield from contraction_edges(call, equation, call.args[1:3], float(call.argument("alpha")))
 
     return Rule("contraction", linearize)
+
+
+_ADDMM = _added("ik,kj->ij")
+
+
+def _sparse_addmm(call: Call) -> Iterable[Edge]:
+    """The same with a sparse first factor; a derivative with respect to that one is torch's own."""
+    differentiated = any(call.is_active(item) and call.tensor(item).layout is not torch.strided for item in call.args[:3])
+    yield from opaque_edges(call) if differentiated else _ADDMM.linearize(call)
 
 
 def _linear(call: Call) -> Iterable[Edge]:
@@ -69,8 +80,8 @@ def _matmul(call: Call) -> Iterable[Edge]:
         right_dims = (*broadcast_axes(right[:-2], batch), (inner,), *column)
         mine, others = (left_dims, right_dims) if is_first else (right_dims, left_dims)
         axes = tuple(axis for dim in others for axis in dim)
-        factor = Factor(value_node(call, other, (axis.size for axis in axes)), axes)
-        yield single(call, item, [Term((*dims_of(batch), *row, *column), mine, (factor,))])
+        factors, relations = operand_network(call, other, axes)
+        yield single(call, item, [Term((*dims_of(batch), *row, *column), mine, factors, relations)])
 
 
 def _einsum_letters(equation: str) -> tuple[list[str], str]:
@@ -117,7 +128,8 @@ RULES: dict[Any, Rule] = {
     aten.mv.default: contraction("ik,k->i", (0, 1)),
     aten.dot.default: contraction("k,k->", (0, 1)),
     aten.vdot.default: contraction("k,k->", (0, 1)),
-    aten.addmm.default: _added("ik,kj->ij"),
+    aten.addmm.default: _ADDMM,
+    aten._sparse_addmm.default: Rule("contraction", _sparse_addmm),
     aten.addmv.default: _added("ik,k->i"),
     aten.addr.default: _added("i,j->ij"),
     aten.baddbmm.default: _added("bik,bkj->bij"),

@@ -86,6 +86,8 @@ def _lines(entries: Callable[[Any, Any, int, int], Any]) -> Rule:
             return entries(call.stage(program, item), call.stage_output(program), dim, shape[dim])
 
         node = formula_node(call, (axis.size for axis in all_axes), formula)
+        size = shape[dim]
+        node.zeros = (dim, dim + 1), lambda device: torch.ones((size, size), dtype=torch.bool, device=device).tril()
         yield single(call, item, [Term(dims_of(axes), dims_of(in_axes), (Factor(node, all_axes),))])
 
     return Rule("scan", linearize)

@@ -1,4 +1,4 @@
-"""``scatter_reduce``: sums, means and products of what is scattered to one place."""
+"""``scatter_reduce``: sums, means, products and extrema of what is scattered to one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from chainrule.rules.selections import place_mask, scattered, self_edge
 
 aten = torch.ops.aten
 
-Formula = Callable[[Program], Staged]
 
 
 class _Groups:
@@ -44,6 +43,13 @@ class _Groups:
         count = self.added(torch.ones_like(self.own), torch.ones_like(self.source))
         return torch.reciprocal(torch.clamp_min(count, 1.0))
 
+    def extremal(self, of_source: bool) -> Staged:
+        """For each element of the source (or of the tensor itself), its share in the extremum of its place: ties share it."""
+        own = (self.own == self.result).to(self.result.dtype)
+        source = (self.source == self.gathered(self.result)).to(self.result.dtype)
+        share = torch.reciprocal(torch.clamp_min(self.added(own, source), 1.0))
+        return source * self.gathered(share) if of_source else own * share
+
     def others(self, value: Staged, of_source: bool) -> Staged:
         """The product of all other elements at the place of each element of ``value`` (the source, or the tensor itself).
 
@@ -64,15 +70,26 @@ class _Groups:
         return torch.where(value == 0, torch.where(zeros > 1, several, rest), at(self.result) / one_for_zero(value))
 
 
+Formula = Callable[[_Groups], Staged]
+
+
 def _scatter_reduce(call: Call) -> Iterable[Edge]:
     own, index, source = call.args[0], call.argument("index"), call.argument("src")
     reduce, shape = call.argument("reduce"), call.shape(index)
-    plain = reduce == "sum" or (reduce in ("mean", "prod") and call.shape(source) == shape)
+    plain = reduce == "sum" or call.shape(source) == shape
     if not plain or not shape or 0 in shape:
         yield from opaque_edges(call)
         return
 
-    def weights(axes: tuple[Axis, ...], sizes: tuple[int, ...], formula: Callable[[_Groups], Staged]) -> Factor:
+    extremal: tuple[Formula, Formula] = (lambda g: g.extremal(False)), (lambda g: g.extremal(True))
+    formulas: dict[str, tuple[Formula, Formula]] = {
+        "mean": (_Groups.shares, lambda g: g.gathered(g.shares())),
+        "prod": ((lambda g: g.others(g.own, False)), lambda g: g.others(g.source, True)),
+        "amax": extremal,
+        "amin": extremal,
+    }
+
+    def weights(axes: tuple[Axis, ...], sizes: tuple[int, ...], formula: Formula) -> Factor:
         return Factor(formula_node(call, sizes, lambda program: formula(_Groups(call, program))), axes)
 
     def own_factors(axes: Any) -> list[Factor]:
@@ -80,17 +97,15 @@ def _scatter_reduce(call: Call) -> Iterable[Edge]:
             return [place_mask(call, axes)]
         if reduce == "sum":
             return []
-        formula = _Groups.shares if reduce == "mean" else lambda g: g.others(g.own, False)
+        formula = formulas[reduce][0]
         return [weights(tuple(axes), call.shape(own), formula)]
 
     yield from self_edge(call, own_factors)
     if call.is_active(source):
         term: Term = scattered(call, source)
         axes = tuple(axis for dim in term.in_dims for axis in dim)
-        if reduce == "mean":
-            term = replace(term, factors=(weights(axes, shape, lambda g: g.gathered(g.shares())),))
-        elif reduce == "prod":
-            term = replace(term, factors=(weights(axes, shape, lambda g: g.others(g.source, True)),))
+        if reduce != "sum":
+            term = replace(term, factors=(weights(axes, shape, formulas[reduce][1]),))
         yield single(call, source, [term])
 
 

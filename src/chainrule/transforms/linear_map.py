@@ -12,6 +12,7 @@ from chainrule.execute.engine import execute, peak_elements
 from chainrule.execute.sparse import execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.sparse import SparseExpression
+from chainrule.transforms.map_entries import diagonal_of_entries, prefers_entries, squares_of_entries
 from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.map_reading import entries, matrix, pieces
 from chainrule.transforms.map_structure import Structure, structure_of
@@ -382,7 +383,7 @@ class LinearMap(ABC):
             tensor([2., 4.])
         """
         self._need_square("diagonal")
-        found = self.read("diagonal")
+        found = diagonal_of_entries(self) if prefers_entries(self, "diagonal") else self.read("diagonal")
         leaves = []
         for number in range(len(self.in_space.shapes)):
             dtype = self.block_dtype(number, number)
@@ -402,6 +403,9 @@ class LinearMap(ABC):
             tensor(6.)
         """
         self._need_square("trace")
+        if prefers_entries(self, "trace"):
+            parts = [part.sum() for part in diagonal_of_entries(self).values()]
+            return self._scalar(sum(parts[1:], parts[0]) if parts else None)
         return self._scalar(self.read("trace").get("trace"))
 
     def _scalar(self, value: torch.Tensor | None) -> torch.Tensor:
@@ -412,8 +416,8 @@ class LinearMap(ABC):
     def norm(self) -> torch.Tensor:
         """The Frobenius norm, of shape ``()``; exact.
 
-        The sum of squares is one contraction of the factors with themselves. Where even the cheapest order of it holds more
-        than 64 MiB, the sum is taken over blocks of rows.
+        The sum of squares is one contraction of the factors with themselves, or is taken over the non-zeros where these are
+        fewer than what that holds. Where even the cheapest order holds more than 64 MiB, it is taken over blocks of rows.
 
         Example:
             >>> import torch, chainrule
@@ -422,6 +426,8 @@ class LinearMap(ABC):
         """
         m, n = self.shape
         size = self.dtype.itemsize
+        if prefers_entries(self, "squares"):
+            return self._scalar(squares_of_entries(self)).sqrt()
         if m * n * size > _BLOCK_BYTES and (peak := peak_elements(*self._request("squares")) * size) > _BLOCK_BYTES:
             count = max(1, min(m, m * _BLOCK_BYTES // peak))
             total = self._scalar(None)
@@ -565,7 +571,7 @@ class ComposedMap(LinearMap):
         return self._right._pull(self._left._pull(leaves, columns), columns)
 
 
-for _method in ("_applied", "norm", "read", "sparse", "structure"):
+for _method in ("_applied", "diagonal", "norm", "read", "sparse", "structure", "trace"):
     hide_from_dynamo(getattr(LinearMap, _method))
 
 __all__ = ["AddedMap", "ComposedMap", "Frame", "LinearMap", "ScaledMap", "TransposedMap"]

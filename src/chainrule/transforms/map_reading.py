@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from chainrule.transforms.map_entries import prefers_entries, single_entries
 from chainrule.transforms.spaces import Parts, Positions, Space
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def entries(linear_map: LinearMap, rows: Positions, columns: Positions, name: st
             )
             halves.append(Parts(tuple(pair[side] for pair in pairs), local, None))
         order = torch.cat(places).argsort() if places else torch.zeros(0, dtype=torch.int64)
-    found = linear_map.read("entries", *halves) if pairs else {}
+    listed = bool(pairs) and prefers_entries(linear_map, "entries", *halves)
+    found = single_entries(linear_map, *halves) if listed else linear_map.read("entries", *halves) if pairs else {}
     device, dtype = linear_map.out_space.devices[0], linear_map.dtype
     parts = [
         torch.zeros(len(place), dtype=dtype, device=device) if (part := found.get(n)) is None else part.to(dtype)

@@ -130,7 +130,7 @@ def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:
     by_levels = plans.by_levels or current_ledger() is not None
     plan = None if by_levels else plans.find(tape)
     if plan is None and not by_levels:
-        plan = _plan_curvature(traced, slot, triangular)
+        plan = _plan_curvature(traced, slot, triangular, plans.masked)
         if plan is None:
             plans.by_levels = True
         else:
@@ -168,7 +168,7 @@ def is_symmetric(tape: Tape) -> bool:
     return not tape.saw_blocked and not any(isinstance(record.op, FunctionOp) for record in tape.records)
 
 
-def _plan_curvature(traced: Traced, slot: int, triangular: str | None) -> SparsePlan | None:
+def _plan_curvature(traced: Traced, slot: int, triangular: str | None, masked: bool) -> SparsePlan | None:
     """One program for gradient and Hessian; None where the gradient cannot be written down as one."""
     tape, sources = traced.tape, tuple(traced.in_slots)
     values = list(tape.values)
@@ -196,7 +196,7 @@ def _plan_curvature(traced: Traced, slot: int, triangular: str | None) -> Sparse
     if not recorder.pure:
         return None
     with planning(tape):
-        plan = make_plan(plan_sparse(tape, request, program))
+        plan = make_plan(plan_sparse(tape, request, program, masked=masked))
     plan.layouts = {(names[o], sources.index(i)): layout for (o, i), layout in plan.layouts.items()}
     plan.values.keys = list(plan.layouts)
     return plan

@@ -1,0 +1,155 @@
+"""Diagonals, traces and norms of linear maps from their non-zeros, where a contraction would make a matrix on the way.
+
+A contraction meets a scatter into the nodes of a graph by making it dense. The entries of the same map are few, and what is
+asked for is a sum over them: over those on the diagonal, over pairs that meet there, or over the squares of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from chainrule.batching.mode import VmapMode
+from chainrule.execute.engine import peak_elements
+from chainrule.execute.sparse import entries_predicted, execute_sparse
+from chainrule.plan.algebra import Added, Composed, Expression, Scaled, Transposed
+from chainrule.plan.patterns import Pattern
+from chainrule.plan.sparse import SparseExpression
+from chainrule.transforms.spaces import Parts
+
+if TYPE_CHECKING:
+    from chainrule.transforms.linear_map import LinearMap
+
+#: A map that takes no more bytes than this when it is dense is contracted without more ado.
+_SMALL = 1 << 20
+
+#: A contraction that holds up to this many numbers for each row and column is as good as linear.
+_LINEAR = 32
+
+#: An entry is moved and its place read a few times over.
+_ENTRY = 4
+
+
+def prefers_entries(linear_map: LinearMap, kind: str, *parts: Parts) -> bool:
+    """Whether the entries of a map are fewer than what the contraction of a request holds; found out once per signature."""
+    m, n = linear_map.shape
+    if m * n * linear_map.dtype.itemsize <= _SMALL or _under_vmap():
+        return False
+    tape, request, seeds = linear_map._request(kind, *parts)
+    peak = peak_elements(tape, request, seeds)
+    if peak <= _LINEAR * (m + n):
+        return False
+    read = list(_read(request.expression)) if kind in ("diagonal", "trace") else [request.expression]
+    total = 0
+    for expression in read:
+        count = entries_predicted(tape, SparseExpression(expression), seeds)
+        if count is None:
+            return False
+        total += count
+    return _ENTRY * total < peak
+
+
+def _under_vmap() -> bool:
+    """Whether a vmap is around: the samples need not have one pattern."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(isinstance(mode, VmapMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def _read(expression: Expression) -> Sequence[Expression]:
+    """The expressions whose entries the diagonal of another one is made from."""
+    if isinstance(expression, (Transposed, Scaled)):
+        return _read(expression.of)
+    if isinstance(expression, Added):
+        return [found for part in expression.parts for found in _read(part)]
+    return [expression.left, expression.right] if isinstance(expression, Composed) else [expression]
+
+
+def squares_of_entries(linear_map: LinearMap) -> torch.Tensor | None:
+    """The sum of the squares of all entries; None for a map of zeros."""
+    tape, request, seeds = linear_map._request("squares")
+    found = execute_sparse(tape, SparseExpression(request.expression), seeds)
+    total: torch.Tensor | None = None
+    for values, _ in found.values():
+        part = values.square().sum()
+        total = part if total is None else total + part
+    return total
+
+
+def diagonal_of_entries(linear_map: LinearMap) -> dict[int, torch.Tensor]:
+    """By the number of the leaf, the diagonal of the block of an output and the input of the same number; zeros are left out."""
+    tape, request, seeds = linear_map._request("diagonal")
+    flat = _diagonal(tape, request.expression, seeds)
+    return {number: value.reshape(linear_map.in_space.shapes[number]) for number, value in flat.items()}
+
+
+def single_entries(linear_map: LinearMap, rows: Parts, columns: Parts) -> dict[int, torch.Tensor]:
+    """Single entries of blocks: the rows and the columns of each pair of leaves are read side by side.
+
+    Returns:
+        By the number of the pair, the entries; those of blocks of zeros are left out.
+    """
+    tape, request, seeds = linear_map._request("squares")
+    found = execute_sparse(tape, SparseExpression(request.expression), seeds)
+    read: dict[int, torch.Tensor] = {}
+    for number, (o, i) in enumerate(zip(rows.leaves, columns.leaves, strict=True)):
+        row, column = rows.local[number], columns.local[number]
+        if (known := found.get((o, i))) is None or row is None or column is None:
+            continue
+        keys = known[1].pattern.keys
+        wanted = row * known[1].pattern.columns + column
+        places = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
+        there = keys.index_select(0, places) == wanted
+        read[number] = torch.where(there, known[0].index_select(0, places), 0.0)
+    return read
+
+
+def _diagonal(tape: Any, expression: Expression, seeds: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    if isinstance(expression, Transposed):
+        return _diagonal(tape, expression.of, seeds)
+    if isinstance(expression, Scaled):
+        found = _diagonal(tape, expression.of, seeds)
+        factor = expression.number if expression.seed is None else seeds[expression.seed] * expression.number
+        return {number: value * factor for number, value in found.items()}
+    sums: dict[int, torch.Tensor] = {}
+    if isinstance(expression, Added):
+        for part in expression.parts:
+            for number, value in _diagonal(tape, part, seeds).items():
+                sums[number] = sums[number] + value if number in sums else value
+        return sums
+    if isinstance(expression, Composed):
+        right = execute_sparse(tape, SparseExpression(expression.right), seeds)
+        for (o, middle), (values, layout) in execute_sparse(tape, SparseExpression(expression.left), seeds).items():
+            if (other := right.get((middle, o))) is not None:
+                found_here = _met(values, layout.pattern, other[0], other[1].pattern)
+                sums[o] = sums[o] + found_here if o in sums else found_here
+        return sums
+    for (o, i), (values, layout) in execute_sparse(tape, SparseExpression(expression), seeds).items():
+        if o == i:
+            rows, columns = layout.pattern.places()
+            chosen = torch.nonzero(rows == columns).squeeze(1)
+            sums[o] = _added(rows.index_select(0, chosen), values.index_select(0, chosen), layout.pattern.rows)
+    return sums
+
+
+def _met(one: torch.Tensor, left: Pattern, two: torch.Tensor, right: Pattern) -> torch.Tensor:
+    """The diagonal of the product of two blocks: for each row of the left one, the products with the column of the right one."""
+    rows, _ = left.places()
+    middle, columns = right.places()
+    turned = columns * right.rows + middle
+    order = torch.argsort(turned)
+    turned = turned.index_select(0, order)
+    places = torch.searchsorted(turned, left.keys).clamp(max=max(turned.numel() - 1, 0))
+    chosen = torch.nonzero(turned.index_select(0, places) == left.keys).squeeze(1)
+    partners = order.index_select(0, places.index_select(0, chosen))
+    return _added(rows.index_select(0, chosen), one.index_select(0, chosen) * two.index_select(0, partners), left.rows)
+
+
+def _added(places: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, places, values)
+
+
+__all__ = ["diagonal_of_entries", "prefers_entries", "single_entries", "squares_of_entries"]
