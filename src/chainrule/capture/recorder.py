@@ -10,6 +10,7 @@ import torch
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+from chainrule.calls import is_number_constant
 from chainrule.dispatch import LightMode
 from chainrule.maps.staging import Program, Staged
 
@@ -336,6 +337,8 @@ class WholeRecorder(Recorder):
 
     def _input(self, program: Program, tensor: torch.Tensor) -> Staged:
         number = self._numbers.get(id(tensor))
+        if number is None and is_number_constant(tensor):
+            return program.constant(tensor)
         if number is None and tensor.layout is torch.strided and tensor.numel() and _address(tensor) in self._memory:
             self.refuse(
                 "the values of a computed tensor were taken to another one in a way that torch does not show "

@@ -26,7 +26,7 @@ from chainrule.transforms.arguments import function_name, structure_key, tree_fl
 
 aten = torch.ops.aten
 
-__all__ = ["BACKENDS", "CacheInfo", "CompileError", "compile"]
+__all__ = ["BACKENDS", "CacheInfo", "CompileError", "Graph", "compile", "modes"]
 
 BACKENDS = ("replay", "inductor", "cudagraphs")
 
@@ -60,7 +60,7 @@ class CacheInfo(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Graph:
+class Graph:
     """The graph of a signature, and what it depends on beside it."""
 
     run: Run | None
@@ -83,6 +83,9 @@ class _Graph:
         self.grads = [(t, t.grad) for t in found if t.is_leaf and t.grad is not None and id(t.grad) in used]
 
     def holds(self) -> bool:
+        """Whether what the graph depends on, beside the arguments, is as it was."""
+        if not self.kinds:
+            return self.surroundings.hold()
         return (
             self.surroundings.hold()
             and [_kind(t) for t in (*self.closed, *self.seen)] == self.kinds
@@ -90,9 +93,19 @@ class _Graph:
         )
 
 
+    def replay(self, tensors: list[torch.Tensor]) -> Any:
+        """The results for the tensors among the arguments, in order, of a graph that holds and can be run."""
+        found = self.run(tensors + self.closed)  # type: ignore[misc]
+        if self.statics:
+            found = list(found)
+            for position, value in self.statics:
+                found.insert(position, value)
+        return tree_unflatten(found, self.spec)  # type: ignore[arg-type]
+
+
 @dataclass(slots=True)
 class _Signature:
-    graphs: list[_Graph] = field(default_factory=list)
+    graphs: list[Graph] = field(default_factory=list)
     recordings: int = 0
 
 
@@ -152,6 +165,7 @@ def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callabl
     wrapper.cache_clear = compiled.cache_clear  # type: ignore[attr-defined]
     wrapper.graph = compiled.graph  # type: ignore[attr-defined]
     wrapper.source = compiled.source  # type: ignore[attr-defined]
+    wrapper._held = compiled.held  # type: ignore[attr-defined]
     return hide_from_dynamo(wrapper)
 
 
@@ -185,23 +199,16 @@ class _Compiled:
                     return self._run(graph, leaves, args, kwargs)
         return self._first(key, leaves, args, kwargs)
 
-    def _run(self, graph: _Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, graph: Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if graph.run is None:
             self._eager += 1
             return self.function(*args, **kwargs)
         self._hits += 1
         values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        values += graph.closed
         if any(map(torch.is_autocast_enabled, _AUTOCAST)):
             with _no_casts():
-                found = graph.run(values)
-        else:
-            found = graph.run(values)
-        if graph.statics:
-            found = list(found)
-            for position, value in graph.statics:
-                found.insert(position, value)
-        return tree_unflatten(found, graph.spec)  # type: ignore[arg-type]
+                return graph.replay(values)
+        return graph.replay(values)
 
     def _first(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -232,7 +239,7 @@ class _Compiled:
             del signature.graphs[_GRAPHS:]
             return result
 
-    def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, _Graph]:
+    def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Graph]:
         """Run the function and make a graph of the run."""
         surroundings = Surroundings([self.function, *(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))])
         generators = surroundings.generators
@@ -254,7 +261,7 @@ class _Compiled:
         mine = [own.get(id(leaf), leaf.clone() if id(leaf) in constants else leaf) for leaf in out_leaves]
         result = tree_unflatten(mine, spec)
         if reason:
-            return result, _Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
+            return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
         flat = Flat(program, [s for s in staged if s is not None], len(given) + len(closed), len(given))
         if joined:
             flat.detach(*_in_graph(recorder))
@@ -268,7 +275,7 @@ class _Compiled:
             run = flat.cudagraph(values, joined=joined)
         else:
             run = flat.replay()
-        return result, _Graph(run, surroundings, closed, kinds, spec, statics, flat)
+        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat)
 
     def _run_recorded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]
@@ -318,6 +325,13 @@ class _Compiled:
         """The straight-line code that the replay backend runs for these arguments."""
         return str(self._flat(args, kwargs).replay().source)  # type: ignore[attr-defined]
 
+    def held(self, *args: Any) -> Graph | None:
+        """The graph of the last call with this signature, if there is one that holds."""
+        leaves, spec = tree_flatten(args)
+        key = _key(leaves, spec)
+        graphs = self._signatures[key].graphs if key in self._signatures else []
+        return next((graph for graph in graphs if graph.run is not None and graph.holds()), None)
+
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
         leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
         key = _key(leaves, spec)
@@ -342,6 +356,15 @@ def _no_casts() -> Iterator[None]:
 
 def _kind(tensor: torch.Tensor) -> Any:
     return (tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
+
+
+def modes() -> Any:
+    """What a graph depends on beside the arguments, as part of its key; None where calls run without a graph."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
+        return None
+    if torch._C._len_torch_function_stack() or any(map(torch.is_autocast_enabled, _AUTOCAST)):
+        return None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
 
 
 def _key(leaves: Sequence[Any], spec: Any) -> Any:
