@@ -11,6 +11,7 @@ import torch
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
+from chainrule.capture.recorder import WholeRecorder, whole_recorder
 from chainrule.dispatch import unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
@@ -84,12 +85,13 @@ class SparsePlan:
 
     def fits(self, tape: Any) -> bool:
         """Whether the plan is for the index tensors of this run."""
+        recorder = whole_recorder()
         for slot, known in self.exact:
-            if not torch.equal(plain(tape.values[slot]), known):
+            if not _has(tape.values[slot], known, recorder):
                 return False
         if self.computed is not None:
             found = self.computed(tape.values, ())
-            return all(torch.equal(plain(one), two) for one, two in zip(found, self.expected, strict=True))
+            return all(_has(one, two, recorder) for one, two in zip(found, self.expected, strict=True))
         return True
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
@@ -159,7 +161,21 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
         with planning(tape):
             plan = make_plan(plan_sparse(tape, request, seeds=seeds))
         plans.add(plan)
+        if whole_recorder() is not None:
+            plan.fits(tape)  # the recorder notes what the plan depends on
     return plan.run(tape, seeds)
+
+
+def _has(tensor: torch.Tensor, known: torch.Tensor, recorder: WholeRecorder | None) -> bool:
+    """Whether a tensor has known values; a record of the whole call is right only while it has them."""
+    tensor = plain(tensor)
+    if recorder is None:
+        return torch.equal(tensor, known)
+    with unseen():
+        if not torch.equal(tensor, known):
+            return False
+    recorder.expect(tensor, known)
+    return True
 
 
 @contextmanager

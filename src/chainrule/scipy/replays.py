@@ -11,7 +11,7 @@ import torch
 from chainrule.capture.recorder import CompileError
 from chainrule.dispatch import LightMode
 from chainrule.scipy.plain_code import only_computes
-from chainrule.transforms.compile import Graph, modes
+from chainrule.transforms.compile import Graph, OtherValues, modes
 from chainrule.transforms.compile import compile as compile_function
 
 #: After so many calls of one signature a function that only computes is recorded: that takes as long as some twenty calls.
@@ -50,7 +50,10 @@ class Replayed:
         graph = self._graphs.get(key)
         if graph is not None:
             if graph.holds():
-                return graph.replay([a for a in args if a.__class__ is torch.Tensor])
+                try:
+                    return graph.replay([a for a in args if a.__class__ is torch.Tensor])
+                except OtherValues:
+                    pass
             del self._graphs[key]
         elif not self._is_forced:
             calls = self._counts.get(key, 0)

@@ -26,7 +26,7 @@ from chainrule.transforms.arguments import function_name, structure_key, tree_fl
 
 aten = torch.ops.aten
 
-__all__ = ["BACKENDS", "CacheInfo", "CompileError", "Graph", "compile", "modes"]
+__all__ = ["BACKENDS", "CacheInfo", "CompileError", "Graph", "OtherValues", "compile", "modes"]
 
 BACKENDS = ("replay", "inductor", "cudagraphs")
 
@@ -59,6 +59,10 @@ class CacheInfo(NamedTuple):
     size: int
 
 
+class OtherValues(Exception):  # noqa: N818 - never reaches a user
+    """A graph was made for other values of index tensors."""
+
+
 @dataclass(slots=True)
 class Graph:
     """The graph of a signature, and what it depends on beside it."""
@@ -74,6 +78,8 @@ class Graph:
     #: Tensors that no call uses, of which the function may have read shape or dtype; gradients that were used, and of what.
     seen: list[torch.Tensor] = field(default_factory=list)
     grads: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    #: What the last results have to be; they are no results of the function.
+    expected: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         used = {id(tensor): tensor for tensor in self.closed}
@@ -94,8 +100,16 @@ class Graph:
 
 
     def replay(self, tensors: list[torch.Tensor]) -> Any:
-        """The results for the tensors among the arguments, in order, of a graph that holds and can be run."""
+        """The results for the tensors among the arguments, in order, of a graph that holds and can be run.
+
+        Raises:
+            OtherValues: what a sparse pattern depends on has other values than it had.
+        """
         found = self.run(tensors + self.closed)  # type: ignore[misc]
+        if self.expected:
+            found, checked = found[: -len(self.expected)], found[-len(self.expected) :]
+            if not all(map(torch.equal, checked, self.expected)):
+                raise OtherValues
         if self.statics:
             found = list(found)
             for position, value in self.statics:
@@ -196,19 +210,24 @@ class _Compiled:
         if signature is not None:
             for graph in signature.graphs:
                 if graph.holds():
-                    return self._run(graph, leaves, args, kwargs)
+                    try:
+                        return self._run(graph, leaves, args, kwargs)
+                    except OtherValues:
+                        continue
         return self._first(key, leaves, args, kwargs)
 
     def _run(self, graph: Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if graph.run is None:
             self._eager += 1
             return self.function(*args, **kwargs)
-        self._hits += 1
         values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if any(map(torch.is_autocast_enabled, _AUTOCAST)):
             with _no_casts():
-                return graph.replay(values)
-        return graph.replay(values)
+                found = graph.replay(values)
+        else:
+            found = graph.replay(values)
+        self._hits += 1
+        return found
 
     def _first(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -225,7 +244,7 @@ class _Compiled:
                 changed = next((g.surroundings.changed for g in signature.graphs if g.surroundings.changed), "something")
                 warnings.warn(
                     f"chainrule.compile: {function_name(self.function)} was recorded {_RECORDINGS} times with one signature, "
-                    f"because {changed} is replaced between calls; from now on it is called without a graph. Give what changes "
+                    f"because {changed} is replaced between calls (or index tensors have other values); from now on it is called without a graph. Give what changes "
                     "as an argument, or write into a tensor.",
                     stacklevel=4,
                 )
@@ -251,7 +270,7 @@ class _Compiled:
         statics = [(n, leaf) for n, leaf in enumerate(out_leaves) if not isinstance(leaf, torch.Tensor)]
         tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
         staged = [recorder.staged(leaf) for leaf in tensors]
-        program, closed = recorder.program, recorder.found
+        program, closed, conditions = recorder.program, recorder.found, recorder.conditions
         kinds = [_kind(tensor) for tensor in closed]
         joined = torch.is_grad_enabled() and recorder.joined
         reason = _obstacle(statics, tensors, recorder, joined=joined)
@@ -262,7 +281,8 @@ class _Compiled:
         result = tree_unflatten(mine, spec)
         if reason:
             return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
-        flat = Flat(program, [s for s in staged if s is not None], len(given) + len(closed), len(given))
+        results = [s for s in staged if s is not None] + [s for s, _ in conditions]
+        flat = Flat(program, results, len(given) + len(closed), len(given))
         if joined:
             flat.detach(*_in_graph(recorder))
         program._input_values.clear()  # a cycle that would hold the tensors of this run
@@ -275,7 +295,7 @@ class _Compiled:
             run = flat.cudagraph(values, joined=joined)
         else:
             run = flat.replay()
-        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat)
+        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions])
 
     def _run_recorded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]
@@ -431,6 +451,8 @@ def _obstacle(
     for _, value in statics:
         if not isinstance(value, _STATIC):
             return f"a result is of type {type(value).__name__}, neither a tensor nor a plain value"
+    if recorder.conditions and _writes_outside(recorder.program):
+        return "a sparse pattern depends on values, and it writes to what was there before"
     if any(tensor.__class__ not in _PLAIN_TENSORS for tensor in tensors):
         return "a result is no plain tensor"
     if not joined:
