@@ -74,7 +74,8 @@ class Recorder(LightMode):
             # A value read into Python; ops on dtypes and shapes have no tensor among their arguments.
             self._on_read(func, _staged_in((lowered, tuple(named.values()))))
         else:
-            keep = func is aten.as_strided.default or (any(tag in func.tags for tag in _UNREPEATABLE) and not _is_gather(func, args))
+            keep = func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE)
+            keep = keep and not _is_gather(func, args)
             if keep:
                 self._on_unrepeatable(func)
             keep = keep or (out is None and not written)

@@ -244,8 +244,8 @@ class _Compiled:
                 changed = next((g.surroundings.changed for g in signature.graphs if g.surroundings.changed), "something")
                 warnings.warn(
                     f"chainrule.compile: {function_name(self.function)} was recorded {_RECORDINGS} times with one signature, "
-                    f"because {changed} is replaced between calls (or index tensors have other values); from now on it is called without a graph. Give what changes "
-                    "as an argument, or write into a tensor.",
+                    f"because {changed} is replaced between calls (or index tensors have other values); from now on it is called "
+                    "without a graph. Give what changes as an argument, or write into a tensor.",
                     stacklevel=4,
                 )
             self._misses += 1
