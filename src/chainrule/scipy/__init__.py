@@ -13,6 +13,7 @@ from chainrule.scipy.fitting import curve_fit, least_squares, root
 from chainrule.scipy.integrate import solve_bvp, solve_ivp
 from chainrule.scipy.nlp import NLPProblem, nlp_problem
 from chainrule.scipy.optimize import minimize, nonlinear_constraint
+from chainrule.scipy.trees import ravel
 
 __all__ = [
     "CompileError",
@@ -22,6 +23,7 @@ __all__ = [
     "minimize",
     "nlp_problem",
     "nonlinear_constraint",
+    "ravel",
     "root",
     "solve_bvp",
     "solve_ivp",
