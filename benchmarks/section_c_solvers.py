@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import optimize, sparse
+from scipy import integrate, optimize, sparse
 from scipy.optimize._numdiff import approx_derivative
 
 import chainrule.scipy
+from benchmarks.scientific import rosenbrock
 from benchmarks.workload import Expression, Targets, Workload
 
 tf = torch.func
@@ -36,7 +37,7 @@ def _numpy(function: Expression) -> Expression:
     """A torch function as SciPy calls it: float64 arrays in and out."""
 
     def of(x: np.ndarray, *others: np.ndarray) -> Any:
-        found = function(*(torch.tensor(a) for a in (x, *others)))
+        found = function(*(torch.tensor(a, dtype=torch.float64) for a in (x, *others)))
         return found.numpy() if found.dim() else float(found)
 
     return of
@@ -109,7 +110,7 @@ def row(key: str, problem: Problem) -> Workload:
         inputs=lambda: (torch.from_numpy(problem.start),),
         ours={"chainrule.scipy": expression(problem.solve)},
         peers={name: expression(way) for name, way in problem.by_torch.items()},
-        targets=Targets(1, differences_eager=1),
+        targets=Targets(1 if problem.by_torch else None, differences_eager=1),
         dtype=torch.float64,
         tolerance=problem.tolerance,
         differences={name: expression(way) for name, way in problem.by_differences.items()},
@@ -348,10 +349,102 @@ def broyden(size: int) -> Problem:
     return Problem(title, residuals, np.full(size, -1.0), **least_squares(structure, tr_solver="lsmr"), tolerance=1e-4)
 
 
+# --- small problems: what a call costs decides -----------------------------------------------------------------------
+
+
+def small(solve: Callable[..., Any], by_scipy: Callable[..., Any]) -> dict[str, Any]:
+    """Two ways to drive a solver: exact derivatives, and SciPy's own finite differences."""
+    return {"solve": solve, "by_torch": {}, "by_differences": {"2-point differences": by_scipy}}
+
+
+def decay_fit(samples: int) -> Problem:
+    """A model of three parameters, fitted by ``curve_fit``."""
+    place = np.linspace(0, 4, samples)
+    measured = 2.5 * np.exp(-1.3 * place) + 0.5 + 0.01 * np.random.default_rng(0).standard_normal(samples)
+
+    def model(x: Tensor, amplitude: Tensor, rate: Tensor, offset: Tensor) -> Tensor:
+        return amplitude * torch.exp(-rate * x) + offset
+
+    def found(result: Any) -> Any:
+        x, _, more, _, _ = result
+        return optimize.OptimizeResult(x=x, nfev=more["nfev"], fun=float((more["fvec"] ** 2).sum()), status=0)
+
+    def ours(function: Expression, start: np.ndarray) -> Any:
+        return found(chainrule.scipy.curve_fit(function, place, measured, p0=start, full_output=True))
+
+    def by_scipy(function: Expression, start: np.ndarray) -> Any:
+        return found(optimize.curve_fit(_numpy(function), place, measured, p0=start, full_output=True))
+
+    title = f"curve_fit: three parameters of a decay, {samples} samples"
+    return Problem(title, model, np.ones(3), **small(ours, by_scipy), tolerance=1e-5)
+
+
+def bratu(knots: int) -> Problem:
+    """Bratu's boundary value problem, by ``solve_bvp``; the unknown is the state in the middle."""
+    mesh = np.linspace(0, 1, knots)
+
+    def right(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([y[1], -torch.exp(y[0])])
+
+    def ends(left: Tensor, right: Tensor) -> Tensor:
+        return torch.stack([left[0], right[0]])
+
+    def found(result: Any) -> Any:
+        return optimize.OptimizeResult(x=result.sol(0.5), nfev=result.niter, fun=result.rms_residuals.max(), status=result.status)
+
+    def ours(function: Expression, start: np.ndarray) -> Any:
+        return found(chainrule.scipy.solve_bvp(function, ends, mesh, start.reshape(2, knots)))
+
+    def by_scipy(function: Expression, start: np.ndarray) -> Any:
+        return found(integrate.solve_bvp(_numpy(function), _numpy(ends), mesh, start.reshape(2, knots)))
+
+    title = f"solve_bvp: Bratu's problem, {knots} knots"
+    return Problem(title, right, np.zeros(2 * knots), **small(ours, by_scipy), tolerance=1e-6)
+
+
+def robertson(until: float) -> Problem:
+    """Robertson's stiff kinetics, by ``solve_ivp`` with Radau's method."""
+
+    def rates(t: Tensor, y: Tensor) -> Tensor:
+        a, b, c = 0.04 * y[0], 3e7 * y[1] ** 2, 1e4 * y[1] * y[2]
+        return torch.stack([-a + c, a - b - c, b])
+
+    def found(result: Any) -> Any:
+        return optimize.OptimizeResult(x=result.y[:, -1], nfev=result.nfev, fun=result.t[-1], status=result.status)
+
+    def ours(function: Expression, start: np.ndarray) -> Any:
+        return found(chainrule.scipy.solve_ivp(function, (0, until), start, method="Radau"))
+
+    def by_scipy(function: Expression, start: np.ndarray) -> Any:
+        return found(integrate.solve_ivp(_numpy(function), (0, until), start, method="Radau"))
+
+    title = f"solve_ivp: Robertson's kinetics until {until:g}, Radau"
+    # Both integrate to a relative error of 1e-3 per step.
+    return Problem(title, rates, np.array([1.0, 0.0, 0.0]), **small(ours, by_scipy), tolerance=1e-3)
+
+
+def chain(size: int, method: str) -> Problem:
+    """The chained Rosenbrock function by a method that uses gradients."""
+    common = {"method": method, "options": {"gtol": 1e-5}}
+
+    def ours(function: Expression, start: np.ndarray) -> Any:
+        return chainrule.scipy.minimize(function, start, **common)
+
+    def by_scipy(function: Expression, start: np.ndarray) -> Any:
+        return optimize.minimize(_numpy(function), start, **common)
+
+    title = f"minimize: the Rosenbrock chain, n={size}, {method}"
+    return Problem(title, rosenbrock, np.full(size, 0.5), **small(ours, by_scipy), tolerance=1e-3)
+
+
+_SMALL_PROBLEMS = (decay_fit(50), bratu(5), robertson(1e3), chain(2, "L-BFGS-B"), chain(5, "BFGS"))
+
 WORKLOADS: tuple[Workload, ...] = tuple(
     row(f"C5{letter}", problem)
     for letter, problem in zip(
-        "abcdef", (logistic(500, 10), cluster(2, 2, 2), membrane(8), trajectory(20), spectrum(4, 400), broyden(2000)), strict=True
+        "abcdefghijk",
+        (logistic(500, 10), cluster(2, 2, 2), membrane(8), trajectory(20), spectrum(4, 400), broyden(2000), *_SMALL_PROBLEMS),
+        strict=True,
     )
 )
 
@@ -359,6 +452,8 @@ WORKLOADS: tuple[Workload, ...] = tuple(
 SMALL: tuple[Workload, ...] = tuple(
     row(f"C5{letter}", problem)
     for letter, problem in zip(
-        "abcdef", (logistic(30, 3), cluster(2, 1, 2), membrane(4), trajectory(6), spectrum(1, 30), broyden(20)), strict=True
+        "abcdefghijk",
+        (logistic(30, 3), cluster(2, 1, 2), membrane(4), trajectory(6), spectrum(1, 30), broyden(20), *_SMALL_PROBLEMS),
+        strict=True,
     )
 )

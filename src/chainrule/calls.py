@@ -85,7 +85,14 @@ def fits(number: Any) -> bool:
 def number_constant(number: float, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """A number that :func:`fits` as a tensor without dimensions."""
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
-        return torch.tensor(number, dtype=dtype, device=device)
+        found = torch.tensor(number, dtype=dtype, device=device)
+    found._chainrule_constant = True  # type: ignore[attr-defined]
+    return found
+
+
+def is_number_constant(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was made by :func:`number_constant`: nobody writes to it."""
+    return getattr(tensor, "_chainrule_constant", False)
 
 
 def shared_constant(number: Any, dtype: torch.dtype) -> Any:

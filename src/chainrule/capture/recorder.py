@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from chainrule.calls import is_number_constant
 from chainrule.dispatch import LightMode
 from chainrule.maps.staging import Program, Staged
 
@@ -73,6 +75,7 @@ class Recorder(LightMode):
             self._on_read(func, _staged_in((lowered, tuple(named.values()))))
         else:
             keep = func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE)
+            keep = keep and not _is_gather(func, args)
             if keep:
                 self._on_unrepeatable(func)
             keep = keep or (out is None and not written)
@@ -216,6 +219,11 @@ class Recorder(LightMode):
         return tuple(found)
 
 
+def _is_gather(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an op reads at places given by whole numbers: with masks among them its result's shape depends on values."""
+    return func is aten.index.Tensor and all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+
+
 def _is_one(program: Program, item: Any) -> bool:
     if not isinstance(item, Staged):
         return False
@@ -259,6 +267,7 @@ class WholeRecorder(Recorder):
         random: whether random numbers are drawn.
         joined: whether one of the inputs requires grad.
         obstacle: why a replay could compute something else, although nothing had to be refused.
+        conditions: values of the program, and what they have to be for a replay to be right.
         refusal: the first error of this kind that was raised, should the function catch it.
     """
 
@@ -273,6 +282,7 @@ class WholeRecorder(Recorder):
         # By address: torch hands generators over as other Python objects.
         self._states = {_address_of(g): (g, g.get_state()) for g in (torch.default_generator, *generators)}
         self._memory: set[int] = set()
+        self.conditions: list[tuple[Staged, torch.Tensor]] = []
         self.joined = any(leaf.requires_grad for leaf in leaves)
         self._count = len(leaves)
         self._numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
@@ -336,6 +346,8 @@ class WholeRecorder(Recorder):
 
     def _input(self, program: Program, tensor: torch.Tensor) -> Staged:
         number = self._numbers.get(id(tensor))
+        if number is None and is_number_constant(tensor):
+            return program.constant(tensor)
         if number is None and tensor.layout is torch.strided and tensor.numel() and _address(tensor) in self._memory:
             self.refuse(
                 "the values of a computed tensor were taken to another one in a way that torch does not show "
@@ -378,8 +390,22 @@ class WholeRecorder(Recorder):
                 "torch.where or a mask, or call the function without compile."
             )
 
+    def expect(self, tensor: torch.Tensor, known: torch.Tensor) -> None:
+        """A replay is right only while a tensor, which has no derivatives, has the values that it has in this run."""
+        (staged,) = self._staged((tensor,))
+        if staged.slot not in self.program.constants and all(staged.slot != other.slot for other, _ in self.conditions):
+            self.conditions.append((staged, known))
+
     def _on_shared_write(self, func: Any) -> None:
         self.refuse(f"{func} writes to memory that several constants share")
+
+
+def whole_recorder() -> WholeRecorder | None:
+    """The recorder of a whole call that sees this call, unless another one does, too."""
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    found = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Recorder)]
+    return found[0] if len(found) == 1 and isinstance(found[0], WholeRecorder) else None
 
 
 class NoReads(TorchFunctionMode):

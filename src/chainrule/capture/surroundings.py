@@ -32,6 +32,9 @@ _OF_CLASSES = frozenset(
     {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "_abc_impl"}
 )
 
+#: What chainrule and functools keep with a function.
+_OF_FUNCTIONS = frozenset({"_chainrule_level", "_chainrule_replays", "__wrapped__"})
+
 #: What torch keeps in each module for itself; recurrent layers list their parameters anew where these are replaced.
 _OF_MODULES = frozenset(
     {
@@ -235,7 +238,7 @@ class Surroundings:
             value = getattr(function, part)
             self._watch(function, f".{part}", value, f"{part} of {function.__name__}", functools.partial(getattr, function, part))
         own = function.__dict__
-        yield from self._entries(own, [key for key in own if key not in ("_chainrule_level", "__wrapped__")], function.__name__)
+        yield from self._entries(own, [key for key in own if key not in _OF_FUNCTIONS], function.__name__)
         yield from self._globals(function.__globals__, names)
 
     def _globals(self, table: dict[str, Any], names: set[str]) -> Iterator[tuple[Any, str]]:

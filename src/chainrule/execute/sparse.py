@@ -11,6 +11,7 @@ import torch
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
+from chainrule.capture.recorder import WholeRecorder, whole_recorder
 from chainrule.dispatch import unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
@@ -83,20 +84,28 @@ class Guard:
 
     def fits(self, tape: Any) -> bool:
         """Whether the plan is for what stands on this tape."""
+        recorder = whole_recorder()
         for slot, known in self.exact:
-            if not _same(tape.values[slot], known):
+            if not _has(tape.values[slot], known, recorder):
                 return False
         if self.computed is not None:
             found = self.computed(tape.values, ())
-            return all(_same(one, two) for one, two in zip(found, self.expected, strict=True))
+            return all(_has(one, two, recorder) for one, two in zip(found, self.expected, strict=True))
         return True
 
 
-def _same(value: torch.Tensor, known: torch.Tensor) -> bool:
+def _has(value: torch.Tensor, known: torch.Tensor, recorder: WholeRecorder | None) -> bool:
+    """Whether a tensor has known values; a record of the whole call is right only while it has them."""
     found = unbatched(value)
     if found is None or (known.dtype.is_floating_point and (value.requires_grad or torch._C._len_torch_dispatch_stack())):
         return False
-    return torch.equal(found, known)
+    if recorder is None:
+        return torch.equal(found, known)
+    with unseen():
+        if not torch.equal(found, known):
+            return False
+    recorder.expect(found, known)
+    return True
 
 
 @dataclass
@@ -192,8 +201,12 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
-            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked))
+            # What a record of the whole call notes are index tensors; masks may be others in each call.
+            masked = plans.masked and whole_recorder() is None
+            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=masked))
         plans.add(plan)
+        if whole_recorder() is not None:
+            plan.relations.fits(tape)  # the recorder notes what the plan depends on
     return plan.run(tape, seeds)
 
 

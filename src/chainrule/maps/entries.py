@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -114,6 +115,104 @@ def _sliced_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> No
     return Node(shape, (factor.node,), compute, moved=math.prod(shape) + factor.node.numel, label="written slices")
 
 
+class Piece(NamedTuple):
+    """A term that fills a slice of one position of a dense array, and is zero in the rest.
+
+    Attributes:
+        node: its entries.
+        names: the positions that the dimensions of ``node`` are.
+        place: the position that is sliced.
+        start: where the slice begins.
+        sizes: the sizes of the positions, the slice's length in place of that of the sliced one.
+        whole: the sizes of the positions.
+    """
+
+    node: Node
+    names: tuple[int, ...]
+    place: int
+    start: int
+    sizes: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """The slice's length."""
+        return self.sizes[self.place]
+
+    def read(self, value: Staged, order: tuple[int, ...]) -> Staged:
+        """The entries over the positions in ``order``."""
+        squeezed, sizes = tuple(self.sizes[n] for n in self.names), tuple(self.sizes[n] for n in order)
+        value = expand_to(value if tuple(value.shape) == squeezed else torch.reshape(value, squeezed), self.names, order)
+        return value if tuple(value.shape) == sizes else torch.broadcast_to(value, sizes)
+
+
+def _piece(term: Term, workspace: Workspace) -> Piece | None:
+    """A term as a piece, if it is one."""
+    if len(term.onehots) != 1 or not _is_slice(term.onehots[0]) or term.onehots[0].target.size == 1:
+        return None
+    (onehot,), positions = term.onehots, _positions(term)
+    assert onehot.affine is not None
+    start, step = onehot.affine
+    source = onehot.sources[0] if onehot.sources else Axis(1)
+    labels = [source if axis is onehot.target else axis for axis in positions]
+    wide = _wide(labels)
+    if positions.count(onehot.target) != 1 or len(set(wide)) < len(wide) or (step != 1 and source.size != 1):
+        return None
+    factor = dense_factor(term, wide, workspace)
+    names = tuple(labels.index(axis) for axis in factor.axes if axis.size != 1)
+    sizes, whole = (tuple(axis.size for axis in axes) for axes in (labels, positions))
+    return Piece(factor.node, names, positions.index(onehot.target), start, sizes, whole)
+
+
+def joined_pieces(terms: Sequence[Term], workspace: Workspace, shape: tuple[int, ...]) -> tuple[list[Term], list[Node]]:
+    """Those terms of a sum that fill different slices of one position, concatenated; the others are returned as they are.
+
+    The Jacobian with respect to single elements, or to parts of a vector, is one stack of columns, not a sum of padded ones.
+    """
+    groups: dict[object, list[tuple[Term, Piece]]] = {}
+    for term in terms:
+        piece = _piece(term, workspace) if len(terms) > 1 else None
+        if piece is not None:
+            groups.setdefault((piece.place, piece.whole), []).append((term, piece))
+    nodes: list[Node] = []
+    joined: set[int] = set()
+    for group in groups.values():
+        group.sort(key=lambda pair: pair[1].start)
+        pieces = [piece for _, piece in group]
+        apart = all(a.start + a.length <= b.start for a, b in itertools.pairwise(pieces))
+        if len(group) > 1 and apart and 2 * sum(p.length for p in pieces) > pieces[0].whole[pieces[0].place]:
+            nodes.append(_concatenated(pieces, shape))
+            joined.update(id(term) for term, _ in group)
+    return [term for term in terms if id(term) not in joined], nodes
+
+
+def _concatenated(pieces: Sequence[Piece], shape: tuple[int, ...]) -> Node:
+    whole, place = pieces[0].whole, pieces[0].place
+    extent = whole[place]
+    single = len(pieces) == extent
+    order = tuple(n for n in range(len(whole)) if n != place or not single)
+
+    def compute(program: Program, *values: Staged) -> Staged:
+        parts: list[Staged] = []
+        end = 0
+        for piece, value in zip(pieces, values, strict=True):
+            if piece.start > end:
+                parts.append(zeros(program, piece.start - end, value))
+            parts.append(piece.read(value, order))
+            end = piece.start + piece.length
+        if end < extent:
+            parts.append(zeros(program, extent - end, values[-1]))
+        total = torch.stack(parts, place) if single else torch.cat(parts, place)
+        return total if whole == shape else torch.reshape(total, shape)
+
+    def zeros(program: Program, length: int, beside: Staged) -> Staged:
+        sizes = (*whole[:place], length, *whole[place + 1 :])
+        return program.call(torch.zeros, sizes, dtype=beside.dtype, device=beside.device)
+
+    moved = math.prod(shape) + sum(piece.node.numel for piece in pieces)
+    return Node(shape, tuple(piece.node for piece in pieces), compute, moved=moved, label="concatenated slices")
+
+
 def _wide(axes: Sequence[Axis]) -> list[Axis]:
     return [axis for axis in axes if axis.size != 1]
 
@@ -211,4 +310,4 @@ def diagonals_of(tensor: torch.Tensor, repeated: tuple[tuple[int, ...], ...]) ->
     return tensor
 
 
-__all__ = ["embed_diagonals", "on_diagonals", "repeated_axes", "written_term"]
+__all__ = ["embed_diagonals", "joined_pieces", "on_diagonals", "repeated_axes", "written_term"]

@@ -11,7 +11,7 @@ import torch
 from chainrule.maps import sums
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
-from chainrule.maps.entries import embed_diagonals, on_diagonals, repeated_axes, written_term
+from chainrule.maps.entries import embed_diagonals, joined_pieces, on_diagonals, repeated_axes, written_term
 from chainrule.maps.listed_terms import listed
 from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
@@ -463,7 +463,8 @@ def _dense_sum(terms: Sequence[Term], workspace: Workspace, shape: tuple[int, ..
     tied = [t for t in terms if not t.onehots and repeated_axes(t)] if full else []
     written = [t for t in terms if not any(t is other for other in (*full, *tied))]
     diagonals = [on_diagonals(term, workspace) for term in tied]
-    nodes = [dense_term(term, workspace, shape) for term in written]
+    single, nodes = joined_pieces(written, workspace, shape)
+    nodes += [dense_term(term, workspace, shape) for term in single]
     groups: dict[object, list[Term]] = {}
     for term in full:
         groups.setdefault(_pattern(term), []).append(term)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from chainrule.scipy.functions import Device, Linearised, TorchFunction, check_absent, check_layout, matrix
+from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout, matrix
 from chainrule.transforms.jacobians import jacobian
 
 
@@ -22,6 +22,7 @@ def least_squares(
     kwargs: dict[str, Any] | None = None,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
     **options: Any,
 ) -> Any:
     """``scipy.optimize.least_squares`` of a torch function's residuals, with their exact Jacobian.
@@ -36,6 +37,7 @@ def least_squares(
         kwargs: further arguments by name, given to ``fun`` unchanged.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
         options: SciPy's own: ``bounds``, ``method``, ``loss``, ``tr_solver``, ``x_scale``, tolerances and so on.
 
     Returns:
@@ -57,20 +59,24 @@ def least_squares(
     check_absent(options, ("jac", "jac_sparsity"), "least_squares")
     if layout != "dense":
         options.setdefault("tr_solver", "lsmr")
-    function = TorchFunction(fun, "least_squares", device, allow_nan)
-    named = kwargs or {}
+    # Arguments by name are no part of what is kept for the next solve.
+    function = TorchFunction(fun, "least_squares", device, allow_nan, False if kwargs and compiled is None else compiled)
+    checked, where, named = function.checked, function.where, kwargs or {}
 
     def residuals(x: Any, *rest: Any) -> Any:
-        found = function(x, *rest, **named)
+        found = checked(x, *rest, **named)
         if found.dim() > 1:
-            raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
+            raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
+
+    linearise = Linearisation(function, residuals, _Once() if kwargs else "residuals", layout)
 
     def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
         def compute() -> Linearised:
-            return Linearised(function, residuals, layout, (function.tensor(x), *function.extra(rest)))
+            return linearise(function.tensor(x), *function.extra(rest))
 
-        return function.once("run", (x, *rest), compute)
+        found: Linearised = function.once("run", (x, *rest), compute)
+        return found
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
         return at(x, rest).value.copy()
@@ -81,6 +87,10 @@ def least_squares(
     return optimize.least_squares(value, x0, jac=derivative, args=args, **options)
 
 
+class _Once:
+    """A key that equals no other."""
+
+
 def root(
     fun: Callable[..., Any],
     x0: Any,
@@ -89,6 +99,7 @@ def root(
     *,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
     **options: Any,
 ) -> Any:
     """``scipy.optimize.root`` of a torch function, with its exact Jacobian for the methods that use one (hybr, lm).
@@ -100,6 +111,7 @@ def root(
         method: as in SciPy.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
         options: ``tol``, ``callback``, ``options``.
 
     Returns:
@@ -116,25 +128,25 @@ def root(
         array([2., 4.])
     """
     check_absent(options, ("jac",), "root")
-    function = TorchFunction(fun, "root", device, allow_nan)
-    size = np.size(x0)
+    function = TorchFunction(fun, "root", device, allow_nan, compiled)
+    checked, where, size, is_square = function.checked, function.where, np.size(x0), method != "lm"
 
-    def checked(x: Any, *rest: Any) -> Any:
-        found = function(x, *rest)
-        if found.dim() > 1 or (found.numel() != size and method != "lm"):
-            raise ValueError(f"{function.where} must return shape {(size,)}, got {tuple(found.shape)}")
+    def vector(x: Any, *rest: Any) -> Any:
+        found = checked(x, *rest)
+        if found.dim() > 1 or (found.numel() != size and is_square):
+            raise ValueError(f"{where} must return shape {(size,)}, got {tuple(found.shape)}")
         return found.reshape(-1)
 
-    # Broyden's updates ask for many values and few Jacobians: values alone are not recorded.
-    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        def compute() -> np.ndarray:
-            return function.array(checked(function.tensor(x), *function.extra(rest)))
+    # Broyden's updates ask for many values and few Jacobians: these are computed alone.
+    jacobians = function.derived(("jacobian", size, is_square), lambda: jacobian(vector), vector)
 
-        return function.once("value", (x, *rest), compute).copy()
+    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
+        with function.named():
+            return function.array(vector(function.tensor(x), *function.extra(rest)))
 
     def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
         with function.named():
-            found = jacobian(checked)(function.tensor(x), *function.extra(rest))
+            found = jacobians(function.tensor(x), *function.extra(rest))
             return matrix(function, found, found.shape, "Jacobian")
 
     if method in ("hybr", "lm"):
@@ -143,7 +155,14 @@ def root(
 
 
 def curve_fit(
-    f: Callable[..., Any], xdata: Any, ydata: Any, *args: Any, device: Device = None, allow_nan: bool = False, **options: Any
+    f: Callable[..., Any],
+    xdata: Any,
+    ydata: Any,
+    *args: Any,
+    device: Device = None,
+    allow_nan: bool = False,
+    compiled: bool | None = None,
+    **options: Any,
 ) -> Any:
     """``scipy.optimize.curve_fit`` of a torch model, with its exact Jacobian by the parameters.
 
@@ -155,6 +174,7 @@ def curve_fit(
         args: ``p0``, ``sigma``, ``absolute_sigma``, ``check_finite``, ``bounds``, ``method``, as in SciPy.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
         options: SciPy's own.
 
     Returns:
@@ -175,20 +195,24 @@ def curve_fit(
     check_absent(options, ("jac",), "curve_fit")
     if len(args) > 6:
         raise TypeError("chainrule.scipy.curve_fit: jac is derived from the function and cannot be given")
-    function = TorchFunction(f, "curve_fit", device, allow_nan)
+    function = TorchFunction(f, "curve_fit", device, allow_nan, compiled)
+    checked, where = function.checked, function.where
 
     def model(data: Any, parameters: Any) -> Any:
-        found = function(data, *parameters.unbind())
+        found = checked(data, *parameters.unbind())
         if found.dim() != 1:
-            raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
+            raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found
+
+    linearise = Linearisation(function, model, "model", "dense", 1)
 
     def at(data: Any, parameters: tuple[Any, ...]) -> Linearised:
         def compute() -> Linearised:
             given = function.tensor(data) if isinstance(data, np.ndarray) else data
-            return Linearised(function, model, "dense", (given, function.tensor(parameters)), 1)
+            return linearise(given, function.tensor(parameters))
 
-        return function.once("run", (data, *parameters), compute)
+        found: Linearised = function.once("run", (data, *parameters), compute)
+        return found
 
     # SciPy reads the number of parameters off the signature.
     @functools.wraps(f)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
+from chainrule.scipy.replays import replayed
 from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import jacobian
 
@@ -26,42 +27,62 @@ class TorchFunction:
         caller: the solver's name, for messages.
         device: where its arguments are put; None for the CPU.
         allow_nan: whether NaN in values and derivatives goes on to SciPy.
+        checked: the function itself, its result checked to be one real tensor.
+        where: the solver and the function, as messages begin.
     """
 
-    def __init__(self, function: Callable[..., Any], caller: str, device: Device, allow_nan: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], caller: str, device: Device, allow_nan: bool, compiled: bool | None = False
+    ) -> None:
         if not callable(function):
             raise TypeError(f"chainrule.scipy.{caller}: expected a function of tensors, got {type(function).__name__}")
+        if compiled is not None and not isinstance(compiled, bool):
+            raise TypeError(f"chainrule.scipy.{caller}: compiled must be True, False or None, got {compiled!r}")
         self.function, self.caller, self.device, self.allow_nan = function, caller, device, allow_nan
-        self.name = getattr(function, "__qualname__", None) or repr(function)
+        self.where = f"chainrule.scipy.{caller}: the function {getattr(function, '__qualname__', None) or repr(function)}"
+        self.checked = _checked(function, self.where)
+        self._compiled = compiled
         self._at: tuple[Any, ...] | None = None
+        # As long as they are here, no other objects have their identities.
+        self._objects: tuple[Any, ...] = ()
         self._known: dict[str, Any] = {}
         self._readers: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The function itself, its result checked to be one real tensor."""
-        result = self.function(*args, **kwargs)
-        if not isinstance(result, torch.Tensor):
-            raise TypeError(f"{self.where} must return a tensor, got {type(result).__name__}")
-        if not result.dtype.is_floating_point:
-            raise TypeError(f"{self.where} must return real floating point numbers, got {result.dtype}")
-        return result
+        found: torch.Tensor = self.checked(*args, **kwargs)
+        return found
 
-    @property
-    def where(self) -> str:
-        """The solver and the function, as messages begin."""
-        return f"chainrule.scipy.{self.caller}: the function {self.name}"
+    def derived(
+        self, key: Hashable, make: Callable[[], Callable[..., Any]], value: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """What a solver calls at every point: ``make()``, a function of tensors made of this one, replayed where that is allowed.
+
+        Args:
+            key: what it is; with the solver's name it has to tell apart all that ``make`` closes over beside the function.
+            make: makes it.
+            value: the part of it that only runs the function; None for the function itself.
+        """
+        if self._compiled is False:
+            return make()
+        key = (self.caller, key)
+        return replayed(self.function, key, make, value or self.checked, is_forced=self._compiled is True)
 
     def tensor(self, array: Any) -> torch.Tensor:
         """A new float64 tensor of an array's values, on the device."""
-        array = np.asarray(array)
-        if np.iscomplexobj(array):
-            raise TypeError(f"{self.where} is given complex values; only real ones are supported")
         # A copy: SciPy writes to its arrays in place. (torch.tensor takes ten times as long for small ones.)
-        found = torch.from_numpy(np.array(array, dtype=np.float64))
+        copied = np.array(array, order="C")
+        if copied.dtype != np.float64:
+            if copied.dtype.kind == "c":
+                raise TypeError(f"{self.where} is given complex values; only real ones are supported")
+            copied = copied.astype(np.float64)
+        found = torch.from_numpy(copied)
         return found if self.device is None else found.to(self.device)
 
     def extra(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Further arguments: arrays of floats become tensors, anything else stays what it is."""
+        if not args:
+            return args
         return tuple(self.tensor(a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
 
     def array(self, result: torch.Tensor, shape: tuple[int, ...] | None = None, what: str = "value") -> np.ndarray:
@@ -70,27 +91,27 @@ class TorchFunction:
         Raises:
             ValueError: if the shape is another than ``shape``, or a value is NaN.
         """
-        if shape is not None and tuple(result.shape) != shape:
+        if shape is not None and result.shape != shape:
             raise ValueError(f"{self.where} must return shape {shape}, got {tuple(result.shape)}")
-        values = np.array(result.detach().cpu().numpy(), dtype=np.float64)
+        if result.requires_grad or not result.is_cpu:
+            result = result.detach().cpu()
+        values = result.numpy()
+        values = values.copy() if values.dtype == np.float64 else values.astype(np.float64)
         self.check(values, what)
         return values
 
     def check(self, values: np.ndarray, what: str) -> None:
         """Raise a ValueError if a value is NaN."""
-        if not self.allow_nan and np.isnan(values).any():
+        if self.allow_nan:
+            return
+        # A sum of squares is NaN where one of the numbers is, and takes a tenth of the time for a few of them.
+        flat = values.reshape(-1)
+        if math.isnan(flat.dot(flat)):
             raise ValueError(f"{self.where}: its {what} is NaN here (allow_nan=True passes it on to SciPy)")
 
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Leaves exceptions as they are, with a note that names the function."""
-        try:
-            with torch.no_grad():
-                yield
-        except Exception as error:
-            if self.where not in str(error):
-                error.add_note(f"(raised in {self.where})")
-            raise
+    def named(self) -> Named:
+        """Leaves exceptions as they are, with a note that names the function; without autograd."""
+        return Named(self.where)
 
     def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any], reader: str | None = None) -> Any:
         """What ``compute`` returns, remembered under ``key`` as long as the point stays the same.
@@ -98,34 +119,69 @@ class TorchFunction:
         With a ``reader`` it is remembered for one reading by each: callbacks that outlive a solve may start the next one at the
         point where the last one ended, with other values in the function's closure.
         """
-        if self._at is None or reader in self._readers or not _same(self._at, at):
-            # SciPy writes to its arrays in place.
-            self._at, self._known = tuple(a.copy() if isinstance(a, np.ndarray) else a for a in at), {}
+        point = tuple([_value(item) for item in at])
+        if point != self._at or reader in self._readers:
+            self._at, self._objects, self._known = point, at, {}
             self._readers = set()
         if reader is not None:
             self._readers.add(reader)
         if key not in self._known:
-            with self.named():
+            with Named(self.where):
                 result = compute()
             self._known[key] = result
         return self._known[key]
 
 
-def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether two points are the same, element by element; what is no array or number has to be the same object."""
-    return len(first) == len(second) and all(
-        np.array_equal(a, b) if isinstance(a, np.ndarray | float) and isinstance(b, np.ndarray | float) else a is b
-        for a, b in zip(first, second, strict=True)
-    )
+class Named:
+    """See :meth:`TorchFunction.named`."""
+
+    __slots__ = ("_enabled", "_where")
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        self._enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        torch._C._set_grad_enabled(self._enabled)
+        if isinstance(error, Exception) and self._where not in str(error):
+            error.add_note(f"(raised in {self._where})")
+
+
+def _checked(function: Callable[..., Any], where: str) -> Callable[..., torch.Tensor]:
+    """A function whose result is checked to be one real tensor: a closure, so that compiled calls watch what it reads."""
+
+    def checked(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = function(*args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"{where} must return a tensor, got {type(result).__name__}")
+        if not result.dtype.is_floating_point:
+            raise TypeError(f"{where} must return real floating point numbers, got {result.dtype}")
+        return result
+
+    return checked
+
+
+def _value(item: Any) -> Any:
+    """What tells an argument from others: the bits of an array (SciPy writes to its arrays in place), a number, an object."""
+    if item.__class__ is np.ndarray and not item.dtype.hasobject:
+        return item.shape, item.dtype, item.tobytes()
+    return float(item) if isinstance(item, float) else (None, id(item))
 
 
 def matrix(function: TorchFunction, found: torch.Tensor, shape: tuple[int, ...], what: str) -> Any:
     """A dense or COO derivative as a numpy array or a ``scipy.sparse.csr_array`` of a given shape."""
     if found.layout == torch.strided:
-        return function.array(found.reshape(shape), what=what)
+        return function.array(found if found.shape == shape else found.reshape(shape), what=what)
     rows, columns = found.indices().cpu().numpy()
     values = function.array(found.values(), what=what)
     return sparse.csr_array((values, (rows, columns)), shape=shape)
+
+
+#: A Jacobian of at most so many entries is computed along with the value: a solver that rejects a step asks for it in vain.
+_SMALL = 1 << 14
 
 
 class Linearised:
@@ -135,16 +191,8 @@ class Linearised:
         value: the value, a float64 array ``(m,)``.
     """
 
-    def __init__(
-        self, function: TorchFunction, vector: Callable[..., torch.Tensor], layout: str, args: tuple[Any, ...], argnum: int = 0
-    ) -> None:
-        self._function, self._layout = function, layout
-        if layout == "sparse":
-            # The patterns of `jacobian` are planned once per signature, those of maps once per map.
-            self._found, output = jacobian(_twice(vector), argnum, has_aux=True, layout="sparse_coo")(*args)
-        else:
-            self._found = linear_map(vector, *args, argnums=argnum)
-            output = self._found.output
+    def __init__(self, function: TorchFunction, found: Any, output: torch.Tensor, layout: str) -> None:
+        self._function, self._found, self._layout = function, found, layout
         self.value = function.array(output)
 
     def jacobian(self) -> Any:
@@ -152,8 +200,41 @@ class Linearised:
         with self._function.named():
             if self._layout == "operator":
                 return self._found.scipy()
-            found = self._found if self._layout == "sparse" else self._found.dense(flat=True)
+            found = self._found if isinstance(self._found, torch.Tensor) else self._found.dense(flat=True)
             return matrix(self._function, found, tuple(found.shape), "Jacobian")
+
+
+class Linearisation:
+    """A vector function to be linearised at one point after the other.
+
+    Args:
+        function: the user's function, for messages.
+        vector: the function of tensors that is linearised.
+        key: tells it apart from others that are made of the user's function.
+        layout: the layout of its Jacobians.
+        argnum: the argument that it is differentiated with respect to.
+    """
+
+    def __init__(
+        self, function: TorchFunction, vector: Callable[..., torch.Tensor], key: Hashable, layout: str, argnum: int = 0
+    ) -> None:
+        self._function, self._vector, self._layout, self._argnum = function, vector, layout, argnum
+        self._entries = 0
+        if layout != "operator":
+            # The patterns of `jacobian` are planned once per signature, those of maps once per map.
+            kind = "sparse_coo" if layout == "sparse" else "dense"
+            self._both = function.derived(
+                ("jacobian", key, layout), lambda: jacobian(_twice(vector), argnum, has_aux=True, layout=kind), vector
+            )
+
+    def __call__(self, *args: Any) -> Linearised:
+        """The function at a point."""
+        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
+            found, output = self._both(*args)
+            self._entries = found.numel()
+            return Linearised(self._function, found, output, self._layout)
+        kept = linear_map(self._vector, *args, argnums=self._argnum)
+        return Linearised(self._function, kept, kept.output, self._layout)
 
 
 def _twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -177,4 +258,4 @@ def check_absent(options: dict[str, Any], names: tuple[str, ...], caller: str) -
             raise TypeError(f"chainrule.scipy.{caller}: {name} is derived from the function and cannot be given")
 
 
-__all__ = ["LAYOUTS", "Device", "Linearised", "TorchFunction", "check_absent", "check_layout", "matrix"]
+__all__ = ["LAYOUTS", "Device", "Linearisation", "Linearised", "TorchFunction", "check_absent", "check_layout", "matrix"]

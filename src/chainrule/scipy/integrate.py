@@ -23,6 +23,7 @@ def solve_ivp(
     args: tuple[Any, ...] | None = None,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
     **options: Any,
 ) -> Any:
     """``scipy.integrate.solve_ivp`` of a torch right-hand side, with its exact Jacobian for Radau, BDF and LSODA.
@@ -36,6 +37,7 @@ def solve_ivp(
         args: further arguments, as in :func:`minimize`; SciPy hands them to its ``events`` too, as given.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
         options: SciPy's own: ``t_eval``, ``dense_output``, ``events`` (of numpy arrays), tolerances and so on.
 
     Returns:
@@ -54,24 +56,26 @@ def solve_ivp(
     """
     check_absent(options, ("jac", "jac_sparsity", "vectorized"), "solve_ivp")
     check_layout(layout, "solve_ivp", ("dense", "sparse"))
-    function = TorchFunction(fun, "solve_ivp", device, allow_nan)
-    shape = (int(np.size(y0)),)
+    function = TorchFunction(fun, "solve_ivp", device, allow_nan, compiled)
+    checked, where, shape = function.checked, function.where, (int(np.size(y0)),)
+    kind = "sparse_coo" if layout == "sparse" else "dense"
 
-    def checked(t: Any, y: Any, *rest: Any) -> Any:
-        found = function(t, y, *rest)
+    def vector(t: Any, y: Any, *rest: Any) -> Any:
+        found = checked(t, y, *rest)
         if tuple(found.shape) != shape:
-            raise ValueError(f"{function.where} must return shape {shape}, got {tuple(found.shape)}")
+            raise ValueError(f"{where} must return shape {shape}, got {tuple(found.shape)}")
         return found
 
-    # Values are asked for far more often than Jacobians, and not at the same points: they are not recorded.
+    # Values are asked for far more often than Jacobians, and not at the same points: they are computed alone.
+    jacobians = function.derived(("jacobian", shape, kind), lambda: jacobian(vector, argnums=1, layout=kind), vector)
+
     def value(t: float, y: np.ndarray, *rest: Any) -> np.ndarray:
         with function.named():
-            return function.array(checked(function.tensor(t), function.tensor(y), *function.extra(rest)))
+            return function.array(vector(function.tensor(t), function.tensor(y), *function.extra(rest)))
 
     def derivative(t: float, y: np.ndarray, *rest: Any) -> Any:
         with function.named():
-            of = jacobian(checked, argnums=1, layout="sparse_coo" if layout == "sparse" else "dense")
-            found = of(function.tensor(t), function.tensor(y), *function.extra(rest))
+            found = jacobians(function.tensor(t), function.tensor(y), *function.extra(rest))
             return matrix(function, found, (shape[0], shape[0]), "Jacobian")
 
     solver = {"radau": integrate.Radau, "bdf": integrate.BDF, "lsoda": integrate.LSODA}.get(str(method).lower(), method)
@@ -94,6 +98,7 @@ def solve_bvp(
     *,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
     **options: Any,
 ) -> Any:
     """``scipy.integrate.solve_bvp`` of a torch system, with the exact Jacobians of the right-hand side and the conditions.
@@ -110,6 +115,7 @@ def solve_bvp(
         p: the first guess of the parameters, ``(k,)``, or None.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
         options: SciPy's own: ``S``, ``tol``, ``max_nodes``, ``verbose``, ``bc_tol``.
 
     Returns:
@@ -131,41 +137,48 @@ def solve_bvp(
         (True, 0.141)
     """
     check_absent(options, ("fun_jac", "bc_jac"), "solve_bvp")
-    right, ends = (TorchFunction(f, "solve_bvp", device, allow_nan) for f in (fun, bc))
+    right, ends = (TorchFunction(f, "solve_bvp", device, allow_nan, compiled) for f in (fun, bc))
     states, parameters = np.shape(y)[0], 0 if p is None else int(np.size(p))
+    given = (0, 1) if p is None else (0, 1, 2)
+    shifted = _shifted(right.checked)
+    columns = right.derived(("columns", given), lambda: jacobian(shifted, argnums=(2, 3)[: len(given) - 1]), shifted)
+    jacobians = ends.derived(("ends", given), lambda: jacobian(ends.checked, argnums=given))
 
     def value(*args: np.ndarray) -> np.ndarray:
         with right.named():
-            return right.array(right(*map(right.tensor, args)), args[1].shape)
+            return right.array(right.checked(*map(right.tensor, args)), args[1].shape)
 
     def derivative(*args: np.ndarray) -> Any:
         with right.named():
-            return _column_jacobians(right, args, states)
+            x, y, *rest = map(right.tensor, args)
+            blocks = tuple(
+                right.array(block.movedim(2, 1), what="Jacobian") for block in columns(x, y, y.new_zeros(states), *rest)
+            )
+            return blocks if rest else blocks[0]
 
     def conditions(*args: np.ndarray) -> np.ndarray:
         with ends.named():
-            return ends.array(ends(*map(ends.tensor, args)), (states + parameters,))
+            return ends.array(ends.checked(*map(ends.tensor, args)), (states + parameters,))
 
     def conditions_derivative(*args: np.ndarray) -> Any:
         with ends.named():
-            found = jacobian(ends, argnums=tuple(range(len(args))))(*map(ends.tensor, args))
-            return tuple(ends.array(block, what="Jacobian") for block in found)
+            return tuple(ends.array(block, what="Jacobian") for block in jacobians(*map(ends.tensor, args)))
 
     return integrate.solve_bvp(
         value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=conditions_derivative, **options
     )
 
 
-def _column_jacobians(function: TorchFunction, args: tuple[np.ndarray, ...], states: int) -> Any:
-    """``df/dy`` of shape ``(n, n, m)``, with parameters also ``df/dp`` of shape ``(n, k, m)``."""
-    # One shift of all columns: its Jacobian holds what each column depends on in its own place.
+def _shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A right-hand side with one shift of all columns: its Jacobian holds what each column depends on in its own place.
+
+    By the shift it is ``df/dy``, transposed to ``(n, m, n)``; by the parameters ``df/dp``, ``(n, m, k)``.
+    """
+
     def shifted(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
         return function(x, y + shift[:, None], *p)
 
-    x, y, *rest = (function.tensor(a) for a in args)
-    found = jacobian(shifted, argnums=(2, 3) if rest else (2,))(x, y, y.new_zeros(states), *rest)
-    blocks = tuple(function.array(block.movedim(2, 1), what="Jacobian") for block in found)
-    return blocks if rest else blocks[0]
+    return shifted
 
 
 __all__ = ["solve_bvp", "solve_ivp"]

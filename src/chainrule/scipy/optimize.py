@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import optimize, sparse
 
-from chainrule.scipy.functions import Device, Linearised, TorchFunction, check_absent, check_layout, matrix
+from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout, matrix
 from chainrule.transforms.derivatives import grad_and_value
 from chainrule.transforms.jacobians import hessian
 
@@ -22,19 +23,18 @@ class _Objective:
 
     def __init__(self, function: TorchFunction, layout: str) -> None:
         self.function, self.layout = function, layout
+        self._scalar = scalar = scalar_of(function)
+        self._both = function.derived("gradient", lambda: grad_and_value(scalar), scalar)
+        kind = "sparse_coo" if layout == "sparse" else "dense"
+        self._hessian = function.derived(("hessian", kind), lambda: hessian(scalar, layout=kind), scalar)
 
     def _run(self, x: np.ndarray, args: tuple[Any, ...]) -> tuple[float, np.ndarray]:
         def compute() -> tuple[float, np.ndarray]:
-            gradient, value = grad_and_value(self._scalar)(self.function.tensor(x), *self.function.extra(args))
+            gradient, value = self._both(self.function.tensor(x), *self.function.extra(args))
             return float(self.function.array(value)), self.function.array(gradient, what="gradient")
 
-        return self.function.once("run", (x, *args), compute)
-
-    def _scalar(self, *args: Any) -> Any:
-        value = self.function(*args)
-        if value.dim():
-            raise ValueError(f"{self.function.where} must return a scalar (shape ()), got shape {tuple(value.shape)}")
-        return value
+        found: tuple[float, np.ndarray] = self.function.once("run", (x, *args), compute)
+        return found
 
     def plain(self, x: np.ndarray, *args: Any) -> float:
         with self.function.named():
@@ -65,11 +65,23 @@ class _Objective:
             return self._operator(x, args)
 
         def compute() -> Any:
-            layout = "sparse_coo" if self.layout == "sparse" else "dense"
-            found = hessian(self._scalar, layout=layout)(self.function.tensor(x), *self.function.extra(args))
+            found = self._hessian(self.function.tensor(x), *self.function.extra(args))
             return matrix(self.function, found, (x.size, x.size), "Hessian")
 
         return self.function.once("hessian", (x, *args), compute).copy()
+
+
+def scalar_of(function: TorchFunction) -> Callable[..., torch.Tensor]:
+    """A function whose value is checked to be one number."""
+    checked, where = function.checked, function.where
+
+    def scalar(*args: Any) -> torch.Tensor:
+        value = checked(*args)
+        if value.dim():
+            raise ValueError(f"{where} must return a scalar (shape ()), got shape {tuple(value.shape)}")
+        return value
+
+    return scalar
 
 
 def minimize(
@@ -81,6 +93,7 @@ def minimize(
     layout: str | None = None,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
     **options: Any,
 ) -> Any:
     """``scipy.optimize.minimize`` of a torch function, with its exact gradient and, where the method uses it, Hessian.
@@ -97,6 +110,8 @@ def minimize(
             None takes what the method is made for.
         device: where the function runs; None for the CPU.
         allow_nan: whether NaN goes on to SciPy; it raises otherwise.
+        compiled: whether calls are replayed by :func:`chainrule.compile`. None replays those that repeat, where the code of
+            the function visibly does nothing but compute; True all of them; False none.
         options: ``bounds``, ``constraints`` (SciPy's own, or :func:`nonlinear_constraint`), ``tol``, ``options``, ``callback``.
 
     Returns:
@@ -116,7 +131,7 @@ def minimize(
     """
     check_absent(options, ("jac", "hess", "hessp"), "minimize")
     name = method.lower() if isinstance(method, str) else method
-    function = TorchFunction(fun, "minimize", device, allow_nan)
+    function = TorchFunction(fun, "minimize", device, allow_nan, compiled)
     objective = _Objective(function, layout or "dense")
     if not isinstance(args, tuple):
         args = (args,)
@@ -171,6 +186,7 @@ def nonlinear_constraint(
     keep_feasible: Any = False,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
 ) -> Any:
     """A ``scipy.optimize.NonlinearConstraint``, ``lb <= fun(x) <= ub``, with the exact derivatives of a torch function.
 
@@ -184,6 +200,7 @@ def nonlinear_constraint(
         keep_feasible: as in SciPy.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
 
     Returns:
         SciPy's object.
@@ -199,16 +216,24 @@ def nonlinear_constraint(
         array([-0.7071, -0.7071])
     """
     check_layout(layout, "nonlinear_constraint", ("dense", "sparse"))
-    function = TorchFunction(fun, "nonlinear_constraint", device, allow_nan)
+    function = TorchFunction(fun, "nonlinear_constraint", device, allow_nan, compiled)
+    checked, where, kind = function.checked, function.where, "sparse_coo" if layout == "sparse" else "dense"
 
     def vector(x: Any) -> Any:
-        found = function(x)
+        found = checked(x)
         if found.dim() > 1:
-            raise ValueError(f"{function.where} must return a vector, got shape {tuple(found.shape)}")
+            raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
 
+    def weighted(x: Any, weights: Any) -> Any:
+        return (weights * vector(x)).sum()
+
+    linearise = Linearisation(function, vector, "constraint", layout)
+    curvatures = function.derived(("hessian", kind), lambda: hessian(weighted, layout=kind), weighted)
+
     def at(x: np.ndarray, reader: str) -> Linearised:
-        return function.once("run", (x,), lambda: Linearised(function, vector, layout, (function.tensor(x),)), reader)
+        found: Linearised = function.once("run", (x,), lambda: linearise(function.tensor(x)), reader)
+        return found
 
     def value(x: np.ndarray) -> np.ndarray:
         return at(x, "value").value.copy()
@@ -216,13 +241,9 @@ def nonlinear_constraint(
     def jacobian(x: np.ndarray) -> Any:
         return at(x, "jacobian").jacobian()
 
-    def weighted(x: Any, weights: Any) -> Any:
-        return (weights * vector(x)).sum()
-
     def curvature(x: np.ndarray, weights: np.ndarray) -> Any:
         with function.named():
-            of = hessian(weighted, layout="sparse_coo" if layout == "sparse" else "dense")
-            found = of(function.tensor(x), function.tensor(weights))
+            found = curvatures(function.tensor(x), function.tensor(weights))
             return matrix(function, found, (x.size, x.size), "Hessian")
 
     return _Constraint(value, lb, ub, jac=jacobian, hess=curvature, keep_feasible=keep_feasible)

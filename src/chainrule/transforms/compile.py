@@ -26,7 +26,7 @@ from chainrule.transforms.arguments import function_name, structure_key, tree_fl
 
 aten = torch.ops.aten
 
-__all__ = ["BACKENDS", "CacheInfo", "CompileError", "compile"]
+__all__ = ["BACKENDS", "CacheInfo", "CompileError", "Graph", "OtherValues", "compile", "modes"]
 
 BACKENDS = ("replay", "inductor", "cudagraphs")
 
@@ -59,8 +59,12 @@ class CacheInfo(NamedTuple):
     size: int
 
 
+class OtherValues(Exception):  # noqa: N818 - never reaches a user
+    """A graph was made for other values of index tensors."""
+
+
 @dataclass(slots=True)
-class _Graph:
+class Graph:
     """The graph of a signature, and what it depends on beside it."""
 
     run: Run | None
@@ -74,6 +78,8 @@ class _Graph:
     #: Tensors that no call uses, of which the function may have read shape or dtype; gradients that were used, and of what.
     seen: list[torch.Tensor] = field(default_factory=list)
     grads: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    #: What the last results have to be; they are no results of the function.
+    expected: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         used = {id(tensor): tensor for tensor in self.closed}
@@ -83,6 +89,9 @@ class _Graph:
         self.grads = [(t, t.grad) for t in found if t.is_leaf and t.grad is not None and id(t.grad) in used]
 
     def holds(self) -> bool:
+        """Whether what the graph depends on, beside the arguments, is as it was."""
+        if not self.kinds:
+            return self.surroundings.hold()
         return (
             self.surroundings.hold()
             and [_kind(t) for t in (*self.closed, *self.seen)] == self.kinds
@@ -90,9 +99,27 @@ class _Graph:
         )
 
 
+    def replay(self, tensors: list[torch.Tensor]) -> Any:
+        """The results for the tensors among the arguments, in order, of a graph that holds and can be run.
+
+        Raises:
+            OtherValues: what a sparse pattern depends on has other values than it had.
+        """
+        found = self.run(tensors + self.closed)  # type: ignore[misc]
+        if self.expected:
+            found, checked = found[: -len(self.expected)], found[-len(self.expected) :]
+            if not all(map(torch.equal, checked, self.expected)):
+                raise OtherValues
+        if self.statics:
+            found = list(found)
+            for position, value in self.statics:
+                found.insert(position, value)
+        return tree_unflatten(found, self.spec)  # type: ignore[arg-type]
+
+
 @dataclass(slots=True)
 class _Signature:
-    graphs: list[_Graph] = field(default_factory=list)
+    graphs: list[Graph] = field(default_factory=list)
     recordings: int = 0
 
 
@@ -152,6 +179,7 @@ def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callabl
     wrapper.cache_clear = compiled.cache_clear  # type: ignore[attr-defined]
     wrapper.graph = compiled.graph  # type: ignore[attr-defined]
     wrapper.source = compiled.source  # type: ignore[attr-defined]
+    wrapper._held = compiled.held  # type: ignore[attr-defined]
     return hide_from_dynamo(wrapper)
 
 
@@ -182,26 +210,24 @@ class _Compiled:
         if signature is not None:
             for graph in signature.graphs:
                 if graph.holds():
-                    return self._run(graph, leaves, args, kwargs)
+                    try:
+                        return self._run(graph, leaves, args, kwargs)
+                    except OtherValues:
+                        continue
         return self._first(key, leaves, args, kwargs)
 
-    def _run(self, graph: _Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, graph: Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if graph.run is None:
             self._eager += 1
             return self.function(*args, **kwargs)
-        self._hits += 1
         values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        values += graph.closed
         if any(map(torch.is_autocast_enabled, _AUTOCAST)):
             with _no_casts():
-                found = graph.run(values)
+                found = graph.replay(values)
         else:
-            found = graph.run(values)
-        if graph.statics:
-            found = list(found)
-            for position, value in graph.statics:
-                found.insert(position, value)
-        return tree_unflatten(found, graph.spec)  # type: ignore[arg-type]
+            found = graph.replay(values)
+        self._hits += 1
+        return found
 
     def _first(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -218,8 +244,8 @@ class _Compiled:
                 changed = next((g.surroundings.changed for g in signature.graphs if g.surroundings.changed), "something")
                 warnings.warn(
                     f"chainrule.compile: {function_name(self.function)} was recorded {_RECORDINGS} times with one signature, "
-                    f"because {changed} is replaced between calls; from now on it is called without a graph. Give what changes "
-                    "as an argument, or write into a tensor.",
+                    f"because {changed} is replaced between calls (or index tensors have other values); from now on it is called "
+                    "without a graph. Give what changes as an argument, or write into a tensor.",
                     stacklevel=4,
                 )
             self._misses += 1
@@ -232,7 +258,7 @@ class _Compiled:
             del signature.graphs[_GRAPHS:]
             return result
 
-    def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, _Graph]:
+    def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Graph]:
         """Run the function and make a graph of the run."""
         surroundings = Surroundings([self.function, *(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))])
         generators = surroundings.generators
@@ -244,7 +270,7 @@ class _Compiled:
         statics = [(n, leaf) for n, leaf in enumerate(out_leaves) if not isinstance(leaf, torch.Tensor)]
         tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
         staged = [recorder.staged(leaf) for leaf in tensors]
-        program, closed = recorder.program, recorder.found
+        program, closed, conditions = recorder.program, recorder.found, recorder.conditions
         kinds = [_kind(tensor) for tensor in closed]
         joined = torch.is_grad_enabled() and recorder.joined
         reason = _obstacle(statics, tensors, recorder, joined=joined)
@@ -254,8 +280,9 @@ class _Compiled:
         mine = [own.get(id(leaf), leaf.clone() if id(leaf) in constants else leaf) for leaf in out_leaves]
         result = tree_unflatten(mine, spec)
         if reason:
-            return result, _Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
-        flat = Flat(program, [s for s in staged if s is not None], len(given) + len(closed), len(given))
+            return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
+        results = [s for s in staged if s is not None] + [s for s, _ in conditions]
+        flat = Flat(program, results, len(given) + len(closed), len(given))
         if joined:
             flat.detach(*_in_graph(recorder))
         program._input_values.clear()  # a cycle that would hold the tensors of this run
@@ -268,7 +295,7 @@ class _Compiled:
             run = flat.cudagraph(values, joined=joined)
         else:
             run = flat.replay()
-        return result, _Graph(run, surroundings, closed, kinds, spec, statics, flat)
+        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions])
 
     def _run_recorded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]
@@ -318,6 +345,13 @@ class _Compiled:
         """The straight-line code that the replay backend runs for these arguments."""
         return str(self._flat(args, kwargs).replay().source)  # type: ignore[attr-defined]
 
+    def held(self, *args: Any) -> Graph | None:
+        """The graph of the last call with this signature, if there is one that holds."""
+        leaves, spec = tree_flatten(args)
+        key = _key(leaves, spec)
+        graphs = self._signatures[key].graphs if key in self._signatures else []
+        return next((graph for graph in graphs if graph.run is not None and graph.holds()), None)
+
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
         leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
         key = _key(leaves, spec)
@@ -342,6 +376,15 @@ def _no_casts() -> Iterator[None]:
 
 def _kind(tensor: torch.Tensor) -> Any:
     return (tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
+
+
+def modes() -> Any:
+    """What a graph depends on beside the arguments, as part of its key; None where calls run without a graph."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
+        return None
+    if torch._C._len_torch_function_stack() or any(map(torch.is_autocast_enabled, _AUTOCAST)):
+        return None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
 
 
 def _key(leaves: Sequence[Any], spec: Any) -> Any:
@@ -408,6 +451,8 @@ def _obstacle(
     for _, value in statics:
         if not isinstance(value, _STATIC):
             return f"a result is of type {type(value).__name__}, neither a tensor nor a plain value"
+    if recorder.conditions and _writes_outside(recorder.program):
+        return "a sparse pattern depends on values, and it writes to what was there before"
     if any(tensor.__class__ not in _PLAIN_TENSORS for tensor in tensors):
         return "a result is no plain tensor"
     if not joined:

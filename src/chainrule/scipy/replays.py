@@ -1,0 +1,160 @@
+"""What solvers call again and again: transforms of a user's function, replayed as one graph where that leaves nothing out."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from chainrule.capture.recorder import CompileError
+from chainrule.dispatch import LightMode
+from chainrule.scipy.plain_code import only_computes
+from chainrule.transforms.compile import Graph, OtherValues, modes
+from chainrule.transforms.compile import compile as compile_function
+
+#: After so many calls of one signature a function that only computes is recorded: that takes as long as some twenty calls.
+_CALLS = 12
+
+#: Runs of more ops are not recorded unasked: Python is a small part of what they cost, and recording takes seconds.
+_OPS = 200
+
+#: So many graphs are kept.
+_KEPT = 64
+
+#: Under this name a function keeps its replays, so that they live as long as it does.
+ATTRIBUTE = "_chainrule_replays"
+
+
+class Replayed:
+    """A function of tensors, made of a user's, that is replayed by :func:`chainrule.compile`.
+
+    Args:
+        function: what is called.
+        user: the user's function in it.
+        value: the part of ``function`` that only runs ``user``; its ops are counted.
+        is_forced: whether it is replayed from the first call on, and errors of recording are raised. Otherwise it is once
+            calls repeat, where the code of ``user`` visibly does nothing but compute and its values decide no branch.
+    """
+
+    def __init__(self, function: Callable[..., Any], user: Any, value: Callable[..., Any], *, is_forced: bool) -> None:
+        self._plain, self._user, self._value, self._is_forced = function, user, value, is_forced
+        self._compiled: Any = None
+        self._counts: dict[Any, int] = {}
+        self._graphs: dict[Any, Graph] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Call or replay it."""
+        key = (_key(args), modes())
+        graph = self._graphs.get(key)
+        if graph is not None:
+            if graph.holds():
+                try:
+                    return graph.replay([a for a in args if a.__class__ is torch.Tensor])
+                except OtherValues:
+                    pass
+            del self._graphs[key]
+        elif not self._is_forced:
+            calls = self._counts.get(key, 0)
+            if calls < 0 or None in key:
+                return self._plain(*args)
+            if calls < _CALLS:
+                self._counts[key] = calls + 1
+                return self._plain(*args)
+            if calls == _CALLS and not self._pays(args):
+                return self._never(key, args)
+            self._counts[key] = _CALLS + 1
+        return self._recorded(key, args)
+
+    def _pays(self, args: tuple[Any, ...]) -> bool:
+        """Whether the function may be recorded unasked, and a run is short enough."""
+        if not only_computes(self._user):
+            return False
+        with _Counter() as counter:
+            self._value(*args)
+        return counter.count <= _OPS
+
+    def _never(self, key: Any, args: tuple[Any, ...]) -> Any:
+        self._counts[key] = -1
+        return self._plain(*args)
+
+    def _recorded(self, key: Any, args: tuple[Any, ...]) -> Any:
+        """Record a call; also again, when what the function closes over was replaced: by something that does more, perhaps."""
+        if not self._is_forced and not only_computes(self._user):
+            return self._never(key, args)
+        if self._compiled is None:
+            self._compiled = compile_function(self._plain)
+        try:
+            found = self._compiled(*args)
+        except CompileError:
+            if self._is_forced:
+                raise
+            return self._never(key, args)  # nothing but a result was computed until here
+        graph = None if None in key else self._compiled._held(*args)
+        if graph is not None:
+            if len(self._graphs) >= _KEPT:
+                self._graphs.clear()
+            self._graphs[key] = graph
+        return found
+
+
+def _key(args: tuple[Any, ...]) -> Any:
+    """The arguments as a part of a key; None for those that the calls of a graph cannot be told by."""
+    parts: list[Any] = []
+    for argument in args:
+        if argument.__class__ is torch.Tensor:
+            parts.append((argument.shape, argument.dtype, argument.stride(), argument.device, argument.requires_grad))
+        elif argument.__class__ in _STATIC:
+            parts.append((argument.__class__, argument))
+        else:
+            return None
+    return tuple(parts) if len(args) < 2 or len({*map(id, args)}) == len(args) else None
+
+
+_STATIC = (int, str, bool)
+
+
+class _Counter(LightMode):
+    """Counts the ops of a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op and count it."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Store:
+    """The replays of one function."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.entries: dict[Hashable, Replayed] = {}
+
+    def __reduce__(self) -> Any:
+        """Copies of the function start anew."""
+        return _Store, (None,)
+
+
+def replayed(
+    user: Any, key: Hashable, make: Callable[[], Callable[..., Any]], value: Callable[..., Any], *, is_forced: bool
+) -> Replayed:
+    """A transform of a user's function; where that is a Python function, the one that an earlier solve made under ``key``."""
+    if not isinstance(user, types.FunctionType):
+        return Replayed(make(), user, value, is_forced=is_forced)
+    store = user.__dict__.get(ATTRIBUTE)
+    if store is None or store.owner is not user:  # `functools.wraps` copies attributes
+        store = user.__dict__[ATTRIBUTE] = _Store(user)
+    found: Replayed | None = store.entries.get((key, is_forced))
+    if found is None:
+        found = store.entries[key, is_forced] = Replayed(make(), user, value, is_forced=is_forced)
+    return found
+
+
+__all__ = ["ATTRIBUTE", "Replayed", "replayed"]

@@ -1,0 +1,96 @@
+"""Compiled calls with sparse results whose pattern depends on the values of index tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import chainrule
+from chainrule.capture.recorder import CompileError
+
+LAYOUTS = ("sparse_coo", "sparse_csr")
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.to_dense(), expected.reshape(found.shape), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_closed_over_indices(layout):
+    index, weights = torch.tensor([0, 2, 2, 1]), torch.randn(4, dtype=torch.float64)
+
+    def gathered(x):
+        return weights * x[index] ** 2 + x.roll(1)[index]
+
+    def energy(x):
+        return ((x[index] - x[index.flip(0)]) ** 4).sum() + (x[index] * x).sin().sum()
+
+    for make, peer, function in (
+        (chainrule.jacobian, torch.func.jacrev, gathered), (chainrule.hessian, torch.func.hessian, energy),
+    ):  # fmt: skip
+        compiled = chainrule.compile(make(function, layout=layout))
+        for _ in range(3):
+            x = torch.randn(4, dtype=torch.float64)
+            close(compiled(x), peer(function)(x))
+        assert compiled.cache_info()[:3] == (2, 1, 0)
+        before = index.clone()
+        index.copy_(torch.tensor([3, 1, 0, 0]))  # in place: the graph is for other values
+        close(compiled(x), peer(function)(x))
+        close(compiled(x), peer(function)(x))
+        assert compiled.cache_info()[:3] == (3, 2, 0)
+        index.copy_(before)  # and the first one is used again
+        close(compiled(x), peer(function)(x))
+        assert compiled.cache_info()[:3] == (4, 2, 0)
+
+
+def test_indices_as_arguments_and_computed_ones():
+    def gathered(x, index):
+        return x[index + 1] ** 2
+
+    compiled = chainrule.compile(chainrule.jacobian(gathered, layout="sparse_coo"))
+    x = torch.randn(5, dtype=torch.float64)
+    for index in ([0, 3], [0, 3], [2, 2], [0, 3]):
+        close(compiled(x, torch.tensor(index)), torch.func.jacrev(gathered)(x, torch.tensor(index)))
+    assert compiled.cache_info()[:3] == (2, 2, 0)
+
+
+def test_places_that_values_select():
+    def ordered(x):
+        return torch.sort(x**2)[0] * torch.where(x > 0, x, 2 * x)
+
+    compiled = chainrule.compile(chainrule.jacobian(ordered, layout="sparse_coo"))
+    for _ in range(4):
+        x = torch.randn(3, dtype=torch.float64)
+        close(compiled(x), torch.func.jacrev(ordered)(x))
+        close(compiled(x), torch.func.jacrev(ordered)(x))
+    assert compiled.cache_info().hits >= 4
+
+
+def test_random_numbers_and_writes():
+    index, seen = torch.tensor([0, 2, 2, 1]), torch.zeros(4, dtype=torch.float64)
+    noisy = chainrule.compile(chainrule.jacobian(lambda x: (x[index] + torch.rand(4)) ** 2, layout="sparse_coo"))
+    x = torch.ones(4, dtype=torch.float64)
+    for values in ([0, 2, 2, 1], [1, 1, 1, 1], [0, 2, 2, 1]):
+        index.copy_(torch.tensor(values))
+        found = noisy(x).coalesce()
+        assert found.indices()[1].tolist() == values
+
+    def counting(x):
+        seen.add_(1.0)
+        return x[index] ** 2
+
+    compiled = chainrule.compile(chainrule.jacobian(counting, layout="sparse_coo"))
+    for count in range(1, 4):
+        close(compiled(x), torch.func.jacrev(lambda x: x[index] ** 2)(x))
+        assert bool((seen == count).all())
+
+
+def test_gathers_and_masks():
+    compiled = chainrule.compile(lambda x, index: x[index].sin() + x[:, index.remainder(2)].sum())
+    x = torch.randn(3, 4)
+    for index in ([0, 2, 2], [1, 1, 0]):
+        index = torch.tensor(index)
+        torch.testing.assert_close(compiled(x, index), x[index].sin() + x[:, index.remainder(2)].sum())
+    assert compiled.cache_info()[:3] == (1, 1, 0)
+    with pytest.raises(CompileError, match="depends on values"):
+        chainrule.compile(lambda x, mask: x[mask])(x, torch.tensor([True, False, True]))
