@@ -14,6 +14,7 @@ from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import undispatched
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
+from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
 from chainrule.execute.workspace import free, observe
@@ -257,9 +258,10 @@ def peak_elements(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tens
 def _planned(
     tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], *, compare: bool = False
 ) -> Planned:
-    if isinstance(request, AlgebraRequest):
-        return plan_algebra(tape, request, seeds)
-    return plan(tape, request, seeds, compare=compare)
+    with postponed_collection():
+        if isinstance(request, AlgebraRequest):
+            return plan_algebra(tape, request, seeds)
+        return plan(tape, request, seeds, compare=compare)
 
 
 def _execute_accounted(

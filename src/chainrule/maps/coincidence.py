@@ -11,7 +11,7 @@ import torch
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index
+from chainrule.maps.terms import Axis, Factor, IndexSpace, OneHot, Term, constant_index, fixed_index
 
 if TYPE_CHECKING:
     from chainrule.maps.compose import Workspace
@@ -27,7 +27,7 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     if one.index is two.index and one.sources == two.sources:
         return replace(term, onehots=tuple(h for h in term.onehots if h is not two))
     if one.affine is not None and two.affine is not None:
-        solved = solve_affine(term, one, two, workspace.device)
+        solved = solve_affine(term, one, two, workspace)
         if solved is not None:
             return solved
     dropped, kept = (two, one) if one.affine is not None else (one, two)
@@ -35,7 +35,7 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     return replace(term, factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
 
 
-def solve_affine(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
+def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Term | None:
     """Read the source of one affine relation off the other's, when nothing else ties it."""
     taken = {h.target for h in term.onehots}
     solutions = []
@@ -57,7 +57,7 @@ def solve_affine(term: Term, one: OneHot, two: OneHot, device: torch.device) -> 
     positions, _, kept, unknown = min(solutions, key=lambda found: any(p < 0 for p in found[0]))
     if all(p < 0 for p in positions):
         return replace(term, onehots=(*rest, kept), scale=0.0)
-    return replace(term, onehots=(*rest, kept, _listed(positions, kept.sources, unknown, device)))
+    return replace(term, onehots=(*rest, kept, _listed(positions, kept.sources, unknown, space)))
 
 
 def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
@@ -72,12 +72,10 @@ def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
     return positions
 
 
-def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, device: torch.device) -> OneHot:
+def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, space: IndexSpace) -> OneHot:
     if not sources:
-        fixed = positions[0]
-        node = constant_index((), lambda d: torch.full((), fixed, dtype=torch.long, device=d), device)
-        return OneHot(node, (), target, False, (fixed, 0))
-    index = constant_index((len(positions),), lambda d: torch.tensor(positions, device=d), device)
+        return fixed_index(target, positions[0], space)
+    index = constant_index((len(positions),), lambda d: torch.tensor(positions, device=d), space.device)
     steps = {b - a for a, b in zip(positions, positions[1:], strict=False)} or {1}
     partial = any(p < 0 for p in positions)
     affine = (positions[0], steps.pop()) if not partial and len(steps) == 1 else None

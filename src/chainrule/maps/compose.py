@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from chainrule.maps.contract import contract, contract_any, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, constant_index, regroup, shift_of, shift_onehot
+from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, affine_index, regroup, shift_of, shift_onehot
 
 
 class Workspace:
@@ -78,6 +78,8 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
 
     ``left`` maps from the space that ``right`` maps to. ``right`` is given fresh axes first.
     """
+    if (joined := _join_as_it_is(left, right, workspace)) is not None:
+        return joined
     right = right.fresh()
     left, right = align(left, right, workspace)
     mapping = _unify(left.in_dims, right.out_dims)
@@ -92,6 +94,48 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
     merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
     return push_onehots(keep_count(merged, tuple(between)), workspace)
+
+
+def _join_as_it_is(left: Term, right: Term, workspace: Workspace) -> Term | None:
+    """The composition where the dimensions between the terms agree axis by axis and no two axes become one.
+
+    Such a product (most products are) needs no alignment: the axes of ``right`` are those of ``left``, or new.
+    """
+    mapping: dict[Axis, Axis] = {}
+    for one, two in zip(left.in_dims, right.out_dims, strict=True):
+        if len(one) == len(two) == 1:
+            (a,), (b,) = one, two
+            if a.size != b.size or (a.size != 1 and mapping.setdefault(b, a) is not a):
+                return None
+            continue
+        wide, other = ([axis for axis in dim if axis.size != 1] for dim in (one, two))
+        if len(wide) != len(other):
+            return None
+        for a, b in zip(wide, other, strict=True):
+            if a.size != b.size or mapping.setdefault(b, a) is not a:
+                return None
+    between = tuple(mapping.values())
+    if len(set(between)) < len(between):
+        return None
+
+    def renamed(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        found = []
+        for axis in axes:
+            own = mapping.get(axis)
+            if own is None:
+                own = mapping[axis] = Axis(axis.size)
+            found.append(own)
+        return tuple(found)
+
+    in_dims = tuple([renamed(dim) for dim in right.in_dims])
+    factors, onehots = left.factors, left.onehots
+    if right.factors:
+        factors = (*factors, *[Factor(factor.node, renamed(factor.axes)) for factor in right.factors])
+    if right.onehots:
+        moved = [h._replace(sources=renamed(h.sources), target=renamed((h.target,))[0]) for h in right.onehots]
+        onehots = (*onehots, *moved)
+    joined = keep_count(Term(left.out_dims, in_dims, factors, onehots, left.scale * right.scale), between)
+    return push_onehots(joined, workspace) if onehots else joined
 
 
 def _without_repeats(factor: Factor, memo: Memo) -> Factor:
@@ -212,6 +256,8 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
     """
     if workspace.sparse:
         return workspace.push(term)
+    if term.settled:
+        return term
     while term.onehots:
         step = _push_one(term, workspace)
         if step is None:
@@ -254,6 +300,8 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
 
 def keep_count(term: Term, axes: Sequence[Axis]) -> Term:
     """Axes that stand nowhere in the term any more are sums of ones: their sizes go into its scale."""
+    if not axes:
+        return term
     left = term.all_axes()
     lost = math.prod(axis.size for axis in axes if axis not in left)
     return term if lost == 1 else replace(term, scale=term.scale * lost)
@@ -268,8 +316,7 @@ def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
         and len(outer.sources) == 1
     ):
         start, step = outer.affine[0] + outer.affine[1] * inner.affine[0], outer.affine[1] * inner.affine[1]
-        size = inner.sources[0].size
-        index = constant_index((size,), lambda d: start + step * torch.arange(size, device=d), workspace.device)
+        index = affine_index(inner.sources[0].size, start, step, workspace)
         return OneHot(index, inner.sources, outer.target, False, (start, step))
     if (shifted := _chain_shifts(outer, inner, workspace)) is not None:
         return shifted
@@ -310,8 +357,8 @@ def _chain_shifts(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot 
 
 def internal_axes(term: Term) -> list[Axis]:
     """Axes that stand neither in an output nor in an input dimension."""
-    outer = term.outer_axes()
-    return [axis for axis in term.all_axes() if axis not in outer]
+    outer, every = term.outer_axes(), term.all_axes()
+    return [axis for axis in every if axis not in outer] if len(every) > len(outer) else []
 
 
 def fold_uncarried(term: Term) -> Term:
@@ -334,15 +381,19 @@ def settle(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
     from the sources of relations where the workspace is sparse. Factors that share no summed axis and would only form an outer
     product stay apart.
     """
+    if term.settled:
+        return term
     term = fold_uncarried(push_onehots(term, workspace))
     if workspace.sparse:
-        term = workspace.canonical(term)
-    else:
+        return _absorb(_contract_connected(workspace.canonical(term), workspace), workspace)
+    if len(term.all_axes()) > len(term.outer_axes()):
         if bands and term.onehots:
             term = push_onehots(with_bands(term, workspace), workspace)
-        term = scatter_internal(term, workspace, bands=bands)
-    term = _contract_connected(term, workspace)
-    return _absorb(term, workspace)
+        term = _contract_connected(scatter_internal(term, workspace, bands=bands), workspace)
+    term = _absorb(term, workspace)
+    # Without internal axes nothing is left to be done, with bands or without.
+    term.settled = len(term.all_axes()) == len(term.outer_axes())
+    return term
 
 
 def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
@@ -379,7 +430,7 @@ def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -
         term = push_onehots(replace(term, factors=(*rest, dense), onehots=later), workspace)
 
 
-def _linked(first: OneHot, onehots: Sequence[OneHot], outer: dict[Axis, None]) -> list[OneHot]:
+def _linked(first: OneHot, onehots: Sequence[OneHot], outer: Mapping[Axis, None]) -> list[OneHot]:
     """The relations that share an internal source with ``first``, directly or through each other."""
     group = [first]
     while True:
@@ -408,7 +459,7 @@ def _spread(onehot: OneHot, sources: tuple[Axis, ...]) -> OneHot:
 
 
 def _needed_axes(term: Term) -> dict[Axis, None]:
-    needed = term.outer_axes()
+    needed = dict(term.outer_axes())
     for onehot in term.onehots:
         needed.update(dict.fromkeys(onehot.sources))
         needed[onehot.target] = None
@@ -438,6 +489,8 @@ def _contract_connected(term: Term, workspace: Workspace) -> Term:
 
 def _absorb(term: Term, workspace: Workspace) -> Term:
     """Multiply factors whose axes are a subset of another's into it."""
+    if len(term.factors) < 2:
+        return term
     factors = sorted(term.factors, key=lambda f: -f.node.numel)
     kept: list[Factor] = []
     for factor in factors:

@@ -10,7 +10,7 @@ import torch
 
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.nodes import Node
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, constant_index
 
 #: From so many terms on a list is shorter than the terms.
 _FEW = 3
@@ -82,16 +82,17 @@ def _relation(count: Axis, target: Axis, places: tuple[int, ...], workspace: Wor
     steps = {b - a for a, b in zip(places, places[1:], strict=False)}
     step = next(iter(steps))
     if len(steps) == 1 and step > 0:
-        node = constant_index(
-            (count.size,), lambda d: places[0] + step * torch.arange(len(places), device=d), workspace.device
-        )
-        return OneHot(node, (count,), target, False, (places[0], step))
+        return affine_onehot(count, target, places[0], step, workspace)
 
     def make(device: torch.device) -> torch.Tensor:
         # Not torch.tensor, which puts a tensor of unknown origin into the record of a nest.
         return torch.cat([torch.full((1,), place, dtype=torch.long, device=device) for place in places])
 
-    return OneHot(constant_index((count.size,), make, workspace.device), (count,), target)
+    key = ("listed places", places)
+    node = workspace.memo.get(key)
+    if node is None:
+        node = workspace.memo[key] = constant_index((count.size,), make, workspace.device)
+    return OneHot(node, (count,), target)
 
 
 __all__ = ["listed"]

@@ -114,7 +114,7 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
 
 
 def _has_empty_axis(one: Term, two: Term) -> bool:
-    return any(axis.size == 0 for term in (one, two) for axis in term.all_axes())
+    return one.is_empty or two.is_empty
 
 
 def _through(term: Term, operator: Operator, workspace: Workspace) -> list[Term]:
@@ -244,7 +244,10 @@ def merge(
         return workspace.compress(merged)
     limit = 1 if force else limit
     if limit is not None and len(merged) > limit:
-        merged = listed(merged, workspace)
+        # Terms at fixed places are taken together before those at one place are added: one call for all of them.
+        together = listed(settled, workspace)
+        if len(together) < len(settled):
+            merged = _merge_equal(together, workspace, force)
     if limit is not None and len(merged) > limit:
         common = _common_diagonals(merged)
         merged = _merge_equal([_to_common(term, common, workspace) for term in merged], workspace, True)

@@ -138,7 +138,7 @@ class SparseWorkspace(Workspace):
     def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
         """Join two relations with one target: a new axis counts the pairs of sources that meet."""
         if one.affine is not None and two.affine is not None:
-            solved = solve_affine(term, one, two, self.device)
+            solved = solve_affine(term, one, two, self)
             if solved is not None:
                 return solved
         shared = tuple(axis for axis in one.sources if axis in two.sources)
