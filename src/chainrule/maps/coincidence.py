@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,14 +24,14 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     over the sources of both.
     """
     if one.index is two.index and one.sources == two.sources:
-        return replace(term, onehots=tuple(h for h in term.onehots if h is not two))
+        return term.having(onehots=tuple(h for h in term.onehots if h is not two))
     if one.affine is not None and two.affine is not None:
         solved = solve_affine(term, one, two, workspace)
         if solved is not None:
             return solved
     dropped, kept = (two, one) if one.affine is not None else (one, two)
     rest = tuple(h for h in term.onehots if h is not dropped)
-    return replace(term, factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
+    return term.having(factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
 
 
 def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Term | None:
@@ -51,13 +50,13 @@ def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Ter
         assert one.affine is not None
         assert two.affine is not None
         scale = term.scale if one.affine[0] == two.affine[0] else 0.0
-        return replace(term, onehots=(*rest, two), scale=scale)
+        return term.having(onehots=(*rest, two), scale=scale)
     if not solutions:
         return None
     positions, _, kept, unknown = min(solutions, key=lambda found: any(p < 0 for p in found[0]))
     if all(p < 0 for p in positions):
-        return replace(term, onehots=(*rest, kept), scale=0.0)
-    return replace(term, onehots=(*rest, kept, _listed(positions, kept.sources, unknown, space)))
+        return term.having(onehots=(*rest, kept), scale=0.0)
+    return term.having(onehots=(*rest, kept, _listed(positions, kept.sources, unknown, space)))
 
 
 def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:

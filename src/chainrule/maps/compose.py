@@ -90,7 +90,7 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
         left.onehots + right.onehots,
         left.scale * right.scale,
     ).rename(mapping)
-    merged = replace(merged, factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
+    merged = merged.having(factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
     merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
     return push_onehots(keep_count(merged, tuple(between)), workspace)
@@ -174,7 +174,7 @@ def _without_circles(term: Term, workspace: Workspace) -> Term:
             scale = scale if onehot.affine[0] == 0 else 0.0
         else:
             factors.append(fixed_points(onehot, workspace.dtype, workspace.memo))
-    return replace(term, factors=tuple(factors), onehots=tuple(onehots), scale=scale)
+    return term.having(factors=tuple(factors), onehots=tuple(onehots), scale=scale)
 
 
 def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]) -> dict[Axis, Axis]:
@@ -286,15 +286,15 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         if carried and onehot.index.digit is not None:
             read_at = [gather_flat(f, term.onehots, workspace.memo) or f if target in f.axes else f for f in term.factors]
             if any(new is not old for new, old in zip(read_at, term.factors, strict=True)):
-                return replace(term, factors=tuple(read_at))
+                return term.having(factors=tuple(read_at))
         factors = tuple(gather(f, onehot, workspace.memo) if target in f.axes else f for f in term.factors)
         others = tuple(_chain(h, onehot, workspace) if target in h.sources else h for h in others)
         if target in outer:
-            return replace(term, factors=factors, onehots=(*others, onehot))
+            return term.having(factors=factors, onehots=(*others, onehot))
         # What was read through a shift is zero already where there is nothing to read.
         if onehot.partial and not (carried and onehot.shift is not None):
             factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
-        return keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
+        return keep_count(term.having(factors=factors, onehots=others), onehot.sources)
     return None
 
 
@@ -304,7 +304,7 @@ def keep_count(term: Term, axes: Sequence[Axis]) -> Term:
         return term
     left = term.all_axes()
     lost = math.prod(axis.size for axis in axes if axis not in left)
-    return term if lost == 1 else replace(term, scale=term.scale * lost)
+    return term if lost == 1 else term.having(scale=term.scale * lost)
 
 
 def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
@@ -371,7 +371,7 @@ def fold_uncarried(term: Term) -> Term:
     for axis in internal:
         if axis not in carried and axis not in tied:
             scale *= axis.size
-    return term if scale == term.scale else replace(term, scale=scale)
+    return term if scale == term.scale else term.having(scale=scale)
 
 
 def settle(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
@@ -427,7 +427,7 @@ def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -
         keep = dict.fromkeys(axis for axis in (*carried, *sources) if axis not in gone and axis in needed)
         # Internal axes that only these factors carry are summed by the contraction itself.
         dense = scatter(touching, [_spread(h, sources) for h in group], tuple(keep), workspace.dtype, workspace.memo)
-        term = push_onehots(replace(term, factors=(*rest, dense), onehots=later), workspace)
+        term = push_onehots(term.having(factors=(*rest, dense), onehots=later), workspace)
 
 
 def _linked(first: OneHot, onehots: Sequence[OneHot], outer: Mapping[Axis, None]) -> list[OneHot]:
@@ -484,7 +484,7 @@ def _contract_connected(term: Term, workspace: Workspace) -> Term:
         groups = [g for g in groups if not any(g is other for other in linked)] + [merged]
     results = [contract(group, list(needed), workspace.memo) for group in groups]
     scale = term.scale
-    return replace(term, factors=(*alone, *results), scale=scale)
+    return term.having(factors=(*alone, *results), scale=scale)
 
 
 def _absorb(term: Term, workspace: Workspace) -> Term:
@@ -501,7 +501,7 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
             kept[host] = contract([kept[host], factor], list(kept[host].axes), workspace.memo)
     if len(kept) == len(term.factors):
         return term
-    return replace(term, factors=tuple(kept))
+    return term.having(factors=tuple(kept))
 
 
 def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace, *, ordered: bool = True) -> Factor:
@@ -524,7 +524,7 @@ def scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
         node = workspace.memo[key] = Node(
             factor.node.sizes,
             (factor.node,),
-            lambda program, value: torch.mul(value, scale),
+            lambda program, value: program.call(torch.mul, value, scale),
             flops=factor.node.numel,
             moved=2 * factor.node.numel,
             label="scale",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def _together(group: Sequence[Term], workspace: Workspace) -> Term:
     for term in group:
         names = _numbered(term)
         axes = list(names)
-        bare = replace(term, onehots=())
+        bare = term.having(onehots=())
         nodes.append(dense_factor(bare, [axes[number] for number in carried], workspace).node)
         for onehot in term.onehots:
             assert onehot.affine is not None
@@ -75,7 +74,7 @@ def _together(group: Sequence[Term], workspace: Workspace) -> Term:
     node = Node(sizes, tuple(nodes), lambda program, *values: torch.stack(values), label="stack")
     relations = tuple(_relation(count, own[number], tuple(listing), workspace) for number, listing in sorted(places.items()))
     factor = Factor(node, (count, *(own[number] for number in carried)))
-    return replace(host, factors=(factor,), onehots=relations, scale=1.0)
+    return host.having(factors=(factor,), onehots=relations, scale=1.0)
 
 
 def _relation(count: Axis, target: Axis, places: tuple[int, ...], workspace: Workspace) -> OneHot:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -87,7 +86,7 @@ class SparseWorkspace(Workspace):
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        return self.canonical(replace(term, onehots=tuple(kept)))
+        return self.canonical(term.having(onehots=tuple(kept)))
 
     def canonical(self, term: Term) -> Term:
         """The same term; equal relations share their index, and those that say nothing are gone."""
@@ -101,7 +100,7 @@ class SparseWorkspace(Workspace):
                 renamed[found.target] = found.sources[0]
             else:
                 onehots.append(found)
-        term = replace(term, onehots=tuple(onehots))
+        term = term.having(onehots=tuple(onehots))
         while renamed:
             target, source = renamed.popitem()
             term = term.rename({target: source})
@@ -155,8 +154,8 @@ class SparseWorkspace(Workspace):
         targets = self.read(one.index).reshape(-1).index_select(0, first)
         onehots.append(OneHot(self.index(targets), (pairs,), one.target))
         if pairs.size == 0:
-            return replace(term, onehots=tuple(onehots), scale=0.0)
-        return replace(term, onehots=tuple(onehots))
+            return term.having(onehots=tuple(onehots), scale=0.0)
+        return term.having(onehots=tuple(onehots))
 
     def push(self, term: Term) -> Term:
         """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
@@ -177,18 +176,18 @@ class SparseWorkspace(Workspace):
         final = {axis: h for axis, h in relations.items() if not any(s in relations for s in h.sources)}
         for axis, h in relations.items():
             if axis not in final and all(s in final or s not in relations for s in h.sources):
-                return replace(term, onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+                return term.having(onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
         outer = term.outer_axes()
         factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
         if not inner:
-            return replace(term, factors=factors) if factors != term.factors else None
+            return term.having(factors=factors) if factors != term.factors else None
         for h in inner:
             if self._concrete(h).partial:
                 factors = (*factors, mask_factor(h, self.dtype, self.memo))
         kept = tuple(h for h in term.onehots if h.target in outer)
         sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
-        return keep_count(replace(term, factors=factors, onehots=kept), sources)
+        return keep_count(term.having(factors=factors, onehots=kept), sources)
 
     def _chained(self, outer: OneHot, final: dict[Axis, OneHot]) -> OneHot:
         """A relation whose sources are targets of others, as one from their sources."""

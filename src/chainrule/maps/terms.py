@@ -88,6 +88,21 @@ class Term:
         """The same network read from the input to the output."""
         return Term(self.in_dims, self.out_dims, self.factors, self.onehots, self.scale)
 
+    def having(
+        self,
+        factors: tuple[Factor, ...] | None = None,
+        onehots: tuple[OneHot, ...] | None = None,
+        scale: float | None = None,
+    ) -> Term:
+        """The term with other factors, relations or another scale: `dataclasses.replace` at a fraction of its time."""
+        return Term(
+            self.out_dims,
+            self.in_dims,
+            self.factors if factors is None else factors,
+            self.onehots if onehots is None else onehots,
+            self.scale if scale is None else scale,
+        )
+
     def outer_axes(self) -> Mapping[Axis, None]:
         """The axes of the output and input dimensions, in order, each once."""
         if self._outer is None:
