@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import CodeType, FunctionType, TracebackType
@@ -251,6 +252,49 @@ class LightMode(Handler, TorchDispatchMode):
             if taken is not None:
                 _push_function(taken)
         _pop(None)
+
+
+class _Aside(threading.local):
+    mode: LightMode | None = None
+
+
+_ASIDE = _Aside()
+
+
+class functions_aside:  # noqa: N801 - used like torch.no_grad
+    """Run a block without the innermost mode's look at functions, which torch extends to every look at a tensor's shape.
+
+    What is to be seen by the mode is called by :func:`seen_by`.
+    """
+
+    __slots__ = ("_before", "_mode")
+
+    def __enter__(self) -> None:
+        count = _count_functions()
+        found = count and isinstance(_function_at(count - 1), LightMode)
+        self._before, self._mode = _ASIDE.mode, _pop_function() if found else None
+        _ASIDE.mode = self._mode
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _ASIDE.mode = self._before
+        if self._mode is not None:
+            _push_function(self._mode)
+
+
+def mode_aside() -> LightMode | None:
+    """The mode whose look at functions is off in this block (:class:`functions_aside`)."""
+    return _ASIDE.mode
+
+
+def seen_by(mode: LightMode, function: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a function as one that the mode takes."""
+    _push_function(mode)
+    try:
+        return function(*args, **kwargs) if kwargs else function(*args)
+    finally:
+        _pop_function()
 
 
 class again:  # noqa: N801 - used like torch.no_grad

@@ -23,6 +23,7 @@ from chainrule.maps.terms import (
     affine_onehot,
     constant_index,
     dims_of,
+    fixed_index,
     identity,
     new_axes,
 )
@@ -155,6 +156,8 @@ def terms(draw, out_shape, in_shape, within_sides=False):
 
 @st.composite
 def relations(draw, rng, sources, target):
+    if not sources and draw(st.booleans()):
+        return fixed_index(target, draw(st.integers(0, target.size - 1)), Workspace(F64, CPU))
     if len(sources) == 1 and draw(st.booleans()):
         size, extent = sources[0].size, target.size
         steps = [s for s in (-2, -1, 1, 2) if abs(s) * (size - 1) < extent]
@@ -162,7 +165,7 @@ def relations(draw, rng, sources, target):
             step = draw(st.sampled_from(steps))
             reach = step * (size - 1)
             start = draw(st.integers(max(0, -reach), extent - 1 - max(0, reach)))
-            return affine_onehot(sources[0], target, start, step, CPU)
+            return affine_onehot(sources[0], target, start, step, Workspace(F64, CPU))
     partial = draw(st.booleans())
     index = rng.integers(-1 if partial else 0, target.size, [a.size for a in sources])
     return OneHot(index_node(index), sources, target, partial)
@@ -336,8 +339,8 @@ def test_a_diagonal_stays_diagonal():
 
 def test_slices_of_slices_stay_affine():
     workspace = Workspace(F64, CPU)
-    first = LinearMap((10,), (24,), (slice_term((24,), 0, 3, 2, 10, CPU),))
-    second = LinearMap((4,), (10,), (slice_term((10,), 0, 1, 2, 4, CPU),))
+    first = LinearMap((10,), (24,), (slice_term((24,), 0, 3, 2, 10, workspace),))
+    second = LinearMap((4,), (10,), (slice_term((10,), 0, 1, 2, 4, workspace),))
     joined = compose(second, first, workspace, eager=True)
     (term,) = joined.terms
     assert not term.factors
@@ -361,7 +364,7 @@ def test_zero_size(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_the_workspace_s(dtype):
     workspace = Workspace(dtype, CPU)
-    part = LinearMap((2,), (5,), (slice_term((5,), 0, 1, 2, 2, CPU),))
+    part = LinearMap((2,), (5,), (slice_term((5,), 0, 1, 2, 2, workspace),))
     out, inner = Axis(5), Axis(2)
     relation = OneHot(index_node([[0, -1], [1, 1], [-1, 2], [4, 0], [3, 3]]), (out, inner), Axis(5), True)
     masked = LinearMap((5,), (2,), (Term(((out,),), ((inner,),), (), (relation,)),))

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.calls import is_number_constant
 from chainrule.dispatch import LightMode
+from chainrule.functions import Function
 from chainrule.maps.staging import Program, Staged
 
 aten = torch.ops.aten
@@ -25,6 +26,14 @@ HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm
 
 #: Ops whose answer to Python depends on the kind of tensor only, not on its values.
 _QUERIES = frozenset({aten.cudnn_is_acceptable.default})
+
+#: Whether an op has to run in each run of the program, by its identity (see :func:`_is_kept`).
+_KEPT_OPS: dict[int, tuple[Any, bool]] = {}
+
+#: Whether an op is a composition of others, likewise (see :func:`_is_composite`).
+_COMPOSITE_OPS: dict[int, tuple[Any, bool]] = {}
+
+_any_autocast = torch._C._is_any_autocast_enabled
 
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
@@ -46,6 +55,8 @@ class Recorder(LightMode):
             used a tensor of unknown origin.
     """
 
+    takes_functions = True
+
     def __init__(self, find: Callable[[Program, torch.Tensor], Staged | None]) -> None:
         super().__init__()
         self.program = Program()
@@ -57,6 +68,27 @@ class Recorder(LightMode):
         self._recipes: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         # The identities in ``known`` must stay taken.
         self._alive: list[Any] = []
+
+    def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
+        """Run a function that is one op on each element, and append the op: what arrives at the dispatcher, without the way."""
+        if not function.pointwise or not function.fewest <= len(args) <= function.most or _any_autocast():
+            return NotImplemented
+        op = function.op
+        for number, item in enumerate(args):
+            kind = item.__class__
+            if kind is torch.Tensor:
+                if item.requires_grad or item.is_complex():
+                    return NotImplemented
+            elif number == 1 and function.number_op is not None and (kind is float or kind is int):
+                op = function.number_op
+            else:
+                return NotImplemented
+        if _is_composite(op):
+            return NotImplemented
+        out = function.call(*args)
+        self._note(op, self._staged(args), {}, out, args)
+        self._alive.append(out)
+        return out
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,23 +106,29 @@ class Recorder(LightMode):
             # A value read into Python; ops on dtypes and shapes have no tensor among their arguments.
             self._on_read(func, _staged_in((lowered, tuple(named.values()))))
         else:
-            keep = func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE)
-            keep = keep and not _is_gather(func, args)
-            if keep:
-                self._on_unrepeatable(func)
-            keep = keep or (out is None and not written)
-            if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
-                lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
-            if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
-                same = func is aten.detach.default or func is aten.alias.default
-                self.known[id(out)] = staged = lowered[0] if same else self.program.constant(out)
-                if func.is_view and not same:
-                    self._recipes[staged.slot] = (func, lowered, named)
-            else:
-                slots = tuple(staged.slot for t in written if (staged := self.known.get(id(t))) is not None)
-                self._append(func, lowered, named, out, slots, keep=keep)
+            self._note(func, lowered, named, out, args, written)
         self._alive.append(out)
         return out
+
+    def _note(
+        self, func: Any, lowered: tuple[Any, ...], named: dict[str, Any], out: Any, args: tuple[Any, ...],
+        written: Sequence[torch.Tensor] = (),
+    ) -> None:  # fmt: skip
+        """Write down an op that ran: as a call, or its result as a constant."""
+        keep = _is_kept(func) and not _is_gather(func, args)
+        if keep:
+            self._on_unrepeatable(func)
+        keep = keep or (out is None and not written)
+        if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
+            lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
+        if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
+            same = func is aten.detach.default or func is aten.alias.default
+            self.known[id(out)] = staged = lowered[0] if same else self.program.constant(out)
+            if func.is_view and not same:
+                self._recipes[staged.slot] = (func, lowered, named)
+        else:
+            slots = tuple([staged.slot for t in written if (staged := self.known.get(id(t))) is not None])
+            self._append(func, lowered, named, out, slots, keep=keep)
 
     def _on_read(self, func: Any, read: list[Staged]) -> None:
         """A value of the program was read into Python."""
@@ -186,10 +224,12 @@ class Recorder(LightMode):
 
     def _is_fixed(self, out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a result is an index, a mask or a small number that is the same in every run: it is kept."""
+        constants = self.program.constants
+        if any([item.__class__ is Staged and item.slot not in constants for item in args]):
+            return False
         number = out.dtype.is_floating_point or out.dtype.is_complex
         if out.numel() > (_SMALL if number else _KEPT) or id(out) in self.known or out.__class__ is not torch.Tensor:
             return False
-        constants = self.program.constants
         return all(staged.slot in constants for staged in _staged_in((args, tuple(kwargs.values()))))
 
     def staged(self, tensor: torch.Tensor) -> Staged | None:
@@ -222,6 +262,21 @@ class Recorder(LightMode):
 def _is_gather(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an op reads at places given by whole numbers: with masks among them its result's shape depends on values."""
     return func is aten.index.Tensor and all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+def _is_kept(func: Any) -> bool:
+    """Whether a replay of an op could give something else than the recorded run says."""
+    known = _KEPT_OPS.get(id(func))
+    if known is None:
+        keep = func is aten.as_strided.default or any(tag in func.tags for tag in _UNREPEATABLE)
+        known = _KEPT_OPS[id(func)] = (func, keep)  # the overload stays alive, and with it its identity
+    return known[1]
+
+
+def _is_composite(op: Any) -> bool:
+    """Whether an op arrives at the dispatcher in parts."""
+    known = _COMPOSITE_OPS.get(id(op))
+    if known is None:
+        known = _COMPOSITE_OPS[id(op)] = (op, op._can_decompose())
+    return known[1]
 
 
 def _is_one(program: Program, item: Any) -> bool:
@@ -272,6 +327,7 @@ class WholeRecorder(Recorder):
     """
 
     supports_higher_order_operators = True
+    takes_functions = False
 
     def __init__(self, leaves: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = ()) -> None:
         super().__init__(self._input)

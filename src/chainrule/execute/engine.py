@@ -11,9 +11,10 @@ import torch
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.dispatch import undispatched
+from chainrule.dispatch import functions_aside, undispatched
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
+from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
 from chainrule.execute.workspace import free, observe
@@ -257,9 +258,10 @@ def peak_elements(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tens
 def _planned(
     tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], *, compare: bool = False
 ) -> Planned:
-    if isinstance(request, AlgebraRequest):
-        return plan_algebra(tape, request, seeds)
-    return plan(tape, request, seeds, compare=compare)
+    with postponed_collection(), functions_aside():
+        if isinstance(request, AlgebraRequest):
+            return plan_algebra(tape, request, seeds)
+        return plan(tape, request, seeds, compare=compare)
 
 
 def _execute_accounted(
@@ -359,4 +361,5 @@ def _without_values(program: Program) -> Program:
     program._input_values.clear()
     program._known.clear()
     program.masks.clear()
+    program.mode = None
     return program

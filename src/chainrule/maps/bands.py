@@ -12,7 +12,6 @@ The idea is that of a convolution of kernels, generalised to factors between the
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,7 +75,7 @@ def _joined(term: Term, onehot: OneHot, shift: tuple[int, tuple[int, ...]], work
     )
     tie = _tie(read, wide[read], band, gap, low, others, workspace)
     onehots = tuple(new if h is onehot else h for h in term.onehots)
-    return replace(term, onehots=(*onehots, tie))
+    return term.having(onehots=(*onehots, tie))
 
 
 def _tie(

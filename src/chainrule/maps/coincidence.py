@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, listed_index
+from chainrule.maps.terms import Axis, Factor, IndexSpace, OneHot, Term, fixed_index, listed_index
 
 if TYPE_CHECKING:
     from chainrule.maps.compose import Workspace
@@ -25,17 +24,17 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     over the sources of both.
     """
     if one.index is two.index and one.sources == two.sources:
-        return replace(term, onehots=tuple(h for h in term.onehots if h is not two))
+        return term.having(onehots=tuple(h for h in term.onehots if h is not two))
     if one.affine is not None and two.affine is not None:
-        solved = solve_affine(term, one, two, workspace.device)
+        solved = solve_affine(term, one, two, workspace)
         if solved is not None:
             return solved
     dropped, kept = (two, one) if one.affine is not None else (one, two)
     rest = tuple(h for h in term.onehots if h is not dropped)
-    return replace(term, factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
+    return term.having(factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
 
 
-def solve_affine(term: Term, one: OneHot, two: OneHot, device: torch.device) -> Term | None:
+def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Term | None:
     """Read the source of one affine relation off the other's, when nothing else ties it."""
     taken = {h.target for h in term.onehots}
     solutions = []
@@ -51,13 +50,13 @@ def solve_affine(term: Term, one: OneHot, two: OneHot, device: torch.device) -> 
         assert one.affine is not None
         assert two.affine is not None
         scale = term.scale if one.affine[0] == two.affine[0] else 0.0
-        return replace(term, onehots=(*rest, two), scale=scale)
+        return term.having(onehots=(*rest, two), scale=scale)
     if not solutions:
         return None
     positions, _, kept, unknown = min(solutions, key=lambda found: any(p < 0 for p in found[0]))
     if all(p < 0 for p in positions):
-        return replace(term, onehots=(*rest, kept), scale=0.0)
-    return replace(term, onehots=(*rest, kept, _listed(positions, kept.sources, unknown, device)))
+        return term.having(onehots=(*rest, kept), scale=0.0)
+    return term.having(onehots=(*rest, kept, _listed(positions, kept.sources, unknown, space)))
 
 
 def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
@@ -72,12 +71,10 @@ def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
     return positions
 
 
-def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, device: torch.device) -> OneHot:
+def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, space: IndexSpace) -> OneHot:
     if not sources:
-        fixed = positions[0]
-        node = constant_index((), lambda d: torch.full((), fixed, dtype=torch.long, device=d), device)
-        return OneHot(node, (), target, False, (fixed, 0))
-    index = listed_index(positions, device)
+        return fixed_index(target, positions[0], space)
+    index = listed_index(positions, space.device)
     steps = {b - a for a, b in zip(positions, positions[1:], strict=False)} or {1}
     partial = any(p < 0 for p in positions)
     affine = (positions[0], steps.pop()) if not partial and len(steps) == 1 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from chainrule.maps.contract import contract, contract_any, expand_to, permute
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, constant_index, regroup, shift_of, shift_onehot
+from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, affine_index, regroup, shift_of, shift_onehot
 
 
 class Workspace:
@@ -78,6 +78,8 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
 
     ``left`` maps from the space that ``right`` maps to. ``right`` is given fresh axes first.
     """
+    if (joined := _join_as_it_is(left, right, workspace)) is not None:
+        return joined
     right = right.fresh()
     left, right = align(left, right, workspace)
     mapping = _unify(left.in_dims, right.out_dims)
@@ -88,10 +90,52 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
         left.onehots + right.onehots,
         left.scale * right.scale,
     ).rename(mapping)
-    merged = replace(merged, factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
+    merged = merged.having(factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
     merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
     return push_onehots(keep_count(merged, tuple(between)), workspace)
+
+
+def _join_as_it_is(left: Term, right: Term, workspace: Workspace) -> Term | None:
+    """The composition where the dimensions between the terms agree axis by axis and no two axes become one.
+
+    Such a product (most products are) needs no alignment: the axes of ``right`` are those of ``left``, or new.
+    """
+    mapping: dict[Axis, Axis] = {}
+    for one, two in zip(left.in_dims, right.out_dims, strict=True):
+        if len(one) == len(two) == 1:
+            (a,), (b,) = one, two
+            if a.size != b.size or (a.size != 1 and mapping.setdefault(b, a) is not a):
+                return None
+            continue
+        wide, other = ([axis for axis in dim if axis.size != 1] for dim in (one, two))
+        if len(wide) != len(other):
+            return None
+        for a, b in zip(wide, other, strict=True):
+            if a.size != b.size or mapping.setdefault(b, a) is not a:
+                return None
+    between = tuple(mapping.values())
+    if len(set(between)) < len(between):
+        return None
+
+    def renamed(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        found = []
+        for axis in axes:
+            own = mapping.get(axis)
+            if own is None:
+                own = mapping[axis] = Axis(axis.size)
+            found.append(own)
+        return tuple(found)
+
+    in_dims = tuple([renamed(dim) for dim in right.in_dims])
+    factors, onehots = left.factors, left.onehots
+    if right.factors:
+        factors = (*factors, *[Factor(factor.node, renamed(factor.axes)) for factor in right.factors])
+    if right.onehots:
+        moved = [h._replace(sources=renamed(h.sources), target=renamed((h.target,))[0]) for h in right.onehots]
+        onehots = (*onehots, *moved)
+    joined = keep_count(Term(left.out_dims, in_dims, factors, onehots, left.scale * right.scale), between)
+    return push_onehots(joined, workspace) if onehots else joined
 
 
 def _without_repeats(factor: Factor, memo: Memo) -> Factor:
@@ -130,7 +174,7 @@ def _without_circles(term: Term, workspace: Workspace) -> Term:
             scale = scale if onehot.affine[0] == 0 else 0.0
         else:
             factors.append(fixed_points(onehot, workspace.dtype, workspace.memo))
-    return replace(term, factors=tuple(factors), onehots=tuple(onehots), scale=scale)
+    return term.having(factors=tuple(factors), onehots=tuple(onehots), scale=scale)
 
 
 def _unify(first: Sequence[tuple[Axis, ...]], second: Sequence[tuple[Axis, ...]]) -> dict[Axis, Axis]:
@@ -212,6 +256,8 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
     """
     if workspace.sparse:
         return workspace.push(term)
+    if term.settled:
+        return term
     while term.onehots:
         step = _push_one(term, workspace)
         if step is None:
@@ -240,23 +286,25 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         if carried and onehot.index.digit is not None:
             read_at = [gather_flat(f, term.onehots, workspace.memo) or f if target in f.axes else f for f in term.factors]
             if any(new is not old for new, old in zip(read_at, term.factors, strict=True)):
-                return replace(term, factors=tuple(read_at))
+                return term.having(factors=tuple(read_at))
         factors = tuple(gather(f, onehot, workspace.memo) if target in f.axes else f for f in term.factors)
         others = tuple(_chain(h, onehot, workspace) if target in h.sources else h for h in others)
         if target in outer:
-            return replace(term, factors=factors, onehots=(*others, onehot))
+            return term.having(factors=factors, onehots=(*others, onehot))
         # What was read through a shift is zero already where there is nothing to read.
         if onehot.partial and not (carried and onehot.shift is not None):
             factors = (*factors, mask_factor(onehot, workspace.dtype, workspace.memo))
-        return keep_count(replace(term, factors=factors, onehots=others), onehot.sources)
+        return keep_count(term.having(factors=factors, onehots=others), onehot.sources)
     return None
 
 
 def keep_count(term: Term, axes: Sequence[Axis]) -> Term:
     """Axes that stand nowhere in the term any more are sums of ones: their sizes go into its scale."""
+    if not axes:
+        return term
     left = term.all_axes()
     lost = math.prod(axis.size for axis in axes if axis not in left)
-    return term if lost == 1 else replace(term, scale=term.scale * lost)
+    return term if lost == 1 else term.having(scale=term.scale * lost)
 
 
 def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
@@ -268,8 +316,7 @@ def _chain(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot:
         and len(outer.sources) == 1
     ):
         start, step = outer.affine[0] + outer.affine[1] * inner.affine[0], outer.affine[1] * inner.affine[1]
-        size = inner.sources[0].size
-        index = constant_index((size,), lambda d: start + step * torch.arange(size, device=d), workspace.device)
+        index = affine_index(inner.sources[0].size, start, step, workspace)
         return OneHot(index, inner.sources, outer.target, False, (start, step))
     if (shifted := _chain_shifts(outer, inner, workspace)) is not None:
         return shifted
@@ -310,8 +357,8 @@ def _chain_shifts(outer: OneHot, inner: OneHot, workspace: Workspace) -> OneHot 
 
 def internal_axes(term: Term) -> list[Axis]:
     """Axes that stand neither in an output nor in an input dimension."""
-    outer = term.outer_axes()
-    return [axis for axis in term.all_axes() if axis not in outer]
+    outer, every = term.outer_axes(), term.all_axes()
+    return [axis for axis in every if axis not in outer] if len(every) > len(outer) else []
 
 
 def fold_uncarried(term: Term) -> Term:
@@ -324,7 +371,7 @@ def fold_uncarried(term: Term) -> Term:
     for axis in internal:
         if axis not in carried and axis not in tied:
             scale *= axis.size
-    return term if scale == term.scale else replace(term, scale=scale)
+    return term if scale == term.scale else term.having(scale=scale)
 
 
 def settle(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
@@ -334,15 +381,19 @@ def settle(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
     from the sources of relations where the workspace is sparse. Factors that share no summed axis and would only form an outer
     product stay apart.
     """
+    if term.settled:
+        return term
     term = fold_uncarried(push_onehots(term, workspace))
     if workspace.sparse:
-        term = workspace.canonical(term)
-    else:
+        return _absorb(_contract_connected(workspace.canonical(term), workspace), workspace)
+    if len(term.all_axes()) > len(term.outer_axes()):
         if bands and term.onehots:
             term = push_onehots(with_bands(term, workspace), workspace)
-        term = scatter_internal(term, workspace, bands=bands)
-    term = _contract_connected(term, workspace)
-    return _absorb(term, workspace)
+        term = _contract_connected(scatter_internal(term, workspace, bands=bands), workspace)
+    term = _absorb(term, workspace)
+    # Without internal axes nothing is left to be done, with bands or without.
+    term.settled = len(term.all_axes()) == len(term.outer_axes())
+    return term
 
 
 def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -> Term:
@@ -376,10 +427,10 @@ def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -
         keep = dict.fromkeys(axis for axis in (*carried, *sources) if axis not in gone and axis in needed)
         # Internal axes that only these factors carry are summed by the contraction itself.
         dense = scatter(touching, [_spread(h, sources) for h in group], tuple(keep), workspace.dtype, workspace.memo)
-        term = push_onehots(replace(term, factors=(*rest, dense), onehots=later), workspace)
+        term = push_onehots(term.having(factors=(*rest, dense), onehots=later), workspace)
 
 
-def _linked(first: OneHot, onehots: Sequence[OneHot], outer: dict[Axis, None]) -> list[OneHot]:
+def _linked(first: OneHot, onehots: Sequence[OneHot], outer: Mapping[Axis, None]) -> list[OneHot]:
     """The relations that share an internal source with ``first``, directly or through each other."""
     group = [first]
     while True:
@@ -408,7 +459,7 @@ def _spread(onehot: OneHot, sources: tuple[Axis, ...]) -> OneHot:
 
 
 def _needed_axes(term: Term) -> dict[Axis, None]:
-    needed = term.outer_axes()
+    needed = dict(term.outer_axes())
     for onehot in term.onehots:
         needed.update(dict.fromkeys(onehot.sources))
         needed[onehot.target] = None
@@ -433,11 +484,13 @@ def _contract_connected(term: Term, workspace: Workspace) -> Term:
         groups = [g for g in groups if not any(g is other for other in linked)] + [merged]
     results = [contract(group, list(needed), workspace.memo) for group in groups]
     scale = term.scale
-    return replace(term, factors=(*alone, *results), scale=scale)
+    return term.having(factors=(*alone, *results), scale=scale)
 
 
 def _absorb(term: Term, workspace: Workspace) -> Term:
     """Multiply factors whose axes are a subset of another's into it."""
+    if len(term.factors) < 2:
+        return term
     factors = sorted(term.factors, key=lambda f: -f.node.numel)
     kept: list[Factor] = []
     for factor in factors:
@@ -448,7 +501,7 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
             kept[host] = contract([kept[host], factor], list(kept[host].axes), workspace.memo)
     if len(kept) == len(term.factors):
         return term
-    return replace(term, factors=tuple(kept))
+    return term.having(factors=tuple(kept))
 
 
 def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace, *, ordered: bool = True) -> Factor:
@@ -471,7 +524,7 @@ def scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
         node = workspace.memo[key] = Node(
             factor.node.sizes,
             (factor.node,),
-            lambda program, value: torch.mul(value, scale),
+            lambda program, value: program.call(torch.mul, value, scale),
             flops=factor.node.numel,
             moved=2 * factor.node.numel,
             label="scale",

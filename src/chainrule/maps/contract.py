@@ -280,18 +280,20 @@ def outer_product(
     if (x.slot in program.masks) != (y.slot in program.masks):
         return _selection(program, x, left, y, right, order)
     x, y = _common_dtype(x, y)
-    return _broadcast_product(x, left, y, right, order)
+    if left == right == order and x.value.shape == y.value.shape:
+        return program.call(torch.mul, x, y)
+    return _broadcast_product(program, x, left, y, right, order)
 
 
 def _broadcast_product(
-    x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
 ) -> Staged:
     if x.numel() < y.numel():
         # The larger one first: it decides how torch lays the result out and walks through it.
         x, left, y, right = y, right, x, left
     one, two = expand_to(x, left, order), expand_to(y, right, order)
     size = math.prod(max(a, b) for a, b in itertools.zip_longest(reversed(one.shape), reversed(two.shape), fillvalue=1))
-    return torch.mul(_laid_out(one, size), _laid_out(two, size))
+    return program.call(torch.mul, _laid_out(one, size), _laid_out(two, size))
 
 
 def _laid_out(value: Staged, size: int) -> Staged:
@@ -326,6 +328,8 @@ def _selection(
 
 def expand_to(value: Staged, names: tuple[int, ...], order: tuple[int, ...]) -> Staged:
     """View ``value`` (dimensions called ``names``) so that it broadcasts against dimensions called ``order``."""
+    if names == order:
+        return value
     wanted = tuple(name for name in order if name in names)
     if wanted != names:
         value = permute(value, tuple(names.index(name) for name in wanted))

@@ -114,7 +114,7 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
 
 
 def _has_empty_axis(one: Term, two: Term) -> bool:
-    return any(axis.size == 0 for term in (one, two) for axis in term.all_axes())
+    return one.is_empty or two.is_empty
 
 
 def _through(term: Term, operator: Operator, workspace: Workspace) -> list[Term]:
@@ -200,7 +200,7 @@ def _densify_onehots(term: Term, workspace: Workspace, which: Callable[..., bool
         return term
     dense = tuple(dense_relation(h, workspace.dtype, workspace.memo) for h in chosen)
     kept = tuple(h for h in term.onehots if not which(h))
-    return replace(term, factors=term.factors + dense, onehots=kept)
+    return term.having(factors=term.factors + dense, onehots=kept)
 
 
 def _break_diagonals(term: Term, axes: Sequence[Axis], workspace: Workspace, only: set[int]) -> Term:
@@ -244,7 +244,10 @@ def merge(
         return workspace.compress(merged)
     limit = 1 if force else limit
     if limit is not None and len(merged) > limit:
-        merged = listed(merged, workspace)
+        # Terms at fixed places are taken together before those at one place are added: one call for all of them.
+        together = listed(settled, workspace)
+        if len(together) < len(settled):
+            merged = _merge_equal(together, workspace, force)
     if limit is not None and len(merged) > limit:
         common = _common_diagonals(merged)
         merged = _merge_equal([_to_common(term, common, workspace) for term in merged], workspace, True)
@@ -283,7 +286,7 @@ def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | No
         return None
     term = term.rename(mapping)
     if host.factors and term.factors == host.factors:
-        return replace(host, scale=host.scale + term.scale)
+        return host.having(scale=host.scale + term.scale)
     # What both are products with stays apart: c·a + c·b = c·(a + b).
     common, whole = _shared_factors(host, term), host
     host, term = _without(host, common), _without(term, common)
@@ -299,12 +302,12 @@ def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | No
     left, right = tuple(names[a] for a in first.axes), tuple(names[a] for a in second.axes)
 
     def compute(program: Program, x: Staged, y: Staged) -> Staged:
-        return torch.add(expand_to(x, left, order), expand_to(y, right, order))
+        return program.call(torch.add, expand_to(x, left, order), expand_to(y, right, order))
 
     sizes = tuple(a.size for a in axes)
     numel = math.prod(sizes)
     node = Node(sizes, (first.node, second.node), compute, flops=numel, moved=3 * numel, label="add")
-    return replace(whole, factors=(*common, Factor(node, tuple(axes))), scale=1.0)
+    return whole.having(factors=(*common, Factor(node, tuple(axes))), scale=1.0)
 
 
 def _shared_factors(one: Term, two: Term) -> tuple[Factor, ...]:
@@ -321,7 +324,7 @@ def _without(term: Term, factors: Sequence[Factor]) -> Term:
     rest = list(term.factors)
     for factor in factors:
         rest.remove(factor)
-    return replace(term, factors=tuple(rest))
+    return term.having(factors=tuple(rest))
 
 
 def _outer_blowup(host: Term, term: Term) -> bool:
@@ -400,7 +403,7 @@ def _to_common(term: Term, common: set[tuple[int, int]], workspace: Workspace) -
     flat = settle(replace(term, out_dims=out_dims, in_dims=in_dims, factors=tuple(factors)), workspace)
     order = [axis for axis in flat.outer_axes() if axis in flat.carried_axes()]
     factor = dense_factor(flat, order, workspace)
-    return _one_axis_per_dim(replace(flat, factors=(factor,), scale=1.0), shared)
+    return _one_axis_per_dim(flat.having(factors=(factor,), scale=1.0), shared)
 
 
 def _one_axis_per_dim(term: Term, shared: set[Axis]) -> Term:

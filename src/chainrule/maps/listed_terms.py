@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.nodes import Node
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, listed_index
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, listed_index
 
 #: From so many terms on a list is shorter than the terms.
 _FEW = 3
@@ -65,7 +64,7 @@ def _together(group: Sequence[Term], workspace: Workspace) -> Term:
     for term in group:
         names = _numbered(term)
         axes = list(names)
-        bare = replace(term, onehots=())
+        bare = term.having(onehots=())
         nodes.append(dense_factor(bare, [axes[number] for number in carried], workspace).node)
         for onehot in term.onehots:
             assert onehot.affine is not None
@@ -75,19 +74,20 @@ def _together(group: Sequence[Term], workspace: Workspace) -> Term:
     node = Node(sizes, tuple(nodes), lambda program, *values: torch.stack(values), label="stack")
     relations = tuple(_relation(count, own[number], tuple(listing), workspace) for number, listing in sorted(places.items()))
     factor = Factor(node, (count, *(own[number] for number in carried)))
-    return replace(host, factors=(factor,), onehots=relations, scale=1.0)
+    return host.having(factors=(factor,), onehots=relations, scale=1.0)
 
 
 def _relation(count: Axis, target: Axis, places: tuple[int, ...], workspace: Workspace) -> OneHot:
     steps = {b - a for a, b in zip(places, places[1:], strict=False)}
     step = next(iter(steps))
     if len(steps) == 1 and step > 0:
-        node = constant_index(
-            (count.size,), lambda d: places[0] + step * torch.arange(len(places), device=d), workspace.device
-        )
-        return OneHot(node, (count,), target, False, (places[0], step))
+        return affine_onehot(count, target, places[0], step, workspace)
 
-    return OneHot(listed_index(places, workspace.device), (count,), target)
+    key = ("listed places", places)
+    node = workspace.memo.get(key)
+    if node is None:
+        node = workspace.memo[key] = listed_index(places, workspace.device)
+    return OneHot(node, (count,), target)
 
 
 __all__ = ["listed"]

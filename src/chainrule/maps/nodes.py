@@ -22,6 +22,7 @@ class Node:
 
     Attributes:
         sizes: the array's shape.
+        numel: the number of its elements.
         inputs: the nodes whose values ``compute`` receives.
         flops: multiply-adds of this step alone.
         bytes: elements read and written by this step alone, in elements (not yet times the item size).
@@ -39,7 +40,10 @@ class Node:
         facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "sizes", "slot", "staged", "zeros")
+    __slots__ = (
+        "_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "numel", "sizes", "slot",
+        "staged", "zeros",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,8 +56,9 @@ class Node:
         label: str = "",
         batch: int = 1,
     ) -> None:
-        self.batch: int = max([batch, *(node.batch for node in inputs)])
+        self.batch: int = max([batch, *[node.batch for node in inputs]])
         self.sizes = tuple(sizes)
+        self.numel = math.prod(self.sizes)
         self.inputs = inputs
         self._compute = compute
         self.flops = flops
@@ -66,11 +71,6 @@ class Node:
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
         self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
-
-    @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return math.prod(self.sizes)
 
     def force(self, program: Program) -> Staged:
         """Stage this node and everything it needs into ``program`` (once)."""

@@ -38,6 +38,14 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
         key = ("slice", id(factor.node), position, *affine, length)
         return Factor(_node(key, sizes, (factor.node,), slice_affine, memo), axes)
 
+    if affine is not None and not onehot.sources:
+
+        def select(program: Program, value: Staged) -> Staged:
+            return torch.select(value, position, affine[0])
+
+        key = ("select", id(factor.node), position, affine[0])
+        return Factor(_node(key, sizes, (factor.node,), select, memo), axes)
+
     def index_select(program: Program, value: Staged, index: Staged) -> Staged:
         flat = torch.reshape(index, (-1,)) if index.ndim != 1 else index
         taken = torch.index_select(value, position, torch.clamp(flat, min=0) if partial else flat)

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -107,7 +106,7 @@ class SparseWorkspace(Workspace):
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        term = replace(term, onehots=tuple(kept))
+        term = term.having(onehots=tuple(kept))
         if self.masked:
             term = self._without_zeros(term)
         return self.canonical(term)
@@ -119,13 +118,13 @@ class SparseWorkspace(Workspace):
             if factor.node.zeros is not None:
                 dims, make = factor.node.zeros
                 places = torch.nonzero(make(self.device))
-                term = replace(term, onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
+                term = term.having(onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
             slot = factor.node.slot
             if slot is not None and self.zeros is not None and slot in self.zeros:
                 places = torch.nonzero(self.zeros[slot](self.device).reshape(factor.node.sizes))
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
                 if places.shape[0] < factor.node.numel and (pointwise or 2 * places.shape[0] <= factor.node.numel):
-                    term = replace(term, onehots=(*term.onehots, *self._listed(places, factor.axes)))
+                    term = term.having(onehots=(*term.onehots, *self._listed(places, factor.axes)))
             if not factor.node.mask:
                 continue
             staged = factor.node.force(self.program)
@@ -142,13 +141,13 @@ class SparseWorkspace(Workspace):
                 continue
             self._masks.append(staged)
             if count == 0:
-                return replace(term, scale=0.0)
+                return term.having(scale=0.0)
             listed = self._listed(places, factor.axes)
             rest = tuple(f for f in term.factors if f is not factor)
             if not ones:
                 constant = Node((count,), (), lambda program, found=values: program.constant(found), label="mask")
                 rest = (*rest, Factor(constant, listed[0].sources))
-            term = replace(term, factors=rest, onehots=(*term.onehots, *listed))
+            term = term.having(factors=rest, onehots=(*term.onehots, *listed))
         return term
 
     def _listed(self, places: torch.Tensor, axes: Sequence[Axis]) -> list[OneHot]:
@@ -186,7 +185,7 @@ class SparseWorkspace(Workspace):
                 renamed[found.target] = found.sources[0]
             else:
                 onehots.append(found)
-        term = replace(term, onehots=tuple(onehots))
+        term = term.having(onehots=tuple(onehots))
         while renamed:
             target, source = renamed.popitem()
             term = term.rename({target: source})
@@ -223,7 +222,7 @@ class SparseWorkspace(Workspace):
     def coincide(self, term: Term, one: OneHot, two: OneHot) -> Term:
         """Join two relations with one target: a new axis counts the pairs of sources that meet."""
         if one.affine is not None and two.affine is not None:
-            solved = solve_affine(term, one, two, self.device)
+            solved = solve_affine(term, one, two, self)
             if solved is not None:
                 return solved
         tied = _meeting(term, one, two)
@@ -245,8 +244,8 @@ class SparseWorkspace(Workspace):
             targets = self._spread(h, one.sources).index_select(0, first)
             onehots.append(OneHot(self.index(targets), (pairs,), h.target))
         if pairs.size == 0:
-            return replace(term, onehots=tuple(onehots), scale=0.0)
-        return replace(term, onehots=tuple(onehots))
+            return term.having(onehots=tuple(onehots), scale=0.0)
+        return term.having(onehots=tuple(onehots))
 
     def push(self, term: Term) -> Term:
         """Every factor and relation is read at the sources of all its targets at once; inner targets go."""
@@ -267,7 +266,7 @@ class SparseWorkspace(Workspace):
         for h in term.onehots:
             read = [s for s in h.sources if s in by_target]
             if read and all(s in final for s in read):
-                return replace(term, onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+                return term.having(onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
         if len(relations) < len(by_target):
             # Among those at the ends of chains, those that meet in most sources come first: all of their targets meet at once.
             twins = [several[:2] for several in by_target.values() if len(several) > 1]
@@ -278,7 +277,7 @@ class SparseWorkspace(Workspace):
         factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
         if not inner:
-            return replace(term, factors=factors) if factors != term.factors else None
+            return term.having(factors=factors) if factors != term.factors else None
         for h in inner:
             if not self._concrete(h).partial:
                 continue
@@ -291,12 +290,12 @@ class SparseWorkspace(Workspace):
                 inside = OneHot(self.index(index.index_select(0, left)), (kept,), h.target)
                 others = tuple(o for o in term.onehots if o is not h)
                 if kept.size == 0:
-                    return replace(term, onehots=others, scale=0.0)
-                return replace(term, onehots=(*others, here, inside))
+                    return term.having(onehots=others, scale=0.0)
+                return term.having(onehots=(*others, here, inside))
             factors = (*factors, mask_factor(h, self.dtype, self.memo))
         kept = tuple(h for h in term.onehots if h.target in outer)
         sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
-        return keep_count(replace(term, factors=factors, onehots=kept), sources)
+        return keep_count(term.having(factors=factors, onehots=kept), sources)
 
     def _chained(self, outer: OneHot, final: dict[Axis, OneHot]) -> OneHot:
         """A relation whose sources are targets of others, as one from their sources."""

@@ -24,7 +24,7 @@ from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
 from chainrule.plan import elimination
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
-from chainrule.plan.planner import Planned, Request, accumulations, make_workspace
+from chainrule.plan.planner import Planned, Request, accumulations, is_settled, make_workspace
 
 Blocks = dict[tuple[int, int], LinearMap]
 
@@ -376,6 +376,8 @@ def _candidates(
         nodes = {key: array(local, workspace) for key, local in closed.items()}
         eliminated = [slot for makers in made.values() for slot in makers.get(name, makers["reverse"])[1]]
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
+        if is_settled(found[-1], len(whole.order)):
+            break
     if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
         nodes = {key: _as_array(local, workspace) for key, local in swept.items()}
         found.append(elimination.measure(Candidate("selected", nodes)))

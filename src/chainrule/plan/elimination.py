@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, add_maps, compose
-from chainrule.maps.nodes import MOVED_COST, Node, postorder
+from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.terms import identity
 from chainrule.plan.graph import Graph
 
 Maps = dict[tuple[int, int], LinearMap]
+
+#: A plan whose arithmetic costs less than this share of its calls is not worth comparing with others.
+_LITTLE = 0.25
 
 
 @dataclass
@@ -41,6 +44,11 @@ class Candidate:
     def cost(self) -> float:
         """One number to compare: a moved element costs a few multiply-adds."""
         return self.flops + MOVED_COST * self.moved
+
+    @property
+    def is_mostly_calls(self) -> bool:
+        """Whether the arithmetic is so little beside the calls themselves that another order of it saves next to nothing."""
+        return self.cost <= _LITTLE * CALL_COST * len(self.steps)
 
 
 def measure(candidate: Candidate) -> Candidate:

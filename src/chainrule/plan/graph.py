@@ -70,8 +70,9 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
     kept, needed, reachable = _between(tape.records, inputs, outputs)
     graph = Graph()
     active = _Reachable(tape, reachable)
+    real = not any([isinstance(value, torch.Tensor) and value.is_complex() for value in tape.values])
     for record in kept:
-        _add_record(graph, record, tape, needed, active, workspace)
+        _add_record(graph, record, tape, needed, active, workspace, real)
     return graph
 
 
@@ -80,14 +81,15 @@ def _between(
 ) -> tuple[list[Any], set[int], set[int]]:
     """The records on a way from inputs to outputs, the slots on such ways, and those that depend on the inputs."""
     reachable = set(inputs)
-    for record in records:
-        if any(slot in reachable for slot in argument_slots(record)):
+    read = [argument_slots(record) for record in records]
+    for record, slots in zip(records, read, strict=True):
+        if not reachable.isdisjoint(slots):
             reachable.update(record.outputs)
     needed = {slot for slot in outputs if slot in reachable}
     kept = []
-    for record in reversed(records):
-        if any(slot in needed for slot in record.outputs):
-            needed.update(slot for slot in argument_slots(record) if slot in reachable)
+    for record, slots in zip(reversed(records), reversed(read), strict=True):
+        if not needed.isdisjoint(record.outputs):
+            needed.update([slot for slot in slots if slot in reachable])
             kept.append(record)
     return kept[::-1], needed, reachable
 
@@ -103,7 +105,9 @@ def records_between(
 def argument_slots(record: Any) -> list[int]:
     """The slots among a record's arguments, at any depth."""
     found: list[int] = []
-    stack: list[Any] = [record.args, tuple(item for _, item in record.kwargs)]
+    stack: list[Any] = [record.args]
+    if record.kwargs:
+        stack.append(tuple([item for _, item in record.kwargs]))
     while stack:
         tree = stack.pop()
         for item in tree:
@@ -121,12 +125,12 @@ def _involves_complex(record: Any, tape: Any) -> bool:
 
 
 def _add_record(
-    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace
+    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace, real: bool
 ) -> None:
     call = Call(record, active, workspace)
     rule = rule_for(record.op)
     # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
-    is_complex = _involves_complex(record, tape)
+    is_complex = not real and _involves_complex(record, tape)
     edges = opaque_edges(call) if is_complex else rule.linearize(call)
     for edge in edges:
         target = record.outputs[edge.output]

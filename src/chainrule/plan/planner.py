@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from chainrule.maps.terms import Factor, Term, dims_of, new_axes
 from chainrule.plan import elimination
 from chainrule.plan.elimination import Candidate, Maps
 from chainrule.plan.graph import Graph, build_graph
+
+#: Up to this many vertices all orders of elimination are tried, greedy elimination among them.
+_FEW_VERTICES = 64
 
 
 class Request(NamedTuple):
@@ -115,24 +118,62 @@ def accumulations(
     else:
         has_operators = any(local.operators for edges in graph.into.values() for _, local in edges)
         makers["network"] = lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace, eager=False)
-        if not has_operators and len(graph.order) <= 64:
+        if not has_operators and len(graph.order) <= _FEW_VERTICES:
             makers["greedy"] = lambda: elimination.greedy(graph, inputs, outputs, shapes, workspace, chosen)
     inner = elimination.inner_slots(graph, inputs, outputs)
     orders = {"reverse": inner[::-1], "forward": inner, "network": [], "greedy": chosen}
-    return {name: (make, orders[name]) for name, make in makers.items()}
+    return {name: (makers[name], orders[name]) for name in _in_turn(tape, list(makers), graph, inputs, outputs)}
+
+
+def _in_turn(tape: Any, names: list[str], graph: Graph, inputs: list[int], outputs: list[int]) -> list[str]:
+    """The orders as they are tried: on a long tape the sweep that begins at the fewer elements first."""
+    if len(graph.order) <= _FEW_VERTICES or "forward" not in names:
+        return names
+    rows, columns = (sum(tape.values[slot].numel() for slot in slots) for slots in (outputs, inputs))
+    return names if rows <= columns else ["forward", *(name for name in names if name != "forward")]
+
+
+def is_settled(found: Candidate, vertices: int) -> bool:
+    """Whether a plan on a tape of so many vertices is as good as any: the tape is long, and the plan mostly calls.
+
+    What a further order could save is then less than it takes to find it: planning a loop over small tensors takes one sweep.
+    """
+    return vertices > _FEW_VERTICES and found.is_mostly_calls
+
+
+def compared(
+    makers: dict[str, Any], vertices: int, evaluate: Callable[[str, Any], Candidate], first: str = ""
+) -> list[Candidate]:
+    """The candidates of the orders in `makers`, with their predicted costs, until one is as good as any.
+
+    Args:
+        makers: what :func:`accumulations` returns.
+        vertices: how many vertices the graph has.
+        evaluate: makes the candidate of a name and what makes its maps.
+        first: the name of the order that is needed in any case.
+    """
+    found: list[Candidate] = []
+    for name in sorted(makers, key=lambda name: name != first) if first else makers:
+        make, eliminated = makers[name]
+        candidate = evaluate(name, make)
+        candidate.eliminated = eliminated
+        found.append(elimination.measure(candidate))
+        if is_settled(found[-1], vertices):
+            break
+    return found
 
 
 def candidates(
-    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace
+    tape: Any, request: Request, graph: Graph, inputs: list[int], outputs: list[int], workspace: Workspace, first: str = ""
 ) -> list[Candidate]:
     """The ways to compute a Jacobian that the request allows, with their predicted costs."""
+
+    def evaluate(name: str, make: Callable[[], Maps]) -> Candidate:
+        maps = make()
+        return Candidate(name, {key: densify(m, workspace) for key, m in maps.items()}, maps)
+
     makers = accumulations(tape, request, graph, inputs, outputs, workspace)
-    found = []
-    for name, (make, eliminated) in makers.items():
-        maps: Maps = make()
-        nodes = {key: densify(m, workspace) for key, m in maps.items()}
-        found.append(elimination.measure(Candidate(name, nodes, maps, eliminated=eliminated)))
-    return found
+    return compared(makers, len(graph.order), evaluate, first)
 
 
 def _plan_jacobian(
@@ -140,7 +181,8 @@ def _plan_jacobian(
     compare: bool,
 ) -> Planned:
     asked = request._replace(order="auto") if compare else request
-    found = candidates(tape, asked, graph, inputs, outputs, workspace)
+    pinned = "" if request.order == "auto" else request.order
+    found = candidates(tape, asked, graph, inputs, outputs, workspace, pinned)
     allowed = found if request.order == "auto" else [c for c in found if c.name == request.order]
     best = min(allowed, key=lambda c: c.cost)
     program = Program()
@@ -158,10 +200,13 @@ def _plan_contracted(
 ) -> Planned:
     """Traces and grams: the last product is left to the contraction, which need not form the Jacobian."""
     contracted = _traces if request.kind == "trace" else _grams
-    found = []
-    for name, (make, eliminated) in accumulations(tape, request, graph, inputs, outputs, workspace).items():
-        nodes = {key: densify(m, workspace) for key, m in contracted(request, make(), workspace).items()}
-        found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
+
+    def evaluate(name: str, make: Callable[[], Maps]) -> Candidate:
+        maps = contracted(request, make(), workspace)
+        return Candidate(name, {key: densify(m, workspace) for key, m in maps.items()})
+
+    makers = accumulations(tape, request, graph, inputs, outputs, workspace)
+    found = compared(makers, len(graph.order), evaluate)
     best = min(found, key=lambda c: c.cost)
     program = Program()
     keys: list[Any] = ["trace"] if request.kind == "trace" else [(one, two) for one in outputs for two in outputs]

@@ -168,7 +168,7 @@ def _glu(call: Call) -> Iterable[Edge]:
             return derivative(torch.narrow(x, dim, 0, half), gate)
 
         node = formula_node(call, call.out_shape, formula)
-        relation = affine_onehot(axes[dim], whole, start, 1, call.workspace.device)
+        relation = affine_onehot(axes[dim], whole, start, 1, call.workspace)
         terms.append(Term(dims_of(axes), dims_of(in_axes), (Factor(node, tuple(axes)),), (relation,)))
     yield single(call, item, terms)
 

@@ -10,7 +10,7 @@ import torch
 
 from chainrule.maps.linear_map import Operator
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, dims_of, new_axes, regroup
+from chainrule.maps.terms import Axis, Factor, IndexSpace, OneHot, Term, affine_onehot, dims_of, new_axes, regroup
 from chainrule.rules.base import (
     Call,
     Edge,
@@ -247,14 +247,14 @@ def weighted_reduction(weights: Callable[[Call, Program, Callable[[Staged], Stag
     return Rule("reduction", linearize)
 
 
-def slice_term(in_shape: Sequence[int], dim: int, start: int, step: int, length: int, device: torch.device) -> Term:
+def slice_term(in_shape: Sequence[int], dim: int, start: int, step: int, length: int, space: IndexSpace) -> Term:
     """The term of a slice along one dimension."""
     in_axes = new_axes(in_shape)
     if start == 0 and step == 1 and length == in_shape[dim]:
         return Term(dims_of(in_axes), dims_of(in_axes))
     source = Axis(length)
     out_axes = (*in_axes[:dim], source, *in_axes[dim + 1 :])
-    return Term(dims_of(out_axes), dims_of(in_axes), (), (affine_onehot(source, in_axes[dim], start, step, device),))
+    return Term(dims_of(out_axes), dims_of(in_axes), (), (affine_onehot(source, in_axes[dim], start, step, space),))
 
 
 def operator(

@@ -10,7 +10,18 @@ import torch
 
 from chainrule.maps.nodes import masking
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, constant_index, dims_of, listed_index, new_axes
+from chainrule.maps.terms import (
+    Axis,
+    Factor,
+    IndexSpace,
+    OneHot,
+    Term,
+    affine_onehot,
+    constant_index,
+    dims_of,
+    listed_index,
+    new_axes,
+)
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single
 from chainrule.rules.families import slice_term, view
 from chainrule.rules.views import (
@@ -34,10 +45,10 @@ aten = torch.ops.aten
 def _flip(call: Call) -> Term:
     shape = call.shape(call.args[0])
     flipped = {d % len(shape) for d in call.argument("dims")} if shape else set()
-    return _rearranged(shape, range(len(shape)), flipped, call.workspace.device)
+    return _rearranged(shape, range(len(shape)), flipped, call.workspace)
 
 
-def _rearranged(shape: Sequence[int], order: Iterable[int], flipped: Iterable[int], device: torch.device) -> Term:
+def _rearranged(shape: Sequence[int], order: Iterable[int], flipped: Iterable[int], space: IndexSpace) -> Term:
     """Output dimension ``k`` is input dimension ``order[k]``, read backwards where it stands in ``flipped``."""
     axes = new_axes(shape)
     read: dict[int, Axis] = dict(enumerate(axes))
@@ -45,7 +56,7 @@ def _rearranged(shape: Sequence[int], order: Iterable[int], flipped: Iterable[in
     for d in flipped:
         if shape[d] > 1:
             read[d] = Axis(shape[d])
-            relations.append(affine_onehot(read[d], axes[d], shape[d] - 1, -1, device))
+            relations.append(affine_onehot(read[d], axes[d], shape[d] - 1, -1, space))
     return Term(dims_of([read[d] for d in order]), dims_of(axes), (), tuple(relations))
 
 
@@ -57,7 +68,7 @@ def _rot90(call: Call) -> Term:
     if turns % 2:
         order[first], order[second] = second, first
     flipped = {0: (), 1: (second,), 2: (first, second), 3: (first,)}[turns]
-    return _rearranged(shape, order, flipped, call.workspace.device)
+    return _rearranged(shape, order, flipped, call.workspace)
 
 
 def _roll(call: Call) -> Term:
@@ -129,7 +140,7 @@ def _channel_shuffle(call: Call) -> Term:
 
 
 def _cat(call: Call) -> Iterable[Edge]:
-    out_shape, device = call.out_shape, call.workspace.device
+    out_shape = call.out_shape
     dim = call.argument("dim") % max(len(out_shape), 1)
     start = 0
     for item in call.args[0]:
@@ -137,7 +148,7 @@ def _cat(call: Call) -> Iterable[Edge]:
         if shape == (0,) and len(out_shape) != 1:
             continue  # an empty vector joins anything
         if call.is_active(item):
-            yield single(call, item, [slice_term(out_shape, dim, start, 1, shape[dim], device).transpose()])
+            yield single(call, item, [slice_term(out_shape, dim, start, 1, shape[dim], call.workspace).transpose()])
         start += shape[dim]
 
 
@@ -145,18 +156,18 @@ def _stack(call: Call) -> Iterable[Edge]:
     dim = call.argument("dim") % len(call.out_shape)
     for number, item in enumerate(call.args[0]):
         if call.is_active(item):
-            yield single(call, item, [select_term(call.out_shape, dim, number, call.workspace.device).transpose()])
+            yield single(call, item, [select_term(call.out_shape, dim, number, call.workspace).transpose()])
 
 
 def _block_diag(call: Call) -> Iterable[Edge]:
-    device = call.workspace.device
     row = column = 0
     for item in call.args[0]:
         shape = call.shape(item)
         wide = (1,) * (2 - len(shape)) + shape
         if call.is_active(item):
             axes, out = new_axes(wide), new_axes(call.out_shape)
-            relations = (affine_onehot(axes[0], out[0], row, 1, device), affine_onehot(axes[1], out[1], column, 1, device))
+            starts = enumerate((row, column))
+            relations = tuple(affine_onehot(axes[d], out[d], start, 1, call.workspace) for d, start in starts)
             in_axes = axes[2 - len(shape) :] if shape else ()
             yield single(call, item, [Term(dims_of(out), dims_of(in_axes), (), relations)])
         row, column = row + wide[0], column + wide[1]
@@ -165,7 +176,7 @@ def _block_diag(call: Call) -> Iterable[Edge]:
 # Padding.
 
 
-def _padded_term(shape: Sequence[int], pads: Sequence[int], device: torch.device) -> Term:
+def _padded_term(shape: Sequence[int], pads: Sequence[int], space: IndexSpace) -> Term:
     """``constant_pad_nd``: ``pads`` holds (before, after) from the last dimension on; negative ones cut."""
     out_axes, in_axes, relations = [], [], []
     for d, size in enumerate(shape):
@@ -179,17 +190,17 @@ def _padded_term(shape: Sequence[int], pads: Sequence[int], device: torch.device
         out = Axis(size + before + after)
         out_axes.append(out)
         if before >= 0 and after >= 0:
-            relations.append(affine_onehot(axis, out, before, 1, device))
+            relations.append(affine_onehot(axis, out, before, 1, space))
         elif before <= 0 and after <= 0:
-            relations.append(affine_onehot(out, axis, -before, 1, device))
+            relations.append(affine_onehot(out, axis, -before, 1, space))
         else:
             positions = [i + before if 0 <= i + before < out.size else -1 for i in range(size)]
-            relations.append(_listed(axis, out, positions, device))
+            relations.append(_listed(axis, out, positions, space.device))
     return Term(dims_of(out_axes), dims_of(in_axes), (), tuple(relations))
 
 
 def _constant_pad(call: Call) -> Term:
-    return _padded_term(call.shape(call.args[0]), call.argument("pad"), call.workspace.device)
+    return _padded_term(call.shape(call.args[0]), call.argument("pad"), call.workspace)
 
 
 def _reflected(position: int, size: int) -> int:
@@ -289,13 +300,13 @@ def _triangle(cut: Callable[..., torch.Tensor]) -> Callable[[Call], Term]:
 
 
 def _trace(call: Call) -> Term:
-    view_term = diagonal_view(call.shape(call.args[0]), 0, 0, 1, call.workspace.device)
+    view_term = diagonal_view(call.shape(call.args[0]), 0, 0, 1, call.workspace)
     return Term((), view_term.in_dims, (), view_term.onehots)
 
 
 def _diag_embed(call: Call) -> Term:
     offset, one, two = (call.argument(name) for name in ("offset", "dim1", "dim2"))
-    return diagonal_view(call.out_shape, offset, one, two, call.workspace.device).transpose()
+    return diagonal_view(call.out_shape, offset, one, two, call.workspace).transpose()
 
 
 # Transposes of views, as torch's backward formulas use them.
@@ -303,18 +314,18 @@ def _diag_embed(call: Call) -> Term:
 
 def _select_backward(call: Call) -> Term:
     dim = call.argument("dim") % len(call.out_shape)
-    return select_term(call.out_shape, dim, call.argument("index") % call.out_shape[dim], call.workspace.device).transpose()
+    return select_term(call.out_shape, dim, call.argument("index") % call.out_shape[dim], call.workspace).transpose()
 
 
 def _slice_backward(call: Call) -> Term:
     dim = call.argument("dim") % len(call.out_shape)
     spec = sliced(call, call.out_shape, call.shape(call.args[0])[dim])
-    return slice_term(call.out_shape, *spec, call.workspace.device).transpose()
+    return slice_term(call.out_shape, *spec, call.workspace).transpose()
 
 
 def _diagonal_backward(call: Call) -> Term:
     offset, one, two = (call.argument(name) for name in ("offset", "dim1", "dim2"))
-    return diagonal_view(call.out_shape, offset, one, two, call.workspace.device).transpose()
+    return diagonal_view(call.out_shape, offset, one, two, call.workspace).transpose()
 
 
 def _unfold_backward(call: Call) -> Term:
@@ -392,7 +403,7 @@ def _select_scatter(call: Call) -> Term:
 def _slice_scatter(call: Call) -> Term:
     dim = call.argument("dim") % len(call.out_shape)
     spec = sliced(call, call.out_shape, call.shape(call.args[1])[dim])
-    return slice_term(call.out_shape, *spec, call.workspace.device).transpose()
+    return slice_term(call.out_shape, *spec, call.workspace).transpose()
 
 
 def _filled(call: Call) -> Iterable[Edge]:

@@ -128,7 +128,6 @@ def _index_fill(call: Call) -> Iterable[Edge]:
 
 def _gathered(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) -> Term:
     """The term of ``gather`` from a tensor of shape ``whole``: ``part`` is the index's shape."""
-    device = call.workspace.device
     dim = _dim(call, whole)
     axes, out = list(new_axes(_rank_one(whole))), new_axes(_rank_one(part))
     if len(out) != len(axes):  # an empty index may have any rank
@@ -140,7 +139,7 @@ def _gathered(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) 
         if axes[d].size == axis.size:
             axes[d] = axis
         else:
-            relations.append(affine_onehot(axis, axes[d], 0, 1, device))
+            relations.append(affine_onehot(axis, axes[d], 0, 1, call.workspace))
     index = _index_node(call, item, axes[dim].size, (a.size for a in out), negative=False)
     relations.append(OneHot(index, out, axes[dim]))
     return Term(_dims(out, part), _dims(axes, whole), (), tuple(relations))
@@ -157,10 +156,9 @@ def scattered(call: Call, source: Any) -> Term:
     have, used = _rank_one(call.shape(source)), _rank_one(call.shape(index))
     if have == used:
         return term
-    device = call.workspace.device
     axes = new_axes(have)
     cut = tuple(
-        affine_onehot(inner, axis, 0, 1, device) if inner.size != axis.size else None
+        affine_onehot(inner, axis, 0, 1, call.workspace) if inner.size != axis.size else None
         for (inner,), axis in zip(term.in_dims, axes, strict=True)
     )
     kept = tuple(dim if relation is None else (axis,) for dim, relation, axis in zip(term.in_dims, cut, axes, strict=True))

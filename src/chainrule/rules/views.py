@@ -9,7 +9,7 @@ import torch
 
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, OneHot, Term, affine_onehot, constant_index, dims_of, new_axes
+from chainrule.maps.terms import Axis, IndexSpace, OneHot, Term, affine_onehot, constant_index, dims_of, fixed_index, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, single
 from chainrule.rules.families import reshape_term, slice_term, view
 
@@ -48,24 +48,17 @@ def _expand(call: Call) -> Term:
     return Term(dims_of(axes), broadcast_axes(call.shape(call.args[0]), axes))
 
 
-def fixed_index(target: Axis, index: int, device: torch.device) -> OneHot:
-    """The relation ``target == index``, which has no sources."""
-    # Not torch.tensor, which puts a tensor of unknown origin into the record of a nest.
-    node = constant_index((), lambda d: torch.full((), index, dtype=torch.long, device=d), device)
-    return OneHot(node, (), target, False, (index, 0))
-
-
-def select_term(shape: Sequence[int], dim: int, index: int, device: torch.device) -> Term:
+def select_term(shape: Sequence[int], dim: int, index: int, space: IndexSpace) -> Term:
     """The term of a selection of one position along one dimension."""
     axes = new_axes(shape)
     out = [axis for d, axis in enumerate(axes) if d != dim]
-    return Term(dims_of(out), dims_of(axes), (), (fixed_index(axes[dim], index, device),))
+    return Term(dims_of(out), dims_of(axes), (), (fixed_index(axes[dim], index, space),))
 
 
 def _select(call: Call) -> Term:
     shape = call.shape(call.args[0])
     dim = call.argument("dim") % len(shape)
-    return select_term(shape, dim, call.argument("index") % shape[dim], call.workspace.device)
+    return select_term(shape, dim, call.argument("index") % shape[dim], call.workspace)
 
 
 def sliced(call: Call, shape: Sequence[int], length: int) -> tuple[int, int, int, int]:
@@ -78,33 +71,33 @@ def sliced(call: Call, shape: Sequence[int], length: int) -> tuple[int, int, int
 def _slice(call: Call) -> Term:
     shape = call.shape(call.args[0])
     dim = call.argument("dim") % len(shape)
-    return slice_term(shape, *sliced(call, shape, call.out_shape[dim]), call.workspace.device)
+    return slice_term(shape, *sliced(call, shape, call.out_shape[dim]), call.workspace)
 
 
 def diagonal_relations(
-    source: Axis, first: Axis, second: Axis, offset: int, device: torch.device
+    source: Axis, first: Axis, second: Axis, offset: int, space: IndexSpace
 ) -> tuple[OneHot, OneHot]:
     """The relations of a diagonal: position ``k`` is row ``k - min(offset, 0)`` and column ``k + max(offset, 0)``."""
     return (
-        affine_onehot(source, first, max(-offset, 0), 1, device),
-        affine_onehot(source, second, max(offset, 0), 1, device),
+        affine_onehot(source, first, max(-offset, 0), 1, space),
+        affine_onehot(source, second, max(offset, 0), 1, space),
     )
 
 
-def diagonal_view(shape: Sequence[int], offset: int, dim1: int, dim2: int, device: torch.device) -> Term:
+def diagonal_view(shape: Sequence[int], offset: int, dim1: int, dim2: int, space: IndexSpace) -> Term:
     """The term of ``torch.diagonal`` of a tensor of ``shape``."""
     axes = new_axes(shape)
     one, two = dim1 % len(axes), dim2 % len(axes)
     rows, columns = shape[one] + min(offset, 0), shape[two] - max(offset, 0)
     source = Axis(max(min(rows, columns), 0))
     out = [axis for d, axis in enumerate(axes) if d not in (one, two)]
-    relations = diagonal_relations(source, axes[one], axes[two], offset, device)
+    relations = diagonal_relations(source, axes[one], axes[two], offset, space)
     return Term(dims_of([*out, source]), dims_of(axes), (), relations)
 
 
 def _diagonal(call: Call) -> Term:
     offset, one, two = (call.argument(name) for name in ("offset", "dim1", "dim2"))
-    return diagonal_view(call.shape(call.args[0]), offset, one, two, call.workspace.device)
+    return diagonal_view(call.shape(call.args[0]), offset, one, two, call.workspace)
 
 
 def unfold_view(shape: Sequence[int], dim: int, size: int, step: int, device: torch.device) -> Term:
@@ -187,7 +180,7 @@ def _pieces(call: Call) -> Iterable[Edge]:
     start = 0
     for number, slot in enumerate(call.outputs):
         length = call.shape(slot)[dim]
-        yield single(call, item, [slice_term(shape, dim, start, 1, length, call.workspace.device)], (), number)
+        yield single(call, item, [slice_term(shape, dim, start, 1, length, call.workspace)], (), number)
         start += length
 
 
@@ -198,7 +191,7 @@ def _unbind(call: Call) -> Iterable[Edge]:
     shape = call.shape(item)
     dim = call.argument("dim") % len(shape)
     for number in range(len(call.outputs)):
-        yield single(call, item, [select_term(shape, dim, number, call.workspace.device)], (), number)
+        yield single(call, item, [select_term(shape, dim, number, call.workspace)], (), number)
 
 
 _RESHAPE, _PERMUTE, _TRANSPOSE, _T = view(_reshape), view(_permute), view(_transpose), view(_t)

@@ -1,0 +1,162 @@
+"""How much work planning is, counted: products of maps, nodes and calls of a first call grow with the tape, no faster."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import chainrule
+from chainrule.execute import engine
+from chainrule.maps.compose import Workspace
+from chainrule.maps.nodes import Node
+from chainrule.maps.staging import Program
+from chainrule.maps.terms import Axis, affine_onehot, fixed_index
+from chainrule.plan import elimination
+
+Tensor = torch.Tensor
+DOUBLE = torch.float64
+PARAMETERS = torch.tensor([1.1, 0.4, 0.1, 0.4, 2.0, 1.0], dtype=DOUBLE)
+
+
+def predator_prey(steps: int) -> Callable[[Tensor], Tensor]:
+    """An ODE solved by the midpoint rule: a loop over single elements."""
+
+    def slope(state: Tensor, rates: Tensor) -> Tensor:
+        product = state[0] * state[1]
+        return torch.stack([rates[0] * state[0] - rates[1] * product, rates[2] * product - rates[3] * state[1]])
+
+    def final(parameters: Tensor) -> Tensor:
+        rates, state = parameters[:4], parameters[4:]
+        for _ in range(steps):
+            state = state + 0.1 * slope(state + 0.05 * slope(state, rates), rates)
+        return ((state - 1.0) ** 2).sum()
+
+    return final
+
+
+def recurrence(steps: int) -> Callable[[Tensor], Tensor]:
+    """A loop over a matrix product."""
+    weight = torch.linspace(-0.4, 0.5, 36, dtype=DOUBLE).reshape(6, 6)
+
+    def final(x: Tensor) -> Tensor:
+        state = x
+        for _ in range(steps):
+            state = torch.tanh(weight @ state) + 0.1 * x
+        return (state * state).sum()
+
+    return final
+
+
+TRANSFORMS: dict[str, Callable[[Any, Callable[[Tensor], Tensor]], Callable[[Tensor, Tensor], Any]]] = {
+    "grad": lambda library, f: lambda x, v: library.grad(f)(x),
+    "hessian": lambda library, f: lambda x, v: library.hessian(f)(x),
+    "jvp of grad": lambda library, f: lambda x, v: library.jvp(library.grad(f), (x,), (v,))[1],
+    "vjp of grad": lambda library, f: lambda x, v: library.vjp(library.grad(f), x)[1](v)[0],
+}
+
+
+def effort(monkeypatch: pytest.MonkeyPatch, function: Callable[[Tensor, Tensor], Any]) -> dict[str, int]:
+    """What the first call of a function does."""
+    counts = {"products": 0, "nodes": 0, "calls": 0}
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        return run
+
+    engine.CACHE.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(elimination, "compose", counted("products", elimination.compose))
+        patch.setattr(Node, "__init__", counted("nodes", Node.__init__))
+        patch.setattr(Program, "call", counted("calls", Program.call))
+        function(PARAMETERS, torch.ones_like(PARAMETERS))
+    engine.CACHE.clear()
+    return counts
+
+
+@pytest.mark.parametrize("loop", [predator_prey, recurrence])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_effort_is_linear_in_the_length_of_a_loop(monkeypatch: pytest.MonkeyPatch, loop: Any, name: str) -> None:
+    """Beyond 64 vertices, each further step adds what the one before it did, to a few per cent for what meets at the inputs."""
+    found = {steps: effort(monkeypatch, TRANSFORMS[name](chainrule, loop(steps))) for steps in (20, 30, 40)}
+    for kind in ("products", "nodes", "calls"):
+        first, second = found[30][kind] - found[20][kind], found[40][kind] - found[30][kind]
+        assert 0 < second <= 1.02 * first + 2, (kind, found)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_long_tape_takes_one_product_per_edge(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of a plan that is mostly calls, one order is looked at: each local map is multiplied once per level of the nest."""
+    function = TRANSFORMS[name](chainrule, predator_prey(20))
+    found = effort(monkeypatch, function)
+    accounts = chainrule.explain(function)(PARAMETERS, torch.ones_like(PARAMETERS)).accounts
+    assert len(accounts) == (1 if name == "grad" else 2)
+    assert found["products"] <= sum(len(account.edges) for account in accounts)
+
+
+def test_orders_are_compared_where_that_may_pay() -> None:
+    """A long loop over few elements is planned in one order; the same loop over large matrices in several."""
+
+    def function(x: Tensor) -> Tensor:
+        state = x
+        for _ in range(40):
+            state = torch.sin(state) @ state + x
+        return state
+
+    def orders(size: int) -> list[str]:
+        account = chainrule.explain(chainrule.jacobian(function))(torch.eye(size, dtype=DOUBLE) / 9).accounts[-1]
+        return [alternative["order"] for alternative in account.alternatives]
+
+    assert orders(2) == ["reverse"]
+    assert {"reverse", "forward", "network"} <= set(orders(12))
+
+
+def test_a_long_tape_is_swept_from_the_smaller_side() -> None:
+    def widening(x: Tensor) -> Tensor:
+        state = x[:, None].expand(2, 6)
+        for _ in range(40):
+            state = torch.sin(state) + x[:, None]
+        return state
+
+    account = chainrule.explain(chainrule.jacobian(widening))(torch.ones(2, dtype=DOUBLE)).accounts[-1]
+    assert account.chosen == "forward"
+
+
+@pytest.mark.parametrize("loop", [predator_prey, recurrence])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_derivatives_of_long_loops(loop: Any, name: str) -> None:
+    """Both sides are exact apart from rounding: 2e-16 a step, through some forty steps and ten ops each."""
+    function, x, v = loop(40), PARAMETERS + 0.1 * torch.rand(6, dtype=DOUBLE), torch.randn(6, dtype=DOUBLE)
+    expected = TRANSFORMS[name](torch.func, function)(x, v)
+    transformed = TRANSFORMS[name](chainrule, function)
+    for _ in range(2):  # planned, and replayed
+        torch.testing.assert_close(transformed(x, v), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_equal_relations_are_one_node() -> None:
+    workspace = Workspace(DOUBLE, torch.device("cpu"))
+    source, target = Axis(3), Axis(9)
+    one, two = (affine_onehot(source, target, 1, 2, workspace) for _ in range(2))
+    assert one.index is two.index
+    assert affine_onehot(source, target, 2, 2, workspace).index is not one.index
+    assert fixed_index(target, 4, workspace).index is fixed_index(Axis(7), 4, workspace).index
+
+
+def test_the_garbage_collector_is_as_it_was() -> None:
+    """It is off while a plan is made, and stays off where it was."""
+    engine.CACHE.clear()
+    chainrule.grad(recurrence(3))(PARAMETERS)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        engine.CACHE.clear()
+        chainrule.grad(recurrence(3))(PARAMETERS)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
