@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
+from chainrule.functions import FACTS, MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
 
@@ -156,6 +156,8 @@ class LightMode(Handler, TorchDispatchMode):
 
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
+        if func in FACTS:
+            return func(*args, **kwargs) if kwargs else func(*args)
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:

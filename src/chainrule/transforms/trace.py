@@ -102,7 +102,10 @@ class Traced:
             inputs: list[int] | None = None, last: bool = False) -> dict[Any, torch.Tensor | None]:
         """Execute a request on the tape; the last one may let go of its values."""
         wanted = [slot for slot in self.out_slots if slot is not None] if outputs is None else outputs
-        request = Request(kind, tuple(self.in_slots if inputs is None else inputs), tuple(wanted), order, seeds, cast)
+        # Under another transform, structure is worth more than a kernel.
+        alone = not torch._C._len_torch_dispatch_stack()
+        slots = tuple(self.in_slots if inputs is None else inputs)
+        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone)
         return execute(self.tape, request, tensors, last=last)
 
     def rows(self, number: int, size: int) -> Block:
