@@ -269,6 +269,14 @@ def _gru(
     return outputs, run(aten.stack.default, finals, 0)
 
 
+def _nll_loss_forward(
+    run: Run, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignored: int
+) -> Any:
+    if not is_plain_nll(input, target, weight):
+        return NotImplemented
+    return nll_loss(run, input, target, reduction, ignored)
+
+
 #: By the op that arrives.
 DIRECT: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: _dropout,
@@ -281,6 +289,7 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.batch_norm.default: _batch_norm,
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.cosine_similarity.default: _cosine_similarity,
+    aten.nll_loss_forward.default: _nll_loss_forward,
     aten.nll_loss_nd.default: _nll_loss_nd,
     aten.scaled_dot_product_attention.default: _attention,
     aten.flatten.using_ints: _flatten,

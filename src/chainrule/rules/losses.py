@@ -50,8 +50,8 @@ def _nll(call: Call) -> Iterable[Edge]:
 
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
-WHOLE: dict[Any, Callable[[tuple[Any, ...]], bool]] = {
-    aten.nll_loss_forward.default: lambda args: is_plain_nll(*args[:3])
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {
+    aten.nll_loss_forward.default: lambda args, kernels: kernels and is_plain_nll(*args[:3])
 }
 
 RULES: dict[Any, Rule] = {aten.nll_loss_forward.default: Rule("selection", _nll)}
