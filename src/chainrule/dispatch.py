@@ -17,7 +17,7 @@ from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
+from chainrule.functions import FACTS, MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
 from chainrule.subclasses import is_bare
@@ -105,6 +105,7 @@ _pop_function = torch._C._pop_torch_function_stack
 _count_functions = torch._C._len_torch_function_stack
 _function_at = torch._C._get_function_stack_at
 _TENSOR = torch.Tensor
+_ONLY_TENSOR = (torch.Tensor,)
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
@@ -171,7 +172,9 @@ class LightMode(Handler, TorchDispatchMode):
 
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
-        if types and self._makes_plain(types):
+        if func in FACTS:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if types and types != _ONLY_TENSOR and self._makes_plain(types):
             with torch._C.DisableTorchFunctionSubclass():
                 return self.take_function(func, (), args, kwargs)
         function = TABLE.get(func)

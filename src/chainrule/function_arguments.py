@@ -173,6 +173,7 @@ def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
 def _table() -> dict[Any, Reading]:
     tensor: Any = torch.Tensor
     found: dict[Any, Reading] = {
+        tensor.contiguous: lambda args, kwargs: None if kwargs or len(args) > 1 else (aten.contiguous.default, args),
         tensor.view: _sizes(aten.view.default),
         tensor.permute: _sizes(aten.permute.default),
         tensor.expand: _sizes(aten.expand.default),

@@ -120,3 +120,13 @@ NEUTRAL: tuple[dict[str, Any], ...] = ({"inplace": False},)
 MAKING_GRAPHS = frozenset(
     {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 )
+
+#: What says something of a tensor, and computes nothing.
+FACTS = frozenset(
+    {
+        *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu")),
+        *(getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_nested", "is_sparse")),
+        torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_contiguous,
+        torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.is_complex,
+    }
+)  # fmt: skip

@@ -100,13 +100,15 @@ class Tape(LightMode):
         policy: which ops are constants for differentiation, and which are recorded in parts.
         respect_no_grad: whether ops run under ``torch.no_grad()`` inside the function are constants (as reverse mode
             in torch has it).
+        kernels: whether ops are recorded whole whose own kernel serves a gradient best, and nothing else.
     """
 
     takes_functions = True
     supports_higher_order_operators = True
 
-    def __init__(self, policy: Policy, *, respect_no_grad: bool = True) -> None:
+    def __init__(self, policy: Policy, *, respect_no_grad: bool = True, kernels: bool = False) -> None:
         super().__init__()
+        self.kernels = kernels
         self.kind = TAPE
         self.policy = policy
         self.values: list[Any] = []
@@ -134,7 +136,7 @@ class Tape(LightMode):
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""
-        fork = Tape(self.policy, respect_no_grad=self.respect_no_grad)
+        fork = Tape(self.policy, respect_no_grad=self.respect_no_grad, kernels=self.kernels)
         fork.values, fork.active, fork.records = [*self.values], [*self.active], [*self.records]
         fork.inputs, fork.key, fork.slots = [*self.inputs], [*self.key], dict(self.slots)
         fork.kept, fork.saw_blocked = [*self.kept], self.saw_blocked
@@ -301,7 +303,7 @@ class Tape(LightMode):
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
         expansion = facts.joined if joins and facts.joined is not None else facts.expansion
-        if facts.whole is not None and not joins and facts.whole(args):
+        if facts.whole is not None and not joins and facts.whole(args, self.kernels):
             expansion = None
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func

@@ -78,7 +78,9 @@ class CachedPlan:
         if self.runner is None:
             self.compile()
         assert self.runner is not None
-        if torch._C._len_torch_dispatch_stack() == 1:
+        runner = self.runner
+        modes = torch._C._len_torch_dispatch_stack()
+        if modes == 1:
             given = [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs]
             under = stored_under_vmap(given)
             if under is not None:
@@ -91,7 +93,17 @@ class CachedPlan:
             source.observe(values, seeds)
             spent = watch.spend(values, source.program.inputs) if values.__class__ is Spent else None
             watch.add_program(source.memory(spent))
-        return dict(zip(self.keys, self.runner(values, seeds), strict=True))
+        if not modes and runner.plain is not runner and self._is_plain(values, seeds):  # type: ignore[attr-defined]
+            runner = runner.plain  # type: ignore[attr-defined]
+        return dict(zip(self.keys, runner(values, seeds), strict=True))
+
+    def _is_plain(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> bool:
+        """Whether the program's inputs are tensors whose calls nothing follows."""
+        for key in self.needs:
+            value = values[key] if key.__class__ is int else seeds[key[1]]
+            if value.__class__ is not torch.Tensor or value.requires_grad:
+                return False
+        return True
 
     def _run_batched(
         self, values: Sequence[Any], seeds: Sequence[Any], mode: Any, tensors: list[torch.Tensor], key: Any
@@ -119,7 +131,7 @@ class CachedPlan:
                 source.observe(tensors, ())
             watch.add_program(source.memory())
         with undispatched():
-            results = batched_runner(tensors, ())
+            results = batched_runner.plain(tensors, ())  # type: ignore[attr-defined]
         return wrap(results, flags, mode)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from chainrule.capture.tape import Tape
+from chainrule.execute.reuse import written_over
 from chainrule.execute.workspace import Space, observable, of_run
 from chainrule.maps.staging import Instruction, Program, refs
 
@@ -85,9 +86,10 @@ def predict(
         inside: what the instructions allocate, by the first slot that each makes, where it was observed.
     """
     made: set[int] = {slot for instruction in kept for slot in instruction.outputs}
+    shares = {i.outputs[0]: place for i in kept if (place := written_over(i)) is not None}
 
     def root(slot: int) -> int:
-        while (source := program.shares.get(slot)) is not None and source != slot:
+        while (source := shares.get(slot, program.shares.get(slot))) is not None and source != slot:
             slot = source
         return slot
 

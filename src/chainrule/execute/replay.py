@@ -10,6 +10,7 @@ import torch
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
+from chainrule.execute.reuse import reusing
 from chainrule.execute.simplify import renamed, root, shared_results, simplify
 from chainrule.execute.workspace import Space, observable, of_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
@@ -92,7 +93,8 @@ def _memory(slot: int, producers: dict[int, Instruction]) -> tuple[int | None, b
 def compile_program(program: Program, results: Sequence[Staged | None], *, views: bool = False) -> Runner:
     """Make a Python function ``run(tape values, seeds)`` that executes the instructions the results need.
 
-    Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``.
+    Inputs are keyed ``int`` (a tape slot) or ``("seed", number)``. The function's attribute ``plain`` does the same on tensors
+    that nothing follows (see :func:`~chainrule.execute.reuse.reusing`), in less memory.
 
     Args:
         program: the program.
@@ -102,13 +104,19 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
     source = Source(program, results)
     if views:
         source.copied.difference_update(source.of_inputs())
-    names = source.block(source.kept, source.wanted)
     inputs = source.inputs(source.used)
     if inputs:
         source.namespace["Spent"] = Spent
         inputs.append("    if tape.__class__ is Spent: tape.clear()")
-    lines = ["def run(tape, seeds):", *inputs, *names, source.returned(range(len(source.wanted)))]
-    runner: Runner = source.compiled(lines, "run")
+    returned = source.returned(range(len(source.wanted)))
+
+    def compiled(name: str, instructions: list[Instruction]) -> Any:
+        block = source.block(instructions, source.wanted)
+        return source.compiled([f"def {name}(tape, seeds):", *inputs, *block, returned], name)
+
+    runner: Runner = compiled("run", source.kept)
+    source.plain = None if views else reusing(program, source.kept, source.wanted)
+    runner.plain = runner if source.plain is None else compiled("run_plain", source.plain)  # type: ignore[attr-defined]
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
     runner.source_of = source  # type: ignore[attr-defined]
     return runner
@@ -273,10 +281,13 @@ class Source:
         self.names: dict[int, str] = {}
         # What the instructions allocate, once it was observed.
         self.inside: dict[int, Space] = {}
+        # The instructions as they are run on tensors that nothing follows, where these differ.
+        self.plain: list[Instruction] | None = None
 
     def memory(self, spent: Mapping[int, tuple[int, int]] | None = None) -> Memory:
         """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`)."""
-        return predict(self.program, self.kept, self.wanted, self.copied, spent, self.inside)
+        kept = self.kept if self.plain is None else self.plain
+        return predict(self.program, kept, self.wanted, self.copied, spent, self.inside)
 
     def observe(self, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> None:
         """Find out the work space of the instructions on these values, where that is possible and not known yet."""

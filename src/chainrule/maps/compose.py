@@ -22,9 +22,11 @@ class Workspace:
 
     Attributes:
         sparse: whether maps are kept by their entries: internal sources of relations are not summed, and terms not densified.
+        kernels: whether ops may multiply single rows by kernels of their own.
     """
 
     sparse = False
+    kernels = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype

@@ -15,6 +15,7 @@ from chainrule.maps.entries import embed_diagonals, joined_pieces, on_diagonals,
 from chainrule.maps.listed_terms import listed
 from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
+from chainrule.maps.rows import Row, is_dense_row, pulled
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.sums import stacked_products, written_on_diagonals
 from chainrule.maps.terms import Axis, Dims, Factor, Term
@@ -67,12 +68,21 @@ class Operator:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A map from tensors of ``in_shape`` to tensors of ``out_shape``: the sum of its terms and operators."""
+    """A map from tensors of ``in_shape`` to tensors of ``out_shape``: the sum of its terms and operators.
+
+    Attributes:
+        out_shape: the shape of the output.
+        in_shape: the shape of the input.
+        terms: what is known by its structure.
+        operators: what is known by how it acts.
+        row: the op's own way to multiply one dense row by the whole map; None where there is none, or it is not wanted.
+    """
 
     out_shape: tuple[int, ...]
     in_shape: tuple[int, ...]
     terms: tuple[Term, ...] = ()
     operators: tuple[Operator, ...] = ()
+    row: Row | None = None
 
     def transpose(self) -> LinearMap:
         """The transposed map."""
@@ -95,6 +105,8 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
     At most one of the two may hold operators. With ``eager`` every product with an internal sum is contracted at once
     (a pinned accumulation order); without, the network is kept for a contraction order to be chosen later.
     """
+    if right.row is not None and not left.operators and is_dense_row(left.terms, left.out_shape):
+        return LinearMap((), right.in_shape, (pulled(left.terms[0], right.row, right.in_shape, workspace),))
     terms: list[Term] = []
     for one in left.terms:
         for two in right.terms:
@@ -544,4 +556,4 @@ def _broadcast_node(factor: Factor, positions: tuple[Axis, ...], shape: tuple[in
     return Node(shape, (factor.node,), compute, moved=moved, label="output")
 
 
-__all__ = ["LinearMap", "Operator", "add_maps", "compose", "densify", "embed_diagonals", "merge", "permute"]
+__all__ = ["LinearMap", "Operator", "Row", "add_maps", "compose", "densify", "embed_diagonals", "merge", "permute"]

@@ -511,7 +511,8 @@ def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]
     for target, several in by_target.items():
         if target is one.target or len(several) < 2:
             continue
-        fits = ((a, b) for a in several for b in several if a is not b and left.issuperset(a.sources) and right.issuperset(b.sources))
+        pairs = ((a, b) for a in several for b in several if a is not b)
+        fits = ((a, b) for a, b in pairs if left.issuperset(a.sources) and right.issuperset(b.sources))
         if (found := next(fits, None)) is not None:
             tied.append(found)
     return tied

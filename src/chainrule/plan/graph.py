@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap
 from chainrule.rules.base import Call
 from chainrule.rules.opaque import opaque_edges
+from chainrule.rules.rows import rows_of
 from chainrule.rules.table import rule_for
 
 
@@ -132,10 +133,12 @@ def _add_record(
     # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
     is_complex = not real and _involves_complex(record, tape)
     edges = opaque_edges(call) if is_complex else rule.linearize(call)
+    rows = rows_of(call) if workspace.kernels and not is_complex else {}
     for edge in edges:
         target = record.outputs[edge.output]
         if target in needed and not edge.map.is_zero:
-            graph.add(edge.source, target, edge.map)
+            row = rows.get(edge.source) if edge.output == 0 else None
+            graph.add(edge.source, target, edge.map if row is None else replace(edge.map, row=row))
     graph.order.extend(slot for slot in record.outputs if slot in needed)
     kind = "opaque" if is_complex else rule.kind
     if record.origin is not None and kind == "structured":

@@ -34,6 +34,7 @@ class Request(NamedTuple):
         seeds: which outputs (pull) or inputs (push) have a seed; the others' seeds are zero. Seeds with further dimensions
             behind those of their slot are several at once: these stand last in a push's results, first in a pull's.
         cast: whether results take the dtype of the ``input`` or of the ``output``.
+        kernels: whether ops may pull single cotangents by kernels of their own, which nothing differentiates or batches.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Request(NamedTuple):
     order: str = "auto"
     seeds: tuple[int, ...] = ()
     cast: str = "input"
+    kernels: bool = False
 
 
 @dataclass
@@ -86,6 +88,7 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     """
     slots = (*request.inputs, *request.outputs)
     workspace = make_workspace(tape, slots)
+    workspace.kernels = request.kernels
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
     if request.kind in ("trace", "gram"):

@@ -76,6 +76,20 @@ def has_classes(input: Tensor, target: Tensor) -> bool:
     )  # fmt: skip
 
 
+def is_plain_nll(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether the loss is recorded whole: one class for each row of a matrix, without weights, on tensors of torch's own."""
+    return (
+        input.__class__ is Tensor
+        and target.__class__ is Tensor
+        and weight is None
+        and input.dtype in (torch.float32, torch.float64)
+        and input.dim() == 2
+        and input.shape[1] > 0
+        and target.dtype is torch.long
+        and target.shape == input.shape[:1]
+    )
+
+
 def nll_loss(run: Run, input: Tensor, target: Tensor, reduction: int, ignored: int) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of the targets' classes, unweighted, and how many targets count."""
     classes = 0 if input.dim() == 1 else 1
@@ -96,10 +110,44 @@ def _cross_entropy(
     run: Run, input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignored: int = -100,
     smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    if smoothing or weight is not None or input.dtype in _LOW or not has_classes(input, target):
+    if weight is not None or input.dtype in _LOW or not has_classes(input, target):
+        return NotImplemented
+    if smoothing and not is_plain_nll(input, target, None):
         return NotImplemented
     logarithms = run(aten._log_softmax.default, input, 0 if input.dim() == 1 else 1, False)
-    return nll_loss(run, logarithms, target, reduction, ignored)[0]
+    if not is_plain_nll(logarithms, target, None):
+        return nll_loss(run, logarithms, target, reduction, ignored)[0]
+    loss = run(aten.nll_loss_forward.default, logarithms, target, None, reduction, ignored)[0]
+    return _smoothed(run, loss, logarithms, target, reduction, ignored, smoothing) if smoothing else loss
+
+
+def _smoothed(
+    run: Run, loss: Tensor, logarithms: Tensor, target: Tensor, reduction: int, ignored: int, smoothing: float
+) -> Tensor:
+    """The loss of targets that share some of their weight with all classes."""
+    kept = torch.ne(target, ignored)
+    nothing = torch.zeros((), dtype=loss.dtype, device=loss.device)
+    share = -smoothing / logarithms.shape[1]
+    rest = run(aten.where.self, kept, run(aten.sum.dim_IntList, logarithms, [1]), nothing)
+    if reduction in (_MEAN, _SUM):
+        rest = run(aten.sum.default, rest)
+    rest = run(aten.mul.Tensor, rest, share / kept.sum(dtype=loss.dtype) if reduction == _MEAN else share)
+    found: Tensor = run(aten.add.Tensor, run(aten.mul.Tensor, loss, 1 - smoothing), rest)
+    return found
+
+
+def _cosine_similarity(run: Run, one: Tensor, two: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
+    if one.shape != two.shape or one.dtype != two.dtype or not one.is_floating_point() or not one.dim():
+        return NotImplemented
+    if torch._C._len_torch_dispatch_stack():  # what stops a derivative is not the same to each transform
+        return NotImplemented
+    units = []
+    for item in (one, two):
+        norm = run(aten.linalg_vector_norm.default, item, 2, [dim], True)
+        # The clamp does not stop the derivative.
+        norm = run(aten.add.Tensor, norm, torch.clamp_min(norm, eps) - norm)
+        units.append(run(aten.div.Tensor, item, norm))
+    return run(aten.sum.dim_IntList, run(aten.mul.Tensor, *units), [dim])
 
 
 def _nll_loss_nd(
@@ -107,6 +155,8 @@ def _nll_loss_nd(
 ) -> Any:
     if weight is not None or input.dtype in _LOW or not has_classes(input, target):
         return NotImplemented
+    if is_plain_nll(input, target, None):
+        return run(aten.nll_loss_forward.default, input, target, None, reduction, ignored)[0]
     return nll_loss(run, input, target, reduction, ignored)[0]
 
 
@@ -219,6 +269,14 @@ def _gru(
     return outputs, run(aten.stack.default, finals, 0)
 
 
+def _nll_loss_forward(
+    run: Run, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignored: int
+) -> Any:
+    if not is_plain_nll(input, target, weight):
+        return NotImplemented
+    return nll_loss(run, input, target, reduction, ignored)
+
+
 #: By the op that arrives.
 DIRECT: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: _dropout,
@@ -230,6 +288,8 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.conv3d.default: _convolution(3),
     aten.batch_norm.default: _batch_norm,
     aten.cross_entropy_loss.default: _cross_entropy,
+    aten.cosine_similarity.default: _cosine_similarity,
+    aten.nll_loss_forward.default: _nll_loss_forward,
     aten.nll_loss_nd.default: _nll_loss_nd,
     aten.scaled_dot_product_attention.default: _attention,
     aten.flatten.using_ints: _flatten,
@@ -241,4 +301,4 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.gru.input: _gru,
 }
 
-__all__ = ["DIRECT", "has_classes", "nll_loss"]
+__all__ = ["DIRECT", "has_classes", "is_plain_nll", "nll_loss"]

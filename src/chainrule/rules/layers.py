@@ -320,7 +320,9 @@ def _native_dropout(call: Call) -> Iterable[Edge]:
 
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
-WHOLE: dict[Any, Callable[[tuple[Any, ...]], bool]] = {aten.convolution_backward.default: lambda args: not only_weight(args)}
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {
+    aten.convolution_backward.default: lambda args, kernels: not only_weight(args)
+}
 
 RULES: dict[Any, Rule] = {
     aten.convolution.default: Rule("convolution", _convolution),

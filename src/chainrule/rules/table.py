@@ -18,6 +18,7 @@ from chainrule.rules import (
     layers,
     linalg,
     linalg_factorisations,
+    losses,
     moves,
     normalisations,
     pooling,
@@ -58,6 +59,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     scans.RULES,
     normalisations.RULES,
     layers.RULES,
+    losses.RULES,
     pooling.RULES,
     linalg.RULES,
     linalg_factorisations.RULES,
@@ -66,7 +68,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
 RULES: dict[Any, Rule] = _merged(FAMILIES)
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
-WHOLE: dict[Any, Callable[[tuple[Any, ...]], bool]] = {**products.WHOLE, **layers.WHOLE}
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {**products.WHOLE, **layers.WHOLE, **losses.WHOLE}
 
 
 @cache
@@ -95,7 +97,7 @@ class Rules:
             return None
         return DECOMPOSITIONS.get(op) or LATE_DECOMPOSITIONS.get(op._schema.name) or composite(op)
 
-    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...]], bool] | None:
+    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...], bool], bool] | None:
         """For an op that has a composite form: which calls are recorded whole nevertheless."""
         return WHOLE.get(op)
 

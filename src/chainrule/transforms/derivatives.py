@@ -141,7 +141,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     if mark_of(func) is not None:
         found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
     if found is None:
-        traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux)
+        traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux, single=True)
         for leaf in traced.out_leaves:
             if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
                 raise RuntimeError(

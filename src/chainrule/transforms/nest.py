@@ -135,7 +135,7 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             return found
     assert level.argnums is not None
     positions, single = resolve_argnums(level.argnums, len(args), level.name)
-    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux, single=True)
     traced.alone = True
     return level.finish(traced, single), traced.aux
 

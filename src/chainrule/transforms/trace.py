@@ -102,7 +102,10 @@ class Traced:
             inputs: list[int] | None = None, last: bool = False) -> dict[Any, torch.Tensor | None]:
         """Execute a request on the tape; the last one may let go of its values."""
         wanted = [slot for slot in self.out_slots if slot is not None] if outputs is None else outputs
-        request = Request(kind, tuple(self.in_slots if inputs is None else inputs), tuple(wanted), order, seeds, cast)
+        # Under another transform, structure is worth more than a kernel.
+        alone = not torch._C._len_torch_dispatch_stack()
+        slots = tuple(self.in_slots if inputs is None else inputs)
+        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone)
         return execute(self.tape, request, tensors, last=last)
 
     def rows(self, number: int, size: int) -> Block:
@@ -135,10 +138,12 @@ def trace(
     has_aux: bool = False,
     respect_no_grad: bool = True,
     column_block: int | None = None,
+    single: bool = False,
 ) -> Traced:
     """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``.
 
-    With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them.
+    With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them. With ``single``,
+    only cotangents are pulled back, one at a time.
     """
     refuse_inside_torch_func(transform)
     in_leaves, in_spec = flatten_inputs(tuple([args[number] for number in argnums]), transform)
@@ -147,7 +152,8 @@ def trace(
         torch._C._set_grad_enabled(True)
     try:
         aliases = [fresh_alias(leaf) for leaf in in_leaves]
-        tape = Tape(POLICY, respect_no_grad=respect_no_grad)
+        kernels = single and not torch._C._len_torch_dispatch_stack()
+        tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
         in_slots: list[int] = []
         columns: list[Block | None] = []
         for number, alias in enumerate(aliases):

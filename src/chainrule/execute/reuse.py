@@ -1,0 +1,193 @@
+"""Calls that write their result over an operand that nobody reads again: large results need no memory of their own.
+
+Memory that was just given out has to be mapped by the system page by page when it is first written to, which for results
+of more than some hundred kilobytes takes longer than an element-wise kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from chainrule.calls import FUNCTIONS
+from chainrule.maps.staging import Instruction, Program, Ref, refs
+
+aten = torch.ops.aten
+
+#: Results of fewer bytes than this come from memory that is mapped already.
+SMALLEST = 1 << 16
+
+#: Element by element, and with the argument ``out``: each operand of the result's kind may be written over.
+_POINTWISE = frozenset(
+    {
+        torch.mul, torch.add, torch.sub, torch.div, torch.addcmul, torch.addcdiv, torch.neg, torch.exp, torch.sqrt, torch.rsqrt,
+        torch.reciprocal, torch.sin, torch.cos, torch.tanh, torch.sigmoid, torch.square, torch.where,
+    }
+)  # fmt: skip
+
+#: The variants of ops that write where they are told, and the name of that argument.
+_WRITING = {
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+    aten.threshold_backward.default._op: (aten.threshold_backward.grad_input, "grad_input"),
+}
+
+#: With the argument ``out``; the first operand may be written over.
+_ON_FIRST = frozenset({torch.scatter_add, torch.scatter, torch.index_add})
+
+#: Functions (beside those above) whose results are memory that nothing else uses.
+_FRESH = frozenset(
+    {
+        torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.mv, torch.dot, torch.sum, torch.zeros, torch.ones, torch.clone,
+        torch.Tensor.clone, torch.cat, torch.stack, torch.gather, torch.index_select, torch.maximum, torch.minimum,
+    }
+)  # fmt: skip
+
+#: Ops whose results are new tensors, as plans and recordings call them.
+_FRESH_OPS = frozenset(
+    call
+    for op in (
+        aten.convolution_backward.default, aten.convolution.default, aten.native_layer_norm_backward.default,
+        aten._softmax_backward_data.default, aten._log_softmax_backward_data.default, aten.col2im.default, aten.mm.default,
+        aten.bmm.default, aten.zeros.default, aten.new_zeros.default, aten.scatter_add.default, aten.scatter.src,
+        aten.clone.default,
+    )
+    for call in (op, op._op, FUNCTIONS.get(op._op, op._op))
+)  # fmt: skip
+
+#: Views of all that their first argument holds.
+_WHOLE_VIEWS = frozenset(
+    {
+        torch.reshape, torch.permute, torch.t, torch.unsqueeze, torch.squeeze, torch.transpose, torch.movedim, torch.flatten,
+        torch.swapaxes, torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.unsqueeze, torch.Tensor.squeeze,
+        torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.unflatten, torch.Tensor.flatten,
+        aten.reshape.default._op, aten.view.default._op, aten.transpose.int._op, aten.permute.default._op, aten.t.default._op,
+        aten.unsqueeze.default._op, aten.squeeze.dim._op, aten.squeeze.dims._op,
+    }
+)  # fmt: skip
+
+
+def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterable[int | None]) -> list[Instruction] | None:
+    """The same instructions, with results written over what is read for the last time; None where nothing is.
+
+    They are for plain tensors: with torch's autograd or a dispatch mode on, such calls are refused or recorded as writes.
+
+    Args:
+        program: the program, for the sizes of its values.
+        instructions: those of a block that is run as a whole.
+        kept: what is read after the block.
+    """
+    if program.writes or program.literal:
+        return None
+    lives = _Lives(instructions, kept)
+    found: list[Instruction] = []
+    for number, instruction in enumerate(instructions):
+        place = _place(program, lives, number, instruction)
+        if place is None:
+            found.append(instruction)
+            continue
+        lives.take_over(place.slot, instruction.outputs[0])
+        function, name = _WRITING.get(instruction.function, (instruction.function, "out"))
+        found.append(instruction._replace(function=function, kwargs={**instruction.kwargs, name: place}))
+    return found if lives.joined else None
+
+
+def written_over(instruction: Instruction) -> int | None:
+    """The slot that an instruction of :func:`reusing` writes its result over, None where it makes a new one."""
+    place = instruction.kwargs.get("out", instruction.kwargs.get("grad_input"))
+    return place.slot if isinstance(place, Ref) else None
+
+
+def _place(program: Program, lives: _Lives, number: int, instruction: Instruction) -> Ref | None:
+    """The operand that may be written over."""
+    if instruction.function in _POINTWISE or instruction.function in _WRITING:
+        operands = instruction.args
+    elif instruction.function in _ON_FIRST:
+        operands = instruction.args[:1]
+    else:
+        return None
+    if instruction.keep or len(instruction.outputs) != 1 or not {"value", "alpha"}.issuperset(instruction.kwargs):
+        return None
+    out = instruction.outputs[0]
+    kind = program.kinds.get(out)
+    if kind is None or kind[0].numel() * kind[1].itemsize < SMALLEST:
+        return None
+    for item in operands:
+        if not isinstance(item, Ref) or program.kinds.get(item.slot) != kind:
+            continue
+        if lives.ends(item.slot, number, instruction) and not (lives.is_kept(out) and lives.is_view(item.slot)):
+            return item
+    return None
+
+
+class _Lives:
+    """Which values of a block share memory, and until when it is read."""
+
+    def __init__(self, instructions: Sequence[Instruction], kept: Iterable[int | None]) -> None:
+        self.instructions = instructions
+        self.producers = {slot: i for i in instructions for slot in i.outputs}
+        self.joined: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        for number, instruction in enumerate(instructions):
+            for slot in refs((instruction.args, tuple(instruction.kwargs.values()))):
+                self.last[self.root(slot)] = number
+        self.kept = {slot for slot in kept if slot is not None}
+        self.last.update((self.root(slot), len(instructions)) for slot in self.kept)
+        # A result that may be a view of an argument behind the first one: that argument's memory is left alone.
+        unknown = [i for i in instructions if not _is_fresh(i.function) and i.function not in _WHOLE_VIEWS]
+        behind = [slot for i in unknown for slot in refs((i.args[1:], tuple(i.kwargs.values())))]
+        self.last.update((self.root(slot), len(instructions)) for slot in behind)
+
+    def root(self, slot: int) -> int:
+        """The value whose memory a value uses, or may use."""
+        while True:
+            if slot in self.joined:
+                slot = self.joined[slot]
+                continue
+            producer = self.producers.get(slot)
+            if producer is None or _is_fresh(producer.function) or not producer.args:
+                return slot
+            first = producer.args[0]
+            if not isinstance(first, Ref):
+                return slot
+            slot = first.slot
+
+    def is_view(self, slot: int) -> bool:
+        """Whether a value is not itself the owner of its memory."""
+        return self.root(slot) != slot
+
+    def is_kept(self, slot: int) -> bool:
+        """Whether a value is read after the block."""
+        return slot in self.kept
+
+    def ends(self, slot: int, number: int, instruction: Instruction) -> bool:
+        """Whether the memory of a value is the block's own, used by the value as a whole, and read last by an instruction."""
+        root = self.root(slot)
+        producer = self.producers.get(root)
+        if producer is None or not _is_fresh(producer.function) or self.last.get(root) != number:
+            return False
+        while slot != root:
+            if slot in self.joined:
+                slot = self.joined[slot]
+                continue
+            view = self.producers[slot]
+            if view.function not in _WHOLE_VIEWS:
+                return False
+            slot = view.args[0].slot
+        readers = [r for r in refs((instruction.args, tuple(instruction.kwargs.values()))) if self.root(r) == root]
+        return len(readers) == 1
+
+    def take_over(self, place: int, out: int) -> None:
+        """The result ``out`` stands in the memory of ``place`` from now on."""
+        self.joined[out] = place
+        self.last[self.root(place)] = self.last.get(out, -1)
+
+
+def _is_fresh(function: Callable[..., Any]) -> bool:
+    return (
+        function in _POINTWISE or function in _ON_FIRST or function in _FRESH or function in _FRESH_OPS or function in _WRITING
+    )
+
+
+__all__ = ["reusing", "written_over"]
