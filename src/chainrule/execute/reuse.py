@@ -101,6 +101,8 @@ def written_over(instruction: Instruction) -> int | None:
 
 def _place(program: Program, lives: _Lives, number: int, instruction: Instruction) -> Ref | None:
     """The operand that may be written over."""
+    if instruction.function is torch.where and not all(isinstance(item, Ref) for item in instruction.args):
+        return None  # with numbers it has no argument ``out``
     if instruction.function in _POINTWISE or instruction.function in _WRITING:
         operands = instruction.args
     elif instruction.function in _ON_FIRST:

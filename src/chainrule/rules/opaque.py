@@ -87,7 +87,7 @@ class _Template:
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
         """Call the op with the holes filled."""
-        if torch.Tag.pointwise in self.op.tags and any(t.is_complex() for t in tensors):
+        if torch.Tag.pointwise in getattr(self.op, "tags", ()) and any(t.is_complex() for t in tensors):
             # It converts them itself, but torch's formula (of where) forgets to convert the cotangent back.
             tensors = [t.to(t.dtype.to_complex()) if t.dtype.is_floating_point else t for t in tensors]
         return self.op(*_fill(self.args, tensors), **{n: _fill(i, tensors) for n, i in self.kwargs.items()})
