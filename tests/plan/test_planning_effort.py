@@ -101,20 +101,22 @@ def test_a_long_tape_takes_one_product_per_edge(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_orders_are_compared_where_that_may_pay() -> None:
-    """A long loop over few elements is planned in one order; the same loop over large matrices in several."""
+    """A long loop over few elements is planned in one order, a shorter one in two; loops over large matrices in several."""
 
-    def function(x: Tensor) -> Tensor:
+    def function(x: Tensor, steps: int) -> Tensor:
         state = x
-        for _ in range(40):
+        for _ in range(steps):
             state = torch.sin(state) @ state + x
         return state
 
-    def orders(size: int) -> list[str]:
-        account = chainrule.explain(chainrule.jacobian(function))(torch.eye(size, dtype=DOUBLE) / 9).accounts[-1]
+    def orders(size: int, steps: int) -> list[str]:
+        x = torch.eye(size, dtype=DOUBLE) / 9
+        account = chainrule.explain(chainrule.jacobian(lambda x: function(x, steps)))(x).accounts[-1]
         return [alternative["order"] for alternative in account.alternatives]
 
-    assert orders(2) == ["reverse"]
-    assert {"reverse", "forward", "network"} <= set(orders(12))
+    assert orders(2, 180) == ["reverse"]
+    assert orders(2, 40) == ["reverse", "forward"]
+    assert {"reverse", "forward", "network"} <= set(orders(12, 40))
 
 
 def test_a_long_tape_is_swept_from_the_smaller_side() -> None:
@@ -137,6 +139,29 @@ def test_derivatives_of_long_loops(loop: Any, name: str) -> None:
     transformed = TRANSFORMS[name](chainrule, function)
     for _ in range(2):  # planned, and replayed
         torch.testing.assert_close(transformed(x, v), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_nest_inside_of_another_transform() -> None:
+    """A nest that is recorded while an outer transform records: its calls are handed on to the outer one's tape."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.exp(torch.sin(x) * x).sum()
+
+    def products(library: Any, x: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        def inner(y: Tensor) -> Tensor:
+            return library.jvp(library.grad(function), (y,), (v,))[1]  # type: ignore[no-any-return]
+
+        rows = torch.stack([x, 2 * x, w])
+        return (
+            library.jvp(inner, (x,), (w,))[1], library.vjp(inner, x)[1](w)[0], library.jacrev(inner)(x),
+            library.vmap(inner)(rows), library.vmap(library.jacfwd(inner))(rows),
+        )  # fmt: skip
+
+    x, v, w = (torch.randn(5, dtype=DOUBLE) for _ in range(3))
+    expected = products(torch.func, x, v, w)
+    engine.CACHE.clear()
+    for _ in range(3):
+        torch.testing.assert_close(products(chainrule, x, v, w), expected)
 
 
 def test_equal_relations_are_one_node() -> None:

@@ -85,7 +85,9 @@ class Recorder(LightMode):
                 return NotImplemented
         if _is_composite(op):
             return NotImplemented
-        out = function.call(*args)
+        out = function.call(*args) if self.below is None else self.below.run_function(function, args)
+        if out is NotImplemented:
+            return out
         self._note(op, self._staged(args), {}, out, args)
         self._alive.append(out)
         return out

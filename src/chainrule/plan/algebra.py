@@ -376,7 +376,7 @@ def _candidates(
         nodes = {key: array(local, workspace) for key, local in closed.items()}
         eliminated = [slot for makers in made.values() for slot in makers.get(name, makers["reverse"])[1]]
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
-        if is_settled(found[-1], len(whole.order)):
+        if is_settled(found, len(whole.order)):
             break
     if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
         nodes = {key: _as_array(local, workspace) for key, local in swept.items()}

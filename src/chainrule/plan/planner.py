@@ -19,6 +19,8 @@ from chainrule.plan.graph import Graph, build_graph
 
 #: Up to this many vertices all orders of elimination are tried, greedy elimination among them.
 _FEW_VERTICES = 64
+#: From so many on one sweep is enough where the order matters little; below, both are looked at.
+_MANY_VERTICES = 512
 
 
 class Request(NamedTuple):
@@ -136,12 +138,13 @@ def _in_turn(tape: Any, names: list[str], graph: Graph, inputs: list[int], outpu
     return names if rows <= columns else ["forward", *(name for name in names if name != "forward")]
 
 
-def is_settled(found: Candidate, vertices: int) -> bool:
-    """Whether a plan on a tape of so many vertices is as good as any: the tape is long, and the plan mostly calls.
+def is_settled(found: Sequence[Candidate], vertices: int) -> bool:
+    """Whether the plans so far, on a tape of so many vertices, are as good as any: the tape is long, and they are mostly calls.
 
-    What a further order could save is then less than it takes to find it: planning a loop over small tensors takes one sweep.
+    What a further order could save is then less than it takes to find it: a loop over small tensors takes a sweep or two.
     """
-    return vertices > _FEW_VERTICES and found.is_mostly_calls
+    enough = 1 if vertices > _MANY_VERTICES else 2
+    return vertices > _FEW_VERTICES and len(found) >= enough and found[-1].is_mostly_calls
 
 
 def compared(
@@ -161,7 +164,7 @@ def compared(
         candidate = evaluate(name, make)
         candidate.eliminated = eliminated
         found.append(elimination.measure(candidate))
-        if is_settled(found[-1], vertices):
+        if is_settled(found, vertices):
             break
     return found
 
