@@ -39,7 +39,10 @@ class Node:
         facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 
-    __slots__ = ("_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "sizes", "slot", "staged", "zeros")
+    __slots__ = (
+        "_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "sizes", "slot", "staged",
+        "zeros",
+    )  # fmt: skip
 
     def __init__(
         self,

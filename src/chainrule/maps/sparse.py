@@ -512,8 +512,9 @@ def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]
     for target, several in by_target.items():
         if target is one.target or len(several) < 2:
             continue
-        fits = ((a, b) for a in several for b in several if a is not b and left.issuperset(a.sources) and right.issuperset(b.sources))
-        if (found := next(fits, None)) is not None:
+        ones = [h for h in several if left.issuperset(h.sources)]
+        others = [h for h in several if right.issuperset(h.sources)]
+        if (found := next(((a, b) for a in ones for b in others if a is not b), None)) is not None:
             tied.append(found)
     return tied
 
