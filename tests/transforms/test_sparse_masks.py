@@ -94,8 +94,6 @@ EXACT = {
     "tril": (lambda x: x.tril() * 2, (4, 4)),
     "triu": (lambda x: x.triu(1).sin(), (4, 4)),
     "cumprod": (lambda x: x.cumprod(0), 6),
-    "amax": (extrema, 8),
-    "amin": (lambda x: extrema(x, "amin"), 8),
     "diag": (lambda x: torch.diag(x) @ MATRIX, 4),
     "two diagonal matrices": (lambda x: torch.diag(x) @ torch.diag(x**2), 4),
     "kron": (lambda x: torch.kron(x, torch.eye(2, dtype=DOUBLE)), (2, 2)),
@@ -143,6 +141,16 @@ def test_jacobian(name):
         torch.testing.assert_close(chainrule.jacobian(function)(x), expected, **CLOSE)
         torch.testing.assert_close(chainrule.jacfwd(function)(x), expected, **CLOSE)
         assert torch.equal(found.indices(), expected.to_sparse().coalesce().indices())
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_scattered_extrema(reduce):
+    """Each element belongs to its place; which of them is the extremum is a value."""
+    function = lambda x: extrema(x, reduce)  # noqa: E731
+    x = point(8)
+    found = chainrule.jacobian(function, layout="sparse_coo")(x)
+    torch.testing.assert_close(found.to_dense(), dense(function, x), **CLOSE)
+    assert torch.equal(found.indices(), torch.stack([GROUPS.sort(stable=True).values, GROUPS.argsort(stable=True)]))
 
 
 @pytest.mark.parametrize("name", EXACT_HESSIANS)
@@ -225,3 +233,16 @@ def test_other_sparse_matrices():
         for given in (matrix.to_sparse(), matrix.to_sparse_csr()):
             torch.testing.assert_close(sparse(x, given).to_dense(), matrix * x.cos(), **CLOSE)
             torch.testing.assert_close(plain(x, given), matrix * x.cos(), **CLOSE)
+
+
+def test_masks_in_a_compiled_function():
+    """What is replayed with other masks has the places of all of them."""
+
+    def entries(x, mask):
+        return chainrule.jacobian(lambda y: torch.where(mask, y.roll(1), y**2), layout="sparse_coo")(x).to_dense()
+
+    x = point(8)
+    entries(x, MASK)  # a plan for this mask is there
+    compiled = chainrule.compile(entries)
+    for mask in (MASK, ~MASK, MASK):
+        torch.testing.assert_close(compiled(x, mask), torch.func.jacrev(lambda y: torch.where(mask, y.roll(1), y**2))(x), **CLOSE)  # noqa: B023

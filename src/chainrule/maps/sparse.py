@@ -53,7 +53,8 @@ class SparseWorkspace(Workspace):
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
-        masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
+        masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
+            (Those that are the same in every run are always left out.)
     """
 
     sparse = True
@@ -107,10 +108,7 @@ class SparseWorkspace(Workspace):
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        term = replace(term, onehots=tuple(kept))
-        if self.masked:
-            term = self._without_zeros(term)
-        return self.canonical(term)
+        return self.canonical(self._without_zeros(replace(term, onehots=tuple(kept))))
 
     def _without_zeros(self, term: Term) -> Term:
         """The term with each mask, whose zeros are known, as a list of the places where it is not zero."""
@@ -165,7 +163,7 @@ class SparseWorkspace(Workspace):
         outside = self.derived | self.widened
         for key, slot in itertools.islice(program.inputs.items(), self._settled_inputs, None):
             known = isinstance(key, int) and key not in outside and slot in program.kinds
-            if known and (not program.kinds[slot][1].is_floating_point or key in self.constants):
+            if self.masked and known and (not program.kinds[slot][1].is_floating_point or key in self.constants):
                 self._settled.add(slot)
         self._settled_inputs = len(program.inputs)
         for instruction in program.instructions[self._settled_scanned :]:
