@@ -115,7 +115,7 @@ def test_tight_patterns():
 def programs(draw):
     size = draw(st.integers(1, 6))
     shape = draw(st.sampled_from([(size,), (size, 2), (3, size)]))
-    steps = draw(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2**16)), min_size=1, max_size=5))
+    steps = draw(st.lists(st.tuples(st.integers(0, 13), st.integers(0, 2**16)), min_size=1, max_size=5))
     return shape, steps
 
 
@@ -141,8 +141,23 @@ def run(program, x):
             x = torch.nn.functional.pad(x, (seed % 2, (seed >> 1) % 2))
         elif kind == 7:
             x = x.reshape(-1)
-        else:
+        elif kind == 8:
             x = x[::2] * x[:1]
+        elif kind == 9:
+            x = x.clone()
+            x[torch.tensor(random.random(tuple(x.shape)) > 0.6)] = 0
+        elif kind == 10:
+            ends = torch.tensor(random.integers(0, length, (2, 5)))
+            x = torch.zeros_like(x).index_add(0, ends[0], x[ends[0]] - 2 * x[ends[1]])
+        elif kind == 11:
+            y = x.roll(1, 0) - x
+            y[0] = x[-1] ** 2
+            y[-1] = 0
+            x = y
+        elif kind == 12:
+            x = torch.where(torch.tensor(random.random(tuple(x.shape)) > 0.5), x.roll(1, 0), x**2)
+        else:
+            x = x.cumprod(seed % x.dim())
     return x
 
 
@@ -155,6 +170,10 @@ def test_random_programs(program, seed):
     found = chainrule.jacobian(function, layout="sparse_coo")(x)
     well_formed(found)
     torch.testing.assert_close(found.to_dense(), expected, **TOLERANCE)
+    matrix, jacobian = expected.reshape(-1, x.numel()), chainrule.linear_map(function, x)
+    torch.testing.assert_close(jacobian.gram().sparse(flat=True).to_dense(), matrix @ matrix.T, **TOLERANCE)
+    torch.testing.assert_close(jacobian.normal().diagonal().reshape(-1), (matrix.T @ matrix).diagonal(), **TOLERANCE)
+    torch.testing.assert_close(jacobian.norm(), matrix.norm(), **TOLERANCE)
     loss = lambda y: (run(program, y) ** 2).sum()  # noqa: E731
     curvature = chainrule.hessian(loss, layout="sparse_coo")(x)
     torch.testing.assert_close(curvature.to_dense(), torch.func.hessian(loss)(x), **TOLERANCE)

@@ -346,6 +346,8 @@ def _shares_memory(view: torch.Tensor, parent: torch.Tensor) -> bool:
     view, parent = _stored(view), _stored(parent)
     if type(view) is not torch.Tensor or type(parent) is not torch.Tensor or view.layout != torch.strided:
         return True
+    if parent.layout != torch.strided:
+        return False  # the entries of a constant sparse tensor
     return view.untyped_storage()._cdata == parent.untyped_storage()._cdata
 
 

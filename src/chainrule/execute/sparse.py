@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.capture.recorder import WholeRecorder, whole_recorder
+from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
 from chainrule.dispatch import unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
@@ -82,6 +83,11 @@ class Guard:
     computed: Runner | None
     expected: list[torch.Tensor]
 
+    @property
+    def reads(self) -> bool:
+        """Whether values are looked at at all."""
+        return bool(self.exact) or self.computed is not None
+
     def fits(self, tape: Any) -> bool:
         """Whether the plan is for what stands on this tape."""
         recorder = whole_recorder()
@@ -92,6 +98,13 @@ class Guard:
             found = self.computed(tape.values, ())
             return all(_has(one, two, recorder) for one, two in zip(found, self.expected, strict=True))
         return True
+
+
+def _recorded() -> bool:
+    """Whether the run is recorded to be replayed with other values: then none may be looked at that is not an index."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
 
 
 def _has(value: torch.Tensor, known: torch.Tensor, recorder: WholeRecorder | None) -> bool:
@@ -148,9 +161,11 @@ class SparsePlans:
 
     def find(self, tape: Any) -> SparsePlan | None:
         """The plan for the index tensors of a run."""
-        others = False
+        others, recorded = False, _recorded()
         for number, plan in enumerate(self.plans):
             if not plan.relations.fits(tape):
+                continue
+            if recorded and plan.masks.reads:
                 continue
             if plan.masks.fits(tape):
                 if number:
@@ -163,7 +178,7 @@ class SparsePlans:
     @property
     def masked(self) -> bool:
         """Whether the zeros of masks are left out of the next plan: not where these were others in several runs."""
-        return self.other_masks < _MASKS
+        return self.other_masks < _MASKS and not _recorded()
 
     def add(self, plan: SparsePlan) -> None:
         """Keep a plan."""
@@ -201,9 +216,7 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
-            # What a record of the whole call notes are index tensors; masks may be others in each call.
-            masked = plans.masked and whole_recorder() is None
-            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=masked))
+            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked))
         plans.add(plan)
         if whole_recorder() is not None:
             plan.relations.fits(tape)  # the recorder notes what the plan depends on

@@ -52,7 +52,8 @@ class SparseWorkspace(Workspace):
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
-        masked: whether the zeros of masks are left out of the pattern, which is then for these masks only.
+        masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
+            (Those that are the same in every run are always left out.)
     """
 
     sparse = True
@@ -106,10 +107,7 @@ class SparseWorkspace(Workspace):
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        term = term.having(onehots=tuple(kept))
-        if self.masked:
-            term = self._without_zeros(term)
-        return self.canonical(term)
+        return self.canonical(self._without_zeros(term.having(onehots=tuple(kept))))
 
     def _without_zeros(self, term: Term) -> Term:
         """The term with each mask, whose zeros are known, as a list of the places where it is not zero."""
@@ -164,7 +162,7 @@ class SparseWorkspace(Workspace):
         outside = self.derived | self.widened
         for key, slot in itertools.islice(program.inputs.items(), self._settled_inputs, None):
             known = isinstance(key, int) and key not in outside and slot in program.kinds
-            if known and (not program.kinds[slot][1].is_floating_point or key in self.constants):
+            if self.masked and known and (not program.kinds[slot][1].is_floating_point or key in self.constants):
                 self._settled.add(slot)
         self._settled_inputs = len(program.inputs)
         for instruction in program.instructions[self._settled_scanned :]:
@@ -511,9 +509,9 @@ def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]
     for target, several in by_target.items():
         if target is one.target or len(several) < 2:
             continue
-        pairs = ((a, b) for a in several for b in several if a is not b)
-        fits = ((a, b) for a, b in pairs if left.issuperset(a.sources) and right.issuperset(b.sources))
-        if (found := next(fits, None)) is not None:
+        ones = [h for h in several if left.issuperset(h.sources)]
+        others = [h for h in several if right.issuperset(h.sources)]
+        if (found := next(((a, b) for a in ones for b in others if a is not b), None)) is not None:
             tied.append(found)
     return tied
 

@@ -143,7 +143,7 @@ def by_stars(
         dtype: the dtype of the maps.
         device: their device.
     """
-    if least < _LEAST_COST * sum(places.numel() for places in keys.values()):
+    if not keys or least < _LEAST_COST * sum(places.numel() for places in keys.values()):
         return None
     outputs = sorted(numbers, key=lambda slot: numbers[slot])
     if [numbers[slot] for slot in outputs] != list(range(len(sources))):

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.mode import VmapMode
+from chainrule.capture.recorder import Recorder
 from chainrule.execute.engine import peak_elements
 from chainrule.execute.sparse import entries_predicted, execute_sparse
 from chainrule.plan.algebra import Added, Composed, Expression, Scaled, Transposed
@@ -36,7 +37,7 @@ _ENTRY = 4
 def prefers_entries(linear_map: LinearMap, kind: str, *parts: Parts) -> bool:
     """Whether the entries of a map are fewer than what the contraction of a request holds; found out once per signature."""
     m, n = linear_map.shape
-    if m * n * linear_map.dtype.itemsize <= _SMALL or _under_vmap():
+    if m * n * linear_map.dtype.itemsize <= _SMALL or _without_patterns():
         return False
     tape, request, seeds = linear_map._request(kind, *parts)
     peak = peak_elements(tape, request, seeds)
@@ -52,11 +53,11 @@ def prefers_entries(linear_map: LinearMap, kind: str, *parts: Parts) -> bool:
     return _ENTRY * total < peak
 
 
-def _under_vmap() -> bool:
-    """Whether a vmap is around: the samples need not have one pattern."""
+def _without_patterns() -> bool:
+    """Whether a vmap is around, whose samples need not have one pattern, or a recording that is replayed with other indices."""
     if not torch._C._len_torch_dispatch_stack():
         return False
-    return any(isinstance(mode, VmapMode) for mode in _get_current_dispatch_mode_stack())
+    return any(isinstance(mode, (VmapMode, Recorder)) for mode in _get_current_dispatch_mode_stack())
 
 
 def _read(expression: Expression) -> Sequence[Expression]:

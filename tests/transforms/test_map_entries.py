@@ -1,0 +1,88 @@
+"""Diagonals, traces, norms and entries of maps that are read off their non-zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import chainrule
+from chainrule.transforms import map_entries
+
+DOUBLE = torch.float64
+SIZE = 700
+GENERATOR = torch.Generator().manual_seed(1)
+SOURCE, TARGET = (torch.randint(SIZE, (3 * SIZE,), generator=GENERATOR) for _ in range(2))
+WEIGHT = torch.rand(3 * SIZE, dtype=DOUBLE, generator=GENERATOR)
+
+
+def graph(x, weight):
+    return torch.zeros_like(x).index_add(0, TARGET, weight * (x[SOURCE] - x[TARGET]).tanh())
+
+
+def jacobian(x, weight):
+    return chainrule.linear_map(lambda y: graph(y, weight), x)
+
+
+def matrix(x, weight):
+    return torch.func.jacrev(graph)(x, weight)
+
+
+READ = {
+    "diagonal": (lambda J: J.diagonal(), lambda M: M.diagonal()),
+    "trace": (lambda J: J.trace(), lambda M: M.trace()),
+    "norm": (lambda J: J.norm(), lambda M: M.norm()),
+    "gram": (lambda J: J.gram().diagonal(), lambda M: (M @ M.T).diagonal()),
+    "normal": (lambda J: J.normal().trace(), lambda M: (M.T @ M).trace()),
+    "sum": (lambda J: (J @ J + 2 * J.T - J).trace(), lambda M: (M @ M).trace() + M.trace()),
+    "entries": (lambda J: J[[1, 5, 9, int(TARGET[0])], [1, 6, 9, int(SOURCE[0])]], lambda M: M[[1, 5, 9, int(TARGET[0])], [1, 6, 9, int(SOURCE[0])]]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_values_and_derivatives(name):
+    ours, theirs = READ[name]
+    x = torch.rand(SIZE, dtype=DOUBLE, generator=GENERATOR)
+    assert map_entries.prefers_entries(jacobian(x, WEIGHT), "squares")
+    # Sums of at most some thousand products of numbers of size one.
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(ours(jacobian(x, WEIGHT)), theirs(matrix(x, WEIGHT)), **close)
+    expected = torch.func.grad(lambda w: theirs(matrix(x, w)).sum())(WEIGHT)
+    torch.testing.assert_close(chainrule.grad(lambda w: ours(jacobian(x, w)).sum())(WEIGHT), expected, **close)
+    tracked = WEIGHT.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ours(jacobian(x, tracked)).sum(), tracked)
+    torch.testing.assert_close(gradient, expected, **close)
+    batch = torch.stack([WEIGHT, 2 * WEIGHT])
+    several = chainrule.vmap(lambda w: ours(jacobian(x, w)))(batch)
+    torch.testing.assert_close(several[1], theirs(matrix(x, batch[1])), **close)
+
+
+def test_several_leaves():
+    """Blocks of several inputs and outputs of different shapes."""
+
+    def function(p, q):
+        joined = graph(torch.cat([p.reshape(-1), q]), WEIGHT)
+        return joined[:600].reshape(20, 30), joined[600:] * q
+
+    p, q = torch.rand(20, 30, dtype=DOUBLE, generator=GENERATOR), torch.rand(100, dtype=DOUBLE, generator=GENERATOR)
+    ours = chainrule.linear_map(function, p, q)
+    dense = ours.dense(flat=True)
+    blocks = torch.func.jacrev(function, (0, 1))(p, q)
+    expected = torch.cat([torch.cat([blocks[o][i].reshape(n, -1) for i in range(2)], 1) for o, n in enumerate((600, 100))])
+    torch.testing.assert_close(dense, expected)
+    diagonal = ours.diagonal()
+    torch.testing.assert_close(torch.cat([diagonal[0].reshape(-1), diagonal[1]]), expected.diagonal())
+    torch.testing.assert_close(ours.norm(), expected.norm())
+    torch.testing.assert_close(ours[[3, 650, 699], [3, 10, 699]], expected[[3, 650, 699], [3, 10, 699]])
+
+
+def test_in_a_compiled_function():
+    """A recorded run is replayed with other indices: it is contracted."""
+
+    def diagonal(x, target):
+        return chainrule.linear_map(lambda y: torch.zeros_like(y).index_add(0, target, y.index_select(0, SOURCE) * y.index_select(0, target)), x).diagonal()
+
+    x = torch.rand(SIZE, dtype=DOUBLE, generator=GENERATOR)
+    compiled = chainrule.compile(diagonal)
+    for target in (TARGET, TARGET.flip(0)):
+        dense = torch.func.jacrev(lambda y: torch.zeros_like(y).index_add(0, target, y.index_select(0, SOURCE) * y.index_select(0, target)))(x)  # noqa: B023
+        torch.testing.assert_close(compiled(x, target), dense.diagonal())

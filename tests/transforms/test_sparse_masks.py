@@ -1,0 +1,248 @@
+"""Zeros that are known before the run: overwritten and masked places, constants, and what stands in padded values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import chainrule
+
+DOUBLE = torch.float64
+#: Sums of at most a few hundred products of numbers of size below about 100, in float64.
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+GENERATOR = torch.Generator().manual_seed(3)
+MASK = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+PLACES = torch.tensor([0, 3])
+GROUPS = torch.tensor([0, 1, 0, 2, 1, 2, 2, 0])
+MATRIX = torch.randn(4, 4, dtype=DOUBLE, generator=GENERATOR)
+SPARSE = (torch.rand(6, 6, dtype=DOUBLE, generator=GENERATOR) * (torch.rand(6, 6, generator=GENERATOR) < 0.3)).to_sparse()
+CROSS = torch.tensor([[0, 1.0, 0], [1, -4, 1], [0, 1, 0]], dtype=DOUBLE)[None, None]
+
+
+def boundary(u):
+    y = u.roll(1) + u.roll(-1) - 2 * u
+    y[0] = 0
+    y[-1] = u[-1] - 1.0
+    return y
+
+
+def boundary_of_a_square(u):
+    y = u.roll(1, 0) + u.roll(-1, 0) + u.roll(1, 1) + u.roll(-1, 1) - 4 * u
+    y[0] = 0
+    y[-1] = 0
+    y[:, 0] = u[:, 0]
+    y[:, -1] = 0
+    return y
+
+
+def by_mask(u, mask=MASK, value=0.0):
+    y = u.roll(1) + u.roll(-1) - 2 * u
+    y[mask] = value
+    return y
+
+
+def kept_by_mask(u):
+    y = u.roll(1) + u.roll(-1) - 2 * u
+    y[MASK] = u[MASK] - 3
+    return y
+
+
+def written_before(u):
+    u = u.clone()
+    u[0] = 0
+    u[-1] = u[-2]
+    return u[2:] + u[:-2] - 2 * u[1:-1]
+
+
+def by_elements(u):
+    y = torch.zeros_like(u)
+    for i in range(1, 5):
+        y[i] = u[i - 1] - 2 * u[i] + u[i + 1]
+    y[0] = u[0]
+    return y
+
+
+def extrema(x, reduce="amax"):
+    return torch.zeros(3, dtype=DOUBLE).scatter_reduce(0, GROUPS, x, reduce, include_self=False)
+
+
+#: Functions whose Jacobians' patterns are those of the non-zeros at a random point, and the shape of the input.
+EXACT = {
+    "boundary": (boundary, 8),
+    "boundary of a square": (boundary_of_a_square, (4, 5)),
+    "mask": (by_mask, 8),
+    "kept by a mask": (kept_by_mask, 8),
+    "written before": (written_before, 8),
+    "by elements": (by_elements, 8),
+    "slice_scatter": (lambda x: x.slice_scatter(x[:3] * 2, 0, 2, 5), 8),
+    "slice_scatter of a constant": (lambda x: x.slice_scatter(torch.zeros(3, dtype=DOUBLE), 0, 2, 5), 8),
+    "select_scatter": (lambda x: x.select_scatter(x[0] * 2, 0, 2), (4, 3)),
+    "diagonal_scatter": (lambda x: x.diagonal_scatter(x[0]), (4, 4)),
+    "index_copy": (lambda x: x.index_copy(0, PLACES, x[1:3] ** 2), 8),
+    "index_put": (lambda x: x.index_put((PLACES,), x[1:3] ** 2), 8),
+    "index_put by a mask": (lambda x: x.index_put((MASK,), x[1:4] ** 2), 8),
+    "index_fill": (lambda x: x.index_fill(0, PLACES, 1.0), 8),
+    "scatter": (lambda x: x.scatter(0, PLACES, x[1:3] * 3), 8),
+    "put": (lambda x: x.put(PLACES, x[1:3] * 2), 8),
+    "masked_fill": (lambda x: (x.roll(1) - x).masked_fill(MASK, 0.0), 8),
+    "masked_scatter": (lambda x: x.masked_scatter(MASK, x[1:5] * 2), 8),
+    "where": (lambda x: torch.where(MASK, x.roll(1), x.roll(-1) * x), 8),
+    "product with a mask": (lambda x: x.roll(1) * MASK, 8),
+    "product with numbers": (lambda x: x.roll(1) * MASK.to(DOUBLE), 8),
+    "tril": (lambda x: x.tril() * 2, (4, 4)),
+    "triu": (lambda x: x.triu(1).sin(), (4, 4)),
+    "cumprod": (lambda x: x.cumprod(0), 6),
+    "diag": (lambda x: torch.diag(x) @ MATRIX, 4),
+    "two diagonal matrices": (lambda x: torch.diag(x) @ torch.diag(x**2), 4),
+    "kron": (lambda x: torch.kron(x, torch.eye(2, dtype=DOUBLE)), (2, 2)),
+    "kernel": (lambda x: F.conv2d(x[None, None], CROSS), (5, 5)),
+    "sparse.mm": (lambda x: torch.sparse.mm(SPARSE, x.reshape(6, 2)), 12),
+    "sparse @": (lambda x: SPARSE @ x, 6),
+    "@ sparse": (lambda x: x @ SPARSE, 6),
+    "csr @": (lambda x: SPARSE.to_sparse_csr() @ x.sin(), 6),
+    "csc @": (lambda x: SPARSE.to_sparse_csc() @ x[:, None], 6),
+}
+
+#: The same of Hessians.
+EXACT_HESSIANS = {
+    "products of slices": (lambda x: sum(x[i - 1 : i + 1].prod() for i in range(1, 6)), 6),
+    "longer products of slices": (lambda x: sum(x[i - 1 : i + 2].prod() for i in range(1, 6)), 8),
+    "windows": (lambda x: x.unfold(0, 3, 1).prod(-1).sum(), 8),
+    "squares of slices": (lambda x: sum((x[i : i + 2] ** 2).sum() ** 2 for i in range(5)), 6),
+    "boundary": (lambda x: (boundary(x) ** 4).sum(), 8),
+    "mask": (lambda x: (by_mask(x) ** 4).sum(), 8),
+    "selected": (lambda x: (x.roll(1) * x)[MASK].sum(), 8),
+    "where": (lambda x: torch.where(MASK, x**2 * x.roll(1), x**3).sum(), 8),
+    "tril": (lambda x: (x.tril() ** 3).sum(), (3, 3)),
+    "circular": (lambda x: (F.conv2d(F.pad(x[None, None], (1, 1, 1, 1), mode="circular"), CROSS).tanh() ** 2).sum(), (5, 6)),
+    "sparse energy": (lambda x: (SPARSE @ x).pow(3).sum(), 6),
+}
+
+
+def point(shape, seed=0):
+    return torch.rand(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def dense(function, x):
+    """The Jacobian by single cotangents: sparse products have no rule in torch.func's vmap."""
+    return torch.autograd.functional.jacobian(function, x)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_jacobian(name):
+    function, shape = EXACT[name]
+    for seed in range(2):
+        x = point(shape, seed)
+        expected = dense(function, x)
+        found = chainrule.jacobian(function, layout="sparse_coo")(x)
+        torch.testing.assert_close(found.to_dense(), expected, **CLOSE)
+        torch.testing.assert_close(chainrule.jacobian(function)(x), expected, **CLOSE)
+        torch.testing.assert_close(chainrule.jacfwd(function)(x), expected, **CLOSE)
+        assert torch.equal(found.indices(), expected.to_sparse().coalesce().indices())
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_scattered_extrema(reduce):
+    """Each element belongs to its place; which of them is the extremum is a value."""
+    function = lambda x: extrema(x, reduce)  # noqa: E731
+    x = point(8)
+    found = chainrule.jacobian(function, layout="sparse_coo")(x)
+    torch.testing.assert_close(found.to_dense(), dense(function, x), **CLOSE)
+    assert torch.equal(found.indices(), torch.stack([GROUPS.sort(stable=True).values, GROUPS.argsort(stable=True)]))
+
+
+@pytest.mark.parametrize("name", EXACT_HESSIANS)
+def test_hessian(name):
+    function, shape = EXACT_HESSIANS[name]
+    x = point(shape)
+    expected = torch.autograd.functional.hessian(function, x)
+    found = chainrule.hessian(function, layout="sparse_coo")(x)
+    torch.testing.assert_close(found.to_dense(), expected, **CLOSE)
+    # Rounding leaves numbers of 1e-16 in the oracle where terms cancel.
+    assert found._nnz() == int((expected.abs() > 1e-13).sum())
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_other_masks_are_other_patterns(layout):
+    """Whatever masks come, values are right; masks that change all the time become values."""
+    sparse = chainrule.jacobian(lambda u, m: by_mask(u, m, u[0]), layout=layout)
+    mask = MASK.clone()
+    counts = []
+    for seed in range(6):
+        mask.numpy()[:] = torch.rand(8, generator=torch.Generator().manual_seed(seed)).numpy() > 0.5  # behind torch's back
+        x = point(8, seed)
+        expected = torch.func.jacrev(lambda u: by_mask(u, mask, u[0]))(x)  # noqa: B023 - called at once
+        found = sparse(x, mask)
+        torch.testing.assert_close(found.to_dense(), expected, **CLOSE)
+        counts.append(found._nnz())
+    assert counts[-1] == counts[-2] == 8 * 3 + 8 - 3  # everything that some mask could leave
+
+
+def test_constants_of_floating_point():
+    """Zeros of a constant are used as long as it is one, and nobody differentiates with respect to it."""
+    weight = MASK.to(DOUBLE)
+    function = lambda x, w: x.roll(1) * w  # noqa: E731
+    sparse = chainrule.jacobian(function, layout="sparse_coo")
+    x = point(8)
+    assert sparse(x, weight)._nnz() == 3
+    tracked = weight.clone().requires_grad_()
+    found = sparse(x, tracked)
+    assert found._nnz() == 8
+    (gradient,) = torch.autograd.grad(found.to_dense().sum(), tracked)
+    torch.testing.assert_close(gradient, torch.ones(8, dtype=DOUBLE), **CLOSE)
+    total = lambda w: chainrule.linear_map(lambda y: function(y, w), x).sparse(flat=True).to_dense().sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="inside of a function that is differentiated"):
+        chainrule.grad(total)(weight)
+    torch.testing.assert_close(sparse(x, weight + 1).to_dense(), torch.func.jacrev(function)(x, weight + 1), **CLOSE)
+
+
+def test_masks_of_the_inputs_are_values():
+    function = lambda x: torch.where((x > 0.8) & MASK, x.roll(1), x)  # noqa: E731
+    sparse = chainrule.jacobian(function, layout="sparse_coo")
+    for seed in range(3):
+        x = point(8, seed)
+        assert sparse(x)._nnz() == 16
+        torch.testing.assert_close(sparse(x).to_dense(), torch.func.jacrev(function)(x), **CLOSE)
+
+
+def test_masks_under_vmap():
+    """A mask for all samples is used; one for each is not."""
+    x = torch.stack([point(8, seed) for seed in range(3)])
+    masks = torch.stack([MASK, ~MASK, MASK])
+    own = chainrule.vmap(chainrule.jacobian(by_mask, layout="sparse_coo"))(x, masks)
+    shared = chainrule.vmap(chainrule.jacobian(by_mask, layout="sparse_coo"))(x)
+    for number in range(3):
+        expected = torch.func.jacrev(by_mask)(x[number])
+        torch.testing.assert_close(shared.to_dense()[number], expected, **CLOSE)
+        expected = torch.func.jacrev(lambda u: by_mask(u, masks[number]))(x[number])  # noqa: B023 - called at once
+        torch.testing.assert_close(own.to_dense()[number], expected, **CLOSE)
+    assert shared._nnz() == 3 * 15
+
+
+def test_other_sparse_matrices():
+    """A plan follows where the entries of a constant sparse matrix stand."""
+    sparse = chainrule.jacobian(lambda x, matrix: matrix @ x.sin(), layout="sparse_coo")
+    plain = chainrule.jacobian(lambda x, matrix: matrix @ x.sin())
+    x = point(6)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        matrix = torch.rand(6, 6, dtype=DOUBLE, generator=generator) * (torch.rand(6, 6, generator=generator) < 0.4)
+        for given in (matrix.to_sparse(), matrix.to_sparse_csr()):
+            torch.testing.assert_close(sparse(x, given).to_dense(), matrix * x.cos(), **CLOSE)
+            torch.testing.assert_close(plain(x, given), matrix * x.cos(), **CLOSE)
+
+
+def test_masks_in_a_compiled_function():
+    """What is replayed with other masks has the places of all of them."""
+
+    def entries(x, mask):
+        return chainrule.jacobian(lambda y: torch.where(mask, y.roll(1), y**2), layout="sparse_coo")(x).to_dense()
+
+    x = point(8)
+    entries(x, MASK)  # a plan for this mask is there
+    compiled = chainrule.compile(entries)
+    for mask in (MASK, ~MASK, MASK):
+        torch.testing.assert_close(compiled(x, mask), torch.func.jacrev(lambda y: torch.where(mask, y.roll(1), y**2))(x), **CLOSE)  # noqa: B023
