@@ -29,6 +29,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "products of transposes": (lambda x: (torch.relu(x.T.reshape(-1, 64)).sin() @ W).square().sum(), X),
     "pooled convolutions": (lambda k: F.max_pool2d(torch.relu(F.conv2d(IMAGES, k)), 2).square().sum(), KERNEL),
     "gathered": (lambda x: x.gather(0, torch.arange(N - 1, -1, -1).unsqueeze(1).expand(N, 64)).sin().sum(), X),
+    "chosen": (lambda x: torch.where(x > 0, x.sin() * x, 0.0).square().sum() + torch.where(x < 1, x.cos(), x).square().sum(), X),
     "a part": (lambda x: torch.relu(x[: N // 2] * 2).sin().sum() + x[N // 2 :].square().sum(), X),
     "broadcast": (lambda x: (torch.relu(x).unsqueeze(0) * torch.ones(3, 1, 1, dtype=x.dtype)).sin().sum(), X),
 }  # fmt: skip

@@ -204,6 +204,12 @@ def execute(
             _without_values(planned.program)
             return found
         return _execute_accounted(tape, request, seeds, ledger)
+    again: Any = None
+    if request.kind in ("pull", "push"):
+        # The same request as before on the same tape: nothing has to be looked up by its whole signature.
+        again = (request, tuple([(seed.shape, seed.dtype) for seed in seeds]))
+        if (known := tape.prepared.get(again)) is not None:
+            return known.run_on(tape, seeds)
     key = _key(tape, request, seeds)
     try:
         cached = CACHE.get(key)
@@ -211,6 +217,7 @@ def execute(
         key = cached = None
     if cached is not None:
         if cached.staged:
+            tape.prepared[again] = cached
             return cached.run_on(tape, seeds)
         values = tape.values
         if last:

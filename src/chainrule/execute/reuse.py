@@ -109,6 +109,8 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
         operands = instruction.args[:1]
     else:
         return None
+    if instruction.function is torch.where and not all(isinstance(item, Ref) for item in instruction.args):
+        return None  # with a number, torch takes no ``out``
     if instruction.keep or len(instruction.outputs) != 1 or not {"value", "alpha"}.issuperset(instruction.kwargs):
         return None
     out = instruction.outputs[0]

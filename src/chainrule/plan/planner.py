@@ -90,7 +90,7 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     """
     slots = (*request.inputs, *request.outputs)
     workspace = make_workspace(tape, slots)
-    workspace.kernels = request.kernels
+    workspace.kernels, workspace.repeated = request.kernels, request.kind == "pull"
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
     if request.kind in ("trace", "gram"):

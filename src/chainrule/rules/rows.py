@@ -120,12 +120,8 @@ def _of_argument(op: Any, *names: str) -> Kernel:
     return kernel
 
 
-KERNELS: dict[Any, Kernel] = {
-    aten._softmax.default: _softmax_like(aten._softmax_backward_data.default),
-    aten._log_softmax.default: _softmax_like(aten._log_softmax_backward_data.default),
-    aten.native_layer_norm.default: _layer_norm,
-    aten.native_batch_norm.default: _batch_norm,
-    aten.nll_loss_forward.default: _nll,
+#: Element by element: these compute the derivative in each call.
+POINTWISE: dict[Any, Kernel] = {
     aten.tanh.default: _of_result(aten.tanh_backward.default),
     aten.sigmoid.default: _of_result(aten.sigmoid_backward.default),
     aten.gelu.default: _of_argument(aten.gelu_backward.default, "approximate"),
@@ -134,11 +130,20 @@ KERNELS: dict[Any, Kernel] = {
     aten.softplus.default: _of_argument(aten.softplus_backward.default, "beta", "threshold"),
 }
 
+KERNELS: dict[Any, Kernel] = {
+    aten._softmax.default: _softmax_like(aten._softmax_backward_data.default),
+    aten._log_softmax.default: _softmax_like(aten._log_softmax_backward_data.default),
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.nll_loss_forward.default: _nll,
+    **POINTWISE,
+}
+
 
 def rows_of(call: Call) -> dict[int, Row]:
     """The kernels of a call, by the slot of the argument; none where an argument stands at two places."""
     kernel = KERNELS.get(call.op)
-    if kernel is None:
+    if kernel is None or (call.workspace.repeated and call.op in POINTWISE):
         return {}
     used = [item for item in (*call.args, *call.kwargs.values()) if call.is_slot(item)]
     tensors = [call.tensor(item) for item in (*used, call.outputs[0]) if call.is_active(item) or not call.is_slot(item)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,23 @@ def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
         return leaves[0]
     if len(leaves) < 9 and spec is _TUPLES[len(leaves)]:
         return tuple(leaves)
-    return pytree.tree_unflatten(leaves, spec)
+    if len(leaves) != spec.num_leaves:
+        return pytree.tree_unflatten(leaves, spec)  # which says what is wrong
+    return _built(iter(leaves), spec)
+
+
+def _built(leaves: Iterator[Any], spec: TreeSpec) -> Any:
+    """The tree of a structure, from as many of the leaves as it has."""
+    kind = spec.type
+    if kind is None:
+        return next(leaves)
+    if kind is dict:
+        return {key: _built(leaves, child) for key, child in zip(spec.context, spec._children, strict=True)}
+    if kind is tuple:
+        return tuple([_built(leaves, child) for child in spec._children])
+    if kind is list:
+        return [_built(leaves, child) for child in spec._children]
+    return pytree.tree_unflatten([next(leaves) for _ in range(spec.num_leaves)], spec)
 
 
 def function_name(function: Callable[..., Any]) -> str:
