@@ -503,11 +503,23 @@ stands_innermost(Handler *self)
     return level == Py_None;
 }
 
+/* Whether no tensor's class has a way of its own to be called. */
+static int
+are_plain(PyObject *types)
+{
+    if (!PyTuple_Check(types))
+        return 0;
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(types); place++)
+        if (PyTuple_GET_ITEM(types, place) != c_tensor)
+            return 0;
+    return 1;
+}
+
 static PyObject *
 torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     if (self->kind != NO_KIND && (self->below == NULL || self->below == Py_None) && names == NULL && nargs >= 3 &&
-        PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) && PyTuple_GET_SIZE(args[1]) == 0 &&
+        PyTuple_CheckExact(args[2]) && are_plain(args[1]) &&
         (nargs == 3 || args[3] == Py_None || (PyDict_CheckExact(args[3]) && PyDict_GET_SIZE(args[3]) == 0))) {
         PyObject *function = PyDict_GetItemWithError(c_table, args[0]);
         if (function == NULL && PyErr_Occurred())

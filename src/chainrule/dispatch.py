@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import MAKING_GRAPHS, NEUTRAL, TABLE
+from chainrule.functions import FRESH, MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
 
@@ -154,8 +154,18 @@ class LightMode(Handler, TorchDispatchMode):
         """Run an op with positional arguments, under the same conditions as :meth:`run_function`."""
         return NotImplemented
 
+    def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""
+        return False
+
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
+        if func in FRESH and self._depth == 1 and self.ignores(func, args, kwargs) and self._takes(types):
+            _exclude(_PYTHON, True)
+            try:
+                return func(*args, **kwargs) if kwargs else func(*args)
+            finally:
+                _exclude(_PYTHON, False)
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:

@@ -105,3 +105,19 @@ NEUTRAL: tuple[dict[str, Any], ...] = ({"inplace": False},)
 MAKING_GRAPHS = frozenset(
     {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 )
+
+
+def _comparisons() -> frozenset[Any]:
+    methods = [*_COMPARISONS, *(f"__{name}__" for name in _COMPARISONS)]
+    return frozenset((*(getattr(torch, name) for name in _COMPARISONS), *(getattr(torch.Tensor, name) for name in methods)))
+
+
+#: Functions without derivatives.
+COMPARISONS = _comparisons()
+
+_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
+
+#: Functions that make new tensors, or return their argument: on constants nothing of them is recorded.
+FRESH = frozenset(
+    (*COMPARISONS, *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to")))
+)

@@ -14,7 +14,7 @@ from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.dispatch import LightMode, again, refusal_of_operators
-from chainrule.functions import Function
+from chainrule.functions import COMPARISONS, Function
 from chainrule.shortcuts import TAPE, configure
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
@@ -373,6 +373,19 @@ class Tape(LightMode):
         if below is None:
             return self._run_plain(facts, args, _run_function, function)
         return self._run_plain(facts, args, below.run_function, function)
+
+    def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether a result has no derivative: of a comparison, or of constants without a graph."""
+        if kwargs and ("out" in kwargs or "requires_grad" in kwargs):
+            return False
+        for item in (*args, *kwargs.values()) if kwargs else args:
+            kind = item.__class__
+            if kind is torch.Tensor:
+                if item.requires_grad:
+                    return False
+            elif isinstance(item, (torch.Tensor, list)) or (kind is tuple and not all([n.__class__ is int for n in item])):
+                return False
+        return func in COMPARISONS or not self._any_active(args, kwargs)
 
     def run_op(self, op: OpOverload, args: tuple[Any, ...]) -> Any:
         """Run an op, and record it."""
