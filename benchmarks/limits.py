@@ -58,7 +58,8 @@ LIMITS: dict[str, str] = {
     "C1": "by profile some 90 % of the call are the run of the function under the recorder in Python (41 calls), some four "
     "times the plain run; the replay of the derivative is 5 %, the sparse tensor's object and the look-up 1 % together. An "
     "element-wise call costs 4 to 6 µs more than plain, a view, roll or stack 12 to 20. Kept: comparisons, conversions and "
-    "factories of constants go past the recorder; operators of Python (`-x`, `x**2`) are taken in C as methods are. A compiled call records nothing. On larger "
+    "factories of constants go past the recorder; operators of Python (`-x`, `x**2`) are taken in C as methods are. A "
+    "compiled call records nothing. On larger "
     "grids the arithmetic decides, and the formula by hand is near.",
     "C4l": "by profile nine tenths of the step are SciPy's sparse LU, which is the same for all; of the rest the exact Jacobian "
     "takes a sixth of the time of the differences along groups, and the conversion to CSC a hundredth of the step. Kept: the "
