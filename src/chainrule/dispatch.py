@@ -17,7 +17,7 @@ from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import FACTS, MAKING_GRAPHS, NEUTRAL, TABLE
+from chainrule.functions import FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure
 from chainrule.subclasses import is_bare
@@ -170,6 +170,13 @@ class LightMode(Handler, TorchDispatchMode):
         """The ``data`` of a tensor."""
         return tensor.data
 
+    def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""
+        return False
+
+    def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Take notice of the result of a function that was ignored."""
+
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
         if func in FACTS:
@@ -177,6 +184,14 @@ class LightMode(Handler, TorchDispatchMode):
         if types and types != _ONLY_TENSOR and self._makes_plain(types):
             with torch._C.DisableTorchFunctionSubclass():
                 return self.take_function(func, (), args, kwargs)
+        if func in FRESH and self._depth == 1 and self.ignores(func, args, kwargs) and self._takes(types):
+            _exclude(_PYTHON, True)
+            try:
+                out = func(*args, **kwargs) if kwargs else func(*args)
+            finally:
+                _exclude(_PYTHON, False)
+            self.note_ignored(args, kwargs, out)
+            return out
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:

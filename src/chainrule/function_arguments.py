@@ -85,6 +85,8 @@ def _rolled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
         args = (*args, kwargs["dims"])
     if len(args) != 3:
         return None
+    if args[1].__class__ is args[2].__class__ is int:
+        return aten.roll.default, (args[0], [args[1]], [args[2]])
     lists = []
     for item in args[1:]:
         items = [item] if item.__class__ is int else item
@@ -145,6 +147,8 @@ def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
     """An index of which one part is a number, a slice or None, and the others are whole dimensions."""
     tensor, index = args
     rank, dim = tensor.dim(), 0
+    if index.__class__ is int:
+        return (aten.select.int, (tensor, 0, index)) if rank and -tensor.shape[0] <= index < tensor.shape[0] else None
     if index.__class__ is tuple:
         parts = [n for n, item in enumerate(index) if item.__class__ is not slice or item != _WHOLE]
         if len(parts) != 1 or len(index) > rank + (index[parts[0]] is None):

@@ -130,3 +130,18 @@ FACTS = frozenset(
         torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.is_complex,
     }
 )  # fmt: skip
+
+def _comparisons() -> frozenset[Any]:
+    methods = [*_COMPARISONS, *(f"__{name}__" for name in _COMPARISONS)]
+    return frozenset((*(getattr(torch, name) for name in _COMPARISONS), *(getattr(torch.Tensor, name) for name in methods)))
+
+
+#: Functions without derivatives.
+COMPARISONS = _comparisons()
+
+_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
+
+#: Functions that make new tensors, or return their argument: on constants nothing of them is recorded.
+FRESH = frozenset(
+    (*COMPARISONS, *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to")))
+)

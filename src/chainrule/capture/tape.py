@@ -15,7 +15,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
-from chainrule.functions import Function
+from chainrule.functions import COMPARISONS, Function
 from chainrule.shortcuts import TAPE, configure, use_facts
 from chainrule.subclasses import is_foreign, refuse_foreign
 
@@ -379,6 +379,23 @@ class Tape(LightMode):
         if below is None:
             return self._run_plain(facts, args, _run_function, function)
         return self._run_plain(facts, args, below.run_function, function)
+
+    def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether a result has no derivative: of a comparison, or of constants without a graph."""
+        if kwargs and ("out" in kwargs or "requires_grad" in kwargs):
+            return False
+        for item in (*args, *kwargs.values()) if kwargs else args:
+            kind = item.__class__
+            if kind is torch.Tensor:
+                if item.requires_grad:
+                    return False
+            elif isinstance(item, (torch.Tensor, list)) or (kind is tuple and not all([n.__class__ is int for n in item])):
+                return False
+        return func in COMPARISONS or not self._any_active(args, kwargs)
+
+    def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """A mask that depends on the inputs is a value, though it has no derivative."""
+        self._note_derived(args, kwargs, out)
 
     def run_op(self, op: OpOverload, args: tuple[Any, ...]) -> Any:
         """Run an op, and record it."""

@@ -21,6 +21,7 @@ typedef struct {
     PyObject *facts;
     PyObject *origin;
     PyObject *alias;
+    PyObject *derived;
 } Handler;
 
 /* What `configure` is given, by name. */
@@ -34,7 +35,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
-    X(device) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record)
+    X(device) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)

@@ -87,6 +87,7 @@ handler_traverse(Handler *self, visitproc visit, void *arg)
     Py_VISIT(self->facts);
     Py_VISIT(self->origin);
     Py_VISIT(self->alias);
+    Py_VISIT(self->derived);
     return 0;
 }
 
@@ -102,6 +103,7 @@ handler_clear(Handler *self)
     Py_CLEAR(self->facts);
     Py_CLEAR(self->origin);
     Py_CLEAR(self->alias);
+    Py_CLEAR(self->derived);
     return 0;
 }
 
@@ -145,6 +147,7 @@ static PyMemberDef handler_members[] = {
     {"_facts", T_OBJECT, offsetof(Handler, facts), 0, NULL},
     {"_origin", T_OBJECT, offsetof(Handler, origin), 0, NULL},
     {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
+    {"_derived", T_OBJECT, offsetof(Handler, derived), 0, NULL},
     {NULL},
 };
 

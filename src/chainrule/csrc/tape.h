@@ -83,11 +83,18 @@ append_constant(Handler *self, PyObject *tensor)
     return number;
 }
 
+/* Whether there are constants that depend on the inputs, as masks do: what is made from them is noted, too. */
+static int
+notes_derived(Handler *self)
+{
+    return self->derived != NULL && PyDict_Check(self->derived) && PyDict_GET_SIZE(self->derived) > 0;
+}
+
 /* The slot of a plain tensor that was no argument before, which may become a constant; -1 with an error set. */
 static Py_ssize_t
 slot_or_constant(Handler *self, PyObject *tensor)
 {
-    if (self->alias == NULL || self->alias == Py_None) { /* no writes or views that it may come from */
+    if ((self->alias == NULL || self->alias == Py_None) && !notes_derived(self)) { /* no writes or views that it may come from */
         Py_ssize_t known = known_slot(self, tensor);     /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -111,8 +118,13 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
         touched = PyObject_IsTrue(any);
         Py_DECREF(any);
     }
-    if (!touched)
-        return 0;
+    if (!touched) {
+        if (!notes_derived(self))
+            return 0;
+        PyObject *noted = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
+        Py_XDECREF(noted);
+        return noted == NULL ? -1 : 0;
+    }
     for (int number = 0; number < fresh_count; number++) {
         PyObject *tensor = PyTuple_GET_ITEM(args, fresh[number]);
         Py_ssize_t slot = slot_or_constant(self, tensor);
