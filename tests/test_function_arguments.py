@@ -20,6 +20,7 @@ SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
     "view of a list": lambda x: x.view([6, -1]),
     "view by keyword": lambda x: x.view(size=(6, 4)),
     "view of a size": lambda x: x.view(x.shape),
+    "contiguous": lambda x: x.contiguous().view(-1) + x.transpose(0, 1).contiguous().view(-1),
     "reshape": lambda x: x.reshape(-1),
     "reshape of a transpose": lambda x: x.transpose(0, 1).reshape(3, 8),
     "torch.reshape": lambda x: torch.reshape(x, (4, -1)),

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import chainrule
 from chainrule import dispatch
 from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.tape import Tape
-from chainrule.functions import TABLE
+from chainrule.dispatch import KNOWS_STATE
+from chainrule.functions import TABLE, methods
 from chainrule.transforms.trace import trace
 
 Tensor = torch.Tensor
@@ -99,6 +101,8 @@ def count_taken(function: Callable[..., Any], *args: Any, kind: Any = Tape) -> i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "run_function", counted)
         patch.setattr(kind, "__torch_function__", kind.take_function)  # compiled short cuts do not ask the method
+        for name in methods() if KNOWS_STATE else ():
+            patch.delattr(BatchTensor, name)
         function(*args)
     return taken
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chainrule.capture.tape import Record, Slot, Tape, slot_object
+from chainrule.capture.slots import Slot, slot_object
+from chainrule.capture.tape import Record, Tape
 
 
 class JoinedTape:

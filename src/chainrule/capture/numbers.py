@@ -15,7 +15,8 @@ import torch
 
 from chainrule.calls import REAL, fits, number_constant
 from chainrule.capture.schema import OpFacts
-from chainrule.capture.tape import Slot, Tape, slot_object
+from chainrule.capture.slots import Slot, slot_object
+from chainrule.capture.tape import Tape
 
 aten = torch.ops.aten
 

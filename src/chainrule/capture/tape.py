@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,19 +13,14 @@ from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
+from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
 from chainrule.functions import COMPARISONS, Function
 from chainrule.shortcuts import TAPE, configure, use_facts
-from chainrule.subclasses import is_foreign, refuse_foreign
+from chainrule.subclasses import is_foreign
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
-
-
-class Slot(NamedTuple):
-    """A recorded value standing in an op's arguments."""
-
-    index: int  # type: ignore[assignment]
 
 
 class Record(NamedTuple):
@@ -49,11 +43,8 @@ class Record(NamedTuple):
     origin: Any = None
 
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 #: Per policy, by the identity of the overload (its own hash is slow); the facts keep the overload alive.
 _FACTS: dict[Any, dict[int, OpFacts]] = {}
-#: Stands in the key before a record with a negative zero.
-_NEGATIVE_ZERO = ("-0.0",)
 #: Makes a record in half the time of its own constructor.
 _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
@@ -62,34 +53,16 @@ _count_modes = torch._C._len_torch_dispatch_stack
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _PYTHON = torch._C.DispatchKey.Python
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
-#: What the classes have whose results torch does not wrap into new objects.
-_NO_FUNCTIONS = torch._C._disabled_torch_function_impl
-#: Slots are made once: they stand in every record.
-_SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
 
-configure(record=Record, slot_objects=_SLOTS)
+configure(record=Record, slot_objects=SLOTS)
 use_facts(OpFacts)
-
-
-def slot_object(number: int) -> Slot:
-    """The slot of a number."""
-    return _SLOTS[number] if number < 4096 else Slot(number)
-
-
-def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
-    if tensor.__class__ is not torch.Tensor:
-        # What differs between the samples of a vmap is planned otherwise than what does not.
-        return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
-    if tensor.layout is not torch.strided:
-        return (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor._nnz())
-    return (tensor.shape, tensor.dtype, tensor.device)
 
 
 def _differentiable(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
 
-class Tape(LightMode):
+class Tape(Slots, LightMode):
     """Records the ATen ops that touch the inputs while it is active.
 
     Only ops with an *active* argument (one that depends on an input through floating-point values) are kept. Other
@@ -163,72 +136,8 @@ class Tape(LightMode):
         """Make ``tensor`` (a fresh alias that nobody else holds) an input of the tape."""
         slot = self._append(tensor, True)
         self.inputs.append(slot)
-        self.key.append(_meta(tensor))
+        self.key.append(meta(tensor))
         return slot
-
-    def _append(self, tensor: Any, active: bool) -> int:
-        slot = len(self.values)
-        self.values.append(tensor)
-        self.active.append(active)
-        self.slots[id(tensor)] = slot
-        return slot
-
-    def constant(self, tensor: torch.Tensor) -> int:
-        """Give a tensor that the tape has not seen a slot as a constant.
-
-        Raises:
-            RuntimeError: if the tensor is of a class that cannot be seen through.
-        """
-        if tensor.__class__ is not torch.Tensor:
-            refuse_foreign(tensor, "chainrule")
-        slot = self._append(tensor, False)
-        if id(tensor) in self._derived:
-            self.derived.add(slot)
-        self.key.append(_meta(tensor))
-        return slot
-
-    def _note_derived(self, args: Iterable[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
-        """Note what an op gives that is not recorded, if it reads something active or noted (as a comparison does)."""
-        derived = self._derived
-        every = (*args, *kwargs.values()) if kwargs else args
-        if self.touches(every) or (derived and any(id(item) in derived for item in _tensors(every))):
-            derived.update((id(item), item) for item in _tensors((out,)))
-
-    def add_object(self, item: Any) -> int:
-        """Give something that is no tensor (the context of a user's function) a slot as a constant."""
-        slot = len(self.values)
-        self.values.append(item)
-        self.active.append(False)
-        return slot
-
-    def slot_of(self, tensor: torch.Tensor) -> int | None:
-        """The current slot of a tensor, or None for one that the tape has never seen."""
-        slot = self.slots.get(id(tensor))
-        if slot is not None:
-            return slot
-        if self._alias is not None and self._alias.has_writes:
-            slot = self._alias.resolve(tensor)
-            if slot is not None:
-                return slot
-        if tensor.grad_fn is not None:
-            slot = self._other_objects().by_node(tensor, self.values)
-        elif tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
-            slot = self._other_objects().by_memory(tensor, self.values)
-        if slot is not None:
-            self.kept.append(tensor)
-            self.slots[id(tensor)] = slot
-        return slot
-
-    def _other_objects(self) -> OtherObjects:
-        if self._others is None:
-            self._others = OtherObjects()
-        return self._others
-
-
-    def is_active(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor depends on the inputs."""
-        slot = self.slot_of(tensor)
-        return slot is not None and self.active[slot]
 
     def is_blocked(self) -> bool:
         """Whether what runs now is a constant by ``torch.no_grad()``."""
@@ -446,10 +355,10 @@ class Tape(LightMode):
                     return NotImplemented
                 if active[slot]:
                     touched = True
-                add(_SLOTS[slot] if slot < 4096 else Slot(slot))
+                add(SLOTS[slot] if slot < 4096 else Slot(slot))
                 continue
             kind = item.__class__
-            if kind in _PLAIN:
+            if kind in PLAIN:
                 add(item)
                 if item == 0 and kind is float:
                     self._mark_sign(item)
@@ -490,7 +399,7 @@ class Tape(LightMode):
                         lowered[position] = self.lower(item)
                         continue
                     slot = self._slot_or_constant(item)
-                    lowered[position] = _SLOTS[slot] if slot < 4096 else Slot(slot)
+                    lowered[position] = SLOTS[slot] if slot < 4096 else Slot(slot)
         if touched:
             if isinstance(out, torch.Tensor) and (dtype := out.dtype).is_floating_point:
                 # What _append_record does, without the call.
@@ -506,30 +415,6 @@ class Tape(LightMode):
         elif self._derived:
             self._note_derived(args, None, out)
         return out
-
-    def _any_active(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-        slots = self.slots
-        for item in args:
-            if isinstance(item, torch.Tensor):
-                slot = slots.get(id(item))
-                if slot is None:
-                    slot = self.slot_of(item)
-                if slot is not None and self.active[slot]:
-                    return True
-            elif type(item) is list or type(item) is tuple:
-                if self.touches(item):
-                    return True
-        return bool(kwargs) and self.touches(kwargs.values())  # type: ignore[union-attr]
-
-    def touches(self, items: Iterable[Any]) -> bool:
-        """Whether an active tensor is among ``items``, at any depth of lists."""
-        for item in items:
-            if isinstance(item, torch.Tensor):
-                if self.is_active(item):
-                    return True
-            elif isinstance(item, (list, tuple)) and self.touches(item):
-                return True
-        return False
 
     def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Record an op that ran, if an argument is active and an output differentiable."""
@@ -561,7 +446,7 @@ class Tape(LightMode):
             self.records.append(Record(func, args, kwargs, outputs, False, self._origin))
             return outputs
         outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
-        self.key.append((self._key_of(func), args, kwargs, tuple(_meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
+        self.key.append((self._key_of(func), args, kwargs, tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
         self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func)), self._origin))
         return outputs
 
@@ -578,44 +463,6 @@ class Tape(LightMode):
             return self._append_constant(out)
         (slot,) = self.record_lowered(func, lowered, self.lower_kwargs(kwargs), [out])
         return slot
-
-    def _append_constant(self, tensor: torch.Tensor) -> int:
-        self.key.append(_meta(tensor))
-        return self._append(tensor, False)
-
-    def _mark_sign(self, zero: float) -> None:
-        """Zeros of either sign are equal, and the key of another plan where they divide."""
-        if math.copysign(1.0, zero) < 0:
-            self.key.append(_NEGATIVE_ZERO)
-
-    def lower(self, args: Iterable[Any]) -> tuple[Any, ...]:
-        """Replace tensors by slots, lists by tuples."""
-        slots = self.slots
-        lowered: list[Any] = []
-        for item in args:
-            if isinstance(item, torch.Tensor):
-                slot = slots.get(id(item))
-                lowered.append(slot_object(self._slot_or_constant(item) if slot is None else slot))
-            elif type(item) in _PLAIN:
-                lowered.append(item)
-                if item == 0 and type(item) is float:
-                    self._mark_sign(item)
-            elif isinstance(item, (list, tuple)):
-                lowered.append(self.lower(item))
-            else:
-                lowered.append(item)
-        return tuple(lowered)
-
-    def lower_kwargs(self, kwargs: dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-        """Lower keyword arguments, sorted by name."""
-        if not kwargs:
-            return ()
-        names = sorted(kwargs)
-        return tuple(zip(names, self.lower([kwargs[name] for name in names]), strict=True))
-
-    def _slot_or_constant(self, tensor: torch.Tensor) -> int:
-        slot = self.slot_of(tensor)
-        return self.constant(tensor) if slot is None else slot
 
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
@@ -639,15 +486,6 @@ def _run_function(function: Function, args: tuple[Any, ...]) -> Any:
 def _is_seen_by_none(tensor: Any) -> bool:
     """Whether a number beside a tensor may be a constant: no other mode sees the call."""
     return tensor.__class__ is torch.Tensor and not torch._C._len_torch_dispatch_stack()
-
-
-def _tensors(items: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among ``items``, also in lists among them."""
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (list, tuple)):
-            yield from _tensors(item)
 
 
 def _returns_one(func: Any) -> bool:

@@ -94,8 +94,13 @@ notes_derived(Handler *self)
 static Py_ssize_t
 slot_or_constant(Handler *self, PyObject *tensor)
 {
-    if ((self->alias == NULL || self->alias == Py_None) && !notes_derived(self)) { /* no writes or views that it may come from */
-        Py_ssize_t known = known_slot(self, tensor);     /* it may stand at two places of one call */
+    PyObject *layout = PyObject_GetAttr(tensor, s_layout);
+    if (layout == NULL)
+        return -1;
+    Py_DECREF(layout);
+    /* No writes or views that it may come from, and nothing else to note of it. */
+    if (layout == c_strided && (self->alias == NULL || self->alias == Py_None) && !notes_derived(self)) {
+        Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
     PyObject *found = PyObject_CallMethodOneArg((PyObject *)self, s__slot_or_constant, tensor);

@@ -16,7 +16,8 @@ import torch
 from torch._ops import OpOverload
 
 from chainrule.capture.recorder import HIDDEN_WRITES
-from chainrule.capture.tape import Slot, Tape
+from chainrule.capture.slots import Slot
+from chainrule.capture.tape import Tape
 from chainrule.maps.staging import Instruction, Ref, refs
 
 _ENABLE = getattr(torch.autograd, "_enable_profiler_legacy", None)

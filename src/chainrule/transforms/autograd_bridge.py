@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
-from chainrule.capture.tape import Slot, Tape
+from chainrule.capture.slots import Slot
+from chainrule.capture.tape import Tape
 from chainrule.dispatch import without_innermost
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
