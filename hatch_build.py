@@ -19,6 +19,7 @@ def compiled(root: Path, target: Path) -> Path:
     extension = Extension(MODULE, [str(root / "src/chainrule/csrc/shortcuts.c")])
     command = build_ext(Distribution({"name": "chainrule", "ext_modules": [extension]}))
     command.build_lib, command.build_temp = str(target), str(target / "objects")
+    command.force = True  # the parts that the source includes are not looked at otherwise
     command.ensure_finalized()
     command.run()
     return Path(command.get_ext_fullpath(MODULE))
