@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch.utils import _python_dispatch as modes
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule.calls import CONSTANTS, shared_constant
@@ -119,6 +120,14 @@ configure(
 
 #: Whether the compiled handlers know the dispatcher's state without asking in Python.
 KNOWS_STATE = find_state()
+
+
+def functions_are_replaced() -> bool:
+    """Whether a user's function mode is on, which may make something else of a call: what runs now is not for other runs."""
+    for place in range(_count_functions()):
+        if not isinstance(_function_at(place), (LightMode, DeviceContext)):
+            return True
+    return False
 
 
 class LightMode(Handler, TorchDispatchMode):

@@ -87,6 +87,19 @@ class BatchTensor(Tensor):
             value = torch.full((), value, dtype=view.dtype, device=view.device)
         view.index_copy_(dim, position, value.to(view.dtype).expand(shape).unsqueeze(dim))
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The tensor without its graph."""
+        found: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return found
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(
+            "vmap: .data of a tensor of the mapped function cannot be replaced: it would not be the tensor of the batch. "
+            "Use copy_ in its place."
+        )
+
     def tolist(self) -> Any:
         """The values as nested lists; only for a tensor that is the same for all samples."""
         return self._constant("tolist").tolist()

@@ -363,7 +363,7 @@ class Tape(Slots, LightMode):
                 if item == 0 and kind is float:
                     self._mark_sign(item)
             elif isinstance(item, torch.Tensor):
-                if item.requires_grad or item.is_complex() or (kind is not torch.Tensor and is_foreign(kind)):
+                if item.requires_grad or item.is_complex() or (kind is not torch.Tensor and _is_elsewhere(item)):
                     return NotImplemented
                 if new is None:
                     new = []
@@ -467,6 +467,12 @@ class Tape(Slots, LightMode):
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
         return (tuple(self.key), tuple(self.inputs), extra)
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether the elements of a tensor are not where they seem to be, and no mode sees to that: only its class says what is."""
+    level = getattr(tensor, "level", None)
+    return is_foreign(tensor.__class__) or (level is not None and not level.running)
 
 
 def _run_alone(facts: OpFacts, args: tuple[Any, ...]) -> Any:

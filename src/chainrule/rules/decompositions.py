@@ -122,13 +122,17 @@ def _linear_cross_entropy_no_reduction(
     return _linear_cross_entropy(input, linear_weight, target, linear_bias, weight, "none", ignore_index, 0.0)[0]
 
 
-_MEAN = 1
+_NONE, _MEAN = 0, 1
 
 
 def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of the targets' classes, and the total of their weights."""
     low = self.dtype in (torch.float16, torch.bfloat16)
     if weight is not None or low or self.dim() == 0 or self.shape[:1] != (target.shape[:1] or self.shape[:1]):
+        if self.dim() > 2:
+            flat = self.movedim(1, -1).flatten(0, -2)
+            loss, total = _TORCH_NLL(flat, target.flatten(), weight, reduction, ignore_index)
+            return loss.reshape(target.shape) if reduction == _NONE else loss, total
         full: tuple[Tensor, Tensor] = _TORCH_NLL(self, target, weight, reduction, ignore_index)
         return full
     return nll_loss(_call, self, target, reduction, ignore_index)

@@ -23,7 +23,7 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd, Tape
-from chainrule.dispatch import entry_point, undispatched
+from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import CachedPlan
@@ -62,7 +62,7 @@ def run_nest(
     Returns:
         The result and the auxiliary output; ``(NO_NEST, None)`` when the caller has to go its usual way.
     """
-    if current_ledger() is not None or (chain := _chain_of(outer)) is None:
+    if current_ledger() is not None or functions_are_replaced() or (chain := _chain_of(outer)) is None:
         return NO_NEST, None
     return _run_whole(chain, args, kwargs, seeds)
 
@@ -384,7 +384,9 @@ def run_linearized(
     Returns:
         The output and the linear function; None when there is no nest, or none that can be run as a whole.
     """
-    if current_ledger() is not None or torch._C._len_torch_dispatch_stack() or (chain := _chain_of(outer)) is None:
+    if current_ledger() is not None or torch._C._len_torch_dispatch_stack() or functions_are_replaced():
+        return None
+    if (chain := _chain_of(outer)) is None:
         return None
 
     def finish(traced: Traced, single: bool) -> Any:
