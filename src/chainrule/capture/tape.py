@@ -376,7 +376,10 @@ class Tape(Slots, LightMode):
                     if not isinstance(one, torch.Tensor) or one.requires_grad or one.is_complex():
                         return NotImplemented
                     slot = known(id(one))
-                    if slot is not None and active[slot]:
+                    if slot is None:
+                        if one.__class__ is not torch.Tensor and _is_elsewhere(one):
+                            return NotImplemented
+                    elif active[slot]:
                         touched = True
                 if new is None:
                     new = []

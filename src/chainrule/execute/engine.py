@@ -11,7 +11,7 @@ import torch
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.dispatch import functions_aside, undispatched
+from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
 from chainrule.execute.collection import postponed_collection
@@ -161,7 +161,12 @@ class PlanCache:
         return found
 
     def put(self, key: Any, value: CachedPlan) -> None:
-        """Keep a plan, dropping the oldest unused ones when there are too many."""
+        """Keep a plan, dropping the oldest unused ones when there are too many.
+
+        One that was made under a user's function mode, which may have changed its calls, is not kept.
+        """
+        if functions_are_replaced():
+            return
         with self._lock:
             self._plans[key] = value
             while len(self._plans) > self.limit:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
-from chainrule.dispatch import unseen
+from chainrule.dispatch import functions_are_replaced, unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
@@ -181,7 +181,9 @@ class SparsePlans:
         return self.other_masks < _MASKS and not _recorded()
 
     def add(self, plan: SparsePlan) -> None:
-        """Keep a plan."""
+        """Keep a plan, unless a user's function mode may have changed its calls."""
+        if functions_are_replaced():
+            return
         self.plans.insert(0, plan)
         del self.plans[_PATTERNS:]
 
