@@ -17,6 +17,9 @@ from tests.transforms.test_blocks import peak_bytes
 Tensor = torch.Tensor
 
 
+OUTER, INNER = torch.randn(100, 50), torch.randn(120, 100)
+
+
 def mlp(*sizes: int) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -99,6 +102,21 @@ def check_predicted_peak(function: Callable[..., Any], args: tuple[Any, ...]) ->
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_peak(name: str) -> None:
     check_predicted_peak(*CASES[name])
+
+
+@pytest.mark.parametrize("mapped", [1, 2])
+def test_explained_peak_under_vmap(mapped: int) -> None:
+    """What `explain` says is the memory of the whole batch, not of a sample."""
+    transform = chainrule.jacobian(lambda x: torch.tanh(INNER @ torch.tanh(OUTER @ x)))
+    x = torch.randn(*[6, 8][:mapped], OUTER.shape[1])
+    for _ in range(mapped):
+        transform = chainrule.vmap(transform)
+    for _ in range(3):
+        transform(x)
+    (account,) = chainrule.explain(transform)(x).accounts
+    measured = peak_bytes(lambda: transform(x))
+    assert abs(account.memory["peak"] / measured - 1) <= 0.25, (account.memory, measured)
+    assert account.memory["results"] == 4 * INNER.shape[0] * OUTER.shape[1] * x.shape[:-1].numel()
 
 
 @pytest.mark.parametrize("name", ["hessian of predict", "parameter jacobian", "jacobian of predict", "element-wise"])

@@ -296,12 +296,18 @@ def _execute_accounted(
     results = owned(planned.program, planned.results)
     source = Source(planned.program, results)
     source.observe(tape.values, seeds)
-    ledger.accounts.append(
-        account_of(
-            tape, request, planned.graph, planned.chosen, planned.candidates, planned.program.instructions, source.memory()
-        )
-    )
-    return {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    memory, calls = source.memory(), planned.program.instructions
+    found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    if any(value.__class__ is BatchTensor for value in (*tape.values, *seeds)):
+        # What is on the tape has the shapes of one sample; memory is that of the whole batch.
+        batched = CachedPlan(planned.keys, (_without_values(planned.program), [_bare(r) for r in results]))
+        with watching() as watch, uncollected():
+            batched.run(tape.values, seeds)  # finds its form on the stored tensors
+            watch.peak = 0
+            batched.run(tape.values, seeds)
+        memory = Memory(watch.results, watch.peak, memory.uncounted)
+    ledger.accounts.append(account_of(tape, request, planned.graph, planned.chosen, planned.candidates, calls, memory))
+    return found
 
 
 def account_of(
