@@ -36,11 +36,11 @@ LIMITS: dict[str, str] = {
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
     "hand.",
     "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",
-    "B12a": "a call of a function mode, and a wrapper tensor per op, take some 5 µs beside the kernel (the mode alone 1.3, the "
-    "wrapper 1.0, freeing it and its garbage collection 0.7), torch.vmap's C++ some 1.5. Kept: the handler in C (a quarter less "
-    "than in Python), places of their own for the attributes. Tried and dropped: the Python handlers compiled by mypyc.",
-    "B12b": "as B12a.",
-    "B13b": "recording in Python, about 5 µs an op; the pullback itself is two calls an op.",
+    "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per op. Kept: "
+    "operators and methods of mapped tensors are C functions that need no function mode (8 to 2 µs an op beside the kernel), the "
+    "dispatcher's state asked in its own functions. Tried and dropped: the Python handlers compiled by mypyc.",
+    "B12b": "half of the call is `functional_call`'s exchange of the parameters, for either library.",
+    "B13b": "recording, some 3 µs an op; the pullback itself is two calls an op.",
     "B14c": "three matrix products of 125 million multiply-adds in all take some 75 % of the calls' time at the speed of "
     "the kernel; torch.func does the same ones, so that a ratio of 2 is out of reach. Tried: one product for all "
     "tangents or one each, by layout (kept).",
