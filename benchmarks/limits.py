@@ -36,9 +36,9 @@ LIMITS: dict[str, str] = {
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
     "hand.",
     "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",
-    "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per op. Kept: "
-    "operators and methods of mapped tensors are C functions that need no function mode (8 to 2 µs an op beside the kernel), the "
-    "dispatcher's state asked in its own functions. Tried and dropped: the Python handlers compiled by mypyc.",
+    "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per op. "
+    "Kept: operators and methods of mapped tensors are C functions that need no function mode (8 to 2 µs an op beside the "
+    "kernel), the dispatcher's state asked in its own functions. Tried and dropped: the Python handlers compiled by mypyc.",
     "B12b": "half of the call is `functional_call`'s exchange of the parameters, for either library.",
     "B13b": "recording, some 3 µs an op; the pullback itself is two calls an op.",
     "B14c": "three matrix products of 125 million multiply-adds in all take some 75 % of the calls' time at the speed of "

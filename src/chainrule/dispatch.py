@@ -20,7 +20,7 @@ from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.functions import FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
-from chainrule.shortcuts import FLOATING, REAL, Handler, configure
+from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -122,6 +122,14 @@ configure(
 KNOWS_STATE = find_state()
 
 
+def _without_handlers(excluded: bool) -> None:
+    _exclude(_PYTHON, excluded)
+
+
+#: Keeps torch from the handlers of all modes, in a third of the time of taking a mode off the stack, or lets it reach them again.
+without_handlers: Callable[[bool], None] = set_excluded if KNOWS_STATE else _without_handlers
+
+
 def functions_are_replaced() -> bool:
     """Whether a user's function mode is on, which may make something else of a call: what runs now is not for other runs."""
     for place in range(_count_functions()):
@@ -194,11 +202,11 @@ class LightMode(Handler, TorchDispatchMode):
             with torch._C.DisableTorchFunctionSubclass():
                 return self.take_function(func, (), args, kwargs)
         if func in FRESH and self._depth == 1 and self.ignores(func, args, kwargs) and self._takes(types):
-            _exclude(_PYTHON, True)
+            without_handlers(True)
             try:
                 out = func(*args, **kwargs) if kwargs else func(*args)
             finally:
-                _exclude(_PYTHON, False)
+                without_handlers(False)
             self.note_ignored(args, kwargs, out)
             return out
         function = TABLE.get(func)
@@ -220,8 +228,7 @@ class LightMode(Handler, TorchDispatchMode):
             finally:
                 _pop_function()
         if self._takes(types):
-            # Excluding its key keeps torch from the handlers in a third of the time of taking the mode off the stack.
-            _exclude(_PYTHON, True)
+            without_handlers(True)
             try:
                 out = NotImplemented
                 if function is not None and (not kwargs or kwargs in NEUTRAL):
@@ -229,7 +236,7 @@ class LightMode(Handler, TorchDispatchMode):
                 if out is NotImplemented and reading is not None and (read := reading(args, kwargs or {})) is not None:
                     out = self.run_op(*read)
             finally:
-                _exclude(_PYTHON, False)
+                without_handlers(False)
             if out is not NotImplemented:
                 return out
         return func(*args, **kwargs) if kwargs else func(*args)

@@ -27,6 +27,7 @@ _FUNCTIONS = (
 )
 
 _PYTHON = torch._C.DispatchKey.Python
+_SNAPSHOT = torch._C.DispatchKey.PythonTLSSnapshot
 _FUNCTORCH = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
 
@@ -48,10 +49,10 @@ def find_state() -> bool:
     addresses = _addresses() if COMPILED else None
     if addresses is None:
         return False
-    use_state(*addresses, int(_PYTHON), int(_FUNCTORCH))  # type: ignore[call-overload]
+    use_state(*addresses, int(_PYTHON), int(_SNAPSHOT), int(_FUNCTORCH))  # type: ignore[call-overload]
     if _agrees():
         return True
-    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0)
+    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     return False
 
 
@@ -77,11 +78,13 @@ def _agrees() -> bool:
     finally:
         torch._C._pop_torch_dispatch_stack(None)
         torch._C._pop_torch_function_stack()
-    before = torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON)
+    keys = (_PYTHON, _SNAPSHOT)
+    excluded_before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
     try:
         for excluded in (True, False):
             set_excluded(excluded)
-            right = right and torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON) is excluded
+            right = right and all(torch._C._dispatch_tls_is_dispatch_key_excluded(key) is excluded for key in keys)
     finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(_PYTHON, before)
+        for place, key in enumerate(keys):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded_before[place])
     return right

@@ -14,7 +14,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
-from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
+from chainrule.dispatch import LightMode, again, refusal_of_operators, without_handlers, without_innermost
 from chainrule.functions import COMPARISONS, Function
 from chainrule.shortcuts import TAPE, configure, use_facts
 from chainrule.subclasses import is_foreign
@@ -50,8 +50,6 @@ _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _count_modes = torch._C._len_torch_dispatch_stack
-_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
-_PYTHON = torch._C.DispatchKey.Python
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 
 configure(record=Record, slot_objects=SLOTS)
@@ -245,11 +243,11 @@ class Tape(Slots, LightMode):
         """Run and record an op that is a part of another one, inside of the handler."""
         if self.below is not None and _count_modes() == self._depth - 1:
             # The next mode takes the op itself, if it is one that can.
-            _exclude(_PYTHON, True)
+            without_handlers(True)
             try:
                 out = self.run_op(op, args)
             finally:
-                _exclude(_PYTHON, False)
+                without_handlers(False)
             if out is not NotImplemented:
                 return out
         return self.__torch_dispatch__(op, (), args)

@@ -52,6 +52,7 @@ static struct {
     void (*set_functions)(int disabled); /* an enumeration: 0 shown to modes and classes, 1 to modes, 2 to none */
     int (*get_functions)(void);
     uint16_t python;
+    uint16_t snapshot; /* keeps the state for Python's handlers, by a boxed call for every op */
     uint16_t functorch;
 } state;
 
@@ -120,6 +121,7 @@ exclude_python(int excluded)
 {
     if (state.exclude != NULL) {
         state.exclude(state.python, excluded);
+        state.exclude(state.snapshot, excluded);
         return Py_NewRef(Py_None);
     }
     PyObject *args[] = {c_python_key, excluded ? Py_True : Py_False};
@@ -132,6 +134,7 @@ include_python(void)
 {
     if (state.exclude != NULL) {
         state.exclude(state.python, false);
+        state.exclude(state.snapshot, false);
         return 0;
     }
     PyObject *kind, *error, *trace;

@@ -82,9 +82,9 @@ static PyObject *
 use_state(PyObject *module, PyObject *args)
 {
     unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
-    unsigned short python, functorch;
-    if (!PyArg_ParseTuple(args, "KKKKKKKHH", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
-                          &set_functions, &get_functions, &python, &functorch))
+    unsigned short python, snapshot, functorch;
+    if (!PyArg_ParseTuple(args, "KKKKKKKHHH", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &python, &snapshot, &functorch))
         return NULL;
     state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
     state.included = (bool (*)(uint16_t))(uintptr_t)included;
@@ -94,6 +94,7 @@ use_state(PyObject *module, PyObject *args)
     state.set_functions = (void (*)(int))(uintptr_t)set_functions;
     state.get_functions = (int (*)(void))(uintptr_t)get_functions;
     state.python = python;
+    state.snapshot = snapshot;
     state.functorch = functorch;
     Py_RETURN_NONE;
 }
