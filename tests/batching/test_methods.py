@@ -257,7 +257,8 @@ def test_errors_leave_everything_as_it_was():
         return sample.sin() * 2
 
     torch.testing.assert_close(chainrule.vmap(function)(x), x.sin() * 2)
-    assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+    for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+        assert not torch._C._dispatch_tls_is_dispatch_key_excluded(key)
     assert torch._C._is_torch_function_enabled() and not torch._C._is_torch_function_mode_enabled()
 
 
