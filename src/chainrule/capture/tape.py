@@ -77,6 +77,7 @@ class Tape(Slots, LightMode):
     """
 
     takes_functions = True
+    reads_data = True
     supports_higher_order_operators = True
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True, kernels: bool = False) -> None:
@@ -256,7 +257,7 @@ class Tape(Slots, LightMode):
 
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """A constant for this tape alone: the transforms around it see the tensor itself, as in torch.func."""
-        if _count_modes() != self._depth or not self.is_active(tensor):
+        if torch._C._get_dispatch_stack_at(_count_modes() - 1) is not self or not self.is_active(tensor):
             return tensor.data
         self.saw_blocked = True
         with without_innermost():
