@@ -132,7 +132,7 @@ def functions_are_replaced() -> bool:
 
 
 class FunctionWatch(TorchFunctionMode):
-    """A function mode that leaves calls as they are, but has ``data`` read by the innermost dispatch mode.
+    """A function mode that leaves calls as they are, but has ``data`` read by the innermost mode of this package.
 
     Torch reads ``data`` without its dispatcher, which says of it that it is ``detach``: a constant for all transforms, and
     not for the innermost one only. A mode that cannot stand on the stack of function modes itself has this one there.
@@ -142,10 +142,10 @@ class FunctionWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch."""
-        if func == _DATA and _count():
-            mode = _at(_count() - 1)
-            if isinstance(mode, LightMode):
-                return mode.read_data(args[0])
+        if func == _DATA:
+            for place in reversed(range(_count())):
+                if isinstance(mode := _at(place), LightMode):
+                    return mode.read_data(args[0])
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -400,6 +400,26 @@ def unseen() -> Iterator[None]:
     finally:
         for mode in reversed(modes_off):
             _push_function(mode)
+
+
+class without_mode:  # noqa: N801 - used like torch.no_grad
+    """Run a block without a mode and those inside of it."""
+
+    __slots__ = ("_mode", "_taken")
+
+    def __init__(self, mode: LightMode) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._taken = [_pop(None)]
+        while self._taken[-1] is not self._mode:
+            self._taken.append(_pop(None))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for mode in reversed(self._taken):
+            _push(mode)
 
 
 class without_innermost:  # noqa: N801 - used like torch.no_grad

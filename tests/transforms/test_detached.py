@@ -140,6 +140,21 @@ def test_data_under_modes_of_the_user(name: str, mode: Any) -> None:
         torch.testing.assert_close(chainrule.laplacian(FUNCTIONS[name])(x), expected.trace())
 
 
+@pytest.mark.parametrize("mode", [Untouched, Passing])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_data_under_modes_inside(name: str, mode: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        with mode():
+            return FUNCTIONS[name](x)
+
+    x = torch.randn(3, dtype=torch.float64)
+    expected = torch.func.hessian(FUNCTIONS[name])(x)
+    for call in (chainrule.hessian(function), chainrule.jacfwd(chainrule.grad(function))):
+        torch.testing.assert_close(call(x), expected)
+        with mode():
+            torch.testing.assert_close(call(x), expected)
+
+
 @pytest.mark.parametrize("transform", [chainrule.laplacian, chainrule.hessian_diagonal, chainrule.hessian])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_runs_that_look_alike_have_plans_of_their_own(transform: Any, compiled: bool) -> None:

@@ -14,7 +14,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
-from chainrule.dispatch import LightMode, again, refusal_of_operators, without_innermost
+from chainrule.dispatch import LightMode, again, refusal_of_operators, without_mode
 from chainrule.functions import COMPARISONS, Function
 from chainrule.shortcuts import TAPE, configure, use_facts
 from chainrule.subclasses import is_foreign
@@ -257,10 +257,10 @@ class Tape(Slots, LightMode):
 
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """A constant for this tape alone: the transforms around it see the tensor itself, as in torch.func."""
-        if torch._C._get_dispatch_stack_at(_count_modes() - 1) is not self or not self.is_active(tensor):
+        if not self.is_active(tensor):
             return tensor.data
         self.saw_blocked = True
-        with without_innermost():
+        with without_mode(self):
             out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
         self.alias.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))
         return out
