@@ -10,6 +10,7 @@ from types import CodeType, FunctionType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as modes
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,9 +134,27 @@ without_handlers: Callable[[bool], None] = set_excluded if KNOWS_STATE else _wit
 def functions_are_replaced() -> bool:
     """Whether a user's function mode is on, which may make something else of a call: what runs now is not for other runs."""
     for place in range(_count_functions()):
-        if not isinstance(_function_at(place), (LightMode, DeviceContext)):
+        if not isinstance(_function_at(place), (LightMode, FunctionWatch, DeviceContext)):
             return True
     return False
+
+
+class FunctionWatch(TorchFunctionMode):
+    """A function mode that leaves calls as they are, but has ``data`` read by the innermost mode of this package.
+
+    Torch reads ``data`` without its dispatcher, which says of it that it is ``detach``: a constant for all transforms, and
+    not for the innermost one only. A mode that cannot stand on the stack of function modes itself has this one there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch."""
+        if func == _DATA:
+            for place in reversed(range(_count())):
+                if isinstance(mode := _at(place), LightMode):
+                    return mode.read_data(args[0])
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class LightMode(Handler, TorchDispatchMode):
@@ -155,6 +174,8 @@ class LightMode(Handler, TorchDispatchMode):
     takes_functions = False
     #: Whether the mode makes tensors of a class of its own.
     maps = False
+    #: Whether ``data`` is something of its own for the mode.
+    reads_data = False
 
     below: LightMode | None
 
@@ -259,7 +280,7 @@ class LightMode(Handler, TorchDispatchMode):
 
     def __enter__(self) -> Self:
         _push(self)
-        depth, taken, stands = _count(), None, False
+        depth, taken, stands, pushed = _count(), None, False, False
         below = self.below
         if self.takes_functions:
             under = _at(depth - 2) if depth > 1 else None
@@ -269,9 +290,14 @@ class LightMode(Handler, TorchDispatchMode):
                 if top is None or isinstance(top, LightMode):
                     taken = None if top is None else _pop_function()
                     _push_function(self)
-                    self.below, stands = under, True
+                    self.below, stands, pushed = under, True, True
+            if not stands and self.reads_data:
+                functions = _count_functions()
+                if not functions or not isinstance(_function_at(functions - 1), FunctionWatch):
+                    _push_function(FunctionWatch())
+                    pushed = True
         inside, real = modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode
-        self._entered.append((inside, real, taken, self._depth, below, stands))
+        self._entered.append((inside, real, taken, self._depth, below, pushed))
         self._depth = depth if stands else -1
         modes._is_in_torch_dispatch_mode = modes._is_in_non_infra_torch_dispatch_mode = True
         return self
@@ -279,9 +305,9 @@ class LightMode(Handler, TorchDispatchMode):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        inside, real, taken, self._depth, self.below, stands = self._entered.pop()
+        inside, real, taken, self._depth, self.below, pushed = self._entered.pop()
         modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode = inside, real
-        if stands:
+        if pushed:
             _pop_function()
             if taken is not None:
                 _push_function(taken)
@@ -381,6 +407,26 @@ def unseen() -> Iterator[None]:
     finally:
         for mode in reversed(modes_off):
             _push_function(mode)
+
+
+class without_mode:  # noqa: N801 - used like torch.no_grad
+    """Run a block without a mode and those inside of it."""
+
+    __slots__ = ("_mode", "_taken")
+
+    def __init__(self, mode: LightMode) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._taken = [_pop(None)]
+        while self._taken[-1] is not self._mode:
+            self._taken.append(_pop(None))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for mode in reversed(self._taken):
+            _push(mode)
 
 
 class without_innermost:  # noqa: N801 - used like torch.no_grad

@@ -212,3 +212,31 @@ def test_the_callers_settings_hold_between_blocks() -> None:
     for block in jacobian_blocks(field, rows=20)(x):
         assert torch.is_grad_enabled()
         assert not block.jacobian.requires_grad
+
+
+@pytest.mark.parametrize("what", ["input", "part of the input", "closed over", "parameter"])
+def test_writes_between_blocks_are_refused(what: str) -> None:
+    weight, layer = torch.randn(6, 4, dtype=torch.float64), torch.nn.Linear(4, 6, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        y = torch.sin(weight @ x)
+        y[1:] *= 2  # the function's own writes are none between blocks
+        return y * layer(x)
+
+    x = torch.randn(4, dtype=torch.float64)
+    whole = torch.func.jacrev(function)(x)
+    for block in jacobian_blocks(function, rows=2)(x):
+        torch.testing.assert_close(block.jacobian, whole[block.rows])
+    blocks = jacobian_blocks(function, rows=2)(x)
+    next(blocks)
+    written = {"input": x, "part of the input": x[1:], "closed over": weight, "parameter": layer.weight}[what]
+    with torch.no_grad():
+        written.mul_(2)
+    with pytest.raises(RuntimeError, match="was written to between two blocks"):
+        next(blocks)
+
+
+@pytest.mark.parametrize("rows", [1.5, "x"])
+def test_rows_have_to_be_whole(rows: Any) -> None:
+    with pytest.raises(TypeError, match="jacobian_blocks: rows should be an int greater than 0"):
+        jacobian_blocks(field, rows=rows)

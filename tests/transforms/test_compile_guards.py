@@ -197,3 +197,23 @@ def test_more_than_can_be_watched_is_an_error() -> None:
     for _ in range(2):
         with pytest.raises(CompileError, match="20000 values outside of its arguments"):
             compiled(X)
+
+
+def test_plain_calls_before_change_nothing() -> None:
+    """Plans that were made under ``vmap`` hold no tensor of it."""
+    weight = torch.randn(3, 3, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = x**2
+        return (z * x).sum() + torch.tanh(weight @ x).prod()
+
+    ours = chainrule.vmap(chainrule.hessian(function))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    expected = torch.func.vmap(torch.func.hessian(function))(x)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), expected)
+    compiled = chainrule.compile(ours)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), expected)
+    assert compiled.cache_info().hits == 1

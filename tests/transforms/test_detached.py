@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.func
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chainrule
 
@@ -76,3 +78,97 @@ def test_writes_through_data_change_the_value_and_not_the_derivative() -> None:
 
     x = torch.randn(3, dtype=torch.float64)
     torch.testing.assert_close(chainrule.grad(function)(x), 2 * (6 * x) * 2)
+
+
+class Untouched(TorchFunctionMode):
+    """A user's function mode that leaves calls as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Passing(TorchDispatchMode):
+    """A user's dispatch mode that leaves calls as they are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def written_through(x: Tensor) -> Tensor:
+    y = x * 1
+    y.data.mul_(2)
+    return (y**2).sum()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "data": lambda x: (x.data * x**2).sum(),
+    "copy of data of a result": lambda x: ((x**2).data.clone() * x**2).sum(),
+    "data, then linear": lambda x: ((x**2).data * x).sum(),
+    "written through": written_through,
+    "no_grad": lambda x: (plain(x) ** 2 * x**2).sum(),
+}
+
+SECOND: dict[str, Callable[[Any, Any], Callable[[Tensor], Tensor]]] = {
+    "hessian": lambda m, f: m.hessian(f),
+    "reverse over reverse": lambda m, f: m.jacrev(m.grad(f)),
+    "forward over reverse": lambda m, f: m.jacfwd(m.grad(f)),
+    "mapped": lambda m, f: lambda x: m.vmap(m.hessian(f))(torch.stack([x, x.cos()])),
+    "tangent": lambda m, f: lambda x: m.jvp(m.grad(f), (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("nest", SECOND)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_as_plain(name: str, nest: str) -> None:
+    x = torch.randn(3, dtype=torch.float64)
+    expected = SECOND[nest](torch.func, FUNCTIONS[name])(x)
+    ours = SECOND[nest](chainrule, FUNCTIONS[name])
+    for call in (chainrule.compile(ours), ours, chainrule.compile(ours)):
+        for _ in range(2):
+            torch.testing.assert_close(call(x), expected)
+
+
+@pytest.mark.parametrize("mode", [Untouched, Passing, lambda: torch.device("cpu")])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_data_under_modes_of_the_user(name: str, mode: Any) -> None:
+    x = torch.randn(3, dtype=torch.float64)
+    expected = torch.func.hessian(FUNCTIONS[name])(x)
+    with mode():
+        torch.testing.assert_close(chainrule.hessian(FUNCTIONS[name])(x), expected)
+        reverse = torch.func.jacrev(torch.func.grad(FUNCTIONS[name]))(x)
+        torch.testing.assert_close(chainrule.jacrev(chainrule.grad(FUNCTIONS[name]))(x), reverse)
+        torch.testing.assert_close(chainrule.laplacian(FUNCTIONS[name])(x), expected.trace())
+
+
+@pytest.mark.parametrize("mode", [Untouched, Passing])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_data_under_modes_inside(name: str, mode: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        with mode():
+            return FUNCTIONS[name](x)
+
+    x = torch.randn(3, dtype=torch.float64)
+    expected = torch.func.hessian(FUNCTIONS[name])(x)
+    for call in (chainrule.hessian(function), chainrule.jacfwd(chainrule.grad(function))):
+        torch.testing.assert_close(call(x), expected)
+        with mode():
+            torch.testing.assert_close(call(x), expected)
+
+
+@pytest.mark.parametrize("transform", [chainrule.laplacian, chainrule.hessian_diagonal, chainrule.hessian])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_runs_that_look_alike_have_plans_of_their_own(transform: Any, compiled: bool) -> None:
+    """Constants of all levels first, then of the innermost one only: the steps that are recorded are the same."""
+
+    def constant(x: Tensor) -> Tensor:
+        return ((x**2).detach() * x).sum()
+
+    x = torch.randn(5, dtype=torch.float64)
+    first = chainrule.compile(transform(constant)) if compiled else transform(constant)
+    assert not first(x).any()
+    function = FUNCTIONS["data, then linear"]
+    whole = torch.func.hessian(function)(x)
+    expected = {"laplacian": whole.trace(), "hessian_diagonal": whole.diagonal(), "hessian": whole}[transform.__name__]
+    for _ in range(2):
+        torch.testing.assert_close(transform(function)(x), expected)
+    assert not transform(constant)(x).any()

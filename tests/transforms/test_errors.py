@@ -79,6 +79,12 @@ def test_chunk_size(transform: Any, size: int) -> None:
     raises(ValueError, lambda: transform(square, chunk_size=size), transform.__name__, "chunk_size")
 
 
+@pytest.mark.parametrize("transform", [*JACOBIANS, chainrule.vmap])
+@pytest.mark.parametrize("size", [1.5, "x", [2]])
+def test_chunk_size_is_whole(transform: Any, size: Any) -> None:
+    raises(TypeError, lambda: transform(square, chunk_size=size), transform.__name__, "chunk_size", "int", repr(size))
+
+
 def test_grad_needs_a_real_scalar() -> None:
     raises(RuntimeError, lambda: grad(square)(X), "grad", "scalar", "(3,)")
     raises(RuntimeError, lambda: grad(lambda x: x[:1])(X), "scalar")

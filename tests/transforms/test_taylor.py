@@ -125,3 +125,30 @@ def test_determinant_along_a_line(size: int) -> None:
     for order, found in enumerate([value, *series]):
         wanted = float(coefficients[order] * math.factorial(order))
         assert abs(float(found) - wanted) <= 1e-10 * (1 + abs(wanted))  # condition numbers of a few thousand
+
+
+def hidden(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = x**2
+    return (z * x).sum()
+
+
+def test_forward_mode_sees_steps_without_gradients() -> None:
+    """As ``jvp``, here and in torch.func: ``torch.no_grad`` is about reverse mode."""
+    for _ in range(2):
+        x, v = real(3), real(3)
+        first, second = chainrule.jet(hidden, (x,), ([v, torch.zeros_like(v)],))[1]
+        torch.testing.assert_close(first, torch.func.jvp(hidden, (x,), (v,))[1])
+        torch.testing.assert_close(first, chainrule.jvp(hidden, (x,), (v,))[1])
+        torch.testing.assert_close(second, (6 * x * v**2).sum())
+        mapped = chainrule.vmap(lambda x: chainrule.jet(hidden, (x,), ([v],))[1][0])(torch.stack([x, x]))
+        torch.testing.assert_close(mapped, torch.stack([first, first]))
+
+
+def test_series_that_are_no_lists() -> None:
+    x = real(3)
+    for series in ((x,), ([x], x)):
+        with pytest.raises(RuntimeError, match=r"series of primal \d to be a list with one coefficient per order"):
+            chainrule.jet(torch.add, (x, x)[: len(series)], series)
+    with pytest.raises(RuntimeError, match="list of 1 coefficients like the first, got 2 for primal 1"):
+        chainrule.jet(torch.add, (x, x), ([x], [x, x]))

@@ -8,11 +8,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.calls import is_number_constant
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import FunctionWatch, LightMode
 from chainrule.functions import Function
 from chainrule.maps.staging import Program, Staged
 
@@ -466,7 +465,7 @@ def whole_recorder() -> WholeRecorder | None:
     return found[0] if len(found) == 1 and isinstance(found[0], WholeRecorder) else None
 
 
-class NoReads(TorchFunctionMode):
+class NoReads(FunctionWatch):
     """Refuses the conversions to Python values and to other libraries that torch's dispatcher does not see.
 
     Args:
@@ -496,7 +495,7 @@ class NoReads(TorchFunctionMode):
             self._recorder.refuse(
                 f"{_GRAPHS[func]} of an argument was read, which is not the same in each call. Call the function without compile."
             )
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 #: Read the values of tensors (in lists of tensors, too) where the dispatcher does not see it.

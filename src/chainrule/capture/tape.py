@@ -14,7 +14,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
-from chainrule.dispatch import LightMode, again, refusal_of_operators, without_handlers, without_innermost
+from chainrule.dispatch import LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, Function
 from chainrule.shortcuts import TAPE, configure, use_facts
 from chainrule.subclasses import is_foreign
@@ -75,6 +75,7 @@ class Tape(Slots, LightMode):
     """
 
     takes_functions = True
+    reads_data = True
     supports_higher_order_operators = True
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True, kernels: bool = False) -> None:
@@ -254,10 +255,10 @@ class Tape(Slots, LightMode):
 
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """A constant for this tape alone: the transforms around it see the tensor itself, as in torch.func."""
-        if _count_modes() != self._depth or not self.is_active(tensor):
+        if not self.is_active(tensor):
             return tensor.data
         self.saw_blocked = True
-        with without_innermost():
+        with without_mode(self):
             out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
         self.alias.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))
         return out

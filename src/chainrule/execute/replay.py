@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -273,6 +274,7 @@ class Source:
         self.wanted = [None if staged is None else staged.slot for staged in results]
         self.copied = shared_results(program, self.wanted) if program.recorded else set()
         own = {slot: _settled(tensor) for slot, tensor in program.constants.items()}
+        program.instructions = [_settled_call(instruction) for instruction in program.instructions]
         self.kept, made = simplify(program, [s for s in self.wanted if s is not None], own, spelled=spelled)
         self.used = {slot for i in self.kept for slot in refs((i.args, tuple(i.kwargs.values())))}
         self.used.update(slot for slot in self.wanted if slot is not None)
@@ -348,6 +350,23 @@ def _settled(tensor: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), undispatched():
             tensor = tensor.clone()
     return tensor
+
+
+def _settled_call(instruction: Instruction) -> Instruction:
+    """A call, with the tensors that stand among its arguments themselves settled."""
+    args = _settled_within(instruction.args)
+    kwargs = {name: _settled_within(item) for name, item in instruction.kwargs.items()}
+    same = args is instruction.args and all(kwargs[name] is item for name, item in instruction.kwargs.items())
+    return instruction if same else instruction._replace(args=args, kwargs=kwargs)
+
+
+def _settled_within(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        return _settled(item)
+    if item.__class__ is not tuple and item.__class__ is not list:
+        return item
+    items = [_settled_within(element) for element in item]
+    return item if all(map(operator.is_, items, item)) else type(item)(items)
 
 
 def _line(instruction: Instruction, namespace: dict[str, Any], names: dict[int, str]) -> str:

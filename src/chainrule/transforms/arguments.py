@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -167,6 +168,20 @@ def flatten_outputs(output: Any, transform: str, function: Callable[..., Any]) -
         if not isinstance(leaf, torch.Tensor):
             raise RuntimeError(f"{transform}({name}): expected {name} to return only tensors, got unsupported type {type(leaf)}")
     return leaves, spec
+
+
+def check_whole(value: Any, transform: str, name: str) -> None:
+    """Check that an optional number of rows, columns or samples is a whole one.
+
+    Raises:
+        TypeError: if it is neither an int nor None.
+    """
+    if value is None:
+        return
+    try:
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{transform}: {name} should be an int greater than 0, or None, got {value!r}") from None
 
 
 def split_aux(output: Any, transform: str, function: Callable[..., Any]) -> tuple[Any, Any]:

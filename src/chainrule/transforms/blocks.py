@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from chainrule.dispatch import entry_point
-from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
+from chainrule.transforms.arguments import Argnums, check_whole, function_name, resolve_argnums, tree_unflatten
 from chainrule.transforms.budget import rows_within
 from chainrule.transforms.jacobians import Chunks, check_real, row_blocks
-from chainrule.transforms.trace import trace
+from chainrule.transforms.trace import Traced, trace
 
 #: Rows per block when neither ``rows`` nor ``max_memory`` is given: as many as take this many bytes.
 _DEFAULT = 1 << 28
+
+
+def _versions(traced: Traced) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+    """The tensors of a run, and how often each was written to; they are not kept alive."""
+    return [
+        (weakref.ref(value), value._version)
+        for value in (*traced.in_leaves, *traced.tape.values)
+        if isinstance(value, torch.Tensor) and not value.is_inference()
+    ]
+
+
+def _check_versions(
+    versions: list[tuple[weakref.ref[torch.Tensor], int]], func: Callable[..., Any], name: str
+) -> None:
+    for reference, version in versions:
+        value = reference()
+        if value is not None and value._version != version:
+            raise RuntimeError(
+                f"{name}({function_name(func)}): a tensor that {function_name(func)} reads (an argument, a parameter, or what it "
+                f"closes over), of shape {tuple(value.shape)}, was written to between two blocks; the blocks to come would mix "
+                "old and new values. Write to it after the last block, or give copies (x.clone())."
+            )
 
 
 class RowBlock(NamedTuple):
@@ -59,10 +82,16 @@ def jacobian_blocks(
         A function with the arguments of ``func`` that returns an iterator of :class:`RowBlock`; with ``callback`` it
         returns None. The last block of an output may be smaller. Blocks are not part of autograd's graph.
 
+        ``func`` runs when the first block is asked for, and later blocks read the values of that run. Between two blocks
+        nothing may be written into a tensor that it reads (an argument, a parameter, what it closes over): the next block is
+        refused then. Writes that autograd does not notice either, through ``.data`` or NumPy, are not noticed here.
+
     Raises:
+        TypeError: if ``rows`` is no int.
         ValueError: if ``rows`` or ``max_memory`` is not positive, or both are given.
         MemoryError: if ``max_memory`` is too little for a single row.
-        RuntimeError: if arguments or outputs cannot be differentiated.
+        RuntimeError: if arguments or outputs cannot be differentiated; when the next block is asked for after a tensor that
+            ``func`` reads was written to.
 
     Example:
         >>> import torch, chainrule
@@ -75,6 +104,7 @@ def jacobian_blocks(
 
     """
     name = "jacobian_blocks"
+    check_whole(rows, name, "rows")
     if rows is not None and rows <= 0:
         raise ValueError(f"{name}: rows should be greater than 0, got {rows}")
     if rows is not None and max_memory is not None:
@@ -95,6 +125,8 @@ def jacobian_blocks(
                 else rows_within(traced, number, "auto", "input", chunks.budget, name, whole=False)
                 for number, (leaf, slot) in enumerate(zip(traced.out_leaves, traced.out_slots, strict=True))
             ]
+
+        versions = _versions(traced)
 
         def made(count: int, parts: dict[int, torch.Tensor]) -> Any:
             leaves = [
@@ -120,6 +152,7 @@ def jacobian_blocks(
                     block = traced.rows(number, size)
                     pieces = row_blocks(traced, number, block, "auto", "input")
                 while True:
+                    _check_versions(versions, func, name)
                     # The caller's code between two blocks runs under his own settings.
                     with torch.no_grad():
                         found = next(pieces, None)

@@ -12,7 +12,15 @@ from torch.utils._pytree import tree_map
 
 from chainrule.dispatch import entry_point
 from chainrule.execute.memory import current_watch, free_memory, parse_bytes
-from chainrule.transforms.arguments import PLAIN_ARGUMENT, Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.arguments import (
+    PLAIN_ARGUMENT,
+    Argnums,
+    check_whole,
+    function_name,
+    resolve_argnums,
+    tree_flatten,
+    tree_unflatten,
+)
 from chainrule.transforms.budget import result_bytes, rows_within
 from chainrule.transforms.hessian_map import hessian_transform
 from chainrule.transforms.jacobian_map import operator_transform
@@ -57,6 +65,7 @@ def jacrev(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
+        TypeError: if ``chunk_size`` is no int.
         ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
             layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
@@ -104,6 +113,7 @@ def jacfwd(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated, or ``randomness`` is unknown.
+        TypeError: if ``chunk_size`` is no int.
         ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
             layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
@@ -154,6 +164,7 @@ def jacobian(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
+        TypeError: if ``chunk_size`` is no int.
         ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
             layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
@@ -203,6 +214,7 @@ def hessian(
 
     Raises:
         RuntimeError: if arguments or outputs cannot be differentiated.
+        TypeError: if ``chunk_size`` is no int.
         ValueError: if ``chunk_size`` or ``max_memory`` is not positive, both are given, or either with a sparse layout; if the
             layout is unknown.
         MemoryError: if ``max_memory`` is too little for a single row.
@@ -237,10 +249,12 @@ class Chunks:
         name: the transform's name.
 
     Raises:
+        TypeError: if the size is no int.
         ValueError: if the numbers do not fit.
     """
 
     def __init__(self, size: int | None, max_memory: int | str | None, progress: bool, name: str) -> None:
+        check_whole(size, name, "chunk_size")
         if size is not None and size <= 0:
             raise ValueError(f"{name}: `chunk_size` should be greater than 0, got {size}.")
         if size is not None and max_memory is not None:

@@ -32,6 +32,7 @@ class Level:
         finish: computes the transform's result (without aux) from a run; the flag is whether ``argnums`` is one.
         key: what the result depends on beside the run.
         owner: the function that carries this level.
+        respect_no_grad: whether steps under ``torch.no_grad()`` are constants, as for reverse mode (forward mode sees them).
     """
 
     func: Callable[..., Any]
@@ -41,6 +42,7 @@ class Level:
     finish: Finish
     key: tuple[Any, ...]
     owner: Callable[[], Any] | None = None
+    respect_no_grad: bool = True
 
     def mark(self, wrapper: Callable[..., Any]) -> None:
         """Put this level on the function that the transform returns."""

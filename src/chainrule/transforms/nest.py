@@ -112,13 +112,15 @@ def run_planned(
         The result and the auxiliary output.
     """
     found = run_nest(level, args, kwargs, seeds)
-    if found[0] is NO_NEST and current_ledger() is None:
+    if found[0] is NO_NEST and current_ledger() is None and not functions_are_replaced():
         found = _run_whole(_Chain([[level]], []), args, kwargs, seeds)
     if found[0] is not NO_NEST:
         return found
     assert level.argnums is not None
     positions, single = resolve_argnums(level.argnums, len(args), level.name)
-    traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux)
+    traced = trace(
+        level.func, args, positions, kwargs, level.name, has_aux=level.has_aux, respect_no_grad=level.respect_no_grad
+    )
     traced.seeds = seeds
     return level.finish(traced, single), traced.aux
 
@@ -209,8 +211,11 @@ def _run_part(
     func, first, has_aux = levels[0].func, levels[0], levels[0].has_aux
     if number:
         func = entry_point(lambda *args, **kwargs: _run_mapped(chain, number - 1, args, kwargs, parts))
-    traced = trace(func, args, union, kwargs, first.name, has_aux=has_aux)
-    if traced.tape.saw_blocked and (len(levels) > 1 or len(chain.levels) > 1):
+    several = len(levels) > 1 or len(chain.levels) > 1
+    traced = trace(
+        func, args, union, kwargs, first.name, has_aux=has_aux, respect_no_grad=several or first.respect_no_grad
+    )
+    if traced.tape.saw_blocked and several:
         # Under no_grad the levels may differ in what they count as constant.
         raise _NotWhole
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
@@ -308,6 +313,8 @@ def _key_of(
             ]),
             tuple([(seed.shape, seed.dtype) for seed in seeds]),
             traced.grad_enabled,
+            # Steps that one level takes for constants look like constants for all of them, which another run may have.
+            traced.tape.saw_blocked,
         )
     )
 

@@ -81,7 +81,7 @@ def jet(
         return traced.output(), _coefficients(traced, order)
 
     seeds = tuple([coefficient for coefficients in leaves for coefficient in coefficients])
-    level = Level(func, "jet", where, has_aux, finish, ("jet", order))
+    level = Level(func, "jet", where, has_aux, finish, ("jet", order), respect_no_grad=False)
     (output, found), aux = run_planned(level, primals, kwargs, seeds)
     return (output, found, aux) if has_aux else (output, found)
 
@@ -100,12 +100,18 @@ def _check(primals: tuple[Any, ...], series: Any) -> tuple[list[list[torch.Tenso
     if len(primals) != len(series):
         raise RuntimeError(f"{_CALL}: got {len(primals)} primals and {len(series)} series")
     leaves: list[list[torch.Tensor]] = []
-    order = len(series[0]) if series and isinstance(series[0], (tuple, list)) else 0
-    for number, (primal, coefficients) in enumerate(zip(primals, series, strict=True)):
-        if not isinstance(coefficients, (tuple, list)) or len(coefficients) != order:
+    for number, coefficients in enumerate(series):
+        if not isinstance(coefficients, (tuple, list)):
             raise RuntimeError(
-                f"{_CALL}: expected each series to be a list of {order} trees like the first, got {type(coefficients)}"
-                f"{f' of {len(coefficients)}' if isinstance(coefficients, (tuple, list)) else ''} for primal {number}"
+                f"{_CALL}: expected the series of primal {number} to be a list with one coefficient per order, as [v] is for the "
+                f"first order, got {type(coefficients)}"
+            )
+    order = len(series[0]) if series else 0
+    for number, (primal, coefficients) in enumerate(zip(primals, series, strict=True)):
+        if len(coefficients) != order:
+            raise RuntimeError(
+                f"{_CALL}: expected each series to be a list of {order} coefficients like the first, got {len(coefficients)} "
+                f"for primal {number}"
             )
         primal_leaves, spec = tree_flatten(primal)
         for leaf in primal_leaves:

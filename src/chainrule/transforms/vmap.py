@@ -17,7 +17,7 @@ from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import current_ledger
 from chainrule.rules.batching_base import Batched
 from chainrule.subclasses import refuse_foreign
-from chainrule.transforms.arguments import refuse_inside_torch_func
+from chainrule.transforms.arguments import check_whole, refuse_inside_torch_func
 
 
 def vmap(
@@ -46,6 +46,7 @@ def vmap(
         A function with the arguments of `func`, each mapped tensor with one dimension more, and so the results.
 
     Raises:
+        TypeError: `chunk_size` is no int.
         ValueError: `chunk_size` is not positive; when called: `in_dims` or `out_dims` do not fit, or the mapped
             dimensions differ in size.
         RuntimeError: `randomness` is not one of the three; when called: `func` needs a Python value of a mapped
@@ -62,6 +63,7 @@ def vmap(
         raise RuntimeError(
             f"vmap: Only allowed values for randomness are 'error', 'different', or 'same'. Got {randomness}"
         )
+    check_whole(chunk_size, "vmap", "chunk_size")
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
 
