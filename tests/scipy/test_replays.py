@@ -41,14 +41,15 @@ def computing():
             parts.append(part.sin())
         return torch.stack(parts)
 
-    def with_items(x, power=2):
-        out = torch.zeros_like(x)
-        out[1:-1] = x[2:] ** power
-        return out
+    def with_a_sum(x, power=2):
+        total = 0.0
+        for part in x:
+            total += part**power
+        return total
 
     return [
-        rosenbrock, rosenbrock_residuals, robertson, bratu, decay, inner, with_list, with_items, _softplus,
-        lambda x: inner(x) + tensor.sum(), lambda x: torch.linalg.solve(torch.eye(3), x) + np.pi, lambda x: WEIGHT @ x,
+        rosenbrock, rosenbrock_residuals, robertson, bratu, decay, inner, with_list, with_a_sum, _softplus,
+        lambda x: torch_functional.relu(x).sum() + torch_functional.silu(x).sum(), lambda x: inner(x) + tensor.sum(), lambda x: torch.linalg.solve(torch.eye(3), x) + np.pi, lambda x: WEIGHT @ x,
     ]  # fmt: skip
 
 
@@ -104,6 +105,53 @@ def others():
         lambda x: x.register_hook(print), torch.nn.Linear(3, 3), lambda x: torch.load(x), lambda x: open(x) and x,
         lambda x: x.__setattr__("seen", 1) or x.sum(), lambda x: globals().update(SCALE=1) or x, lambda x: setattr(x, "seen", 1),
     ]  # fmt: skip
+
+
+def writing():
+    """Functions that write to a tensor, or draw random numbers."""
+    state, option = torch.ones(3, dtype=torch.float64), "out"
+
+    def with_items(x):
+        out = torch.zeros_like(x)
+        out[1:-1] = x[2:]
+        return out
+
+    def other_name(x):
+        same = state
+        same += 1
+        return x.sum()
+
+    def other_name_at_times(x):
+        same = 0.0 if len(x) > 9 else state
+        same *= 2
+        return x.sum()
+
+    def argument(x, *rest):
+        rest += (1,)
+        return x.sum()
+
+    def in_a_loop(x):
+        for item in (state, state):
+            item -= 1.0
+        return x.sum()
+
+    def inner(x):
+        return x.sum() + torch.rand(3).sum()
+
+    return [
+        with_items, other_name, other_name_at_times, argument, in_a_loop, lambda x: state.add_(1.0).sum() + x.sum(),
+        lambda x: torch.add(x, 1, out=state), lambda x: torch.add(x, 1, **{"out": state}), lambda x: torch.add(x, 1, **{option: state}),
+        lambda x: torch_functional.relu(state, inplace=True), lambda x: torch_functional.relu(state, True), lambda x: torch.relu_(state),
+        lambda x: torch.randn_like(x) + x, lambda x: torch.randperm(3) + x, lambda x: torch.normal(x, 1.0), lambda x: x.bernoulli(),
+        lambda x: torch.poisson(x), lambda x: x.multinomial(1), lambda x: torch_functional.dropout(x), lambda x: torch.empty(3) + x,
+        lambda x: torch_functional.rrelu(x), lambda x: torch_functional.batch_norm(x, state, state, training=True), lambda x: inner(x),
+        lambda x: torch_functional.gumbel_softmax(x), lambda x: state.exponential_() + x,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(writing())))
+def test_functions_that_write_or_draw(number):
+    assert not only_computes(writing()[number])
 
 
 @pytest.mark.parametrize("number", range(len(computing())))
@@ -170,6 +218,79 @@ def test_functions_that_count_are_called_each_time():
         found = solvers.minimize(counted, np.full(3, 0.5))
         assert len(calls) == found.nfev
     assert found.nfev > _CALLS
+
+
+def accumulating(state):
+    def function(x):
+        return rosenbrock(x) + 1e-9 * state.add_(1.0).sum()
+
+    return function
+
+
+def renamed(state):
+    def function(x):
+        same = state
+        same += 1.0
+        return rosenbrock(x) + 1e-9 * state.sum()
+
+    return function
+
+
+def noisy(state):
+    def function(x):
+        return rosenbrock(x) + 1e-6 * (torch.randn_like(x) * x).sum()
+
+    return function
+
+
+def branching_after_a_write(state):
+    def function(x):
+        state.add_(1.0)
+        return (x**2).sum() if x.sum() > 1 else (x**2).sum() + 1 - x.sum()
+
+    return function
+
+
+def branching_after_a_draw(state):
+    def function(x):
+        noise = 1e-6 * torch.rand(()) * x[0]
+        return rosenbrock(x) + noise if x.sum() > 1 else rosenbrock(x) - noise
+
+    return function
+
+
+@pytest.mark.parametrize("make", [accumulating, renamed, noisy, branching_after_a_write, branching_after_a_draw])
+def test_runs_that_leave_traces_are_those_of_plain_calls(make):
+    """To the last bit: results, numbers drawn, and what is written, solve after solve."""
+
+    def solved(compiled):
+        state = torch.zeros((), dtype=torch.float64)
+        function = make(state)
+        torch.manual_seed(0)
+        found = [
+            solvers.minimize(function, np.full(3, 0.5), method="L-BFGS-B", options={"maxiter": 20}, compiled=compiled)
+            for _ in range(3)
+        ]
+        return [(*f.x, f.fun, f.nfev) for f in found], state.item(), torch.rand(()).item()
+
+    expected = solved(False)
+    assert sum(nfev for *_, nfev in expected[0]) > _CALLS + 3
+    assert solved(None) == expected
+
+
+def test_a_function_that_counts_is_not_recorded_again_and_again():
+    count = [0]
+
+    def counted(x):
+        count[0] += 1
+        return rosenbrock(x)
+
+    with pytest.warns(UserWarning, match=r"counted cannot be replayed: `count`\[0\] is replaced between its calls"):
+        found = solvers.minimize(counted, np.full(3, 0.5), compiled=True)
+    assert found.nfev + 3 >= count[0] >= found.nfev  # three recordings, of two runs each
+    count[0] = 0
+    found = solvers.minimize(counted, np.full(3, 0.5), compiled=True)
+    assert count[0] == found.nfev
 
 
 def test_branches_on_values():

@@ -71,9 +71,8 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
     kept, needed, reachable = _between(tape.records, inputs, outputs)
     graph = Graph()
     active = _Reachable(tape, reachable)
-    real = not any([isinstance(value, torch.Tensor) and value.is_complex() for value in tape.values])
     for record in kept:
-        _add_record(graph, record, tape, needed, active, workspace, real)
+        _add_record(graph, record, tape, needed, active, workspace)
     return graph
 
 
@@ -120,18 +119,17 @@ def argument_slots(record: Any) -> list[int]:
 
 
 def _involves_complex(record: Any, tape: Any) -> bool:
-    slots = [*argument_slots(record), *(slot for slot in record.outputs if slot >= 0)]
-    values = (tape.values[slot] for slot in slots)
-    return any(isinstance(value, torch.Tensor) and value.is_complex() for value in values)
+    values = [tape.values[slot] for slot in (*argument_slots(record), *record.outputs) if slot >= 0]
+    return any([isinstance(value, torch.Tensor) and value.dtype.is_complex for value in values])
 
 
 def _add_record(
-    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace, real: bool
+    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace
 ) -> None:
     call = Call(record, active, workspace)
     rule = rule_for(record.op)
     # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
-    is_complex = not real and _involves_complex(record, tape)
+    is_complex = _involves_complex(record, tape)
     edges = opaque_edges(call) if is_complex else rule.linearize(call)
     rows = rows_of(call) if workspace.kernels and not is_complex else {}
     for edge in edges:
@@ -152,4 +150,16 @@ class _Reachable:
 
     def __init__(self, tape: Any, reachable: set[int]) -> None:
         self.values: list[torch.Tensor] = tape.values
-        self.active = [flag and slot in reachable for slot, flag in enumerate(tape.active)]
+        self.active = _Activity(tape.active, reachable)
+
+
+class _Activity:
+    """Which slots are active: looked up one by one, as a plan makes many small graphs of a long tape."""
+
+    __slots__ = ("_active", "_reachable")
+
+    def __init__(self, active: Sequence[bool], reachable: set[int]) -> None:
+        self._active, self._reachable = active, reachable
+
+    def __getitem__(self, slot: int) -> bool:
+        return slot in self._reachable and self._active[slot]

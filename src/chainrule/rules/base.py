@@ -16,11 +16,26 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_axes
 
 
+class Flags(Protocol):
+    """A flag for each slot."""
+
+    def __getitem__(self, slot: int, /) -> bool:
+        """The flag of a slot."""
+        ...
+
+
 class TapeView(Protocol):
     """The part of a tape that rules may look at."""
 
-    values: list[Any]
-    active: list[bool]
+    @property
+    def values(self) -> list[Any]:
+        """What each slot holds."""
+        ...
+
+    @property
+    def active(self) -> Flags:
+        """Whether what a slot holds depends on the inputs."""
+        ...
 
 
 class Call:

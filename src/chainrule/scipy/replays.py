@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -20,6 +21,9 @@ _CALLS = 12
 #: Runs of more ops are not recorded unasked: Python is a small part of what they cost, and recording takes seconds.
 _OPS = 200
 
+#: A function is called plainly after so many recordings of which none was replayed: what it reads is replaced each time.
+_WASTED = 3
+
 #: So many graphs are kept.
 _KEPT = 64
 
@@ -29,6 +33,9 @@ ATTRIBUTE = "_chainrule_replays"
 
 class Replayed:
     """A function of tensors, made of a user's, that is replayed by :func:`chainrule.compile`.
+
+    Unasked, only a function is run for counting and recording whose code shows that runs leave no traces: the value of the
+    plain call is the same before and after them.
 
     Args:
         function: what is called.
@@ -42,6 +49,7 @@ class Replayed:
         self._plain, self._user, self._value, self._is_forced = function, user, value, is_forced
         self._compiled: Any = None
         self._counts: dict[Any, int] = {}
+        self._wasted: dict[Any, int] = {}
         self._graphs: dict[Any, Graph] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -51,13 +59,17 @@ class Replayed:
         if graph is not None:
             if graph.holds():
                 try:
-                    return graph.replay([a for a in args if a.__class__ is torch.Tensor])
+                    found = graph.replay([a for a in args if a.__class__ is torch.Tensor])
+                    self._wasted[key] = 0
+                    return found
                 except OtherValues:
                     pass
             del self._graphs[key]
-        elif not self._is_forced:
-            calls = self._counts.get(key, 0)
-            if calls < 0 or None in key:
+        calls = self._counts.get(key, 0)
+        if calls < 0:
+            return self._plain(*args)
+        if not self._is_forced:
+            if None in key:
                 return self._plain(*args)
             if calls < _CALLS:
                 self._counts[key] = calls + 1
@@ -85,18 +97,35 @@ class Replayed:
             return self._never(key, args)
         if self._compiled is None:
             self._compiled = compile_function(self._plain)
+        wasted = 0 if None in key else self._wasted.get(key, 0)
+        if wasted >= _WASTED:
+            if self._is_forced:
+                self._warn(args)
+            return self._never(key, args)
+        misses = self._compiled.cache_info().misses
         try:
             found = self._compiled(*args)
         except CompileError:
             if self._is_forced:
                 raise
             return self._never(key, args)  # nothing but a result was computed until here
+        self._wasted[key] = wasted + 1 if self._compiled.cache_info().misses > misses else 0
         graph = None if None in key else self._compiled._held(*args)
         if graph is not None:
             if len(self._graphs) >= _KEPT:
                 self._graphs.clear()
             self._graphs[key] = graph
         return found
+
+    def _warn(self, args: tuple[Any, ...]) -> None:
+        changed = self._compiled._changed(*args) or "something that it reads"
+        name = getattr(self._user, "__qualname__", None) or repr(self._user)
+        warnings.warn(
+            f"chainrule.scipy: compiled=True, but {name} cannot be replayed: {changed} is replaced between its calls (or index "
+            f"tensors have other values). It was recorded {_WASTED} times in vain, and is called plainly from now on. Write "
+            "what changes into a tensor, or leave compiled=True out.",
+            stacklevel=3,
+        )
 
 
 def _key(args: tuple[Any, ...]) -> Any:

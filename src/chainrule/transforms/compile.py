@@ -180,6 +180,7 @@ def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callabl
     wrapper.graph = compiled.graph  # type: ignore[attr-defined]
     wrapper.source = compiled.source  # type: ignore[attr-defined]
     wrapper._held = compiled.held  # type: ignore[attr-defined]
+    wrapper._changed = compiled.changed  # type: ignore[attr-defined]
     return hide_from_dynamo(wrapper)
 
 
@@ -351,6 +352,13 @@ class _Compiled:
         key = _key(leaves, spec)
         graphs = self._signatures[key].graphs if key in self._signatures else []
         return next((graph for graph in graphs if graph.run is not None and graph.holds()), None)
+
+    def changed(self, *args: Any) -> str:
+        """What was replaced since the graphs of this signature were recorded, in words; empty where nothing is known to be."""
+        leaves, spec = tree_flatten(args)
+        key = _key(leaves, spec)
+        graphs = self._signatures[key].graphs if key in self._signatures else []
+        return next((graph.surroundings.changed for graph in graphs if graph.surroundings.changed), "")
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
         leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
