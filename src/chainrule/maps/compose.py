@@ -94,7 +94,7 @@ def join(left: Term, right: Term, workspace: Workspace) -> Term:
         left.onehots + right.onehots,
         left.scale * right.scale,
     ).rename(mapping)
-    merged = merged.having(factors=tuple(_without_repeats(f, workspace.memo) for f in merged.factors))
+    merged = merged.having(factors=tuple(without_repeats(f, workspace.memo) for f in merged.factors))
     merged = _without_circles(merged, workspace)
     between = dict.fromkeys(mapping.get(axis, axis) for dim in left.in_dims for axis in dim)
     return push_onehots(keep_count(merged, tuple(between)), workspace)
@@ -142,7 +142,7 @@ def _join_as_it_is(left: Term, right: Term, workspace: Workspace) -> Term | None
     return push_onehots(joined, workspace) if onehots else joined
 
 
-def _without_repeats(factor: Factor, memo: Memo) -> Factor:
+def without_repeats(factor: Factor, memo: Memo) -> Factor:
     """A factor two of whose axes have become one: its diagonal."""
     axes = list(factor.axes)
     while len(set(axes)) < len(axes):
@@ -169,7 +169,7 @@ def _without_circles(term: Term, workspace: Workspace) -> Term:
     scale = term.scale
     for onehot in term.onehots:
         if len(set(onehot.sources)) < len(onehot.sources):
-            read = _without_repeats(Factor(onehot.index, onehot.sources), workspace.memo)
+            read = without_repeats(Factor(onehot.index, onehot.sources), workspace.memo)
             onehot = onehot._replace(index=read.node, sources=read.axes, affine=None, shift=None)
         if onehot.target not in onehot.sources:
             onehots.append(onehot)

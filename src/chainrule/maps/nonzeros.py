@@ -91,6 +91,8 @@ def without_shared(terms: Sequence[Term]) -> tuple[list[Term], Callable[[Term], 
     for term in terms:
         out_dims, in_dims = places(term)
         gone = {(term.out_dims, term.in_dims)[side][d][0] for side, d in shared}
+        # A target that stands in another dimension, too (a block of a diagonal), is still tied there.
+        gone -= {axis for side in (out_dims, in_dims) for dim in side for axis in dim}
         kept = tuple(h for h in term.onehots if h.target not in gone)
         bare.append(replace(term, out_dims=tuple(out_dims), in_dims=tuple(in_dims), onehots=kept))
     return bare, restore

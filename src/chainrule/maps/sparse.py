@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from chainrule.maps.coincidence import solve_affine
-from chainrule.maps.compose import Workspace, keep_count
+from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import (
@@ -171,24 +171,48 @@ class SparseWorkspace(Workspace):
                 self._settled.update(instruction.outputs)
         self._settled_scanned = len(program.instructions)
         return staged.slot in self._settled or staged.slot in program.constants
+
     def canonical(self, term: Term) -> Term:
-        """The same term; equal relations share their index, and those that say nothing are gone."""
-        if not term.onehots:
-            return term
-        onehots: list[OneHot] = []
-        renamed: dict[Axis, Axis] = {}
-        for onehot in term.onehots:
-            found = self._concrete(onehot)
-            if found.affine == (0, 1) and found.sources[0].size == found.target.size:
-                renamed[found.target] = found.sources[0]
-            else:
-                onehots.append(found)
-        term = term.having(onehots=tuple(onehots))
-        while renamed:
-            target, source = renamed.popitem()
-            term = term.rename({target: source})
-            renamed = {one: source if two is target else two for one, two in renamed.items()}
+        """The same term; equal relations share their index, those that say nothing are gone, and no factor repeats an axis."""
+        while term.onehots:
+            onehots: list[OneHot] = []
+            same: dict[Axis, Axis] = {}
+            ties: list[Axis] = []
+            for onehot in term.onehots:
+                found = self._concrete(onehot)
+                if found.affine != (0, 1) or found.sources[0].size != found.target.size:
+                    onehots.append(found)
+                    continue
+                ties.append(found.sources[0])
+                target, source = _followed(found.target, same), _followed(found.sources[0], same)
+                if target is not source:
+                    same[target] = source
+            term = term.having(onehots=tuple(onehots))
+            if not ties:
+                break
+            term = self._without_circles(term.rename({axis: _followed(axis, same) for axis in same}))
+            term = keep_count(term, tuple(dict.fromkeys(_followed(axis, same) for axis in ties)))
         return term
+
+    def _without_circles(self, term: Term) -> Term:
+        """The term after some of its axes have become one: factors and relations are read on their diagonals."""
+        term = term.having(factors=tuple(without_repeats(factor, self.memo) for factor in term.factors))
+        onehots: list[OneHot] = []
+        scale = term.scale
+        for onehot in term.onehots:
+            if len(set(onehot.sources)) < len(onehot.sources):
+                read = without_repeats(Factor(onehot.index, onehot.sources), self.memo)
+                onehot = self._concrete(onehot._replace(index=read.node, sources=read.axes))
+            if onehot.target not in onehot.sources:
+                onehots.append(onehot)
+                continue
+            # A relation of an axis to itself holds where it takes the axis to the same place.
+            place = over_grid(onehot, self, {axis: number for number, axis in enumerate(onehot.sources)})
+            own = [-1 if axis is onehot.target else 1 for axis in onehot.sources]
+            places = torch.nonzero(place == torch.arange(onehot.target.size, device=self.device).reshape(own))
+            onehots.extend(self._listed(places, onehot.sources))
+            scale = scale if places.shape[0] else 0.0
+        return term.having(onehots=tuple(onehots), scale=scale)
 
     def _concrete(self, onehot: OneHot) -> OneHot:
         known = self._known.get(id(onehot.index))
@@ -444,7 +468,8 @@ class SparseWorkspace(Workspace):
             return tuple(terms)
         bare, restore = without_shared(terms)
         done = self._compress(bare)
-        return tuple(terms) if len(done) == len(terms) else tuple(self.canonical(restore(term)) for term in done)
+        # A sum may be tied to what the shared relations have for sources: they are chained.
+        return tuple(terms) if len(done) == len(terms) else tuple(settle(restore(term), self) for term in done)
 
     def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         block = block_keys(terms, self.device)
@@ -462,7 +487,7 @@ class SparseWorkspace(Workspace):
 
 
 def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A tensor as it is outside of a vmap; None if it differs between the samples."""
+    """A tensor as it is outside of a vmap; None if there is one for each sample."""
     while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
         if tensor.batched:
             return None
@@ -474,15 +499,23 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is outside of a vmap.
 
     Raises:
-        RuntimeError: if it differs between the samples.
+        RuntimeError: if there is one for each sample.
     """
     found = unbatched(tensor)
     if found is None:
         raise RuntimeError(
             "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
-            "what max, sort or a mask selects) differs between them. Use layout='dense', or loop over the samples."
+            "what max, sort or a mask selects) is mapped over, one for each sample (equal ones are not told from others). Pass "
+            "an index that all samples share with in_dims=None, use layout='dense', or loop over the samples."
         )
     return found
+
+
+def _followed(axis: Axis, same: dict[Axis, Axis]) -> Axis:
+    """The axis that an axis has become."""
+    while axis in same:
+        axis = same[axis]
+    return axis
 
 
 def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
