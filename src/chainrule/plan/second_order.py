@@ -182,10 +182,19 @@ class Contracted(NamedTuple):
     staged: list[Staged]
 
 
+class HoldsMore(Exception):  # noqa: N818 - never reaches a user
+    """A plan holds more numbers at once than it may."""
+
+
 def second_order(
-    tape: Any, inputs: Sequence[int], output: int, seed: torch.Tensor, recording: Recording, *, diagonal: bool
+    tape: Any, inputs: Sequence[int], output: int, seed: torch.Tensor, recording: Recording, *, diagonal: bool,
+    limit: int | None = None,
 ) -> Contracted:
-    """Run the plan for the trace (or the diagonal) of the Hessian of ``seed·output`` with respect to each input."""
+    """Run the plan for the trace (or the diagonal) of the Hessian of ``seed·output`` with respect to each input.
+
+    Raises:
+        HoldsMore: the contraction would hold more than ``limit`` numbers at once; only the pullback has run.
+    """
     records = list(tape.records)
     workspace = make_workspace(tape, (*inputs, output))
     needed = curvatures(tape, inputs, output, seed, workspace, recording)
@@ -204,10 +213,12 @@ def second_order(
             nodes[output, source] = densify(total, workspace)
     whole = build_graph(_Part(tape, records), list(dict.fromkeys(inputs)), [output], workspace)
     candidate = elimination.measure(Candidate("curvatures", nodes))
+    if limit is not None and candidate.peak > limit:
+        raise HoldsMore
     staged = {source: node.force(program) for (_, source), node in nodes.items()}
     results = {source: made.value for source, made in staged.items()}
     workspace.memo.clear()
     return Contracted(results, whole, candidate, program, list(staged.values()))
 
 
-__all__ = ["Curvature", "curvatures", "second_order"]
+__all__ = ["Curvature", "HoldsMore", "curvatures", "second_order"]

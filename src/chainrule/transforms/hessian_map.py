@@ -12,11 +12,12 @@ import torch
 
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point
-from chainrule.plan.second_order import second_order
+from chainrule.plan.second_order import HoldsMore, second_order
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
 from chainrule.transforms.derivatives import grad
 from chainrule.transforms.jacobian_map import JacobianMap, input_space, jacobian_map
 from chainrule.transforms.levels import Level
+from chainrule.transforms.map_entries import held_by_entries
 from chainrule.transforms.nest import run_recorded
 from chainrule.transforms.spaces import Space
 from chainrule.transforms.trace import Traced, active_slot, trace
@@ -40,25 +41,30 @@ class HessianMap(JacobianMap):
     def diagonal(self) -> Any:
         """The diagonal, as :func:`chainrule.hessian_diagonal` computes it: the Hessian is not formed.
 
+        Where that would hold more than the Hessian's non-zeros (scatters into the nodes of a graph), it is read off them.
+
         Returns:
             A tree of the input's structure and shapes.
         """
-        if not self._by_curvatures:
-            return super().diagonal()
-        return self.in_space.tree(self._contracted(diagonal=True))
+        parts = self._contracted(diagonal=True)
+        return super().diagonal() if parts is None else self.in_space.tree(parts)
 
     def trace(self) -> torch.Tensor:
-        """The trace, as :func:`chainrule.laplacian` computes it: the Hessian is not formed."""
-        if not self._by_curvatures:
+        """The trace, as :func:`chainrule.laplacian` computes it, or read off the non-zeros as :meth:`diagonal` is."""
+        parts = self._contracted(diagonal=False)
+        if parts is None:
             return super().trace()
         total = None
-        for part in self._contracted(diagonal=False):
+        for part in parts:
             total = part.to(self.dtype) if total is None else torch.add(total, part.to(self.dtype))
         assert total is not None
         return total
 
-    def _contracted(self, *, diagonal: bool) -> list[torch.Tensor]:
-        """The diagonal of the block of each input with itself, or its sum."""
+    def _contracted(self, *, diagonal: bool) -> list[torch.Tensor] | None:
+        """The diagonal of the block of each input with itself, or its sum; None where curvatures are not the way to it."""
+        if not self._by_curvatures:
+            return None
+        limit = held_by_entries(self, "diagonal" if diagonal else "trace")
 
         def finish(traced: Traced, single: bool) -> list[torch.Tensor]:
             (value,), (slot,) = traced.out_leaves, traced.out_slots
@@ -66,7 +72,7 @@ class HessianMap(JacobianMap):
             if slot is not None:
                 recording = partial(_recording, traced.tape)
                 seed = torch.ones_like(value)
-                found = second_order(traced.tape, traced.in_slots, slot, seed, recording, diagonal=diagonal).results
+                found = second_order(traced.tape, traced.in_slots, slot, seed, recording, diagonal=diagonal, limit=limit).results
             parts = []
             for source, leaf in zip(traced.in_slots, traced.in_leaves, strict=True):
                 shape = leaf.shape if diagonal else ()
@@ -78,7 +84,12 @@ class HessianMap(JacobianMap):
         run = self._function
         whole = replace(run, in_leaves=[run.tape.values[slot] for slot in run.in_slots])
         name = "hessian_diagonal" if diagonal else "laplacian"
-        found: list[torch.Tensor] = run_recorded(Level(_no_function, name, None, False, finish, (name, "map")), whole)
+        level = Level(_no_function, name, None, False, finish, (name, "map", limit is None))
+        try:
+            found: list[torch.Tensor] = run_recorded(level, whole)
+        except HoldsMore:
+            self._by_curvatures = False
+            return None
         return found
 
 

@@ -36,21 +36,26 @@ _ENTRY = 4
 
 def prefers_entries(linear_map: LinearMap, kind: str, *parts: Parts) -> bool:
     """Whether the entries of a map are fewer than what the contraction of a request holds; found out once per signature."""
+    return held_by_entries(linear_map, kind, *parts) is not None
+
+
+def held_by_entries(linear_map: LinearMap, kind: str, *parts: Parts) -> int | None:
+    """How many numbers a request holds that reads entries; None where the contraction of the map's factors holds less."""
     m, n = linear_map.shape
     if m * n * linear_map.dtype.itemsize <= _SMALL or _without_patterns():
-        return False
+        return None
     tape, request, seeds = linear_map._request(kind, *parts)
     peak = peak_elements(tape, request, seeds)
     if peak <= _LINEAR * (m + n):
-        return False
+        return None
     read = list(_read(request.expression)) if kind in ("diagonal", "trace") else [request.expression]
     total = 0
     for expression in read:
         count = entries_predicted(tape, SparseExpression(expression), seeds)
         if count is None:
-            return False
+            return None
         total += count
-    return _ENTRY * total < peak
+    return _ENTRY * total if _ENTRY * total < peak else None
 
 
 def _without_patterns() -> bool:
@@ -153,4 +158,4 @@ def _added(places: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tenso
     return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, places, values)
 
 
-__all__ = ["diagonal_of_entries", "prefers_entries", "single_entries", "squares_of_entries"]
+__all__ = ["diagonal_of_entries", "held_by_entries", "prefers_entries", "single_entries", "squares_of_entries"]
