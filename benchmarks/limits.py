@@ -4,6 +4,12 @@ from __future__ import annotations
 
 #: By row; a row's line is printed only while the row misses a ratio.
 LIMITS: dict[str, str] = {
+    "A1": "the calls of the plan are a fifth; the rest is making a tape, recording two ops (3 to 5 µs each beside the kernels), "
+    "looking the plan up and putting the result together, and compiled the checks of the arguments. jax.jit does these in "
+    "C++. Kept: handlers, records and constants in C, torch's snapshots of its state left out.",
+    "A2": "as A1: of the difference to the formula by hand, 10 µs are the kernels' and the rest those of any call.",
+    "A3": "as A2.",
+    "A7": "bound by writing the result, most of which are zeros: as fast as the formula by hand, or a copy of the result.",
     "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs "
     "for an op and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay "
     "on the stored tensors (kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept).",
