@@ -28,15 +28,16 @@ stored_dtype(PyObject *batch, PyObject **dtype)
     return 0;
 }
 
+/* Whether the ranks of two tensors compare so (Py_EQ, Py_LT): 1, 0, or -1 with an error set. */
 static int
-same_rank(PyObject *one, PyObject *other)
+ranks_compare(PyObject *one, PyObject *other, int how)
 {
     PyObject *first = PyObject_GetAttr(one, s_ndim);
     PyObject *second = first == NULL ? NULL : PyObject_GetAttr(other, s_ndim);
-    int same = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_EQ);
+    int outcome = second == NULL ? -1 : PyObject_RichCompareBool(first, second, how);
     Py_XDECREF(first);
     Py_XDECREF(second);
-    return same;
+    return outcome;
 }
 
 /* A result as a tensor of this level; takes the reference of `out`. `like` has its dtype, shape and layout, if it is given. */
@@ -96,18 +97,6 @@ done:
     return tensor;
 }
 
-/* 1 if the rank of `one` is less than that of `other`, 0 if not, -1 with an error set. */
-static int
-lower_rank(PyObject *one, PyObject *other)
-{
-    PyObject *first = PyObject_GetAttr(one, s_ndim);
-    PyObject *second = first == NULL ? NULL : PyObject_GetAttr(other, s_ndim);
-    int lower = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_LT);
-    Py_XDECREF(first);
-    Py_XDECREF(second);
-    return lower;
-}
-
 static int
 rank_is(PyObject *tensor, long wanted)
 {
@@ -144,7 +133,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         *stored = Py_NewRef(SLOT(batch, value));
         fits = known <= 0 ? known : other == dtype;
         if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
-            fits = same_rank(value, *stored);
+            fits = ranks_compare(value, *stored, Py_EQ);
             *keeps = 0;
         }
         Py_DECREF(batch);
@@ -157,7 +146,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         fits = other == NULL ? -1 : other == dtype;
         /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
         if (fits > 0)
-            fits = pointwise ? lower_rank(item, value) : place > 1 ? 1 : rank_is(item, 2);
+            fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : rank_is(item, 2);
     }
     Py_XDECREF(other);
     if (fits <= 0)
