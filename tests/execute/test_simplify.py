@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,3 +135,57 @@ def test_what_is_transposed_twice_is_itself() -> None:
     other = program.call(torch.transpose, program.call(torch.transpose, x, 1, 2), 0, 1)
     assert calls(program, program.call(torch.sin, back).slot) == ["sin"]
     assert calls(program, program.call(torch.sin, other).slot) == ["transpose", "transpose", "sin"]
+
+
+def written_before_read(x: Tensor) -> Tensor:
+    basis = torch.zeros_like(x)
+    basis[1].fill_(2.0)
+    basis[:2].add_(1.0)
+    return (basis * x).cumsum(0)
+
+
+def read_between_writes(x: Tensor) -> Tensor:
+    basis = torch.zeros_like(x)
+    basis[1] = 2.0
+    before = basis * x
+    basis[2] = 3.0
+    return before - basis * x
+
+
+def written_with_a_value(x: Tensor) -> Tensor:
+    basis = torch.ones_like(x)
+    basis[0] = x[1]
+    basis[1] = 5.0
+    return basis.sin() * x
+
+
+def written_and_returned(x: Tensor) -> tuple[Tensor, Tensor]:
+    basis = x.new_ones(x.shape[0])
+    basis[1:] *= 4.0
+    return basis, basis[1:] * x[1:]
+
+
+def ones_only(x: Tensor) -> tuple[Tensor, Tensor]:
+    scaled = torch.ones_like(x) * x
+    return scaled, scaled * torch.ones_like(x) + 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "most"),
+    [(written_before_read, 2), (read_between_writes, None), (written_with_a_value, None), (written_and_returned, None), (ones_only, 2)],
+)
+def test_memory_of_fixed_values(function: Callable[[Tensor], Tensor], most: int | None) -> None:
+    """What is filled with the same numbers in every run is filled once, unless something else happens to it."""
+    compiled = chainrule.compile(function)
+    kept = []
+    for _ in range(4):
+        x = torch.randn(4, dtype=torch.float64)
+        kept.append((compiled(x), function(x)))
+    for found, expected in kept:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    source = compiled.source(torch.randn(4, dtype=torch.float64))
+    assert most is None or source.count(" = f") <= most, source
+    derivative = chainrule.compile(chainrule.jacrev(function))
+    for _ in range(3):
+        x = torch.randn(4, dtype=torch.float64)
+        torch.testing.assert_close(derivative(x), torch.func.jacfwd(function)(x))

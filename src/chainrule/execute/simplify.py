@@ -25,6 +25,15 @@ _DIFFERENCE = (torch.sub, aten.sub.Tensor._op)
 #: Calls that make tensors from nothing.
 _CREATIONS = frozenset({torch.zeros, torch.ones, torch.eye, torch.arange, torch.full})
 
+#: Calls that take shape, dtype and device from their first argument, and no value.
+_LIKE = frozenset(
+    {
+        torch.zeros_like, torch.ones_like, torch.full_like, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full,
+        aten.zeros_like.default._op, aten.ones_like.default._op, aten.full_like.default._op,
+        aten.new_zeros.default._op, aten.new_ones.default._op, aten.new_full.default._op,
+    }
+)  # fmt: skip
+
 #: Results of at most this many elements that are the same in every run are computed once.
 _FOLDED = 4096
 
@@ -50,6 +59,7 @@ def simplify(
         kept = _share(kept, _roots(program, kept, wanted), program.copies, memory)
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
     kept, folded = _fold(program, kept, wanted, constants, memory)
+    kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
     kept, made = _fuse(program, kept, wanted, memory)
     kept = [_as_view(program, i) if memory.touched(i) else i for i in _needed(kept, wanted, memory)]
     cheapest, numbers = spell(program, kept) if spelled else (kept, {})
@@ -73,8 +83,12 @@ class _Memory:
         """Whether an instruction reads or makes something that is written to."""
         if not self.written:
             return False
-        slots = (*instruction.outputs, *refs((instruction.args, tuple(instruction.kwargs.values()))))
-        return any(self.root(slot) in self.written for slot in slots)
+        return not self.roots(instruction).isdisjoint(self.written)
+
+    def roots(self, instruction: Instruction, *, reads: bool = True) -> set[int]:
+        """The memory that an instruction makes and, where ``reads``, the memory that it is given."""
+        slots = (*instruction.outputs, *(refs((instruction.args, tuple(instruction.kwargs.values()))) if reads else ()))
+        return {self.root(slot) for slot in slots}
 
 
 def _as_view(program: Program, instruction: Instruction) -> Instruction:
@@ -105,33 +119,117 @@ def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[i
 def _fold(
     program: Program, kept: list[Instruction], wanted: Sequence[int], constants: dict[int, torch.Tensor], memory: _Memory
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
-    """Compute small values once that are the same in every run. Results, and what they may be views of, stay calls."""
-    fixed = set(constants)
-    candidates: dict[int, Instruction] = {}
-    for instruction in kept:
-        read = refs((instruction.args, tuple(instruction.kwargs.values())))
-        made = bool(read) or instruction.function in _CREATIONS
-        made = made and not instruction.keep and not memory.touched(instruction)
-        if made and len(instruction.outputs) == 1 and not instruction.is_tuple and fixed.issuperset(read):
-            kind = program.kinds.get(instruction.outputs[0])
-            if kind is not None and kind[0].numel() <= _FOLDED:
-                fixed.add(instruction.outputs[0])
-                candidates[instruction.outputs[0]] = instruction
-    for slot in wanted:
-        pending = [slot]
-        while pending:
-            found = candidates.pop(pending.pop(), None)
-            if found is not None:
-                pending.extend(refs((found.args, tuple(found.kwargs.values()))))
+    """Compute small values once that are the same in every run. Results, and what they may be views of, stay calls.
+
+    Memory that is written to is folded as a whole, if only fixed values are written, and before anything else reads it.
+    """
+    groups = memory.written & memory.producers.keys()
+    while True:
+        chosen = _fixed_calls(program, kept, wanted, constants, memory, groups)
+        open_groups = {group for group in groups if not _is_closed(kept, chosen, memory, group)}
+        if not open_groups:
+            break
+        groups -= open_groups
     values = dict(constants)
     folded: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), torch.no_grad(), undispatched():
-        for slot, instruction in candidates.items():
-            if all(r in values for r in refs((instruction.args, tuple(instruction.kwargs.values())))):
+        for number in sorted(chosen):
+            instruction = kept[number]
+            if instruction.function in _LIKE:
+                # Only the kind of the first argument matters.
+                shape, dtype, device = program.kinds[instruction.args[0].slot]
+                arguments = (torch.empty(shape, dtype=dtype, device=device), *instruction.args[1:])
+            else:
                 arguments = _valued(instruction.args, values)
-                named = {name: _valued(item, values) for name, item in instruction.kwargs.items()}
-                values[slot] = folded[slot] = instruction.function(*arguments, **named)
-    return [i for i in kept if len(i.outputs) != 1 or i.outputs[0] not in folded], folded
+            named = {name: _valued(item, values) for name, item in instruction.kwargs.items()}
+            result = instruction.function(*arguments, **named)
+            for slot in instruction.outputs:
+                values[slot] = folded[slot] = result
+    return [instruction for number, instruction in enumerate(kept) if number not in chosen], folded
+
+
+def _without_ones(
+    program: Program, kept: list[Instruction], wanted: Sequence[int], constants: dict[int, torch.Tensor], memory: _Memory
+) -> list[Instruction]:
+    """Leave out products with ones; results stay tensors of their own."""
+    names: dict[int, int] = {}
+    ones: dict[int, bool] = {}
+    own = _roots(program, kept, wanted)
+    left: list[Instruction] = []
+    for instruction in kept:
+        if names:
+            instruction = renamed(instruction, names)
+        args = instruction.args
+        if instruction.function in _PRODUCT and not instruction.kwargs and all(isinstance(a, Ref) for a in args):
+            (out,) = instruction.outputs
+            factors = [a.slot for a in args if not _is_one(a.slot, constants, ones)]
+            if len(factors) == 1 and out not in own and program.kinds.get(out) == program.kinds.get(factors[0], out):
+                if not memory.touched(instruction):
+                    names[out] = factors[0]
+                    continue
+        left.append(instruction)
+    return left
+
+
+def _is_one(slot: int, constants: dict[int, torch.Tensor], known: dict[int, bool]) -> bool:
+    """Whether a value is a small constant of ones."""
+    if slot not in known:
+        value = constants.get(slot)
+        known[slot] = False
+        if value is not None and value.is_cpu and value.numel() <= _FOLDED:
+            with undispatched():
+                known[slot] = bool((value == 1).all())
+    return known[slot]
+
+
+def _fixed_calls(
+    program: Program,
+    kept: list[Instruction],
+    wanted: Sequence[int],
+    constants: dict[int, torch.Tensor],
+    memory: _Memory,
+    groups: set[int],
+) -> set[int]:
+    """The calls (by number) whose small results are the same in every run, if so are the written-to ``groups``."""
+    fixed = set(constants)
+    makers: dict[int, int] = {}
+    chosen: set[int] = set()
+    for number, instruction in enumerate(kept):
+        read = refs((instruction.args, tuple(instruction.kwargs.values())))
+        model = instruction.args[0] if instruction.function in _LIKE else None
+        like = isinstance(model, Ref) and model.slot in program.kinds
+        if like:
+            read = read[1:]
+        if not (like or read or instruction.function in _CREATIONS) or not fixed.issuperset(read):
+            continue
+        if instruction.keep or instruction.is_tuple or len(instruction.outputs) > 1:
+            continue
+        if memory.written and not memory.roots(instruction, reads=not like).isdisjoint(memory.written - groups):
+            continue
+        kinds = [program.kinds.get(slot) for slot in (*instruction.outputs, *instruction.writes)]
+        if kinds and all(kind is not None and kind[0].numel() <= _FOLDED for kind in kinds):
+            fixed.update(instruction.outputs)
+            makers.update(dict.fromkeys(instruction.outputs, number))
+            chosen.add(number)
+    pending = list(wanted)
+    while pending:
+        number = makers.pop(pending.pop(), -1)
+        if number >= 0:
+            chosen.discard(number)
+            pending.extend(refs((kept[number].args, tuple(kept[number].kwargs.values()))))
+    return chosen
+
+
+def _is_closed(kept: list[Instruction], chosen: set[int], memory: _Memory, group: int) -> bool:
+    """Whether every call that makes or writes to some memory is chosen, and every other one reads it after these."""
+    last = -1
+    for number, instruction in enumerate(kept):
+        if any(memory.root(slot) == group for slot in (*instruction.outputs, *instruction.writes)):
+            if number not in chosen:
+                return False
+            last = number
+    readers = (n for n, instruction in enumerate(kept[:last]) if n not in chosen and group in memory.roots(instruction))
+    return next(readers, None) is None
 
 
 def _valued(tree: Any, values: dict[int, torch.Tensor]) -> Any:
