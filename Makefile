@@ -25,6 +25,7 @@ test: $(STAMP)
 sweep: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 	$(BIN)/python tests/batching/sweep_operator_database.py
+	$(BIN)/python tests/rules/sweep_operator_database.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -35,7 +36,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
-	$(BIN)/python -m doctest -o ELLIPSIS README.md docs/sparse.md docs/linear-maps.md docs/scipy.md
+	$(BIN)/python -m pytest -n 2 tests/test_documentation.py
 
 notebook: $(STAMP)
 	$(BIN)/python examples/build_notebook.py
