@@ -30,6 +30,13 @@ _PYTHON = torch._C.DispatchKey.Python
 _SNAPSHOT = torch._C.DispatchKey.PythonTLSSnapshot
 _FUNCTORCH = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
+#: What :data:`chainrule.capture.tape.BelowAutograd` leaves out.
+_AUTOGRAD = tuple(
+    getattr(torch._C.DispatchKey, name)
+    for name in ("ADInplaceOrView", "AutogradOther", "AutogradFunctionality", "AutogradNestedTensor")
+)
+_AUTOGRAD_NUMBERS = tuple(int(key) for key in _AUTOGRAD)
+
 
 def _addresses() -> list[int] | None:
     """Where the functions are; None if one is missing."""
@@ -49,10 +56,10 @@ def find_state() -> bool:
     addresses = _addresses() if COMPILED else None
     if addresses is None:
         return False
-    use_state(*addresses, int(_PYTHON), int(_SNAPSHOT), int(_FUNCTORCH))  # type: ignore[call-overload]
+    use_state(*addresses, int(_PYTHON), int(_SNAPSHOT), int(_FUNCTORCH), _AUTOGRAD_NUMBERS)  # type: ignore[call-overload]
     if _agrees():
         return True
-    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, _AUTOGRAD_NUMBERS)
     return False
 
 
@@ -78,6 +85,15 @@ def _agrees() -> bool:
     finally:
         torch._C._pop_torch_dispatch_stack(None)
         torch._C._pop_torch_function_stack()
+    outside = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        below = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+        for key in _AUTOGRAD:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        right = right and torch._C._dispatch_tls_local_exclude_set().raw_repr() == outside
+        for key in _AUTOGRAD:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+        right = right and torch._C._dispatch_tls_local_exclude_set().raw_repr() == below
     keys = (_PYTHON, _SNAPSHOT)
     excluded_before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
     try:

@@ -43,7 +43,7 @@ def use_facts(facts: type) -> None:
     """Give the handlers the class of what is known of ops; those in Python know it."""
 
 
-def use_state(*addresses: int) -> None:
+def use_state(*addresses: Any) -> None:
     """Give the handlers torch's functions on the state of its dispatcher; those in Python use their bindings."""
 
 

@@ -31,6 +31,7 @@ if KNOWS_STATE:
     for _name, _function in methods().items():
         setattr(BatchTensor, _name, Method(_function, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
+_WITH_GRAPHS = (Tensor, torch.nn.Parameter)
 _AUTOCAST = functools.reduce(
     torch._C.DispatchKeySet.__or__,
     (
@@ -178,8 +179,8 @@ class VmapMode(LightMode):
             return NotImplemented
         value = inner.value
         dtype = value.dtype
-        # A graph of the wrapped tensors, or of those inside: autograd has to see the call.
-        if value.requires_grad or dtype.is_complex or (self.graphs and first.requires_grad):
+        # A graph of the wrapped tensors: autograd has to see the call on them.
+        if dtype.is_complex or (self.graphs and first.requires_grad):
             return NotImplemented
         count = len(args)
         if count == 1:
@@ -195,12 +196,18 @@ class VmapMode(LightMode):
             stored = (value, *others)
         else:
             return NotImplemented
-        if self.below is None:
-            out = function.call(*stored)
-        else:
+        if self.below is not None:
             out = self.below.run_function(function, stored)
             if out is NotImplemented:
                 return out
+        elif any([item.__class__ in _WITH_GRAPHS and item.requires_grad for item in stored]):
+            if not torch.is_grad_enabled():
+                return NotImplemented
+            # A graph of the stored tensors, which a tape inside of this mode keeps autograd from.
+            with _ForceDispatchKeyGuard(self._include, self._exclude):
+                out = function.call(*stored)
+        else:
+            out = function.call(*stored)
         if out.__class__ is not Tensor or not out.is_contiguous():
             return wrap_batched(Batched(out), self)
         if out.is_cpu:
@@ -218,7 +225,7 @@ class VmapMode(LightMode):
         if strategy is None or entry.random or self._always_guard or self.graphs:
             return NotImplemented
         inner: list[Any] = []
-        batched = False
+        batched = joined = False
         for arg in args:
             if isinstance(arg, Tensor):
                 value: Any = arg
@@ -230,12 +237,13 @@ class VmapMode(LightMode):
                         batched, value = True, arg.value
                 elif arg.__class__ is not Tensor and is_foreign(arg.__class__):
                     return NotImplemented
-                if value.requires_grad or value.is_complex():
+                if value.is_complex():
                     return NotImplemented
+                joined = joined or value.requires_grad
             inner.append(arg)
-        if not batched:
+        if not batched or (joined and not torch.is_grad_enabled()):
             return NotImplemented
-        if entry.aliases:
+        if entry.aliases or joined:
             # Autograd has to see views: a write through one is a write to the other.
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 result = strategy(op, inner, {}, self.size)
@@ -264,7 +272,7 @@ class VmapMode(LightMode):
             batched = item.__class__ is Batched
             if batched:
                 item = item.value
-            if item.requires_grad or item.dtype is not value.dtype:
+            if item.dtype is not value.dtype:
                 return None
             if function.pointwise:
                 # Element by element: one without the batch broadcasts against the last dimensions.

@@ -34,9 +34,13 @@ def slot_object(number: int) -> Slot:
     return SLOTS[number] if number < 4096 else Slot(number)
 
 
+#: Tensors without ways of their own.
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
 def meta(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What the key of a plan says of a tensor."""
-    if tensor.__class__ is not torch.Tensor:
+    if tensor.__class__ not in _ORDINARY:
         # What differs between the samples of a vmap is planned otherwise than what does not.
         return (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "batched", False))
     if tensor.layout is not torch.strided:

@@ -343,15 +343,16 @@ class Tape(Slots, LightMode):
             The result; NotImplemented, with nothing done, for other arguments or if `run` returns that.
         """
         known, active = self.slots.get, self.active
-        touched = False
+        touched = joined = False
         new: list[int] | None = None
         lowered: list[Any] = []
         add = lowered.append
         for item in args:
             slot = known(id(item))
             if slot is not None:
-                if item.requires_grad or item.is_complex():
+                if item.is_complex():
                     return NotImplemented
+                joined = joined or item.requires_grad
                 if active[slot]:
                     touched = True
                 add(SLOTS[slot] if slot < 4096 else Slot(slot))
@@ -362,8 +363,9 @@ class Tape(Slots, LightMode):
                 if item == 0 and kind is float:
                     self._mark_sign(item)
             elif isinstance(item, torch.Tensor):
-                if item.requires_grad or item.is_complex() or (kind is not torch.Tensor and _is_elsewhere(item)):
+                if item.is_complex() or (kind is not torch.Tensor and _is_elsewhere(item)):
                     return NotImplemented
+                joined = joined or item.requires_grad
                 if new is None:
                     new = []
                 new.append(len(lowered))
@@ -372,8 +374,9 @@ class Tape(Slots, LightMode):
                 add(tuple(item))
             elif kind is list and isinstance(item[0], torch.Tensor):
                 for one in item:
-                    if not isinstance(one, torch.Tensor) or one.requires_grad or one.is_complex():
+                    if not isinstance(one, torch.Tensor) or one.is_complex():
                         return NotImplemented
+                    joined = joined or one.requires_grad
                     slot = known(id(one))
                     if slot is None:
                         if one.__class__ is not torch.Tensor and _is_elsewhere(one):
@@ -386,7 +389,15 @@ class Tape(Slots, LightMode):
                 add(None)
             else:
                 return NotImplemented
-        out = run(facts if given is None else given, args)
+        if not joined:
+            out = run(facts if given is None else given, args)
+        elif not _is_grad_enabled():
+            return NotImplemented
+        elif self.below is None or run is _run_alone:  # torch's own autograd has to see the call
+            with _ForceDispatchKeyGuard(*self._outside):
+                out = run(facts if given is None else given, args)
+        else:  # the mode below shows it to autograd
+            out = run(facts if given is None else given, args)
         if out is NotImplemented:
             return out
         if self.respect_no_grad and not _is_grad_enabled():

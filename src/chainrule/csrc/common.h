@@ -27,7 +27,7 @@ typedef struct {
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects)
+    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -35,12 +35,15 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
-    X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record)
+    X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) X(grad_fn)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
 
 static PyObject *empty = NULL;
+
+/* How many keys autograd has that a tape is recorded without. */
+enum { AUTOGRAD_KEYS = 4 };
 
 /* Torch's own functions on the state of its dispatcher; all of them, or none. A key is an enumeration of 16 bits. */
 static struct {
@@ -54,6 +57,7 @@ static struct {
     uint16_t python;
     uint16_t snapshot; /* keeps the state for Python's handlers, by a boxed call for every op */
     uint16_t functorch;
+    uint16_t autograd[AUTOGRAD_KEYS];
 } state;
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
@@ -97,15 +101,35 @@ constant_for(PyObject *number, PyObject *dtype)
     return PyObject_Vectorcall(c_shared_constant, args, 2, NULL);
 }
 
-/* A new reference to a tensor's dtype if the tensor is plain (real, without a graph), None if it is not; NULL on error. */
+static int
+call_is_true(PyObject *callable)
+{
+    PyObject *found = PyObject_CallNoArgs(callable);
+    if (found == NULL)
+        return -1;
+    int truth = PyObject_IsTrue(found);
+    Py_DECREF(found);
+    return truth;
+}
+
+/* Whether a tensor from outside is of a class without ways of its own. */
+static int
+is_constant_class(PyObject *tensor)
+{
+    PyObject *type = (PyObject *)Py_TYPE(tensor);
+    return type == c_tensor || type == c_parameter;
+}
+
+/* A new reference to a tensor's dtype if the tensor is real, None if it is not; NULL on error. Of one with a graph `joined` is
+ * set, so that torch's autograd sees the call. */
 static PyObject *
-plain_dtype(PyObject *tensor)
+plain_dtype(PyObject *tensor, int *joined)
 {
     int graph = attribute_is_true(tensor, s_requires_grad);
     if (graph < 0)
         return NULL;
     if (graph)
-        return Py_NewRef(Py_None);
+        *joined = 1;
     PyObject *dtype = PyObject_GetAttr(tensor, s_dtype);
     if (dtype == NULL)
         return NULL;
@@ -151,15 +175,33 @@ include_python(void)
     return 0;
 }
 
-/* The call of a function with torch's Python handlers off. */
+static void
+exclude_autograd(bool excluded)
+{
+    for (int number = 0; number < AUTOGRAD_KEYS; number++)
+        state.exclude(state.autograd[number], excluded);
+}
+
+/* Whether a call on tensors with a graph may be made here: 1; 0 if it is left to Python; -1 with an error set. */
+static int
+may_join(void)
+{
+    return state.exclude == NULL ? 0 : call_is_true(c_grad_enabled);
+}
+
+/* The call of a function with torch's Python handlers off, and with its autograd switched on for it if `joined`. */
 static PyObject *
-call_below(PyObject *call, PyObject *const *args, Py_ssize_t count)
+call_below(PyObject *call, PyObject *const *args, Py_ssize_t count, int joined)
 {
     PyObject *done = exclude_python(1);
     if (done == NULL)
         return NULL;
     Py_DECREF(done);
+    if (joined)
+        exclude_autograd(false);
     PyObject *out = PyObject_Vectorcall(call, args, count, NULL);
+    if (joined)
+        exclude_autograd(true);
     if (include_python() < 0) {
         Py_XDECREF(out);
         return NULL;

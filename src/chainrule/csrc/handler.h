@@ -60,7 +60,7 @@ torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject 
             if (innermost) {
                 PyObject *out = self->kind == TAPE ? run_on_tape(self, function, args[2])
                                                    : run_under_vmap(self, function, &PyTuple_GET_ITEM(args[2], 0),
-                                                                    PyTuple_GET_SIZE(args[2]));
+                                                                    PyTuple_GET_SIZE(args[2]), 0);
                 if (out != Py_NotImplemented)
                     return out;
                 Py_DECREF(out);

@@ -22,7 +22,7 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
             state.functions_shown() && stands_innermost(handler)) {
             int disabled = state.get_functions();
             state.set_functions(2);
-            PyObject *out = run_under_vmap(handler, self->function, args, count);
+            PyObject *out = run_under_vmap(handler, self->function, args, count, 0);
             state.set_functions(disabled);
             if (out != Py_NotImplemented)
                 return out;

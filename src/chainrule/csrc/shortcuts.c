@@ -82,9 +82,10 @@ static PyObject *
 use_state(PyObject *module, PyObject *args)
 {
     unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
-    unsigned short python, snapshot, functorch;
-    if (!PyArg_ParseTuple(args, "KKKKKKKHHH", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
-                          &set_functions, &get_functions, &python, &snapshot, &functorch))
+    unsigned short python, snapshot, functorch, autograd[AUTOGRAD_KEYS];
+    if (!PyArg_ParseTuple(args, "KKKKKKKHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &python, &snapshot, &functorch, &autograd[0], &autograd[1],
+                          &autograd[2], &autograd[3]))
         return NULL;
     state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
     state.included = (bool (*)(uint16_t))(uintptr_t)included;
@@ -96,6 +97,7 @@ use_state(PyObject *module, PyObject *args)
     state.python = python;
     state.snapshot = snapshot;
     state.functorch = functorch;
+    memcpy(state.autograd, autograd, sizeof(autograd));
     Py_RETURN_NONE;
 }
 
@@ -131,7 +133,7 @@ static PyMethodDef module_methods[] = {
     {"use_classes", (PyCFunction)(void (*)(void))use_classes, METH_FASTCALL, "Give BatchTensor and Batched."},
     {"use_facts", use_facts, METH_O, "Give OpFacts."},
     {"use_state", use_state, METH_VARARGS,
-     "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none."},
+     "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none; and autograd's keys."},
     {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
     {"set_functions", set_functions, METH_O,
      "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},

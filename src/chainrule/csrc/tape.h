@@ -48,17 +48,6 @@ known_slot(Handler *self, PyObject *item)
     return PyLong_AsSsize_t(slot);
 }
 
-static int
-call_is_true(PyObject *callable)
-{
-    PyObject *found = PyObject_CallNoArgs(callable);
-    if (found == NULL)
-        return -1;
-    int truth = PyObject_IsTrue(found);
-    Py_DECREF(found);
-    return truth;
-}
-
 /* Give a plain tensor that the tape has not seen a slot as a constant; -1 with an error set. */
 static Py_ssize_t
 append_constant(Handler *self, PyObject *tensor)
@@ -98,8 +87,12 @@ slot_or_constant(Handler *self, PyObject *tensor)
     if (layout == NULL)
         return -1;
     Py_DECREF(layout);
-    /* No writes or views that it may come from, and nothing else to note of it. */
-    if (layout == c_strided && (self->alias == NULL || self->alias == Py_None) && !notes_derived(self)) {
+    PyObject *node = PyObject_GetAttr(tensor, s_grad_fn);
+    if (node == NULL)
+        return -1;
+    Py_DECREF(node);
+    /* No writes or views that it may come from, no graph by which it may be known, and nothing else to note of it. */
+    if (layout == c_strided && node == Py_None && (self->alias == NULL || self->alias == Py_None) && !notes_derived(self)) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -193,7 +186,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     PyObject *out = NULL, *first_dtype = NULL, *constant = NULL;
     PyObject *stored[3];
     Py_ssize_t fresh[3];
-    int fresh_count = 0, touched = 0;
+    int fresh_count = 0, touched = 0, joined = 0;
     PyObject *lowered = PyTuple_New(count);
     if (lowered == NULL)
         return NULL;
@@ -206,9 +199,10 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         Py_ssize_t slot = known_slot(self, item);
         if (slot == -2)
             goto done;
-        if (slot < 0 && (PyObject *)Py_TYPE(item) != c_tensor)
+        if (slot < 0 && !is_constant_class(item))
             goto refuse;
-        PyObject *dtype = plain_dtype(item);
+        int graph = 0;
+        PyObject *dtype = plain_dtype(item, &graph);
         if (dtype == NULL)
             goto done;
         int plain = dtype != Py_None;
@@ -216,8 +210,9 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             first_dtype = dtype;
         else
             Py_DECREF(dtype);
-        if (!plain || slot >= PyList_GET_SIZE(c_slot_objects))
+        if (!plain || slot >= PyList_GET_SIZE(c_slot_objects) || (graph && (PyObject *)Py_TYPE(item) == c_batch_tensor))
             goto refuse;
+        joined |= graph;
         if (slot < 0) {
             fresh[fresh_count++] = place;
             continue;
@@ -232,10 +227,17 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             goto done;
         stored[1] = constant;
     }
+    if (joined) {
+        int may = may_join();
+        if (may < 0)
+            goto done;
+        if (!may)
+            goto refuse;
+    }
     if (self->below == NULL || self->below == Py_None)
-        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
+        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined);
     else
-        out = run_under_vmap((Handler *)self->below, function, stored, count);
+        out = run_under_vmap((Handler *)self->below, function, stored, count, 1);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
     if (self->respect_no_grad) {

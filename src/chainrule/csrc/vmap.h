@@ -10,16 +10,17 @@ batch_of(Handler *self, PyObject *tensor)
     return inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched && SLOT(inner, value) != NULL ? inner : NULL;
 }
 
-/* The dtype of a stored tensor, if it is plain: 1 with a new reference; 0 if it is not; -1 with an error set. */
+/* The dtype of a stored tensor, if it is real: 1 with a new reference; 0 if it is not; -1 with an error set. `joined` is set if
+ * it has a graph. */
 static int
-stored_dtype(PyObject *batch, PyObject **dtype)
+stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
 {
     PyObject *known = SLOT(batch, dtype);
     if (known != NULL) {
         *dtype = Py_NewRef(known);
         return 1;
     }
-    *dtype = plain_dtype(SLOT(batch, value));
+    *dtype = plain_dtype(SLOT(batch, value), joined);
     if (*dtype == NULL)
         return -1;
     if (*dtype != Py_None)
@@ -109,10 +110,10 @@ rank_is(PyObject *tensor, long wanted)
 }
 
 /* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
- * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout. */
+ * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph. */
 static int
 stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtype, PyObject *item, Py_ssize_t place,
-              PyObject **stored, int *keeps)
+              PyObject **stored, int *keeps, int *joined)
 {
     PyObject *value = SLOT(first, value);
     int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True;
@@ -129,7 +130,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         if (!pointwise)
             return 0;
         Py_INCREF(batch);
-        known = stored_dtype(batch, &other);
+        known = stored_dtype(batch, &other, joined);
         *stored = Py_NewRef(SLOT(batch, value));
         fits = known <= 0 ? known : other == dtype;
         if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
@@ -138,11 +139,11 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         }
         Py_DECREF(batch);
     } else {
-        if ((PyObject *)Py_TYPE(item) != c_tensor)
+        if (!is_constant_class(item))
             return 0;
         *keeps = 0;
         *stored = Py_NewRef(item);
-        other = plain_dtype(item);
+        other = plain_dtype(item, joined);
         fits = other == NULL ? -1 : other == dtype;
         /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
         if (fits > 0)
@@ -164,9 +165,9 @@ given(PyObject *function, PyObject *const *args, Py_ssize_t count)
     return count >= fewest && count <= most && count <= 3 ? count : 0;
 }
 
-/* NotImplemented leaves the call to the Python method, with nothing done. */
+/* NotImplemented leaves the call to the Python method, with nothing done. `below_autograd`: whether autograd is off here. */
 static PyObject *
-run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count)
+run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count, int below_autograd)
 {
     count = given(function, args, count);
     if (self->guarded || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
@@ -176,7 +177,8 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         return Py_NewRef(Py_NotImplemented);
     PyObject *stored[3] = {NULL, NULL, NULL}, *dtype = NULL, *out = NULL;
     Py_INCREF(first); /* the call may run anything, a write to the argument included */
-    int fits = stored_dtype(first, &dtype);
+    int joined = 0;
+    int fits = stored_dtype(first, &dtype, &joined);
     /* Whether the result has the dtype, the shape and the layout of the first argument. */
     int keeps = PyTuple_GET_ITEM(function, KEEPS) == Py_True && SLOT(first, sample) != NULL;
     stored[0] = Py_NewRef(SLOT(first, value));
@@ -185,9 +187,11 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         fits = fits < 0 ? fits : !fits;
     }
     for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
-        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps);
+        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
+    if (fits > 0 && joined)
+        fits = may_join();
     if (fits > 0) {
-        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
+        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined && below_autograd);
         if (out != NULL)
             out = wrapped(self, out, keeps ? first : NULL);
     } else if (fits == 0)

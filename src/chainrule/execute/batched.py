@@ -7,7 +7,7 @@ shapes only, so the ops that it runs on the stored tensors are recorded as a pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _get_dispatch_stack_at
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_dispatch_stack_at
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.recorder import Recorder
-from chainrule.dispatch import without_innermost
+from chainrule.dispatch import undispatched, without_innermost
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.batching_base import Batched
 
@@ -23,19 +23,34 @@ Runner = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]
 Key = tuple[Any, ...]
 
 
-def stored_under_vmap(values: Sequence[Any]) -> tuple[VmapMode, list[torch.Tensor], Key] | None:
+class Stored(NamedTuple):
+    """What a replay on stored tensors needs.
+
+    Attributes:
+        mode: the vmap.
+        tensors: the tensors behind the values.
+        key: what the batched program depends on beside the plan: which of them are batched, and their layouts.
+        joined: whether some of the tensors have a graph, which the results are to join.
+    """
+
+    mode: VmapMode
+    tensors: list[torch.Tensor]
+    key: Key
+    joined: bool
+
+
+def stored_under_vmap(values: Sequence[Any]) -> Stored | None:
     """What a replay on stored tensors needs, when a vmap is the only active mode.
 
     Returns:
-        The vmap, the tensors behind ``values``, and what the batched program depends on beside the plan: which of them
-        are batched, and their layouts. None when torch's autograd has to see the calls, or a value belongs to another
-        level.
+        It; None when the wrapped tensors have a graph of their own, or a value belongs to another level.
     """
     mode = _get_dispatch_stack_at(0)
     if mode.__class__ is not VmapMode or mode.size == 0:
         return None
     tensors: list[torch.Tensor] = []
     parts: list[Any] = [mode.size]
+    joined = False
     for value in values:
         if value.__class__ is BatchTensor:
             if value.level is not mode or value.requires_grad:
@@ -48,12 +63,30 @@ def stored_under_vmap(values: Sequence[Any]) -> tuple[VmapMode, list[torch.Tenso
                 return None
         elif not isinstance(value, torch.Tensor):
             return None
-        if value.requires_grad or value.is_complex():
+        if value.is_complex():
             return None
+        joined = joined or value.requires_grad
         tensors.append(value)
         parts.append(value.shape)
         parts.append(value.stride())
-    return mode, tensors, tuple(parts)
+    if joined and not torch.is_grad_enabled():
+        return None
+    return Stored(mode, tensors, tuple(parts), joined)
+
+
+def without_graphs(stored: Stored, values: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
+    """The same values and stored tensors without their graphs: what autograd makes of views is not known to a recorder."""
+    with undispatched():
+        tensors = [tensor.detach() for tensor in stored.tensors]
+    bare: list[Any] = []
+    for value, tensor in zip(values, tensors, strict=True):
+        if value.__class__ is not BatchTensor:
+            bare.append(tensor)
+        elif value.inner.__class__ is Batched:
+            bare.append(wrap_batched(Batched(tensor), stored.mode))
+        else:
+            bare.append(wrap_constant(tensor, stored.mode))
+    return bare, tensors
 
 
 def same_stored(tensor: BatchTensor) -> BatchTensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
 from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
-from chainrule.execute.batched import record_batched, stored_under_vmap, wrap
+from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, without_graphs, wrap
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
@@ -83,8 +84,8 @@ class CachedPlan:
         if modes == 1:
             given = [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs]
             under = stored_under_vmap(given)
-            if under is not None:
-                return dict(zip(self.keys, self._run_batched(values, seeds, *under), strict=True))
+            if under is not None and not (under.joined and self._differentiates()):
+                return dict(zip(self.keys, self._run_batched(values, seeds, under), strict=True))
         if (watch := current_watch()) is not None:
             if any(value.__class__ is BatchTensor for value in (*values, *seeds)):
                 found = _observed(watch, self.runner, values, seeds)
@@ -105,22 +106,31 @@ class CachedPlan:
                 return False
         return True
 
-    def _run_batched(
-        self, values: Sequence[Any], seeds: Sequence[Any], mode: Any, tensors: list[torch.Tensor], key: Any
-    ) -> Sequence[Any]:
+    def _differentiates(self) -> bool:
+        """Whether some calls make graphs of their own (opaque ops, users' functions): these look at those of their arguments."""
+        kept = self.runner.source_of.kept  # type: ignore[union-attr]
+        return any([instruction.function.__class__ is MethodType for instruction in kept])
+
+    def _run_batched(self, values: Sequence[Any], seeds: Sequence[Any], stored: Stored) -> Sequence[Any]:
         """Replay on stored tensors under the one vmap that is active; record that form the first time."""
         assert self.runner is not None
+        mode, tensors, key, joined = stored
         found = self.batched.get(key)
         runner = self.runner
         if found is None:
             if len({id(t) for t in tensors}) < len(tensors):
                 return runner(values, seeds)
-            outcome = record_batched(lambda: runner(values, seeds), mode, tensors, runner.constants)  # type: ignore[attr-defined]
+            given, recorded = (values, seeds), tensors
+            if joined:
+                given, recorded = self._without_graphs(values, seeds, stored)
+            outcome = record_batched(lambda: runner(*given), mode, recorded, runner.constants)  # type: ignore[attr-defined]
             assert outcome is not None
             results, program, staged, flags = outcome
+            found = (compile_program(program, staged), flags) if staged else (None, [])
             if len(self.batched) < 64:
-                self.batched[key] = (compile_program(program, staged), flags) if staged else (None, [])
-            return results
+                self.batched[key] = found
+            if not joined:
+                return results
         batched_runner, flags = found
         watch = current_watch()
         if batched_runner is None:
@@ -131,8 +141,19 @@ class CachedPlan:
                 source.observe(tensors, ())
             watch.add_program(source.memory())
         with undispatched():
-            results = batched_runner.plain(tensors, ())  # type: ignore[attr-defined]
+            results = batched_runner(tensors, ()) if joined else batched_runner.plain(tensors, ())  # type: ignore[attr-defined]
         return wrap(results, flags, mode)
+
+    def _without_graphs(self, values: Sequence[Any], seeds: Sequence[Any], stored: Stored) -> tuple[Any, list[torch.Tensor]]:
+        """The values and seeds that the program reads, and the tensors behind them, without their graphs."""
+        bare, tensors = without_graphs(stored, [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs])
+        given, beside = [*values], [*seeds]
+        for key, value in zip(self.needs, bare, strict=True):
+            if key.__class__ is int:
+                given[key] = value
+            else:
+                beside[key[1]] = value
+        return (given, beside), tensors
 
 
 def _observed(watch: Watch, runner: Runner, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> tuple[Any, ...]:
