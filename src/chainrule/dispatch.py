@@ -19,7 +19,7 @@ from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, TABLE
+from chainrule.functions import COMPARISONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
@@ -116,6 +116,7 @@ configure(
     table=TABLE, count=_count, level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor, parameter=torch.nn.Parameter,
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
+    queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS,
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ _FUNCTIONS = (
 _PYTHON = torch._C.DispatchKey.Python
 _SNAPSHOT = torch._C.DispatchKey.PythonTLSSnapshot
 _FUNCTORCH = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+_VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 #: What :data:`chainrule.capture.tape.BelowAutograd` leaves out.
 _AUTOGRAD = tuple(
@@ -56,10 +57,10 @@ def find_state() -> bool:
     addresses = _addresses() if COMPILED else None
     if addresses is None:
         return False
-    use_state(*addresses, int(_PYTHON), int(_SNAPSHOT), int(_FUNCTORCH), _AUTOGRAD_NUMBERS)  # type: ignore[call-overload]
+    use_state(*addresses, int(_PYTHON), int(_SNAPSHOT), int(_FUNCTORCH), int(_VIEWS), _AUTOGRAD_NUMBERS)  # type: ignore[call-overload]
     if _agrees():
         return True
-    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, _AUTOGRAD_NUMBERS)
+    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, _AUTOGRAD_NUMBERS)
     return False
 
 

@@ -43,8 +43,6 @@ class AliasTracker:
         self.roots: dict[int, torch.Tensor] = {}
         self.families: dict[int, list[torch.Tensor]] = {}
         self.has_writes = False
-        # View calls not yet looked at: they matter only once something is written.
-        self.pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]] = []
         self._read_slots: set[int] = set()
         self._scanned = 0
 
@@ -56,9 +54,10 @@ class AliasTracker:
         return tape
 
     def _settle_views(self) -> None:
-        for op, args, kwargs, out in self.pending:
+        pending = self.tape.pending
+        for op, args, kwargs, out in pending:
             self._note_view(op, args, kwargs or {}, out)
-        self.pending.clear()
+        pending.clear()
 
     def _note_view(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember that ``out`` is a view of the first argument."""

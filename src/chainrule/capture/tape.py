@@ -51,8 +51,10 @@ _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _count_modes = torch._C._len_torch_dispatch_stack
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
+_excludes = torch._C._dispatch_tls_is_dispatch_key_excluded
+_VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
-configure(record=Record, slot_objects=SLOTS)
+configure(record=Record, slot_objects=SLOTS, plain=PLAIN, meta=meta)
 use_facts(OpFacts)
 
 
@@ -98,6 +100,8 @@ class Tape(Slots, LightMode):
         self.derived: set[int] = set()
         # Whether an op was taken for a constant because of torch.no_grad().
         self.saw_blocked = False
+        # View calls that were not looked at yet: they matter only once something is written.
+        self.pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]] = []
         self._alias: AliasTracker | None = None
         self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
         self.settle()
@@ -148,12 +152,15 @@ class Tape(Slots, LightMode):
     def forget(self) -> None:
         """Let go of the tensors that views and writes were tracked by."""
         self._alias = None
+        self.pending.clear()
         self._derived.clear()
         self.kept.clear()
 
     def settle(self) -> None:
         """Take what is active now (autograd, other modes) for what lies outside of this tape."""
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        # Whether torch keeps track there of which tensors are views of which.
+        self._sees_views = not _excludes(_VIEWS)
 
     def outside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` as if from outside the handler: with autograd, and without this tape recording it."""
@@ -200,7 +207,7 @@ class Tape(Slots, LightMode):
             if joins or facts.is_view:
                 out = self.outside(func, *args, **kwargs) if kwargs else self.outside(func, *args)
                 if facts.is_view:
-                    self.alias.pending.append((func, args, kwargs, out))
+                    self.pending.append((func, args, kwargs, out))
             else:
                 out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
             if not self.is_blocked():
@@ -232,7 +239,7 @@ class Tape(Slots, LightMode):
         else:
             out = facts.call(*args, **(kwargs or {}))
         if facts.is_view and args:
-            self.alias.pending.append((func, args, kwargs, out))
+            self.pending.append((func, args, kwargs, out))
         if facts.inactive:
             if not facts.shaped:
                 self._note_derived(args, kwargs, out)
@@ -260,7 +267,7 @@ class Tape(Slots, LightMode):
         self.saw_blocked = True
         with without_mode(self):
             out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
-        self.alias.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))
+        self.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))
         return out
 
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
@@ -318,14 +325,14 @@ class Tape(Slots, LightMode):
         assert self.below is not None
         out = self.below.run_op(facts.op, args)
         if facts.is_view and out is not NotImplemented:
-            self.alias.pending.append((facts.op, args, None, out))
+            self.pending.append((facts.op, args, None, out))
         return out
 
     def _run_view(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         # Autograd must see views, so that writes through them are counted as writes.
         with _ForceDispatchKeyGuard(*self._outside):
             out = facts.fast(*args)
-        self.alias.pending.append((facts.op, args, None, out))
+        self.pending.append((facts.op, args, None, out))
         return out
 
     def _run_plain(

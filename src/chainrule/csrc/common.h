@@ -22,12 +22,15 @@ typedef struct {
     PyObject *origin;
     PyObject *alias;
     PyObject *derived;
+    PyObject *pending;
+    char sees_views;
 } Handler;
 
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter)
+    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
+    X(fresh) X(comparisons) X(readings) X(plain) X(meta)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -35,7 +38,8 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
-    X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) X(grad_fn)
+    X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
+    X(facts) X(run_op) X(lower) X(touches) X(grad_fn)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -58,11 +62,12 @@ static struct {
     uint16_t snapshot; /* keeps the state for Python's handlers, by a boxed call for every op */
     uint16_t functorch;
     uint16_t autograd[AUTOGRAD_KEYS];
+    uint16_t views; /* keeps track of which tensors are views of which */
 } state;
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, common, op;
+    Py_ssize_t inner, level, value, dtype, sample, common, op, is_view, fast;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))

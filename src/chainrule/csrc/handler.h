@@ -44,28 +44,47 @@ is_near_torch(Handler *self)
     return below->kind == VMAP && (below->below == NULL || below->below == Py_None);
 }
 
+/* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
+static PyObject *
+take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *kwargs)
+{
+    int query = PySet_Contains(c_queries, func);
+    if (query)
+        return query < 0 ? NULL : PyObject_Call(func, args, kwargs);
+    if (!is_near_torch(self) || !are_plain(types))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *function = kwargs == NULL ? PyDict_GetItemWithError(c_table, func) : NULL, *reading = NULL;
+    if (self->kind == TAPE && !PyErr_Occurred())
+        reading = PyDict_GetItemWithError(c_readings, func);
+    if (PyErr_Occurred())
+        return NULL;
+    int fresh = self->kind == TAPE && kwargs == NULL && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
+    if (fresh < 0 || (function == NULL && reading == NULL && !fresh))
+        return fresh < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    int innermost = stands_innermost(self);
+    if (innermost <= 0)
+        return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = Py_NewRef(Py_NotImplemented);
+    if (fresh)
+        Py_SETREF(out, run_ignored(self, func, args));
+    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
+        Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
+                                          : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
+    if (out == Py_NotImplemented && reading != NULL)
+        Py_SETREF(out, run_read(self, func, reading, args, kwargs));
+    return out;
+}
+
 static PyObject *
 torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
-    if (is_near_torch(self) && names == NULL && nargs >= 3 &&
-        PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) && are_plain(args[1]) &&
-        (nargs == 3 || args[3] == Py_None || (PyDict_CheckExact(args[3]) && PyDict_GET_SIZE(args[3]) == 0))) {
-        PyObject *function = PyDict_GetItemWithError(c_table, args[0]);
-        if (function == NULL && PyErr_Occurred())
-            return NULL;
-        if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS) {
-            int innermost = stands_innermost(self);
-            if (innermost < 0)
-                return NULL;
-            if (innermost) {
-                PyObject *out = self->kind == TAPE ? run_on_tape(self, function, args[2])
-                                                   : run_under_vmap(self, function, &PyTuple_GET_ITEM(args[2], 0),
-                                                                    PyTuple_GET_SIZE(args[2]), 0);
-                if (out != Py_NotImplemented)
-                    return out;
-                Py_DECREF(out);
-            }
-        }
+    if (names == NULL && nargs >= 3 && PyTuple_CheckExact(args[2]) && PyTuple_Check(args[1]) &&
+        (nargs == 3 || args[3] == Py_None || PyDict_CheckExact(args[3]))) {
+        PyObject *kwargs = nargs > 3 && args[3] != Py_None && PyDict_GET_SIZE(args[3]) ? args[3] : NULL;
+        PyObject *out = take(self, args[0], args[1], args[2], kwargs);
+        if (out != Py_NotImplemented)
+            return out;
+        Py_DECREF(out);
     }
     PyObject *method = PyObject_GetAttr((PyObject *)self, s_take_function);
     if (method == NULL)
@@ -88,6 +107,7 @@ handler_traverse(Handler *self, visitproc visit, void *arg)
     Py_VISIT(self->origin);
     Py_VISIT(self->alias);
     Py_VISIT(self->derived);
+    Py_VISIT(self->pending);
     return 0;
 }
 
@@ -104,6 +124,7 @@ handler_clear(Handler *self)
     Py_CLEAR(self->origin);
     Py_CLEAR(self->alias);
     Py_CLEAR(self->derived);
+    Py_CLEAR(self->pending);
     return 0;
 }
 
@@ -148,6 +169,8 @@ static PyMemberDef handler_members[] = {
     {"_origin", T_OBJECT, offsetof(Handler, origin), 0, NULL},
     {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
     {"_derived", T_OBJECT, offsetof(Handler, derived), 0, NULL},
+    {"pending", T_OBJECT, offsetof(Handler, pending), 0, NULL},
+    {"_sees_views", T_BOOL, offsetof(Handler, sees_views), 0, NULL},
     {NULL},
 };
 

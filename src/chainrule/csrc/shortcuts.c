@@ -12,6 +12,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <structmember.h>
@@ -19,6 +20,7 @@
 #include "common.h"
 #include "vmap.h"
 #include "tape.h"
+#include "ops.h"
 #include "handler.h"
 #include "methods.h"
 
@@ -73,7 +75,8 @@ use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static PyObject *
 use_facts(PyObject *module, PyObject *type)
 {
-    if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.op = slot_offset(type, "op")) < 0)
+    if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.op = slot_offset(type, "op")) < 0 ||
+        (offsets.is_view = slot_offset(type, "is_view")) < 0 || (offsets.fast = slot_offset(type, "fast")) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -82,9 +85,9 @@ static PyObject *
 use_state(PyObject *module, PyObject *args)
 {
     unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
-    unsigned short python, snapshot, functorch, autograd[AUTOGRAD_KEYS];
-    if (!PyArg_ParseTuple(args, "KKKKKKKHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
-                          &set_functions, &get_functions, &python, &snapshot, &functorch, &autograd[0], &autograd[1],
+    unsigned short python, snapshot, functorch, views, autograd[AUTOGRAD_KEYS];
+    if (!PyArg_ParseTuple(args, "KKKKKKKHHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &python, &snapshot, &functorch, &views, &autograd[0], &autograd[1],
                           &autograd[2], &autograd[3]))
         return NULL;
     state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
@@ -98,6 +101,7 @@ use_state(PyObject *module, PyObject *args)
     state.snapshot = snapshot;
     state.functorch = functorch;
     memcpy(state.autograd, autograd, sizeof(autograd));
+    state.views = views;
     Py_RETURN_NONE;
 }
 
@@ -133,7 +137,7 @@ static PyMethodDef module_methods[] = {
     {"use_classes", (PyCFunction)(void (*)(void))use_classes, METH_FASTCALL, "Give BatchTensor and Batched."},
     {"use_facts", use_facts, METH_O, "Give OpFacts."},
     {"use_state", use_state, METH_VARARGS,
-     "Give the addresses of torch's functions on the dispatcher's state, and two keys; zeros for none; and autograd's keys."},
+     "Give the addresses of torch's functions on the dispatcher's state, and its keys; zeros for none."},
     {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
     {"set_functions", set_functions, METH_O,
      "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},

@@ -79,6 +79,49 @@ notes_derived(Handler *self)
     return self->derived != NULL && PyDict_Check(self->derived) && PyDict_GET_SIZE(self->derived) > 0;
 }
 
+/* Whether a tensor is such a constant: 1, 0, or -1 with an error set. */
+static int
+is_derived(Handler *self, PyObject *tensor)
+{
+    if (!notes_derived(self))
+        return 0;
+    PyObject *identity = PyLong_FromVoidPtr(tensor);
+    int found = identity == NULL ? -1 : PyDict_Contains(self->derived, identity);
+    Py_XDECREF(identity);
+    return found;
+}
+
+/* Note a result without a derivative, if it depends on the inputs all the same; 0, or -1 with an error set. */
+static int
+note_derived(Handler *self, PyObject *args, PyObject *out)
+{
+    int noted = 0, simple = (PyObject *)Py_TYPE(out) == c_tensor;
+    for (Py_ssize_t place = 0; simple && !noted && place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        if ((PyObject *)Py_TYPE(item) == c_tensor) {
+            Py_ssize_t slot = known_slot(self, item);
+            if (slot == -2 || (noted = is_derived(self, item)) < 0)
+                return -1;
+            if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
+                noted = 1;
+            /* It may be a view of something that was written. */
+            simple = slot >= 0 || noted || self->alias == NULL || self->alias == Py_None;
+        } else
+            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None;
+    }
+    if (!simple) {
+        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
+        Py_XDECREF(done);
+        return done == NULL ? -1 : 0;
+    }
+    if (!noted)
+        return 0;
+    PyObject *identity = PyLong_FromVoidPtr(out);
+    int outcome = identity == NULL ? -1 : PyDict_SetItem(self->derived, identity, out);
+    Py_XDECREF(identity);
+    return outcome;
+}
+
 /* The slot of a plain tensor that was no argument before, which may become a constant; -1 with an error set. */
 static Py_ssize_t
 slot_or_constant(Handler *self, PyObject *tensor)
@@ -91,8 +134,11 @@ slot_or_constant(Handler *self, PyObject *tensor)
     if (node == NULL)
         return -1;
     Py_DECREF(node);
-    /* No writes or views that it may come from, no graph by which it may be known, and nothing else to note of it. */
-    if (layout == c_strided && node == Py_None && (self->alias == NULL || self->alias == Py_None) && !notes_derived(self)) {
+    /* No writes that it may be touched by, no graph by which it may be known, and nothing else to note of it. */
+    int derived = is_derived(self, tensor);
+    if (derived < 0)
+        return -1;
+    if (layout == c_strided && (self->alias == NULL || self->alias == Py_None) && node == Py_None && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -104,38 +150,53 @@ slot_or_constant(Handler *self, PyObject *tensor)
     return slot;
 }
 
-/* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot. */
+/* What stands in a record for a tensor, or a list of tensors, that may become constants; a new reference. */
+static PyObject *
+lowered_fresh(Handler *self, PyObject *item)
+{
+    if (PyList_CheckExact(item))
+        return PyObject_CallMethodOneArg((PyObject *)self, s_lower, item);
+    Py_ssize_t slot = slot_or_constant(self, item);
+    if (slot < 0)
+        return NULL;
+    if (slot < PyList_GET_SIZE(c_slot_objects))
+        return Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
+    return PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
+}
+
+/* Whether torch's gradients are off, so that what runs is a constant: 1, 0, or -1 with an error set. */
+static int
+is_blocked(Handler *self)
+{
+    if (!self->respect_no_grad)
+        return 0;
+    int enabled = call_is_true(c_grad_enabled);
+    if (enabled)
+        return enabled < 0 ? -1 : 0;
+    return PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 1;
+}
+
+/* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of
+ * lists with such tensors), which become constants. */
 static int
 record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh, int fresh_count,
             int touched, PyObject *out)
 {
-    if (fresh_count && !touched) {
+    /* They are plain and have no graph: without writes they depend on nothing. */
+    if (fresh_count && !touched && self->alias != NULL && self->alias != Py_None) {
         PyObject *any = PyObject_CallMethodObjArgs((PyObject *)self, s__any_active, args, Py_None, NULL);
         if (any == NULL)
             return -1;
         touched = PyObject_IsTrue(any);
         Py_DECREF(any);
     }
-    if (!touched) {
-        if (!notes_derived(self))
-            return 0;
-        PyObject *noted = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
-        Py_XDECREF(noted);
-        return noted == NULL ? -1 : 0;
-    }
+    if (!touched)
+        return notes_derived(self) ? note_derived(self, args, out) : 0;
     for (int number = 0; number < fresh_count; number++) {
-        PyObject *tensor = PyTuple_GET_ITEM(args, fresh[number]);
-        Py_ssize_t slot = slot_or_constant(self, tensor);
-        if (slot < 0)
+        PyObject *found = lowered_fresh(self, PyTuple_GET_ITEM(args, fresh[number]));
+        if (found == NULL)
             return -1;
-        PyObject *object = NULL;
-        if (slot < PyList_GET_SIZE(c_slot_objects))
-            object = Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
-        else
-            object = PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
-        if (object == NULL)
-            return -1;
-        PyTuple_SET_ITEM(lowered, fresh[number], object);
+        PyTuple_SET_ITEM(lowered, fresh[number], found);
     }
     PyObject *kind = (PyObject *)Py_TYPE(out);
     PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? PyObject_GetAttr(out, s_dtype) : Py_NewRef(Py_None);
@@ -240,15 +301,11 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         out = run_under_vmap((Handler *)self->below, function, stored, count, 1);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
-    if (self->respect_no_grad) {
-        int enabled = call_is_true(c_grad_enabled);
-        if (enabled == 0)
-            enabled = PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 0;
-        if (enabled <= 0) {
-            if (enabled < 0)
-                Py_CLEAR(out);
-            goto done;
-        }
+    int blocked = is_blocked(self);
+    if (blocked) {
+        if (blocked < 0)
+            Py_CLEAR(out);
+        goto done;
     }
     if (record_call(self, facts, args, lowered, fresh, fresh_count, touched, out) < 0)
         Py_CLEAR(out);

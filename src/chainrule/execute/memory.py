@@ -223,8 +223,7 @@ def _is_tensor(value: Any) -> bool:
 def _is_held_here(tape: Tape, slot: int) -> bool:
     """Whether a constant of a run is held by its tape alone: then the run has made it."""
     value = tape.values[slot]
-    views = tape.alias.pending if tape._alias is not None else ()
-    mine = sum(item is value for _, args, _, out in views for item in (*args, out))
+    mine = sum(item is value for _, args, _, out in tape.pending for item in (*args, out))
     # The tape's list, `value`, and the argument of the call.
     if not _is_tensor(value) or sys.getrefcount(value) > 3 + mine or value.__class__ is not torch.Tensor:
         return False

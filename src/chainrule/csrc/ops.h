@@ -1,0 +1,243 @@
+/* Any op on a tape: what stands for its arguments in the record, the run, and the record. Part of shortcuts.c. */
+
+/* How many arguments of an op are looked at here. */
+#define MOST_ARGUMENTS 24
+
+/* Whether an object is a tensor of one of the two classes that are taken here. */
+static int
+is_tensor(PyObject *item)
+{
+    return (PyObject *)Py_TYPE(item) == c_tensor || (PyObject *)Py_TYPE(item) == c_batch_tensor;
+}
+
+/* The slot of a tensor without a graph, -1 for a plain one that the tape has not seen; -3 if it is left to Python, -2 with an
+ * error set. `touched` is set by one that depends on the inputs. */
+static Py_ssize_t
+plain_slot(Handler *self, PyObject *tensor, int *touched)
+{
+    Py_ssize_t slot = known_slot(self, tensor);
+    if (slot == -2)
+        return -2;
+    if (slot < 0 && (PyObject *)Py_TYPE(tensor) != c_tensor)
+        return -3;
+    int graph = 0;
+    PyObject *dtype = plain_dtype(tensor, &graph);
+    if (dtype == NULL)
+        return -2;
+    int plain = dtype != Py_None && !graph;
+    Py_DECREF(dtype);
+    if (!plain || slot >= PyList_GET_SIZE(c_slot_objects))
+        return -3;
+    if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
+        *touched = 1;
+    return slot;
+}
+
+/* What stands in the record for a list of tensors: 1 with a new reference; 0 if it is left to Python; -1 with an error set. With
+ * a tensor among them that the tape has not seen it is NULL for now. */
+static int
+lowered_tensors(Handler *self, PyObject *list, int *touched, PyObject **found)
+{
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    PyObject *lowered = PyTuple_New(count);
+    int known = 1;
+    if (lowered == NULL)
+        return -1;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *item = PyList_GET_ITEM(list, place);
+        if (item == Py_None) {
+            PyTuple_SET_ITEM(lowered, place, Py_NewRef(Py_None));
+            continue;
+        }
+        Py_ssize_t slot = is_tensor(item) ? plain_slot(self, item, touched) : -3;
+        if (slot < -1) {
+            Py_DECREF(lowered);
+            return slot == -2 ? -1 : 0;
+        }
+        if (slot < 0)
+            known = 0;
+        else
+            PyTuple_SET_ITEM(lowered, place, Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot)));
+    }
+    if (known)
+        *found = lowered;
+    else
+        Py_DECREF(lowered);
+    return 1;
+}
+
+/* What stands in the record for an argument, with the same results. */
+static int
+lowered_argument(Handler *self, PyObject *item, int *touched, PyObject **found)
+{
+    *found = NULL;
+    if (is_tensor(item)) {
+        Py_ssize_t slot = plain_slot(self, item, touched);
+        if (slot < -1)
+            return slot == -2 ? -1 : 0;
+        if (slot >= 0)
+            *found = Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
+        return 1;
+    }
+    if (PyList_CheckExact(item) || PyTuple_CheckExact(item)) {
+        Py_ssize_t count = PySequence_Fast_GET_SIZE(item);
+        PyObject *first = count ? PySequence_Fast_GET_ITEM(item, 0) : NULL;
+        if (first == NULL || PyLong_CheckExact(first)) {
+            *found = PySequence_Tuple(item);
+            return *found == NULL ? -1 : 1;
+        }
+        return PyList_CheckExact(item) ? lowered_tensors(self, item, touched, found) : 0;
+    }
+    /* The sign of a zero is marked in the signature. */
+    if (PyFloat_CheckExact(item) && PyFloat_AS_DOUBLE(item) == 0.0 && signbit(PyFloat_AS_DOUBLE(item)))
+        return 0;
+    int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+    if (plain > 0)
+        *found = Py_NewRef(item);
+    return plain;
+}
+
+/* Run an op of plain arguments and record it. `call` with its own arguments computes it where no other mode has to know. Nothing
+ * is done where NotImplemented is returned. Torch's handlers are on when this is called. */
+static PyObject *
+run_op_on_tape(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+{
+    Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
+    if (SLOT(facts, common) != Py_True || count > MOST_ARGUMENTS)
+        return Py_NewRef(Py_NotImplemented);
+    int is_view = SLOT(facts, is_view) == Py_True, alone = self->below == NULL || self->below == Py_None;
+    if (is_view && alone && (!self->sees_views || state.exclude == NULL))
+        return Py_NewRef(Py_NotImplemented);
+    int fresh_count = 0, touched = 0;
+    PyObject *out = NULL, *lowered = PyTuple_New(count);
+    if (lowered == NULL)
+        return NULL;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *found;
+        int taken = lowered_argument(self, PyTuple_GET_ITEM(args, place), &touched, &found);
+        if (taken <= 0) {
+            out = taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+            goto done;
+        }
+        if (found == NULL)
+            fresh[fresh_count++] = place;
+        else
+            PyTuple_SET_ITEM(lowered, place, found);
+    }
+    PyObject *done = exclude_python(1);
+    if (done == NULL)
+        goto done;
+    Py_DECREF(done);
+    if (!alone) {
+        out = PyObject_CallMethodObjArgs(self->below, s_run_op, SLOT(facts, op), args, NULL);
+    } else {
+        /* Autograd must see views, so that writes through them are counted as writes. */
+        if (is_view)
+            state.exclude(state.views, false);
+        out = PyObject_Call(call, call_args, call_kwargs);
+        if (is_view)
+            state.exclude(state.views, true);
+    }
+    if (include_python() < 0)
+        Py_CLEAR(out);
+    if (out == NULL || out == Py_NotImplemented)
+        goto done;
+    if (is_view) {
+        PyObject *pending = PyTuple_Pack(4, SLOT(facts, op), args, Py_None, out);
+        int kept = pending == NULL ? -1 : PyList_Append(self->pending, pending);
+        Py_XDECREF(pending);
+        if (kept < 0) {
+            Py_CLEAR(out);
+            goto done;
+        }
+    }
+    int blocked = is_blocked(self);
+    if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, fresh, fresh_count, touched, out) < 0))
+        Py_CLEAR(out);
+done:
+    Py_DECREF(lowered);
+    return out;
+}
+
+/* The facts of an op, borrowed; NULL with an error set. */
+static PyObject *
+facts_of(Handler *self, PyObject *op)
+{
+    PyObject *identity = PyLong_FromVoidPtr(op);
+    if (identity == NULL)
+        return NULL;
+    PyObject *facts = PyDict_GetItemWithError(self->facts, identity);
+    if (facts == NULL && !PyErr_Occurred()) {
+        Py_XDECREF(PyObject_CallMethodOneArg((PyObject *)self, s_facts, op)); /* which keeps them */
+        if (!PyErr_Occurred())
+            facts = PyDict_GetItemWithError(self->facts, identity);
+    }
+    Py_DECREF(identity);
+    return facts;
+}
+
+/* Whether a function makes something without a derivative: a comparison, or anything of constants. 1, 0, or -1 with an error. */
+static int
+is_ignored(Handler *self, PyObject *func, PyObject *args)
+{
+    int touched = 0;
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        if ((PyObject *)Py_TYPE(item) == c_tensor) {
+            int graph = attribute_is_true(item, s_requires_grad);
+            if (graph)
+                return graph < 0 ? -1 : 0;
+            Py_ssize_t slot = known_slot(self, item);
+            if (slot == -2)
+                return -1;
+            if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
+                touched = 1;
+            else if (slot < 0 && self->alias != NULL && self->alias != Py_None)
+                return 0; /* it may be a view of something that was written */
+        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item)) {
+            int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+            if (plain <= 0)
+                return plain;
+        }
+    }
+    return touched ? PySet_Contains(c_comparisons, func) : 1;
+}
+
+/* Run a function whose result has no derivative; NotImplemented leaves it to Python. */
+static PyObject *
+run_ignored(Handler *self, PyObject *func, PyObject *args)
+{
+    int ignored = is_ignored(self, func, args);
+    if (ignored <= 0)
+        return ignored < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = call_below(func, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0);
+    if (out != NULL && note_derived(self, args, out) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
+/* A function that one reading of its arguments makes an op; NotImplemented leaves it to Python. */
+static PyObject *
+run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObject *kwargs)
+{
+    int autocast = call_is_true(c_autocast);
+    if (autocast)
+        return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *named = kwargs == NULL ? PyDict_New() : Py_NewRef(kwargs);
+    if (named == NULL)
+        return NULL;
+    PyObject *given[] = {args, named}, *out = NULL;
+    PyObject *read = PyObject_Vectorcall(reading, given, 2, NULL);
+    Py_DECREF(named);
+    if (read == NULL)
+        return NULL;
+    if (read == Py_None) {
+        Py_DECREF(read);
+        return Py_NewRef(Py_NotImplemented);
+    }
+    PyObject *facts = facts_of(self, PyTuple_GET_ITEM(read, 0));
+    if (facts != NULL)
+        out = run_op_on_tape(self, facts, PyTuple_GET_ITEM(read, 1), func, args, kwargs);
+    Py_DECREF(read);
+    return out;
+}
