@@ -283,7 +283,7 @@ class _Compiled:
         if reason:
             return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
         results = [s for s in staged if s is not None] + [s for s, _ in conditions]
-        flat = Flat(program, results, len(given) + len(closed), len(given))
+        flat = Flat(program, results, len(given) + len(closed), len(given), joined)
         if joined:
             flat.detach(*_in_graph(recorder))
         program._input_values.clear()  # a cycle that would hold the tensors of this run
@@ -291,9 +291,9 @@ class _Compiled:
         values = [*(leaf for _, leaf in given), *closed]
         if self.backend == "inductor":
             with _no_casts():
-                run = flat.inductor(values, joined=joined)
+                run = flat.inductor(values)
         elif self.backend == "cudagraphs":
-            run = flat.cudagraph(values, joined=joined)
+            run = flat.cudagraph(values)
         else:
             run = flat.replay()
         return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions])
