@@ -102,13 +102,16 @@ class Flat:
     def replay(self) -> Run:
         """Straight-line calls of torch's functions."""
         runner = compile_program(self.program, self.results, views=True)
+        source: Source = runner.source_of  # type: ignore[attr-defined]
+        instructions = source.kept
         if not self.joined:
-            runner = runner.plain  # type: ignore[attr-defined]
+            runner, instructions = runner.plain, source.plain or instructions  # type: ignore[attr-defined]
 
         def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             return runner(values, ())
 
         run.source = runner.source  # type: ignore[attr-defined]
+        run.source_of, run.instructions = source, instructions  # type: ignore[attr-defined]
         return run
 
     def inductor(self, values: Sequence[torch.Tensor]) -> Run:

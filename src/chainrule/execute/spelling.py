@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -72,7 +73,8 @@ def _without_power(program: Program, instruction: Instruction) -> Instruction:
 
 def _narrowed(program: Program, instruction: Instruction) -> Instruction:
     """A slice of consecutive places, whose shapes are known, in torch's cheaper spelling."""
-    tensor, dim, start, _, step = (*instruction.args, *(0, None, None, 1)[len(instruction.args) - 1 :])
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    tensor, dim, start, _, step = instruction.args + defaults[len(instruction.args) :]
     before, after = program.kinds.get(tensor.slot), program.kinds.get(instruction.outputs[0])
     if instruction.kwargs or step != 1 or before is None or after is None or not all(type(n) is int for n in (dim, start or 0)):
         return instruction

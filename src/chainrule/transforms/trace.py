@@ -153,8 +153,9 @@ def trace(
         torch._C._set_grad_enabled(True)
     try:
         aliases = [fresh_alias(leaf) for leaf in in_leaves]
+        modes = torch._C._len_torch_dispatch_stack()
         # A record of the whole call may hold what the call itself would do.
-        kernels = single and (not (modes := torch._C._len_torch_dispatch_stack()) or (modes == 1 and whole_recorder() is not None))
+        kernels = single and (not modes or (modes == 1 and whole_recorder() is not None))
         tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
         in_slots: list[int] = []
         columns: list[Block | None] = []
