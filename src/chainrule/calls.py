@@ -21,7 +21,8 @@ _SAME_NAME = (
     "mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "matmul", "addcmul", "addcdiv", "t", "unsqueeze", "clone",
     "permute", "flip", "roll", "gather", "index_select", "maximum", "minimum", "cat", "stack", "diagonal", "tril", "triu",
     "cumsum", "logaddexp", "detach", "reshape", "outer", "logical_and", "logical_or", "nan_to_num",
-    "zeros_like", "ones_like", "diag_embed", "movedim",
+    "zeros_like", "ones_like", "diag_embed", "movedim", "_softmax", "_log_softmax", "_softmax_backward_data",
+    "_log_softmax_backward_data", "native_layer_norm", "scatter_add", "index_add", "index_copy", "as_strided",
 )  # fmt: skip
 
 _OVERLOADS = {
@@ -34,7 +35,9 @@ _OVERLOADS = {
     "ge.Scalar": torch.ge, "ge.Tensor": torch.ge, "lt.Scalar": torch.lt, "lt.Tensor": torch.lt, "le.Scalar": torch.le,
     "le.Tensor": torch.le, "eq.Scalar": torch.eq, "eq.Tensor": torch.eq, "ne.Scalar": torch.ne, "ne.Tensor": torch.ne,
     "view.default": torch.Tensor.view, "expand.default": torch.Tensor.expand, "amax.default": torch.amax,
-    "amin.default": torch.amin, "narrow.default": torch.narrow,
+    "amin.default": torch.amin, "narrow.default": torch.narrow, "linear.default": torch._C._nn.linear,
+    "scatter.src": torch.scatter, "unbind.int": torch.unbind, "remainder.Scalar": torch.remainder,
+    "copy_.default": torch.Tensor.copy_, "add_.Tensor": torch.Tensor.add_, "new_zeros.default": torch.Tensor.new_zeros,
 }  # fmt: skip
 
 

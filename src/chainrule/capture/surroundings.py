@@ -82,7 +82,7 @@ class Surroundings:
     def __init__(self, roots: Iterable[Any]) -> None:
         self._seen: dict[Any, Any] = {}
         self._conditions: list[str] = []
-        self._names: dict[str, Any] = {"same": _same}
+        self._names: dict[str, Any] = {"same": same}
         self._places: list[tuple[str, Callable[[], Any], Any]] = []
         self.changed = ""
         self.tensors: list[torch.Tensor] = []
@@ -110,11 +110,11 @@ class Surroundings:
         gone = "(AttributeError, KeyError, IndexError, ValueError)"
         text = f"def hold():\n    try:\n        return {body}\n    except {gone}:\n        return False\n"
         exec(compile(text, "<chainrule guard>", "exec"), self._names)  # noqa: S102 - our own generated source
-        self._hold: Callable[[], bool] = self._names["hold"]
+        self.is_same: Callable[[], bool] = self._names["hold"]
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
-        if self._hold():
+        if self.is_same():
             return True
         self.changed = next((where for where, read, value in self._places if not _still(read, value)), "a container")
         return False
@@ -312,7 +312,7 @@ def _from_library(item: Any) -> bool:
     return _is_library(getattr(item, "__module__", None))
 
 
-def _same(value: Any, other: Any) -> bool:
+def same(value: Any, other: Any) -> bool:
     """Equal and of one type (a NaN is the same as a NaN, a zero is not the same as a negative one)."""
     if type(value) is not type(other):
         return False
@@ -342,4 +342,4 @@ def _still(read: Callable[[], Any], value: Any) -> bool:
         found = read()
     except (KeyError, IndexError, ValueError, AttributeError):
         return False
-    return found is value or (isinstance(value, _PLAIN) and _same(found, value))
+    return found is value or (isinstance(value, _PLAIN) and same(found, value))

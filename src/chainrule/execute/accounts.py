@@ -70,6 +70,10 @@ _LEDGER: ContextVar[Ledger | None] = ContextVar("chainrule_ledger", default=None
 UNCACHED = Ledger()
 
 
+#: The ledger that is being filled in this context, or None.
+read_ledger = _LEDGER.get
+
+
 def current_ledger() -> Ledger | None:
     """The ledger that is being filled in this context, if any."""
     return _LEDGER.get()

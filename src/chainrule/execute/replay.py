@@ -116,7 +116,7 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
         return source.compiled([f"def {name}(tape, seeds):", *inputs, *block, returned], name)
 
     runner: Runner = compiled("run", source.kept)
-    source.plain = None if views else reusing(program, source.kept, source.wanted)
+    source.plain = reusing(program, source.kept, source.wanted)
     runner.plain = runner if source.plain is None else compiled("run_plain", source.plain)  # type: ignore[attr-defined]
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
     runner.source_of = source  # type: ignore[attr-defined]

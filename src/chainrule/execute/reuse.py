@@ -23,7 +23,8 @@ SMALLEST = 1 << 16
 _POINTWISE = frozenset(
     {
         torch.mul, torch.add, torch.sub, torch.div, torch.addcmul, torch.addcdiv, torch.neg, torch.exp, torch.sqrt, torch.rsqrt,
-        torch.reciprocal, torch.sin, torch.cos, torch.tanh, torch.sigmoid, torch.square, torch.where,
+        torch.reciprocal, torch.sin, torch.cos, torch.tanh, torch.sigmoid, torch.square, torch.where, torch.log, torch.log1p,
+        torch.expm1, torch.erf, torch.abs, torch.pow,
     }
 )  # fmt: skip
 
@@ -51,7 +52,8 @@ _FRESH_OPS = frozenset(
         aten.convolution_backward.default, aten.convolution.default, aten.native_layer_norm_backward.default,
         aten._softmax_backward_data.default, aten._log_softmax_backward_data.default, aten.col2im.default, aten.mm.default,
         aten.bmm.default, aten.zeros.default, aten.new_zeros.default, aten.scatter_add.default, aten.scatter.src,
-        aten.clone.default,
+        aten.clone.default, aten.linear.default, aten._softmax.default, aten._log_softmax.default,
+        aten.native_layer_norm.default, aten.max_pool2d_with_indices.default, aten.index_add.default,
     )
     for call in (op, op._op, FUNCTIONS.get(op._op, op._op))
 )  # fmt: skip
@@ -78,7 +80,7 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
         instructions: those of a block that is run as a whole.
         kept: what is read after the block.
     """
-    if program.writes or program.literal:
+    if program.literal:
         return None
     lives = _Lives(instructions, kept)
     found: list[Instruction] = []

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 _TRANSPOSES = (torch.t, aten.t.default._op, torch.transpose, aten.transpose.int._op)
 _SHAPINGS = (torch.reshape, torch.broadcast_to, aten.reshape.default._op, aten.expand.default._op)
+_ALIAS = aten.alias.default._op
 _PRODUCT = (torch.mul, aten.mul.Tensor._op)
 _ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
 _SUM = (torch.add, aten.add.Tensor._op)
@@ -106,7 +107,7 @@ def _without_noops(program: Program, kept: list[Instruction], wanted: Sequence[i
     for instruction in kept:
         if names:
             instruction = renamed(instruction, names)
-        if instruction.function in _SHAPINGS and isinstance(instruction.args[0], Ref):
+        if (instruction.function in _SHAPINGS or instruction.function is _ALIAS) and isinstance(instruction.args[0], Ref):
             (out,), source = instruction.outputs, instruction.args[0].slot
             kind, before = program.kinds.get(out), program.kinds.get(source)
             if out not in own and kind is not None and before is not None and kind[0] == before[0]:

@@ -48,11 +48,12 @@ class Layouts:
         if self._coo is None:
             pattern = self.pattern
             shape = (*pattern.out_shape, *pattern.in_shape)
-            indices = pattern.keys.new_empty((len(shape), pattern.keys.numel()))
-            rest = pattern.keys
-            for number in reversed(range(len(shape))):
-                torch.remainder(rest, max(shape[number], 1), out=indices[number])
-                rest = torch.div(rest, max(shape[number], 1), rounding_mode="floor")
+            with unseen():  # a record of the call finds it as it is from the second call on: made
+                indices = pattern.keys.new_empty((len(shape), pattern.keys.numel()))
+                rest = pattern.keys
+                for number in reversed(range(len(shape))):
+                    torch.remainder(rest, max(shape[number], 1), out=indices[number])
+                    rest = torch.div(rest, max(shape[number], 1), rounding_mode="floor")
             self._coo = indices
         return self._coo
 
@@ -61,8 +62,9 @@ class Layouts:
         """Where the rows of the flattened block begin, and the columns."""
         if self._csr is None:
             keys, columns = self.pattern.keys, max(self.pattern.columns, 1)
-            starts = torch.arange(self.pattern.rows + 1, device=keys.device) * columns
-            self._csr = torch.searchsorted(keys, starts), torch.remainder(keys, columns)
+            with unseen():
+                starts = torch.arange(self.pattern.rows + 1, device=keys.device) * columns
+                self._csr = torch.searchsorted(keys, starts), torch.remainder(keys, columns)
         return self._csr
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from chainrule.calls import FUNCTIONS, REAL, WITH_NUMBERS, fits, number_constant
 from chainrule.maps.staging import Instruction, Program, Ref
+
+aten = torch.ops.aten
 
 
 def spell(program: Program, kept: Sequence[Instruction]) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
@@ -36,6 +39,8 @@ def spell(program: Program, kept: Sequence[Instruction]) -> tuple[list[Instructi
             instruction = instruction._replace(function=function)
         if instruction.function in WITH_NUMBERS and not instruction.kwargs and len(instruction.args) == 2:
             instruction = _without_number(program, instruction, constant)
+        elif instruction.function is aten.slice.Tensor._op:
+            instruction = _narrowed(program, instruction)
         elif instruction.function is torch.pow and len(instruction.args) == 2 and not instruction.kwargs:
             instruction = _without_power(program, instruction)
         spelled.append(instruction)
@@ -64,3 +69,15 @@ def _without_power(program: Program, instruction: Instruction) -> Instruction:
     if kind is None or kind[1] not in REAL:
         return instruction
     return instruction._replace(function=torch.mul, args=(base, base))
+
+
+def _narrowed(program: Program, instruction: Instruction) -> Instruction:
+    """A slice of consecutive places, whose shapes are known, in torch's cheaper spelling."""
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    tensor, dim, start, _, step = instruction.args + defaults[len(instruction.args) :]
+    before, after = program.kinds.get(tensor.slot), program.kinds.get(instruction.outputs[0])
+    if instruction.kwargs or step != 1 or before is None or after is None or not all(type(n) is int for n in (dim, start or 0)):
+        return instruction
+    size = before[0][dim]
+    start = min(max((start or 0) + (size if (start or 0) < 0 else 0), 0), size)
+    return instruction._replace(function=torch.narrow, args=(tensor, dim, start, after[0][dim]))

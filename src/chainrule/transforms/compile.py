@@ -23,6 +23,7 @@ from chainrule.execute.compiled import Flat, Run
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
+from chainrule.transforms.compiled_calls import Call, call_of
 
 aten = torch.ops.aten
 
@@ -37,6 +38,11 @@ _SIGNATURES = 64
 #: it is recorded before it runs without a graph.
 _GRAPHS = 8
 _RECORDINGS = 16
+
+#: So many functions are kept that compare the arguments, run a graph and build the result in one; so many are made per graph
+#: (arguments of one signature may differ in what they are more strict about).
+_SHORTENED = 8
+_CALLS = 2
 
 _STATIC = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _AUTOCAST = ("cpu", "cuda")
@@ -80,6 +86,8 @@ class Graph:
     grads: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     #: What the last results have to be; they are no results of the function.
     expected: list[torch.Tensor] = field(default_factory=list)
+    #: How many functions for arguments of this signature were made.
+    calls: int = 0
 
     def __post_init__(self) -> None:
         used = {id(tensor): tensor for tensor in self.closed}
@@ -98,6 +106,10 @@ class Graph:
             and all(tensor.grad is grad for tensor, grad in self.grads)
         )
 
+    @property
+    def count(self) -> int:
+        """The number of results of :attr:`run`."""
+        return 0 if self.flat is None else len(self.flat.results)
 
     def replay(self, tensors: list[torch.Tensor]) -> Any:
         """The results for the tensors among the arguments, in order, of a graph that holds and can be run.
@@ -173,6 +185,10 @@ def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callabl
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        for call in compiled.calls:
+            found = call(args, kwargs)
+            if found is not NotImplemented:
+                return found
         return compiled(args, kwargs)
 
     wrapper.cache_info = compiled.cache_info  # type: ignore[attr-defined]
@@ -192,7 +208,10 @@ class _Compiled:
         self.backend = backend
         self._signatures: OrderedDict[Any, _Signature] = OrderedDict()
         self._lock = threading.RLock()
-        self._hits = self._misses = self._eager = 0
+        self._misses = self._eager = 0
+        self._hits = [0]
+        #: Functions for signatures that were met twice, the newest first.
+        self.calls: tuple[Call, ...] = ()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
@@ -212,9 +231,12 @@ class _Compiled:
             for graph in signature.graphs:
                 if graph.holds():
                     try:
-                        return self._run(graph, leaves, args, kwargs)
+                        found = self._run(graph, leaves, args, kwargs)
                     except OtherValues:
                         continue
+                    if graph.calls < _CALLS:
+                        self._shorten(graph, args, kwargs)
+                    return found
         return self._first(key, leaves, args, kwargs)
 
     def _run(self, graph: Graph, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,8 +249,16 @@ class _Compiled:
                 found = graph.replay(values)
         else:
             found = graph.replay(values)
-        self._hits += 1
+        self._hits[0] += 1
         return found
+
+    def _shorten(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make a function for arguments like these."""
+        with self._lock:
+            graph.calls += 1
+            call = call_of(graph, args, kwargs, self._hits) if graph.run is not None else None
+            if call is not None:
+                self.calls = (call, *self.calls[: _SHORTENED - 1])
 
     def _first(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -283,7 +313,7 @@ class _Compiled:
         if reason:
             return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
         results = [s for s in staged if s is not None] + [s for s, _ in conditions]
-        flat = Flat(program, results, len(given) + len(closed), len(given))
+        flat = Flat(program, results, len(given) + len(closed), len(given), joined)
         if joined:
             flat.detach(*_in_graph(recorder))
         program._input_values.clear()  # a cycle that would hold the tensors of this run
@@ -291,9 +321,9 @@ class _Compiled:
         values = [*(leaf for _, leaf in given), *closed]
         if self.backend == "inductor":
             with _no_casts():
-                run = flat.inductor(values, joined=joined)
+                run = flat.inductor(values)
         elif self.backend == "cudagraphs":
-            run = flat.cudagraph(values, joined=joined)
+            run = flat.cudagraph(values)
         else:
             run = flat.replay()
         return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions])
@@ -330,13 +360,14 @@ class _Compiled:
     def cache_info(self) -> CacheInfo:
         """How often the function was called, and how."""
         size = sum(len(signature.graphs) for signature in self._signatures.values())
-        return CacheInfo(self._hits, self._misses, self._eager, size)
+        return CacheInfo(self._hits[0], self._misses, self._eager, size)
 
     def cache_clear(self) -> None:
         """Forget all graphs."""
         with self._lock:
             self._signatures.clear()
-            self._hits = self._misses = self._eager = 0
+            self.calls = ()
+            self._misses = self._eager = self._hits[0] = 0
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The graph for these arguments; its placeholders are the tensors among them, then what is closed over."""
