@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Self, TypeVar
@@ -113,7 +113,8 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
 configure(
-    table=TABLE, count=_count, level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor, parameter=torch.nn.Parameter,
+    table=TABLE, count=_count, level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor,
+    parameter=torch.nn.Parameter,
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
     queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS,
@@ -443,3 +444,12 @@ class without_innermost:  # noqa: N801 - used like torch.no_grad
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _push(self._mode)
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Run a block without any of the dispatch modes that are on."""
+    with ExitStack() as stack:
+        for _ in range(_count()):
+            stack.enter_context(without_innermost())
+        yield

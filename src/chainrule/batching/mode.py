@@ -18,7 +18,7 @@ from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
 from chainrule.calls import shared_constant
 from chainrule.dispatch import KNOWS_STATE, LightMode, again, undispatched
-from chainrule.functions import Function, methods
+from chainrule.functions import FACTS, Function, methods
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
 from chainrule.shortcuts import VMAP, Method, configure, use_classes
@@ -49,6 +49,7 @@ class VmapMode(LightMode):
     Args:
         size: the batch size.
         randomness: ``"error"``, ``"different"`` or ``"same"``.
+        calls: what knows calls that were made before (see :mod:`chainrule.execute.mapped_calls`), or None.
 
     Attributes:
         fallbacks: the names of the ops that ran by a loop over the samples.
@@ -58,8 +59,9 @@ class VmapMode(LightMode):
     takes_functions = True
     maps = True
 
-    def __init__(self, size: int, randomness: str = "error") -> None:
+    def __init__(self, size: int, randomness: str = "error", calls: Any = None) -> None:
         super().__init__()
+        self._calls = calls
         self.kind = VMAP
         self.size = size
         self.randomness = randomness
@@ -169,6 +171,14 @@ class VmapMode(LightMode):
         """Whether the mapped function has not returned yet."""
         return bool(self._entered)
 
+    def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Replay a call that was made before, where no other mode has to know; otherwise as for every mode."""
+        if self._calls is not None and self.below is None and not self._always_guard and func not in FACTS and self._takes(types):
+            out = self._calls(self, func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return super().take_function(func, types, args, kwargs)
+
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op on the stored tensors, where nothing has to be aligned first."""
         first = args[0] if args else None
@@ -243,6 +253,10 @@ class VmapMode(LightMode):
             inner.append(arg)
         if not batched or (joined and not torch.is_grad_enabled()):
             return NotImplemented
+        if self._calls is not None and self.below is None and not joined:
+            out = self._calls.op(self, entry, args, inner)
+            if out is not NotImplemented:
+                return out
         if entry.aliases or joined:
             # Autograd has to see views: a write through one is a write to the other.
             with _ForceDispatchKeyGuard(self._include, self._exclude):
@@ -292,10 +306,19 @@ class VmapMode(LightMode):
             yield
 
     @contextmanager
-    def resumed(self) -> Iterator[None]:
-        """Go on in this level, which was left, wherever that is now."""
-        with self._moved(), self:
-            yield
+    def resumed(self, *, guarded: bool = False) -> Iterator[None]:
+        """Go on in this level, which was left, wherever that is now.
+
+        Args:
+            guarded: whether another mode has to see all calls on the stored tensors.
+        """
+        before = self._always_guard
+        self._always_guard = before or guarded
+        try:
+            with self._moved(), self:
+                yield
+        finally:
+            self._always_guard = before
 
     @contextmanager
     def _moved(self) -> Iterator[None]:
@@ -306,6 +329,14 @@ class VmapMode(LightMode):
             yield
         finally:
             self._include, self._exclude = before
+
+    def outside(self) -> Any:
+        """Run a block in the state of torch's dispatcher around the level, but for autocast."""
+        return _ForceDispatchKeyGuard(self._include, self._exclude)
+
+    def wrapped(self, result: Any) -> Any:
+        """What a strategy returns as tensors of this level."""
+        return self._wrap(result)
 
     def _unwrap(self, arg: Any) -> Any:
         if arg.__class__ is BatchTensor:

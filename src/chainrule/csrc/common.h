@@ -30,7 +30,8 @@ typedef struct {
 #define CONFIGURED(X)                                                                                                  \
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
     X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
-    X(fresh) X(comparisons) X(readings) X(plain) X(meta)
+    X(fresh) X(comparisons) X(readings) X(plain) X(meta) X(calls) X(known) X(numbers) X(new_number) X(size)                \
+    X(constants_of_calls)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -39,7 +40,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
-    X(facts) X(run_op) X(lower) X(touches) X(grad_fn)
+    X(facts) X(run_op) X(lower) X(touches) X(grad_fn) X(stride)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -67,7 +68,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, common, op, is_view, fast;
+    Py_ssize_t inner, level, value, dtype, sample, signature, common, op, is_view, fast;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
@@ -215,3 +216,15 @@ call_below(PyObject *call, PyObject *const *args, Py_ssize_t count, int joined)
 }
 
 static PyTypeObject handler_type;
+
+/* Whether the next mode is torch itself, or for a tape the outermost vmap. */
+static int
+is_near_torch(Handler *self)
+{
+    if (self->below == NULL || self->below == Py_None)
+        return self->kind != NO_KIND;
+    if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
+        return 0;
+    Handler *below = (Handler *)self->below;
+    return below->kind == VMAP && (below->below == NULL || below->below == Py_None);
+}

@@ -32,18 +32,6 @@ are_plain(PyObject *types)
     return 1;
 }
 
-/* Whether the next mode is torch itself, or for a tape the outermost vmap. */
-static int
-is_near_torch(Handler *self)
-{
-    if (self->below == NULL || self->below == Py_None)
-        return self->kind != NO_KIND;
-    if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
-        return 0;
-    Handler *below = (Handler *)self->below;
-    return below->kind == VMAP && (below->below == NULL || below->below == Py_None);
-}
-
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
 static PyObject *
 take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *kwargs)
@@ -58,6 +46,18 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         reading = PyDict_GetItemWithError(c_readings, func);
     if (PyErr_Occurred())
         return NULL;
+    if (self->kind == VMAP && (self->below == NULL || self->below == Py_None) && !self->guarded && !self->graphs &&
+        c_known != NULL) {
+        int innermost = stands_innermost(self);
+        if (innermost <= 0)
+            return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+        PyObject *out = Py_NewRef(Py_NotImplemented);
+        if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
+            Py_SETREF(out, run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
+        if (out == Py_NotImplemented)
+            Py_SETREF(out, run_known(self, func, args, kwargs));
+        return out;
+    }
     int fresh = self->kind == TAPE && kwargs == NULL && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
     if (fresh < 0 || (function == NULL && reading == NULL && !fresh))
         return fresh < 0 ? NULL : Py_NewRef(Py_NotImplemented);

@@ -129,7 +129,9 @@ run_op_on_tape(Handler *self, PyObject *facts, PyObject *args, PyObject *call, P
         goto done;
     Py_DECREF(done);
     if (!alone) {
-        out = PyObject_CallMethodObjArgs(self->below, s_run_op, SLOT(facts, op), args, NULL);
+        out = is_near_torch(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view) : Py_NewRef(Py_NotImplemented);
+        if (out == Py_NotImplemented)
+            Py_SETREF(out, PyObject_CallMethodObjArgs(self->below, s_run_op, SLOT(facts, op), args, NULL));
     } else {
         /* Autograd must see views, so that writes through them are counted as writes. */
         if (is_view)

@@ -20,6 +20,7 @@
 #include "common.h"
 #include "vmap.h"
 #include "tape.h"
+#include "calls.h"
 #include "ops.h"
 #include "handler.h"
 #include "methods.h"
@@ -65,7 +66,7 @@ use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
         return PyErr_Format(PyExc_TypeError, "use_classes: two classes are expected");
     if ((offsets.inner = slot_offset(args[0], "inner")) < 0 || (offsets.level = slot_offset(args[0], "level")) < 0 ||
         (offsets.value = slot_offset(args[1], "value")) < 0 || (offsets.dtype = slot_offset(args[1], "dtype")) < 0 ||
-        (offsets.sample = slot_offset(args[1], "sample")) < 0)
+        (offsets.sample = slot_offset(args[1], "sample")) < 0 || (offsets.signature = slot_offset(args[1], "signature")) < 0)
         return NULL;
     Py_XSETREF(c_batch_tensor, Py_NewRef(args[0]));
     Py_XSETREF(c_batched, Py_NewRef(args[1]));

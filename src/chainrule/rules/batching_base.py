@@ -25,10 +25,15 @@ class Batched:
     Attributes:
         value: the tensor.
         dtype, sample: its dtype and the shape of one sample, where the compiled handlers made it; unset otherwise.
+        signature: the number of its shape, strides, dtype and device, once it was asked for.
 
     """
 
-    __slots__ = ("dtype", "sample", "value")
+    __slots__ = ("dtype", "sample", "signature", "value")
+
+    dtype: torch.dtype
+    sample: tuple[int, ...]
+    signature: int
 
     def __init__(self, value: Tensor) -> None:
         self.value = value

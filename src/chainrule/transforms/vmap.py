@@ -15,6 +15,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import current_ledger
+from chainrule.execute.mapped_calls import CALLS
 from chainrule.rules.batching_base import Batched
 from chainrule.subclasses import refuse_foreign
 from chainrule.transforms.arguments import check_whole, refuse_inside_torch_func
@@ -325,7 +326,7 @@ def _inside(
     func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, randomness: str
 ) -> tuple[Any, VmapMode]:
     """Run `func` on tensors whose mapped dimension is the first."""
-    mode = VmapMode(size, randomness)
+    mode = VmapMode(size, randomness, CALLS)
     args: Any = [
         wrap_batched(Batched(value), mode) if flag else value for value, flag in zip(values, mapped, strict=True)
     ]

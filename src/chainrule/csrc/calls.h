@@ -1,0 +1,254 @@
+/* Calls on mapped tensors that were made before (chainrule.execute.mapped_calls), replayed. Part of shortcuts.c. */
+
+/* Fields of a replay and of what is known of one of its results, which are tuples. */
+enum { RUN, KINDS, SEVERAL, REPLAY_FIELDS };
+enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, NUMBER, KIND_FIELDS };
+
+/* The number of a tensor's signature (shape, strides, dtype, device): 1 with a new reference; 0 if the tensor is left to Python;
+ * -1 with an error set. `batch` holds it, or is NULL. */
+static int
+signature_number(PyObject *value, PyObject *batch, PyObject **number)
+{
+    int graph = attribute_is_true(value, s_requires_grad);
+    if (graph)
+        return graph < 0 ? -1 : 0;
+    if (batch != NULL && SLOT(batch, signature) != NULL) {
+        *number = Py_NewRef(SLOT(batch, signature));
+        return 1;
+    }
+    if (!is_constant_class(value))
+        return 0;
+    int outcome = -1;
+    PyObject *layout = PyObject_GetAttr(value, s_layout), *dtype = NULL, *shape = NULL, *strides = NULL, *device = NULL, *key = NULL;
+    if (layout == NULL || (dtype = PyObject_GetAttr(value, s_dtype)) == NULL)
+        goto done;
+    int real = PySet_Contains(c_real, dtype);
+    if (real <= 0 || layout != c_strided) {
+        outcome = real < 0 ? -1 : 0;
+        goto done;
+    }
+    if ((shape = PyObject_GetAttr(value, s_shape)) == NULL || (strides = PyObject_CallMethodNoArgs(value, s_stride)) == NULL ||
+        (device = PyObject_GetAttr(value, s_device)) == NULL || (key = PyTuple_Pack(4, shape, dtype, strides, device)) == NULL)
+        goto done;
+    *number = PyDict_GetItemWithError(c_numbers, key);
+    if (*number != NULL)
+        Py_INCREF(*number);
+    else if (PyErr_Occurred() || (*number = PyObject_CallOneArg(c_new_number, key)) == NULL)
+        goto done;
+    if (batch != NULL)
+        SLOT(batch, signature) = Py_NewRef(*number);
+    outcome = 1;
+done:
+    Py_XDECREF(layout);
+    Py_XDECREF(dtype);
+    Py_XDECREF(shape);
+    Py_XDECREF(strides);
+    Py_XDECREF(device);
+    Py_XDECREF(key);
+    return outcome;
+}
+
+static int
+append_new(PyObject *list, PyObject *item)
+{
+    int outcome = item == NULL ? -1 : PyList_Append(list, item);
+    Py_XDECREF(item);
+    return outcome;
+}
+
+/* Write down the signature of a tensor, and the tensor among the values: 1; 0 if it is left to Python; -1 with an error set. */
+static int
+read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values)
+{
+    PyObject *value = item, *batch = NULL, *number = NULL;
+    if ((PyObject *)Py_TYPE(item) == c_batch_tensor) {
+        if (SLOT(item, level) != (PyObject *)self || SLOT(item, inner) == NULL)
+            return 0;
+        value = SLOT(item, inner);
+        if ((PyObject *)Py_TYPE(value) == c_batched) {
+            batch = value;
+            value = SLOT(batch, value);
+            if (value == NULL)
+                return 0;
+        }
+    }
+    if (PyList_Append(signature, batch != NULL ? Py_True : Py_False) < 0)
+        return -1;
+    for (Py_ssize_t place = 0; place < PyList_GET_SIZE(values); place++)
+        if (PyList_GET_ITEM(values, place) == value)
+            return append_new(signature, PyLong_FromSsize_t(-1 - place)) < 0 ? -1 : 1;
+    int taken = signature_number(value, batch, &number);
+    if (taken <= 0)
+        return taken;
+    return append_new(signature, number) < 0 || PyList_Append(values, value) < 0 ? -1 : 1;
+}
+
+/* Write down the signature of some arguments, as `chainrule.execute.mapped_calls._read` does, with the same results. */
+static int
+read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *signature, PyObject *values)
+{
+    int taken = 1;
+    for (Py_ssize_t place = 0; taken > 0 && place < count; place++) {
+        PyObject *item = items[place], *type = (PyObject *)Py_TYPE(item);
+        if (type == c_batch_tensor || is_constant_class(item)) {
+            taken = read_tensor(self, item, signature, values);
+            continue;
+        }
+        if (PyFloat_CheckExact(item)) {
+            int sign = signbit(PyFloat_AS_DOUBLE(item)) ? -1 : 1;
+            taken = append_new(signature, PyFloat_FromDouble(sign)) < 0 || PyList_Append(signature, item) < 0 ? -1 : 1;
+            continue;
+        }
+        if (PySlice_Check(item)) {
+            PySliceObject *slice = (PySliceObject *)item;
+            PyObject *parts[] = {slice->start, slice->stop, slice->step};
+            taken = PyList_Append(signature, type) < 0 ? -1 : read_items(self, parts, 3, signature, values);
+            continue;
+        }
+        if (PyList_CheckExact(item) || PyTuple_CheckExact(item) || type == c_size) {
+            Py_ssize_t within = PySequence_Fast_GET_SIZE(item);
+            if (PyList_Append(signature, type) < 0 || append_new(signature, PyLong_FromSsize_t(within)) < 0)
+                return -1;
+            taken = read_items(self, PySequence_Fast_ITEMS(item), within, signature, values);
+            continue;
+        }
+        taken = PySet_Contains(c_constants_of_calls, type);
+        if (taken > 0 && (PyList_Append(signature, type) < 0 || PyList_Append(signature, item) < 0))
+            taken = -1;
+    }
+    return taken;
+}
+
+/* A result of a replay as a tensor of the level. */
+static PyObject *
+wrapped_as(Handler *self, PyObject *value, PyObject *kind)
+{
+    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0), *tensor;
+    if (batch == NULL)
+        return NULL;
+    SLOT(batch, value) = Py_NewRef(value);
+    SLOT(batch, signature) = Py_NewRef(PyTuple_GET_ITEM(kind, NUMBER));
+    if (PyTuple_GET_ITEM(kind, SHARES) == Py_True) {
+        PyObject *args[] = {batch, (PyObject *)self};
+        tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+    } else {
+        PyObject *args[] = {c_batch_tensor, PyTuple_GET_ITEM(kind, SAMPLE), PyTuple_GET_ITEM(kind, STRIDES), Py_None, Py_None,
+                            PyTuple_GET_ITEM(kind, DTYPE), c_strided, PyTuple_GET_ITEM(kind, DEVICE)};
+        tensor = PyObject_Vectorcall(c_make_wrapper, args, args[7] == Py_None ? 6 : 8, NULL);
+        if (tensor != NULL) {
+            SLOT(tensor, inner) = Py_NewRef(batch);
+            SLOT(tensor, level) = Py_NewRef((PyObject *)self);
+            if (PyTuple_GET_ITEM(kind, PLAIN) == Py_True) {
+                SLOT(batch, dtype) = Py_NewRef(PyTuple_GET_ITEM(kind, DTYPE));
+                SLOT(batch, sample) = Py_NewRef(PyTuple_GET_ITEM(kind, SAMPLE));
+            }
+        }
+    }
+    Py_DECREF(batch);
+    return tensor;
+}
+
+/* The results of a replay for stored tensors of its signature. Torch's handlers are off. */
+static PyObject *
+replayed(Handler *self, PyObject *replay, PyObject *values)
+{
+    PyObject *kinds = PyTuple_GET_ITEM(replay, KINDS), *several = PyTuple_GET_ITEM(replay, SEVERAL), *out = NULL;
+    PyObject *args[] = {values, empty};
+    PyObject *found = PyObject_Vectorcall(PyTuple_GET_ITEM(replay, RUN), args, 2, NULL);
+    Py_ssize_t count = PyTuple_GET_SIZE(kinds);
+    if (found != NULL && (!PyTuple_CheckExact(found) || PyTuple_GET_SIZE(found) != count))
+        PyErr_SetString(PyExc_TypeError, "a replay returns a tuple of its results");
+    else if (found != NULL && several == Py_None)
+        out = wrapped_as(self, PyTuple_GET_ITEM(found, 0), PyTuple_GET_ITEM(kinds, 0));
+    else if (found != NULL && (out = PyList_New(count)) != NULL) {
+        for (Py_ssize_t place = 0; out != NULL && place < count; place++) {
+            PyObject *tensor = wrapped_as(self, PyTuple_GET_ITEM(found, place), PyTuple_GET_ITEM(kinds, place));
+            if (tensor == NULL)
+                Py_CLEAR(out);
+            else
+                PyList_SET_ITEM(out, place, tensor);
+        }
+    }
+    Py_XDECREF(found);
+    if (out != NULL && several != Py_None && several != (PyObject *)&PyList_Type)
+        Py_SETREF(out, PyObject_CallOneArg(several, out));
+    return out;
+}
+
+/* What is known of a call, and the stored tensors among its arguments: 1 with new references; 0 if it is no replay; -1 with an
+ * error set. */
+static int
+find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyObject **replay, PyObject **values)
+{
+    PyObject *key = NULL, *signature = PyList_New(0), *name, *item;
+    Py_ssize_t place = 0;
+    int taken = -1;
+    *replay = NULL;
+    *values = PyList_New(0);
+    if (signature == NULL || *values == NULL || PyList_Append(signature, func) < 0)
+        goto done;
+    taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values);
+    while (taken > 0 && kwargs != NULL && PyDict_Next(kwargs, &place, &name, &item))
+        taken = PyList_Append(signature, name) < 0 ? -1 : read_items(self, &item, 1, signature, *values);
+    if (taken > 0 && (key = PyList_AsTuple(signature)) == NULL)
+        taken = -1;
+    if (taken > 0 && (*replay = PyDict_GetItemWithError(c_known, key)) == NULL && PyErr_Occurred())
+        taken = -1;
+    if (taken > 0)
+        taken = *replay != NULL && PyTuple_Check(*replay);
+done:
+    if (taken > 0)
+        Py_INCREF(*replay);
+    else
+        Py_CLEAR(*values);
+    Py_XDECREF(key);
+    Py_XDECREF(signature);
+    return taken;
+}
+
+/* A call under the only mode that is on; NotImplemented, with nothing done, leaves it to Python. */
+static PyObject *
+run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
+{
+    PyObject *replay, *values;
+    int taken = PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
+    if (taken > 0) {
+        int autocast = call_is_true(c_autocast);
+        taken = autocast < 0 ? -1 : !autocast;
+    }
+    if (taken > 0)
+        taken = find_replay(self, func, args, kwargs, &replay, &values);
+    if (taken <= 0)
+        return taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = NULL, *done = exclude_python(1);
+    if (done != NULL) {
+        out = replayed(self, replay, values);
+        if (include_python() < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(done);
+    Py_DECREF(replay);
+    Py_DECREF(values);
+    return out;
+}
+
+/* An op on tensors of the outermost level, below a tape; the same. Torch's handlers are off. */
+static PyObject *
+run_known_op(Handler *self, PyObject *op, PyObject *args, int is_view)
+{
+    PyObject *replay, *values;
+    if (c_known == NULL || self->guarded || self->graphs || (is_view && state.exclude == NULL))
+        return Py_NewRef(Py_NotImplemented);
+    int taken = find_replay(self, op, args, NULL, &replay, &values);
+    if (taken <= 0)
+        return taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    /* Autograd must see views, so that writes through them are counted as writes. */
+    if (is_view)
+        state.exclude(state.views, false);
+    PyObject *out = replayed(self, replay, values);
+    if (is_view)
+        state.exclude(state.views, true);
+    Py_DECREF(replay);
+    Py_DECREF(values);
+    return out;
+}

@@ -1,0 +1,348 @@
+"""Calls on mapped tensors as programs on the stored ones: worked out once per signature, then replayed.
+
+A batching strategy is Python that looks at ranks, dimensions and numbers, and then makes a few calls of torch on the stored
+tensors. Which calls depends on the signature alone: the function, the shapes, strides and dtypes of the stored tensors and
+the values of everything else. The first calls with a signature run the strategy; then the calls that it makes are recorded,
+and from there on they are replayed. The compiled handlers (``csrc/calls.h``) look up and replay in the same tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chainrule.batching.entries import OpEntry
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched
+from chainrule.capture.recorder import Recorder
+from chainrule.dispatch import without_handlers, without_innermost, without_modes
+from chainrule.execute.replay import Runner, compile_program
+from chainrule.execute.simplify import root
+from chainrule.maps.staging import Program, Staged
+from chainrule.rules.batching_base import Batched
+from chainrule.shortcuts import REAL, configure
+
+#: Calls with a signature before it is recorded, which takes as long as some tens of calls.
+_UNRECORDED = 2
+
+#: Signatures that are kept; then all are forgotten.
+_MOST = 4096
+
+#: The kinds of functions that are calls of torch; what is written in Python is entered, so that the calls in it are taken.
+_CALLS = frozenset({types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType})
+
+#: What stands for itself in a signature.
+_CONSTANTS = frozenset({bool, int, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+#: Classes of tensors of which no more is known than what a signature says.
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+
+#: Which memory is viewed here is not in a signature.
+_BY_MEMORY = frozenset({torch.as_strided, Tensor.as_strided, torch.as_strided_scatter, Tensor.as_strided_scatter})
+
+#: Numbers for what a signature says of a tensor: shape, dtype, strides, device.
+_NUMBERS: dict[Any, int] = {}
+_FREE_NUMBERS = itertools.count()
+
+_strided = torch.strided
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def _new_number(key: Any) -> int:
+    if len(_NUMBERS) > _MOST:
+        _NUMBERS.clear()  # numbers are not given twice
+    number = _NUMBERS[key] = next(_FREE_NUMBERS)
+    return number
+
+
+class Kind(NamedTuple):
+    """What a result is; the fields are known to the compiled handlers.
+
+    Attributes:
+        shares: whether it shares memory with an argument, and so begins where that says.
+        sample: the shape of one sample.
+        strides: the strides of one sample, or None if the whole is contiguous.
+        dtype: the dtype.
+        device: the device, or None for the CPU.
+        plain: whether the compiled handlers may know dtype and shape of it.
+        number: the number of its signature.
+    """
+
+    shares: bool
+    sample: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device | None
+    plain: bool
+    number: int
+
+
+class Replay(NamedTuple):
+    """The calls of one signature, on the stored tensors.
+
+    Attributes:
+        run: from the stored tensors to the results.
+        kinds: what the results are.
+        several: None for one result, else what makes the results of a list of them.
+    """
+
+    run: Runner
+    kinds: tuple[Kind, ...]
+    several: Any
+
+
+class MappedCalls:
+    """The calls that are known, for all levels of vmap."""
+
+    def __init__(self) -> None:
+        # By signature: a replay, how often it was called, or None where it cannot be replayed.
+        self.known: dict[Any, Replay | int | None] = {}
+        # Functions that return no tensors, or write.
+        self._never: set[Any] = set(_BY_MEMORY)
+
+    def __call__(self, mode: VmapMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """Call a function of mapped tensors; NotImplemented, with nothing done, leaves it to its own way.
+
+        Args:
+            mode: the level, the only mode that is on.
+            function: the function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        if function.__class__ not in _CALLS or function in self._never or mode.graphs or _any_autocast():
+            return NotImplemented
+        values: list[Tensor] = []
+        key = _signature(function, mode, args, kwargs, values)
+        if key is None:
+            return NotImplemented
+        replay = self._find(key)
+        if isinstance(replay, Replay):
+            without_handlers(True)
+            try:
+                return _replayed(replay, mode, values)
+            finally:
+                without_handlers(False)
+        if not replay:
+            return NotImplemented
+        loops = len(mode.fallbacks)
+        recorder = _recorder(values)
+        with without_innermost(), recorder, mode.resumed(guarded=True):
+            result = function(*args, **(kwargs or {}))
+        if result.__class__ is not BatchTensor and not isinstance(result, (tuple, list)) or _writes(function):
+            self._never.add(function)
+        elif len(mode.fallbacks) == loops:
+            self.known[key] = _replay(recorder, result, mode, args)
+        return result
+
+    def op(self, mode: VmapMode, entry: OpEntry, args: tuple[Any, ...], inner: list[Any]) -> Any:
+        """Run an op by its strategy, likewise. The modes' handlers are off, and autograd may be.
+
+        Args:
+            mode: the outermost level, and the mode below the one that is innermost.
+            entry: the op.
+            args: its arguments, of which one is mapped.
+            inner: the same as its strategy takes them.
+        """
+        values: list[Tensor] = []
+        key = _signature(entry.op, mode, args, None, values)
+        if key is None or entry.strategy is None:
+            return NotImplemented
+        replay = self._find(key)
+        if isinstance(replay, Replay):
+            if not entry.aliases:
+                return _replayed(replay, mode, values)
+            with mode.outside():  # autograd has to see views
+                return _replayed(replay, mode, values)
+        if not replay:
+            return NotImplemented
+        recorder = _recorder(values)
+        with mode.outside(), without_modes(), recorder:
+            result = entry.strategy(entry.op, inner, {}, mode.size)
+        if result is NotImplemented:
+            return result
+        wrapped = mode.wrapped(result)
+        self.known[key] = _replay(recorder, wrapped, mode, args)
+        return wrapped
+
+    def _find(self, key: Any) -> Replay | bool:
+        """What replays a signature, or whether it is to be recorded now."""
+        found = self.known.get(key, 0)
+        if found is None or isinstance(found, Replay):
+            return found or False
+        if len(self.known) > _MOST:
+            self.known.clear()
+        record = found >= _UNRECORDED
+        self.known[key] = None if record else found + 1
+        return record
+
+
+def _recorder(values: Sequence[Tensor]) -> Recorder:
+    """A recorder for which some tensors are the inputs."""
+    places = {id(value): number for number, value in enumerate(values)}
+
+    def find(program: Program, tensor: Tensor) -> Staged | None:
+        number = places.get(id(tensor))
+        return None if number is None else program.input(number, tensor)
+
+    return Recorder(find)
+
+
+def _signature(
+    function: Any, mode: VmapMode, args: Sequence[Any], kwargs: dict[str, Any] | None, values: list[Tensor]
+) -> tuple[Any, ...] | None:
+    """What a call depends on but for the values of the tensors; None for one that is left to its own way."""
+    signature: list[Any] = [function]
+    if not _read(args, mode, signature, values):
+        return None
+    for name, item in (kwargs or {}).items():
+        signature.append(name)
+        if not _read((item,), mode, signature, values):
+            return None
+    return tuple(signature)
+
+
+def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: list[Tensor]) -> bool:
+    """Write down the signature of some arguments, and the tensors among them; whether they can be replayed."""
+    for item in items:
+        kind = item.__class__
+        if kind is BatchTensor:
+            if item.level is not mode or item.requires_grad:
+                return False
+            value, batch = item.inner, None
+            if value.__class__ is Batched:
+                batch, value = value, value.value
+        elif kind in _TENSORS:
+            value, batch = item, None
+        elif kind in _CONSTANTS:
+            signature.append(kind)
+            signature.append(item)
+            continue
+        elif kind is float:
+            signature.append(math.copysign(1.0, item))
+            signature.append(item)
+            continue
+        elif kind is slice:
+            signature.append(slice)
+            if not _read((item.start, item.stop, item.step), mode, signature, values):
+                return False
+            continue
+        elif kind is list or kind is tuple or kind is torch.Size:
+            signature.append(kind)
+            signature.append(len(item))
+            if not _read(item, mode, signature, values):
+                return False
+            continue
+        else:
+            return False
+        if value.requires_grad:
+            return False
+        signature.append(batch is not None)
+        for place, other in enumerate(values):
+            if other is value:
+                signature.append(-1 - place)
+                break
+        else:
+            number = _signature_number(value) if batch is None or not hasattr(batch, "signature") else batch.signature
+            if number is None:
+                return False
+            if batch is not None:
+                batch.signature = number
+            signature.append(number)
+            values.append(value)
+    return True
+
+
+def _signature_number(value: Tensor) -> int | None:
+    """The number of what a signature says of a tensor; None for one that is left to its own way."""
+    dtype = value.dtype
+    if value.__class__ not in _TENSORS or dtype not in REAL or value.layout is not _strided:
+        return None
+    key = (value.shape, dtype, value.stride(), value.device)
+    found = _NUMBERS.get(key)
+    return _new_number(key) if found is None else found
+
+
+def _writes(function: Any) -> bool:
+    """Whether a function by its name writes to its first argument."""
+    name = function.__name__
+    return name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name not in ("__invert__", "__index__"))
+
+
+def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: tuple[Any, ...]) -> Replay | None:
+    """What was recorded as something that can be run again, if it can."""
+    if not recorder.pure:
+        return None
+    single = result.__class__ is BatchTensor
+    leaves = [result] if single else list(result)
+    given = {id(item) for item in args}
+    if not all(leaf.__class__ is BatchTensor and leaf.level is mode and leaf.batched for leaf in leaves):
+        return None
+    if any(id(leaf) in given for leaf in leaves):
+        return None
+    program = recorder.program
+    staged = [recorder.staged(leaf.value) for leaf in leaves]
+    producers = {slot: instruction for instruction in program.instructions for slot in instruction.outputs}
+    inputs = set(program.inputs.values())
+    for instruction in program.instructions:
+        if any(root(program, producers, slot) in inputs for slot in instruction.writes):
+            return None
+    kinds: list[Kind] = []
+    for leaf, found in zip(leaves, staged, strict=True):
+        if found is None:
+            return None
+        source = root(program, producers, found.slot)
+        if source in program.constants or source in inputs and found.slot == source:
+            return None
+        value = leaf.value
+        shares = found.slot in program.views or found.slot in program.shares
+        number = _signature_number(value)
+        if number is None:
+            return None
+        whole, cpu = value.is_contiguous(), value.device.type == "cpu"
+        kinds.append(
+            Kind(
+                shares, tuple(value.shape[1:]), None if whole else value.stride()[1:], value.dtype, None if cpu else value.device,
+                whole and cpu and value.dtype.is_floating_point, number,
+            )
+        )  # fmt: skip
+    runner = compile_program(program, staged, views=True)
+    # The tensors of this run are not kept.
+    program._input_values.clear()
+    plain = runner.plain  # type: ignore[attr-defined]
+    del runner.source_of  # type: ignore[attr-defined]
+    return Replay(plain, tuple(kinds), None if single else type(result))
+
+
+def _replayed(replay: Replay, mode: VmapMode, values: list[Tensor]) -> Any:
+    """The results for stored tensors of this signature."""
+    found = replay.run(values, ())
+    results = [_wrapped(value, kind, mode) for value, kind in zip(found, replay.kinds, strict=True)]
+    return results[0] if replay.several is None else replay.several(results)
+
+
+def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
+    batched = Batched(value)
+    batched.signature = kind.number
+    if kind.shares:
+        return wrap_batched(batched, mode)
+    tensor: BatchTensor = _make_wrapper(
+        BatchTensor, kind.sample, kind.strides, None, None, kind.dtype, _strided, kind.device or torch.device("cpu")
+    )
+    tensor.inner = batched
+    tensor.level = mode
+    if kind.plain:
+        batched.dtype, batched.sample = kind.dtype, kind.sample
+    return tensor
+
+
+#: What all levels use.
+CALLS = MappedCalls()
+configure(
+    calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size, constants_of_calls=_CONSTANTS
+)
