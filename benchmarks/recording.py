@@ -89,7 +89,9 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
 }  # fmt: skip
 
 
-def recording_costs(seconds: float = 0.02, kinds: dict[str, Callable[[Tensor], Any]] | None = None) -> dict[str, tuple[float, float]]:
+def recording_costs(
+    seconds: float = 0.02, kinds: dict[str, Callable[[Tensor], Any]] | None = None
+) -> dict[str, tuple[float, float]]:
     """For each kind of op the seconds of a plain call, and of one under a tape: the least of several interleaved runs."""
     found: dict[str, tuple[float, float]] = {}
     for name, kind in (kinds or KINDS).items():

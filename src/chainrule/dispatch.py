@@ -19,10 +19,13 @@ from chainrule.calls import CONSTANTS, shared_constant
 from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import COMPARISONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, TABLE
+from chainrule.function_schemas import NAMED, BySchema, Required
+from chainrule.functions import COMPARISONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, SHAPED, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
+
+aten = torch.ops.aten
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -117,7 +120,10 @@ configure(
     parameter=torch.nn.Parameter,
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
-    queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS,
+    queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS, shaped=SHAPED,
+    by_schema=BySchema, named=NAMED, required=Required, getitem=torch.Tensor.__getitem__,
+    select=aten.select.int, slice=aten.slice.Tensor, unsqueeze=aten.unsqueeze.default,
+    index=aten.index.Tensor, long=torch.int64, bool=torch.bool,
 )  # fmt: skip
 
 
@@ -230,7 +236,8 @@ class LightMode(Handler, TorchDispatchMode):
                 out = func(*args, **kwargs) if kwargs else func(*args)
             finally:
                 without_handlers(False)
-            self.note_ignored(args, kwargs, out)
+            if func not in SHAPED:
+                self.note_ignored(args, kwargs, out)
             return out
         function = TABLE.get(func)
         reading = READINGS.get(func)
@@ -257,7 +264,9 @@ class LightMode(Handler, TorchDispatchMode):
                 if function is not None and (not kwargs or kwargs in NEUTRAL):
                     out = self.run_function(function, args)
                 if out is NotImplemented and reading is not None and (read := reading(args, kwargs or {})) is not None:
-                    out = self.run_op(*read)
+                    if read[0] not in NAMED:  # only torch's own functions give results with names
+                        out = self.run_op(*read)
+                        out = tuple(out) if out.__class__ is list else out
             finally:
                 without_handlers(False)
             if out is not NotImplemented:

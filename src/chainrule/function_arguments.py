@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+
+from chainrule.function_schemas import by_schema
 
 aten = torch.ops.aten
 
@@ -73,6 +76,15 @@ def _along(op: Any, *after: Any) -> Reading:
         if len(args) != 2 or args[1].__class__ is not int or not args[0].is_floating_point():
             return None
         return op, (*args, *after)
+
+    return read
+
+
+def _without(reading: Reading, neutral: dict[str, Any]) -> Reading:
+    """A reading of a function that is always shown some named arguments, which mean nothing by default."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        return reading(args, {name: item for name, item in kwargs.items() if name not in neutral or item != neutral[name]})
 
     return read
 
@@ -177,6 +189,7 @@ def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
 def _table() -> dict[Any, Reading]:
     tensor: Any = torch.Tensor
     found: dict[Any, Reading] = {
+        **by_schema(),
         tensor.contiguous: lambda args, kwargs: None if kwargs or len(args) > 1 else (aten.contiguous.default, args),
         tensor.view: _sizes(aten.view.default),
         tensor.permute: _sizes(aten.permute.default),
@@ -203,6 +216,8 @@ def _table() -> dict[Any, Reading]:
         found[getattr(torch, name)] = found[getattr(tensor, name)] = reading
     found[torch.cat] = found[torch.concat] = found[torch.concatenate] = _joined(aten.cat.default)
     found[torch.stack] = _joined(aten.stack.default)
+    for function, op in ((F.softmax, aten._softmax.default), (F.log_softmax, aten._log_softmax.default)):
+        found[function] = _without(_along(op, False), {"_stacklevel": 3, "dtype": None})
     return found
 
 

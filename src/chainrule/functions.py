@@ -141,7 +141,13 @@ COMPARISONS = _comparisons()
 
 _FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
 
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
+_NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
+
+#: Functions that read nothing of a tensor but its shape, dtype and device.
+SHAPED = frozenset((*(getattr(torch, name) for name in _LIKE), *(getattr(torch.Tensor, name) for name in _NEW)))
+
 #: Functions that make new tensors, or return their argument: on constants nothing of them is recorded.
-FRESH = frozenset(
-    (*COMPARISONS, *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to")))
-)
+FRESH = COMPARISONS | SHAPED | {
+    *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to"))
+}

@@ -34,6 +34,10 @@ class Handler:
         """Take a function of the table; given by the modes."""
         raise NotImplementedError
 
+    def _run_common(self, facts: Any, args: tuple[Any, ...]) -> Any:
+        """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""
+        return NotImplemented
+
 
 def configure(**known: Any) -> None:
     """Give the handlers the objects that they use; those in Python know them."""

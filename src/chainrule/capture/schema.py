@@ -56,6 +56,7 @@ class OpFacts:
         joined: the composite form that is recorded when an argument requires grad, or None.
         composite: whether torch defines the op as a composition of others.
         common: whether nothing but "run it and record it" has to happen.
+        plain: whether that is so for tensors that are real and have no graph.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
         numbers: whether a number as its second argument may be given as a constant.
@@ -63,7 +64,7 @@ class OpFacts:
 
     __slots__ = (
         "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
-        "is_view", "joined", "numbers", "op", "shaped", "whole", "writes",
+        "is_view", "joined", "numbers", "op", "plain", "shaped", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -85,8 +86,9 @@ class OpFacts:
         self.direct = None if self.writes or self.expansion is None else policy.direct(op)
         self.composite = op._can_decompose() and not self.writes
         self.joined = None if self.writes else policy.joined_expansion(op)
-        parts = self.joined is not None or self.expansion is not None
-        self.common = not (parts or self.writes or self.inactive or (self.is_view and not schema.arguments))
+        apart = self.expansion is not None or self.writes or self.inactive or (self.is_view and not schema.arguments)
+        self.plain = not apart
+        self.common = self.plain and self.joined is None
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

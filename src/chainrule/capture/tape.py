@@ -15,8 +15,8 @@ from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import LightMode, again, refusal_of_operators, without_handlers, without_mode
-from chainrule.functions import COMPARISONS, Function
-from chainrule.shortcuts import TAPE, configure, use_facts
+from chainrule.functions import COMPARISONS, SHAPED, Function
+from chainrule.shortcuts import COMPILED, TAPE, configure, use_facts
 from chainrule.subclasses import is_foreign
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
@@ -54,7 +54,7 @@ _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _excludes = torch._C._dispatch_tls_is_dispatch_key_excluded
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
-configure(record=Record, slot_objects=SLOTS, plain=PLAIN, meta=meta)
+configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
 use_facts(OpFacts)
 
 
@@ -288,7 +288,7 @@ class Tape(Slots, LightMode):
             if not all([isinstance(item, torch.Tensor) for item in args]):
                 return NotImplemented
         facts = self._facts.get(id(op)) or self.facts(op)
-        if not facts.common:
+        if not facts.plain:
             return NotImplemented
         below = self.below
         if below is None:
@@ -306,7 +306,7 @@ class Tape(Slots, LightMode):
                     return False
             elif isinstance(item, (torch.Tensor, list)) or (kind is tuple and not all([n.__class__ is int for n in item])):
                 return False
-        return func in COMPARISONS or not self._any_active(args, kwargs)
+        return func in COMPARISONS or func in SHAPED or not self._any_active(args, kwargs)
 
     def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """A mask that depends on the inputs is a value, though it has no derivative."""
@@ -315,11 +315,57 @@ class Tape(Slots, LightMode):
     def run_op(self, op: OpOverload, args: tuple[Any, ...]) -> Any:
         """Run an op, and record it."""
         facts = self._facts.get(id(op)) or self.facts(op)
-        if not facts.common or _any_autocast():
+        if _any_autocast():
             return NotImplemented
+        if not facts.plain:
+            return self._run_uncommon(facts, args)
+        if COMPILED:
+            out = self._run_common(facts, args)
+            if out is not NotImplemented:
+                return out
         if self.below is None:
             return self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
         return self._run_plain(facts, args, self._run_below)
+
+    def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        """An op that is a constant, or recorded in parts, where no other mode has to know and all tensors are plain."""
+        inactive = facts.inactive
+        if self.below is not None or not (inactive or facts.direct is not None) or not _are_plain(args):
+            return NotImplemented
+        if inactive:
+            if not facts.is_view:
+                return self._note_inactive(facts, args, facts.fast(*args))
+            with _ForceDispatchKeyGuard(*self._outside):
+                # Torch shows `detach` to the modes otherwise.
+                without_handlers(True)
+                out = facts.fast(*args)
+            self.pending.append((facts.op, args, None, out))
+            return self._note_inactive(facts, args, out)
+        if facts.whole is not None and facts.whole(args, self.kernels):
+            return self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+        if not facts.is_view and not self._any_active(args, None):
+            return NotImplemented
+        outer, self._origin = self._origin, self._origin or facts.op
+        try:
+            return facts.direct(self._run_part_here, *args)  # type: ignore[misc]
+        finally:
+            self._origin = outer
+
+    def _note_inactive(self, facts: OpFacts, args: tuple[Any, ...], out: Any) -> Any:
+        if not facts.shaped:
+            self._note_derived(args, None, out)
+        return out
+
+    def _run_part_here(self, op: OpOverload, *args: Any) -> Any:
+        """Run and record a part of an op, where torch's handlers are off."""
+        out = self.run_op(op, args)
+        if out is not NotImplemented:
+            return out
+        without_handlers(False)
+        try:
+            return op._op(*args)
+        finally:
+            without_handlers(True)
 
     def _run_below(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         assert self.below is not None
@@ -493,6 +539,17 @@ def _is_elsewhere(tensor: torch.Tensor) -> bool:
     """Whether the elements of a tensor are not where they seem to be, and no mode sees to that: only its class says what is."""
     level = getattr(tensor, "level", None)
     return is_foreign(tensor.__class__) or (level is not None and not level.running)
+
+
+def _are_plain(args: Iterable[Any]) -> bool:
+    """Whether all tensors are torch's own, real, and without a graph."""
+    for item in args:
+        if isinstance(item, torch.Tensor):
+            if item.__class__ is not torch.Tensor or item.requires_grad or item.is_complex():
+                return False
+        elif (item.__class__ is list or item.__class__ is tuple) and not _are_plain(item):
+            return False
+    return True
 
 
 def _run_alone(facts: OpFacts, args: tuple[Any, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 /* Fields of a replay and of what is known of one of its results, which are tuples. */
 enum { RUN, KINDS, SEVERAL, REPLAY_FIELDS };
-enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, NUMBER, KIND_FIELDS };
+enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, SIGNATURE, KIND_FIELDS };
 
 /* The number of a tensor's signature (shape, strides, dtype, device): 1 with a new reference; 0 if the tensor is left to Python;
  * -1 with an error set. `batch` holds it, or is NULL. */
@@ -127,7 +127,7 @@ wrapped_as(Handler *self, PyObject *value, PyObject *kind)
     if (batch == NULL)
         return NULL;
     SLOT(batch, value) = Py_NewRef(value);
-    SLOT(batch, signature) = Py_NewRef(PyTuple_GET_ITEM(kind, NUMBER));
+    SLOT(batch, signature) = Py_NewRef(PyTuple_GET_ITEM(kind, SIGNATURE));
     if (PyTuple_GET_ITEM(kind, SHARES) == Py_True) {
         PyObject *args[] = {batch, (PyObject *)self};
         tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);

@@ -30,8 +30,8 @@ typedef struct {
 #define CONFIGURED(X)                                                                                                  \
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
     X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
-    X(fresh) X(comparisons) X(readings) X(plain) X(meta) X(calls) X(known) X(numbers) X(new_number) X(size)                \
-    X(constants_of_calls)
+    X(fresh) X(comparisons) X(readings) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
+    X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -40,7 +40,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
-    X(facts) X(run_op) X(lower) X(touches) X(grad_fn) X(stride)
+    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -68,7 +68,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, signature, common, op, is_view, fast;
+    Py_ssize_t inner, level, value, dtype, sample, signature, plain, op, is_view, fast;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
@@ -89,6 +89,13 @@ static int
 is_number(PyObject *item)
 {
     return PyFloat_CheckExact(item) || PyLong_CheckExact(item);
+}
+
+/* Whether an object is a tensor of one of the two classes that are taken here. */
+static int
+is_tensor(PyObject *item)
+{
+    return (PyObject *)Py_TYPE(item) == c_tensor || (PyObject *)Py_TYPE(item) == c_batch_tensor;
 }
 
 /* A new reference to the constant for a number beside a tensor, or to the number itself. */

@@ -58,7 +58,7 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
             Py_SETREF(out, run_known(self, func, args, kwargs));
         return out;
     }
-    int fresh = self->kind == TAPE && kwargs == NULL && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
+    int fresh = self->kind == TAPE && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
     if (fresh < 0 || (function == NULL && reading == NULL && !fresh))
         return fresh < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
@@ -66,11 +66,13 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *out = Py_NewRef(Py_NotImplemented);
     if (fresh)
-        Py_SETREF(out, run_ignored(self, func, args));
+        Py_SETREF(out, run_ignored(self, func, args, kwargs));
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
-    if (out == Py_NotImplemented && reading != NULL)
+    if (out == Py_NotImplemented && reading != NULL && func == c_getitem)
+        Py_SETREF(out, kwargs == NULL ? run_index(self, func, args) : Py_NewRef(Py_NotImplemented));
+    else if (out == Py_NotImplemented && reading != NULL)
         Py_SETREF(out, run_read(self, func, reading, args, kwargs));
     return out;
 }
@@ -150,6 +152,8 @@ handler_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static PyMethodDef handler_methods[] = {
     {"__torch_function__", (PyCFunction)(void (*)(void))torch_function, METH_FASTCALL | METH_KEYWORDS,
      "Take a function of the table; whatever is not plain goes to take_function."},
+    {"_run_common", (PyCFunction)(void (*)(void))handler_run_common, METH_FASTCALL,
+     "Run an op of plain arguments and record it; NotImplemented, with nothing done, for others."},
     {NULL},
 };
 

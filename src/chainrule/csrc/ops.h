@@ -3,13 +3,6 @@
 /* How many arguments of an op are looked at here. */
 #define MOST_ARGUMENTS 24
 
-/* Whether an object is a tensor of one of the two classes that are taken here. */
-static int
-is_tensor(PyObject *item)
-{
-    return (PyObject *)Py_TYPE(item) == c_tensor || (PyObject *)Py_TYPE(item) == c_batch_tensor;
-}
-
 /* The slot of a tensor without a graph, -1 for a plain one that the tape has not seen; -3 if it is left to Python, -2 with an
  * error set. `touched` is set by one that depends on the inputs. */
 static Py_ssize_t
@@ -97,16 +90,14 @@ lowered_argument(Handler *self, PyObject *item, int *touched, PyObject **found)
     return plain;
 }
 
-/* Run an op of plain arguments and record it. `call` with its own arguments computes it where no other mode has to know. Nothing
- * is done where NotImplemented is returned. Torch's handlers are on when this is called. */
+/* Run an op that is only run and recorded, with torch's handlers off. `call` with its own arguments computes it where no other mode
+ * has to know. Nothing is done where NotImplemented is returned. */
 static PyObject *
-run_op_on_tape(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
 {
     Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
-    if (SLOT(facts, common) != Py_True || count > MOST_ARGUMENTS)
-        return Py_NewRef(Py_NotImplemented);
     int is_view = SLOT(facts, is_view) == Py_True, alone = self->below == NULL || self->below == Py_None;
-    if (is_view && alone && (!self->sees_views || state.exclude == NULL))
+    if (count > MOST_ARGUMENTS || (is_view && alone && (!self->sees_views || state.exclude == NULL)))
         return Py_NewRef(Py_NotImplemented);
     int fresh_count = 0, touched = 0;
     PyObject *out = NULL, *lowered = PyTuple_New(count);
@@ -124,14 +115,12 @@ run_op_on_tape(Handler *self, PyObject *facts, PyObject *args, PyObject *call, P
         else
             PyTuple_SET_ITEM(lowered, place, found);
     }
-    PyObject *done = exclude_python(1);
-    if (done == NULL)
-        goto done;
-    Py_DECREF(done);
     if (!alone) {
         out = is_near_torch(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view) : Py_NewRef(Py_NotImplemented);
         if (out == Py_NotImplemented)
             Py_SETREF(out, PyObject_CallMethodObjArgs(self->below, s_run_op, SLOT(facts, op), args, NULL));
+        if (out != NULL && PyList_CheckExact(out))
+            Py_SETREF(out, PyList_AsTuple(out));
     } else {
         /* Autograd must see views, so that writes through them are counted as writes. */
         if (is_view)
@@ -140,8 +129,6 @@ run_op_on_tape(Handler *self, PyObject *facts, PyObject *args, PyObject *call, P
         if (is_view)
             state.exclude(state.views, true);
     }
-    if (include_python() < 0)
-        Py_CLEAR(out);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
     if (is_view) {
@@ -180,9 +167,16 @@ facts_of(Handler *self, PyObject *op)
 
 /* Whether a function makes something without a derivative: a comparison, or anything of constants. 1, 0, or -1 with an error. */
 static int
-is_ignored(Handler *self, PyObject *func, PyObject *args)
+is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 {
     int touched = 0;
+    Py_ssize_t next = 0;
+    PyObject *name, *value;
+    while (kwargs != NULL && PyDict_Next(kwargs, &next, &name, &value)) {
+        int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(value));
+        if (plain <= 0 || PyUnicode_CompareWithASCIIString(name, "requires_grad") == 0)
+            return plain < 0 ? -1 : 0;
+    }
     for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++) {
         PyObject *item = PyTuple_GET_ITEM(args, place);
         if ((PyObject *)Py_TYPE(item) == c_tensor) {
@@ -202,18 +196,28 @@ is_ignored(Handler *self, PyObject *func, PyObject *args)
                 return plain;
         }
     }
-    return touched ? PySet_Contains(c_comparisons, func) : 1;
+    if (!touched)
+        return 1;
+    int compares = PySet_Contains(c_comparisons, func);
+    return compares ? compares : PySet_Contains(c_shaped, func);
 }
 
 /* Run a function whose result has no derivative; NotImplemented leaves it to Python. */
 static PyObject *
-run_ignored(Handler *self, PyObject *func, PyObject *args)
+run_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 {
-    int ignored = is_ignored(self, func, args);
+    int ignored = is_ignored(self, func, args, kwargs);
     if (ignored <= 0)
         return ignored < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *out = call_below(func, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0);
-    if (out != NULL && note_derived(self, args, out) < 0)
+    PyObject *off = exclude_python(1);
+    if (off == NULL)
+        return NULL;
+    Py_DECREF(off);
+    PyObject *out = PyObject_Call(func, args, kwargs);
+    if (include_python() < 0)
+        Py_CLEAR(out);
+    int shaped = out == NULL ? 1 : PySet_Contains(c_shaped, func);
+    if (shaped < 0 || (!shaped && note_derived(self, args, out) < 0))
         Py_CLEAR(out);
     return out;
 }
@@ -225,21 +229,40 @@ run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObj
     int autocast = call_is_true(c_autocast);
     if (autocast)
         return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *named = kwargs == NULL ? PyDict_New() : Py_NewRef(kwargs);
-    if (named == NULL)
-        return NULL;
-    PyObject *given[] = {args, named}, *out = NULL;
-    PyObject *read = PyObject_Vectorcall(reading, given, 2, NULL);
-    Py_DECREF(named);
+    PyObject *out = NULL, *read = read_call(reading, args, kwargs);
     if (read == NULL)
         return NULL;
-    if (read == Py_None) {
+    int alone = self->below == NULL || self->below == Py_None;
+    int named = read == Py_None || alone ? 0 : PySet_Contains(c_named, PyTuple_GET_ITEM(read, 0));
+    if (named < 0) {
+        Py_DECREF(read);
+        return NULL;
+    }
+    if (read == Py_None || named) { /* names of results are lost where a mapped op is run */
         Py_DECREF(read);
         return Py_NewRef(Py_NotImplemented);
     }
     PyObject *facts = facts_of(self, PyTuple_GET_ITEM(read, 0));
-    if (facts != NULL)
-        out = run_op_on_tape(self, facts, PyTuple_GET_ITEM(read, 1), func, args, kwargs);
+    PyObject *off = facts == NULL ? NULL : exclude_python(1);
+    if (off != NULL) {
+        PyObject *op_args = PyTuple_GET_ITEM(read, 1);
+        if (SLOT(facts, plain) == Py_True)
+            out = run_common(self, facts, op_args, func, args, kwargs);
+        else
+            out = PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL);
+        Py_DECREF(off);
+        if (include_python() < 0)
+            Py_CLEAR(out);
+    }
     Py_DECREF(read);
     return out;
+}
+
+/* _run_common(facts, args): what Python's handlers call, with torch's own off. */
+static PyObject *
+handler_run_common(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2 || !PyTuple_CheckExact(args[1]) || self->kind != TAPE)
+        return PyErr_Format(PyExc_TypeError, "_run_common: facts and a tuple are expected, on a tape");
+    return run_common(self, args[0], args[1], SLOT(args[0], fast), args[1], NULL);
 }

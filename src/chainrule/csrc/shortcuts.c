@@ -20,8 +20,10 @@
 #include "common.h"
 #include "vmap.h"
 #include "tape.h"
+#include "readings.h"
 #include "calls.h"
 #include "ops.h"
+#include "index.h"
 #include "handler.h"
 #include "methods.h"
 
@@ -76,7 +78,7 @@ use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static PyObject *
 use_facts(PyObject *module, PyObject *type)
 {
-    if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.op = slot_offset(type, "op")) < 0 ||
+    if ((offsets.plain = slot_offset(type, "plain")) < 0 || (offsets.op = slot_offset(type, "op")) < 0 ||
         (offsets.is_view = slot_offset(type, "is_view")) < 0 || (offsets.fast = slot_offset(type, "fast")) < 0)
         return NULL;
     Py_RETURN_NONE;
@@ -142,6 +144,7 @@ static PyMethodDef module_methods[] = {
     {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
     {"set_functions", set_functions, METH_O,
      "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
+    {"read", (PyCFunction)(void (*)(void))read_given, METH_FASTCALL, "What a reading of a call's arguments says."},
     {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},
@@ -165,7 +168,8 @@ PyInit__shortcuts(void)
         return NULL;
     NAMES(INTERN)
     empty = PyTuple_New(0);
-    if (empty == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0)
+    whole = PySlice_New(NULL, NULL, NULL);
+    if (empty == NULL || whole == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (made != NULL && (PyModule_AddObjectRef(made, "Handler", (PyObject *)&handler_type) < 0 ||

@@ -34,6 +34,76 @@ append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *out
     return outcome;
 }
 
+/* What the signature says of a tensor without a batch; a new reference. */
+static PyObject *
+tensor_key(PyObject *tensor)
+{
+    PyObject *key = NULL, *shape = PyObject_GetAttr(tensor, s_shape);
+    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(tensor, s_dtype);
+    PyObject *device = dtype == NULL ? NULL : PyObject_GetAttr(tensor, s_device);
+    if (device != NULL)
+        key = PyTuple_Pack(3, shape, dtype, device);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    Py_XDECREF(device);
+    return key;
+}
+
+/* Append an op that ran with several results, plain floating-point tensors all of them: 1; 0 for others; -1 with an error. */
+static int
+append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *results)
+{
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(results);
+    if (count < 2)
+        return 0;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *result = PySequence_Fast_GET_ITEM(results, place);
+        if ((PyObject *)Py_TYPE(result) != c_tensor)
+            return 0;
+        PyObject *dtype = PyObject_GetAttr(result, s_dtype);
+        int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
+        Py_XDECREF(dtype);
+        if (floating <= 0)
+            return floating;
+    }
+    int outcome = -1;
+    PyObject *op = SLOT(facts, op), *record = NULL, *entry = NULL, *outputs = PyTuple_New(count), *keys = PyTuple_New(count);
+    for (Py_ssize_t place = 0; outputs != NULL && keys != NULL && place < count; place++) {
+        PyObject *result = PySequence_Fast_GET_ITEM(results, place);
+        PyObject *slot = PyLong_FromSsize_t(PyList_GET_SIZE(self->active) + place), *key = tensor_key(result);
+        PyTuple_SET_ITEM(outputs, place, slot);
+        PyTuple_SET_ITEM(keys, place, key);
+        if (slot == NULL || key == NULL)
+            goto done;
+    }
+    entry = outputs == NULL || keys == NULL ? NULL : PyTuple_Pack(4, facts, arguments, empty, keys);
+    record = entry == NULL ? NULL : ((PyTypeObject *)c_record)->tp_alloc((PyTypeObject *)c_record, 6);
+    if (record == NULL)
+        goto done;
+    PyTuple_SET_ITEM(record, 0, Py_NewRef(op));
+    PyTuple_SET_ITEM(record, 1, Py_NewRef(arguments));
+    PyTuple_SET_ITEM(record, 2, Py_NewRef(empty));
+    PyTuple_SET_ITEM(record, 3, Py_NewRef(outputs));
+    PyTuple_SET_ITEM(record, 4, Py_NewRef(Py_True));
+    PyTuple_SET_ITEM(record, 5, Py_NewRef(self->origin));
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *result = PySequence_Fast_GET_ITEM(results, place);
+        PyObject *identity = PyLong_FromVoidPtr(result);
+        int kept = identity != NULL && PyList_Append(self->values, result) == 0 && PyList_Append(self->active, Py_True) == 0 &&
+                   PyDict_SetItem(self->slots, identity, PyTuple_GET_ITEM(outputs, place)) == 0;
+        Py_XDECREF(identity);
+        if (!kept)
+            goto done;
+    }
+    outcome = PyList_Append(self->key, entry) == 0 && PyList_Append(self->records, record) == 0 ? 1 : -1;
+done:
+    Py_XDECREF(outputs);
+    Py_XDECREF(keys);
+    Py_XDECREF(entry);
+    Py_XDECREF(record);
+    return outcome;
+}
+
 /* The slot of a tensor that the tape knows, -1 if it does not, -2 with an error set. */
 static Py_ssize_t
 known_slot(Handler *self, PyObject *item)
@@ -53,21 +123,14 @@ static Py_ssize_t
 append_constant(Handler *self, PyObject *tensor)
 {
     Py_ssize_t number = PyList_GET_SIZE(self->values);
-    PyObject *slot = NULL, *identity = NULL, *shape = NULL, *dtype = NULL, *device = NULL, *key = NULL;
-    slot = PyLong_FromSsize_t(number);
-    identity = slot == NULL ? NULL : PyLong_FromVoidPtr(tensor);
-    shape = identity == NULL ? NULL : PyObject_GetAttr(tensor, s_shape);
-    dtype = shape == NULL ? NULL : PyObject_GetAttr(tensor, s_dtype);
-    device = dtype == NULL ? NULL : PyObject_GetAttr(tensor, s_device);
-    key = device == NULL ? NULL : PyTuple_Pack(3, shape, dtype, device);
+    PyObject *slot = PyLong_FromSsize_t(number);
+    PyObject *identity = slot == NULL ? NULL : PyLong_FromVoidPtr(tensor);
+    PyObject *key = identity == NULL ? NULL : tensor_key(tensor);
     if (key == NULL || PyList_Append(self->values, tensor) < 0 || PyList_Append(self->active, Py_False) < 0 ||
         PyDict_SetItem(self->slots, identity, slot) < 0 || PyList_Append(self->key, key) < 0)
         number = -1;
     Py_XDECREF(slot);
     Py_XDECREF(identity);
-    Py_XDECREF(shape);
-    Py_XDECREF(dtype);
-    Py_XDECREF(device);
     Py_XDECREF(key);
     return number;
 }
@@ -198,6 +261,11 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
             return -1;
         PyTuple_SET_ITEM(lowered, fresh[number], found);
     }
+    if (PyTuple_Check(out) || PyList_CheckExact(out)) {
+        int appended = append_several(self, facts, lowered, out);
+        if (appended)
+            return appended < 0 ? -1 : 0;
+    }
     PyObject *kind = (PyObject *)Py_TYPE(out);
     PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? PyObject_GetAttr(out, s_dtype) : Py_NewRef(Py_None);
     if (dtype == NULL)
@@ -241,7 +309,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     Py_DECREF(identity);
     if (facts == NULL)
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
-    if (SLOT(facts, common) != Py_True)
+    if (SLOT(facts, plain) != Py_True)
         return Py_NewRef(Py_NotImplemented);
 
     PyObject *out = NULL, *first_dtype = NULL, *constant = NULL;

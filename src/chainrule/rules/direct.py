@@ -199,6 +199,16 @@ def _unsafe_chunks(run: Run, input: Tensor, count: int, dim: int = 0) -> Any:
     return _chunks(run, input, count, dim, op=aten.unsafe_split.Tensor)
 
 
+def _sections(run: Run, input: Tensor, sizes: Sequence[int], dim: int = 0) -> Any:
+    return run(aten.split_with_sizes.default, input, sizes, dim)
+
+
+def _pad(run: Run, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    if mode != "constant":
+        return NotImplemented
+    return run(aten.constant_pad_nd.default, input, pad, 0.0 if value is None else value)
+
+
 def _lstm_cell(
     run: Run, input: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -296,6 +306,8 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.unflatten.int: _unflatten,
     aten.chunk.default: _chunks,
     aten.unsafe_chunk.default: _unsafe_chunks,
+    aten.split.sizes: _sections,
+    aten.pad.default: _pad,
     aten.lstm_cell.default: _lstm_cell,
     aten.gru_cell.default: _gru_cell,
     aten.gru.input: _gru,

@@ -1,0 +1,170 @@
+"""Torch's functions whose arguments are those of the op behind them: read by the op's schema.
+
+Most functions of torch are made from the declarations of its ops, and take the same arguments by the same names. Which
+overload a call means, and with which arguments, follows from the declared kinds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+aten = torch.ops.aten
+
+#: Kinds of parameters, as the compiled reader knows them. With `OPTIONAL` added, None will do.
+OTHER, TENSOR, TENSORS, INT, INTS, FLOAT, BOOL, NUMBER, STRING, OPTIONAL = 0, 1, 2, 3, 4, 5, 6, 7, 8, 16
+
+_KINDS = {
+    "Tensor": TENSOR, "List[Tensor]": TENSORS, "int": INT, "List[int]": INTS, "float": FLOAT, "bool": BOOL, "number": NUMBER,
+    "str": STRING,
+}  # fmt: skip
+
+_CLASSES = {FLOAT: float, BOOL: bool, STRING: str}
+
+
+class Required:
+    """Stands for the default of a parameter that has none."""
+
+
+class Parameter(NamedTuple):
+    """A parameter of an op that may be given by its place.
+
+    Attributes:
+        name: its name.
+        kind: what it takes.
+        default: what it is if it is not given; `Required` if it has to be.
+        length: for whole numbers of which a single one stands for several: how many; 1 otherwise.
+    """
+
+    name: str
+    kind: int
+    default: Any
+    length: int
+
+
+class Overload(NamedTuple):
+    """An op and its parameters."""
+
+    op: Any
+    parameters: tuple[Parameter, ...]
+
+
+class BySchema(NamedTuple):
+    """A reading (see :mod:`chainrule.function_arguments`) by the schemas of the function's overloads."""
+
+    overloads: tuple[Overload, ...]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        """The overload that is meant and its positional arguments, without those at the end that are the defaults."""
+        for overload in self.overloads:
+            bound = _bound(overload.parameters, args, kwargs)
+            if bound is not None:
+                return overload.op, bound
+        return None
+
+
+def _bound(parameters: tuple[Parameter, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    count, given = len(parameters), len(args)
+    if given > count:
+        # Whole numbers one by one, as methods take them.
+        if count != 2 or parameters[1].kind != INTS:
+            return None
+        args = (args[0], args[1:])
+        given = 2
+    found: list[Any] = []
+    named = kept = 0
+    for place, (name, kind, default, length) in enumerate(parameters):
+        if place < given:
+            item = args[place]
+        elif name in kwargs:
+            item = kwargs[name]
+            named += 1
+        elif default is Required:
+            return None
+        else:
+            found.append(default)
+            continue
+        read = _read(item, kind, length)
+        if read is None and (item is not None or not kind & OPTIONAL):
+            return None
+        found.append(read)
+        if read.__class__ is not default.__class__ or read != default:
+            kept = place + 1
+    return tuple(found[:kept]) if named == len(kwargs) else None
+
+
+def _read(item: Any, kind: int, length: int) -> Any:
+    """An argument as the op gets it; None if it is of another kind."""
+    kind &= ~OPTIONAL
+    found: Any = None
+    if kind == TENSOR:
+        found = item if isinstance(item, torch.Tensor) else None
+    elif kind == INT or kind == NUMBER:
+        found = item if item.__class__ is int or (kind == NUMBER and item.__class__ is float) else None
+    elif kind in _CLASSES:
+        found = item if item.__class__ is _CLASSES[kind] else None
+    elif kind == INTS and item.__class__ is int:
+        found = [item] * length
+    elif (kind == INTS or kind == TENSORS) and item.__class__ in (list, tuple):
+        same = all([isinstance(n, torch.Tensor) if kind == TENSORS else n.__class__ is int for n in item])
+        found = [*item] if same and (item or kind == INTS) else None
+    return found
+
+
+#: Functions of torch, and methods of tensors of the same name, with the overloads of the op of that name.
+_OVERLOADS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "addcdiv", "addcmul", "addmm", "addmv", "argmax", "argmin", "atan2", "baddbmm", "batch_norm", "bmm", "chunk", "clamp",
+            "clamp_max", "clamp_min", "clone", "conv1d", "conv2d", "conv3d", "cosine_similarity", "cumprod", "cumsum", "detach",
+            "diagonal", "dot", "dropout", "embedding", "flip", "gather", "index_add", "index_select", "isfinite", "isnan",
+            "layer_norm", "logaddexp", "maximum", "minimum", "mm", "mv", "pad", "repeat", "scatter_add", "tril", "triu",
+        ),
+        ("default",),
+    ),
+    "lerp": ("Scalar", "Tensor"),
+    "masked_fill": ("Scalar", "Tensor"),
+    "max": ("default", "dim"),
+    "min": ("default", "dim"),
+    "prod": ("default", "dim_int"),
+    "select": ("int",),
+    "sort": ("default",),
+    "split": ("Tensor", "sizes"),
+    "unbind": ("int",),
+    "unflatten": ("int",),
+    "leaky_relu": ("default",),
+    "elu": ("default",),
+    "hardtanh": ("default",),
+    "mse_loss": ("default",),
+}  # fmt: skip
+
+
+def _overload(op: Any) -> Overload:
+    parameters = []
+    for argument in op._schema.arguments:
+        if argument.kwarg_only:
+            continue
+        kind, name = 0, str(argument.type)
+        if name.startswith("Optional["):
+            kind, name = OPTIONAL, name.removeprefix("Optional[").removesuffix("]")
+        # The functions do without a reduction where the ops take the mean.
+        has_default = argument.has_default_value() and argument.name != "reduction"
+        default = argument.default_value if has_default else Required
+        parameters.append(Parameter(argument.name, kind | _KINDS.get(name, OTHER), default, argument.N or 1))
+    return Overload(op, tuple(parameters))
+
+
+#: Ops whose results have names: only torch's own functions give those.
+NAMED = frozenset({aten.max.dim, aten.min.dim, aten.sort.default})
+
+
+def by_schema() -> dict[Any, Any]:
+    """The readings, by the function as torch shows it to a function mode."""
+    found: dict[Any, Any] = {}
+    for name, overloads in _OVERLOADS.items():
+        reading = BySchema(tuple(_overload(getattr(getattr(aten, name), overload)) for overload in overloads))
+        for place in (torch, torch.Tensor, torch._C._nn):
+            if (function := getattr(place, name, None)) is not None:
+                found[function] = reading
+    return found

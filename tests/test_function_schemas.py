@@ -1,0 +1,177 @@
+"""Functions that are read by the schemas of their ops: each call gives what torch gives, compiled and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import chainrule
+from chainrule.function_schemas import BySchema, by_schema
+from chainrule.shortcuts import COMPILED
+from chainrule.transforms.trace import trace
+
+Tensor = torch.Tensor
+
+_DRAWN = torch.Generator().manual_seed(3)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=_DRAWN)
+
+
+INDEX, MASK, OTHER, SQUARE = torch.tensor([2, 0, 1]), torch.eye(4, dtype=torch.bool)[:3], drawn(3, 4), drawn(4, 4)
+BATCH, IMAGE = drawn(3, 4, 2), drawn(2, 3, 2, 2)
+CLASSES = torch.tensor([[0, 2, 1, 1]])
+
+
+def _batch_norm(x: Tensor) -> Tensor:
+    return torch.batch_norm(x, OTHER[0], OTHER[1], None, None, True, 0.1, 1e-5, False)
+
+
+nn: Any = torch._C._nn
+
+#: Of a matrix of shape (3, 4).
+CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "addcdiv": lambda x: torch.addcdiv(x, OTHER, x.exp()) + x.addcdiv(x, x.exp(), value=0.5),
+    "addcmul": lambda x: torch.addcmul(x, OTHER, x) + x.addcmul(x, x),
+    "addmm": lambda x: torch.addmm(x[0], x, SQUARE) + x.addmm(x, SQUARE, beta=0.5) + torch.addmm(input=OTHER, mat1=x, mat2=SQUARE),
+    "addmv": lambda x: torch.addmv(x[:, 0], x, x[0]) + x[:, 1].addmv(x, OTHER[0]),
+    "argmax": lambda x: x.argmax(1) * x.sum() + torch.argmax(x) + x.argmax(dim=0, keepdim=True).sum(),
+    "argmin": lambda x: x.argmin(1) * x.sum() + torch.argmin(x, 1),
+    "atan2": lambda x: torch.atan2(x, OTHER) + x.atan2(x + 3),
+    "baddbmm": lambda x: torch.baddbmm(x[:, :2, None], x[:, None, :].expand(3, 2, 4), BATCH) + x[:, :2, None].baddbmm(BATCH.mT, BATCH),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True) + _batch_norm(x),
+    "bmm": lambda x: torch.bmm(x[:, None], BATCH) + x[:, None].bmm(BATCH),
+    "chunk": lambda x: x.chunk(2)[0].sum() + torch.chunk(x, 3, dim=1)[1].prod() + x.chunk(chunks=2, dim=-1)[1].sum(),
+    "clamp": lambda x: x.clamp(-0.5, 0.5) + torch.clamp(x, max=0.3) + x.clamp(min=0) + x.clamp(OTHER, OTHER + 1),
+    "clamp_max": lambda x: x.clamp_max(0.1) + torch.clamp_max(x, 0),
+    "clamp_min": lambda x: x.clamp_min(0.1) + torch.clamp_min(x, min=0),
+    "clone": lambda x: x.clone() + torch.clone(x.t()).t() + x.clone(memory_format=torch.contiguous_format),
+    "conv1d": lambda x: torch.conv1d(x[None], OTHER[:, :3, None]) + F.conv1d(x, OTHER[:, :3, None], OTHER[:, 0], 1, 0),
+    "conv2d": lambda x: F.conv2d(x.reshape(1, 3, 2, 2), IMAGE, x[0, :2], padding=1) + F.conv2d(x.view(1, 3, 2, 2), IMAGE, None, 1, 1),
+    "conv3d": lambda x: torch.conv3d(x.reshape(1, 3, 2, 2, 1), IMAGE[..., None]),
+    "cosine_similarity": lambda x: F.cosine_similarity(x, OTHER) + torch.cosine_similarity(x, OTHER, 1, 1e-6),
+    "cumprod": lambda x: x.cumprod(0) + torch.cumprod(x, dim=1),
+    "cumsum": lambda x: x.cumsum(0) + torch.cumsum(x, dim=-1) + x.cumsum(0, dtype=torch.float64),
+    "detach": lambda x: x.detach() * x + torch.detach(x),
+    "diagonal": lambda x: x.diagonal().sum() + torch.diagonal(x, 1).sum() + x.diagonal(offset=-1, dim1=1, dim2=0).sum(),
+    "dot": lambda x: torch.dot(x[0], x[1]) + x[0].dot(OTHER[0]),
+    "dropout": lambda x: F.dropout(x, 0.5, False) + torch.dropout(x, 0.0, True),
+    "embedding": lambda x: F.embedding(INDEX, x) + torch.embedding(x, INDEX),
+    "elu": lambda x: F.elu(x) + nn.elu(x, 0.5),
+    "flip": lambda x: x.flip(0) + torch.flip(x, (0, 1)) + x.flip(0, 1) + x.flip([1]),
+    "gather": lambda x: x.gather(0, CLASSES) + torch.gather(x, dim=0, index=CLASSES),
+    "hardtanh": lambda x: F.hardtanh(x) + nn.hardtanh(x, -0.5, 0.25),
+    "index_add": lambda x: x.index_add(0, INDEX, OTHER) + torch.index_add(x, 0, INDEX, x, alpha=2.0),
+    "index_select": lambda x: x.index_select(0, INDEX) + torch.index_select(x, dim=0, index=INDEX),
+    "isfinite": lambda x: torch.isfinite(x) * x + torch.where(x.isfinite(), x, x * 2),
+    "isnan": lambda x: torch.where(torch.isnan(x), x, x.exp()) + x.isnan(),
+    "layer_norm": lambda x: F.layer_norm(x, (4,)) + torch.layer_norm(x, [4], OTHER[1], OTHER[0]),
+    "leaky_relu": lambda x: F.leaky_relu(x) + nn.leaky_relu(x, 0.2),
+    "lerp": lambda x: x.lerp(OTHER, 0.3) + torch.lerp(OTHER, x, x),
+    "logaddexp": lambda x: torch.logaddexp(x, OTHER) + x.logaddexp(x * 2),
+    "masked_fill": lambda x: x.masked_fill(MASK, 0.0) + x.masked_fill(MASK, x[0, 0]) + torch.masked_fill(x, MASK, -1),
+    "max": lambda x: x.max() + torch.max(x, 1)[0].sum() + x.max(0, keepdim=True).values.sum() + torch.max(x, OTHER).sum(),
+    "maximum": lambda x: torch.maximum(x, OTHER) + x.maximum(OTHER),
+    "min": lambda x: x.min() + torch.min(x, 1)[0].sum() + x.min(dim=0)[0].sum() + x.min(OTHER).sum(),
+    "minimum": lambda x: torch.minimum(x, OTHER) + x.minimum(OTHER),
+    "mm": lambda x: torch.mm(x, SQUARE) + x.mm(SQUARE),
+    "mse_loss": lambda x: F.mse_loss(x, OTHER, reduction="sum") + nn.mse_loss(x, OTHER, 0) + nn.mse_loss(x, OTHER, 1),
+    "mv": lambda x: torch.mv(x, OTHER[0]) + x.mv(x[1]),
+    "pad": lambda x: F.pad(x, (1, 0, 2, 1)) + nn.pad(x, (1, 0, 2, 1), value=2.0) + F.pad(x[None], (1, 0, 2, 1), mode="reflect")[0],
+    "prod": lambda x: x.prod() + torch.prod(x, 1).sum() + x.prod(dim=0, keepdim=True).sum(),
+    "repeat": lambda x: x.repeat(2, 1) + x.repeat((2, 1)) + x.repeat([2, 1]),
+    "scatter_add": lambda x: x.scatter_add(0, CLASSES, OTHER[:1]) + torch.scatter_add(x, 0, CLASSES, x[1:2]),
+    "select": lambda x: x.select(0, 1) + torch.select(x, 0, index=-1),
+    "sort": lambda x: x.sort()[0] + torch.sort(x, -1, True)[0] + x.sort(dim=0).values + x.sort(stable=True)[0],
+    "split": lambda x: x.split(2)[0].sum() + torch.split(x, [1, 3], dim=1)[1].prod() + x.split((1, 2))[1].sum(),
+    "tril": lambda x: x.tril() + torch.tril(x, 1) + x.tril(diagonal=-1),
+    "triu": lambda x: x.triu() + torch.triu(x, -1),
+    "unbind": lambda x: x.unbind()[1] * 2 + x.unbind(dim=0)[0] + torch.unbind(x, 1)[0].sum(),
+    "unflatten": lambda x: x.unflatten(1, (2, 2)) + x.unflatten(-1, [2, -1]),
+}  # fmt: skip
+
+
+def value() -> Tensor:
+    return torch.randn(3, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_as_in_torch(name: str) -> None:
+    """Values and derivatives of order one and two agree, the first time and with the plan that was kept."""
+    function, x = CALLS[name], value()
+    assert torch.equal(trace(function, (x,), (0,), {}, "trace").out_leaves[0], function(x))
+
+    def loss(x: Tensor) -> Tensor:
+        return (function(x * x) ** 2).sum()
+
+    expected, hessian = torch.func.grad(loss)(x), torch.func.hessian(loss)(x)
+    # Sums of at most a hundred terms in double precision.
+    for _ in range(2):
+        torch.testing.assert_close(chainrule.grad(loss)(x), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(chainrule.jacobian(function)(x), torch.func.jacrev(function)(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(chainrule.hessian(loss)(x), hessian, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("batch_norm", "dropout")])
+def test_as_in_torch_for_a_batch(name: str) -> None:
+    """In a vmap, and recorded inside of one."""
+    function, many = CALLS[name], torch.stack([value() for _ in range(3)])
+
+    def loss(x: Tensor) -> Tensor:
+        return (function(x * x) ** 2).sum()
+
+    each = torch.stack([torch.func.grad(loss)(x) for x in many])
+    torch.testing.assert_close(chainrule.vmap(function)(many), torch.stack([function(x) for x in many]))
+    for _ in range(2):
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(loss))(many), each, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(chainrule.grad(lambda m: chainrule.vmap(loss)(m).sum())(many), each, rtol=1e-10, atol=1e-10)
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    """Keeps the calls of functions that are read by a schema."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[BySchema, tuple[Any, ...], dict[str, Any]]] = []
+        self.seen: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(getattr(func, "__name__", ""))
+        if (reading := by_schema().get(func)) is not None:
+            self.calls.append((reading, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(two) and len(one) == len(two) and all(map(_same, one, two))
+    return one is two or (type(one) is type(two) and not isinstance(one, Tensor) and one == two)
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
+@pytest.mark.parametrize("name", CALLS)
+def test_read_as_in_python(name: str) -> None:
+    """The compiled reader and the one in Python agree, also on calls that are none."""
+    from chainrule._shortcuts import read  # noqa: PLC0415 - there is none where nothing is compiled
+
+    with Watch() as watch:
+        CALLS[name](value())
+    assert watch.calls
+    for reading, args, kwargs in watch.calls:
+        spelled = [(args, kwargs), (args[:-1], kwargs), ((*args, 1), kwargs), ((*args, None), {}), (args, {"dim": 1}), ((), {})]
+        spelled += [((value(), other), {}) for other in (True, 1.5, "1", [1, True], (1, 2), [], [value()], torch.Size([1]), (value(), 1))]
+        for given, named in spelled:
+            assert _same(read(reading, given, named), reading(given, named)), (given, named)
+
+
+def test_every_function_has_a_row() -> None:
+    """The functions are called above."""
+    with Watch() as watch:
+        for function in CALLS.values():
+            function(value())
+    assert {getattr(function, "__name__", "") for function in by_schema()} <= watch.seen
