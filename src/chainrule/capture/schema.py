@@ -82,10 +82,10 @@ class OpFacts:
         self.shaped = self.inactive and (name.endswith("_like") or name.startswith("new_"))
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.whole = policy.whole(op)
-        self.direct = None if self.writes or self.expansion is None else policy.direct(op)
         self.composite = op._can_decompose() and not self.writes
         self.joined = None if self.writes else policy.joined_expansion(op)
         parts = self.joined is not None or self.expansion is not None
+        self.direct = None if self.writes or not parts else policy.direct(op)
         self.common = not (parts or self.writes or self.inactive or (self.is_view and not schema.arguments))
 
 

@@ -216,7 +216,7 @@ class Tape(Slots, LightMode):
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
-                if facts.direct is not None and not joins:
+                if facts.direct is not None:
                     out = facts.direct(self._run_part, *args, **(kwargs or {}))
                     if out is not NotImplemented:
                         return out
