@@ -93,7 +93,7 @@ def test_vmap_is_that_of_python(name, in_dim, monkeypatch):
 
     def seen(sample):
         out = function(sample)
-        kinds.append((type(out), out.shape, out.stride(), out.dtype, out.requires_grad, out.batched))
+        kinds.append((type(out), out.shape, out.stride(), out.dtype, out.value.requires_grad, out.batched))
         return out
 
     def outcome():

@@ -3,6 +3,9 @@
 enum { NO_KIND = 0, VMAP = 1, TAPE = 2 };
 
 /* Fields of chainrule.functions.Function, which is a tuple. */
+/* OpFacts.joining. */
+enum { PARTS, WHOLE, LINEAR, MATMUL };
+
 enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, KEEPS, FIELDS };
 
 typedef struct {
@@ -27,7 +30,8 @@ typedef struct {
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter)
+    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter)  \
+    X(mv) X(addmv)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -62,7 +66,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, common, op;
+    Py_ssize_t inner, level, value, dtype, sample, common, op, joining;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
