@@ -29,7 +29,6 @@ from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionContext, FunctionOp
 
-
 _UNUSED = (
     "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this is the desired "
     "behavior."
@@ -80,7 +79,7 @@ class EngineBridge:
                 )
                 for sample in range(mode.size if pairs else 0)
             ]  # fmt: skip
-            rows = [None if not found or any(g is None for g in column) else torch.stack(column) for column in zip(*found, strict=True)]
+            rows = [None if any(g is None for g in column) else torch.stack(column) for column in zip(*found, strict=True)]
         for number, row in zip(outer, rows or [None] * len(outer), strict=True):
             results[number] = None if row is None else wrap_batched(Batched(row), mode)
         if not options.get("allow_unreachable") and any(result is None for result in results.values()):
