@@ -35,6 +35,8 @@ def recorded(function, *args):
 
 
 NAN = float("nan")
+WEIGHT = torch.nn.Parameter(torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3))
+SCALED = (WEIGHT * 2.0).exp()
 
 FUNCTIONS = {
     "unary": lambda x: x.sin().tanh(),
@@ -54,6 +56,10 @@ FUNCTIONS = {
     "mixed dtypes": lambda x: x * torch.arange(3) + torch.ones(3, dtype=torch.float32),
     "complex": lambda x: torch.abs(x * torch.tensor(1j)),
     "parameter": lambda x: x * torch.nn.Parameter(torch.ones(3, dtype=x.dtype)),
+    "linear with a graph": lambda x: torch.tanh(F.linear(x, WEIGHT, WEIGHT[0])) * 2.0,
+    "weights with a graph": lambda x: (x * SCALED + WEIGHT).sin() @ SCALED - torch.where(x > 0.1, WEIGHT, x),
+    "views of a graph": lambda x: (x @ WEIGHT).reshape(-1, 3).t() * SCALED[0],
+    "weights without a graph": lambda x: _without_grad(x * WEIGHT) + x,
     "no grad": lambda x: _without_grad(x) + x,
     "in place": lambda x: x.clone().add_(1.0).sin(),
     "half": lambda x: x.to(torch.float16).sin().to(x.dtype),
@@ -87,7 +93,7 @@ def test_vmap_is_that_of_python(name, in_dim, monkeypatch):
 
     def seen(sample):
         out = function(sample)
-        kinds.append((type(out), out.shape, out.stride(), out.dtype, out.requires_grad, out.batched))
+        kinds.append((type(out), out.shape, out.stride(), out.dtype, out.value.requires_grad, out.batched))
         return out
 
     def outcome():
@@ -156,8 +162,13 @@ def test_an_error_of_the_op_arrives_and_nothing_stays_off():
     torch.testing.assert_close(chainrule.vmap(wrong)(x), 2 * x.sum(1))
     with pytest.raises(RuntimeError, match="must match"):
         chainrule.grad(lambda a: (a + torch.ones(5)).sum())(x)
+    weight = torch.randn(5, requires_grad=True)
+    for transform in (chainrule.grad, chainrule.vmap, lambda f: chainrule.vmap(chainrule.grad(f))):
+        with pytest.raises(RuntimeError, match="must match"):
+            transform(lambda a: (a * weight).sum())(x)
     assert torch._C._len_torch_dispatch_stack() == 0 == torch._C._len_torch_function_stack()
     assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+    assert (weight * 2).requires_grad
 
 
 def test_nothing_is_held():
@@ -195,13 +206,17 @@ def test_refused_calls_leave_references_alone():
 
 def test_references_are_balanced():
     x, bias = torch.randn(3, 3), torch.randn(3)
+    weight = torch.nn.Parameter(torch.randn(3))
+    scaled = weight * 2
 
     def run():
+        chainrule.grad(lambda a: ((a * weight + scaled).sin() * a).sum())(x)
+        chainrule.vmap(chainrule.grad(lambda a: ((a * weight + scaled).sin() * a).sum()))(x)
         chainrule.grad(lambda a: ((a * 3.5 + bias).sin() * a).sum())(x)
         chainrule.vmap(lambda a: (a * 3.5).sin() + a)(x)
 
     run()
-    counted = (x, bias, torch.float32, torch.sin, torch.mul, BatchTensor, Tape, None, True)
+    counted = (x, bias, weight, scaled, torch.float32, torch.sin, torch.mul, BatchTensor, Tape, None, True)
     before = [sys.getrefcount(item) for item in counted]
     for _ in range(200):
         run()

@@ -51,8 +51,34 @@ def col2im(columns: torch.Tensor, *sizes: Any) -> torch.Tensor:
     return out
 
 
+def _joins(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+
+
+def silu_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The op of that name, by ops that have derivatives where torch's autograd is to reach through it: torch has none for it."""
+    if not _joins(cotangent, x):
+        found: torch.Tensor = aten.silu_backward.default(cotangent, x)
+        return found
+    sigmoid = torch.sigmoid(x)
+    return cotangent * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
+def mish_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The op of that name, as :func:`silu_backward`."""
+    if not _joins(cotangent, x):
+        found: torch.Tensor = aten.mish_backward.default(cotangent, x)
+        return found
+    tanh = torch.tanh(torch.nn.functional.softplus(x))
+    return cotangent * (tanh + x * torch.sigmoid(x) * (1 - tanh * tanh))
+
+
 def _table() -> dict[Any, Callable[..., Any]]:
-    found: dict[Any, Callable[..., Any]] = {aten.col2im.default._op: col2im}
+    found: dict[Any, Callable[..., Any]] = {
+        aten.col2im.default._op: col2im,
+        aten.silu_backward.default._op: silu_backward,
+        aten.mish_backward.default._op: mish_backward,
+    }
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)
     overloads: dict[str, Any] = _OVERLOADS

@@ -117,7 +117,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[at
 
 configure(
     table=TABLE, count=_count, level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor,
-    parameter=torch.nn.Parameter,
+    parameter=torch.nn.Parameter, mv=torch.mv, addmv=torch.addmv,
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
     queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS, shaped=SHAPED,

@@ -328,3 +328,60 @@ def test_arguments_without_tangent_have_zeros():
         torch.testing.assert_close(chainrule.jacfwd(lambda x: MatrixVector.apply(matrix, x))(vector), matrix)
         second = chainrule.jacfwd(chainrule.jacfwd(lambda x: MatrixVector.apply(matrix, x).sin()))(vector)
         torch.testing.assert_close(second, torch.func.hessian(lambda x: (matrix @ x).sin())(vector))
+
+
+_LAYER, _WEIGHT = torch.nn.Linear(3, 3).double(), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+_CONVOLUTION = torch.nn.Conv1d(1, 2, 2).double()
+
+JOINED = {
+    "linear": lambda a: _LAYER(a).sin(),
+    "products": lambda a: (a @ _WEIGHT).sin() * torch.square(a),
+    "an active weight": lambda a: torch.nn.functional.linear(torch.ones_like(_WEIGHT), a.reshape(-1, 3)[:1] * _WEIGHT).sin(),
+    "views": lambda a: torch.cat([_LAYER(a), a * _WEIGHT[0]], -1).reshape(-1).exp(),
+    "convolution": lambda a: _CONVOLUTION(a.reshape(-1, 1, 3)).tanh(),
+    "a computed weight": lambda a: (a @ (_WEIGHT @ _WEIGHT.t())).sin() * _WEIGHT.exp()[0],
+}
+
+
+@pytest.mark.parametrize("wanted", ["weight", "argument", "value"])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 3)])
+@pytest.mark.parametrize("name", JOINED)
+def test_a_gradient_inside_of_a_function_that_closes_over_parameters(name, shape, wanted):
+    """What torch's autograd keeps for its backward is known to the tape: the gradient inside is differentiated as well."""
+    parameters = [_WEIGHT, *_LAYER.parameters(), *_CONVOLUTION.parameters()]
+
+    def function(a):
+        h = a * _WEIGHT[0] + a.sin()
+        loss = JOINED[name](h).sum() * 1.5 + (a * _WEIGHT[1]).sin().sum()
+        inputs = {"weight": parameters, "argument": [a], "value": [h]}[wanted]
+        found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        return sum((gradient * gradient).sum() for gradient in found if gradient is not None)
+
+    x = torch.randn(shape, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(function(leaf), leaf, create_graph=True)[0]
+    by_weight = torch.autograd.grad(expected.sum(), _WEIGHT)[0]
+    for given in (x, leaf):
+        for transform in (chainrule.grad, chainrule.jacrev):
+            for _ in range(2):
+                found = transform(function)(given)
+                torch.testing.assert_close(found, expected)
+                torch.testing.assert_close(torch.autograd.grad(found.sum(), _WEIGHT)[0], by_weight)
+
+
+def test_a_gradient_by_closed_over_tensors_under_vmap():
+    """Such a gradient differs between the samples; under more transforms than vmap an error says so."""
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def function(a, weight=_WEIGHT):
+        return (a @ weight).sin().sum() + _CONVOLUTION(a.reshape(1, 3)).sum() * weight[0].sum()
+
+    found = chainrule.vmap(lambda a: torch.autograd.grad(function(a), _WEIGHT)[0])(x)
+    torch.testing.assert_close(found, torch.func.vmap(torch.func.grad(function, 1), (0, None))(x, _WEIGHT.detach()))
+    for mapped in (
+        chainrule.grad(lambda a: torch.autograd.grad(function(a), _WEIGHT, create_graph=True)[0].square().sum()),
+        lambda a: torch.autograd.grad(function(h := a * _WEIGHT[0]), h)[0],
+        lambda a: function(a).backward() or a,
+    ):
+        with pytest.raises(RuntimeError, match="inside of a mapped function"):
+            chainrule.vmap(mapped)(x)

@@ -10,6 +10,22 @@ from torch._ops import OpOverload
 
 from chainrule.calls import FUNCTIONS, WITH_NUMBERS
 
+aten = torch.ops.aten
+
+#: How an op is recorded that torch's autograd has to see.
+PARTS, WHOLE, LINEAR, MATMUL = range(4)
+
+#: Compositions of which torch's autograd keeps no values but the arguments and the result.
+_TRANSPARENT = frozenset({aten.square.default, aten.reshape.default, aten.contiguous.default})
+
+#: Products of which that holds for some ranks (see :attr:`OpFacts.joining`).
+_PRODUCTS = {aten.linear.default: LINEAR, aten.matmul.default: MATMUL}
+
+
+def linear_of_vector(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer on a vector, of which autograd keeps the vector itself and not a view of it."""
+    return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+
 
 class Policy(Protocol):
     """How ops are recorded; given by the layer that knows the rules."""
@@ -55,6 +71,10 @@ class OpFacts:
         whole: which calls of an op that has an expansion are recorded as they are.
         joined: the composite form that is recorded when an argument requires grad, or None.
         composite: whether torch defines the op as a composition of others.
+        joining: whether the op may be recorded whole where torch's autograd has to see it, too. What autograd keeps for the
+            backward must be tensors that the tape knows, since a backward inside of the function is recorded as well: ``WHOLE``
+            where it is so, ``LINEAR`` and ``MATMUL`` where it is so for matrices (and, by :func:`linear_of_vector`, vectors),
+            ``PARTS`` where it is not.
         common: whether nothing but "run it and record it" has to happen.
         plain: whether that is so for tensors that are real and have no graph.
         call: the op without the Python layer of its overload object.
@@ -64,7 +84,7 @@ class OpFacts:
 
     __slots__ = (
         "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
-        "is_view", "joined", "numbers", "op", "plain", "shaped", "whole", "writes",
+        "is_view", "joined", "joining", "numbers", "op", "plain", "shaped", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -83,9 +103,11 @@ class OpFacts:
         self.shaped = self.inactive and (name.endswith("_like") or name.startswith("new_"))
         self.expansion = None if self.writes or self.inactive else policy.expansion(op)
         self.whole = policy.whole(op)
-        self.direct = None if self.writes or self.expansion is None else policy.direct(op)
         self.composite = op._can_decompose() and not self.writes
+        self.joining = WHOLE if not self.composite or op in _TRANSPARENT else _PRODUCTS.get(op, PARTS)
         self.joined = None if self.writes else policy.joined_expansion(op)
+        parts = self.joined is not None or self.expansion is not None
+        self.direct = None if self.writes or not parts else policy.direct(op)
         apart = self.expansion is not None or self.writes or self.inactive or (self.is_view and not schema.arguments)
         self.plain = not apart
         self.common = self.plain and self.joined is None

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
-from chainrule.capture.schema import OpFacts, Policy
+from chainrule.capture.schema import LINEAR, MATMUL, PARTS, WHOLE, OpFacts, Policy, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
@@ -218,12 +218,12 @@ class Tape(Slots, LightMode):
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
         expansion = facts.joined if joins and facts.joined is not None else facts.expansion
-        if facts.whole is not None and not joins and facts.whole(args, self.kernels):
+        if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels):
             expansion = None
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
-                if facts.direct is not None and not joins:
+                if facts.direct is not None:
                     out = facts.direct(self._run_part, *args, **(kwargs or {}))
                     if out is not NotImplemented:
                         return out
@@ -444,11 +444,14 @@ class Tape(Slots, LightMode):
                 return NotImplemented
         if not joined:
             out = run(facts if given is None else given, args)
-        elif not _is_grad_enabled():
+        elif not _is_grad_enabled() or not self._joins_whole(facts, args):
             return NotImplemented
         elif self.below is None or run is _run_alone:  # torch's own autograd has to see the call
             with _ForceDispatchKeyGuard(*self._outside):
-                out = run(facts if given is None else given, args)
+                if facts.joining == LINEAR and args[0].dim() == 1:
+                    out = linear_of_vector(*args)
+                else:
+                    out = run(facts if given is None else given, args)
         else:  # the mode below shows it to autograd
             out = run(facts if given is None else given, args)
         if out is NotImplemented:
@@ -481,6 +484,17 @@ class Tape(Slots, LightMode):
         elif self._derived:
             self._note_derived(args, None, out)
         return out
+
+    def _joins_whole(self, facts: OpFacts, args: tuple[Any, ...]) -> bool:
+        """Whether torch's autograd keeps no values of a call but the arguments and the result (see ``OpFacts.joining``)."""
+        if facts.joining in (WHOLE, PARTS):
+            return facts.joining == WHOLE
+        first, second = args[0], args[1]
+        if self.below is not None:  # what is kept belongs to the stored tensors, of which no tape knows
+            return True
+        if first.dim() != 2:
+            return facts.joining == LINEAR and first.dim() == 1 and second.dim() == 2
+        return second.dim() in (1, 2) if facts.joining == MATMUL else not self.is_active(second)
 
     def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Record an op that ran, if an argument is active and an output differentiable."""

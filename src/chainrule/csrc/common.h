@@ -3,6 +3,9 @@
 enum { NO_KIND = 0, VMAP = 1, TAPE = 2 };
 
 /* Fields of chainrule.functions.Function, which is a tuple. */
+/* OpFacts.joining. */
+enum { PARTS, WHOLE, LINEAR, MATMUL };
+
 enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, KEEPS, FIELDS };
 
 typedef struct {
@@ -31,7 +34,8 @@ typedef struct {
     X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
     X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
     X(fresh) X(comparisons) X(readings) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
-    X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls)
+    X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
+    X(mv) X(addmv)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -68,7 +72,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, signature, plain, op, is_view, fast;
+    Py_ssize_t inner, level, value, dtype, sample, signature, common, plain, op, is_view, fast, joining;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))

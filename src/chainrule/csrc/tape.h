@@ -185,6 +185,15 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
     return outcome;
 }
 
+/* Whether a tensor without a slot is one that the tape cannot know by its graph: 1, 0, or -1 with an error set. */
+static int
+constant_is_new(PyObject *tensor)
+{
+    PyObject *node = PyObject_GetAttr(tensor, s_grad_fn);
+    Py_XDECREF(node);
+    return node == NULL ? -1 : node == Py_None;
+}
+
 /* The slot of a plain tensor that was no argument before, which may become a constant; -1 with an error set. */
 static Py_ssize_t
 slot_or_constant(Handler *self, PyObject *tensor)
@@ -193,15 +202,14 @@ slot_or_constant(Handler *self, PyObject *tensor)
     if (layout == NULL)
         return -1;
     Py_DECREF(layout);
-    PyObject *node = PyObject_GetAttr(tensor, s_grad_fn);
-    if (node == NULL)
+    int fresh = constant_is_new(tensor);
+    if (fresh < 0)
         return -1;
-    Py_DECREF(node);
     /* No writes that it may be touched by, no graph by which it may be known, and nothing else to note of it. */
     int derived = is_derived(self, tensor);
     if (derived < 0)
         return -1;
-    if (layout == c_strided && (self->alias == NULL || self->alias == Py_None) && node == Py_None && !derived) {
+    if (layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -282,6 +290,46 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
     return outcome;
 }
 
+/* Whether autograd keeps no values of a call but its arguments and the result (Tape._joins_whole): 1, 0, -1 with an error. */
+static int
+joins_whole(Handler *self, PyObject *facts, PyObject *const *args)
+{
+    long joining = PyLong_AsLong(SLOT(facts, joining));
+    if (joining == PARTS || joining == WHOLE)
+        return joining == WHOLE;
+    if (self->below != NULL && self->below != Py_None)
+        return 1;
+    int fits = rank_is(args[0], 2);
+    if (fits == 0 && joining == LINEAR) { /* see call_joined */
+        fits = rank_is(args[0], 1);
+        return fits > 0 ? rank_is(args[1], 2) : fits;
+    }
+    if (fits <= 0)
+        return fits;
+    if (joining == MATMUL) {
+        fits = rank_is(args[1], 2);
+        return fits ? fits : rank_is(args[1], 1);
+    }
+    Py_ssize_t slot = known_slot(self, args[1]);
+    return slot == -2 ? -1 : slot < 0 ? constant_is_new(args[1]) : PyList_GET_ITEM(self->active, slot) != Py_True;
+}
+
+/* The call of a function that autograd sees; a linear layer on a vector as linear_of_vector in capture/schema.py does it. */
+static PyObject *
+call_joined(PyObject *function, PyObject *facts, PyObject *const *args, Py_ssize_t count)
+{
+    if (PyLong_AsLong(SLOT(facts, joining)) == LINEAR) {
+        int vector = rank_is(args[0], 1);
+        if (vector < 0)
+            return NULL;
+        if (vector) {
+            PyObject *moved[] = {count > 2 ? args[2] : args[1], count > 2 ? args[1] : args[0], args[0]};
+            return call_below(count > 2 ? c_addmv : c_mv, moved, count, 1);
+        }
+    }
+    return call_below(PyTuple_GET_ITEM(function, CALL), args, count, 1);
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args)
@@ -358,13 +406,15 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     }
     if (joined) {
         int may = may_join();
+        if (may > 0)
+            may = joins_whole(self, facts, stored);
         if (may < 0)
             goto done;
         if (!may)
             goto refuse;
     }
     if (self->below == NULL || self->below == Py_None)
-        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined);
+        out = joined ? call_joined(function, facts, stored, count) : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
     else
         out = run_under_vmap((Handler *)self->below, function, stored, count, 1);
     if (out == NULL || out == Py_NotImplemented)

@@ -33,6 +33,22 @@ def _layer_norm(
     return run(aten.native_layer_norm.default, input, shape, weight, bias, eps)[0]
 
 
+def _layer_norm_in_parts(
+    run: Run, input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    """The op with a mean and a scale that torch's autograd does not take for constants."""
+    if input.dtype in _LOW or not input.numel():
+        return NotImplemented
+    dims = [*range(input.dim() - len(shape), input.dim())]
+    mean = run(aten.mean.dim, input, dims, True)
+    centred = run(aten.sub.Tensor, input, mean)
+    variance = run(aten.mean.dim, run(aten.mul.Tensor, centred, centred), dims, True)
+    scale = run(aten.rsqrt.default, run(aten.add.Tensor, variance, eps))
+    out = run(aten.mul.Tensor, centred, scale)
+    out = out if weight is None else run(aten.mul.Tensor, out, weight)
+    return out if bias is None else run(aten.add.Tensor, out, bias), mean, scale
+
+
 def _softmax(run: Run, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
     return NotImplemented if dtype is not None else run(aten._softmax.default, input, dim, False)
 
@@ -291,6 +307,7 @@ def _nll_loss_forward(
 DIRECT: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: _dropout,
     aten.layer_norm.default: _layer_norm,
+    aten.native_layer_norm.default: _layer_norm_in_parts,
     aten.softmax.int: _softmax,
     aten.log_softmax.int: _log_softmax,
     aten.conv1d.default: _convolution(1),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from chainrule.calls import mish_backward, silu_backward
 from chainrule.maps.linear_map import Row
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call
@@ -125,8 +126,8 @@ POINTWISE: dict[Any, Kernel] = {
     aten.tanh.default: _of_result(aten.tanh_backward.default),
     aten.sigmoid.default: _of_result(aten.sigmoid_backward.default),
     aten.gelu.default: _of_argument(aten.gelu_backward.default, "approximate"),
-    aten.silu.default: _of_argument(aten.silu_backward.default),
-    aten.mish.default: _of_argument(aten.mish_backward.default),
+    aten.silu.default: _of_argument(silu_backward),
+    aten.mish.default: _of_argument(mish_backward),
     aten.softplus.default: _of_argument(aten.softplus_backward.default, "beta", "threshold"),
 }
 

@@ -23,11 +23,16 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.slots import Slot
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import without_innermost
+from chainrule.dispatch import undispatched, without_innermost
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionContext, FunctionOp
+
+_UNUSED = (
+    "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this is the desired "
+    "behavior."
+)
 
 
 class EngineBridge:
@@ -48,18 +53,103 @@ class EngineBridge:
             tape = _tape_for(tensors, options.get("inputs") or ())
             if tape is not None:
                 return _answer(tape, tensors, grad_tensors, options)
+            if (mode := _mapped_by(tensors)) is not None and _asks_outside(mode, tensors, options):
+                return self._by_samples(mode, tensors, grad_tensors, options)
         return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+
+    def _by_samples(
+        self, mode: VmapMode, outputs: Sequence[Any], cotangents: Sequence[Any], options: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Gradients with respect to tensors from outside of a mapped function, which the graph of the stored tensors knows."""
+        inputs = list(options.get("inputs") or ())
+        results: dict[int, Any] = {}
+        inner = [number for number, item in enumerate(inputs) if item.__class__ is BatchTensor]
+        if inner:
+            known = options | {"keep_graph": True, "inputs": tuple([inputs[number] for number in inner])}
+            results.update(zip(inner, self._engine.run_backward(outputs, cotangents, **known), strict=True))
+        outer = [number for number in range(len(inputs)) if number not in inner]
+        stored = [(out, _seed_of(out, seed)) for out, seed in zip(outputs, cotangents, strict=True)]
+        with undispatched():
+            pairs = [[_samples(item, mode) for item in pair] for pair in stored]
+            pairs = [pair for pair in pairs if pair[0].requires_grad]
+            found = [
+                torch.autograd.grad(
+                    [out[sample] for out, _ in pairs], [inputs[number] for number in outer], [seed[sample] for _, seed in pairs],
+                    retain_graph=True, create_graph=bool(options.get("create_graph")), allow_unused=True,
+                )
+                for sample in range(mode.size if pairs else 0)
+            ]  # fmt: skip
+            rows = [None if any(g is None for g in column) else torch.stack(column) for column in zip(*found, strict=True)]
+        for number, row in zip(outer, rows or [None] * len(outer), strict=True):
+            results[number] = None if row is None else wrap_batched(Batched(row), mode)
+        if not options.get("allow_unreachable") and any(result is None for result in results.values()):
+            raise RuntimeError(_UNUSED)
+        return tuple([results[number] for number in range(len(inputs))])
+
+
+def _mapped_by(outputs: Sequence[Any]) -> VmapMode | None:
+    """The innermost vmap, if outputs are tensors of it."""
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        if isinstance(mode, VmapMode):
+            return mode if any(o.__class__ is BatchTensor and o.level is mode for o in outputs) else None
+    return None
+
+
+def _asks_outside(mode: VmapMode, outputs: Sequence[Any], options: dict[str, Any]) -> bool:
+    """Whether a request is for gradients with respect to tensors from outside of a mapped function.
+
+    Raises:
+        RuntimeError: if it is one that cannot be answered.
+    """
+    inputs = options.get("inputs") or ()
+    if inputs:
+        asked = any([_has_graph(item) and (item.__class__ is not BatchTensor or not mode.graphs) for item in inputs])
+    else:
+        asked = not mode.graphs and any([_has_graph(output) for output in outputs])
+    mapped = any([item.__class__ is BatchTensor for item in inputs]) and not mode.graphs
+    if asked and (mapped or not inputs or options.get("accumulate_grad") or torch._C._len_torch_dispatch_stack() > 1):
+        raise RuntimeError(
+            "vmap: torch.autograd was asked, inside of a mapped function, for gradients with respect to tensors from outside of "
+            "it (or to what was computed on the way from them). Use chainrule.grad, with these tensors as arguments."
+        )
+    return asked
+
+
+def _has_graph(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad or (tensor.__class__ is BatchTensor and tensor.value.requires_grad)
+
+
+def _seed_of(output: torch.Tensor, cotangent: Any) -> Any:
+    if cotangent is not None:
+        return cotangent
+    if output.numel() != 1:
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    return torch.ones_like(output)
+
+
+def _samples(tensor: Any, mode: VmapMode) -> torch.Tensor:
+    """The stored tensor, with a batch dimension."""
+    if tensor.__class__ is not BatchTensor:
+        return tensor.expand(mode.size, *tensor.shape)  # type: ignore[no-any-return]
+    value: torch.Tensor = tensor.value
+    return value if tensor.batched else value.expand(mode.size, *value.shape)
 
 
 def _tape_for(outputs: Sequence[Any], inputs: Sequence[Any]) -> Tape | None:
     """The innermost tape that alone can answer: it knows tensors that torch's graph does not."""
     if not all(isinstance(t, torch.Tensor) for t in (*outputs, *inputs)):
         return None
-    foreign = [t for t in inputs if not t.requires_grad] if inputs else [t for t in outputs if not t.requires_grad]
-    if not foreign:
-        return None
+    # The graph of mapped tensors themselves lacks what ran on the stored ones.
+    foreign = [t for t in (inputs or outputs) if t.__class__ is BatchTensor or not t.requires_grad]
+    innermost = True
     for mode in reversed(_get_current_dispatch_mode_stack()):
-        if isinstance(mode, Tape) and all(mode.is_active(t) for t in foreign):
+        if not isinstance(mode, Tape):
+            continue
+        # What torch keeps for its backward may be tensors that the tape has not seen: the tape itself has all of them.
+        if innermost and inputs and all(mode.is_active(t) for t in inputs) and any(mode.is_active(t) for t in outputs):
+            return mode
+        innermost = False
+        if foreign and all(mode.is_active(t) for t in foreign):
             return mode
     return None
 
@@ -93,10 +183,7 @@ def _answer(tape: Tape, outputs: Sequence[torch.Tensor], cotangents: Sequence[An
                 tensor.grad = result if tensor.grad is None else tensor.grad + result
         return ()
     if not options.get("allow_unreachable") and any(r is None for r in results):
-        raise RuntimeError(
-            "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this "
-            "is the desired behavior."
-        )
+        raise RuntimeError(_UNUSED)
     return tuple(results)
 
 
