@@ -160,7 +160,9 @@ class _Lives:
             slot = first.slot
 
     def is_view(self, slot: int) -> bool:
-        """Whether a value is not itself the owner of its memory."""
+        """Whether a value does not hold all that its memory holds, as the calls made it."""
+        while slot in self.joined:
+            slot = self.joined[slot]
         return self.root(slot) != slot
 
     def is_kept(self, slot: int) -> bool:
@@ -168,8 +170,15 @@ class _Lives:
         return slot in self.kept
 
     def ends(self, slot: int, number: int, instruction: Instruction) -> bool:
-        """Whether the memory of a value is the block's own, used by the value as a whole, and read last by an instruction."""
-        root = self.root(slot)
+        """Whether the memory of a value is the block's own, used by the value as a whole, and read last by an instruction.
+
+        Element by element, the instruction may read the value twice, but no other view of that memory.
+        """
+        root, readers = self.root(slot), refs((instruction.args, tuple(instruction.kwargs.values())))
+        if any(self.root(r) == root and r != slot for r in readers):
+            return False
+        if readers.count(slot) > 1 and instruction.function not in _POINTWISE:
+            return False
         producer = self.producers.get(root)
         if producer is None or not _is_fresh(producer.function) or self.last.get(root) != number:
             return False
@@ -181,8 +190,7 @@ class _Lives:
             if view.function not in _WHOLE_VIEWS:
                 return False
             slot = view.args[0].slot
-        readers = [r for r in refs((instruction.args, tuple(instruction.kwargs.values()))) if self.root(r) == root]
-        return len(readers) == 1
+        return True
 
     def take_over(self, place: int, out: int) -> None:
         """The result ``out`` stands in the memory of ``place`` from now on."""
