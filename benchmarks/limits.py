@@ -6,7 +6,8 @@ from __future__ import annotations
 LIMITS: dict[str, str] = {
     "A1": "of a plain call the calls of the plan are a fifth; the rest is making a tape, recording two ops (3 to 5 µs each "
     "beside the kernels), looking the plan up and putting the result together. Kept: handlers, records and constants in C, "
-    "torch's snapshots of its state left out; compiled, arguments are compared by torch's guards, and a call takes as long as by hand.",
+    "torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards, and a call takes as long as "
+    "by hand.",
     "A2": "as A1: of the difference to the formula by hand, 10 µs are the kernels' and the rest those of any call.",
     "A3": "as A2.",
     "A7": "bound by writing the result, most of which are zeros: as fast as the formula by hand, or a copy of the result.",
