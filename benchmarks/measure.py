@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,9 @@ def _columns(workload: Workload, inputs: tuple[torch.Tensor, ...], options: Opti
         return columns
     columns["compiled"] = _compiled(chainrule.compile, workload.ours, inputs, row, "chainrule.compile")
     if options.compiled and workload.peers:
+        ours = {f"{name}, inductor": made for name, made in _fastest(workload.ours, inputs, options).items()}
+        by_inductor = partial(chainrule.compile, backend="inductor")
+        columns["compiled"].update(_compiled(by_inductor, ours, inputs, row, "chainrule.compile"))
         fastest = _fastest(workload.peers, inputs, options)
         columns["peer_compiled"] = _compiled(torch.compile, fastest, inputs, row, "torch.compile")
     if options.jax is not None and workload.jax is not None:

@@ -175,9 +175,10 @@ def markdown(
         "",
         "Each time is the median over interleaved rounds of `torch.utils.benchmark.Timer.blocked_autorange`; where a library has",
         "several expressions of the same thing, the fastest one. All of them agree in float64 before anything is timed. `write",
-        "output` is a copy of the result. Ratios: `tf/eager` is how many times faster than torch.func a plain call is,",
-        "`eager/hand` how far it is from the formula written by hand, `best peer/compiled` compares us compiled with the best of",
-        "all peers; in parentheses what is to be reached, with `!` where it is not.",
+        "output` is a copy of the result. `compiled` is `chainrule.compile`; where torch.compile was timed, also by its inductor",
+        "backend (a table below names the faster one). Ratios: `tf/eager` is how many times faster than torch.func a plain call",
+        "is, `eager/hand` how far it is from the formula written by hand, `best peer/compiled` compares us compiled with the",
+        "best of all peers; in parentheses what is to be reached, with `!` where it is not.",
         "",
         *_tables(rows),
         *(f"![section {s}: how many times faster than torch.func](plots/ratios-{s}.svg)" for s in _sections(rows)),
@@ -189,11 +190,15 @@ def markdown(
         "caching allocator's own statistics), the result included.",
         "",
         markdown_table(
-            ["", "chainrule", "torch.func", "jax.jit", "our first call", "peak: predicted", "chainrule", "torch.func", "by hand"],
+            [
+                "", "chainrule", "compiled", "torch.func", "jax.jit", "our first call", "peak: predicted", "chainrule",
+                "torch.func", "by hand",
+            ],  # fmt: skip
             [
                 [
                     row.key,
                     row.names.get("eager", "–"),
+                    row.names.get("compiled", "–"),
                     row.names.get("peer", "–"),
                     row.names.get("jax", "–"),
                     seconds(row.first_call),

@@ -7,7 +7,9 @@ dimensions gives the same values and is made once.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -37,8 +39,14 @@ _OVERLOADS = {
     "view.default": torch.Tensor.view, "expand.default": torch.Tensor.expand, "amax.default": torch.amax,
     "amin.default": torch.amin, "narrow.default": torch.narrow, "linear.default": torch._C._nn.linear,
     "scatter.src": torch.scatter, "unbind.int": torch.unbind, "remainder.Scalar": torch.remainder,
-    "copy_.default": torch.Tensor.copy_, "add_.Tensor": torch.Tensor.add_, "new_zeros.default": torch.Tensor.new_zeros,
+    "copy_.default": torch.Tensor.copy_, "add_.Tensor": torch.Tensor.add_,
 }  # fmt: skip
+
+
+#: From this size on the C library sets memory past the caches; beyond so many threads torch's loop, which shares the work, is as
+#: fast.
+_BEYOND_CACHES = 1 << 25
+_FEW_THREADS = 2
 
 
 def col2im(columns: torch.Tensor, *sizes: Any) -> torch.Tensor:
@@ -73,11 +81,27 @@ def mish_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return cotangent * (tanh + x * torch.sigmoid(x) * (1 - tanh * tanh))
 
 
+def new_zeros(source: torch.Tensor, size: Any, **kind: Any) -> torch.Tensor:
+    """The op of that name. Of large results every line is written without being read before, which torch's own loop does not."""
+    found: torch.Tensor
+    if source.__class__ is not torch.Tensor or torch._C._len_torch_dispatch_stack() or torch.get_num_threads() > _FEW_THREADS:
+        found = source.new_zeros(size, **kind)
+        return found
+    count = prod(size)
+    if count * source.element_size() < _BEYOND_CACHES or not source.is_cpu or any(kind[name] for name in kind.keys() - {"dtype"}):
+        found = source.new_zeros(size, **kind)
+        return found
+    found = source.new_empty(size, **kind)
+    ctypes.memset(found.data_ptr(), 0, count * found.element_size())
+    return found
+
+
 def _table() -> dict[Any, Callable[..., Any]]:
     found: dict[Any, Callable[..., Any]] = {
         aten.col2im.default._op: col2im,
         aten.silu_backward.default._op: silu_backward,
         aten.mish_backward.default._op: mish_backward,
+        aten.new_zeros.default._op: new_zeros,
     }
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)

@@ -1,4 +1,4 @@
-"""The base class of the modes, in C where it could be compiled (``_shortcuts.c``) and in Python everywhere else.
+"""The base class of the modes, and the guards of compiled functions: in C where that was compiled, in Python elsewhere.
 
 Setting ``CHAINRULE_PURE_PYTHON=1`` in the environment before the import chooses Python.
 """
@@ -6,6 +6,7 @@ Setting ``CHAINRULE_PURE_PYTHON=1`` in the environment before the import chooses
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,41 @@ def use_classes(batch_tensor: type, batched: type) -> None:
     """Give the handlers the classes of vmap; those in Python know them."""
 
 
+#: How a :class:`Watch` reads a place.
+CELL, ITEM, ATTRIBUTE, SIZE, EQUAL = range(5)
+
+
+class Watch:
+    """Called, it says whether places hold what they held.
+
+    Args:
+        same: whether two plain values are the same.
+        places: each is ``(kind, container, key, value, by_value)``: the content of a cell, an item, an attribute has to be
+            ``value`` itself, or the same by value; the size of the container has to be ``value``; or, for ``EQUAL``, the
+            container is a function that is given key and value.
+    """
+
+    def __init__(self, same: Callable[[Any, Any], bool], places: tuple[tuple[int, Any, Any, Any, bool], ...]) -> None:
+        names: dict[str, Any] = {"same": same}
+        conditions = []
+        for number, (kind, container, key, value, by_value) in enumerate(places):
+            c, k, v = (f"{letter}{number}" for letter in "ckv")
+            names.update({c: container, k: key, v: value})
+            found = {CELL: f"{c}.cell_contents", ITEM: f"{c}[{k}]", ATTRIBUTE: f"getattr({c}, {k})"}.get(kind, "")
+            one = f"len({c}) == {v}" if kind == SIZE else f"{c}({k}, {v})" if kind == EQUAL else f"{found} is {v}"
+            conditions.append(f"({one} or same({found}, {v}))" if by_value else one)
+        text = f"def holds():\n    return bool({' and '.join(conditions) or True})\n"
+        exec(compile(text, "<chainrule guard>", "exec"), names)  # noqa: S102 - our own generated source
+        self._holds: Callable[[], bool] = names["holds"]
+
+    def __call__(self) -> bool:
+        """Whether they do; a place that is gone does not."""
+        try:
+            return self._holds()
+        except (AttributeError, LookupError, ValueError):
+            return False
+
+
 #: Whether the handlers are compiled.
 COMPILED = False
 
@@ -85,6 +121,7 @@ if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0
         from chainrule._shortcuts import (  # noqa: F401, F811 - in their place
             Handler,
             Method,
+            Watch,
             configure,
             read_state,
             set_excluded,

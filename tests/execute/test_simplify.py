@@ -189,3 +189,42 @@ def test_memory_of_fixed_values(function: Callable[[Tensor], Tensor], most: int 
     for _ in range(3):
         x = torch.randn(4, dtype=torch.float64)
         torch.testing.assert_close(derivative(x), torch.func.jacfwd(function)(x))
+
+
+def test_a_bias_and_a_product_with_a_transpose_are_one_call() -> None:
+    program = Program()
+    x, weight, bias = (program.input(n, torch.randn(shape)) for n, shape in enumerate([(2, 3), (4, 3), (4,)]))
+    turned = torch.t(weight)
+    out = torch.addmm(bias, x, turned)
+    assert calls(program, out.slot) == ["linear"]
+    assert calls(program, out.slot, turned.slot) == ["t", "addmm"]  # the transpose is wanted as well
+    values = [torch.randn(2, 3), torch.randn(3, 4).t(), torch.randn(4)]
+    assert torch.equal(compile_program(program, [out])(values, ())[0], torch.addmm(values[2], values[0], values[1].t()))
+    scaled = torch.addmm(bias, x, turned, alpha=2)
+    matrix = torch.addmm(program.input(3, torch.randn(2, 4)), x, turned)
+    assert calls(program, scaled.slot) == ["t", "addmm"]
+    assert calls(program, matrix.slot) == ["t", "addmm"]
+
+
+def test_slices_of_known_shapes_are_narrowed() -> None:
+    x = torch.arange(20.0).reshape(4, 5)
+    for places in (slice(1, 3), slice(None, -1), slice(-2, None), slice(1, 100), slice(2, 2), slice(0, 4, 2)):
+        for dim in (0, 1, -1):
+            function = chainrule.compile(lambda t, dim=dim, places=places: torch.ops.aten.slice.Tensor(
+                t * 2.0, dim, places.start, places.stop, places.step or 1) + 1.0)  # fmt: skip
+            for _ in range(2):
+                assert torch.equal(function(x), torch.ops.aten.slice.Tensor(x * 2.0, dim, places.start, places.stop, places.step or 1) + 1.0)
+
+
+def test_sums_into_vectors_and_aliases() -> None:
+    program = Program()
+    base, places = program.input(0, torch.zeros(5)), program.constant(torch.tensor([0, 0, 3]))
+    out = torch.index_add(base, 0, places, program.input(1, torch.ones(3)))
+    run = compile_program(program, [out])
+    plain = [i.function for i in run.source_of.plain]  # type: ignore[attr-defined]
+    assert torch.scatter_add in plain and torch.index_add not in plain
+    for _ in range(2):
+        values = [torch.randn(5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)]
+        kept = values[0].clone()
+        assert torch.equal(run.plain(values, ())[0], run(values, ())[0])  # type: ignore[attr-defined]
+        assert torch.equal(values[0], kept)

@@ -17,6 +17,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from chainrule.capture.recorder import CompileError
+from chainrule.shortcuts import ATTRIBUTE, CELL, EQUAL, ITEM, SIZE, Watch
 
 #: Values that are compared, where everything else is told apart by identity.
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, range)
@@ -81,8 +82,7 @@ class Surroundings:
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self._seen: dict[Any, Any] = {}
-        self._conditions: list[str] = []
-        self._names: dict[str, Any] = {"same": same}
+        self._conditions: list[tuple[int, Any, Any, Any, bool]] = []
         self._places: list[tuple[str, Callable[[], Any], Any]] = []
         self.changed = ""
         self.tensors: list[torch.Tensor] = []
@@ -106,11 +106,7 @@ class Surroundings:
         if any(isinstance(item, torch.nn.Module) for item in self._seen.values()):
             for hooks in _HOOKS:
                 self._size(getattr(torch_module, hooks))
-        body = " and ".join(self._conditions) or "True"
-        gone = "(AttributeError, KeyError, IndexError, ValueError)"
-        text = f"def hold():\n    try:\n        return {body}\n    except {gone}:\n        return False\n"
-        exec(compile(text, "<chainrule guard>", "exec"), self._names)  # noqa: S102 - our own generated source
-        self.is_same: Callable[[], bool] = self._names["hold"]
+        self.is_same: Callable[[], bool] = Watch(same, tuple(self._conditions))
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
@@ -119,16 +115,9 @@ class Surroundings:
         self.changed = next((where for where, read, value in self._places if not _still(read, value)), "a container")
         return False
 
-    def _name(self, item: Any) -> str:
-        name = f"v{len(self._names)}"
-        self._names[name] = item
-        return name
-
-    def _watch(self, container: Any, access: str, value: Any, where: str, read: Callable[[], Any]) -> None:
-        place = f"{self._name(container)}{access}"
-        kept = self._name(value)
+    def _watch(self, kind: int, container: Any, key: Any, value: Any, where: str, read: Callable[[], Any]) -> None:
         plain = isinstance(value, _PLAIN) and not isinstance(value, (bool, type(None)))
-        self._conditions.append(f"({place} is {kept} or same({place}, {kept}))" if plain else f"{place} is {kept}")
+        self._conditions.append((kind, container, key, value, plain))
         self._places.append((where, read, value))
 
     def _entries(self, table: Any, keys: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
@@ -142,13 +131,12 @@ class Surroundings:
         for key in keys:
             value = table[key]
             name = f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
-            access = f"[{key!r}]" if type(key) in (str, int) else f"[{self._name(key)}]"
-            self._watch(table, access, value, name, functools.partial(table.__getitem__, key))
+            self._watch(ITEM, table, key, value, name, functools.partial(table.__getitem__, key))
             yield value, name
 
     def _equal(self, container: Any, kept: Any, where: str, equal: Callable[[Any, Any], bool]) -> None:
         """Watch a container that is compared as a whole."""
-        self._conditions.append(f"{self._name(equal)}({self._name(container)}, {self._name(kept)})")
+        self._conditions.append((EQUAL, equal, container, kept, False))
         self._places.append((where, lambda: kept if equal(container, kept) else None, kept))
 
     def _inside(self, item: Any, where: str) -> Iterator[tuple[Any, str]]:
@@ -203,7 +191,7 @@ class Surroundings:
             for key, member in vars(base).items():
                 if isinstance(member, types.MemberDescriptorType) and hasattr(item, key):
                     value = getattr(item, key)
-                    self._watch(item, f".{key}", value, f"{where}.{key}", functools.partial(getattr, item, key))
+                    self._watch(ATTRIBUTE, item, key, value, f"{where}.{key}", functools.partial(getattr, item, key))
                     yield value, f"{where}.{key}"
 
     def _environment(self, where: str) -> None:
@@ -212,7 +200,7 @@ class Surroundings:
         self._equal(table, dict(table), where, operator.eq)
 
     def _size(self, container: Any) -> None:
-        self._conditions.append(f"len({self._name(container)}) == {len(container)}")
+        self._conditions.append((SIZE, container, None, len(container), False))
 
     def _function(self, function: types.FunctionType) -> Iterator[tuple[Any, str]]:
         level = getattr(function, "_chainrule_level", None)
@@ -228,15 +216,15 @@ class Surroundings:
             if isinstance(value, types.ModuleType):
                 yield from self._named(value, names, name)
                 continue
-            self._watch(cell, ".cell_contents", value, f"`{name}`", functools.partial(getattr, cell, "cell_contents"))
+            self._watch(CELL, cell, None, value, f"`{name}`", functools.partial(getattr, cell, "cell_contents"))
             yield value, f"`{name}`"
         yield function.__defaults__ or (), f"the defaults of {function.__name__}"
         yield function.__kwdefaults__ or {}, f"the defaults of {function.__name__}"
         if _from_library(function):
             return
         for part in ("__defaults__", "__kwdefaults__", "__code__"):
-            value = getattr(function, part)
-            self._watch(function, f".{part}", value, f"{part} of {function.__name__}", functools.partial(getattr, function, part))
+            value, read = getattr(function, part), functools.partial(getattr, function, part)
+            self._watch(ATTRIBUTE, function, part, value, f"{part} of {function.__name__}", read)
         own = function.__dict__
         yield from self._entries(own, [key for key in own if key not in _OF_FUNCTIONS], function.__name__)
         yield from self._globals(function.__globals__, names)
@@ -247,7 +235,7 @@ class Surroundings:
             if isinstance(value, types.ModuleType):
                 yield from self._named(value, names, name)
                 continue
-            self._watch(table, f"[{name!r}]", value, f"the global `{name}`", functools.partial(table.__getitem__, name))
+            self._watch(ITEM, table, name, value, f"the global `{name}`", functools.partial(table.__getitem__, name))
             yield value, f"the global `{name}`"
 
     def _named(self, module: types.ModuleType, names: set[str], where: str) -> Iterator[tuple[Any, str]]:
@@ -263,7 +251,7 @@ class Surroundings:
             if isinstance(value, types.ModuleType):
                 yield from self._named(value, names, f"{where}.{key}")
                 continue
-            self._watch(table, f"[{key!r}]", value, f"{where}.{key}", functools.partial(table.__getitem__, key))
+            self._watch(ITEM, table, key, value, f"{where}.{key}", functools.partial(table.__getitem__, key))
             yield value, f"{where}.{key}"
 
     def _class(self, kind: type, where: str) -> Iterator[tuple[Any, str]]:
@@ -292,7 +280,7 @@ class Surroundings:
                 self._size(value)
                 yield from self._entries(value, list(value), where)
             else:
-                self._watch(table, f"[{key!r}]", value, f"{where}.{key}", functools.partial(table.__getitem__, key))
+                self._watch(ITEM, table, key, value, f"{where}.{key}", functools.partial(table.__getitem__, key))
                 yield value, f"{where}.{key}"
         yield from self._class(type(module), where)
 

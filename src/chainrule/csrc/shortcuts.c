@@ -1,4 +1,4 @@
-/* The commonest calls of the function modes (chainrule.dispatch.LightMode), in C.
+/* The commonest calls of the function modes (chainrule.dispatch.LightMode), and the guards of compiled functions, in C.
  *
  * A function of chainrule.functions.TABLE that is called under one mode costs more in the interpreter of the mode's handler
  * than in torch. What the handlers do for plain arguments is done here: VmapMode.run_function beside tensors that
@@ -26,6 +26,7 @@
 #include "index.h"
 #include "handler.h"
 #include "methods.h"
+#include "watch.h"
 
 static PyObject *
 configure(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -170,11 +171,13 @@ PyInit__shortcuts(void)
     NAMES(INTERN)
     empty = PyTuple_New(0);
     whole = PySlice_New(NULL, NULL, NULL);
-    if (empty == NULL || whole == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0)
+    if (empty == NULL || whole == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0 ||
+        PyType_Ready(&watch_type) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (made != NULL && (PyModule_AddObjectRef(made, "Handler", (PyObject *)&handler_type) < 0 ||
-                         PyModule_AddObjectRef(made, "Method", (PyObject *)&method_type) < 0))
+                         PyModule_AddObjectRef(made, "Method", (PyObject *)&method_type) < 0 ||
+                         PyModule_AddObjectRef(made, "Watch", (PyObject *)&watch_type) < 0))
         Py_CLEAR(made);
     return made;
 }

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 _TRANSPOSES = (torch.t, aten.t.default._op, torch.transpose, aten.transpose.int._op)
 _SHAPINGS = (torch.reshape, torch.broadcast_to, aten.reshape.default._op, aten.expand.default._op)
+_ADDED_PRODUCT = (torch.addmm, aten.addmm.default._op)
 _ALIAS = aten.alias.default._op
 _PRODUCT = (torch.mul, aten.mul.Tensor._op)
 _ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
@@ -61,7 +62,7 @@ def simplify(
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
-    kept, made = _fuse(program, kept, wanted, memory)
+    kept, made = _fuse(program, _with_layers(program, kept, wanted, memory), wanted, memory)
     kept = [_as_view(program, i) if memory.touched(i) else i for i in _needed(kept, wanted, memory)]
     cheapest, numbers = spell(program, kept) if spelled else (kept, {})
     return cheapest, {**folded, **made, **numbers}
@@ -239,6 +240,30 @@ def _valued(tree: Any, values: dict[int, torch.Tensor]) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_valued(item, values) for item in tree)
     return tree
+
+
+def _with_layers(program: Program, kept: list[Instruction], wanted: Sequence[int], memory: _Memory) -> list[Instruction]:
+    """A bias and the product with a transposed matrix as the one call that does the same (``linear``)."""
+    uses = Counter(slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values()))))
+    uses.update(wanted)
+    transposed = {
+        i.outputs[0]: i.args[0] for i in kept
+        if i.function in _TRANSPOSES and (set(i.args[1:]) in (set(), {0, 1})) and not i.kwargs and uses[i.outputs[0]] == 1
+        and isinstance(i.args[0], Ref) and not memory.touched(i)
+    }  # fmt: skip
+    gone: set[int] = set()
+    found: list[Instruction] = []
+    for instruction in kept:
+        args, kinds = instruction.args, program.kinds
+        plain = instruction.function in _ADDED_PRODUCT and len(args) == 3 and not instruction.kwargs
+        if plain and not memory.touched(instruction):
+            bias, x, matrix = args
+            known = kinds.get(bias.slot) if isinstance(bias, Ref) else None
+            if known is not None and len(known[0]) == 1 and isinstance(matrix, Ref) and matrix.slot in transposed:
+                gone.add(matrix.slot)
+                instruction = instruction._replace(function=torch._C._nn.linear, args=(x, transposed[matrix.slot], bias))
+        found.append(instruction)
+    return [i for i in found if gone.isdisjoint(i.outputs)] if gone else kept
 
 
 def _fuse(

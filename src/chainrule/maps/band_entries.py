@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from chainrule.calls import new_zeros
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
@@ -129,7 +130,7 @@ def embed_bands(
     Returns:
         A fresh tensor of ``shape``.
     """
-    result = value.new_zeros(shape)
+    result = new_zeros(value, shape)
     value = value[(None,) * (len(strides) - value.dim())]
     for first, lengths in boxes:
         part = value

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from chainrule.calls import new_zeros
 from chainrule.maps.band_entries import banded_term
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.contract import expand_to, permute
@@ -289,7 +290,7 @@ def embed_diagonals(
     Returns:
         A fresh tensor of ``shape``.
     """
-    result = value.new_zeros(sizes)
+    result = new_zeros(value, sizes)
     view = result
     for place, start, step, length in slices:
         view = torch.ops.aten.slice.Tensor(view, place, start, start + step * (length - 1) + 1, step)

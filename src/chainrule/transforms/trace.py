@@ -13,7 +13,6 @@ from torch.utils._pytree import TreeSpec, tree_map
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import numbers_to_values
-from chainrule.capture.recorder import whole_recorder
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute
@@ -153,9 +152,7 @@ def trace(
         torch._C._set_grad_enabled(True)
     try:
         aliases = [fresh_alias(leaf) for leaf in in_leaves]
-        modes = torch._C._len_torch_dispatch_stack()
-        # A record of the whole call may hold what the call itself would do.
-        kernels = single and (not modes or (modes == 1 and whole_recorder() is not None))
+        kernels = single and not torch._C._len_torch_dispatch_stack()
         tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
         in_slots: list[int] = []
         columns: list[Block | None] = []
