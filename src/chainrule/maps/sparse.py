@@ -21,6 +21,7 @@ from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import (
     as_block,
     block_keys,
+    block_size,
     count_entries,
     entries_of,
     listed,
@@ -472,15 +473,15 @@ class SparseWorkspace(Workspace):
         return tuple(terms) if len(done) == len(terms) else tuple(settle(restore(term), self) for term in done)
 
     def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
-        block = block_keys(terms, self.device)
-        if len(terms) < _MANY and (block is None or block.numel() > sum(count_entries(term) for term in terms)):
+        block = block_size(terms)
+        if len(terms) < _MANY and (block is None or block > sum(count_entries(term) for term in terms)):
             return tuple(terms)
         entries = [entries_of(term, self) for term in terms]
         count = sum(e.keys.numel() for e in entries)
         every = listed(entries)
         found = every.keys.numel()
-        if block is not None and found == block.numel():
-            return (as_block(terms, entries, block, every, self),)
+        if found == block:
+            return (as_block(terms, entries, block_keys(terms, self.device), every, self),)
         if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
