@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from chainrule.calls import FUNCTIONS
-from chainrule.maps.staging import Instruction, Program, Ref, refs
+from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
 
 aten = torch.ops.aten
 
@@ -134,7 +134,7 @@ class _Lives:
         self.joined: dict[int, int] = {}
         self.last: dict[int, int] = {}
         for number, instruction in enumerate(instructions):
-            for slot in refs((instruction.args, tuple(instruction.kwargs.values()))):
+            for slot in reads(instruction):
                 self.last[self.root(slot)] = number
         self.kept = {slot for slot in kept if slot is not None}
         self.last.update((self.root(slot), len(instructions)) for slot in self.kept)
@@ -179,7 +179,7 @@ class _Lives:
             if view.function not in _WHOLE_VIEWS:
                 return False
             slot = view.args[0].slot
-        readers = [r for r in refs((instruction.args, tuple(instruction.kwargs.values()))) if self.root(r) == root]
+        readers = [r for r in reads(instruction) if self.root(r) == root]
         return len(readers) == 1
 
     def take_over(self, place: int, out: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from chainrule.dispatch import undispatched
 from chainrule.execute.spelling import spell
-from chainrule.maps.staging import Instruction, Program, Ref, freeze, refs
+from chainrule.maps.staging import Instruction, Program, Ref, freeze, reads
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ class _Memory:
         """Whether an instruction reads or makes something that is written to."""
         if not self.written:
             return False
-        slots = (*instruction.outputs, *refs((instruction.args, tuple(instruction.kwargs.values()))))
+        slots = (*instruction.outputs, *reads(instruction))
         return any(self.root(slot) in self.written for slot in slots)
 
 
@@ -109,7 +109,7 @@ def _fold(
     fixed = set(constants)
     candidates: dict[int, Instruction] = {}
     for instruction in kept:
-        read = refs((instruction.args, tuple(instruction.kwargs.values())))
+        read = reads(instruction)
         made = bool(read) or instruction.function in _CREATIONS
         made = made and not instruction.keep and not memory.touched(instruction)
         if made and len(instruction.outputs) == 1 and not instruction.is_tuple and fixed.issuperset(read):
@@ -122,12 +122,12 @@ def _fold(
         while pending:
             found = candidates.pop(pending.pop(), None)
             if found is not None:
-                pending.extend(refs((found.args, tuple(found.kwargs.values()))))
+                pending.extend(reads(found))
     values = dict(constants)
     folded: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), torch.no_grad(), undispatched():
         for slot, instruction in candidates.items():
-            if all(r in values for r in refs((instruction.args, tuple(instruction.kwargs.values())))):
+            if all(r in values for r in reads(instruction)):
                 arguments = _valued(instruction.args, values)
                 named = {name: _valued(item, values) for name, item in instruction.kwargs.items()}
                 values[slot] = folded[slot] = instruction.function(*arguments, **named)
@@ -146,7 +146,7 @@ def _fuse(
     program: Program, kept: list[Instruction], wanted: Sequence[int], memory: _Memory
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """``1 - a * b`` and ``c + a * b`` as one pass over memory (``addcmul``)."""
-    uses = Counter(slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values()))))
+    uses = Counter(slot for i in kept for slot in reads(i))
     uses.update(wanted)
     products = {
         i.outputs[0]: i for i in kept
@@ -281,17 +281,21 @@ def _share(
 
 def renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
     """The same instruction on values of other names."""
-    kwargs = {name: _renamed(item, names) for name, item in instruction.kwargs.items()}
-    return instruction._replace(args=_renamed(instruction.args, names), kwargs=kwargs)
+    if names.keys().isdisjoint(reads(instruction)):
+        return instruction
+    function, args, kwargs, outputs, is_tuple, writes, keep = instruction
+    kwargs = {name: _renamed(item, names) for name, item in kwargs.items()} if kwargs else kwargs
+    return Instruction(function, _renamed(args, names), kwargs, outputs, is_tuple, writes, keep)
 
 
 def _renamed(tree: Any, names: dict[int, int]) -> Any:
-    if isinstance(tree, Ref):
+    kind = tree.__class__
+    if kind is Ref:
         return Ref(names.get(tree.slot, tree.slot))
-    if isinstance(tree, list):
+    if kind is list:
         return [_renamed(item, names) for item in tree]
-    if type(tree) is tuple:
-        return tuple(_renamed(item, names) for item in tree)
+    if kind is tuple:
+        return tuple([_renamed(item, names) for item in tree])
     return tree
 
 
@@ -305,6 +309,6 @@ def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: 
             roots = {memory.root(slot) for slot in instruction.writes}
             use = -1 in roots or any(memory.root(slot) in roots for slot in needed)
         if use:
-            needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            needed.update(reads(instruction))
             kept.append(instruction)
     return kept[::-1]

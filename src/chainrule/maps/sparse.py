@@ -30,7 +30,7 @@ from chainrule.maps.nonzeros import (
     without_shared,
 )
 from chainrule.maps.onehots import gather, mask_factor
-from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 
@@ -167,7 +167,7 @@ class SparseWorkspace(Workspace):
                 self._settled.add(slot)
         self._settled_inputs = len(program.inputs)
         for instruction in program.instructions[self._settled_scanned :]:
-            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            read = reads(instruction)
             if all(slot in self._settled or slot in program.constants for slot in read) and not instruction.keep:
                 self._settled.update(instruction.outputs)
         self._settled_scanned = len(program.instructions)
@@ -413,7 +413,7 @@ class SparseWorkspace(Workspace):
         wanted = {s.slot for s in staged}
         for instruction in reversed(self.program.instructions):
             if not wanted.isdisjoint(instruction.outputs):
-                wanted.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+                wanted.update(reads(instruction))
         return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
 
     def guards(self, staged: Sequence[Staged]) -> tuple[dict[object, int], list[Staged]]:
@@ -455,7 +455,7 @@ class SparseWorkspace(Workspace):
             # What a recorded program has written to is left as it is.
             self._scanned = self._given if self.program.writes else 0
         for instruction in self.program.instructions[self._scanned :]:
-            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            read = reads(instruction)
             if all(slot in self._fixed or slot in self.program.constants for slot in read) and not instruction.keep:
                 self._fixed.update(instruction.outputs)
         self._scanned = len(self.program.instructions)
