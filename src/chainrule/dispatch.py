@@ -420,6 +420,20 @@ def unseen() -> Iterator[None]:
             _push_function(mode)
 
 
+@contextmanager
+def outside() -> Iterator[None]:
+    """Run a block outside of all modes; those that it enters itself see it."""
+    functions = [_pop_function() for _ in range(_count_functions())]
+    taken = [_pop(None) for _ in range(_count())]
+    try:
+        yield
+    finally:
+        for mode in reversed(taken):
+            _push(mode)
+        for mode in reversed(functions):
+            _push_function(mode)
+
+
 class without_mode:  # noqa: N801 - used like torch.no_grad
     """Run a block without a mode and those inside of it."""
 

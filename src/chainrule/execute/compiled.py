@@ -14,7 +14,7 @@ from torch import fx
 
 from chainrule.capture.recorder import CompileError
 from chainrule.execute.replay import Source, compile_program
-from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
+from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ class Flat:
         program = self.program
         made: list[Instruction] = []
         for instruction in program.instructions:
-            joined = not with_graph.isdisjoint(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            joined = not with_graph.isdisjoint(reads(instruction))
             outside = [slot for slot in instruction.outputs if slot in without_graph and program.kinds[slot][1].is_floating_point]
             if not joined or not outside:
                 made.append(instruction)

@@ -49,7 +49,7 @@ class CachedPlan:
 
     def compile(self) -> None:
         """Make the functions that replay the plan."""
-        with COMPILING:
+        with COMPILING, postponed_collection():
             if self.recorded is not None:
                 self.needs = list(self.recorded[0].inputs)
                 if self.staged:

@@ -17,7 +17,7 @@ import torch
 from chainrule.capture.tape import Tape
 from chainrule.execute.reuse import written_over
 from chainrule.execute.workspace import Space, observable, of_run
-from chainrule.maps.staging import Instruction, Program, refs
+from chainrule.maps.staging import Instruction, Program, reads
 
 _convolution = torch.ops.aten.convolution.default
 _CONVOLUTIONS = frozenset(
@@ -95,7 +95,7 @@ def predict(
 
     last: dict[int, int] = {}
     for number, instruction in enumerate(kept):
-        for slot in (*refs((instruction.args, tuple(instruction.kwargs.values()))), *instruction.outputs):
+        for slot in (*reads(instruction), *instruction.outputs):
             last[root(slot)] = number
     end = len(kept)
     last.update((root(slot), end) for slot in wanted if slot is not None)

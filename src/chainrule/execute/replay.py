@@ -14,7 +14,7 @@ from chainrule.execute.memory import Memory, predict
 from chainrule.execute.reuse import reusing
 from chainrule.execute.simplify import renamed, root, shared_results, simplify
 from chainrule.execute.workspace import Space, observable, of_instructions
-from chainrule.maps.staging import Instruction, Program, Ref, Staged, refs
+from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
 
@@ -163,7 +163,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     early: list[Instruction] = []
     rest: list[Instruction] = []
     for instruction in source.kept:
-        depends = not late.isdisjoint(refs((instruction.args, tuple(instruction.kwargs.values()))))
+        depends = not late.isdisjoint(reads(instruction))
         (rest if depends else early).append(instruction)
         if depends:
             late.update(instruction.outputs)
@@ -172,7 +172,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     numbers = range(len(source.wanted))
     rest = _computed_late(source, early, rest)
     made = {slot for instruction in early for slot in instruction.outputs}
-    read = {slot for instruction in rest for slot in refs((instruction.args, tuple(instruction.kwargs.values())))}
+    read = {slot for instruction in rest for slot in reads(instruction)}
     later = [source.wanted[number] for number in numbers[first:]]
     # A result of the second part that does not depend on the seeds must be a new tensor in each call.
     wanted = source.wanted
@@ -182,7 +182,7 @@ def compile_stages(program: Program, results: Sequence[Staged | None], first: in
     early = _read_by(early, kept)
     given = ", ".join(f"v{slot}" for slot in passed)
     prepared = source.returned(numbers[:first])[len("    return ") :]
-    used_early = {slot for i in early for slot in refs((i.args, tuple(i.kwargs.values())))}
+    used_early = {slot for i in early for slot in reads(i)}
     used_early.update(slot for slot in kept if slot is not None)
     used_late = read | {slot for slot in later if slot is not None}
     lines = ["def prepare(tape):", *source.inputs(used_early), *source.block(early, kept)]
@@ -212,12 +212,12 @@ def _computed_late(source: Source, early: list[Instruction], rest: list[Instruct
         rest: its second part.
     """
     program = source.program
-    recipes = _recipes(source, early, {slot for i in rest for slot in _reads(i)})
+    recipes = _recipes(source, early, {slot for i in rest for slot in reads(i)})
     found: list[Instruction] = []
     copies: dict[int, tuple[int, int]] = {}
     for number, instruction in enumerate(rest):
         names: dict[int, int] = {}
-        for slot in _reads(instruction):
+        for slot in reads(instruction):
             if slot not in recipes:
                 continue
             copy, used = copies.get(slot, (-1, -_NEAR - 1))
@@ -243,7 +243,7 @@ def _recipes(source: Source, early: list[Instruction], late: set[int]) -> dict[i
         slot = instruction.outputs[0] if len(instruction.outputs) == 1 else -1
         if slot not in late or slot in wanted or instruction.function not in _CHEAP or instruction.keep:
             continue
-        kind, read = source.program.kinds.get(slot), set(_reads(instruction))
+        kind, read = source.program.kinds.get(slot), set(reads(instruction))
         if kind is None or kind[0].numel() * kind[1].itemsize < _LARGE or not read <= fixed | (late & made):
             continue
         recipe = {part.outputs[0]: part for r in sorted(read) for part in found.get(r, ())}
@@ -252,16 +252,12 @@ def _recipes(source: Source, early: list[Instruction], late: set[int]) -> dict[i
     return found
 
 
-def _reads(instruction: Instruction) -> list[int]:
-    return refs((instruction.args, tuple(instruction.kwargs.values())))
-
-
 def _read_by(instructions: list[Instruction], wanted: Sequence[int | None]) -> list[Instruction]:
     """Those instructions that some results need."""
     needed, found = set(wanted), list[Instruction]()
     for instruction in reversed(instructions):
         if instruction.keep or not needed.isdisjoint(instruction.outputs):
-            needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            needed.update(reads(instruction))
             found.append(instruction)
     return found[::-1]
 
@@ -276,7 +272,7 @@ class Source:
         own = {slot: _settled(tensor) for slot, tensor in program.constants.items()}
         program.instructions = [_settled_call(instruction) for instruction in program.instructions]
         self.kept, made = simplify(program, [s for s in self.wanted if s is not None], own, spelled=spelled)
-        self.used = {slot for i in self.kept for slot in refs((i.args, tuple(i.kwargs.values())))}
+        self.used = {slot for i in self.kept for slot in reads(i)}
         self.used.update(slot for slot in self.wanted if slot is not None)
         self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
@@ -402,7 +398,7 @@ def _expression(item: Any, namespace: dict[str, Any]) -> str:
 def _last_uses(kept: list[Instruction], wanted: Sequence[int | None]) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     for number, instruction in enumerate(kept):
-        for slot in (*refs((instruction.args, tuple(instruction.kwargs.values()))), *instruction.outputs):
+        for slot in (*reads(instruction), *instruction.outputs):
             last[slot] = number
     result: dict[int, list[int]] = {}
     keep = set(wanted)

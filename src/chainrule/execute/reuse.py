@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from chainrule.calls import FUNCTIONS
-from chainrule.maps.staging import Instruction, Program, Ref, refs
+from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
 
 aten = torch.ops.aten
 
@@ -148,7 +148,7 @@ class _Lives:
         self.joined: dict[int, int] = {}
         self.last: dict[int, int] = {}
         for number, instruction in enumerate(instructions):
-            for slot in refs((instruction.args, tuple(instruction.kwargs.values()))):
+            for slot in reads(instruction):
                 self.last[self.root(slot)] = number
         self.kept = {slot for slot in kept if slot is not None}
         self.last.update((self.root(slot), len(instructions)) for slot in self.kept)
@@ -186,7 +186,7 @@ class _Lives:
 
         Element by element, the instruction may read the value twice, but no other view of that memory.
         """
-        root, readers = self.root(slot), refs((instruction.args, tuple(instruction.kwargs.values())))
+        root, readers = self.root(slot), reads(instruction)
         if any(self.root(r) == root and r != slot for r in readers):
             return False
         if readers.count(slot) > 1 and instruction.function not in _POINTWISE:

@@ -10,7 +10,7 @@ import torch
 
 from chainrule.dispatch import undispatched
 from chainrule.execute.spelling import spell
-from chainrule.maps.staging import Instruction, Program, Ref, freeze, refs
+from chainrule.maps.staging import Instruction, Program, Ref, freeze, reads
 
 aten = torch.ops.aten
 
@@ -87,9 +87,9 @@ class _Memory:
             return False
         return not self.roots(instruction).isdisjoint(self.written)
 
-    def roots(self, instruction: Instruction, *, reads: bool = True) -> set[int]:
-        """The memory that an instruction makes and, where ``reads``, the memory that it is given."""
-        slots = (*instruction.outputs, *(refs((instruction.args, tuple(instruction.kwargs.values()))) if reads else ()))
+    def roots(self, instruction: Instruction, *, reading: bool = True) -> set[int]:
+        """The memory that an instruction makes and, where ``reading``, the memory that it is given."""
+        slots = (*instruction.outputs, *(reads(instruction) if reading else ()))
         return {self.root(slot) for slot in slots}
 
 
@@ -128,7 +128,7 @@ def _fold(
     groups = memory.written & memory.producers.keys()
     while True:
         chosen = _fixed_calls(program, kept, wanted, constants, memory, groups)
-        open_groups = {group for group in groups if not _is_closed(kept, chosen, memory, group)}
+        open_groups = _open_groups(kept, chosen, memory, groups)
         if not open_groups:
             break
         groups -= open_groups
@@ -197,7 +197,7 @@ def _fixed_calls(
     makers: dict[int, int] = {}
     chosen: set[int] = set()
     for number, instruction in enumerate(kept):
-        read = refs((instruction.args, tuple(instruction.kwargs.values())))
+        read = reads(instruction)
         model = instruction.args[0] if instruction.function in _LIKE else None
         like = isinstance(model, Ref) and model.slot in program.kinds
         if like:
@@ -206,7 +206,7 @@ def _fixed_calls(
             continue
         if instruction.keep or instruction.is_tuple or len(instruction.outputs) > 1:
             continue
-        if memory.written and not memory.roots(instruction, reads=not like).isdisjoint(memory.written - groups):
+        if memory.written and not memory.roots(instruction, reading=not like).isdisjoint(memory.written - groups):
             continue
         kinds = [program.kinds.get(slot) for slot in (*instruction.outputs, *instruction.writes)]
         if kinds and all(kind is not None and kind[0].numel() <= _FOLDED for kind in kinds):
@@ -218,20 +218,33 @@ def _fixed_calls(
         number = makers.pop(pending.pop(), -1)
         if number >= 0:
             chosen.discard(number)
-            pending.extend(refs((kept[number].args, tuple(kept[number].kwargs.values()))))
+            pending.extend(reads(kept[number]))
+    # What stays has to be computed of what stays.
+    known = set(constants)
+    for number in sorted(chosen):
+        instruction = kept[number]
+        if known.issuperset(reads(instruction)[1 if instruction.function in _LIKE else 0 :]):
+            known.update(instruction.outputs)
+        else:
+            chosen.discard(number)
     return chosen
 
 
-def _is_closed(kept: list[Instruction], chosen: set[int], memory: _Memory, group: int) -> bool:
-    """Whether every call that makes or writes to some memory is chosen, and every other one reads it after these."""
-    last = -1
+def _open_groups(kept: list[Instruction], chosen: set[int], memory: _Memory, groups: set[int]) -> set[int]:
+    """Memory that a call makes or writes to which is not chosen, or that such a call reads before the last write."""
+    found: set[int] = set()
+    if not groups:
+        return found
+    # Memory that a call which is not chosen has read: no more writes may come.
+    ended: set[int] = set()
     for number, instruction in enumerate(kept):
-        if any(memory.root(slot) == group for slot in (*instruction.outputs, *instruction.writes)):
-            if number not in chosen:
-                return False
-            last = number
-    readers = (n for n, instruction in enumerate(kept[:last]) if n not in chosen and group in memory.roots(instruction))
-    return next(readers, None) is None
+        made = {memory.root(slot) for slot in (*instruction.outputs, *instruction.writes)}
+        if number not in chosen:
+            found |= made & groups
+            ended |= memory.roots(instruction) & groups
+        else:
+            found |= made & ended
+    return found
 
 
 def _valued(tree: Any, values: dict[int, torch.Tensor]) -> Any:
@@ -270,7 +283,7 @@ def _fuse(
     program: Program, kept: list[Instruction], wanted: Sequence[int], memory: _Memory
 ) -> tuple[list[Instruction], dict[int, torch.Tensor]]:
     """``1 - a * b`` and ``c + a * b`` as one pass over memory (``addcmul``)."""
-    uses = Counter(slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values()))))
+    uses = Counter(slot for i in kept for slot in reads(i))
     uses.update(wanted)
     products = {
         i.outputs[0]: i for i in kept
@@ -405,17 +418,21 @@ def _share(
 
 def renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
     """The same instruction on values of other names."""
-    kwargs = {name: _renamed(item, names) for name, item in instruction.kwargs.items()}
-    return instruction._replace(args=_renamed(instruction.args, names), kwargs=kwargs)
+    if names.keys().isdisjoint(reads(instruction)):
+        return instruction
+    function, args, kwargs, outputs, is_tuple, writes, keep = instruction
+    kwargs = {name: _renamed(item, names) for name, item in kwargs.items()} if kwargs else kwargs
+    return Instruction(function, _renamed(args, names), kwargs, outputs, is_tuple, writes, keep)
 
 
 def _renamed(tree: Any, names: dict[int, int]) -> Any:
-    if isinstance(tree, Ref):
+    kind = tree.__class__
+    if kind is Ref:
         return Ref(names.get(tree.slot, tree.slot))
-    if isinstance(tree, list):
+    if kind is list:
         return [_renamed(item, names) for item in tree]
-    if type(tree) is tuple:
-        return tuple(_renamed(item, names) for item in tree)
+    if kind is tuple:
+        return tuple([_renamed(item, names) for item in tree])
     return tree
 
 
@@ -429,6 +446,6 @@ def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: 
             roots = {memory.root(slot) for slot in instruction.writes}
             use = -1 in roots or any(memory.root(slot) in roots for slot in needed)
         if use:
-            needed.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+            needed.update(reads(instruction))
             kept.append(instruction)
     return kept[::-1]

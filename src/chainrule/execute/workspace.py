@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from chainrule.capture.recorder import HIDDEN_WRITES
 from chainrule.capture.slots import Slot
 from chainrule.capture.tape import Tape
-from chainrule.maps.staging import Instruction, Ref, refs
+from chainrule.maps.staging import Instruction, Ref, reads
 
 _ENABLE = getattr(torch.autograd, "_enable_profiler_legacy", None)
 _DISABLE = getattr(torch.autograd, "_disable_profiler_legacy", None)
@@ -85,7 +85,7 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
         return None
     last: dict[int, int] = {}
     for number, instruction in enumerate(instructions):
-        for slot in (*_read(instruction), *instruction.outputs):
+        for slot in (*reads(instruction), *instruction.outputs):
             last[slot] = number
     dying: dict[int, list[int]] = {}
     for slot, number in last.items():
@@ -93,7 +93,7 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
     known, found = dict(values), dict[int, Space]()
     with torch.no_grad():
         for number, instruction in enumerate(instructions):
-            if all(slot in known for slot in _read(instruction)) and instruction.outputs:
+            if all(slot in known for slot in reads(instruction)) and instruction.outputs:
                 args = _filled(instruction.args, known)
                 named = {name: _filled(item, known) for name, item in instruction.kwargs.items()}
                 result, found[instruction.outputs[0]] = observe(partial(instruction.function, *args, **named))
@@ -124,10 +124,6 @@ def _of_record(tape: Tape, record: Any) -> int:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.__class__ in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-
-
-def _read(instruction: Instruction) -> list[int]:
-    return refs((instruction.args, tuple(instruction.kwargs.values())))
 
 
 def _filled(tree: Any, values: Mapping[int, Any]) -> Any:

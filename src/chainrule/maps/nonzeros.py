@@ -109,8 +109,8 @@ def diagonals(terms: Sequence[Term]) -> list[tuple[int, int]]:
     ]
 
 
-def block_keys(terms: Sequence[Term], device: torch.device) -> torch.Tensor | None:
-    """The keys of a block that is dense but for the diagonals that all terms have, in the order of :func:`as_block`.
+def block_size(terms: Sequence[Term]) -> int | None:
+    """How many entries a block has that is dense but for the diagonals that all terms have.
 
     None where there is no such diagonal.
     """
@@ -118,7 +118,14 @@ def block_keys(terms: Sequence[Term], device: torch.device) -> torch.Tensor | No
     if not pairs or len({o for o, _ in pairs}) < len(pairs) or len({i for _, i in pairs}) < len(pairs):
         return None
     out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
-    bound = {i: o for o, i in pairs}
+    bound = {i for _, i in pairs}
+    return math.prod(out_shape) * math.prod(size for i, size in enumerate(in_shape) if i not in bound)
+
+
+def block_keys(terms: Sequence[Term], device: torch.device) -> torch.Tensor:
+    """The keys of the block of :func:`block_size`, in the order of :func:`as_block`."""
+    out_shape, in_shape = _dims_shape(terms[0].out_dims), _dims_shape(terms[0].in_dims)
+    bound = {i: o for o, i in diagonals(terms)}
     free = [i for i in range(len(in_shape)) if i not in bound]
     sizes = [*out_shape, *(in_shape[i] for i in free)]
     keys = torch.zeros((1,) * len(sizes), dtype=torch.long, device=device)
@@ -354,6 +361,6 @@ def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged
 
 
 __all__ = [
-    "Entries", "Listed", "as_block", "block_keys", "count_entries", "entries_of", "listed", "over_grid", "restricted", "summed",
-    "values_node", "without_shared",
+    "Entries", "Listed", "as_block", "block_keys", "block_size", "count_entries", "entries_of", "listed", "over_grid",
+    "restricted", "summed", "values_node", "without_shared",
 ]  # fmt: skip

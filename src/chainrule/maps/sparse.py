@@ -21,6 +21,7 @@ from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import (
     as_block,
     block_keys,
+    block_size,
     count_entries,
     entries_of,
     listed,
@@ -29,7 +30,7 @@ from chainrule.maps.nonzeros import (
     without_shared,
 )
 from chainrule.maps.onehots import gather, mask_factor
-from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 
@@ -166,7 +167,7 @@ class SparseWorkspace(Workspace):
                 self._settled.add(slot)
         self._settled_inputs = len(program.inputs)
         for instruction in program.instructions[self._settled_scanned :]:
-            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            read = reads(instruction)
             if all(slot in self._settled or slot in program.constants for slot in read) and not instruction.keep:
                 self._settled.update(instruction.outputs)
         self._settled_scanned = len(program.instructions)
@@ -412,7 +413,7 @@ class SparseWorkspace(Workspace):
         wanted = {s.slot for s in staged}
         for instruction in reversed(self.program.instructions):
             if not wanted.isdisjoint(instruction.outputs):
-                wanted.update(refs((instruction.args, tuple(instruction.kwargs.values()))))
+                wanted.update(reads(instruction))
         return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
 
     def guards(self, staged: Sequence[Staged]) -> tuple[dict[object, int], list[Staged]]:
@@ -454,7 +455,7 @@ class SparseWorkspace(Workspace):
             # What a recorded program has written to is left as it is.
             self._scanned = self._given if self.program.writes else 0
         for instruction in self.program.instructions[self._scanned :]:
-            read = refs((instruction.args, tuple(instruction.kwargs.values())))
+            read = reads(instruction)
             if all(slot in self._fixed or slot in self.program.constants for slot in read) and not instruction.keep:
                 self._fixed.update(instruction.outputs)
         self._scanned = len(self.program.instructions)
@@ -472,15 +473,15 @@ class SparseWorkspace(Workspace):
         return tuple(terms) if len(done) == len(terms) else tuple(settle(restore(term), self) for term in done)
 
     def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
-        block = block_keys(terms, self.device)
-        if len(terms) < _MANY and (block is None or block.numel() > sum(count_entries(term) for term in terms)):
+        block = block_size(terms)
+        if len(terms) < _MANY and (block is None or block > sum(count_entries(term) for term in terms)):
             return tuple(terms)
         entries = [entries_of(term, self) for term in terms]
         count = sum(e.keys.numel() for e in entries)
         every = listed(entries)
         found = every.keys.numel()
-        if block is not None and found == block.numel():
-            return (as_block(terms, entries, block, every, self),)
+        if found == block:
+            return (as_block(terms, entries, block_keys(terms, self.device), every, self),)
         if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
             return tuple(terms)
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)

@@ -86,6 +86,20 @@ def refs(tree: Any) -> list[int]:
     return found
 
 
+def reads(instruction: Instruction) -> list[int]:
+    """The slots that an instruction refers to."""
+    found: list[int] = []
+    for item in instruction.args:
+        kind = item.__class__
+        if kind is Ref:
+            found.append(item.slot)
+        elif kind is list or kind is tuple:
+            found.extend(refs(item))
+    if instruction.kwargs:
+        found.extend(refs(tuple(instruction.kwargs.values())))
+    return found
+
+
 def freeze(tree: Any) -> Any:
     """Return a hashable picture of lowered arguments (types kept apart: ``1`` is not ``1.0`` is not ``True``)."""
     if isinstance(tree, Ref):

@@ -183,7 +183,26 @@ class Contracted(NamedTuple):
 
 
 class HoldsMore(Exception):  # noqa: N818 - never reaches a user
-    """A plan holds more numbers at once than it may."""
+    """A plan holds more numbers at once than it may.
+
+    Attributes:
+        peak: how many it holds.
+    """
+
+    def __init__(self, peak: int) -> None:
+        super().__init__(peak)
+        self.peak = peak
+
+
+def curvature_peak(
+    tape: Any, inputs: Sequence[int], output: int, seed: torch.Tensor, recording: Recording, *, diagonal: bool
+) -> int:
+    """How many numbers the contraction of :func:`second_order` holds at once; of it, only the pullback is run."""
+    try:
+        second_order(tape, inputs, output, seed, recording, diagonal=diagonal, limit=-1)
+    except HoldsMore as more:
+        return more.peak
+    raise AssertionError("a plan that holds less than nothing")
 
 
 def second_order(
@@ -214,11 +233,11 @@ def second_order(
     whole = build_graph(_Part(tape, records), list(dict.fromkeys(inputs)), [output], workspace)
     candidate = elimination.measure(Candidate("curvatures", nodes))
     if limit is not None and candidate.peak > limit:
-        raise HoldsMore
+        raise HoldsMore(candidate.peak)
     staged = {source: node.force(program) for (_, source), node in nodes.items()}
     results = {source: made.value for source, made in staged.items()}
     workspace.memo.clear()
     return Contracted(results, whole, candidate, program, list(staged.values()))
 
 
-__all__ = ["Curvature", "HoldsMore", "curvatures", "second_order"]
+__all__ = ["Curvature", "HoldsMore", "curvature_peak", "curvatures", "second_order"]

@@ -12,7 +12,7 @@ from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.sparse import SparseWorkspace, plain
-from chainrule.maps.staging import Program, Staged, refs
+from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import identity
 from chainrule.plan import elimination
 from chainrule.plan.algebra import Builder, Expression, Jacobian, OfExpression, jacobians
@@ -384,7 +384,7 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
         if not (fixed and instruction.outputs and all(slot in values for slot in instruction.outputs)):
             kept.append(instruction)
     made = {slot for instruction in kept for slot in instruction.outputs}
-    read = {slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values())))} | {staged.slot for staged in wanted}
+    read = {slot for i in kept for slot in reads(i)} | {staged.slot for staged in wanted}
     given = set(program.inputs.values())
     for slot in read - made - given - program.constants.keys():
         program.constants[slot] = plain(values[slot])

@@ -26,6 +26,7 @@ def contraction(
     has_aux: bool,
     return_value: bool,
     in_dims: Any,
+    apart: Callable[[Traced], bool] | None = None,
 ) -> Callable[..., Any]:
     """The function that a transform returns.
 
@@ -38,12 +39,14 @@ def contraction(
         has_aux: whether the function returns ``(output, aux)``.
         return_value: whether the function's output is wanted beside the result.
         in_dims: what is mapped over, as ``vmap`` has it; None for no mapping.
+        apart: see :class:`~chainrule.transforms.levels.Level`.
     """
 
     def with_value(traced: Traced, single: bool) -> Any:
         return finish(traced, single), traced.output()
 
-    level = Level(func, name, argnums, has_aux, with_value if return_value else finish, (name, return_value))
+    ending = with_value if return_value else finish
+    level = Level(func, name, argnums, has_aux, ending, (name, return_value), apart=apart)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result, aux = run(level, args, kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from chainrule.execute import engine
+from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import compile_stages
 from chainrule.transforms.arguments import Argnums
@@ -32,6 +33,7 @@ class Level:
         finish: computes the transform's result (without aux) from a run; the flag is whether ``argnums`` is one.
         key: what the result depends on beside the run.
         owner: the function that carries this level.
+        apart: whether the result of a run cannot be written down as a program that is replayed with other index tensors.
         respect_no_grad: whether steps under ``torch.no_grad()`` are constants, as for reverse mode (forward mode sees them).
     """
 
@@ -43,6 +45,7 @@ class Level:
     key: tuple[Any, ...]
     owner: Callable[[], Any] | None = None
     respect_no_grad: bool = True
+    apart: Callable[[Traced], bool] | None = None
 
     def mark(self, wrapper: Callable[..., Any]) -> None:
         """Put this level on the function that the transform returns."""
@@ -110,7 +113,7 @@ class LinearPlan(NestPlan):
 
     def compile(self) -> None:
         """Make the two functions that replay the plan."""
-        with engine.COMPILING:
+        with engine.COMPILING, postponed_collection():
             if self.recorded is not None:
                 self.stages = compile_stages(*self.recorded, first=self.first)
                 self.recorded = None

@@ -16,7 +16,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.capture.recorder import Recorder
 from chainrule.execute.engine import peak_elements
 from chainrule.execute.sparse import entries_predicted, execute_sparse
-from chainrule.plan.algebra import Added, Composed, Expression, Scaled, Transposed
+from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.sparse import SparseExpression
 from chainrule.transforms.spaces import Parts
@@ -45,10 +45,33 @@ def held_by_entries(linear_map: LinearMap, kind: str, *parts: Parts) -> int | No
     if m * n * linear_map.dtype.itemsize <= _SMALL or _without_patterns():
         return None
     tape, request, seeds = linear_map._request(kind, *parts)
-    peak = peak_elements(tape, request, seeds)
-    if peak <= _LINEAR * (m + n):
+    return held_by(tape, request, seeds, m, n)
+
+
+def is_worth_looking(rows: int, columns: int, leaves: Sequence[torch.Tensor]) -> bool:
+    """Whether a map is large when it is dense, and may have a pattern."""
+    size = max((leaf.element_size() for leaf in leaves), default=4)
+    return rows * columns * size > _SMALL and not _without_patterns()
+
+
+def held_by(
+    tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor], rows: int, columns: int, peak: int | None = None
+) -> int | None:
+    """How many numbers a request holds that reads the entries of an expression; None where the other way holds less.
+
+    Args:
+        tape: where the Jacobians of the expression were recorded.
+        request: the request.
+        seeds: the factors that it names.
+        rows: the number of rows of the map.
+        columns: that of its columns.
+        peak: how many numbers the other way holds; that of the contraction of the factors if it is left out.
+    """
+    if peak is None:
+        peak = peak_elements(tape, request, seeds)
+    if peak <= _LINEAR * (rows + columns):
         return None
-    read = list(_read(request.expression)) if kind in ("diagonal", "trace") else [request.expression]
+    read = list(_read(request.expression)) if request.kind in ("diagonal", "trace") else [request.expression]
     total = 0
     for expression in read:
         count = entries_predicted(tape, SparseExpression(expression), seeds)
@@ -88,7 +111,7 @@ def squares_of_entries(linear_map: LinearMap) -> torch.Tensor | None:
 def diagonal_of_entries(linear_map: LinearMap) -> dict[int, torch.Tensor]:
     """By the number of the leaf, the diagonal of the block of an output and the input of the same number; zeros are left out."""
     tape, request, seeds = linear_map._request("diagonal")
-    flat = _diagonal(tape, request.expression, seeds)
+    flat = diagonal_of_expression(tape, request.expression, seeds)
     return {number: value.reshape(linear_map.in_space.shapes[number]) for number, value in flat.items()}
 
 
@@ -113,17 +136,18 @@ def single_entries(linear_map: LinearMap, rows: Parts, columns: Parts) -> dict[i
     return read
 
 
-def _diagonal(tape: Any, expression: Expression, seeds: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+def diagonal_of_expression(tape: Any, expression: Expression, seeds: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """By the number of the leaf, the diagonal of the block of an output and the input of that number, flat, off the entries."""
     if isinstance(expression, Transposed):
-        return _diagonal(tape, expression.of, seeds)
+        return diagonal_of_expression(tape, expression.of, seeds)
     if isinstance(expression, Scaled):
-        found = _diagonal(tape, expression.of, seeds)
+        found = diagonal_of_expression(tape, expression.of, seeds)
         factor = expression.number if expression.seed is None else seeds[expression.seed] * expression.number
         return {number: value * factor for number, value in found.items()}
     sums: dict[int, torch.Tensor] = {}
     if isinstance(expression, Added):
         for part in expression.parts:
-            for number, value in _diagonal(tape, part, seeds).items():
+            for number, value in diagonal_of_expression(tape, part, seeds).items():
                 sums[number] = sums[number] + value if number in sums else value
         return sums
     if isinstance(expression, Composed):
@@ -158,4 +182,7 @@ def _added(places: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tenso
     return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, places, values)
 
 
-__all__ = ["diagonal_of_entries", "held_by_entries", "prefers_entries", "single_entries", "squares_of_entries"]
+__all__ = [
+    "diagonal_of_entries", "diagonal_of_expression", "held_by", "held_by_entries", "is_worth_looking", "prefers_entries",
+    "single_entries", "squares_of_entries",
+]  # fmt: skip

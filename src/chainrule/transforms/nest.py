@@ -26,6 +26,7 @@ from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
+from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
 from chainrule.maps.staging import Program, Staged
@@ -365,6 +366,10 @@ def _run_whole(
 def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     """The result of a nest, by its cached program."""
     values, cached = run.values, run.cached
+    if cached is None and _is_apart(run):
+        cached = _BY_LEVELS
+        if run.key is not None:
+            engine.CACHE.put(run.key, cached)
     if cached is _BY_LEVELS:
         return _run_parts(run.parts, seeds)
     if cached is not None:
@@ -375,6 +380,15 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     if run.key is not None:
         engine.CACHE.put(run.key, plan)
     return result
+
+
+def _is_apart(run: _Run) -> bool:
+    """Whether the innermost level has to run by itself."""
+    part = run.parts[0]
+    level, (positions, _) = part.levels[0], part.wanted[0]
+    if level.apart is None or len(run.parts) > 1 or any(other != positions for other, _ in part.wanted):
+        return False
+    return level.apart(part.traced)
 
 
 def run_linearized(
@@ -559,7 +573,7 @@ def _record_parts(
         return None if number is None else program.input(("seed", number), tensor)
 
     recorder = Recorder(find)
-    with recorder, collecting(UNCACHED):
+    with postponed_collection(), recorder, collecting(UNCACHED):
         run.traced.tape.settle()
         result = _run_parts(run.parts, seeds, made)
     linear: Linearized | None = None

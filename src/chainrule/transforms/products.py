@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
+from chainrule.transforms.by_entries import trace_by_entries, trace_prefers_entries
 from chainrule.transforms.contractions import chosen_primals, contraction, dims_of_primals
 from chainrule.transforms.derivatives import check_tangents, hvp, pull_back, push_forward
 from chainrule.transforms.hessian_map import hessian_map
@@ -65,13 +66,17 @@ def divergence(
         found = None
         if pairs:
             outputs, inputs = [o for o, _ in pairs], [i for _, i in pairs]
-            found = traced.run("trace", outputs=outputs, inputs=inputs)["trace"]
+            if trace_prefers_entries(traced):
+                found = trace_by_entries(traced)
+            else:
+                found = traced.run("trace", outputs=outputs, inputs=inputs)["trace"]
         like = traced.out_leaves[0]
         return like.new_zeros(()) if found is None else found.to(like.dtype)
 
     return contraction(
-        func, "divergence", argnums, finish, run_level, has_aux=has_aux, return_value=return_value, in_dims=in_dims
-    )
+        func, "divergence", argnums, finish, run_level, has_aux=has_aux, return_value=return_value, in_dims=in_dims,
+        apart=trace_prefers_entries,
+    )  # fmt: skip
 
 
 def _check_field(traced: Traced, func: Callable[..., Any], single: bool) -> None:

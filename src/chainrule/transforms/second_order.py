@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from chainrule.execute.replay import Source
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import Contracted, second_order
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.by_entries import hessian_by_entries, hessian_prefers_entries
 from chainrule.transforms.contractions import Run, contraction
 from chainrule.transforms.jacobians import hessian
 from chainrule.transforms.levels import Finish, Level
@@ -79,8 +81,9 @@ def laplacian(
 
     checked, run = _seen_whole(finish, add_up, return_value)
     return contraction(
-        func, "laplacian", argnums, checked, run, has_aux=has_aux, return_value=return_value, in_dims=in_dims
-    )
+        func, "laplacian", argnums, checked, run, has_aux=has_aux, return_value=return_value, in_dims=in_dims,
+        apart=partial(hessian_prefers_entries, diagonal=False),
+    )  # fmt: skip
 
 
 def hessian_diagonal(
@@ -133,8 +136,9 @@ def hessian_diagonal(
 
     checked, run = _seen_whole(finish, collect, return_value)
     return contraction(
-        func, "hessian_diagonal", argnums, checked, run, has_aux=has_aux, return_value=return_value, in_dims=in_dims
-    )
+        func, "hessian_diagonal", argnums, checked, run, has_aux=has_aux, return_value=return_value, in_dims=in_dims,
+        apart=partial(hessian_prefers_entries, diagonal=True),
+    )  # fmt: skip
 
 
 class _HiddenSteps(Exception):  # noqa: N818 - never leaves this module
@@ -236,9 +240,13 @@ def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: 
     if any(active and value.is_complex() for value, active in zip(tape.values, tape.active, strict=True)):
         return _from_hessian(traced, leaf, slot, diagonal)
     if leaf.numel() == 1:
-        contracted = second_order(tape, sources, slot, torch.ones_like(leaf), recording, diagonal=diagonal)
-        write_account(tape, sources, slot, contracted, diagonal)
-        found = contracted.results
+        found: dict[int, torch.Tensor | None]
+        if hessian_prefers_entries(traced, diagonal=diagonal):
+            found = dict(zip(sources, hessian_by_entries(traced, slot, diagonal=diagonal), strict=True))
+        else:
+            contracted = second_order(tape, sources, slot, torch.ones_like(leaf), recording, diagonal=diagonal)
+            write_account(tape, sources, slot, contracted, diagonal)
+            found = {**contracted.results}
         shaped: list[torch.Tensor | None] = []
         for source, inner in zip(sources, traced.in_leaves, strict=True):
             part = found.get(source)
@@ -251,10 +259,10 @@ def _contracted_output(traced: Traced, leaf: torch.Tensor, slot: int, diagonal: 
     with recording():
         contracted = second_order(tape, sources, slot, cotangent, nullcontext, diagonal=diagonal)
     write_account(tape, sources, slot, contracted, diagonal)
-    found = contracted.results
+    made = contracted.results
     results: list[torch.Tensor | None] = []
     for source, inner in zip(sources, traced.in_leaves, strict=True):
-        place = None if source not in found else tape.slot_of(found[source])
+        place = None if source not in made else tape.slot_of(made[source])
         if place is None or not tape.active[place]:
             results.append(None)
             continue
