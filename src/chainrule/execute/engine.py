@@ -391,5 +391,6 @@ def _without_values(program: Program) -> Program:
     program._input_values.clear()
     program._known.clear()
     program.masks.clear()
+    program.graded.clear()
     program.mode = None
     return program
