@@ -453,8 +453,7 @@ def _row_index(call: Call, item: Any, padding: int) -> Node:
     return leaf(shape, stage, label="index")
 
 
-def _looked_up(call: Call, rows: int, width: int, item: Any) -> Term:
-    padding = call.argument("padding_idx")
+def _looked_up(call: Call, rows: int, width: int, item: Any, padding: int) -> Term:
     places, columns, row = new_axes(call.shape(item)), Axis(width), Axis(rows)
     factors = []
     if call.argument("scale_grad_by_freq"):
@@ -471,12 +470,14 @@ def _looked_up(call: Call, rows: int, width: int, item: Any) -> Term:
 
 def _embedding(call: Call) -> Term:
     rows, width = call.shape(call.args[0])
-    return _looked_up(call, rows, width, call.argument("indices"))
+    # Torch's forward mode looks the tangents up like the values; its reverse mode leaves out the row of padding.
+    padding = -1 if call.workspace.forward else call.argument("padding_idx")
+    return _looked_up(call, rows, width, call.argument("indices"), padding)
 
 
 def _embedding_dense_backward(call: Call) -> Term:
     rows, width = call.out_shape
-    return _looked_up(call, rows, width, call.argument("indices")).transpose()
+    return _looked_up(call, rows, width, call.argument("indices"), call.argument("padding_idx")).transpose()
 
 
 _SUM, _MEAN, _MAX = 0, 1, 2
