@@ -1,8 +1,8 @@
 """Forward mode inside of reverse mode, where a part of the function runs under ``torch.no_grad()``.
 
 Such steps are constants for reverse mode, and forward mode sees them, with what torch computes for their tangents still under
-``no_grad``: a constant for the reverse mode around it. Tangents are therefore pushed from one stretch of the run to the next, those
-of hidden steps with gradients off, instead of being planned as a whole.
+``no_grad``: a constant for the reverse mode around it. Tangents are therefore pushed from one stretch of the run to the
+next, those of hidden steps with gradients off, instead of being planned as a whole.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def refuse_hidden(hidden: set[int], name: str) -> None:
     """
     if hidden:
         raise RuntimeError(
-            f"{name}: a part of the function runs under torch.no_grad(), and a reverse transform around it takes that for constant. In "
-            "such a nest only jvp, linearize, and jacfwd and hessian with the dense layout can do that."
+            f"{name}: a part of the function runs under torch.no_grad(), and a reverse transform around it takes that for "
+            "constant. There only jvp, linearize, and jacfwd and hessian with the dense layout can do that."
         )
 
 
