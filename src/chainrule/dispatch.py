@@ -147,6 +147,10 @@ def functions_are_replaced() -> bool:
     return False
 
 
+#: Torch's words.
+DATA_UNDER_VMAP = "accessing `data` under vmap transform is not allowed. Use detach()."
+
+
 class FunctionWatch(TorchFunctionMode):
     """A function mode that leaves calls as they are, but has ``data`` read by the innermost mode of this package.
 
@@ -215,6 +219,29 @@ class LightMode(Handler, TorchDispatchMode):
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ``data`` of a tensor."""
         return tensor.data
+
+    def unwrapped(self, tensor: Any) -> Any:
+        """What stands for a tensor outside of this mode."""
+        return tensor
+
+    def holder(self, tensor: torch.Tensor) -> tuple[LightMode | None, Any]:
+        """The innermost mode around this one to which a tensor depends on inputs, and what stands for the tensor there."""
+        found: Any = tensor
+        place = _count() - 1
+        while place >= 0 and _at(place) is not self:
+            place -= 1
+        while place >= 0:
+            mode = _at(place)
+            if isinstance(mode, LightMode):
+                if mode is not self and mode.is_active(found):
+                    return mode, found
+                found = mode.unwrapped(found)
+            place -= 1
+        return None, found
+
+    def is_active(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor depends on inputs of this mode."""
+        return False
 
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import chainrule
+from tests.transforms.test_blocks import peak_bytes
 
 
 def test_text_names_ops_orders_and_costs() -> None:
@@ -72,3 +74,56 @@ def test_contractions_are_explained() -> None:
         assert "tanh" in str(account)
     account = chainrule.explain(chainrule.divergence(lambda x: torch.tanh(weight.t() @ (weight @ x))))(x)
     assert account.data[0]["kind"] == "trace" and "trace of the Jacobian" in str(account)
+
+
+WEIGHT = torch.randn(256, 256) / 16
+NETWORK = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(8 * 15 * 15, 10)
+).requires_grad_(False)
+
+
+def field(x):
+    return torch.tanh(WEIGHT.T @ torch.tanh(WEIGHT @ x))
+
+
+def energy(x):
+    return field(x).pow(2).sum()
+
+
+CALLS = {
+    "divergence": (chainrule.divergence(field), (256,)),
+    "divergences": (chainrule.divergence(field, in_dims=0), (64, 256)),
+    "laplacians": (chainrule.laplacian(energy, in_dims=0), (8, 256)),
+    "diagonal": (chainrule.hessian_diagonal(energy), (256,)),
+    "network": (chainrule.grad(lambda x: NETWORK(x).pow(2).sum()), (32, 3, 32, 32)),
+    "network per sample": (chainrule.vmap(chainrule.grad(lambda x: NETWORK(x[None]).pow(2).sum())), (32, 3, 32, 32)),
+    "hvp": (lambda x: chainrule.hvp(lambda x: field(x).pow(3).sum(), (x,), (x,)), (256, 400)),
+    "jet": (lambda x: chainrule.jet(field, (x,), ([x, x, x],)), (256, 300)),
+    "gradient": (chainrule.grad(lambda x: (x.sin() * x.exp() + x**2).sum()), (300000,)),
+    "gradient in a gradient": (
+        chainrule.grad(lambda x: chainrule.grad(lambda y: (y.sin() * y.exp()).sum())(x).sin().sum()), (300000,)
+    ),
+    "layer norm": (chainrule.grad(lambda x: torch.nn.functional.layer_norm(x, (256,)).pow(3).sum()), (1000, 256)),
+    "sparse Hessian": (chainrule.hessian(lambda x: (x[1:] * x[:-1]).sin().sum(), layout="sparse_coo"), (50000,)),
+    "third derivative": (chainrule.jacfwd(chainrule.jacrev(chainrule.grad(lambda x: (WEIGHT[:48, :48] @ x).sin().sum()))), (48,)),
+    "mapped twice": (chainrule.vmap(chainrule.vmap(chainrule.grad(energy))), (20, 20, 256)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_peak_is_that_of_the_whole_call(name):
+    function, shape = CALLS[name]
+    x = torch.randn(shape)
+    explained = chainrule.explain(function)(x)
+    measured = peak_bytes(lambda: function(x))
+    assert abs(explained.peak / measured - 1) <= 0.25, (explained.peak, measured)
+    assert "the whole call holds" in str(explained)
+
+
+def test_random_numbers_are_not_used_up():
+    function = chainrule.grad(lambda x: (x * torch.randn(3)).sum())
+    torch.manual_seed(0)
+    first, second = function(torch.ones(3)), function(torch.ones(3))
+    torch.manual_seed(0)
+    torch.testing.assert_close(chainrule.explain(function)(torch.ones(3)).result, first)
+    torch.testing.assert_close(function(torch.ones(3)), second)

@@ -216,3 +216,35 @@ def test_scattered_sums_may_leave_sources_out() -> None:
     for transform in (chainrule.jacfwd, chainrule.jacrev):
         found = transform(lambda y: torch.zeros(4, dtype=y.dtype).scatter_reduce(0, index, y, "sum"))(source)
         torch.testing.assert_close(found, expected)
+
+
+def test_padding_of_embeddings_in_both_modes():
+    """Torch's forward mode looks tangents up like values; its reverse mode leaves out the row of padding."""
+    index = torch.tensor([0, 2, 1, 2])
+
+    def embedded(weight):
+        return torch.nn.functional.embedding(index, weight, padding_idx=2)
+
+    def energy(weight):
+        return embedded(weight).sum() ** 2 + (embedded(weight) ** 3).sum()
+
+    transforms = (
+        lambda m, w, v: m.jvp(embedded, (w,), (v,)),
+        lambda m, w, v: m.jacfwd(embedded)(w),
+        lambda m, w, v: m.jacrev(embedded)(w),
+        lambda m, w, v: m.vjp(embedded, w)[1](v),
+        lambda m, w, v: m.hessian(energy)(w),
+        lambda m, w, v: m.jacfwd(m.jacfwd(energy))(w),
+        lambda m, w, v: m.jacrev(m.jacfwd(energy))(w),
+        lambda m, w, v: m.jacrev(m.jacrev(energy))(w),
+        lambda m, w, v: m.jvp(m.grad(energy), (w,), (v,)),
+        lambda m, w, v: m.grad(lambda w: m.jvp(energy, (w,), (v,))[1])(w),
+        lambda m, w, v: m.vmap(m.jacfwd(embedded))(torch.stack([w, v])),
+    )
+    for _ in range(2):
+        w, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+        for transform in transforms:
+            torch.testing.assert_close(transform(chainrule, w, v), transform(torch.func, w, v))
+        torch.testing.assert_close(chainrule.jacfwd(embedded, layout="sparse_coo")(w).to_dense(), torch.func.jacfwd(embedded)(w))
+        there = chainrule.linear_map(embedded, w)
+        torch.testing.assert_close((there @ v * v).sum(), (there.T @ v * v).sum())

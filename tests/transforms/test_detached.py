@@ -172,3 +172,50 @@ def test_runs_that_look_alike_have_plans_of_their_own(transform: Any, compiled: 
     for _ in range(2):
         torch.testing.assert_close(transform(function)(x), expected)
     assert not transform(constant)(x).any()
+
+
+@pytest.mark.parametrize("outer", ["grad", "jvp"])
+@pytest.mark.parametrize("name", ["grad", "jvp", "jacfwd", "mapped", "mapped twice"])
+def test_data_of_what_an_inner_function_makes_of_outer_variables(name: str, outer: str) -> None:
+    """It belongs to the inner transform, which alone takes it for constant; the outer variable itself is one of the outer one."""
+
+    def run(m: Any, cut: Any) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            def inner(y: Tensor) -> Tensor:
+                return y * cut(x) * x
+
+            if name == "grad":
+                return m.grad(lambda y: inner(y).sum())(x)
+            if name == "jvp":
+                return m.jvp(inner, (x,), (x.cos(),))[1]
+            if name == "jacfwd":
+                return m.jacfwd(inner)(x).sum(0)
+            if name == "mapped":
+                return m.vmap(m.grad(lambda y: inner(y).sum()))(torch.stack([x, x * x])).sum(0)
+            rows = torch.stack([x, x * x])
+            return m.vmap(lambda row: m.grad(lambda y: (y * cut(row) * x).sum())(x))(rows).sum(0)
+
+        if outer == "grad":
+            return m.grad(lambda x: function(x).sum())
+        return lambda x: m.jvp(function, (x,), (x.sin(),))[1]
+
+    x = torch.randn(3, dtype=torch.float64)
+    cuts: list[Callable[[Tensor], Tensor]] = [lambda v: (v * 2).data, lambda v: (v * 2)[:].data * v]
+    if name != "mapped twice":
+        cuts.append(lambda v: v.data)
+    for cut in cuts:
+        expected = run(torch.func, cut)(x)
+        for _ in range(2):
+            torch.testing.assert_close(run(chainrule, cut)(x), expected)
+
+
+def test_data_of_mapped_tensors_is_refused_where_it_would_cut() -> None:
+    rows = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(chainrule.vmap(lambda row: row.data * 2)(rows), 2 * rows)
+    for function in (
+        lambda rows: chainrule.vmap(lambda row: row * row.data)(rows).sum(),
+        lambda rows: chainrule.vmap(lambda row: row * (row * 2).data)(rows).sum(),
+        lambda rows: chainrule.vmap(lambda row: chainrule.grad(lambda y: (y * row.data).sum())(row))(rows).sum(),
+    ):
+        with pytest.raises(RuntimeError, match="accessing `data` under vmap"):
+            chainrule.grad(function)(rows)

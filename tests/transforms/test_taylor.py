@@ -152,3 +152,10 @@ def test_series_that_are_no_lists() -> None:
             chainrule.jet(torch.add, (x, x)[: len(series)], series)
     with pytest.raises(RuntimeError, match="list of 1 coefficients like the first, got 2 for primal 1"):
         chainrule.jet(torch.add, (x, x), ([x], [x, x]))
+
+
+@pytest.mark.parametrize("coefficient", [1.0, None, [torch.ones(3)], torch.ones(2), torch.ones(3, dtype=torch.long)])
+def test_coefficients_are_checked(coefficient):
+    kind = ValueError if isinstance(coefficient, torch.Tensor) and coefficient.dtype == torch.long else RuntimeError
+    with pytest.raises(kind, match="jet"):
+        chainrule.jet(torch.sin, (torch.ones(3),), ([coefficient],))

@@ -11,10 +11,13 @@ from chainrule.calls import FUNCTIONS, WITH_NUMBERS
 from chainrule.rules.batching import BATCHING, DATA_DEPENDENT, INPLACE
 from chainrule.rules.batching_base import BatchStrategy, is_composite
 from chainrule.rules.batching_pointwise import align, align_inplace, align_kwargs
-from chainrule.rules.decompositions import LATE_DECOMPOSITIONS
+from chainrule.rules.decompositions import DECOMPOSITIONS, LATE_DECOMPOSITIONS
 
 # Kinds of op, as the handler treats them.
 FUNCTIONAL, VIEW, INPLACE_KIND, OUT = range(4)
+
+#: Ops whose derivatives are wrong in torch's decomposition: of a mean over no target they are NaN there, and zero in its kernel.
+_OWN_DECOMPOSITIONS = frozenset({torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default})
 
 # Decompositions that break what a batched run needs (they read values, or are not functional).
 _NO_DECOMPOSITION: frozenset[str] = frozenset({"aten::empty_like", "aten::new_empty"})
@@ -67,7 +70,8 @@ class OpEntry:
         self.composite = is_composite(func)
         self.decomposition = LATE_DECOMPOSITIONS.get(schema.name)
         if self.decomposition is None and schema.name not in _NO_DECOMPOSITION:
-            self.decomposition = decomposition_table.get(func)
+            own = DECOMPOSITIONS.get(func) if func in _OWN_DECOMPOSITIONS else None
+            self.decomposition = own or decomposition_table.get(func)
         self.data_dependent = DATA_DEPENDENT.get(func)
         self.functional = None
         self.kind = FUNCTIONAL

@@ -17,7 +17,7 @@ from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
 from chainrule.calls import shared_constant
-from chainrule.dispatch import KNOWS_STATE, LightMode, again, undispatched
+from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, LightMode, again, undispatched
 from chainrule.functions import FACTS, Function, methods
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape
@@ -58,6 +58,7 @@ class VmapMode(LightMode):
 
     takes_functions = True
     maps = True
+    reads_data = True
 
     def __init__(self, size: int, randomness: str = "error", calls: Any = None) -> None:
         super().__init__()
@@ -75,6 +76,19 @@ class VmapMode(LightMode):
         self._nested = torch._C._len_torch_dispatch_stack() > 0
         self._records = torch.is_grad_enabled()
         self._always_guard = self._nested or size == 0
+
+    def unwrapped(self, tensor: Any) -> Any:
+        """The stored tensor of one of this level."""
+        return tensor.value if tensor.__class__ is BatchTensor and tensor.level is self else tensor
+
+    def read_data(self, tensor: Tensor) -> Tensor:
+        """The ``data`` of a tensor: there is none of a mapped one that a transform around differentiates."""
+        holder, stored = self.holder(tensor)
+        if holder is None:
+            return tensor.data
+        if stored is not tensor:
+            raise RuntimeError(DATA_UNDER_VMAP)
+        return holder.read_data(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

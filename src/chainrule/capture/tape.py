@@ -14,7 +14,7 @@ from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.schema import LINEAR, MATMUL, PARTS, WHOLE, OpFacts, Policy, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
-from chainrule.dispatch import LightMode, again, refusal_of_operators, without_handlers, without_mode
+from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.shortcuts import COMPILED, TAPE, configure, use_facts
 from chainrule.subclasses import is_foreign
@@ -50,6 +50,7 @@ _new = tuple.__new__
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _count_modes = torch._C._len_torch_dispatch_stack
+_mode_at = torch._C._get_dispatch_stack_at
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _excludes = torch._C._dispatch_tls_is_dispatch_key_excluded
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
@@ -105,6 +106,11 @@ class Tape(Slots, LightMode):
         self._alias: AliasTracker | None = None
         self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
         self.settle()
+        # How many values the tapes around this one had when it began.
+        self._begun: dict[int, int] = {}
+        for place in range(_count_modes()):
+            if isinstance(mode := _mode_at(place), Tape):
+                self._begun[id(mode)] = len(mode.values)
         # What plans computed on this tape that serves further seeds.
         self.prepared: dict[Any, Any] = {}
         self._origin: Any = None
@@ -261,10 +267,22 @@ class Tape(Slots, LightMode):
         return self.__torch_dispatch__(op, (), args)
 
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A constant for this tape alone: the transforms around it see the tensor itself, as in torch.func."""
+        """A constant for the transform that the tensor belongs to: those around it see the tensor itself, as in torch.func.
+
+        What is computed while this tape records belongs to it, also what does not depend on its inputs.
+        """
         if not self.is_active(tensor):
-            return tensor.data
-        self.saw_blocked = True
+            holder, stored = self.holder(tensor)
+            if holder is None:
+                return tensor.data
+            assert isinstance(holder, Tape)
+            slot = holder.slot_of(stored)
+            if slot is not None and slot < self._begun.get(id(holder), 0):
+                if stored is not tensor:
+                    raise RuntimeError(DATA_UNDER_VMAP)
+                return holder.read_data(tensor)
+        else:
+            self.saw_blocked = True
         with without_mode(self):
             out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
         self.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))

@@ -87,12 +87,14 @@ class CachedPlan:
             if under is not None and not (under.joined and self._differentiates()):
                 return dict(zip(self.keys, self._run_batched(values, seeds, under), strict=True))
         if (watch := current_watch()) is not None:
-            if any(value.__class__ is BatchTensor for value in (*values, *seeds)):
-                found = _observed(watch, self.runner, values, seeds)
-                return dict(zip(self.keys, found, strict=True))
             source = self.runner.source_of  # type: ignore[attr-defined]
-            source.observe(values, seeds)
+            batched = any(value.__class__ is BatchTensor for value in (*values, *seeds))
+            if not batched:
+                source.observe(values, seeds)
             spent = watch.spend(values, source.program.inputs) if values.__class__ is Spent else None
+            if batched:
+                taken = sum(dict(place for slot, place in (spent or {}).items() if slot in source.used).values())
+                return dict(zip(self.keys, _observed(watch, self.runner, values, seeds, taken), strict=True))
             watch.add_program(source.memory(spent))
         if not modes and runner.plain is not runner and self._is_plain(values, seeds):  # type: ignore[attr-defined]
             runner = runner.plain  # type: ignore[attr-defined]
@@ -138,7 +140,7 @@ class CachedPlan:
         if watch is not None:
             source = batched_runner.source_of  # type: ignore[attr-defined]
             with undispatched():
-                source.observe(tensors, ())
+                source.observe(tensors, (), undispatched=True)
             watch.add_program(source.memory())
         with undispatched():
             results = batched_runner(tensors, ()) if joined else batched_runner.plain(tensors, ())  # type: ignore[attr-defined]
@@ -156,12 +158,22 @@ class CachedPlan:
         return (given, beside), tensors
 
 
-def _observed(watch: Watch, runner: Runner, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """Run a program that vmap takes op by op, some of them sample by sample: its memory is that of the run as a whole."""
+def _observed(
+    watch: Watch, runner: Runner, values: Sequence[Any], seeds: Sequence[torch.Tensor], taken: int = 0
+) -> tuple[Any, ...]:
+    """Run a program that vmap takes op by op, some of them sample by sample: its memory is that of the run as a whole.
+
+    Args:
+        watch: what counts.
+        runner: runs the program.
+        values: the values of the run.
+        seeds: the seeds.
+        taken: the bytes of the values that were given away to the program.
+    """
     if not free():
         return runner(values, seeds)
     results, space = observe(lambda: runner(values, seeds))
-    watch.add_program(Memory(space.results, space.results + space.work))
+    watch.add_program(Memory(space.results, taken + space.results + space.work))
     found: tuple[Any, ...] = results
     return found
 
@@ -412,5 +424,6 @@ def _without_values(program: Program) -> Program:
     program._input_values.clear()
     program._known.clear()
     program.masks.clear()
+    program.graded.clear()
     program.mode = None
     return program

@@ -43,8 +43,10 @@ _CONSTANTS = frozenset({bool, int, str, type(None), type(Ellipsis), torch.dtype,
 #: Classes of tensors of which no more is known than what a signature says.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
-#: Which memory is viewed here is not in a signature.
-_BY_MEMORY = frozenset({torch.as_strided, Tensor.as_strided, torch.as_strided_scatter, Tensor.as_strided_scatter})
+#: Which memory is viewed is not in a signature; ``data`` has meanings of its own.
+_OTHERS = frozenset(
+    {torch.as_strided, Tensor.as_strided, torch.as_strided_scatter, Tensor.as_strided_scatter, Tensor.data.__get__}  # type: ignore[attr-defined]
+)
 
 #: Numbers for what a signature says of a tensor: shape, dtype, strides, device.
 _NUMBERS: dict[Any, int] = {}
@@ -104,7 +106,7 @@ class MappedCalls:
         # By signature: a replay, how often it was called, or None where it cannot be replayed.
         self.known: dict[Any, Replay | int | None] = {}
         # Functions that return no tensors, or write.
-        self._never: set[Any] = set(_BY_MEMORY)
+        self._never: set[Any] = set(_OTHERS)
 
     def __call__(self, mode: VmapMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """Call a function of mapped tensors; NotImplemented, with nothing done, leaves it to its own way.
@@ -115,7 +117,8 @@ class MappedCalls:
             args: its positional arguments.
             kwargs: its keyword arguments.
         """
-        if function.__class__ not in _CALLS or function in self._never or mode.graphs or _any_autocast():
+        kind: Any = function.__class__
+        if kind not in _CALLS or function in self._never or mode.graphs or _any_autocast():
             return NotImplemented
         values: list[Tensor] = []
         key = _signature(function, mode, args, kwargs, values)

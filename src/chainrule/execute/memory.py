@@ -213,6 +213,8 @@ class Watch:
                 if number in inputs:
                     found[inputs[number]] = storage, self.made[storage]
         self.held -= sum(self.made.pop(storage) for storage in gone)
+        # Where the tape of a transform around this one holds them all the same, its run adds them again.
+        self.storages -= gone
         return found
 
 

@@ -287,9 +287,9 @@ class Source:
         kept = self.kept if self.plain is None else self.plain
         return predict(self.program, kept, self.wanted, self.copied, spent, self.inside)
 
-    def observe(self, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> None:
+    def observe(self, tape: Sequence[Any], seeds: Sequence[torch.Tensor], *, undispatched: bool = False) -> None:
         """Find out the work space of the instructions on these values, where that is possible and not known yet."""
-        if all(i.outputs[0] in self.inside for i in self.kept if i.outputs) or not observable():
+        if all(i.outputs[0] in self.inside for i in self.kept if i.outputs) or not observable(undispatched=undispatched):
             return
         given = {
             slot: tape[key] if isinstance(key, int) else seeds[key[1]]

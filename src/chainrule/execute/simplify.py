@@ -257,7 +257,7 @@ def _valued(tree: Any, values: dict[int, torch.Tensor]) -> Any:
 
 def _with_layers(program: Program, kept: list[Instruction], wanted: Sequence[int], memory: _Memory) -> list[Instruction]:
     """A bias and the product with a transposed matrix as the one call that does the same (``linear``)."""
-    uses = Counter(slot for i in kept for slot in refs((i.args, tuple(i.kwargs.values()))))
+    uses = Counter(slot for i in kept for slot in reads(i))
     uses.update(wanted)
     transposed = {
         i.outputs[0]: i.args[0] for i in kept

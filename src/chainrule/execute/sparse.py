@@ -309,6 +309,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     program._input_values.clear()
     program._known.clear()
     program.masks.clear()
+    program.graded.clear()
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
     return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})

@@ -24,9 +24,14 @@ _ENABLE = getattr(torch.autograd, "_enable_profiler_legacy", None)
 _DISABLE = getattr(torch.autograd, "_disable_profiler_legacy", None)
 
 
-def observable() -> bool:
-    """Whether calls can be run once more here and observed: the allocator's events are free, and no mode would see them."""
-    return free() and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+def observable(*, undispatched: bool = False) -> bool:
+    """Whether calls can be run once more here and observed: the allocator's events are free, and no mode would see them.
+
+    Args:
+        undispatched: whether the modes that are on are kept from seeing calls.
+    """
+    seen = torch._C._len_torch_dispatch_stack() and not undispatched
+    return free() and not seen and not torch._C._are_functorch_transforms_active()
 
 
 def free() -> bool:

@@ -9,7 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from chainrule.execute.accounts import Account, Ledger, collecting
+import torch
+
+from chainrule.execute.accounts import Account, Ledger, collecting, uncollected
+from chainrule.execute.memory import watching
 from chainrule.explain import picture
 
 _ORDERS = {
@@ -42,10 +45,12 @@ class Explanation:
         result: what the transformed function returned.
         accounts: one account per executed request; those of inner transforms come first.
         loops: names of ops that ``vmap`` ran sample by sample.
+        peak: the bytes that a call with a cached plan holds at the peak, by prediction: all levels of a nest together.
     """
 
-    def __init__(self, result: Any, ledger: Ledger) -> None:
+    def __init__(self, result: Any, ledger: Ledger, peak: int = 0) -> None:
         self.result = result
+        self.peak = peak
         self.accounts: list[Account] = ledger.accounts
         self.loops = list(ledger.loops)
 
@@ -65,6 +70,8 @@ class Explanation:
         if not self.accounts:
             return "nothing was differentiated: no output depends on the inputs, or the call is a plain vmap"
         parts = [_account_text(account, number, len(self.accounts)) for number, account in enumerate(self.accounts, 1)]
+        if self.peak:
+            parts.append(f"the whole call holds {_number(self.peak).strip()}B at the peak")
         if self.loops:
             parts.append("run sample by sample under vmap: " + ", ".join(dict.fromkeys(self.loops)))
         return "\n\n".join(parts)
@@ -124,7 +131,8 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     Returns:
         A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
         (structured, decomposed, opaque), the elimination order taken and why, predicted flops, bytes moved and peak
-        bytes of each alternative, and the calls that a replay makes. Plans are made anew for it, not taken from the cache.
+        bytes of each alternative, the calls that a replay makes, and the memory of the whole call. Plans are made anew for it,
+        not taken from the cache. The function is run four times, the last three times as usual, for the memory.
 
     Example:
         >>> import torch, chainrule
@@ -136,9 +144,19 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         with collecting() as ledger:
             result = transformed(*args, **kwargs)
-        return Explanation(result, ledger)
+        return Explanation(result, ledger, _peak(lambda: transformed(*args, **kwargs)) if ledger.accounts else 0)
 
     return explained
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """The predicted memory of a call at the peak. What it draws at random is drawn again later."""
+    with torch.random.fork_rng(), uncollected():
+        for _ in range(2):  # the first makes the plan, the second its form under vmap: neither is what later calls do
+            call()
+        with watching() as watch:
+            call()
+    return watch.peak
 
 
 def _account_text(account: Account, number: int, count: int) -> str:
@@ -164,7 +182,7 @@ def _account_text(account: Account, number: int, count: int) -> str:
         bytes_of = {name: _number(size).strip() + "B" for name, size in account.memory.items()}
         lines.append(
             f"  memory: {bytes_of['recorded']} of recorded values, {bytes_of['temporaries']} of temporaries and "
-            f"{bytes_of['results']} of results; {bytes_of['peak']} at the peak"
+            f"{bytes_of['results']} of results"
         )
     if account.uncounted:
         lines.append(f"    not counted: the work space of {', '.join(account.uncounted)}")

@@ -24,11 +24,13 @@ class Workspace:
         sparse: whether maps are kept by their entries: internal sources of relations are not summed, and terms not densified.
         kernels: whether ops may multiply single rows by kernels of their own.
         repeated: whether many rows come one after the other: what does not depend on them is computed once.
+        forward: whether torch's forward mode says what the derivative is, where it and reverse mode differ (rows of padding).
     """
 
     sparse = False
     kernels = False
     repeated = False
+    forward = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype

@@ -118,8 +118,9 @@ def _sum_axes(factor: Factor, kept: set[Axis], memo: dict[object, Node]) -> Fact
     node = memo.get(key)
     if node is None and all(factor.axes[i].size == 1 for i in gone):
         node = memo[key] = Node(
-            (axis.size for axis in axes), (factor.node,), lambda program, value: torch.squeeze(value, gone), label="squeeze"
-        )
+            (axis.size for axis in axes), (factor.node,),
+            lambda program, value: program.view_of(value, lambda v: torch.squeeze(v, gone)), label="squeeze",
+        )  # fmt: skip
     if node is None:
         node = memo[key] = Node(
             (axis.size for axis in axes),
@@ -142,8 +143,9 @@ def transpose_to(factor: Factor, order: Sequence[Axis], memo: dict[object, Node]
     node = memo.get(key)
     if node is None:
         node = memo[key] = Node(
-            (axis.size for axis in axes), (factor.node,), lambda program, value: permute(value, permutation), label="permute"
-        )
+            (axis.size for axis in axes), (factor.node,),
+            lambda program, value: program.view_of(value, lambda v: permute(v, permutation)), label="permute",
+        )  # fmt: skip
     return Factor(node, axes)
 
 
@@ -313,6 +315,9 @@ def _selection(
     if x.slot in program.masks:
         x, left, y, right = y, right, x, left
     mask = program.masks[y.slot]
+    if y.slot in program.graded:
+        x, y = _common_dtype(x, y)
+        x, left = _broadcast_product(program, x, left, y, right, order), order
     if mask.dtype != torch.bool and mask.dtype != x.dtype:
         if x.dtype.is_complex:
             mask = torch.ne(mask, 0)

@@ -119,9 +119,26 @@ def masking(node: Node) -> Node:
     return node
 
 
+def selecting(node: Node) -> Node:
+    """The node, noted as a mask of zeros and ones.
+
+    An element-wise product with it is zero where it is, whatever the other factor holds there (``inf``, NaN), as in torch's
+    own derivatives of writes.
+    """
+    compute = node._compute
+
+    def noted(program: Program, *values: Staged) -> Staged:
+        made = compute(program, *values)
+        program.masks.setdefault(made.slot, made)
+        return made
+
+    node._compute = noted
+    return masking(node)
+
+
 def reshaped(node: Node, sizes: Iterable[int]) -> Node:
     """The same array with axes split or merged."""
     shape = tuple(sizes)
     if shape == node.sizes:
         return node
-    return Node(shape, (node,), lambda program, value: value.reshape(shape), label="reshape")
+    return Node(shape, (node,), lambda program, value: program.view_of(value, lambda v: v.reshape(shape)), label="reshape")

@@ -143,8 +143,20 @@ class Program:
         # Numbers that were made from truth values, by slot, with what a product with them selects by (see
         # maps/contract.py): where it is positive if it is of the number's dtype, where it is true otherwise.
         self.masks: dict[int, Staged] = {}
+        # Those of them that hold other numbers than ones where they are not zero.
+        self.graded: set[int] = set()
         # The mode that sees the calls of this first run although its look at functions is off (see chainrule/dispatch.py).
         self.mode = mode_aside()
+
+    def view_of(self, value: Staged, view: Callable[[Staged], Staged]) -> Staged:
+        """A view of a value (another shape, other places of dimensions); one of a mask is a mask."""
+        made = view(value)
+        mask = self.masks.get(value.slot)
+        if mask is not None and made.slot != value.slot:
+            self.masks[made.slot] = made if mask.slot == value.slot else view(mask)
+            if value.slot in self.graded:
+                self.graded.add(made.slot)
+        return made
 
     def new_slot(self) -> int:
         """A slot that nothing uses."""

@@ -35,7 +35,8 @@ class Request(NamedTuple):
         order: ``forward``, ``reverse`` or ``auto`` (Jacobians only).
         seeds: which outputs (pull) or inputs (push) have a seed; the others' seeds are zero. Seeds with further dimensions
             behind those of their slot are several at once: these stand last in a push's results, first in a pull's.
-        cast: whether results take the dtype of the ``input`` or of the ``output``.
+        cast: whether results take the dtype of the ``input``, as in reverse mode, or of the ``output``, as in forward mode (whose
+            derivative it is then, where torch's two modes differ).
         kernels: whether ops may pull single cotangents by kernels of their own, which nothing differentiates or batches.
     """
 
@@ -91,6 +92,7 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     slots = (*request.inputs, *request.outputs)
     workspace = make_workspace(tape, slots)
     workspace.kernels, workspace.repeated = request.kernels, request.kind == "pull"
+    workspace.forward = request.cast == "output"
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
     if request.kind in ("trace", "gram"):

@@ -214,6 +214,7 @@ def plan_sparse(
         return planned if request.sizes is None else _joined(planned, request.sizes)
     inputs, outputs = _slots(request)
     workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked)
+    workspace.forward = request.cast == "output"
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
 

@@ -196,7 +196,7 @@ def formula_node(call: Call, sizes: Iterable[int], formula: Callable[[Program], 
         value = formula(program)
         if not isinstance(value, Staged):
             return program.call(torch.full, shape, value, dtype=call.workspace.dtype, device=call.workspace.device)
-        return value if tuple(value.shape) == shape else torch.broadcast_to(value, shape)
+        return value if tuple(value.shape) == shape else program.view_of(value, lambda v: torch.broadcast_to(v, shape))
 
     numel = 1
     for size in shape:

@@ -12,7 +12,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
 from chainrule.rules import attention, layers
-from chainrule.rules.direct import has_classes, nll_loss
+from chainrule.rules.direct import has_classes, nll_loss, smoothed
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -128,14 +128,14 @@ _NONE, _MEAN = 0, 1
 def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of the targets' classes, and the total of their weights."""
     low = self.dtype in (torch.float16, torch.bfloat16)
-    if weight is not None or low or self.dim() == 0 or self.shape[:1] != (target.shape[:1] or self.shape[:1]):
+    if low or self.dim() == 0 or self.shape[:1] != (target.shape[:1] or self.shape[:1]):
         if self.dim() > 2:
             flat = self.movedim(1, -1).flatten(0, -2)
             loss, total = _TORCH_NLL(flat, target.flatten(), weight, reduction, ignore_index)
             return loss.reshape(target.shape) if reduction == _NONE else loss, total
         full: tuple[Tensor, Tensor] = _TORCH_NLL(self, target, weight, reduction, ignore_index)
         return full
-    return nll_loss(_call, self, target, reduction, ignore_index)
+    return nll_loss(_call, self, target, weight, reduction, ignore_index)
 
 
 def _call(op: OpOverload, *args: Any) -> Any:
@@ -160,11 +160,14 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The softmax cross-entropy with one class for each sample; torch's own parts for every other case."""
-    if label_smoothing or weight is not None or not has_classes(self, target):
+    if self.dtype in (torch.float16, torch.bfloat16) or not has_classes(self, target):
         full: Tensor = _COMPOSITE_CROSS_ENTROPY(self, target, weight, reduction, ignore_index, label_smoothing)
         return full
     logarithms = aten._log_softmax.default(self, 0 if self.dim() == 1 else 1, False)
-    return _nll_loss(logarithms, target, weight, reduction, ignore_index)[0]
+    loss, total = _nll_loss(logarithms, target, weight, reduction, ignore_index)
+    if not label_smoothing:
+        return loss
+    return smoothed(_call, loss, total, logarithms, target, weight, reduction, ignore_index, label_smoothing)
 
 
 _FROM_TORCH = """

@@ -106,19 +106,39 @@ def is_plain_nll(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def nll_loss(run: Run, input: Tensor, target: Tensor, reduction: int, ignored: int) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihood of the targets' classes, unweighted, and how many targets count."""
+def nll_loss(
+    run: Run, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of the targets' classes, and the total weight of those that count.
+
+    The mean over no target is NaN, and its derivatives are zero, as torch's kernels have it.
+    """
     classes = 0 if input.dim() == 1 else 1
     # What depends on the targets alone is a constant: it is not recorded.
     kept = torch.ne(target, ignored)
-    place = (target * kept).unsqueeze(classes)
+    place = target * kept
     nothing = torch.zeros((), dtype=input.dtype, device=input.device)
-    total = nothing if reduction not in (_MEAN, _SUM) else kept.sum(dtype=input.dtype)
-    scale = -total if reduction == _MEAN else nothing - 1
-    picked = run(aten.squeeze.dim, run(aten.gather.default, input, classes, place), classes)
-    picked = run(aten.where.self, kept, picked, nothing)
+    picked = run(aten.squeeze.dim, run(aten.gather.default, input, classes, place.unsqueeze(classes)), classes)
+    if weight is not None:
+        shares = run(aten.index.Tensor, weight, [place]) if place.dim() else run(aten.squeeze.dim, run(
+            aten.index_select.default, weight, 0, place.reshape(1)), 0)  # fmt: skip
+        picked = run(aten.mul.Tensor, picked, shares)
     if reduction not in (_MEAN, _SUM):
-        return run(aten.mul.Tensor, picked, scale), total
+        return run(aten.mul.Tensor, run(aten.where.self, kept, picked, nothing), nothing - 1), nothing
+    if weight is None:
+        total = kept.sum(dtype=input.dtype)
+    else:
+        total = run(aten.sum.default, run(aten.where.self, kept, shares, nothing))
+    scale, rest = nothing - 1, nothing
+    if reduction == _MEAN:
+        scale = run(aten.neg.default, total)
+        # A sum of no terms at all is divided by zero, and has nothing to differentiate.
+        if target.numel() and weight is None:
+            scale, rest = scale.clamp(max=-1), nothing / total
+        elif target.numel():
+            some = kept.any()
+            scale, rest = run(aten.where.self, some, scale, nothing - 1), torch.where(some, nothing, torch.nan)
+    picked = run(aten.where.self, kept, picked, rest)
     return run(aten.div.Tensor, run(aten.sum.default, picked), scale), total
 
 
@@ -132,22 +152,45 @@ def _cross_entropy(
         return NotImplemented
     logarithms = run(aten._log_softmax.default, input, 0 if input.dim() == 1 else 1, False)
     if not is_plain_nll(logarithms, target, None):
-        return nll_loss(run, logarithms, target, reduction, ignored)[0]
+        return nll_loss(run, logarithms, target, None, reduction, ignored)[0]
     loss = run(aten.nll_loss_forward.default, logarithms, target, None, reduction, ignored)[0]
-    return _smoothed(run, loss, logarithms, target, reduction, ignored, smoothing) if smoothing else loss
+    if not smoothing:
+        return loss
+    return smoothed(run, loss, torch.ne(target, ignored).sum(dtype=loss.dtype), logarithms, target, None, reduction, ignored,
+                    smoothing)  # fmt: skip
 
 
-def _smoothed(
-    run: Run, loss: Tensor, logarithms: Tensor, target: Tensor, reduction: int, ignored: int, smoothing: float
-) -> Tensor:
-    """The loss of targets that share some of their weight with all classes."""
+def smoothed(
+    run: Run, loss: Tensor, total: Tensor, logarithms: Tensor, target: Tensor, weight: Tensor | None, reduction: int,
+    ignored: int, smoothing: float
+) -> Tensor:  # fmt: skip
+    """The loss of targets that share some of their weight with all classes.
+
+    Args:
+        run: runs a part.
+        loss: the loss without that, of a total weight of the targets.
+        total: that weight.
+        logarithms: of the probabilities of the classes.
+        target: the targets.
+        weight: of each class.
+        reduction: what is made of the losses of all targets.
+        ignored: the target that does not count.
+        smoothing: the weight that is shared.
+    """
+    classes = 0 if logarithms.dim() == 1 else 1
     kept = torch.ne(target, ignored)
     nothing = torch.zeros((), dtype=loss.dtype, device=loss.device)
-    share = -smoothing / logarithms.shape[1]
-    rest = run(aten.where.self, kept, run(aten.sum.dim_IntList, logarithms, [1]), nothing)
+    share = -smoothing / logarithms.shape[classes]
+    if weight is not None:
+        shape = [-1 if dim == classes else 1 for dim in range(logarithms.dim())]
+        logarithms = run(aten.mul.Tensor, logarithms, run(aten.view.default, weight, shape))
+    rest = run(aten.where.self, kept, run(aten.sum.dim_IntList, logarithms, [classes]), nothing)
     if reduction in (_MEAN, _SUM):
         rest = run(aten.sum.default, rest)
-    rest = run(aten.mul.Tensor, rest, share / kept.sum(dtype=loss.dtype) if reduction == _MEAN else share)
+    if reduction == _MEAN:
+        # Without a target that counts the loss is NaN already.
+        rest = run(aten.div.Tensor, rest, run(aten.where.self, kept.any(), total, nothing + 1))
+    rest = run(aten.mul.Tensor, rest, share)
     found: Tensor = run(aten.add.Tensor, run(aten.mul.Tensor, loss, 1 - smoothing), rest)
     return found
 
@@ -173,7 +216,7 @@ def _nll_loss_nd(
         return NotImplemented
     if is_plain_nll(input, target, None):
         return run(aten.nll_loss_forward.default, input, target, None, reduction, ignored)[0]
-    return nll_loss(run, input, target, reduction, ignored)[0]
+    return nll_loss(run, input, target, None, reduction, ignored)[0]
 
 
 def _attention(
@@ -300,7 +343,7 @@ def _nll_loss_forward(
 ) -> Any:
     if not is_plain_nll(input, target, weight):
         return NotImplemented
-    return nll_loss(run, input, target, reduction, ignored)
+    return nll_loss(run, input, target, None, reduction, ignored)
 
 
 #: By the op that arrives.
@@ -330,4 +373,4 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.gru.input: _gru,
 }
 
-__all__ = ["DIRECT", "has_classes", "is_plain_nll", "nll_loss"]
+__all__ = ["DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]

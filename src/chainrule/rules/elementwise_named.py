@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.staging import Program
+from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single
 
@@ -39,6 +39,11 @@ class Arguments:
         """The second output."""
         return self._call.stage_output(self._program, 1)
 
+    def graded(self, number: Staged) -> Staged:
+        """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
+        self._program.masks[number.slot] = number
+        self._program.graded.add(number.slot)
+        return number
 
     @property
     def loss_scale(self) -> float:

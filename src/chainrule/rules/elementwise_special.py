@@ -66,7 +66,7 @@ def _larger(first: str, second: str) -> Any:
 
     def slope(a: Arguments) -> Any:
         x, y = getattr(a, first), getattr(a, second)
-        return torch.where(x == y, 0.5, (x > y).to(a.out.dtype))
+        return a.graded(torch.where(x == y, 0.5, (x > y).to(a.out.dtype)))
 
     return slope
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import masking
+from chainrule.maps.nodes import selecting
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import (
     Axis,
@@ -286,7 +286,7 @@ def weights(call: Call, make: Callable[[torch.device, torch.dtype], torch.Tensor
     dtype = call.workspace.dtype
 
     node = constant_index((a.size for a in axes), lambda d: make(d, dtype), call.workspace.device)
-    return Factor(masking(node), tuple(axes))
+    return Factor(selecting(node), tuple(axes))
 
 
 def _triangle(cut: Callable[..., torch.Tensor]) -> Callable[[Call], Term]:
@@ -393,7 +393,7 @@ def _outside_strided(call: Call, axes: tuple[Axis, ...]) -> Factor:
         kept = torch.index_fill(ones, 0, torch.where(flat < 0, total, flat), 0.0)
         return torch.reshape(torch.narrow(kept, 0, 0, total), call.out_shape)
 
-    return Factor(masking(formula_node(call, call.out_shape, formula)), axes)
+    return Factor(selecting(formula_node(call, call.out_shape, formula)), axes)
 
 
 def _select_scatter(call: Call) -> Term:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import Node, leaf, masking
+from chainrule.maps.nodes import Node, leaf, masking, selecting
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, affine_onehot, constant_index, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single, value_node
@@ -86,7 +86,7 @@ def _line_mask(call: Call, axes: Sequence[Axis], inside: float, outside: float) 
         full = program.call(torch.full, (size,), outside, dtype=call.workspace.dtype, device=call.workspace.device)
         return torch.index_fill(full, 0, index.to(torch.long), inside)
 
-    return Factor(masking(formula_node(call, (size,), formula)), (axes[dim],))
+    return Factor((selecting if outside else masking)(formula_node(call, (size,), formula)), (axes[dim],))
 
 
 def self_edge(call: Call, factors: Callable[[tuple[Axis, ...]], Sequence[Factor]] = lambda axes: ()) -> Iterable[Edge]:
@@ -176,7 +176,7 @@ def place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
         full = program.call(torch.ones, sizes, dtype=call.workspace.dtype, device=call.workspace.device)
         return torch.scatter(full, dim, index, 0.0)
 
-    return Factor(masking(formula_node(call, sizes, formula)), tuple(axes))
+    return Factor(selecting(formula_node(call, sizes, formula)), tuple(axes))
 
 
 def _scatter(call: Call) -> Iterable[Edge]:
@@ -303,7 +303,7 @@ def _places(call: Call, axes: Sequence[Axis], inside: float, outside: float) -> 
         value = program.call(torch.full, (), inside, dtype=dtype, device=device)
         return program.call(aten.index_put.default, full, [call.stage(program, item) for item in items], value, accumulate)
 
-    return Factor(masking(formula_node(call, sizes, formula)), tuple(own))
+    return Factor((selecting if outside else masking)(formula_node(call, sizes, formula)), tuple(own))
 
 
 def _index_put(call: Call) -> Iterable[Edge]:
@@ -354,7 +354,7 @@ def _put(call: Call) -> Iterable[Edge]:
             index = _index_node(call, item, total, (math.prod(call.shape(item)),)).force(program)
             return torch.reshape(torch.index_fill(full, 0, index, 0.0), tuple(a.size for a in axes))
 
-        return [Factor(masking(formula_node(call, (a.size for a in axes), formula)), axes)]
+        return [Factor(selecting(formula_node(call, (a.size for a in axes), formula)), axes)]
 
     yield from (self_edge(call) if call.argument("accumulate") else self_edge(call, outside))
     if call.is_active(source):
@@ -453,8 +453,7 @@ def _row_index(call: Call, item: Any, padding: int) -> Node:
     return leaf(shape, stage, label="index")
 
 
-def _looked_up(call: Call, rows: int, width: int, item: Any) -> Term:
-    padding = call.argument("padding_idx")
+def _looked_up(call: Call, rows: int, width: int, item: Any, padding: int) -> Term:
     places, columns, row = new_axes(call.shape(item)), Axis(width), Axis(rows)
     factors = []
     if call.argument("scale_grad_by_freq"):
@@ -471,12 +470,14 @@ def _looked_up(call: Call, rows: int, width: int, item: Any) -> Term:
 
 def _embedding(call: Call) -> Term:
     rows, width = call.shape(call.args[0])
-    return _looked_up(call, rows, width, call.argument("indices"))
+    # Torch's forward mode looks the tangents up like the values; its reverse mode leaves out the row of padding.
+    padding = -1 if call.workspace.forward else call.argument("padding_idx")
+    return _looked_up(call, rows, width, call.argument("indices"), padding)
 
 
 def _embedding_dense_backward(call: Call) -> Term:
     rows, width = call.out_shape
-    return _looked_up(call, rows, width, call.argument("indices")).transpose()
+    return _looked_up(call, rows, width, call.argument("indices"), call.argument("padding_idx")).transpose()
 
 
 _SUM, _MEAN, _MAX = 0, 1, 2

@@ -210,6 +210,16 @@ def check_seed(seed: Any, like: torch.Tensor, what: str, partner: str) -> None:
         raise RuntimeError(f"{what}: mismatch in device, it is on {seed.device} and the {partner} is on {like.device}")
 
 
+def check_floating(tangent: torch.Tensor, what: str) -> None:
+    """Refuse tangents of whole numbers.
+
+    Raises:
+        ValueError: if the dtype is neither floating-point nor complex.
+    """
+    if not (tangent.is_floating_point() or tangent.is_complex()):
+        raise ValueError(f"{what} must be floating point or complex, got {tangent.dtype}")
+
+
 def _match_dtype(seed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return seed if seed.dtype == like.dtype else seed.to(like.dtype)
 
@@ -293,29 +303,34 @@ def check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[to
     return leaves
 
 
-def push_forward(traced: Traced, tangents: list[Any], name: str) -> Any:
+def push_forward(traced: Traced, tangents: list[Any], name: str, convention: str = "output") -> Any:
     """The tangents of the outputs, in their structure.
+
+    Args:
+        traced: the run.
+        tangents: those of the inputs.
+        name: the transform's name.
+        convention: the request's ``cast``.
 
     Raises:
         RuntimeError: if a tangent does not match its primal.
         ValueError: if a tangent has an integer dtype.
     """
-    return _pushed(traced, tuple(_checked(tangents, traced, name)))
+    return _pushed(traced, tuple(_checked(tangents, traced, name)), convention)
 
 
 def _checked(tangents: list[Any], traced: Traced, name: str) -> list[torch.Tensor]:
     """Tangents that match the inputs, in their dtypes."""
     for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
         check_seed(leaf, primal, f"{name}: tangent {number}", "primal")
-        if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise ValueError(f"{name}: tangent {number} must be floating point or complex, got {leaf.dtype}")
+        check_floating(leaf, f"{name}: tangent {number}")
     return [_match_dtype(t, primal) for t, primal in zip(tangents, traced.in_leaves, strict=True)]
 
 
-def _pushed(traced: Traced, tensors: tuple[torch.Tensor, ...]) -> Any:
+def _pushed(traced: Traced, tensors: tuple[torch.Tensor, ...], convention: str = "output") -> Any:
     found = {}
     if any(slot is not None for slot in traced.out_slots):
-        found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tensors, cast="output")
+        found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tensors, cast=convention)
     results = [
         _zeros(None if slot is None else found.get(slot), leaf)
         for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)

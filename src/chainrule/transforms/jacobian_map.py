@@ -13,6 +13,7 @@ from chainrule.transforms.arguments import Argnums, function_name, resolve_argnu
 from chainrule.transforms.linear_map import LinearMap
 from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.spaces import Space
+from chainrule.transforms.steps import refuse_hidden
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -41,7 +42,7 @@ class JacobianMap(LinearMap):
         after = () if columns is None else (columns,)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
-            found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tuple(leaves), cast="output")
+            found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tuple(leaves))
         results = [None if slot is None else found.get(slot) for slot in traced.out_slots]
         return [space.zeros(n, space.dtypes[n], after=after) if r is None else r for n, r in enumerate(results)]
 
@@ -115,6 +116,7 @@ def jacobian_map(
     """
     where, single = resolve_argnums(argnums, len(args), name)
     traced = trace(func, args, where, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad)
+    refuse_hidden(traced.hidden, name)
     return JacobianMap(traced, input_space(traced, args, where, single, func, name)), traced.aux
 
 

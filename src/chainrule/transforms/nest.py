@@ -216,7 +216,7 @@ def _run_part(
     traced = trace(
         func, args, union, kwargs, first.name, has_aux=has_aux, respect_no_grad=several or first.respect_no_grad
     )
-    if traced.tape.saw_blocked and several:
+    if traced.hidden or (traced.tape.saw_blocked and several):
         # Under no_grad the levels may differ in what they count as constant.
         raise _NotWhole
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]

@@ -215,7 +215,7 @@ def ggn(
         mapped = per_sample(product, (dims, dims_of_tangents[0] if single else dims_of_tangents), "ggn", has_aux=has_aux)
         return mapped(primals, tangents)
     traced = trace(func, primals, where, kwargs, "ggn", has_aux=has_aux)
-    pushed = push_forward(traced, leaves, "ggn")
+    pushed = push_forward(traced, leaves, "ggn", "input")
     cotangents = tree_flatten(hvp(loss, (traced.output(),), (pushed,)))[0]
     active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
     pulled = pull_back(traced, active, tuple(cotangents[number] for number in active))

@@ -25,6 +25,7 @@ from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionOp
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
 from chainrule.transforms.derivatives import grad
+from chainrule.transforms.steps import refuse_hidden
 from chainrule.transforms.trace import Traced, recording_on, trace
 
 SPARSE = ("sparse_coo", "sparse_csr")
@@ -51,6 +52,7 @@ def sparse_jacobian(
         positions, single = resolve_argnums(argnums, len(args), name)
         traced = trace(func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward")
         check(traced)
+        refuse_hidden(traced.hidden, name)
         outputs = tuple(slot for slot in traced.out_slots if slot is not None)
         found = execute_sparse(traced.tape, SparseRequest(tuple(traced.in_slots), outputs, order, cast)) if outputs else {}
         blocks = []

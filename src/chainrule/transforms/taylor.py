@@ -11,9 +11,10 @@ from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.contractions import chosen_primals, dims_of_primals
-from chainrule.transforms.derivatives import check_seed
+from chainrule.transforms.derivatives import check_floating, check_seed
 from chainrule.transforms.levels import Level
 from chainrule.transforms.nest import run_planned
+from chainrule.transforms.steps import refuse_hidden
 from chainrule.transforms.trace import Traced, fresh_alias, recording_on
 from chainrule.transforms.vmap import per_sample
 
@@ -50,7 +51,7 @@ def jet(
 
     Raises:
         RuntimeError: if primals and series do not match, or an output is not a floating-point tensor.
-        ValueError: if ``in_dims`` does not fit the primals.
+        ValueError: if ``in_dims`` does not fit the primals, or a coefficient has an integer dtype.
 
     Example:
         >>> import torch, chainrule
@@ -75,6 +76,7 @@ def jet(
         return mapped(primals, series if single else tuple(given))
 
     def finish(traced: Traced, single: bool) -> Any:
+        refuse_hidden(traced.hidden, "jet")
         for number, (leaf, coefficients) in enumerate(zip(traced.in_leaves, leaves, strict=True)):
             for coefficient in coefficients:
                 check_seed(coefficient, leaf, f"jet: series of primal {number}", "primal")
@@ -94,6 +96,7 @@ def _check(primals: tuple[Any, ...], series: Any) -> tuple[list[list[torch.Tenso
 
     Raises:
         RuntimeError: if primals and series do not match.
+        ValueError: if a coefficient has an integer dtype.
     """
     if not isinstance(series, (tuple, list)):
         raise RuntimeError(f"{_CALL}: expected series to be a tuple of lists, got {type(series)}")
@@ -124,6 +127,10 @@ def _check(primals: tuple[Any, ...], series: Any) -> tuple[list[list[torch.Tenso
                 raise RuntimeError(
                     f"{_CALL}: expected the coefficients of primal {number} to have its structure, {spec}, got {found}"
                 )
+            for leaf in column:
+                if not isinstance(leaf, torch.Tensor):
+                    raise RuntimeError(f"{_CALL}: series of primal {number} must hold Tensors, got {type(leaf)}")
+                check_floating(leaf, f"jet: series of primal {number}")
             columns.append(column)
         leaves.extend([column[n] for column in columns] for n in range(len(primal_leaves)))
     return leaves, order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from chainrule.execute.memory import current_watch
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
 from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, refuse_inside_torch_func, split_aux, tree_unflatten
+from chainrule.transforms.steps import HiddenSteps, is_inside_reverse, run_in_steps
 
 aten = torch.ops.aten
 
@@ -71,6 +72,7 @@ class Traced:
         made: where a nest is recorded, the seeds that a linear part was recorded with.
         alone: whether the run serves one request only.
         columns: for each input, the block of it that stands for it on the tape; None where it stands for itself.
+        hidden: where a forward transform runs inside of a reverse one, the records made under ``torch.no_grad()``.
     """
 
     tape: Tape
@@ -86,6 +88,7 @@ class Traced:
     seeds: tuple[torch.Tensor, ...] = ()
     made: list[torch.Tensor] | None = None
     alone: bool = False
+    hidden: set[int] = field(default_factory=set)
 
     def output(self) -> Any:
         """The outputs in the user's structure."""
@@ -106,6 +109,8 @@ class Traced:
         alone = not torch._C._len_torch_dispatch_stack()
         slots = tuple(self.in_slots if inputs is None else inputs)
         request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone)
+        if self.hidden:
+            return run_in_steps(self.tape, self.hidden, request, tensors)
         return execute(self.tape, request, tensors, last=last)
 
     def rows(self, number: int, size: int) -> Block:
@@ -143,8 +148,30 @@ def trace(
     """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``.
 
     With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them. With ``single``,
-    only cotangents are pulled back, one at a time.
+    only cotangents are pulled back, one at a time. Where a forward transform (one without ``respect_no_grad``) runs inside of a
+    reverse one, the function is run a second time if steps of it are hidden from that.
     """
+    if not respect_no_grad and is_inside_reverse():
+        given = (function, args, argnums, kwargs, transform, has_aux, column_block, single)
+        traced = _trace(*given, respect_no_grad=True)
+        return _trace(*given, respect_no_grad=False, noted=True) if traced.tape.saw_blocked else traced
+    return _trace(function, args, argnums, kwargs, transform, has_aux, column_block, single, respect_no_grad=respect_no_grad)
+
+
+def _trace(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    argnums: tuple[int, ...],
+    kwargs: dict[str, Any],
+    transform: str,
+    has_aux: bool,
+    column_block: int | None,
+    single: bool,
+    *,
+    respect_no_grad: bool,
+    noted: bool = False,
+) -> Traced:
+    """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down."""
     refuse_inside_torch_func(transform)
     in_leaves, in_spec = flatten_inputs(tuple([args[number] for number in argnums]), transform)
     grad_enabled = torch.is_grad_enabled()
@@ -169,7 +196,8 @@ def trace(
             values, called = called, [*args]
             for number, value in zip(argnums, values, strict=True):
                 called[number] = value
-        with BelowAutograd(), tape:
+        steps = HiddenSteps(tape) if noted else None
+        with BelowAutograd(), tape, steps or nullcontext():
             output = function(*called, **kwargs)
     finally:
         if not grad_enabled:
@@ -186,7 +214,10 @@ def trace(
     if (watch := current_watch()) is not None:
         watch.add_run(tape)
     out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
-    return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
+    traced = Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
+    if steps is not None:
+        traced.hidden = steps.records
+    return traced
 
 
 def _in_blocks(tape: Tape, tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, Block]:
