@@ -135,6 +135,10 @@ class VmapMode(LightMode):
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 return self._run(entry, func, args, kwargs, inner, named, batched)
         if batched and entry.strategy is not None and not entry.aliases and not entry.random:
+            if self._calls is not None and not torch._C._len_torch_dispatch_stack():
+                out = self._calls.op(self, entry, args, inner, kwargs, named)
+                if out is not NotImplemented:
+                    return out
             result = entry.strategy(func, inner, named, self.size)
             if result.__class__ is Batched:
                 return wrap_batched(result, self)
@@ -248,23 +252,17 @@ class VmapMode(LightMode):
         strategy = entry.strategy
         if strategy is None or entry.random or self._always_guard or self.graphs:
             return NotImplemented
+        stored = _Stored(self)
         inner: list[Any] = []
-        batched = joined = False
         for arg in args:
             if isinstance(arg, Tensor):
-                value: Any = arg
-                if arg.__class__ is BatchTensor:
-                    if arg.level is not self or arg.requires_grad:
-                        return NotImplemented
-                    value = arg = arg.inner
-                    if arg.__class__ is Batched:
-                        batched, value = True, arg.value
-                elif arg.__class__ is not Tensor and is_foreign(arg.__class__):
-                    return NotImplemented
-                if value.is_complex():
-                    return NotImplemented
-                joined = joined or value.requires_grad
+                arg = stored.take(arg)
+            elif arg.__class__ is list and arg and isinstance(arg[0], Tensor):
+                arg = [stored.take(item) if isinstance(item, Tensor) else item for item in arg]
             inner.append(arg)
+        if stored.refused:
+            return NotImplemented
+        batched, joined = stored.batched, stored.joined
         if not batched or (joined and not torch.is_grad_enabled()):
             return NotImplemented
         if self._calls is not None and self.below is None and not joined:
@@ -598,6 +596,40 @@ class VmapMode(LightMode):
                 output.resize_(result.shape)
             return
         output.copy_(result)
+
+
+class _Stored:
+    """What stands for tensors among the arguments of a strategy, and what that says of the call.
+
+    Attributes:
+        batched: whether one of them carries the batch.
+        joined: whether one of them has a graph.
+        refused: whether one of them is left to torch's dispatcher.
+    """
+
+    __slots__ = ("batched", "joined", "mode", "refused")
+
+    def __init__(self, mode: VmapMode) -> None:
+        self.mode = mode
+        self.batched = self.joined = self.refused = False
+
+    def take(self, item: Tensor) -> Any:
+        """What stands for a tensor."""
+        inner: Any = item
+        value: Any = item
+        if item.__class__ is BatchTensor:
+            if item.level is not self.mode or item.requires_grad:
+                self.refused = True
+                return item
+            inner = value = item.inner
+            if inner.__class__ is Batched:
+                self.batched, value = True, inner.value
+        elif item.__class__ is not Tensor and is_foreign(item.__class__):
+            self.refused = True
+            return item
+        self.refused = self.refused or value.is_complex()
+        self.joined = self.joined or value.requires_grad
+        return inner
 
 
 _FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]

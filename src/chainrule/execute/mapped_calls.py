@@ -143,7 +143,15 @@ class MappedCalls:
             self.known[key] = _replay(recorder, result, mode, args)
         return result
 
-    def op(self, mode: VmapMode, entry: OpEntry, args: tuple[Any, ...], inner: list[Any]) -> Any:
+    def op(
+        self,
+        mode: VmapMode,
+        entry: OpEntry,
+        args: Sequence[Any],
+        inner: list[Any],
+        kwargs: dict[str, Any] | None = None,
+        named: dict[str, Any] | None = None,
+    ) -> Any:
         """Run an op by its strategy, likewise. The modes' handlers are off, and autograd may be.
 
         Args:
@@ -151,9 +159,11 @@ class MappedCalls:
             entry: the op.
             args: its arguments, of which one is mapped.
             inner: the same as its strategy takes them.
+            kwargs: its keyword arguments.
+            named: the same as its strategy takes them.
         """
         values: list[Tensor] = []
-        key = _signature(entry.op, mode, args, None, values)
+        key = _signature(entry.op, mode, args, kwargs, values)
         if key is None or entry.strategy is None:
             return NotImplemented
         replay = self._find(key)
@@ -166,7 +176,7 @@ class MappedCalls:
             return NotImplemented
         recorder = _recorder(values)
         with mode.outside(), without_modes(), recorder:
-            result = entry.strategy(entry.op, inner, {}, mode.size)
+            result = entry.strategy(entry.op, inner, named or {}, mode.size)
         if result is NotImplemented:
             return result
         wrapped = mode.wrapped(result)
@@ -277,7 +287,7 @@ def _writes(function: Any) -> bool:
     return name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name not in ("__invert__", "__index__"))
 
 
-def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: tuple[Any, ...]) -> Replay | None:
+def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]) -> Replay | None:
     """What was recorded as something that can be run again, if it can."""
     if not recorder.pure:
         return None
