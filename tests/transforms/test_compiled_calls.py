@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import chainrule
@@ -176,6 +177,19 @@ def test_requires_grad_is_seen_without_grad_mode(mode: Callable[[], Any]) -> Non
             assert compiled((tracked,), {}).tolist() == [2, 2]
             assert short(compiled, (tracked,)) is NotImplemented or short(compiled, (tracked,)).tolist() == [2, 2]
             assert short(compiled, (plain,)) is NotImplemented or short(compiled, (plain,)).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("size", [4, N])
+def test_tangents_of_torch_are_carried(size: int) -> None:
+    x = torch.randn(size, 64, dtype=torch.float64)
+    compiled = warm(LARGE["chain"], x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x.cos())
+        for _ in range(2):
+            found, wanted = (forward_ad.unpack_dual(f) for f in (compiled((dual,), {}), LARGE["chain"](dual)))
+            torch.testing.assert_close(found.primal, wanted.primal)
+            torch.testing.assert_close(found.tangent, wanted.tangent)
+    assert short(compiled, (x,)) is not NotImplemented
 
 
 def test_closed_over_tensors() -> None:

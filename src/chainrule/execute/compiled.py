@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 from chainrule.capture.recorder import CompileError
 from chainrule.execute.replay import Source, compile_program
@@ -103,14 +104,15 @@ class Flat:
         """Straight-line calls of torch's functions."""
         runner = compile_program(self.program, self.results, views=True)
         source: Source = runner.source_of  # type: ignore[attr-defined]
-        instructions = source.kept
+        plain, instructions = runner, source.kept
         if not self.joined:
-            runner, instructions = runner.plain, source.plain or instructions  # type: ignore[attr-defined]
+            plain, instructions = runner.plain, source.plain or instructions  # type: ignore[attr-defined]
 
         def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            return runner(values, ())
+            # Tangents of torch's own forward mode are not carried by calls that write over an operand.
+            return (plain if forward_ad._current_level < 0 else runner)(values, ())
 
-        run.source = runner.source  # type: ignore[attr-defined]
+        run.source = plain.source  # type: ignore[attr-defined]
         run.source_of, run.instructions = source, instructions  # type: ignore[attr-defined]
         return run
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec
 
 from chainrule.capture.surroundings import same
@@ -36,6 +37,7 @@ _STATE: dict[str, Any] = {
     "grad": torch.is_grad_enabled,
     "inference": torch.is_inference_mode_enabled,
     "dtype": torch.get_default_dtype,
+    "forward": forward_ad,
     "equal": torch.equal,
     "same": same,
     "unflatten": tree_unflatten,
@@ -163,7 +165,7 @@ class _Writer:
         graph, names = self.graph, [f"a{number}" for number in range(len(self.given))]
         state = f"grad() is {torch.is_grad_enabled()} and inference() is {torch.is_inference_mode_enabled()}"
         self.names.update(check=_guard(self.given), default=torch.get_default_dtype())
-        self._unless(f"{state} and dtype() is default and ledger() is None")
+        self._unless(f"{state} and dtype() is default and ledger() is None and forward._current_level < 0")
         self.lines += ["if dispatch_modes() or function_modes() or functorch() or autocast():", "    return NotImplemented"]
         conditions = [f"check({', '.join(names)})"]
         if not torch.is_grad_enabled():  # torch's guards leave it out then
