@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import chainrule
+from benchmarks.scientific import brusselator, brusselator_state, sliced
 from chainrule.execute import engine
+from chainrule.maps import sparse
 from chainrule.maps.compose import Workspace
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program
@@ -154,6 +156,38 @@ def test_calls_of_python_are_linear_in_the_length_of_a_loop(loop: Any, transform
     assert 0 < second <= 1.05 * first, found
 
 
+@pytest.mark.parametrize("loop", [predator_prey, runge_kutta])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_calls_until_a_plan_is_replayed_are_linear_in_the_length_of_a_loop(loop: Any, name: str) -> None:
+    """The first call plans and the second makes the function that replays the plan; the bound is that of the first alone."""
+
+    def both(steps: int) -> None:
+        function = TRANSFORMS[name](chainrule, loop(steps))
+        for _ in range(2):
+            function(PARAMETERS, torch.ones_like(PARAMETERS))
+
+    both(2)  # what is made once and for all
+    found = {steps: python_calls(lambda s=steps: both(s)) for steps in (12, 16, 20)}
+    first, second = found[16] - found[12], found[20] - found[16]
+    assert 0 < second <= 1.05 * first, found
+
+
+def test_a_sparse_plan_lists_no_places_that_its_entries_leave_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stencil's terms share a diagonal; the dense block beside it has as many places as a row has, times the grid."""
+    listed: list[int] = []
+    original = sparse.block_keys
+
+    def counted(*args: Any) -> Tensor:
+        keys = original(*args)
+        listed.append(keys.numel())
+        return keys
+
+    monkeypatch.setattr(sparse, "block_keys", counted)
+    engine.CACHE.clear()
+    found = chainrule.jacobian(brusselator(sliced), layout="sparse_csr")(brusselator_state(16))
+    assert all(count <= found.values().numel() for count in listed)
+
+
 def test_a_graph_of_an_op_does_not_look_at_the_whole_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Second derivatives make small graphs for each op: they may look at what it uses, not at all that there is."""
 
@@ -248,14 +282,16 @@ def test_equal_relations_are_one_node() -> None:
 
 
 def test_the_garbage_collector_is_as_it_was() -> None:
-    """It is off while a plan is made, and stays off where it was."""
+    """It is off while a plan is made, and while the code that replays it is; it stays off where it was."""
     engine.CACHE.clear()
-    chainrule.grad(recurrence(3))(PARAMETERS)
-    assert gc.isenabled()
+    for _ in range(2):
+        chainrule.hessian(recurrence(3))(PARAMETERS)
+        assert gc.isenabled()
     gc.disable()
     try:
         engine.CACHE.clear()
-        chainrule.grad(recurrence(3))(PARAMETERS)
-        assert not gc.isenabled()
+        for _ in range(2):
+            chainrule.hessian(recurrence(3))(PARAMETERS)
+            assert not gc.isenabled()
     finally:
         gc.enable()

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from chainrule.dispatch import LightMode, undispatched
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
+from chainrule.rules.complex_moves import MOVES
 from chainrule.rules.families import operator_edge
 from chainrule.rules.linalg_complex import COMPLEX
 from chainrule.subclasses import known
@@ -323,13 +324,21 @@ def _pull_one(out: torch.Tensor, leaves: Sequence[torch.Tensor], row: torch.Tens
     ]
 
 
+def _has_complex(call: Call) -> bool:
+    """Whether a tensor that an op gets or gives is complex."""
+    slots = [slot for slot in call.outputs if slot >= 0]
+    for item in call.args:
+        several = item if isinstance(item, tuple) and not call.is_slot(item) else (item,)
+        slots.extend(one.index for one in several if call.is_slot(one))
+    return any(call.tensor(slot).is_complex() for slot in slots)
+
+
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
-    if call.op in COMPLEX and call.tensor(call.args[0]).is_complex():
-        edges = COMPLEX[call.op](call)
-        if edges is not None:
-            yield from edges
-            return
+    known_edges = MOVES.get(call.op) or COMPLEX.get(call.op)
+    if known_edges is not None and _has_complex(call) and (edges := known_edges(call)) is not None:
+        yield from edges
+        return
     template = _Template(call)
     numbers = [number for number, item in enumerate(template.tensors) if call.is_active(item)]
     for output, slot in enumerate(call.outputs):
