@@ -105,7 +105,7 @@ def figures(name: str) -> dict[str, int]:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         patch.setattr(memory, "LANES", 8)
         for module in (memory, replay):  # the work space of kernels is another on each processor
-            patch.setattr(module, "observable", lambda: False)
+            patch.setattr(module, "observable", lambda **_: False)
         engine.CACHE.clear()
         try:
             return _figures(name)
