@@ -468,3 +468,22 @@ def test_mapped_integers_as_index(index):
     found = chainrule.vmap(chainrule.jacrev(lambda x, i: (x[index(i)] ** 2).sum()))(x, positions)
     expected = torch.stack([chainrule.jacrev(lambda a: (a[index(int(i))] ** 2).sum())(a) for a, i in zip(x, positions, strict=True)])  # noqa: B023
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo])
+def test_products_with_a_constant_sparse_matrix(layout):
+    dense = torch.randn(5, 8, dtype=torch.float64).relu()
+    matrix = dense.to_sparse(layout=layout)
+    columns, rows = torch.randn(3, 8, 2, dtype=torch.float64), torch.randn(3, 40, 5, dtype=torch.float64)
+    for product, plain, x in (
+        (lambda x: matrix @ x, lambda x: dense @ x, columns),
+        (lambda x: (matrix @ x).sin(), lambda x: (dense @ x).sin(), columns),
+        (lambda x: torch.sparse.mm(matrix, x), lambda x: dense @ x, columns),
+        (lambda x: x @ matrix, lambda x: x @ dense, rows),
+    ):
+        torch.testing.assert_close(chainrule.vmap(product)(x), plain(x))
+        expected = torch.func.vmap(torch.func.jacrev(plain))(x)
+        torch.testing.assert_close(chainrule.vmap(chainrule.jacobian(product))(x), expected)
+        gradient = torch.func.grad(lambda x: plain(x).square().sum())(x)  # noqa: B023 - called in this turn
+        found = chainrule.grad(lambda x: chainrule.vmap(product)(x).square().sum())(x)  # noqa: B023
+        torch.testing.assert_close(found, gradient)

@@ -86,3 +86,41 @@ def test_chunked_linear_cross_entropy(reduction: str) -> None:
     source = stacked.clone().requires_grad_()
     (outer,) = torch.autograd.grad(chainrule.vmap(total(chunked))(source).sum(), source)
     assert_same(outer, single)
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce.*beta")
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("reduce", ["prod", "mean", "amax", "amin"])
+@pytest.mark.parametrize(("shape", "dim"), [((6,), 0), ((6, 3), 0), ((3, 6), -1), ((2, 6, 2), 1), ((0, 3), 0), ((), 0)])
+def test_index_reduce(shape, dim, reduce, include):
+    """In all transforms as in torch.func, and with as many entries as there are elements in a sparse Jacobian."""
+    count = shape[dim] if shape else 1
+    index = torch.randint(0, 4 if shape else 1, (count,))
+    sizes = list(shape)
+    if shape:
+        sizes[dim] = 4
+
+    def reduced(base, source):
+        return base.index_reduce(dim, index, source, reduce, include_self=include)
+
+    def total(base, source):
+        return reduced(base, source).sin().sum()
+
+    for _ in range(2):
+        base, source = torch.randn(sizes, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+        for transform in (
+            lambda m: m.jacrev(reduced, (0, 1))(base, source),  # noqa: B023 - called in this turn
+            lambda m: m.grad(total, (0, 1))(base, source),  # noqa: B023
+        ):
+            torch.testing.assert_close(transform(chainrule), transform(torch.func))
+        if source.numel():
+            rows = torch.stack([base, 2 * base]), torch.stack([source, source])
+            expected = torch.stack([torch.func.grad(total)(*row) for row in zip(*rows, strict=True)])
+            torch.testing.assert_close(chainrule.vmap(chainrule.grad(total))(*rows), expected)
+        tangent = torch.randn_like(source)
+        pushed = chainrule.jvp(lambda s: reduced(base, s), (source,), (tangent,))[1]  # noqa: B023
+        dense = torch.func.jacrev(reduced, 1)(base, source)
+        torch.testing.assert_close(pushed, (dense.flatten(len(sizes)) @ tangent.flatten()).reshape(sizes))
+        found = chainrule.jacobian(reduced, 1, layout="sparse_coo")(base, source)
+        torch.testing.assert_close(found.to_dense().reshape(dense.shape), dense)
+        assert found.coalesce()._nnz() <= max(source.numel(), 1)

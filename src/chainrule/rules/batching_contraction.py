@@ -24,6 +24,9 @@ def matrix_matrix(first: Any, second: Any, size: int) -> Tensor:
     if is_batched(first):
         return _rows_product(a, b)
     n, m = a.shape[0], b.shape[2]
+    if a.layout is not torch.strided:
+        # A sparse matrix multiplies the columns of all samples at once.
+        return a.mm(b.transpose(0, 1).reshape(b.shape[1], size * m)).view(n, size, m).transpose(0, 1)
     if m > n >= _FEW_ROWS or b.numel() * n < _SMALL:
         # Laid out by rows, the result has its long dimension last.
         return a.unsqueeze(0).expand(size, *a.shape).bmm(b)
@@ -44,6 +47,8 @@ def _rows_product(stack: Tensor, matrix: Tensor) -> Tensor:
     """
     size, n, k = stack.shape
     m = matrix.shape[1]
+    if matrix.layout is not torch.strided:
+        return stack.reshape(size * n, k).mm(matrix).view(size, n, m)
     if n >= _FEW_ROWS and not _mergeable(stack):
         return stack.bmm(matrix.unsqueeze(0).expand(size, k, m))
     rows = stack.reshape(size * n, k)

@@ -103,6 +103,16 @@ def _cross(input: Tensor, other: Tensor, dim: int = -1) -> Tensor:
     return input.roll(-1, dim) * other.roll(-2, dim) - input.roll(-2, dim) * other.roll(-1, dim)
 
 
+def _index_reduce(self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Tensor:
+    """``scatter_reduce`` with the index along one dimension."""
+    if self.dim() == 0:
+        return _index_reduce(self.reshape(1), 0, index, source.reshape(1), reduce, include_self=include_self).reshape(())
+    shape = [-1 if axis == dim % self.dim() else 1 for axis in range(self.dim())]
+    places = index.to(torch.long).reshape(shape).expand_as(source)
+    reduced: Tensor = aten.scatter_reduce.two(self, dim, places, source, reduce, include_self=include_self)
+    return reduced
+
+
 def _linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None, reduction: str,
     ignore_index: int, label_smoothing: float, *options: Any
@@ -213,6 +223,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten._cdist_forward.default: _cdist,
     aten._pdist_forward.default: _pdist,
     aten.linalg_cross.default: _cross,
+    aten.index_reduce.default: _index_reduce,
 }
 
 #: The same for ops that torch registers when they are first used, by name.
