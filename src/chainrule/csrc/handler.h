@@ -32,16 +32,16 @@ are_plain(PyObject *types)
     return 1;
 }
 
-/* Whether the next mode is torch itself, or for a tape the outermost vmap. */
+/* Whether the next mode is torch itself; for a tape, whether there are only tapes before torch, or before the outermost vmap. */
 static int
 is_near_torch(Handler *self)
 {
-    if (self->below == NULL || self->below == Py_None)
-        return self->kind != NO_KIND;
-    if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
-        return 0;
-    Handler *below = (Handler *)self->below;
-    return below->kind == VMAP && (below->below == NULL || below->below == Py_None);
+    while (self->below != NULL && self->below != Py_None) {
+        if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
+            return 0;
+        self = (Handler *)self->below;
+    }
+    return self->kind != NO_KIND;
 }
 
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */

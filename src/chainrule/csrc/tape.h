@@ -289,6 +289,16 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
     return outcome;
 }
 
+static PyObject *
+run_on_tape(Handler *self, PyObject *function, PyObject *args);
+
+/* A function as the next mode runs it: on stored tensors of a vmap, or as it was called on the next tape. */
+static PyObject *
+run_beneath(Handler *below, PyObject *function, PyObject *args, PyObject *const *stored, Py_ssize_t count)
+{
+    return below->kind == TAPE ? run_on_tape(below, function, args) : run_under_vmap(below, function, stored, count);
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args)
@@ -364,7 +374,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     if (self->below == NULL || self->below == Py_None)
         out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count);
     else
-        out = run_under_vmap((Handler *)self->below, function, stored, count);
+        out = run_beneath((Handler *)self->below, function, args, stored, count);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
     int blocked = is_blocked(self);
