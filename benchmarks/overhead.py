@@ -10,6 +10,7 @@ from torch.utils.benchmark import Timer
 
 import chainrule
 from benchmarks.measure import peak_memory
+from benchmarks.recording import recording_costs
 from benchmarks.section_a import predict
 from chainrule.capture.tape import Tape
 from chainrule.execute import engine
@@ -60,6 +61,8 @@ def overhead_budget(threads: int, seconds: float = 0.3) -> dict[str, float]:
     found["layer 16→16 (A1): plain call"] = timed(layer, *arguments)
     found["  A1, the whole call"] = timed(chainrule.jacobian(layer), *arguments)
     found.update(_pieces("  A1,", layer, arguments, timed))
+    for kind, (plain, recorded) in recording_costs().items():
+        found[f"recording {kind} of 4×4 values, over the plain call"] = max(0.0, recorded - plain)
     return found
 
 

@@ -74,6 +74,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "leaky_relu": lambda x: F.leaky_relu(x) + nn.leaky_relu(x, 0.2),
     "lerp": lambda x: x.lerp(OTHER, 0.3) + torch.lerp(OTHER, x, x),
     "logaddexp": lambda x: torch.logaddexp(x, OTHER) + x.logaddexp(x * 2),
+    "logsumexp": lambda x: x.logsumexp(1).sum() + torch.logsumexp(x, (0, 1)) + x.logsumexp(dim=0, keepdim=True),
     "masked_fill": lambda x: x.masked_fill(MASK, 0.0) + x.masked_fill(MASK, x[0, 0]) + torch.masked_fill(x, MASK, -1),
     "max": lambda x: x.max() + torch.max(x, 1)[0].sum() + x.max(0, keepdim=True).values.sum() + torch.max(x, OTHER).sum(),
     "maximum": lambda x: torch.maximum(x, OTHER) + x.maximum(OTHER),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -62,8 +63,25 @@ FUNCTIONS = {
     "weights without a graph": lambda x: _without_grad(x * WEIGHT) + x,
     "no grad": lambda x: _without_grad(x) + x,
     "in place": lambda x: x.clone().add_(1.0).sin(),
+    "views": lambda x: x[1:].t().unsqueeze(0).expand(2, 3, 2).reshape(-1).view(3, 4)[:, 0] + x[..., -1],
+    "views of constants": lambda x: torch.ones(3, 3, dtype=x.dtype)[1:].t()[:, :1] * x,
+    "writes through views": lambda x: _written(x * 2)[1:] + x[:-1],
+    "rolls and joins": lambda x: torch.cat([x.roll(1, 0), torch.stack([x[0], torch.ones(3, dtype=x.dtype), x[0]])], 1),
+    "several results": lambda x: x.unbind()[0] + x.split(2, 1)[0].sum(1) + x.chunk(3, dim=1)[1].sum(),
+    "reductions over dimensions": lambda x: x.sum(1) * x.mean(0, keepdim=True) + x.amax(-1) + x.logsumexp(0) + x.cumsum(1),
+    "constants of the shape": lambda x: torch.zeros_like(x) + x.new_ones(3) * x + x.detach() * x + (x.detach() > 0) * x,
+    "by schema": lambda x: x.clamp(-1.0, 1.0).masked_fill(x > 0, 0.5).index_select(0, torch.tensor([1, 0])).clone(),
+    "minus zero": lambda x: x.clamp(min=-0.0) + x.masked_fill(x > 0, -0.0),
+    "layer in parts": lambda x: F.layer_norm(x, (3,)) + F.pad(x, (1, 0))[:, 1:],
     "half": lambda x: x.to(torch.float16).sin().to(x.dtype),
 }
+
+
+def _written(y):
+    part = y[:, 1]
+    part.mul_(3.0)
+    y[0].add_(part)
+    return y
 
 
 def _without_grad(x):
@@ -208,15 +226,22 @@ def test_references_are_balanced():
     x, bias = torch.randn(3, 3), torch.randn(3)
     weight = torch.nn.Parameter(torch.randn(3))
     scaled = weight * 2
+    x, bias, index = torch.randn(3, 3), torch.randn(3), torch.tensor([0, 2])
 
     def run():
         chainrule.grad(lambda a: ((a * weight + scaled).sin() * a).sum())(x)
         chainrule.vmap(chainrule.grad(lambda a: ((a * weight + scaled).sin() * a).sum()))(x)
         chainrule.grad(lambda a: ((a * 3.5 + bias).sin() * a).sum())(x)
         chainrule.vmap(lambda a: (a * 3.5).sin() + a)(x)
+        chainrule.grad(lambda a: torch.cat([a[1:, :2], a.roll(1, 0)[:2, index]], 1).split(2, 1)[0].logsumexp(0).sum())(x)
+        chainrule.grad(lambda a: chainrule.grad(lambda b: (b.t()[..., None] * bias).clamp(0, 1).sum())(a).sum())(x)
+        for refused in (lambda a: a[5], lambda a: a.view(7), lambda a: a.gather(0, bias), lambda a: a[index, True]):
+            with contextlib.suppress(IndexError, RuntimeError):
+                chainrule.grad(refused)(x)
 
     run()
     counted = (x, bias, weight, scaled, torch.float32, torch.sin, torch.mul, BatchTensor, Tape, None, True)
+    counted = (x, bias, index, slice, torch.float32, Ellipsis, torch.Tensor.roll, torch.ops.aten.slice.Tensor, torch.sin, torch.mul, BatchTensor, Tape, None, True)
     before = [sys.getrefcount(item) for item in counted]
     for _ in range(200):
         run()

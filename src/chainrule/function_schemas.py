@@ -134,6 +134,7 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
     "unbind": ("int",),
     "unflatten": ("int",),
     "leaky_relu": ("default",),
+    "logsumexp": ("default",),
     "elu": ("default",),
     "hardtanh": ("default",),
     "mse_loss": ("default",),

@@ -228,13 +228,23 @@ call_below(PyObject *call, PyObject *const *args, Py_ssize_t count, int joined)
 
 static PyTypeObject handler_type;
 
-/* Whether the next mode is torch itself, or for a tape the outermost vmap. */
+/* Whether the next mode is torch itself; for a tape, whether there are only tapes before torch, or before the outermost vmap. */
 static int
 is_near_torch(Handler *self)
 {
-    if (self->below == NULL || self->below == Py_None)
-        return self->kind != NO_KIND;
-    if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
+    while (self->below != NULL && self->below != Py_None) {
+        if (self->kind != TAPE || !PyObject_TypeCheck(self->below, &handler_type))
+            return 0;
+        self = (Handler *)self->below;
+    }
+    return self->kind != NO_KIND;
+}
+
+/* Whether the next mode is the outermost vmap. */
+static int
+stands_on_vmap(Handler *self)
+{
+    if (!PyObject_TypeCheck(self->below, &handler_type))
         return 0;
     Handler *below = (Handler *)self->below;
     return below->kind == VMAP && (below->below == NULL || below->below == Py_None);

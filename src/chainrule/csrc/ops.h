@@ -116,7 +116,8 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
             PyTuple_SET_ITEM(lowered, place, found);
     }
     if (!alone) {
-        out = is_near_torch(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view) : Py_NewRef(Py_NotImplemented);
+        out = stands_on_vmap(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view)
+                                   : Py_NewRef(Py_NotImplemented);
         if (out == Py_NotImplemented)
             Py_SETREF(out, PyObject_CallMethodObjArgs(self->below, s_run_op, SLOT(facts, op), args, NULL));
         if (out != NULL && PyList_CheckExact(out))

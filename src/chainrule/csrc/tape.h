@@ -330,6 +330,16 @@ call_joined(PyObject *function, PyObject *facts, PyObject *const *args, Py_ssize
     return call_below(PyTuple_GET_ITEM(function, CALL), args, count, 1);
 }
 
+static PyObject *
+run_on_tape(Handler *self, PyObject *function, PyObject *args);
+
+/* A function as the next mode runs it: on stored tensors of a vmap, or as it was called on the next tape. */
+static PyObject *
+run_beneath(Handler *below, PyObject *function, PyObject *args, PyObject *const *stored, Py_ssize_t count)
+{
+    return below->kind == TAPE ? run_on_tape(below, function, args) : run_under_vmap(below, function, stored, count, 1);
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args)
@@ -416,7 +426,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     if (self->below == NULL || self->below == Py_None)
         out = joined ? call_joined(function, facts, stored, count) : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
     else
-        out = run_under_vmap((Handler *)self->below, function, stored, count, 1);
+        out = run_beneath((Handler *)self->below, function, args, stored, count);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
     int blocked = is_blocked(self);
