@@ -81,7 +81,8 @@ def _step(library: Any, net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _row(
-    key: str, title: str, held: Held, shape: Sequence[int], name: str, function: Expression, target: float, hand: Expression | None = None
+    key: str, title: str, held: Held, shape: Sequence[int], name: str, function: Expression, target: float,
+    hand: Expression | None = None,
 ) -> Workload:  # fmt: skip
     def expression(library: Any) -> Expression:
         return lambda x: function(library, held.module(x), x)
@@ -104,8 +105,8 @@ def module_rows(widths: Sequence[int], batch: int, points: int, encoder: Sequenc
     field = (3, *widths[1:-1], 1)
     net, scalar = (Held(mlp_architecture(w)) for w in (widths, field))
     of = f"of a closed-over tanh MLP {names}, parameters requiring grad"
-    step = f"training step of a PINN, {points} points, closed-over tanh MLP {'-'.join(map(str, field))}: Laplacian, loss, backward"
-    layer = f"grad of a closed-over TransformerEncoderLayer in eval mode, d={encoder[1]}, length {encoder[0]}, parameters requiring grad"
+    step = f"PINN step (Laplacian, loss, backward), {points} points, closed-over tanh MLP {'-'.join(map(str, field))}"
+    layer = f"grad of a closed-over TransformerEncoderLayer, eval mode, d={encoder[1]}, length {encoder[0]}"
     return (
         _row("B20a", f"vmap {of}, {batch} rows", net, (batch, widths[0]), "vmap", _vmap, 1, lambda module, x: module(x)),
         _row("B20b", f"grad {of}", net, (widths[0],), "grad", _grad, 1),

@@ -201,7 +201,7 @@ class VmapMode(LightMode):
             if out is NotImplemented:
                 return out
         elif any([item.__class__ in _WITH_GRAPHS and item.requires_grad for item in stored]):
-            if not torch.is_grad_enabled():
+            if self._records and not torch.is_grad_enabled():
                 return NotImplemented
             # A graph of the stored tensors, which a tape inside of this mode keeps autograd from.
             with _ForceDispatchKeyGuard(self._include, self._exclude):
@@ -241,7 +241,7 @@ class VmapMode(LightMode):
                     return NotImplemented
                 joined = joined or value.requires_grad
             inner.append(arg)
-        if not batched or (joined and not torch.is_grad_enabled()):
+        if not batched or (joined and self._records and not torch.is_grad_enabled()):
             return NotImplemented
         if entry.aliases or joined:
             # Autograd has to see views: a write through one is a write to the other.
