@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from benchmarks import section_b_calls, section_b_curvature, section_b_networks, section_b_traces
+from benchmarks import section_b_calls, section_b_curvature, section_b_modules, section_b_networks, section_b_traces
 from benchmarks.workload import Workload
 
-_PARTS = (section_b_traces, section_b_curvature, section_b_networks, section_b_calls)
+_PARTS = (section_b_traces, section_b_curvature, section_b_networks, section_b_calls, section_b_modules)
 
 
 def _order(workload: Workload) -> tuple[int, str]:

@@ -379,3 +379,14 @@ def test_the_compiled_handlers_take_the_calls(transform: str, monkeypatch: pytes
     result = call(chainrule, net, x, batch)
     ours = [func for func in taken if func is not F.linear]  # a function of Python asks for its door first
     assert result.requires_grad and not ours, ours
+
+
+def test_mapped_functions_are_evaluated_without_a_graph() -> None:
+    net, batch = MODULES["tanh"](), torch.randn(3, 4)
+    for call in (lambda m: m.vmap(net)(batch), lambda m: m.vmap(m.jacrev(net))(batch)):
+        with torch.no_grad():
+            found = [call(chainrule) for _ in range(2)]
+        for result in found:
+            assert not result.requires_grad
+            torch.testing.assert_close(result, call(torch.func).detach(), **CLOSE)
+        assert call(chainrule).requires_grad  # the plan that was recorded without graphs

@@ -229,7 +229,7 @@ class VmapMode(LightMode):
             if out is NotImplemented:
                 return out
         elif any([item.__class__ in _WITH_GRAPHS and item.requires_grad for item in stored]):
-            if not torch.is_grad_enabled():
+            if self._records and not torch.is_grad_enabled():
                 return NotImplemented
             # A graph of the stored tensors, which a tape inside of this mode keeps autograd from.
             with _ForceDispatchKeyGuard(self._include, self._exclude):
@@ -263,7 +263,7 @@ class VmapMode(LightMode):
         if stored.refused:
             return NotImplemented
         batched, joined = stored.batched, stored.joined
-        if not batched or (joined and not torch.is_grad_enabled()):
+        if not batched or (joined and self._records and not torch.is_grad_enabled()):
             return NotImplemented
         if self._calls is not None and self.below is None and not joined:
             out = self._calls.op(self, entry, args, inner)

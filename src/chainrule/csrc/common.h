@@ -15,6 +15,7 @@ typedef struct {
     char graphs;
     char kind;
     char guarded;
+    char makes_graphs;
     char respect_no_grad;
     PyObject *values;
     PyObject *active;

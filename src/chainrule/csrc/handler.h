@@ -163,6 +163,7 @@ static PyMemberDef handler_members[] = {
     {"graphs", T_BOOL, offsetof(Handler, graphs), 0, NULL},
     {"kind", T_BYTE, offsetof(Handler, kind), 0, NULL},
     {"_always_guard", T_BOOL, offsetof(Handler, guarded), 0, NULL},
+    {"_records", T_BOOL, offsetof(Handler, makes_graphs), 0, NULL},
     {"respect_no_grad", T_BOOL, offsetof(Handler, respect_no_grad), 0, NULL},
     {"values", T_OBJECT, offsetof(Handler, values), 0, NULL},
     {"active", T_OBJECT, offsetof(Handler, active), 0, NULL},

@@ -188,8 +188,13 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     }
     for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
         fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
-    if (fits > 0 && joined)
+    if (fits > 0 && joined) {
         fits = may_join();
+        if (fits == 0 && !self->makes_graphs && !below_autograd) { /* no graphs are made where this level runs */
+            fits = 1;
+            joined = 0;
+        }
+    }
     if (fits > 0) {
         out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined && below_autograd);
         if (out != NULL)

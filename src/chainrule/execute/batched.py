@@ -69,7 +69,7 @@ def stored_under_vmap(values: Sequence[Any]) -> Stored | None:
         tensors.append(value)
         parts.append(value.shape)
         parts.append(value.stride())
-    if joined and not torch.is_grad_enabled():
+    if joined and mode._records and not torch.is_grad_enabled():
         return None
     return Stored(mode, tensors, tuple(parts), joined)
 
