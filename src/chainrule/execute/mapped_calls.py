@@ -289,7 +289,7 @@ def _writes(function: Any) -> bool:
 
 def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]) -> Replay | None:
     """What was recorded as something that can be run again, if it can."""
-    if not recorder.pure:
+    if not recorder.pure or not isinstance(result, (BatchTensor, tuple, list)):
         return None
     single = result.__class__ is BatchTensor
     leaves = [result] if single else list(result)
