@@ -124,6 +124,27 @@ def test_constants_are_told_apart(numbers: tuple[Any, ...]) -> None:
             assert torch.equal(torch.signbit(found), torch.signbit(expected))
 
 
+def test_the_default_dtype_is_part_of_a_signature() -> None:
+    x = torch.arange(6).reshape(2, 3)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            for _ in range(CALLS_UNTIL_REPLAYED + 1):
+                assert chainrule.vmap(lambda s: torch.where(s > 1, s, 1.5))(x).dtype is dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_checks_without_a_result() -> None:
+    x = torch.eye(3, dtype=torch.float64).expand(4, 3, 3) * 2.0
+    loss = lambda m: torch.linalg.inv(m).square().sum()  # noqa: E731 - mapped twice
+    for _ in range(CALLS_UNTIL_REPLAYED + 2):
+        m = x + 0.1 * draw(4, 3, 3)
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(loss))(m), torch.func.vmap(torch.func.grad(loss))(m))
+        torch.testing.assert_close(chainrule.vmap(lambda s: torch.linalg.inv(torch.linalg.inv(torch.linalg.inv(s))))(m), torch.linalg.inv(m))
+
+
 def test_views_stay_views() -> None:
     def function(x: Tensor) -> Tensor:
         y = x * 1.0

@@ -184,7 +184,9 @@ find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyO
     int taken = -1;
     *replay = NULL;
     *values = PyList_New(0);
-    if (signature == NULL || *values == NULL || PyList_Append(signature, func) < 0)
+    /* Numbers take the default dtype. */
+    if (signature == NULL || *values == NULL || PyList_Append(signature, func) < 0 ||
+        append_new(signature, PyObject_CallNoArgs(c_default_dtype)) < 0)
         goto done;
     taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values);
     while (taken > 0 && kwargs != NULL && PyDict_Next(kwargs, &place, &name, &item))

@@ -54,6 +54,7 @@ _FREE_NUMBERS = itertools.count()
 
 _strided = torch.strided
 _any_autocast = torch._C._is_any_autocast_enabled
+_default_dtype = torch.get_default_dtype
 
 
 def _new_number(key: Any) -> int:
@@ -210,7 +211,7 @@ def _signature(
     function: Any, mode: VmapMode, args: Sequence[Any], kwargs: dict[str, Any] | None, values: list[Tensor]
 ) -> tuple[Any, ...] | None:
     """What a call depends on but for the values of the tensors; None for one that is left to its own way."""
-    signature: list[Any] = [function]
+    signature: list[Any] = [function, _default_dtype()]  # which numbers take
     if not _read(args, mode, signature, values):
         return None
     for name, item in (kwargs or {}).items():
@@ -355,5 +356,6 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
 #: What all levels use.
 CALLS = MappedCalls()
 configure(
-    calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size, constants_of_calls=_CONSTANTS
+    calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size, constants_of_calls=_CONSTANTS,
+    default_dtype=_default_dtype,
 )

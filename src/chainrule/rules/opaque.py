@@ -7,6 +7,7 @@ row by row from pullbacks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -216,6 +217,28 @@ def _autograd_keys() -> Any:
 _AUTOGRAD_KEYS = _autograd_keys()
 
 
+class _OwnGraph(threading.local):
+    """Whether torch's engine is asked for a formula of its own, on a graph that was made for it.
+
+    Attributes:
+        asked: whether it is so; no tape is to answer then.
+    """
+
+    asked = False
+
+
+OWN_GRAPH = _OwnGraph()
+
+
+def own_gradients(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad`` on such a graph."""
+    before, OWN_GRAPH.asked = OWN_GRAPH.asked, True
+    try:
+        return torch.autograd.grad(*args, **kwargs)
+    finally:
+        OWN_GRAPH.asked = before
+
+
 def apart(action: Callable[..., Any], *arguments: Any) -> Any:
     """Run an action that differentiates by torch's autograd and returns a tensor or a tuple of them.
 
@@ -296,7 +319,7 @@ class OpaqueAction:
             raise NotImplementedError("the backward formula is not differentiable")
         pushed = []
         for row in rows.unbind(0):
-            (result,) = torch.autograd.grad(
+            (result,) = own_gradients(
                 pulled, probe, row.to(pulled.dtype), retain_graph=True, create_graph=True, allow_unused=True
             )
             pushed.append(torch.zeros_like(out) if result is None else result)
@@ -317,7 +340,7 @@ def _pull_one(out: torch.Tensor, leaves: Sequence[torch.Tensor], row: torch.Tens
     if not out.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     row = row if row.dtype == out.dtype else row.to(out.dtype)
-    pulled = torch.autograd.grad(out, leaves, row, retain_graph=True, create_graph=True, allow_unused=True)
+    pulled = own_gradients(out, leaves, row, retain_graph=True, create_graph=True, allow_unused=True)
     return [
         torch.zeros_like(leaf) if found is None else found.to_dense() if found.layout != torch.strided else found
         for found, leaf in zip(pulled, leaves, strict=True)

@@ -28,6 +28,7 @@ from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionContext, FunctionOp
+from chainrule.rules.opaque import OWN_GRAPH
 
 _UNUSED = (
     "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this is the desired "
@@ -47,7 +48,7 @@ class EngineBridge:
 
     def run_backward(self, tensors: Sequence[Any], grad_tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Compute gradients; the arguments are those of torch's engine."""
-        if torch._C._len_torch_dispatch_stack():
+        if torch._C._len_torch_dispatch_stack() and not OWN_GRAPH.asked:
             names = ("keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad")
             options = dict(zip(names, args, strict=False)) | kwargs
             tape = _tape_for(tensors, options.get("inputs") or ())
