@@ -59,6 +59,18 @@ configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
 use_facts(OpFacts)
 
 
+def _have_stored_graphs(args: Iterable[Any]) -> bool:
+    """Whether what a mapped tensor stands for, at some depth, has a graph of torch's."""
+    if not torch.is_grad_enabled():
+        return False
+    for item in args:
+        while hasattr(item, "level"):
+            item = item.inner if isinstance(item.inner, torch.Tensor) else item.inner.value
+            if item.requires_grad:
+                return True
+    return False
+
+
 def _differentiable(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
@@ -223,7 +235,8 @@ class Tape(Slots, LightMode):
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
-        expansion = facts.joined if joins and facts.joined is not None else facts.expansion
+        in_parts = facts.joined is not None and (joins or _have_stored_graphs(args))
+        expansion = facts.joined if in_parts else facts.expansion
         if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels):
             expansion = None
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
@@ -337,6 +350,8 @@ class Tape(Slots, LightMode):
             return NotImplemented
         if not facts.plain:
             return self._run_uncommon(facts, args)
+        if facts.joined is not None and _have_stored_graphs(args):
+            return NotImplemented
         if COMPILED:
             out = self._run_common(facts, args)
             if out is not NotImplemented:

@@ -90,6 +90,24 @@ lowered_argument(Handler *self, PyObject *item, int *touched, PyObject **found)
     return plain;
 }
 
+/* Whether an argument is a mapped tensor that stands for one with a graph, or for another mapped one: 1, 0, -1 with an error set. */
+static int
+may_have_stored_graph(PyObject *args)
+{
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        if ((PyObject *)Py_TYPE(item) != c_batch_tensor || SLOT(item, inner) == NULL)
+            continue;
+        PyObject *value = SLOT(item, inner);
+        if ((PyObject *)Py_TYPE(value) == c_batched)
+            value = SLOT(value, value);
+        int graph = value == NULL || (PyObject *)Py_TYPE(value) == c_batch_tensor ? 1 : attribute_is_true(value, s_requires_grad);
+        if (graph)
+            return graph;
+    }
+    return 0;
+}
+
 /* Run an op that is only run and recorded, with torch's handlers off. `call` with its own arguments computes it where no other mode
  * has to know. Nothing is done where NotImplemented is returned. */
 static PyObject *
@@ -99,6 +117,11 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
     int is_view = SLOT(facts, is_view) == Py_True, alone = self->below == NULL || self->below == Py_None;
     if (count > MOST_ARGUMENTS || (is_view && alone && (!self->sees_views || state.exclude == NULL)))
         return Py_NewRef(Py_NotImplemented);
+    if (SLOT(facts, common) != Py_True && !alone) {
+        int graph = may_have_stored_graph(args); /* such an op is recorded in parts then */
+        if (graph)
+            return graph < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    }
     int fresh_count = 0, touched = 0;
     PyObject *out = NULL, *lowered = PyTuple_New(count);
     if (lowered == NULL)

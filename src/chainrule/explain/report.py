@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from chainrule.capture.recorder import CompileError
+from chainrule.capture.surroundings import Surroundings
 from chainrule.execute.accounts import Account, Ledger, collecting, uncollected
 from chainrule.execute.memory import watching
 from chainrule.explain import picture
@@ -132,7 +135,8 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
         A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
         (structured, decomposed, opaque), the elimination order taken and why, predicted flops, bytes moved and peak
         bytes of each alternative, the calls that a replay makes, and the memory of the whole call. Plans are made anew for it,
-        not taken from the cache. The function is run four times, the last three times as usual, for the memory.
+        not taken from the cache. The function is run four times, the last three times as usual, for the memory: random numbers that it draws there are drawn
+        again later, and running statistics are set back.
 
     Example:
         >>> import torch, chainrule
@@ -144,9 +148,31 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         with collecting() as ledger:
             result = transformed(*args, **kwargs)
-        return Explanation(result, ledger, _peak(lambda: transformed(*args, **kwargs)) if ledger.accounts else 0)
+        if not ledger.accounts:
+            return Explanation(result, ledger, 0)
+        with _unwritten(transformed):
+            return Explanation(result, ledger, _peak(lambda: transformed(*args, **kwargs)))
 
     return explained
+
+
+@contextmanager
+def _unwritten(function: Callable[..., Any]) -> Iterator[None]:
+    """Afterwards, tensors that a function finds outside of its arguments (running statistics) are what they were before."""
+    try:
+        found = Surroundings([function]).tensors
+    except CompileError:  # more than are followed
+        found = []
+    plain = [tensor for tensor in found if not tensor.requires_grad and not tensor.is_inference()]
+    kept = [(tensor, tensor.clone()) for tensor in plain]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                # Batch norm does not count its writes as versions.
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _peak(call: Callable[[], Any]) -> int:
