@@ -213,7 +213,7 @@ def _fixed_calls(
             fixed.update(instruction.outputs)
             makers.update(dict.fromkeys(instruction.outputs, number))
             chosen.add(number)
-    pending = list(wanted)
+    pending = list(_roots(program, kept, wanted))
     while pending:
         number = makers.pop(pending.pop(), -1)
         if number >= 0:
@@ -372,7 +372,7 @@ def _roots(program: Program, kept: Sequence[Instruction], wanted: Sequence[int])
     found: set[int] = set()
     for slot in wanted:
         found.add(slot)
-        while slot in program.views and isinstance(first := producers[slot].args[0], Ref):
+        while slot in program.views and slot in producers and isinstance(first := producers[slot].args[0], Ref):
             slot = first.slot
             found.add(slot)
     return found

@@ -134,9 +134,9 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     Returns:
         A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
         (structured, decomposed, opaque), the elimination order taken and why, predicted flops, bytes moved and peak
-        bytes of each alternative, the calls that a replay makes, and the memory of the whole call. Plans are made anew for it,
-        not taken from the cache. The function is run four times, the last three times as usual, for the memory: random numbers that it draws there are drawn
-        again later, and running statistics are set back.
+        bytes of each alternative, the calls that a replay makes, and the memory of the whole call. Plans are made anew for
+        it, not taken from the cache. The function is run four times, the last three times as usual, for the memory: random
+        numbers that it draws there are drawn again later, and running statistics are set back.
 
     Example:
         >>> import torch, chainrule
