@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
@@ -75,7 +76,8 @@ class VmapMode(LightMode):
         # With an outer mode, the inner ops pass by autograd too, which splits composite ops before that mode sees them.
         self._nested = torch._C._len_torch_dispatch_stack() > 0
         self._records = torch.is_grad_enabled()
-        self._always_guard = self._nested or size == 0
+        # Tangents of torch's own forward mode are carried on by autograd only.
+        self._always_guard = self._nested or size == 0 or forward_ad._current_level >= 0
 
     def unwrapped(self, tensor: Any) -> Any:
         """The stored tensor of one of this level."""

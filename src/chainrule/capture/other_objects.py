@@ -17,6 +17,14 @@ def _place(tensor: torch.Tensor) -> Any:
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _node(tensor: torch.Tensor) -> Any:
+    """The node of autograd's graph that a tensor comes from, if it may be used there."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:  # one of several views made at once, of what was written to since
+        return None
+
+
 class OtherObjects:
     """Finds the slot of the value that another tensor object stands for. It holds no values, which the tape may let go."""
 
@@ -40,11 +48,11 @@ class OtherObjects:
         """Autograd hands saved results back as new tensors of the same graph node: find the value by its node."""
         for slot in range(self._nodes_indexed, len(values)):
             value = values[slot]
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                self._by_node[id(value.grad_fn), value.output_nr] = slot
+            if isinstance(value, torch.Tensor) and (node := _node(value)) is not None:
+                self._by_node[id(node), value.output_nr] = slot
         self._nodes_indexed = len(values)
         found = self._by_node.get((id(tensor.grad_fn), tensor.output_nr))
-        if found is None or values[found].grad_fn is not tensor.grad_fn:
+        if found is None or _node(values[found]) is not tensor.grad_fn:
             return None
         return found if values[found].shape == tensor.shape else None
 

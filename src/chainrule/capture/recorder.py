@@ -323,6 +323,7 @@ class WholeRecorder(Recorder):
         random: whether random numbers are drawn.
         joined: whether one of the inputs requires grad.
         obstacle: why a replay could compute something else, although nothing had to be refused.
+        asked: tensors that were there before the call and were asked for their ``grad``, by identity, and what that is.
         conditions: values of the program, and what they have to be for a replay to be right.
         refusal: the first error of this kind that was raised, should the function catch it.
     """
@@ -341,6 +342,7 @@ class WholeRecorder(Recorder):
         self._memory: set[int] = set()
         self.conditions: list[tuple[Staged, torch.Tensor]] = []
         self.joined = any(leaf.requires_grad for leaf in leaves)
+        self.asked: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._count = len(leaves)
         self._numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
 
@@ -391,6 +393,11 @@ class WholeRecorder(Recorder):
     def is_given(self, tensor: Any) -> bool:
         """Whether a tensor is an argument of the call."""
         return isinstance(tensor, torch.Tensor) and self._numbers.get(id(tensor), self._count) < self._count
+
+    def is_computed(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a result of calls that were recorded."""
+        known = self.known.get(id(tensor))
+        return known is not None and known.slot not in self.program.inputs.values()
 
     def _is_input(self, tensor: Any) -> bool:
         staged = self.staged(tensor) if isinstance(tensor, torch.Tensor) else None
@@ -495,8 +502,24 @@ class NoReads(FunctionWatch):
             self._recorder.refuse(
                 f"{_GRAPHS[func]} of an argument was read, which is not the same in each call. Call the function without compile."
             )
+        if func == _GRAD and not _asked_by_chainrule():
+            return self._gradient_of(args[0])
         return super().__torch_function__(func, types, args, kwargs)
 
+    def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The `grad` of a tensor, which is what it is for this call."""
+        if self._recorder.is_given(tensor):
+            self._recorder.refuse(
+                "the grad of an argument was read, which is not the same in each call. Give it as an argument, or call the function "
+                "without compile."
+            )
+        found = tensor.grad
+        if not self._recorder.is_computed(tensor) and (found is None or not self._recorder.is_computed(found)):
+            self._recorder.asked.setdefault(id(tensor), (tensor, found))
+        return found
+
+
+_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 
 #: Read the values of tensors (in lists of tensors, too) where the dispatcher does not see it.
 _MAKERS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})

@@ -87,8 +87,15 @@ class Surroundings:
         self.changed = ""
         self.tensors: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
+        # What the code may name attributes by.
+        self._words: set[str] = set()
+        asked = 0
         pending = [(root, "the function") for root in roots]
-        while pending:
+        while pending or asked < len(self.tensors):
+            if not pending:
+                pending.extend(self._attributes(self.tensors[asked]))
+                asked += 1
+                continue
             item, where = pending.pop()
             if len(self._places) > _LIMIT:
                 raise CompileError(
@@ -199,6 +206,12 @@ class Surroundings:
         table = vars(os.environ)["_data"]
         self._equal(table, dict(table), where, operator.eq)
 
+    def _attributes(self, tensor: torch.Tensor) -> Iterator[tuple[Any, str]]:
+        """What a user has put on a tensor, as far as the code names it."""
+        table = tensor.__dict__
+        self._size(table)
+        yield from self._entries(table, [key for key in table if key in self._words], "a tensor")
+
     def _size(self, container: Any) -> None:
         self._conditions.append((SIZE, container, None, len(container), False))
 
@@ -227,6 +240,7 @@ class Surroundings:
             self._watch(ATTRIBUTE, function, part, value, f"{part} of {function.__name__}", read)
         own = function.__dict__
         yield from self._entries(own, [key for key in own if key not in _OF_FUNCTIONS], function.__name__)
+        self._words |= {*names, *_strings(function.__code__)}
         yield from self._globals(function.__globals__, names)
 
     def _globals(self, table: dict[str, Any], names: set[str]) -> Iterator[tuple[Any, str]]:
@@ -290,6 +304,14 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+def _strings(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _strings(constant)
+        elif isinstance(constant, str):
+            yield constant
 
 
 def _is_library(name: str | None) -> bool:

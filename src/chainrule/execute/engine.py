@@ -9,7 +9,9 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
@@ -102,6 +104,8 @@ class CachedPlan:
 
     def _is_plain(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> bool:
         """Whether the program's inputs are tensors whose calls nothing follows."""
+        if forward_ad._current_level >= 0:
+            return False
         for key in self.needs:
             value = values[key] if key.__class__ is int else seeds[key[1]]
             if value.__class__ is not torch.Tensor or value.requires_grad:
@@ -142,8 +146,9 @@ class CachedPlan:
             with undispatched():
                 source.observe(tensors, (), undispatched=True)
             watch.add_program(source.memory())
+        followed = joined or forward_ad._current_level >= 0
         with undispatched():
-            results = batched_runner(tensors, ()) if joined else batched_runner.plain(tensors, ())  # type: ignore[attr-defined]
+            results = (batched_runner if followed else batched_runner.plain)(tensors, ())  # type: ignore[attr-defined]
         return wrap(results, flags, mode)
 
     def _without_graphs(self, values: Sequence[Any], seeds: Sequence[Any], stored: Stored) -> tuple[Any, list[torch.Tensor]]:
@@ -233,6 +238,8 @@ def execute(
         seeds: the seed tensors, in the order of ``request.seeds`` (or by the numbers that an expression names).
         last: whether the tape serves nothing after this: its values are let go as the plan has read them.
     """
+    if forward_ad._current_level >= 0:
+        refuse_duals(seeds, "a derivative transform")
     ledger = current_ledger()
     if ledger is not None:
         if ledger is UNCACHED:

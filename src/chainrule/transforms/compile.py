@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 from chainrule.capture.recorder import CompileError, NoReads, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
@@ -23,7 +24,7 @@ from chainrule.execute.compiled import Flat, Run
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
-from chainrule.transforms.compiled_calls import Call, call_of
+from chainrule.transforms.compiled_calls import Call, call_of, gradient_kind
 
 aten = torch.ops.aten
 
@@ -84,6 +85,8 @@ class Graph:
     #: Tensors that no call uses, of which the function may have read shape or dtype; gradients that were used, and of what.
     seen: list[torch.Tensor] = field(default_factory=list)
     grads: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    #: Tensors whose gradients Python asked for without using them in calls, and what they have to be.
+    asked: list[tuple[torch.Tensor, Any]] = field(default_factory=list)
     #: What the last results have to be; they are no results of the function.
     expected: list[torch.Tensor] = field(default_factory=list)
     #: How many functions for arguments of this signature were made.
@@ -95,15 +98,18 @@ class Graph:
         self.seen = [tensor for tensor in self.surroundings.tensors if id(tensor) not in used and tensor.layout is torch.strided]
         self.kinds = self.kinds + [_kind(tensor) for tensor in self.seen]
         self.grads = [(t, t.grad) for t in found if t.is_leaf and t.grad is not None and id(t.grad) in used]
+        known = {id(t) for t, _ in self.grads}
+        self.asked = [(t, kind) for t, kind in self.asked if id(t) not in known]
 
     def holds(self) -> bool:
         """Whether what the graph depends on, beside the arguments, is as it was."""
-        if not self.kinds:
+        if not (self.kinds or self.asked):
             return self.surroundings.hold()
         return (
             self.surroundings.hold()
             and [_kind(t) for t in (*self.closed, *self.seen)] == self.kinds
             and all(tensor.grad is grad for tensor, grad in self.grads)
+            and all(gradient_kind(tensor) == kind for tensor, kind in self.asked)
         )
 
     @property
@@ -261,6 +267,9 @@ class _Compiled:
                 self.calls = (call, *self.calls[: _SHORTENED - 1])
 
     def _first(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if forward_ad._current_level >= 0:  # torch's own forward mode calls ops that cannot be recorded
+            self._eager += 1
+            return self.function(*args, **kwargs)
         with self._lock:
             signature = self._signatures.get(key)
             if signature is None:
@@ -303,6 +312,7 @@ class _Compiled:
         staged = [recorder.staged(leaf) for leaf in tensors]
         program, closed, conditions = recorder.program, recorder.found, recorder.conditions
         kinds = [_kind(tensor) for tensor in closed]
+        asked = [(tensor, gradient_kind(tensor)) for tensor, _ in recorder.asked.values()]
         joined = torch.is_grad_enabled() and recorder.joined
         reason = _obstacle(statics, tensors, recorder, joined=joined)
         # What the user gets is his own tensor where it was one, and never a constant of the graph.
@@ -311,7 +321,7 @@ class _Compiled:
         mine = [own.get(id(leaf), leaf.clone() if id(leaf) in constants else leaf) for leaf in out_leaves]
         result = tree_unflatten(mine, spec)
         if reason:
-            return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason)
+            return result, Graph(None, surroundings, closed, kinds, spec, statics, None, reason, asked=asked)
         results = [s for s in staged if s is not None] + [s for s, _ in conditions]
         flat = Flat(program, results, len(given) + len(closed), len(given), joined)
         if joined:
@@ -326,7 +336,7 @@ class _Compiled:
             run = flat.cudagraph(values)
         else:
             run = flat.replay()
-        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions])
+        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions], asked=asked)
 
     def _run_recorded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]
@@ -399,6 +409,8 @@ class _Compiled:
         graphs = self._signatures[key].graphs if key in self._signatures else []
         found = next((graph for graph in graphs if graph.holds()), None)
         if found is None:
+            if forward_ad._current_level >= 0:
+                raise CompileError("chainrule.compile: no graph is recorded inside of torch.autograd.forward_ad.dual_level")
             self._first(key, leaves, args, kwargs)
             found = self._signatures[key].graphs[0]
         if found.flat is None:
@@ -498,9 +510,12 @@ def _obstacle(
         return "a result has a graph of its own" if any(tensor.requires_grad for tensor in tensors) else ""
     if _writes_outside(recorder.program):
         return "autograd has to see calls that write to what was there before"
-    nodes = [value.grad_fn for value in recorder.values() if value.grad_fn is not None]
+    try:
+        nodes = [value.grad_fn for value in recorder.values() if value.grad_fn is not None]
+    except RuntimeError:
+        return "views that torch makes several of at once were written to through another tensor, and autograd forbids their use"
     if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):  # type: ignore[attr-defined]
-        return "autograd has to see a user's autograd.Function"
+        return "autograd has to see an autograd.Function (a user's, or the zeros that are gradients of a constant result)"
     return ""
 
 

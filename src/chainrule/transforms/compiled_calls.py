@@ -28,6 +28,12 @@ _LONGEST = 100
 
 _COMPARED = frozenset({int, float, complex, str, bytes, torch.Size})
 
+def gradient_kind(tensor: torch.Tensor) -> Any:
+    """What Python may have seen of the ``grad`` of a tensor, but for its values; None where there is none."""
+    grad = tensor.grad
+    return None if grad is None else (grad.shape, grad.dtype, grad.device, grad.stride(), grad.requires_grad)
+
+
 _STATE: dict[str, Any] = {
     "dispatch_modes": torch._C._len_torch_dispatch_stack,
     "function_modes": torch._C._len_torch_function_stack,
@@ -39,6 +45,7 @@ _STATE: dict[str, Any] = {
     "dtype": torch.get_default_dtype,
     "forward": forward_ad,
     "equal": torch.equal,
+    "gradient_kind": gradient_kind,
     "same": same,
     "unflatten": tree_unflatten,
 }
@@ -177,6 +184,7 @@ class _Writer:
             if not torch.is_grad_enabled():
                 conditions += [f"{self._name(t)}.requires_grad is {t.requires_grad}" for t in beside]
         conditions += [f"{self._name(tensor)}.grad is {self._name(grad)}" for tensor, grad in graph.grads]
+        conditions += [f"gradient_kind({self._name(tensor)}) == {self._name(kind)}" for tensor, kind in graph.asked]
         self._unless(" and ".join([*conditions, "hold()"]))
 
     def _straight(self, instructions: list[Instruction]) -> tuple[list[str], list[str]]:
@@ -220,4 +228,4 @@ class _Writer:
         return f"unflatten([{', '.join(items)}], {self._name(spec)})"
 
 
-__all__ = ["Call", "call_of"]
+__all__ = ["Call", "call_of", "gradient_kind"]

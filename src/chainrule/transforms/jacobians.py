@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from chainrule.capture.recorder import whole_recorder
 from chainrule.dispatch import entry_point
 from chainrule.execute.memory import current_watch, free_memory, parse_bytes
 from chainrule.transforms.arguments import (
@@ -348,7 +349,7 @@ def _jacobian_transform(
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result, aux = computed(args, kwargs)
-        if forward and torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack() == 0:
+        if forward and torch.is_grad_enabled() and _is_outermost():
             result = _joined(result, args, argnums)
         return (result, aux) if has_aux else result
 
@@ -378,6 +379,12 @@ def _jacobian_transform(
     if not chunks.given:
         level.mark(wrapper)
     return wrapper
+
+
+def _is_outermost() -> bool:
+    """Whether no transform is around this one; a recorder of a whole call is none."""
+    count = torch._C._len_torch_dispatch_stack()
+    return count == 0 or (count == 1 and whole_recorder() is not None)
 
 
 class _Constant(torch.autograd.Function):

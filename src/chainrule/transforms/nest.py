@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec
 
+from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
@@ -365,6 +367,8 @@ def _run_whole(
 
 def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     """The result of a nest, by its cached program."""
+    if forward_ad._current_level >= 0:
+        refuse_duals(seeds, run.parts[-1].levels[-1].name)
     values, cached = run.values, run.cached
     if cached is None and _is_apart(run):
         cached = _BY_LEVELS
@@ -464,6 +468,8 @@ def _replayed(plan: LinearPlan, run: _Run) -> Linearized:
         return found
 
     def call(seeds: tuple[torch.Tensor, ...]) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_duals(seeds, "a linear function")
         found = stages.apply(values, prepare()[1], seeds)
         if (watch := current_watch()) is not None:
             watch.add_program(stages.memory(1, values, seeds))

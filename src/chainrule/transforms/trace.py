@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_map
 
+from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import numbers_to_values
 from chainrule.capture.tape import BelowAutograd, Tape
@@ -20,6 +22,7 @@ from chainrule.execute.memory import current_watch
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
 from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, refuse_inside_torch_func, split_aux, tree_unflatten
+from chainrule.transforms.duals import WatchfulTape
 from chainrule.transforms.steps import HiddenSteps, is_inside_reverse, run_in_steps
 
 aten = torch.ops.aten
@@ -180,7 +183,11 @@ def _trace(
     try:
         aliases = [fresh_alias(leaf) for leaf in in_leaves]
         kernels = single and not torch._C._len_torch_dispatch_stack()
-        tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
+        if forward_ad._current_level < 0:
+            tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
+        else:
+            refuse_duals(in_leaves, transform)
+            tape = WatchfulTape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels, transform=transform)
         in_slots: list[int] = []
         columns: list[Block | None] = []
         for number, alias in enumerate(aliases):
