@@ -157,7 +157,7 @@ def without_repeats(factor: Factor, memo: Memo) -> Factor:
             node = memo[key] = Node(
                 (axis.size for axis in axes),
                 (factor.node,),
-                lambda program, value, one=first, two=second: torch.diagonal(value, 0, one, two),
+                lambda program, value, one=first, two=second: program.view_of(value, lambda v: torch.diagonal(v, 0, one, two)),
                 label="diagonal",
             )
         factor = Factor(node, tuple(axes))

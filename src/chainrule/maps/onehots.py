@@ -33,7 +33,7 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
     if affine is not None and affine[1] > 0:
 
         def slice_affine(program: Program, value: Staged) -> Staged:
-            return _slice(value, position, affine[0], affine[1], length)
+            return program.view_of(value, lambda v: _slice(v, position, affine[0], affine[1], length))
 
         key = ("slice", id(factor.node), position, *affine, length)
         return Factor(_node(key, sizes, (factor.node,), slice_affine, memo), axes)
@@ -41,20 +41,22 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
     if affine is not None and not onehot.sources:
 
         def select(program: Program, value: Staged) -> Staged:
-            return torch.select(value, position, affine[0])
+            return program.view_of(value, lambda v: torch.select(v, position, affine[0]))
 
         key = ("select", id(factor.node), position, affine[0])
         return Factor(_node(key, sizes, (factor.node,), select, memo), axes)
 
     def index_select(program: Program, value: Staged, index: Staged) -> Staged:
         flat = torch.reshape(index, (-1,)) if index.ndim != 1 else index
-        taken = torch.index_select(value, position, torch.clamp(flat, min=0) if partial else flat)
-        if index.ndim != 1:
-            taken = torch.reshape(taken, sizes)
-        if partial:
-            mask = torch.reshape(index >= 0, (*index.shape, *(1,) * tail))
-            taken = torch.where(mask, taken, 0.0)
-        return taken
+        places = torch.clamp(flat, min=0) if partial else flat
+
+        def read(entries: Staged) -> Staged:
+            taken = torch.index_select(entries, position, places)
+            if index.ndim != 1:
+                taken = torch.reshape(taken, sizes)
+            return _kept(torch.reshape(index >= 0, (*index.shape, *(1,) * tail)), taken) if partial else taken
+
+        return program.view_of(value, read)
 
     key = ("gather", id(factor.node), position, id(onehot.index))
     node = _node(key, sizes, (factor.node, onehot.index), index_select, memo)
@@ -76,6 +78,11 @@ def _slice(value: Staged, dim: int, start: int, step: int, length: int) -> Stage
         return torch.narrow(value, dim, start, length)
     index = [slice(None)] * dim + [slice(start, start + step * (length - 1) + 1 if length else start, step)]
     return value[tuple(index)]
+
+
+def _kept(valid: Staged, entries: Staged) -> Staged:
+    """The entries at valid places, zero elsewhere."""
+    return torch.logical_and(valid, entries) if entries.dtype == torch.bool else torch.where(valid, entries, 0.0)
 
 
 def gather_flat(factor: Factor, group: Sequence[OneHot], memo: Memo) -> Factor | None:
@@ -105,12 +112,14 @@ def _gather_at(
     def compute(program: Program, value: Staged, places: Staged) -> Staged:
         places = torch.reshape(permute(places, permutation), (*lead, *(1,) * len(middle), count))
         places = torch.broadcast_to(places, (*lead, *middle, count))
-        if len(targets) > 1:
-            value = torch.reshape(value, (*lead, *middle, extent))
-        taken = torch.gather(value, -1, torch.clamp(places, min=0) if partial else places)
-        if partial:
-            taken = torch.where(places >= 0, taken, 0.0)
-        return torch.reshape(taken, sizes)
+
+        def read(entries: Staged) -> Staged:
+            if len(targets) > 1:
+                entries = torch.reshape(entries, (*lead, *middle, extent))
+            taken = torch.gather(entries, -1, torch.clamp(places, min=0) if partial else places)
+            return torch.reshape(_kept(places >= 0, taken) if partial else taken, sizes)
+
+        return program.view_of(value, read)
 
     key = ("gather", id(moved.node), lead, permutation, id(index), len(targets))
     return Factor(_node(key, sizes, (moved.node, index), compute, memo), axes)
