@@ -223,10 +223,13 @@ def _attention(
     run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    if mask is not None or dropout or causal or enable_gqa:
+    if mask is not None or dropout or enable_gqa:
         return NotImplemented
     query = run(aten.mul.Tensor, query, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = run(aten.matmul.default, query, run(aten.transpose.int, key, -2, -1))
+    if causal:
+        keep = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool, device=query.device).tril()
+        scores = run(aten.where.self, keep, scores, torch.full((), -math.inf, dtype=scores.dtype, device=query.device))
     return run(aten.matmul.default, run(aten._softmax.default, scores, -1, False), value)
 
 
@@ -346,6 +349,29 @@ def _nll_loss_forward(
     return nll_loss(run, input, target, None, reduction, ignored)
 
 
+def _linear_of_batch(run: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A linear layer on several dimensions as one on a matrix, as torch has it: autograd keeps the matrix."""
+    if input.dim() < 3 or weight.dim() != 2 or not input.numel() or not weight.numel():
+        return NotImplemented
+    shape, whole = input.shape, input.is_contiguous()
+    flat = run(aten.view.default if whole else aten.reshape.default, input, [-1, shape[-1]])
+    out = run(aten.view.default, _linear(run, flat, weight, bias if whole else None), [*shape[:-1], weight.shape[0]])
+    return out if whole or bias is None else run(aten.add.Tensor, out, bias)
+
+
+def _products(run: Run, one: Tensor, two: Tensor) -> Any:
+    """Products of as many matrices on both sides, as torch has them: autograd keeps one list of matrices of each side."""
+    shape, other = one.shape, two.shape
+    if len(shape) < 3 or shape[:-2] != other[:-2] or shape[-1] != other[-2] or one.dtype != two.dtype:
+        return NotImplemented
+    if not one.numel() or not two.numel():
+        return NotImplemented
+    if len(shape) == 3:
+        return run(aten.bmm.default, one, two)
+    one, two = (run(aten.reshape.default, item, [-1, *item.shape[-2:]]) for item in (one, two))
+    return run(aten.view.default, run(aten.bmm.default, one, two), [*shape[:-1], other[-1]])
+
+
 #: By the op that arrives.
 DIRECT: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: _dropout,
@@ -373,4 +399,11 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.gru.input: _gru,
 }
 
-__all__ = ["DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]
+#: The same for calls that torch's autograd has to see, with what it keeps among the parts.
+JOINED_DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.linear.default: _linear_of_batch,
+    aten.matmul.default: _products,
+    aten.native_layer_norm.default: _layer_norm_in_parts,
+}
+
+__all__ = ["DIRECT", "JOINED_DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]
