@@ -64,15 +64,15 @@ LIMITS: dict[str, str] = {
     "Laplacian are rows of the same products, here the cotangents take three matrix-vector products more, and "
     "recording. Tried: thin products as their transposes (kept: a fifth less time in them).",
     "C1": "by profile some 90 % of the call are the run of the function under the recorder in Python (41 calls), some four "
-    "times the plain run; the replay of the derivative is 5 %, the sparse tensor's object and the look-up 1 % together. An "
-    "element-wise call costs 4 to 6 µs more than plain, a view, roll or stack 12 to 20. Kept: comparisons, conversions and "
-    "factories of constants go past the recorder; operators of Python (`-x`, `x**2`) are taken in C as methods are. A "
+    "times the plain run; the replay of the derivative is 5 %, the sparse tensor's object and the look-up 1 % together. A call "
+    "costs 3 to 4 µs more than plain. Kept: comparisons, conversions and "
+    "factories of constants go past the recorder; views, rolls and joins are recorded in C (12 to 20 µs before). A "
     "compiled call records nothing. On larger "
     "grids the arithmetic decides, and the formula by hand is near.",
     "C4l": "by profile nine tenths of the step are SciPy's sparse LU, which is the same for all; of the rest the exact Jacobian "
     "takes a sixth of the time of the differences along groups, and the conversion to CSC a hundredth of the step. Kept: the "
     "ordering for symmetric patterns, which halves the LU for all.",
-    "C2": "as C1, of 57 calls, most of them slices and concatenations.",
+    "C2": "as C1, of 57 calls, most of them slices and concatenations, which are recorded in C, too (3 to 5 µs each).",
     "B19c": "of each Hessian 25 entries are carried, by hand the 15 of a triangle: 40 % of the largest products. The "
     "symmetry is not known to the plan. Tried: small matrices multiplied by passes over their stack (kept: each "
     "of these products alone is ten times faster).",

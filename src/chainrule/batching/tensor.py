@@ -14,6 +14,10 @@ from chainrule.subclasses import known
 
 _make_wrapper = Tensor._make_wrapper_subclass
 _make_subclass = Tensor._make_subclass
+_getitem: Callable[..., Tensor] = Tensor.__getitem__
+
+#: Indices that are the same for all samples.
+_NEVER_MAPPED = frozenset({int, slice, Tensor, type(None), type(Ellipsis)})
 
 
 @known
@@ -69,9 +73,9 @@ class BatchTensor(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         """As for every tensor; an integer that differs between the samples may be an index too."""
-        place = _mapped_place(self, index)
+        place = None if index.__class__ in _NEVER_MAPPED else _mapped_place(self, index)
         if place is None:
-            return super().__getitem__(index)
+            return _getitem(self, index)
         view, dim, position = place
         return torch.index_select(view, dim, position).squeeze(dim)
 

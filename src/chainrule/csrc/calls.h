@@ -128,20 +128,19 @@ wrapped_as(Handler *self, PyObject *value, PyObject *kind)
         return NULL;
     SLOT(batch, value) = Py_NewRef(value);
     SLOT(batch, signature) = Py_NewRef(PyTuple_GET_ITEM(kind, SIGNATURE));
-    if (PyTuple_GET_ITEM(kind, SHARES) == Py_True) {
-        PyObject *args[] = {batch, (PyObject *)self};
-        tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
-    } else {
-        PyObject *args[] = {c_batch_tensor, PyTuple_GET_ITEM(kind, SAMPLE), PyTuple_GET_ITEM(kind, STRIDES), Py_None, Py_None,
-                            PyTuple_GET_ITEM(kind, DTYPE), c_strided, PyTuple_GET_ITEM(kind, DEVICE)};
-        tensor = PyObject_Vectorcall(c_make_wrapper, args, args[7] == Py_None ? 6 : 8, NULL);
-        if (tensor != NULL) {
-            SLOT(tensor, inner) = Py_NewRef(batch);
-            SLOT(tensor, level) = Py_NewRef((PyObject *)self);
-            if (PyTuple_GET_ITEM(kind, PLAIN) == Py_True) {
-                SLOT(batch, dtype) = Py_NewRef(PyTuple_GET_ITEM(kind, DTYPE));
-                SLOT(batch, sample) = Py_NewRef(PyTuple_GET_ITEM(kind, SAMPLE));
-            }
+    PyObject *args[] = {c_batch_tensor, PyTuple_GET_ITEM(kind, SAMPLE), PyTuple_GET_ITEM(kind, STRIDES), Py_None, Py_None,
+                        PyTuple_GET_ITEM(kind, DTYPE), c_strided, PyTuple_GET_ITEM(kind, DEVICE)};
+    PyObject *offset = PyTuple_GET_ITEM(kind, SHARES) == Py_True ? PyObject_CallMethodNoArgs(value, s_storage_offset) : NULL;
+    if (offset != NULL)
+        args[3] = offset;
+    tensor = PyErr_Occurred() ? NULL : PyObject_Vectorcall(c_make_wrapper, args, args[7] == Py_None ? 6 : 8, NULL);
+    Py_XDECREF(offset);
+    if (tensor != NULL) {
+        SLOT(tensor, inner) = Py_NewRef(batch);
+        SLOT(tensor, level) = Py_NewRef((PyObject *)self);
+        if (PyTuple_GET_ITEM(kind, PLAIN) == Py_True) {
+            SLOT(batch, dtype) = Py_NewRef(PyTuple_GET_ITEM(kind, DTYPE));
+            SLOT(batch, sample) = Py_NewRef(PyTuple_GET_ITEM(kind, SAMPLE));
         }
     }
     Py_DECREF(batch);

@@ -45,7 +45,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
-    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(inplace)
+    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)

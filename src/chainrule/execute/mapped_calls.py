@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chainrule.batching.entries import OpEntry
 from chainrule.batching.mode import VmapMode
-from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched
+from chainrule.batching.tensor import BatchTensor, _make_wrapper
 from chainrule.capture.recorder import Recorder
 from chainrule.dispatch import without_handlers, without_innermost, without_modes
 from chainrule.execute.replay import Runner, compile_program
@@ -69,7 +69,7 @@ class Kind(NamedTuple):
     Attributes:
         shares: whether it shares memory with an argument, and so begins where that says.
         sample: the shape of one sample.
-        strides: the strides of one sample, or None if the whole is contiguous.
+        strides: the strides of one sample, or None if the whole is contiguous and memory of its own.
         dtype: the dtype.
         device: the device, or None for the CPU.
         plain: whether the compiled handlers may know dtype and shape of it.
@@ -289,10 +289,9 @@ def _writes(function: Any) -> bool:
 
 def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]) -> Replay | None:
     """What was recorded as something that can be run again, if it can."""
-    if not recorder.pure:
+    if not recorder.pure or not isinstance(result, (BatchTensor, tuple, list)):
         return None
-    single = result.__class__ is BatchTensor
-    leaves = [result] if single else list(result)
+    leaves: list[Any] = [result] if isinstance(result, BatchTensor) else list(result)
     given = {id(item) for item in args}
     if not all(leaf.__class__ is BatchTensor and leaf.level is mode and leaf.batched for leaf in leaves):
         return None
@@ -320,8 +319,8 @@ def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]
         whole, cpu = value.is_contiguous(), value.device.type == "cpu"
         kinds.append(
             Kind(
-                shares, tuple(value.shape[1:]), None if whole else value.stride()[1:], value.dtype, None if cpu else value.device,
-                whole and cpu and value.dtype.is_floating_point, number,
+                shares, tuple(value.shape[1:]), None if whole and not shares else value.stride()[1:], value.dtype,
+                None if cpu else value.device, whole and not shares and cpu and value.dtype.is_floating_point, number,
             )
         )  # fmt: skip
     runner = compile_program(program, staged, views=True)
@@ -329,7 +328,7 @@ def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
-    return Replay(plain, tuple(kinds), None if single else type(result))
+    return Replay(plain, tuple(kinds), None if isinstance(result, BatchTensor) else type(result))
 
 
 def _replayed(replay: Replay, mode: VmapMode, values: list[Tensor]) -> Any:
@@ -342,10 +341,9 @@ def _replayed(replay: Replay, mode: VmapMode, values: list[Tensor]) -> Any:
 def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
     batched = Batched(value)
     batched.signature = kind.number
-    if kind.shares:
-        return wrap_batched(batched, mode)
+    offset = value.storage_offset() if kind.shares else None
     tensor: BatchTensor = _make_wrapper(
-        BatchTensor, kind.sample, kind.strides, None, None, kind.dtype, _strided, kind.device or torch.device("cpu")
+        BatchTensor, kind.sample, kind.strides, offset, None, kind.dtype, _strided, kind.device or torch.device("cpu")
     )
     tensor.inner = batched
     tensor.level = mode
