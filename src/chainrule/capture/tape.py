@@ -358,11 +358,16 @@ class Tape(Slots, LightMode):
             self._origin = outer
 
     def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
-        """An op that is a constant, or recorded in parts, where no other mode has to know and all tensors are plain."""
-        inactive = facts.inactive
-        if self.below is not None or not (inactive or facts.direct is not None):
+        """An op that is a constant, or recorded in parts."""
+        inactive, below = facts.inactive, self.below
+        if not inactive and facts.direct is None:
             return NotImplemented
-        if not _are_plain(args, joined=not inactive and _is_grad_enabled()):
+        if below is not None:
+            if inactive:
+                # Torch shows `detach` to the modes otherwise.
+                out = NotImplemented if facts.is_view else below.run_op(facts.op, args)
+                return out if out is NotImplemented else self._note_inactive(facts, args, out)
+        elif not _are_plain(args, joined=not inactive and _is_grad_enabled()):
             return NotImplemented
         if inactive:
             if not facts.is_view:
@@ -374,7 +379,8 @@ class Tape(Slots, LightMode):
             self.pending.append((facts.op, args, None, out))
             return self._note_inactive(facts, args, out)
         if facts.whole is not None and facts.whole(args, self.kernels):
-            return self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+            alone = self._run_view if facts.is_view else _run_alone
+            return self._run_plain(facts, args, alone if below is None else self._run_below)
         if not facts.is_view and not self._any_active(args, None):
             return NotImplemented
         outer, self._origin = self._origin, self._origin or facts.op

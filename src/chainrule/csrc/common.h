@@ -103,6 +103,13 @@ is_tensor(PyObject *item)
     return (PyObject *)Py_TYPE(item) == c_tensor || (PyObject *)Py_TYPE(item) == c_batch_tensor;
 }
 
+/* Whether an object is a tensor that is taken here as an argument of an op. */
+static int
+is_argument(PyObject *item)
+{
+    return is_tensor(item) || (PyObject *)Py_TYPE(item) == c_parameter;
+}
+
 /* A new reference to the constant for a number beside a tensor, or to the number itself. */
 static PyObject *
 constant_for(PyObject *number, PyObject *dtype)

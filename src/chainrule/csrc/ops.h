@@ -3,13 +3,6 @@
 /* How many arguments of an op are looked at here. */
 #define MOST_ARGUMENTS 24
 
-/* Whether an object is a tensor that is taken here as an argument of an op. */
-static int
-is_argument(PyObject *item)
-{
-    return is_tensor(item) || (PyObject *)Py_TYPE(item) == c_parameter;
-}
-
 /* The slot of a tensor, -1 for a plain one that the tape has not seen; -3 if it is left to Python, -2 with an error set. */
 static Py_ssize_t
 plain_slot(Handler *self, PyObject *tensor, Found *seen)
@@ -17,7 +10,7 @@ plain_slot(Handler *self, PyObject *tensor, Found *seen)
     Py_ssize_t slot = known_slot(self, tensor);
     if (slot == -2)
         return -2;
-    if (slot < 0 && !is_constant_class(tensor))
+    if (slot < 0 && !may_be_constant(self, tensor))
         return -3;
     int graph = 0;
     PyObject *dtype = plain_dtype(tensor, &graph);

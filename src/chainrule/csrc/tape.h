@@ -185,6 +185,16 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
     return outcome;
 }
 
+/* Whether a tensor that the tape has not seen may be a constant here: a plain one, or one of the vmap below. */
+static int
+may_be_constant(Handler *self, PyObject *tensor)
+{
+    if (is_constant_class(tensor))
+        return 1;
+    return (PyObject *)Py_TYPE(tensor) == c_batch_tensor && self->below != NULL && self->below != Py_None &&
+           SLOT(tensor, level) == self->below && stands_on_vmap(self);
+}
+
 /* Whether a tensor without a slot is one that the tape cannot know by its graph: 1, 0, or -1 with an error set. */
 static int
 constant_is_new(PyObject *tensor)
@@ -209,7 +219,7 @@ slot_or_constant(Handler *self, PyObject *tensor)
     int derived = is_derived(self, tensor);
     if (derived < 0)
         return -1;
-    if (layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
+    if (is_constant_class(tensor) && layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -394,7 +404,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         Py_ssize_t slot = known_slot(self, item);
         if (slot == -2)
             goto done;
-        if (slot < 0 && !is_constant_class(item))
+        if (slot < 0 && !(is_argument(item) && may_be_constant(self, item)))
             goto refuse;
         int graph = 0;
         PyObject *dtype = plain_dtype(item, &graph);

@@ -39,7 +39,8 @@ def _complex_transform(call: Call) -> Iterable[Edge]:
     if not call.is_active(item):
         return []
     under = _under_rows(dims, len(call.shape(item)))
-    return [complex_edge(call, item, tuple(_transform(aten._fft_c2c.default, under, norm, way) for way in (forward, not forward)))]
+    push, pull = (_transform(aten._fft_c2c.default, under, norm, way) for way in (forward, not forward))
+    return [complex_edge(call, item, (push, pull))]
 
 
 def _real_transform(call: Call) -> Iterable[Edge]:

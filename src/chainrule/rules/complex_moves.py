@@ -167,6 +167,7 @@ def summed_to(rows: Staged, like: torch.Tensor) -> Staged:
 
 
 def conjugated(value: Any) -> Any:
+    """The conjugate of a staged value or a number; what is real stays as it is."""
     if isinstance(value, Staged):
         return torch.conj_physical(value) if value.is_complex() else value
     return value.conjugate() if isinstance(value, complex) else value
