@@ -363,8 +363,11 @@ def _linear_of_batch(run: Run, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _products(run: Run, one: Tensor, two: Tensor) -> Any:
-    """Products of as many matrices on both sides, as torch has them: autograd keeps one list of matrices of each side."""
+    """Products of as many matrices on both sides, or with one on the right, as torch has them, with what it keeps."""
     shape, other = one.shape, two.shape
+    if len(shape) > 2 and len(other) == 2 and one.dtype == two.dtype and one.numel() and two.numel():
+        flat = run(aten.mm.default, run(aten.reshape.default, one, [-1, shape[-1]]), two)
+        return run(aten.view.default, flat, [*shape[:-1], other[-1]])
     if len(shape) < 3 or shape[:-2] != other[:-2] or shape[-1] != other[-2] or one.dtype != two.dtype:
         return NotImplemented
     if not one.numel() or not two.numel():
