@@ -81,6 +81,12 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "min": lambda x: x.min() + torch.min(x, 1)[0].sum() + x.min(dim=0)[0].sum() + x.min(OTHER).sum(),
     "minimum": lambda x: torch.minimum(x, OTHER) + x.minimum(OTHER),
     "mm": lambda x: torch.mm(x, SQUARE) + x.mm(SQUARE),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, OTHER, x)
+    + F.scaled_dot_product_attention(x, x, OTHER, is_causal=True)
+    + F.scaled_dot_product_attention(x, x, x, torch.eye(x.shape[0], dtype=torch.bool), scale=0.3),
+    "cross_entropy_loss": lambda x: nn.cross_entropy_loss(x, torch.arange(x.shape[0]), None, 1)
+    + nn.cross_entropy_loss(x, torch.arange(x.shape[0]), None, 2, -100, 0.1),
+    "nll_loss_nd": lambda x: nn.nll_loss_nd(x, torch.arange(x.shape[0]), None, 0, 1),
     "mse_loss": lambda x: F.mse_loss(x, OTHER, reduction="sum") + nn.mse_loss(x, OTHER, 0) + nn.mse_loss(x, OTHER, 1),
     "mv": lambda x: torch.mv(x, OTHER[0]) + x.mv(x[1]),
     "pad": lambda x: F.pad(x, (1, 0, 2, 1)) + nn.pad(x, (1, 0, 2, 1), value=2.0) + F.pad(x[None], (1, 0, 2, 1), mode="reflect")[0],
@@ -105,7 +111,10 @@ def value() -> Tensor:
 def test_as_in_torch(name: str) -> None:
     """Values and derivatives of order one and two agree, the first time and with the plan that was kept."""
     function, x = CALLS[name], value()
-    assert torch.equal(trace(function, (x,), (0,), {}, "trace").out_leaves[0], function(x))
+    # Attention is recorded in parts: sums of a few numbers of order one, in another order than in torch's kernel.
+    unit = 64 * torch.finfo(x.dtype).eps if name == "scaled_dot_product_attention" else 0.0
+    traced = trace(function, (x,), (0,), {}, "trace").out_leaves[0]
+    torch.testing.assert_close(traced, function(x), rtol=unit, atol=unit)
 
     def loss(x: Tensor) -> Tensor:
         return (function(x * x) ** 2).sum()

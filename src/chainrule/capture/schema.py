@@ -49,7 +49,10 @@ class Policy(Protocol):
         """
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
-        """Such a function for calls that torch's own autograd has to reach through."""
+        """As `expansion`, for calls that torch's own autograd has to reach through."""
+
+    def joined_direct(self, op: OpOverload) -> Callable[..., Any] | None:
+        """As `direct`, for such calls."""
 
     def reads_values(self, op: OpOverload) -> bool:
         """Whether the op's derivative needs the values of its inputs or outputs."""
@@ -70,6 +73,7 @@ class OpFacts:
         direct: a composite form whose parts are handed to the tape one by one, or None.
         whole: which calls of an op that has an expansion are recorded as they are.
         joined: the composite form that is recorded when an argument requires grad, or None.
+        joined_direct: such a form whose parts are handed to the tape one by one, or None.
         composite: whether torch defines the op as a composition of others.
         joining: whether the op may be recorded whole where torch's autograd has to see it, too. What autograd keeps for the
             backward must be tensors that the tape knows, since a backward inside of the function is recorded as well: ``WHOLE``
@@ -84,7 +88,7 @@ class OpFacts:
 
     __slots__ = (
         "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
-        "is_view", "joined", "joining", "numbers", "op", "plain", "shaped", "whole", "writes",
+        "is_view", "joined", "joined_direct", "joining", "numbers", "op", "plain", "shaped", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -107,6 +111,7 @@ class OpFacts:
         self.joining = WHOLE if not self.composite or op in _TRANSPARENT else _PRODUCTS.get(op, PARTS)
         self.joined = None if self.writes else policy.joined_expansion(op)
         parts = self.joined is not None or self.expansion is not None
+        self.joined_direct = None if self.writes else policy.joined_direct(op)
         self.direct = None if self.writes or not parts else policy.direct(op)
         apart = self.expansion is not None or self.writes or self.inactive or (self.is_view and not schema.arguments)
         self.plain = not apart

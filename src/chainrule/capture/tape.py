@@ -323,7 +323,8 @@ class Tape(Slots, LightMode):
             return NotImplemented
         below = self.below
         if below is None:
-            return self._run_plain(facts, args, _run_function, function)
+            out = self._run_plain(facts, args, _run_function, function)
+            return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
         return self._run_plain(facts, args, below.run_function, function)
 
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
@@ -356,14 +357,32 @@ class Tape(Slots, LightMode):
             out = self._run_common(facts, args)
             if out is not NotImplemented:
                 return out
-        if self.below is None:
-            return self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
-        return self._run_plain(facts, args, self._run_below)
+        if self.below is not None:
+            return self._run_plain(facts, args, self._run_below)
+        out = self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+        return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
+
+    def _run_joined(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        """An op of tensors with a graph, in parts that torch's autograd may see as they are."""
+        if not _are_plain(args, joined=True) or not self.joins(args) or not self._any_active(args, None):
+            return NotImplemented
+        outer, self._origin = self._origin, self._origin or facts.op
+        try:
+            return facts.joined_direct(self._run_part_here, *args)  # type: ignore[misc]
+        finally:
+            self._origin = outer
 
     def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
-        """An op that is a constant, or recorded in parts, where no other mode has to know and all tensors are plain."""
-        inactive = facts.inactive
-        if self.below is not None or not (inactive or facts.direct is not None) or not _are_plain(args):
+        """An op that is a constant, or recorded in parts."""
+        inactive, below = facts.inactive, self.below
+        if not inactive and facts.direct is None:
+            return NotImplemented
+        if below is not None:
+            if inactive:
+                # Torch shows `detach` to the modes otherwise.
+                out = NotImplemented if facts.is_view else below.run_op(facts.op, args)
+                return out if out is NotImplemented else self._note_inactive(facts, args, out)
+        elif not _are_plain(args, joined=not inactive and _is_grad_enabled()):
             return NotImplemented
         if inactive:
             if not facts.is_view:
@@ -375,7 +394,8 @@ class Tape(Slots, LightMode):
             self.pending.append((facts.op, args, None, out))
             return self._note_inactive(facts, args, out)
         if facts.whole is not None and facts.whole(args, self.kernels):
-            return self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+            alone = self._run_view if facts.is_view else _run_alone
+            return self._run_plain(facts, args, alone if below is None else self._run_below)
         if not facts.is_view and not self._any_active(args, None):
             return NotImplemented
         outer, self._origin = self._origin, self._origin or facts.op
@@ -520,6 +540,8 @@ class Tape(Slots, LightMode):
 
     def _joins_whole(self, facts: OpFacts, args: tuple[Any, ...]) -> bool:
         """Whether torch's autograd keeps no values of a call but the arguments and the result (see ``OpFacts.joining``)."""
+        if facts.joined is not None:
+            return False
         if facts.joining in (WHOLE, PARTS):
             return facts.joining == WHOLE
         first, second = args[0], args[1]
@@ -588,13 +610,15 @@ def _is_elsewhere(tensor: torch.Tensor) -> bool:
     return is_foreign(tensor.__class__) or (level is not None and not level.running)
 
 
-def _are_plain(args: Iterable[Any]) -> bool:
-    """Whether all tensors are torch's own, real, and without a graph."""
+def _are_plain(args: Iterable[Any], *, joined: bool = False) -> bool:
+    """Whether all tensors are torch's own, real, and (unless ``joined``) without a graph."""
     for item in args:
         if isinstance(item, torch.Tensor):
-            if item.__class__ is not torch.Tensor or item.requires_grad or item.is_complex():
+            if item.is_complex() or (item.requires_grad and not joined):
                 return False
-        elif (item.__class__ is list or item.__class__ is tuple) and not _are_plain(item):
+            if item.__class__ is not torch.Tensor and not (joined and item.__class__ is torch.nn.Parameter):
+                return False
+        elif (item.__class__ is list or item.__class__ is tuple) and not _are_plain(item, joined=joined):
             return False
     return True
 

@@ -45,7 +45,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
-    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset)
+    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -101,6 +101,13 @@ static int
 is_tensor(PyObject *item)
 {
     return (PyObject *)Py_TYPE(item) == c_tensor || (PyObject *)Py_TYPE(item) == c_batch_tensor;
+}
+
+/* Whether an object is a tensor that is taken here as an argument of an op. */
+static int
+is_argument(PyObject *item)
+{
+    return is_tensor(item) || (PyObject *)Py_TYPE(item) == c_parameter;
 }
 
 /* A new reference to the constant for a number beside a tensor, or to the number itself. */

@@ -32,6 +32,13 @@ are_plain(PyObject *types)
     return 1;
 }
 
+/* Whether the named arguments of a function of the table change nothing (chainrule.functions.NEUTRAL). */
+static int
+is_neutral(PyObject *kwargs)
+{
+    return PyDict_GET_SIZE(kwargs) == 1 && PyDict_GetItemWithError(kwargs, s_inplace) == Py_False;
+}
+
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
 static PyObject *
 take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *kwargs)
@@ -41,7 +48,7 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return query < 0 ? NULL : PyObject_Call(func, args, kwargs);
     if (!is_near_torch(self) || !are_plain(types))
         return Py_NewRef(Py_NotImplemented);
-    PyObject *function = kwargs == NULL ? PyDict_GetItemWithError(c_table, func) : NULL, *reading = NULL;
+    PyObject *function = kwargs == NULL || is_neutral(kwargs) ? PyDict_GetItemWithError(c_table, func) : NULL, *reading = NULL;
     if (self->kind == TAPE && !PyErr_Occurred())
         reading = PyDict_GetItemWithError(c_readings, func);
     if (PyErr_Occurred())

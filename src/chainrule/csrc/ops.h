@@ -3,33 +3,33 @@
 /* How many arguments of an op are looked at here. */
 #define MOST_ARGUMENTS 24
 
-/* The slot of a tensor without a graph, -1 for a plain one that the tape has not seen; -3 if it is left to Python, -2 with an
- * error set. `touched` is set by one that depends on the inputs. */
+/* The slot of a tensor, -1 for a plain one that the tape has not seen; -3 if it is left to Python, -2 with an error set. */
 static Py_ssize_t
-plain_slot(Handler *self, PyObject *tensor, int *touched)
+plain_slot(Handler *self, PyObject *tensor, Found *seen)
 {
     Py_ssize_t slot = known_slot(self, tensor);
     if (slot == -2)
         return -2;
-    if (slot < 0 && (PyObject *)Py_TYPE(tensor) != c_tensor)
+    if (slot < 0 && !may_be_constant(self, tensor))
         return -3;
     int graph = 0;
     PyObject *dtype = plain_dtype(tensor, &graph);
     if (dtype == NULL)
         return -2;
-    int plain = dtype != Py_None && !graph;
+    int plain = dtype != Py_None && !(graph && (PyObject *)Py_TYPE(tensor) == c_batch_tensor);
     Py_DECREF(dtype);
+    seen->joined |= graph;
     if (!plain || slot >= PyList_GET_SIZE(c_slot_objects))
         return -3;
     if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
-        *touched = 1;
+        seen->touched = 1;
     return slot;
 }
 
 /* What stands in the record for a list of tensors: 1 with a new reference; 0 if it is left to Python; -1 with an error set. With
  * a tensor among them that the tape has not seen it is NULL for now. */
 static int
-lowered_tensors(Handler *self, PyObject *list, int *touched, PyObject **found)
+lowered_tensors(Handler *self, PyObject *list, Found *seen, PyObject **found)
 {
     Py_ssize_t count = PyList_GET_SIZE(list);
     PyObject *lowered = PyTuple_New(count);
@@ -42,7 +42,7 @@ lowered_tensors(Handler *self, PyObject *list, int *touched, PyObject **found)
             PyTuple_SET_ITEM(lowered, place, Py_NewRef(Py_None));
             continue;
         }
-        Py_ssize_t slot = is_tensor(item) ? plain_slot(self, item, touched) : -3;
+        Py_ssize_t slot = is_argument(item) ? plain_slot(self, item, seen) : -3;
         if (slot < -1) {
             Py_DECREF(lowered);
             return slot == -2 ? -1 : 0;
@@ -61,11 +61,11 @@ lowered_tensors(Handler *self, PyObject *list, int *touched, PyObject **found)
 
 /* What stands in the record for an argument, with the same results. */
 static int
-lowered_argument(Handler *self, PyObject *item, int *touched, PyObject **found)
+lowered_argument(Handler *self, PyObject *item, Found *seen, PyObject **found)
 {
     *found = NULL;
-    if (is_tensor(item)) {
-        Py_ssize_t slot = plain_slot(self, item, touched);
+    if (is_argument(item)) {
+        Py_ssize_t slot = plain_slot(self, item, seen);
         if (slot < -1)
             return slot == -2 ? -1 : 0;
         if (slot >= 0)
@@ -79,7 +79,7 @@ lowered_argument(Handler *self, PyObject *item, int *touched, PyObject **found)
             *found = PySequence_Tuple(item);
             return *found == NULL ? -1 : 1;
         }
-        return PyList_CheckExact(item) ? lowered_tensors(self, item, touched, found) : 0;
+        return PyList_CheckExact(item) ? lowered_tensors(self, item, seen, found) : 0;
     }
     /* The sign of a zero is marked in the signature. */
     if (PyFloat_CheckExact(item) && PyFloat_AS_DOUBLE(item) == 0.0 && signbit(PyFloat_AS_DOUBLE(item)))
@@ -108,6 +108,20 @@ may_have_stored_graph(PyObject *args)
     return 0;
 }
 
+/* Whether torch's autograd may see a call of an op here, some argument of which has a graph: 1, 0, or -1 with an error set. */
+static int
+op_joins_whole(Handler *self, PyObject *facts, PyObject *args)
+{
+    if (SLOT(facts, common) != Py_True) /* recorded in parts there */
+        return 0;
+    int may = may_join();
+    if (may > 0)
+        may = joins_whole(self, facts, &PyTuple_GET_ITEM(args, 0));
+    if (may > 0 && PyLong_AsLong(SLOT(facts, joining)) == LINEAR)
+        may = rank_is(PyTuple_GET_ITEM(args, 0), 2); /* see call_joined */
+    return may;
+}
+
 /* Run an op that is only run and recorded, with torch's handlers off. `call` with its own arguments computes it where no other mode
  * has to know. Nothing is done where NotImplemented is returned. */
 static PyObject *
@@ -122,13 +136,14 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
         if (graph)
             return graph < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     }
-    int fresh_count = 0, touched = 0;
+    int fresh_count = 0;
+    Found seen = {0, 0};
     PyObject *out = NULL, *lowered = PyTuple_New(count);
     if (lowered == NULL)
         return NULL;
     for (Py_ssize_t place = 0; place < count; place++) {
         PyObject *found;
-        int taken = lowered_argument(self, PyTuple_GET_ITEM(args, place), &touched, &found);
+        int taken = lowered_argument(self, PyTuple_GET_ITEM(args, place), &seen, &found);
         if (taken <= 0) {
             out = taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
             goto done;
@@ -137,6 +152,13 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
             fresh[fresh_count++] = place;
         else
             PyTuple_SET_ITEM(lowered, place, found);
+    }
+    if (seen.joined) {
+        int may = alone ? op_joins_whole(self, facts, args) : 0;
+        if (may <= 0) {
+            out = may < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+            goto done;
+        }
     }
     if (!alone) {
         out = stands_on_vmap(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view)
@@ -149,7 +171,11 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
         /* Autograd must see views, so that writes through them are counted as writes. */
         if (is_view)
             state.exclude(state.views, false);
+        if (seen.joined)
+            exclude_autograd(false);
         out = PyObject_Call(call, call_args, call_kwargs);
+        if (seen.joined)
+            exclude_autograd(true);
         if (is_view)
             state.exclude(state.views, true);
     }
@@ -165,7 +191,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
         }
     }
     int blocked = is_blocked(self);
-    if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, fresh, fresh_count, touched, out) < 0))
+    if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, fresh, fresh_count, &seen, out) < 0))
         Py_CLEAR(out);
 done:
     Py_DECREF(lowered);

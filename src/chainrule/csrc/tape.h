@@ -185,6 +185,16 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
     return outcome;
 }
 
+/* Whether a tensor that the tape has not seen may be a constant here: a plain one, or one of the vmap below. */
+static int
+may_be_constant(Handler *self, PyObject *tensor)
+{
+    if (is_constant_class(tensor))
+        return 1;
+    return (PyObject *)Py_TYPE(tensor) == c_batch_tensor && self->below != NULL && self->below != Py_None &&
+           SLOT(tensor, level) == self->below && stands_on_vmap(self);
+}
+
 /* Whether a tensor without a slot is one that the tape cannot know by its graph: 1, 0, or -1 with an error set. */
 static int
 constant_is_new(PyObject *tensor)
@@ -209,7 +219,7 @@ slot_or_constant(Handler *self, PyObject *tensor)
     int derived = is_derived(self, tensor);
     if (derived < 0)
         return -1;
-    if (layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
+    if (is_constant_class(tensor) && layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -247,14 +257,21 @@ is_blocked(Handler *self)
     return PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 1;
 }
 
+/* What is found out of the arguments of a call: whether one depends on the inputs, and whether one has a graph. */
+typedef struct {
+    int touched;
+    int joined;
+} Found;
+
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of
  * lists with such tensors), which become constants. */
 static int
 record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh, int fresh_count,
-            int touched, PyObject *out)
+            const Found *seen, PyObject *out)
 {
-    /* They are plain and have no graph: without writes they depend on nothing. */
-    if (fresh_count && !touched && self->alias != NULL && self->alias != Py_None) {
+    int touched = seen->touched;
+    /* Those that have no graph depend on nothing, where nothing was written. */
+    if (fresh_count && !touched && (seen->joined || (self->alias != NULL && self->alias != Py_None))) {
         PyObject *any = PyObject_CallMethodObjArgs((PyObject *)self, s__any_active, args, Py_None, NULL);
         if (any == NULL)
             return -1;
@@ -373,7 +390,8 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     PyObject *out = NULL, *first_dtype = NULL, *constant = NULL;
     PyObject *stored[3];
     Py_ssize_t fresh[3];
-    int fresh_count = 0, touched = 0, joined = 0;
+    int fresh_count = 0;
+    Found seen = {0, 0};
     PyObject *lowered = PyTuple_New(count);
     if (lowered == NULL)
         return NULL;
@@ -386,7 +404,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         Py_ssize_t slot = known_slot(self, item);
         if (slot == -2)
             goto done;
-        if (slot < 0 && !is_constant_class(item))
+        if (slot < 0 && !(is_argument(item) && may_be_constant(self, item)))
             goto refuse;
         int graph = 0;
         PyObject *dtype = plain_dtype(item, &graph);
@@ -399,13 +417,13 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             Py_DECREF(dtype);
         if (!plain || slot >= PyList_GET_SIZE(c_slot_objects) || (graph && (PyObject *)Py_TYPE(item) == c_batch_tensor))
             goto refuse;
-        joined |= graph;
+        seen.joined |= graph;
         if (slot < 0) {
             fresh[fresh_count++] = place;
             continue;
         }
         if (PyList_GET_ITEM(self->active, slot) == Py_True)
-            touched = 1;
+            seen.touched = 1;
         PyTuple_SET_ITEM(lowered, place, Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot)));
     }
     if (number && PyTuple_GET_ITEM(function, NUMBERS) == Py_True && (PyObject *)Py_TYPE(stored[0]) == c_tensor) {
@@ -414,7 +432,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             goto done;
         stored[1] = constant;
     }
-    if (joined) {
+    if (seen.joined) {
         int may = may_join();
         if (may > 0)
             may = joins_whole(self, facts, stored);
@@ -424,7 +442,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             goto refuse;
     }
     if (self->below == NULL || self->below == Py_None)
-        out = joined ? call_joined(function, facts, stored, count) : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
+        out = seen.joined ? call_joined(function, facts, stored, count) : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
     else
         out = run_beneath((Handler *)self->below, function, args, stored, count);
     if (out == NULL || out == Py_NotImplemented)
@@ -435,7 +453,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             Py_CLEAR(out);
         goto done;
     }
-    if (record_call(self, facts, args, lowered, fresh, fresh_count, touched, out) < 0)
+    if (record_call(self, facts, args, lowered, fresh, fresh_count, &seen, out) < 0)
         Py_CLEAR(out);
     goto done;
 refuse:

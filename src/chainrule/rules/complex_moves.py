@@ -24,7 +24,7 @@ Action = Callable[[Program, Staged], Staged]
 Ways = tuple[Action, Action]
 
 
-def _edge(call: Call, item: Any, ways: Ways, output: int = 0) -> Edge:
+def complex_edge(call: Call, item: Any, ways: Ways, output: int = 0) -> Edge:
     """An edge by its pushforward and its pullback, whose rows come in the dtype of the value that they belong to."""
     given, made = call.tensor(item), call.tensor(call.outputs[output])
 
@@ -99,11 +99,11 @@ def _numbers(program: Program, rows: Staged) -> Staged:
 
 def _expansion(call: Call) -> Ways:
     like, shape = call.tensor(call.args[0]), call.shape(call.outputs[0])
-    return _expanded(shape), lambda program, rows: _summed_to(rows, like)
+    return _expanded(shape), lambda program, rows: summed_to(rows, like)
 
 
 def _expanded(shape: tuple[int, ...]) -> Action:
-    return lambda program, rows: torch.broadcast_to(_aligned(rows, len(shape)), (rows.shape[0], *shape))
+    return lambda program, rows: torch.broadcast_to(aligned(rows, len(shape)), (rows.shape[0], *shape))
 
 
 def _total(call: Call) -> Ways:
@@ -127,7 +127,7 @@ def _of_one(ways: Callable[[Call], Ways]) -> Callable[[Call], Iterable[Edge]]:
     """An op with one output whose first argument is its only tensor."""
 
     def edges(call: Call) -> Iterable[Edge]:
-        return [_edge(call, call.args[0], ways(call))] if call.is_active(call.args[0]) else []
+        return [complex_edge(call, call.args[0], ways(call))] if call.is_active(call.args[0]) else []
 
     return edges
 
@@ -137,7 +137,7 @@ def _unbind(call: Call) -> Iterable[Edge]:
     shape = call.shape(item)
     dim = (call.args[1] if len(call.args) > 1 else 0) % len(shape)
     numbers = range(len(call.outputs)) if call.is_active(item) else ()
-    return [_edge(call, item, (_taken(dim, number), _placed(shape, dim, number)), number) for number in numbers]
+    return [complex_edge(call, item, (_taken(dim, number), _placed(shape, dim, number)), number) for number in numbers]
 
 
 def _stack(call: Call) -> Iterable[Edge] | None:
@@ -146,7 +146,7 @@ def _stack(call: Call) -> Iterable[Edge] | None:
         return None
     dim = (call.args[1] if len(call.args) > 1 else 0) % len(shape)
     return [
-        _edge(call, item, (_placed(shape, dim, number), _taken(dim, number)))
+        complex_edge(call, item, (_placed(shape, dim, number), _taken(dim, number)))
         for number, item in enumerate(call.args[0])
         if call.is_active(item)
     ]
@@ -155,7 +155,7 @@ def _stack(call: Call) -> Iterable[Edge] | None:
 # Products. An operand that is real is one of its own dtype: the cotangent's imaginary part is nothing to it.
 
 
-def _summed_to(rows: Staged, like: torch.Tensor) -> Staged:
+def summed_to(rows: Staged, like: torch.Tensor) -> Staged:
     """Rows of cotangents of what a tensor was broadcast to, as those of the tensor."""
     shape = tuple(like.shape)
     lead = rows.dim() - 1 - len(shape)
@@ -166,13 +166,14 @@ def _summed_to(rows: Staged, like: torch.Tensor) -> Staged:
     return torch.real(found) if found.is_complex() and not like.is_complex() else found
 
 
-def _conjugated(value: Any) -> Any:
+def conjugated(value: Any) -> Any:
+    """The conjugate of a staged value or a number; what is real stays as it is."""
     if isinstance(value, Staged):
         return torch.conj_physical(value) if value.is_complex() else value
     return value.conjugate() if isinstance(value, complex) else value
 
 
-def _aligned(rows: Staged, rank: int) -> Staged:
+def aligned(rows: Staged, rank: int) -> Staged:
     """Rows of a tensor of fewer dimensions, broadcast against those of one of ``rank``."""
     shape = tuple(rows.shape)
     return rows if len(shape) > rank else torch.reshape(rows, (shape[0], *[1] * (rank + 1 - len(shape)), *shape[1:]))
@@ -187,13 +188,13 @@ def _product(call: Call) -> Iterable[Edge]:
         like = call.tensor(item)
 
         def push(program: Program, rows: Staged, other: Any = other) -> Staged:
-            value = torch.mul(_aligned(rows, out.dim()), call.stage(program, other))
+            value = torch.mul(aligned(rows, out.dim()), call.stage(program, other))
             return value if tuple(value.shape[1:]) == tuple(out.shape) else torch.broadcast_to(value, (rows.shape[0], *out.shape))
 
         def pull(program: Program, rows: Staged, other: Any = other, like: torch.Tensor = like) -> Staged:
-            return _summed_to(torch.mul(rows, _conjugated(call.stage(program, other))), like)
+            return summed_to(torch.mul(rows, conjugated(call.stage(program, other))), like)
 
-        found.append(_edge(call, item, (push, pull)))
+        found.append(complex_edge(call, item, (push, pull)))
     return found
 
 
@@ -209,14 +210,14 @@ def _sum(call: Call) -> Iterable[Edge] | None:
 
         def push(program: Program, rows: Staged, negative: bool = negative) -> Staged:
             rows = rows if rows.dtype == out.dtype else rows.to(out.dtype)
-            value = torch.broadcast_to(_aligned(rows, out.dim()), (rows.shape[0], *out.shape))
+            value = torch.broadcast_to(aligned(rows, out.dim()), (rows.shape[0], *out.shape))
             return torch.neg(value) if negative else value
 
         def pull(program: Program, rows: Staged, negative: bool = negative, like: torch.Tensor = like) -> Staged:
-            value = _summed_to(rows, like)
+            value = summed_to(rows, like)
             return torch.neg(value) if negative else value
 
-        found.append(_edge(call, item, (push, pull)))
+        found.append(complex_edge(call, item, (push, pull)))
     return found
 
 
@@ -231,12 +232,12 @@ def _matrix_product(call: Call) -> Iterable[Edge]:
             return torch.matmul(rows, call.stage(program, right))
 
         def pull_left(program: Program, rows: Staged) -> Staged:
-            other = _conjugated(call.stage(program, right))
+            other = conjugated(call.stage(program, right))
             if vector:
                 return torch.mul(torch.unsqueeze(rows, -1), other)
             return torch.matmul(rows, torch.transpose(other, -2, -1))
 
-        found.append(_edge(call, left, (push_left, pull_left)))
+        found.append(complex_edge(call, left, (push_left, pull_left)))
     if call.is_active(right):
 
         def push_right(program: Program, rows: Staged) -> Staged:
@@ -244,10 +245,10 @@ def _matrix_product(call: Call) -> Iterable[Edge]:
             return torch.matmul(rows, torch.t(other)) if vector else torch.matmul(other, rows)
 
         def pull_right(program: Program, rows: Staged) -> Staged:
-            other = _conjugated(call.stage(program, left))
+            other = conjugated(call.stage(program, left))
             return torch.matmul(rows, other) if vector else torch.matmul(torch.transpose(other, -2, -1), rows)
 
-        found.append(_edge(call, right, (push_right, pull_right)))
+        found.append(complex_edge(call, right, (push_right, pull_right)))
     return found
 
 
@@ -277,4 +278,4 @@ MOVES: dict[Any, Callable[[Call], Iterable[Edge] | None]] = {
     **dict.fromkeys((aten.mm.default, aten.mv.default, aten.bmm.default), _matrix_product),
 }
 
-__all__ = ["MOVES"]
+__all__ = ["MOVES", "aligned", "complex_edge", "conjugated", "summed_to"]

@@ -114,30 +114,32 @@ def nll_loss(
     The mean over no target is NaN, and its derivatives are zero, as torch's kernels have it.
     """
     classes = 0 if input.dim() == 1 else 1
-    # What depends on the targets alone is a constant: it is not recorded.
-    kept = torch.ne(target, ignored)
-    place = target * kept
+    # What depends on the targets alone is a constant: it is run, but not recorded.
+    kept = run(aten.ne.Scalar, target, ignored)
+    place = run(aten.mul.Tensor, target, kept)
     nothing = torch.zeros((), dtype=input.dtype, device=input.device)
-    picked = run(aten.squeeze.dim, run(aten.gather.default, input, classes, place.unsqueeze(classes)), classes)
+    picked = run(aten.gather.default, input, classes, run(aten.unsqueeze.default, place, classes))
+    picked = run(aten.squeeze.dim, picked, classes)
     if weight is not None:
         shares = run(aten.index.Tensor, weight, [place]) if place.dim() else run(aten.squeeze.dim, run(
-            aten.index_select.default, weight, 0, place.reshape(1)), 0)  # fmt: skip
+            aten.index_select.default, weight, 0, run(aten.view.default, place, [1])), 0)  # fmt: skip
         picked = run(aten.mul.Tensor, picked, shares)
     if reduction not in (_MEAN, _SUM):
-        return run(aten.mul.Tensor, run(aten.where.self, kept, picked, nothing), nothing - 1), nothing
+        return run(aten.neg.default, run(aten.where.self, kept, picked, nothing)), nothing
     if weight is None:
-        total = kept.sum(dtype=input.dtype)
+        total = run(aten.sum.default, run(aten.where.self, kept, nothing + 1, nothing))
     else:
         total = run(aten.sum.default, run(aten.where.self, kept, shares, nothing))
-    scale, rest = nothing - 1, nothing
-    if reduction == _MEAN:
-        scale = run(aten.neg.default, total)
+    if reduction == _SUM or not target.numel():
         # A sum of no terms at all is divided by zero, and has nothing to differentiate.
-        if target.numel() and weight is None:
-            scale, rest = scale.clamp(max=-1), nothing / total
-        elif target.numel():
-            some = kept.any()
-            scale, rest = run(aten.where.self, some, scale, nothing - 1), torch.where(some, nothing, torch.nan)
+        picked = run(aten.neg.default, run(aten.sum.default, run(aten.where.self, kept, picked, nothing)))
+        return picked if reduction == _SUM else run(aten.div.Tensor, picked, total), total
+    if weight is None:
+        scale, rest = run(aten.clamp.default, run(aten.neg.default, total), None, -1), run(aten.div.Tensor, nothing, total)
+    else:
+        some = run(aten.any.default, kept)
+        scale = run(aten.where.self, some, run(aten.neg.default, total), nothing - 1)
+        rest = run(aten.where.self, some, nothing, nothing + math.nan)
     picked = run(aten.where.self, kept, picked, rest)
     return run(aten.div.Tensor, run(aten.sum.default, picked), scale), total
 
@@ -156,8 +158,9 @@ def _cross_entropy(
     loss = run(aten.nll_loss_forward.default, logarithms, target, None, reduction, ignored)[0]
     if not smoothing:
         return loss
-    return smoothed(run, loss, torch.ne(target, ignored).sum(dtype=loss.dtype), logarithms, target, None, reduction, ignored,
-                    smoothing)  # fmt: skip
+    kept = run(aten.ne.Scalar, target, ignored)
+    total = kept.sum(dtype=loss.dtype)  # of plain tensors
+    return smoothed(run, loss, total, logarithms, target, None, reduction, ignored, smoothing)
 
 
 def smoothed(
@@ -178,7 +181,7 @@ def smoothed(
         smoothing: the weight that is shared.
     """
     classes = 0 if logarithms.dim() == 1 else 1
-    kept = torch.ne(target, ignored)
+    kept = run(aten.ne.Scalar, target, ignored)
     nothing = torch.zeros((), dtype=loss.dtype, device=loss.device)
     share = -smoothing / logarithms.shape[classes]
     if weight is not None:
@@ -189,7 +192,7 @@ def smoothed(
         rest = run(aten.sum.default, rest)
     if reduction == _MEAN:
         # Without a target that counts the loss is NaN already.
-        rest = run(aten.div.Tensor, rest, run(aten.where.self, kept.any(), total, nothing + 1))
+        rest = run(aten.div.Tensor, rest, run(aten.where.self, run(aten.any.default, kept), total, nothing + 1))
     rest = run(aten.mul.Tensor, rest, share)
     found: Tensor = run(aten.add.Tensor, run(aten.mul.Tensor, loss, 1 - smoothing), rest)
     return found
@@ -223,10 +226,13 @@ def _attention(
     run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    if mask is not None or dropout or causal or enable_gqa:
+    if mask is not None or dropout or enable_gqa:
         return NotImplemented
     query = run(aten.mul.Tensor, query, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = run(aten.matmul.default, query, run(aten.transpose.int, key, -2, -1))
+    if causal:
+        keep = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool, device=query.device).tril()
+        scores = run(aten.where.self, keep, scores, torch.full((), -math.inf, dtype=scores.dtype, device=query.device))
     return run(aten.matmul.default, run(aten._softmax.default, scores, -1, False), value)
 
 
@@ -346,6 +352,32 @@ def _nll_loss_forward(
     return nll_loss(run, input, target, None, reduction, ignored)
 
 
+def _linear_of_batch(run: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A linear layer on several dimensions as one on a matrix, as torch has it: autograd keeps the matrix."""
+    if input.dim() < 3 or weight.dim() != 2 or not input.numel() or not weight.numel():
+        return NotImplemented
+    shape, whole = input.shape, input.is_contiguous()
+    flat = run(aten.view.default if whole else aten.reshape.default, input, [-1, shape[-1]])
+    out = run(aten.view.default, _linear(run, flat, weight, bias if whole else None), [*shape[:-1], weight.shape[0]])
+    return out if whole or bias is None else run(aten.add.Tensor, out, bias)
+
+
+def _products(run: Run, one: Tensor, two: Tensor) -> Any:
+    """Products of as many matrices on both sides, or with one on the right, as torch has them, with what it keeps."""
+    shape, other = one.shape, two.shape
+    if len(shape) > 2 and len(other) == 2 and one.dtype == two.dtype and one.numel() and two.numel():
+        flat = run(aten.mm.default, run(aten.reshape.default, one, [-1, shape[-1]]), two)
+        return run(aten.view.default, flat, [*shape[:-1], other[-1]])
+    if len(shape) < 3 or shape[:-2] != other[:-2] or shape[-1] != other[-2] or one.dtype != two.dtype:
+        return NotImplemented
+    if not one.numel() or not two.numel():
+        return NotImplemented
+    if len(shape) == 3:
+        return run(aten.bmm.default, one, two)
+    one, two = (run(aten.reshape.default, item, [-1, *item.shape[-2:]]) for item in (one, two))
+    return run(aten.view.default, run(aten.bmm.default, one, two), [*shape[:-1], other[-1]])
+
+
 #: By the op that arrives.
 DIRECT: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: _dropout,
@@ -373,4 +405,11 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.gru.input: _gru,
 }
 
-__all__ = ["DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]
+#: The same for calls that torch's autograd has to see, with what it keeps among the parts.
+JOINED_DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.linear.default: _linear_of_batch,
+    aten.matmul.default: _products,
+    aten.native_layer_norm.default: _layer_norm_in_parts,
+}
+
+__all__ = ["DIRECT", "JOINED_DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]

@@ -31,7 +31,7 @@ from chainrule.rules import (
 )
 from chainrule.rules.base import Rule
 from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, LATE_DECOMPOSITIONS, composite
-from chainrule.rules.direct import DIRECT
+from chainrule.rules.direct import DIRECT, JOINED_DIRECT
 from chainrule.rules.opaque import opaque_rule
 
 
@@ -108,6 +108,10 @@ class Rules:
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""
         return JOINED.get(op)
+
+    def joined_direct(self, op: OpOverload) -> Callable[..., Any] | None:
+        """The same for calls with an argument that requires grad."""
+        return JOINED_DIRECT.get(op)
 
     def reads_values(self, op: OpOverload) -> bool:
         """Whether the op's derivative needs values of the tape."""
