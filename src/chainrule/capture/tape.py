@@ -312,7 +312,8 @@ class Tape(Slots, LightMode):
         if below is None:
             out = self._run_plain(facts, args, _run_function, function)
             return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
-        return self._run_plain(facts, args, below.run_function, function)
+        out = self._run_plain(facts, args, below.run_function, function)
+        return out if out is not NotImplemented else self._run_plain(facts, args, self._run_below)
 
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether a result has no derivative: of a comparison, or of constants without a graph."""
