@@ -266,9 +266,9 @@ class Tape(Slots, LightMode):
             self._record(facts, args, kwargs, out)
         return out
 
-    def _run_part(self, op: OpOverload, *args: Any) -> Any:
+    def _run_part(self, op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         """Run and record an op that is a part of another one, inside of the handler."""
-        if self.below is not None and _count_modes() == self._depth - 1:
+        if self.below is not None and not kwargs and _count_modes() == self._depth - 1:
             # The next mode takes the op itself, if it is one that can.
             without_handlers(True)
             try:
@@ -277,7 +277,7 @@ class Tape(Slots, LightMode):
                 without_handlers(False)
             if out is not NotImplemented:
                 return out
-        return self.__torch_dispatch__(op, (), args)
+        return self.__torch_dispatch__(op, (), args, kwargs)
 
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """A constant for the transform that the tensor belongs to: those around it see the tensor itself, as in torch.func.
@@ -325,7 +325,8 @@ class Tape(Slots, LightMode):
         if below is None:
             out = self._run_plain(facts, args, _run_function, function)
             return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
-        return self._run_plain(facts, args, below.run_function, function)
+        out = self._run_plain(facts, args, below.run_function, function)
+        return out if out is not NotImplemented else self._run_plain(facts, args, self._run_below)
 
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether a result has no derivative: of a comparison, or of constants without a graph."""
@@ -409,14 +410,14 @@ class Tape(Slots, LightMode):
             self._note_derived(args, None, out)
         return out
 
-    def _run_part_here(self, op: OpOverload, *args: Any) -> Any:
+    def _run_part_here(self, op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         """Run and record a part of an op, where torch's handlers are off."""
-        out = self.run_op(op, args)
+        out = NotImplemented if kwargs else self.run_op(op, args)
         if out is not NotImplemented:
             return out
         without_handlers(False)
         try:
-            return op._op(*args)
+            return op._op(*args, **kwargs)
         finally:
             without_handlers(True)
 

@@ -212,8 +212,25 @@ def linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) ->
     return Batched(torch._C._nn.linear(item.value, weight, bias))
 
 
+_PRODUCTS = {(2, 2): matrix_matrix, (2, 1): matrix_vector, (1, 1): vector_vector}
+
+
+def matmul(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """``matmul`` that arrives whole: of matrices and vectors, or of as many matrices on both sides, else it is split."""
+    first, second = args
+    if not (is_batched(first) and is_batched(second)):
+        return NotImplemented
+    product = _PRODUCTS.get((first.rank, second.rank))
+    if product is not None:
+        return Batched(product(first, second, size))
+    if first.rank != second.rank or first.rank < 3 or first.value.shape[:-2] != second.value.shape[:-2]:
+        return NotImplemented
+    return Batched(batch_matrix(first, second, size) if first.rank == 3 else torch.matmul(first.value, second.value))
+
+
 CONTRACTIONS: dict[Any, BatchStrategy] = {
     aten.linear.default: linear,
+    aten.matmul.default: matmul,
     aten.mm.default: mm,
     aten.mv.default: mv,
     aten.dot.default: dot,

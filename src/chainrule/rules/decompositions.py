@@ -148,8 +148,8 @@ def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: in
     return nll_loss(_call, self, target, weight, reduction, ignore_index)
 
 
-def _call(op: OpOverload, *args: Any) -> Any:
-    return op(*args)
+def _call(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
 
 
 def _nll_loss_nd(
