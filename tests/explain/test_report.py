@@ -127,3 +127,15 @@ def test_random_numbers_are_not_used_up():
     torch.manual_seed(0)
     torch.testing.assert_close(chainrule.explain(function)(torch.ones(3)).result, first)
     torch.testing.assert_close(function(torch.ones(3)), second)
+
+
+def test_the_peak_of_a_compiled_function_is_that_of_the_function() -> None:
+    transformed = chainrule.jacobian(lambda x: torch.sin(x) * x.sum())
+    compiled = chainrule.compile(transformed)
+    x = torch.linspace(0.1, 1.0, 30)
+    for _ in range(3):  # a cold one, one with a graph, and one whose calls are written out
+        assert chainrule.explain(compiled)(x).peak == chainrule.explain(transformed)(x).peak > 0
+        compiled(x)
+    assert compiled.cache_info().hits == 2  # type: ignore[attr-defined]
+    within = chainrule.explain(lambda x: compiled(x).sum())(x)
+    assert within.peak >= chainrule.explain(transformed)(x).peak

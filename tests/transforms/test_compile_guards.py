@@ -217,3 +217,123 @@ def test_plain_calls_before_change_nothing() -> None:
     for _ in range(2):
         torch.testing.assert_close(compiled(x), expected)
     assert compiled.cache_info().hits == 1
+
+
+def test_a_gradient_that_decides_a_branch_is_watched() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+
+    def function(x: Tensor) -> Tensor:
+        return x * 2 if p.grad is None else x * 3
+
+    inside = chainrule.grad(lambda x: (x**2).sum() * (2 if p.grad is None else 3))
+    for compiled, plain in ((chainrule.compile(function), function), (chainrule.compile(inside), inside)):
+        for gradient in (None, torch.ones(3), None, torch.zeros(3)):
+            p.grad = gradient
+            for _ in range(4):
+                torch.testing.assert_close(compiled(X), plain(X))
+        p.grad = None
+        assert compiled.cache_info().misses == 2  # type: ignore[attr-defined]
+
+
+def test_a_gradient_of_another_kind_is_watched() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+
+    def function(x: Tensor) -> Tensor:
+        return x * (p.grad.stride(0) if p.grad is not None else 7)
+
+    compiled = chainrule.compile(function)
+    for gradient in (torch.ones(3), torch.ones(6)[::2], torch.ones(3), None):
+        p.grad = gradient
+        for _ in range(4):
+            torch.testing.assert_close(compiled(X), function(X))
+
+
+def test_gradients_that_nobody_reads_are_not_watched() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    gradient = chainrule.grad  # a name that is no attribute of a tensor
+    compiled = chainrule.compile(lambda x: gradient(lambda x: (x**2 * p).sum())(x).sum() + chainrule.grad(torch.sum)(x).sum())
+    for _ in range(6):
+        p.grad = None
+        compiled(X).backward()
+    assert compiled.cache_info().misses == 1
+
+
+def test_the_gradient_of_an_argument_is_refused() -> None:
+    compiled = chainrule.compile(lambda x: x * 2 if x.grad is None else x * 3)
+    with pytest.raises(CompileError, match="grad of an argument"):
+        compiled(X)
+
+
+def test_what_was_put_on_a_tensor_is_watched() -> None:
+    q = torch.ones(3)
+
+    def function(x: Tensor) -> Tensor:
+        return x * getattr(q, "scale", 2.0) * (q.factor if hasattr(q, "factor") else 1)  # type: ignore[attr-defined]
+
+    compiled = chainrule.compile(function)
+
+    def check() -> None:
+        for _ in range(4):
+            torch.testing.assert_close(compiled(X), function(X))
+
+    check()
+    for scale in (5.0, 6.0, 5.0):
+        q.scale = scale  # type: ignore[attr-defined]
+        check()
+    q.factor = torch.tensor(3.0)  # type: ignore[attr-defined]
+    check()
+    q.factor.add_(1)  # type: ignore[attr-defined]
+    check()
+    misses = compiled.cache_info().misses
+    del q.scale  # type: ignore[attr-defined]
+    check()
+    assert compiled.cache_info().misses == misses + 1
+
+
+def test_what_the_code_does_not_name_on_a_tensor_may_change() -> None:
+    q = torch.ones(3)
+    q.count = 0  # type: ignore[attr-defined]
+    compiled = chainrule.compile(lambda x: x * q)
+    for number in range(5):
+        q.count = number  # type: ignore[attr-defined]
+        compiled(X)
+    assert compiled.cache_info().misses == 1
+
+
+def test_a_tensor_that_autograd_forbids_to_use_again() -> None:
+    def function(x: Tensor) -> Tensor:
+        h = x * 2
+        a, b = torch.chunk(h, 2)
+        y = torch.cat([b, a])
+        h.zero_()
+        return y * 3
+
+    compiled = chainrule.compile(function)
+    for _ in range(3):
+        x = torch.randn(4, requires_grad=True)
+        found = compiled(x)
+        torch.testing.assert_close(found, function(x))
+        torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in (found, function(x))))
+    assert compiled.cache_info().eager == 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        chainrule.hessian(lambda x: x.sum()),
+        chainrule.jacfwd(lambda x: x * torch.ones(3) + torch.zeros(3)),
+        chainrule.hessian(lambda x: (x[[0, 1, 1]] * x.flip(0)).sum()),
+        lambda x: (chainrule.hessian(lambda x: (x**2).sum())(x) @ x).sin(),
+    ],
+)
+def test_a_constant_result_keeps_its_graph(function: Callable[..., Any]) -> None:
+    compiled = chainrule.compile(function)
+    for _ in range(4):
+        x = torch.randn(3, requires_grad=True)
+        found, wanted = compiled(x), function(x)
+        assert found.requires_grad and wanted.requires_grad
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted)))
+        with torch.no_grad():
+            assert not compiled(x).requires_grad
+        assert not compiled(x.detach()).requires_grad

@@ -155,3 +155,45 @@ def test_replays_are_not_recorded_under_a_forward_level() -> None:
         for _ in range(4):
             chainrule.vmap(lambda y: y.roll(3).flip(0).logsumexp(0))(forward_ad.make_dual(x, x))
     assert dict(CALLS.known) == known
+
+
+COMPILED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "chain": lambda x: (x * 2).sin() * x,
+    "view": lambda x: x.reshape(2, 2).t() * 3,
+    "linear": lambda x: x * torch.ones(4),
+    "mapped": chainrule.vmap(lambda x: x.sin() * x),
+}
+
+
+@pytest.mark.parametrize("warm", [0, 1, 3])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_functions_carry_tangents(name: str, warm: int) -> None:
+    function = COMPILED[name]
+    compiled = chainrule.compile(function)
+    x = torch.linspace(0.1, 1.0, 4)
+    for _ in range(warm):
+        compiled(x)
+    with forward_ad.dual_level():
+        for _ in range(3):
+            found, wanted = (forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))) for f in (compiled, function))
+            torch.testing.assert_close(found.primal, wanted.primal, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found.tangent, wanted.tangent, rtol=1e-12, atol=1e-12)
+        if not warm:
+            with pytest.raises(chainrule.CompileError, match="dual_level"):
+                compiled.graph(x)  # type: ignore[attr-defined]
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x), function(x), rtol=1e-12, atol=1e-12)
+    assert compiled.cache_info().misses == 1  # type: ignore[attr-defined]
+
+
+def test_a_compiled_derivative_refuses_dual_tensors_before_it_has_a_graph() -> None:
+    compiled = chainrule.compile(chainrule.grad(scalar))
+    x = torch.linspace(0.1, 1.0, 4)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"chainrule\.jvp"):
+        compiled(forward_ad.make_dual(x, x.cos()))
+    compiled(x)
+    for _ in range(3):
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, x.cos()))).tangent
+        assert found is not None
+        torch.testing.assert_close(found, chainrule.hvp(scalar, (x,), (x.cos(),)), rtol=1e-12, atol=1e-12)

@@ -510,8 +510,8 @@ class NoReads(FunctionWatch):
         """The `grad` of a tensor, which is what it is for this call."""
         if self._recorder.is_given(tensor):
             self._recorder.refuse(
-                "the grad of an argument was read, which is not the same in each call. Give it as an argument, or call the function "
-                "without compile."
+                "the grad of an argument was read, which is not the same in each call. Give it as an argument, or call the "
+                "function without compile."
             )
         found = tensor.grad
         if not self._recorder.is_computed(tensor) and (found is None or not self._recorder.is_computed(found)):
@@ -519,7 +519,7 @@ class NoReads(FunctionWatch):
         return found
 
 
-_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 
 #: Read the values of tensors (in lists of tensors, too) where the dispatcher does not see it.
 _MAKERS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})

@@ -21,6 +21,7 @@ from chainrule.capture.surroundings import Surroundings
 from chainrule.dispatch import hide_from_dynamo
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.compiled import Flat, Run
+from chainrule.execute.memory import current_watch
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
@@ -151,12 +152,13 @@ def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callabl
 
     Tensors that `function` closes over (parameters and buffers of modules too) are inputs of the graph: values written
     into them, by an optimiser for instance, are seen by the next call. When something else that `function` reads is replaced
-    (the content of a closure, a global, an attribute of a module), the call is recorded anew. What Python itself computes
-    (printing, appending to a list, random numbers of Python or NumPy) happens only when a call is recorded, which may be
-    twice.
+    (the content of a closure, a global, an attribute of a module or a tensor), the call is recorded anew. What Python
+    itself computes (printing, appending to a list, random numbers of Python or NumPy) happens only when a call is
+    recorded, which may be twice.
 
     Inside other transforms, under a dispatch mode, and when it returns something that is neither a tensor nor a plain
-    value, the function is called as if it had not been compiled.
+    value, the function is called as if it had not been compiled. So are first calls inside of
+    ``torch.autograd.forward_ad.dual_level``, whose tangents a graph that is there carries on.
 
     Args:
         function: a function of tensors, in any nesting of tuples, lists and dictionaries, and of hashable static values.
@@ -220,7 +222,9 @@ class _Compiled:
         self.calls: tuple[Call, ...] = ()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return self.function(*args, **kwargs)
+        if current_ledger() is not None or current_watch() is not None:  # plans are accounted for, not calls of a graph
             return self.function(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
         key = _key(leaves, spec)
@@ -336,7 +340,8 @@ class _Compiled:
             run = flat.cudagraph(values)
         else:
             run = flat.replay()
-        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=[known for _, known in conditions], asked=asked)
+        expected = [known for _, known in conditions]
+        return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=expected, asked=asked)
 
     def _run_recorded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]

@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec
 from chainrule.capture.surroundings import same
 from chainrule.execute.accounts import read_ledger
 from chainrule.execute.compiled import Run
+from chainrule.execute.memory import current_watch
 from chainrule.maps.staging import Instruction
 from chainrule.transforms.arguments import tree_unflatten
 
@@ -39,6 +40,7 @@ _STATE: dict[str, Any] = {
     "function_modes": torch._C._len_torch_function_stack,
     "functorch": torch._C._are_functorch_transforms_active,
     "ledger": read_ledger,
+    "watch": current_watch,
     "autocast": torch._C._is_any_autocast_enabled,
     "grad": torch.is_grad_enabled,
     "inference": torch.is_inference_mode_enabled,
@@ -172,7 +174,7 @@ class _Writer:
         graph, names = self.graph, [f"a{number}" for number in range(len(self.given))]
         state = f"grad() is {torch.is_grad_enabled()} and inference() is {torch.is_inference_mode_enabled()}"
         self.names.update(check=_guard(self.given), default=torch.get_default_dtype())
-        self._unless(f"{state} and dtype() is default and ledger() is None and forward._current_level < 0")
+        self._unless(f"{state} and dtype() is default and ledger() is None and watch() is None and forward._current_level < 0")
         self.lines += ["if dispatch_modes() or function_modes() or functorch() or autocast():", "    return NotImplemented"]
         conditions = [f"check({', '.join(names)})"]
         if not torch.is_grad_enabled():  # torch's guards leave it out then
