@@ -85,3 +85,60 @@ def test_what_cannot_be_done_is_refused() -> None:
         inner(x)
         with pytest.raises(RuntimeError, match="no_grad"):
             chainrule.grad(lambda x: inner(x).sum())(x)  # noqa: B023 - called in this turn
+
+
+def _by_view(y: Tensor, x: Tensor) -> None:
+    y[0].mul_(2)
+    y[1:].add_(x[:-1])
+
+
+def _twice(y: Tensor, x: Tensor) -> None:
+    y.mul_(x)
+    y.add_(y.sin())
+
+
+WRITES = {
+    "mul_ by a number": lambda y, x: y.mul_(2),
+    "mul_": lambda y, x: y.mul_(x),
+    "sin_": lambda y, x: y.sin_(),
+    "copy_": lambda y, x: y.copy_(2 * x),
+    "zero_": lambda y, x: y.zero_(),
+    "set": lambda y, x: y.__setitem__(0, x[1]),
+    "set to a number": lambda y, x: y.__setitem__(0, 3.0),
+    "views": _by_view,
+    "twice": _twice,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("nest", [("jvp", "grad"), ("jacfwd", "jacrev"), ("grad", "jvp"), ("jvp", "jvp", "grad"), ("jvp", "grad", "jvp")])
+def test_writes_change_what_a_tangent_holds_and_not_its_derivative(nest: tuple[str, ...], write: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * x
+        part = y[:2]
+        with torch.no_grad():
+            WRITES[write](y, x)
+        return y * y * y + part.sum() * y
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = torch.randn(3, dtype=D)
+        expected, found = function, function
+        for name in nest:
+            expected, found = LEVELS[name](torch.func, expected), LEVELS[name](chainrule, found)
+        for _ in range(2):
+            torch.testing.assert_close(found(x), expected(x))
+
+
+def test_a_written_square_in_closed_form() -> None:
+    x = torch.tensor([0.5, 2.0], dtype=D)
+
+    def cubes(x: Tensor) -> Tensor:
+        y = x * x
+        with torch.no_grad():
+            y.mul_(2)
+        return (y**3).sum()
+
+    # Along ones the tangent is 3 (2 x^2)^2 * 4 x; the reverse mode takes dy = 2 x dx and dt = 2 dx for y and its tangent t = 4 x.
+    found = chainrule.grad(lambda z: chainrule.jvp(cubes, (z,), (torch.ones_like(z),))[1])(x)
+    torch.testing.assert_close(found, 120 * x**4)

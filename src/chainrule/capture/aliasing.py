@@ -95,6 +95,14 @@ class AliasTracker:
         self.families.setdefault(id(root), []).append(tensor)
         return slot
 
+    def chain(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor, what it is a view of, what that is a view of, and so on."""
+        self._settle_views()
+        found = [tensor]
+        while (link := self.links.get(id(found[-1]))) is not None:
+            found.append(link.parent)
+        return found
+
     def run_write(self, op: OpOverload, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Execute an op that writes to its arguments and record what it did as new values."""
         tape = self.tape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Traced:
         made: where a nest is recorded, the seeds that a linear part was recorded with.
         alone: whether the run serves one request only.
         columns: for each input, the block of it that stands for it on the tape; None where it stands for itself.
-        hidden: where a forward transform runs inside of a reverse one, the records made under ``torch.no_grad()``.
+        steps: where a forward transform runs inside of a reverse one, what was done under ``torch.no_grad()``.
     """
 
     tape: Tape
@@ -91,7 +91,12 @@ class Traced:
     seeds: tuple[torch.Tensor, ...] = ()
     made: list[torch.Tensor] | None = None
     alone: bool = False
-    hidden: set[int] = field(default_factory=set)
+    steps: HiddenSteps | None = None
+
+    @property
+    def hidden(self) -> set[int]:
+        """The records made under ``torch.no_grad()``, where a forward transform runs inside of a reverse one."""
+        return set() if self.steps is None else self.steps.records
 
     def output(self) -> Any:
         """The outputs in the user's structure."""
@@ -112,8 +117,8 @@ class Traced:
         alone = not torch._C._len_torch_dispatch_stack()
         slots = tuple(self.in_slots if inputs is None else inputs)
         request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone)
-        if self.hidden:
-            return run_in_steps(self.tape, self.hidden, request, tensors)
+        if self.steps is not None and self.steps.records:
+            return run_in_steps(self.tape, self.steps, request, tensors)
         return execute(self.tape, request, tensors, last=last)
 
     def rows(self, number: int, size: int) -> Block:
@@ -222,8 +227,7 @@ def _trace(
         watch.add_run(tape)
     out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
     traced = Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
-    if steps is not None:
-        traced.hidden = steps.records
+    traced.steps = steps
     return traced
 
 
