@@ -95,6 +95,47 @@ def test_a_derivative_refuses_what_else_it_uses(name: str) -> None:
             CLOSED[name](x, x.cos())
 
 
+class Square(torch.autograd.Function):
+    """A function of the user's, whose calls a tape does not see op by op."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return 2 * cotangents[0] * ctx.saved_tensors[0]
+
+
+def test_functions_of_the_user_refuse_dual_tensors() -> None:
+    x = torch.linspace(0.1, 1.0, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.cos(), torch.ones_like(x))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"chainrule\.jvp"):
+                chainrule.grad(lambda x: (Square.apply(dual) * x).sum())(x)
+
+
+UNTIED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "detached": lambda x, w: (x**2 * w.detach()).sum(),
+    "compared": lambda x, w: torch.where(x > w, x**2, x**3).sum(),
+    "read": lambda x, w: (x**2 * w.detach()[0].item()).sum() if w.detach()[0] > 0 else x.sum(),
+    "shape": lambda x, w: (x**2 * w.shape[0]).sum(),
+    "ones": lambda x, w: (x**2 * torch.ones_like(w)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_what_has_no_tangent_in_torch_either_is_taken(name: str) -> None:
+    x, w = torch.linspace(0.1, 1.0, 4), torch.full((4,), 0.5)
+    wanted = chainrule.grad(lambda x: UNTIED[name](x, w))(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(w, torch.ones_like(w))
+        for _ in range(3):
+            torch.testing.assert_close(chainrule.grad(lambda x: UNTIED[name](x, dual))(x), wanted, rtol=0, atol=0)
+
+
 MAPPED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "pointwise": lambda x: (x * x * x.sin()).exp() + 2 * x,
     "method": lambda x: x.add(1.0).mul(x),

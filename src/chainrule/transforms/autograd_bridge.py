@@ -19,6 +19,7 @@ import torch
 from torch.autograd.variable import Variable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.slots import Slot
@@ -212,6 +213,7 @@ def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any
 def _apply_under_tape(
     original: Callable[..., Any], function: Any, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    refuse_duals(args, f"autograd.Function {function.__name__} inside of a transform")
     touched = tape.touches(args) and not tape.is_blocked()
     if not touched:
         with without_innermost():

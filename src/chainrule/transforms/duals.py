@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch._ops import OpOverload
@@ -28,17 +27,12 @@ class WatchfulTape(Tape):
         super().__init__(policy, respect_no_grad=respect_no_grad, kernels=kernels)
         self._transform = transform
 
-    def touches(self, args: Iterable[Any]) -> bool:
-        """Whether something among the arguments of a user's function depends on the inputs."""
-        args = [*args]
-        refuse_duals(args, self._transform)
-        return super().touches(args)
-
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one op and record it."""
-        refuse_duals((*args, *(kwargs or {}).values()), self._transform)
+        if not self.facts(func).inactive:  # what has no derivative has no tangent in torch either
+            refuse_duals((*args, *(kwargs or {}).values()), self._transform)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
