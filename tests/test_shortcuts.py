@@ -263,3 +263,10 @@ def test_python_alone():
     )
     environment = os.environ | {"CHAINRULE_PURE_PYTHON": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.filterwarnings("ignore:Truncating the start/stop/step of slice")
+@pytest.mark.parametrize("index", [slice(None, 2**65), slice(0, 2**70), (slice(None), slice(0, 2**66))])
+def test_slices_to_numbers_of_many_digits(index):
+    x = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    torch.testing.assert_close(chainrule.grad(lambda x: (x[index] ** 2).sum())(x), 2 * x)

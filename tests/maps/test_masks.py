@@ -64,3 +64,52 @@ def test_ties_of_maximum():
     for argnums in (0, 1, (0, 1)):
         torch.testing.assert_close(chainrule.grad(total, argnums)(x, y), torch.func.grad(total, argnums)(x, y))
         torch.testing.assert_close(chainrule.hessian(total, argnums)(x, y), torch.func.hessian(total, argnums)(x, y))
+
+
+MASKS = {
+    "relu": F.relu,
+    "clamp": lambda x: x.clamp(min=0),
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "maximum": lambda x: torch.maximum(x, torch.tensor(0.0, dtype=D)),
+    "twice": lambda x: (2 * x.relu()).clamp(min=0),
+}
+SLOPES = {"sqrt": torch.sqrt, "log": torch.log, "power": lambda x: x**0.5, "reciprocal": lambda x: 1 / x}
+READINGS = {
+    "row": lambda x: x[0],
+    "column": lambda x: x.unbind(1)[0],
+    "turned": lambda x: x[None].transpose(1, 2)[0, 0],
+    "slice": lambda x: x[:2, 1:],
+    "flip": lambda x: x.flip(0)[:1],
+    "roll": lambda x: x.roll(1, 1),
+    "list": lambda x: x[torch.tensor([0, 1]), torch.tensor([0, 2])],
+    "mask": lambda x: x[torch.tensor([True, False, True])],
+    "split": lambda x: x.split(2, 1)[0],
+    "gather": lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1], [1, 0]])),
+    "sort": lambda x: x.sort(1)[0],
+    "max": lambda x: x.max(1)[0],
+    "median": lambda x: x.median(1)[0],
+    "diagonal": torch.diagonal,
+    "twice a row": lambda x: 2 * x[0],
+}
+
+
+@pytest.mark.parametrize("slope", SLOPES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_entries_read_behind_a_mask_and_a_slope_without_bounds(mask, slope):
+    x = torch.tensor([[-1.0, 4.0, 9.0, 2.0], [3.0, -2.0, 0.5, -0.3], [1.0, 2.0, 3.0, 5.0]], dtype=D)
+    for name, read in READINGS.items():
+
+        def function(x, read=read):
+            return read(SLOPES[slope](MASKS[mask](x)))
+
+        def total(x):
+            return function(x).sum()  # noqa: B023 - called in this turn
+
+        for transform, f in (("grad", total), ("jacrev", function), ("jacfwd", function)):
+            ours, theirs = getattr(chainrule, transform)(f), getattr(torch.func, transform)(f)(x)
+            for _ in range(2):
+                found = ours(x)
+                known = ~torch.isnan(theirs)
+                assert not torch.isnan(found[known]).any(), (name, transform)
+                torch.testing.assert_close(found[known & ~torch.isnan(found)], theirs[known & ~torch.isnan(found)])

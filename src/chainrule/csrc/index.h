@@ -30,7 +30,17 @@ alone_at(PyObject *part, Py_ssize_t dim)
     return index;
 }
 
-/* A whole number of a slice; `absent` where there is none. 1, 0 if it is something else, -1 with an error set. */
+/* Whether a Python number had more digits than `found` holds; the error is cleared: Python's own path decides. */
+static int
+is_too_large(Py_ssize_t found)
+{
+    if (found != -1 || !PyErr_Occurred())
+        return 0;
+    PyErr_Clear();
+    return 1;
+}
+
+/* A whole number of a slice; `absent` where there is none. 1, or 0 if it is something else or has too many digits. */
 static int
 slice_number(PyObject *item, Py_ssize_t absent, Py_ssize_t *found)
 {
@@ -40,7 +50,7 @@ slice_number(PyObject *item, Py_ssize_t absent, Py_ssize_t *found)
     if (!PyLong_CheckExact(item))
         return 0;
     *found = PyLong_AsSsize_t(item);
-    return *found == -1 && PyErr_Occurred() ? -1 : 1;
+    return !is_too_large(*found);
 }
 
 /* A part that is a number, a slice or None: 1 if it is an op, 2 if it changes nothing, 0 if it is left to Python, -1 with an
@@ -53,9 +63,7 @@ basic_part(PyObject *item, Py_ssize_t dim, Py_ssize_t size, Part *part)
         part->args = Py_BuildValue("(n)", dim);
     } else if (PyLong_CheckExact(item)) {
         Py_ssize_t number = PyLong_AsSsize_t(item);
-        if (number == -1 && PyErr_Occurred())
-            return -1;
-        if (number < -size || number >= size)
+        if (is_too_large(number) || number < -size || number >= size)
             return 0;
         part->op = c_select;
         part->args = Py_BuildValue("(nn)", dim, number);
@@ -64,8 +72,6 @@ basic_part(PyObject *item, Py_ssize_t dim, Py_ssize_t size, Part *part)
         Py_ssize_t start, stop, step;
         int first = slice_number(slice->start, 0, &start), last = slice_number(slice->stop, PY_SSIZE_T_MAX, &stop);
         int each = slice_number(slice->step, 1, &step);
-        if (first < 0 || last < 0 || each < 0)
-            return -1;
         if (!first || !last || !each || step < 1)
             return 0;
         if (start == 0 && stop >= size && step == 1)

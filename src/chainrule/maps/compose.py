@@ -530,7 +530,7 @@ def scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
         node = workspace.memo[key] = Node(
             factor.node.sizes,
             (factor.node,),
-            lambda program, value: program.call(torch.mul, value, scale),
+            lambda program, value: program.scaled(value, scale),
             flops=factor.node.numel,
             moved=2 * factor.node.numel,
             label="scale",

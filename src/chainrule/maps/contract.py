@@ -281,10 +281,15 @@ def outer_product(
     """The product of two arrays whose dimensions are called ``left`` and ``right``, over dimensions ``order``."""
     if (x.slot in program.masks) != (y.slot in program.masks):
         return _selection(program, x, left, y, right, order)
+    both = x.slot in program.masks and not program.graded.intersection((x.slot, y.slot))
     x, y = _common_dtype(x, y)
     if left == right == order and x.value.shape == y.value.shape:
-        return program.call(torch.mul, x, y)
-    return _broadcast_product(program, x, left, y, right, order)
+        made = program.call(torch.mul, x, y)
+    else:
+        made = _broadcast_product(program, x, left, y, right, order)
+    if both and made.dtype.is_floating_point:
+        program.masks[made.slot] = made
+    return made
 
 
 def _broadcast_product(

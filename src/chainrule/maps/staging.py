@@ -158,6 +158,14 @@ class Program:
                 self.graded.add(made.slot)
         return made
 
+    def scaled(self, value: Staged, scale: float) -> Staged:
+        """A value times a number; a mask stays one."""
+        made: Staged = self.call(torch.mul, value, scale)
+        if (mask := self.masks.get(value.slot)) is not None:
+            self.masks[made.slot] = mask
+            self.graded.add(made.slot)
+        return made
+
     def new_slot(self) -> int:
         """A slot that nothing uses."""
         slot = self._slots
