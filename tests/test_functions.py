@@ -114,7 +114,7 @@ def layers(x: Tensor) -> Tensor:
 def test_taken_in_every_nest() -> None:
     x = torch.randn(3)
     assert count_taken(chainrule.grad(layers), x) == 5
-    assert count_taken(chainrule.vmap(chainrule.grad(lambda v: layers(v) if v.dim() else v)), torch.randn(2, 3)) == 4
+    assert count_taken(chainrule.vmap(chainrule.grad(lambda v: layers(v) if v.dim() else v)), torch.randn(2, 3)) == 5
     assert count_taken(chainrule.jacobian(chainrule.vmap(torch.sin)), x) == 1
     assert count_taken(chainrule.vmap(layers), torch.randn(2, 3), kind=VmapMode) == 4
     weight = torch.nn.Parameter(torch.randn(3, 3), requires_grad=False)
