@@ -1,4 +1,4 @@
-"""What the documentation shows runs: examples in docstrings, sessions and blocks of code in README and docs."""
+"""What the documentation shows runs: examples in docstrings, prompts and blocks of code in README and docs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_docstrings(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if ">>>" in p.read_text(encoding="utf-8")], ids=lambda page: page.name)
-def test_sessions(page: Path) -> None:
+def test_prompts(page: Path) -> None:
     found = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS, encoding="utf-8")
     assert found.attempted and not found.failed
 
