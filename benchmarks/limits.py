@@ -8,8 +8,8 @@ LIMITS: dict[str, str] = {
     "beside the kernels), looking the plan up and putting the result together. Kept: handlers, records and constants in C, "
     "torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards, and a call takes as long as "
     "by hand.",
-    "A2": "a plain call makes a tape, records two ops (3 µs each beside the kernels), looks the plan up and puts the result together, some 60 "
-    "µs in some 40 small functions of Python, beside 20 µs of kernels. Of the difference to the formula by hand, 10 µs are the kernels' and the rest those of any call.",
+    "A2": "a plain call makes a tape, records two ops (3 µs each beside the kernels), looks the plan up and puts the result "
+    "together: some 60 µs in some 40 small functions of Python, beside 20 µs of kernels. Compiled it is as fast as by hand.",
     "A3": "as A2.",
     "A7": "bound by writing the result, most of which are zeros: as fast as the formula by hand, or a copy of the result.",
     "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs "
@@ -42,10 +42,11 @@ LIMITS: dict[str, str] = {
     "B7t": "recording in Python: 46 ops, most of them small views inside of `multi_head_attention_forward`; the replay alone is "
     "as fast as torch.autograd. Kept: dropout of nothing is no op, composite ops are recorded in parts in one pass, torch's "
     "Python functions are entered so that the calls in them are taken early.",
-    "B9": "by hand three products and two passes; of a plain call a third is recording three layers through a tape and a vmap, and the "
-    "entry. Compiled it is faster than by hand.",
-    "B20f": "by profile recording in Python: the views, splits and joins inside of `multi_head_attention_forward` on tensors with a graph, "
-    "and layer norms in parts, which torch's autograd has to see one by one. Kept: products, attention and views in C (0.28 before).",
+    "B9": "by hand three products and two passes; of a plain call a third is recording three layers through a tape and a "
+    "vmap, and the entry. Compiled it is faster than by hand.",
+    "B20f": "by profile recording in Python: the views, splits and joins inside of `multi_head_attention_forward` on tensors "
+    "with a graph, and layer norms in parts, which torch's autograd has to see one by one. Kept: products, attention and views "
+    "in C (0.28 before).",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
     "hand.",
     "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",
