@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from chainrule.batching.arguments import Stored, needs_guard, refuse_hidden_backward
 from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.random import run_random
@@ -121,19 +121,19 @@ class VmapMode(LightMode):
             elif arg.__class__ is list or arg.__class__ is tuple:
                 arg = self._unwrap(arg)
                 batched = batched or any_batched(*arg)
-                guarded = guarded or _needs_guard(arg)
+                guarded = guarded or needs_guard(arg)
             inner.append(arg)
         named: dict[str, Any] = {}
         if kwargs:
             named = {key: self._unwrap(value) for key, value in kwargs.items()}
             batched = batched or any_batched(*named.values())
-            guarded = guarded or _needs_guard(named.values())
+            guarded = guarded or needs_guard(named.values())
         if entry.aliases:
             # An alias of a tensor from outside is returned as it is: autograd has seen this op above.
             guarded = ours if args and isinstance(args[0], Tensor) else True
         if guarded:
             if self._records and not torch.is_grad_enabled():
-                _refuse_hidden_backward(func, inner)
+                refuse_hidden_backward(func, inner)
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 return self._run(entry, func, args, kwargs, inner, named, batched)
         if batched and entry.strategy is not None and not entry.aliases and not entry.random:
@@ -254,7 +254,7 @@ class VmapMode(LightMode):
         strategy = entry.strategy
         if strategy is None or entry.random or self._always_guard or self.graphs:
             return NotImplemented
-        stored = _Stored(self)
+        stored = Stored(self)
         inner: list[Any] = []
         for arg in args:
             if isinstance(arg, Tensor):
@@ -598,76 +598,3 @@ class VmapMode(LightMode):
                 output.resize_(result.shape)
             return
         output.copy_(result)
-
-
-class _Stored:
-    """What stands for tensors among the arguments of a strategy, and what that says of the call.
-
-    Attributes:
-        batched: whether one of them carries the batch.
-        joined: whether one of them has a graph.
-        refused: whether one of them is left to torch's dispatcher.
-    """
-
-    __slots__ = ("batched", "joined", "mode", "refused")
-
-    def __init__(self, mode: VmapMode) -> None:
-        self.mode = mode
-        self.batched = self.joined = self.refused = False
-
-    def take(self, item: Tensor) -> Any:
-        """What stands for a tensor."""
-        inner: Any = item
-        value: Any = item
-        if item.__class__ is BatchTensor:
-            if item.level is not self.mode or item.requires_grad:
-                self.refused = True
-                return item
-            inner = value = item.inner
-            if inner.__class__ is Batched:
-                self.batched, value = True, inner.value
-        elif item.__class__ is not Tensor and is_foreign(item.__class__):
-            self.refused = True
-            return item
-        self.refused = self.refused or value.is_complex()
-        self.joined = self.joined or value.requires_grad
-        return inner
-
-
-_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-
-
-def _refuse_hidden_backward(func: Any, inner: Sequence[Any]) -> None:
-    """Refuse a user's `torch.autograd.Function` on a value whose gradient is recorded outside of vmap.
-
-    Its forward runs without recording, so that the gradient of the result would silently be nothing: the user's
-    backward belongs to the tensors that the function sees, and the gradient is wanted of the stored ones.
-
-    Raises:
-        RuntimeError: the op runs inside such a forward.
-
-    """
-    values = [item.value if item.__class__ is Batched else item for item in inner]
-    if not any(isinstance(value, Tensor) and value.requires_grad for value in values):
-        return
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _FUNCTION_APPLY:
-            raise RuntimeError(
-                f"vmap: a torch.autograd.Function was applied (it ran {func}) to a tensor that requires a gradient "
-                "outside of vmap. Its backward would not be used, and the gradient would be lost. Take the gradient "
-                "with a chainrule transform, or inside the mapped function, or detach the inputs."
-            )
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-def _needs_guard(items: Any) -> bool:
-    for item in items:
-        if item.__class__ is Batched:
-            item = item.value
-        if isinstance(item, Tensor):
-            if item.requires_grad or item.is_complex():
-                return True
-        elif isinstance(item, (list, tuple)) and _needs_guard(item):
-            return True
-    return False

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
-from chainrule.calls import shared_constant
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
+from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
 from chainrule.capture.schema import LINEAR, MATMUL, PARTS, WHOLE, OpFacts, Policy, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.shortcuts import COMPILED, TAPE, configure, use_facts
-from chainrule.subclasses import is_foreign
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -57,18 +56,6 @@ _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
 use_facts(OpFacts)
-
-
-def _have_stored_graphs(args: Iterable[Any]) -> bool:
-    """Whether what a mapped tensor stands for, at some depth, has a graph of torch's."""
-    if not torch.is_grad_enabled():
-        return False
-    for item in args:
-        while hasattr(item, "level"):
-            item = item.inner if isinstance(item.inner, torch.Tensor) else item.inner.value
-            if item.requires_grad:
-                return True
-    return False
 
 
 def _differentiable(tensor: Any) -> bool:
@@ -215,7 +202,7 @@ class Tape(Slots, LightMode):
         facts = self._facts.get(id(func)) or self.facts(func)
         if facts.common:
             if not kwargs:
-                out = self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+                out = self._run_plain(facts, args, self._run_view if facts.is_view else run_alone)
                 if out is not NotImplemented:
                     return out
             joins = self.joins(args)
@@ -235,7 +222,7 @@ class Tape(Slots, LightMode):
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
-        in_parts = facts.joined is not None and (joins or _have_stored_graphs(args))
+        in_parts = facts.joined is not None and (joins or have_stored_graphs(args))
         expansion = facts.joined if in_parts else facts.expansion
         if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels):
             expansion = None
@@ -323,7 +310,7 @@ class Tape(Slots, LightMode):
             return NotImplemented
         below = self.below
         if below is None:
-            out = self._run_plain(facts, args, _run_function, function)
+            out = self._run_plain(facts, args, run_function_alone, function)
             return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
         out = self._run_plain(facts, args, below.run_function, function)
         return out if out is not NotImplemented else self._run_plain(facts, args, self._run_below)
@@ -352,7 +339,7 @@ class Tape(Slots, LightMode):
             return NotImplemented
         if not facts.plain:
             return self._run_uncommon(facts, args)
-        if facts.joined is not None and _have_stored_graphs(args):
+        if facts.joined is not None and have_stored_graphs(args):
             return NotImplemented
         if COMPILED:
             out = self._run_common(facts, args)
@@ -360,12 +347,12 @@ class Tape(Slots, LightMode):
                 return out
         if self.below is not None:
             return self._run_plain(facts, args, self._run_below)
-        out = self._run_plain(facts, args, self._run_view if facts.is_view else _run_alone)
+        out = self._run_plain(facts, args, self._run_view if facts.is_view else run_alone)
         return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
 
     def _run_joined(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         """An op of tensors with a graph, in parts that torch's autograd may see as they are."""
-        if not _are_plain(args, joined=True) or not self.joins(args) or not self._any_active(args, None):
+        if not are_plain(args, joined=True) or not self.joins(args) or not self._any_active(args, None):
             return NotImplemented
         outer, self._origin = self._origin, self._origin or facts.op
         try:
@@ -383,7 +370,7 @@ class Tape(Slots, LightMode):
                 # Torch shows `detach` to the modes otherwise.
                 out = NotImplemented if facts.is_view else below.run_op(facts.op, args)
                 return out if out is NotImplemented else self._note_inactive(facts, args, out)
-        elif not _are_plain(args, joined=not inactive and _is_grad_enabled()):
+        elif not are_plain(args, joined=not inactive and _is_grad_enabled()):
             return NotImplemented
         if inactive:
             if not facts.is_view:
@@ -395,7 +382,7 @@ class Tape(Slots, LightMode):
             self.pending.append((facts.op, args, None, out))
             return self._note_inactive(facts, args, out)
         if facts.whole is not None and facts.whole(args, self.kernels):
-            alone = self._run_view if facts.is_view else _run_alone
+            alone = self._run_view if facts.is_view else run_alone
             return self._run_plain(facts, args, alone if below is None else self._run_below)
         if not facts.is_view and not self._any_active(args, None):
             return NotImplemented
@@ -470,7 +457,7 @@ class Tape(Slots, LightMode):
                 if item == 0 and kind is float:
                     self._mark_sign(item)
             elif isinstance(item, torch.Tensor):
-                if item.is_complex() or (kind is not torch.Tensor and _is_elsewhere(item)):
+                if item.is_complex() or (kind is not torch.Tensor and is_elsewhere(item)):
                     return NotImplemented
                 joined = joined or item.requires_grad
                 if new is None:
@@ -486,7 +473,7 @@ class Tape(Slots, LightMode):
                     joined = joined or one.requires_grad
                     slot = known(id(one))
                     if slot is None:
-                        if one.__class__ is not torch.Tensor and _is_elsewhere(one):
+                        if one.__class__ is not torch.Tensor and is_elsewhere(one):
                             return NotImplemented
                     elif active[slot]:
                         touched = True
@@ -500,7 +487,7 @@ class Tape(Slots, LightMode):
             out = run(facts if given is None else given, args)
         elif not _is_grad_enabled() or not self._joins_whole(facts, args):
             return NotImplemented
-        elif self.below is None or run is _run_alone:  # torch's own autograd has to see the call
+        elif self.below is None or run is run_alone:  # torch's own autograd has to see the call
             with _ForceDispatchKeyGuard(*self._outside):
                 if facts.joining == LINEAR and args[0].dim() == 1:
                     out = linear_of_vector(*args)
@@ -603,44 +590,6 @@ class Tape(Slots, LightMode):
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
         return (tuple(self.key), tuple(self.inputs), extra)
-
-
-def _is_elsewhere(tensor: torch.Tensor) -> bool:
-    """Whether the elements of a tensor are not where they seem to be, and no mode sees to that: only its class says what is."""
-    level = getattr(tensor, "level", None)
-    return is_foreign(tensor.__class__) or (level is not None and not level.running)
-
-
-def _are_plain(args: Iterable[Any], *, joined: bool = False) -> bool:
-    """Whether all tensors are torch's own, real, and (unless ``joined``) without a graph."""
-    for item in args:
-        if isinstance(item, torch.Tensor):
-            if item.is_complex() or (item.requires_grad and not joined):
-                return False
-            if item.__class__ is not torch.Tensor and not (joined and item.__class__ is torch.nn.Parameter):
-                return False
-        elif (item.__class__ is list or item.__class__ is tuple) and not _are_plain(item, joined=joined):
-            return False
-    return True
-
-
-def _run_alone(facts: OpFacts, args: tuple[Any, ...]) -> Any:
-    """Run an op as it arrives at the handler."""
-    if facts.numbers and args[-1].__class__ is float and len(args) == 2 and _is_seen_by_none(args[0]):
-        return facts.fast(args[0], shared_constant(args[1], args[0].dtype))
-    return facts.fast(*args)
-
-
-def _run_function(function: Function, args: tuple[Any, ...]) -> Any:
-    """Run a function of the table by torch itself."""
-    if function.numbers and (args[1].__class__ is float or args[1].__class__ is int) and args[0].__class__ is torch.Tensor:
-        return function.call(args[0], shared_constant(args[1], args[0].dtype))
-    return function.call(*args)
-
-
-def _is_seen_by_none(tensor: Any) -> bool:
-    """Whether a number beside a tensor may be a constant: no other mode sees the call."""
-    return tensor.__class__ is torch.Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def _returns_one(func: Any) -> bool:
