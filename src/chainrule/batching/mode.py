@@ -267,7 +267,7 @@ class VmapMode(LightMode):
         batched, joined = stored.batched, stored.joined
         if not batched or (joined and self._records and not torch.is_grad_enabled()):
             return NotImplemented
-        if self._calls is not None and self.below is None and not joined:
+        if self._calls is not None and self.below is None:
             out = self._calls.op(self, entry, args, inner)
             if out is not NotImplemented:
                 return out

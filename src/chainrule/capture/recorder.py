@@ -26,6 +26,9 @@ HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm
 #: Ops whose answer to Python depends on the kind of tensor only, not on its values.
 _QUERIES = frozenset({aten.cudnn_is_acceptable.default})
 
+#: Where the share of the values that an op drops at random stands among its arguments.
+_DROPPING = {aten._scaled_dot_product_flash_attention_for_cpu.default: 3}
+
 #: Whether an op has to run in each run of the program, by its identity (see :func:`_is_kept`).
 _KEPT_OPS: dict[int, tuple[Any, bool]] = {}
 
@@ -116,7 +119,7 @@ class Recorder(LightMode):
         written: Sequence[torch.Tensor] = (),
     ) -> None:  # fmt: skip
         """Write down an op that ran: as a call, or its result as a constant."""
-        keep = _is_kept(func) and not _is_gather(func, args)
+        keep = _is_kept(func) and not (_is_gather(func, args) or _draws_nothing(func, args))
         if keep:
             self._on_unrepeatable(func)
         keep = keep or (out is None and not written)
@@ -263,6 +266,14 @@ class Recorder(LightMode):
 def _is_gather(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an op reads at places given by whole numbers: with masks among them its result's shape depends on values."""
     return func is aten.index.Tensor and all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _draws_nothing(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an op that may drop values at random drops none."""
+    place = _DROPPING.get(func)
+    return place is not None and (len(args) <= place or args[place] == 0.0)
+
+
 def _is_kept(func: Any) -> bool:
     """Whether a replay of an op could give something else than the recorded run says."""
     known = _KEPT_OPS.get(id(func))
