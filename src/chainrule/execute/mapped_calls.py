@@ -167,7 +167,7 @@ class MappedCalls:
     def _record_joined(
         self, key: Any, mode: VmapMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, values: list[Tensor]
     ) -> Any:
-        """Record a call on copies of its tensors without their graphs: what autograd makes of views is not known to a recorder."""
+        """Record a call on copies of its tensors without graphs: what autograd makes of views is not known to a recorder."""
         if function in _STOPPING or _writes(function):
             return NotImplemented
         copies = _copies(values)
