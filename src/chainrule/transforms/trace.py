@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import numbers_to_values
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
-from chainrule.execute.engine import execute
+from chainrule.execute.engine import execute, execute_known
 from chainrule.execute.memory import current_watch
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
-from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, refuse_inside_torch_func, split_aux, tree_unflatten
+from chainrule.transforms.arguments import (
+    PLAIN_ARGUMENT,
+    flatten_inputs,
+    flatten_outputs,
+    refuse_inside_torch_func,
+    split_aux,
+    tree_unflatten,
+)
 from chainrule.transforms.duals import WatchfulTape
 from chainrule.transforms.steps import HiddenSteps, is_inside_reverse, run_in_steps
 
@@ -121,6 +129,20 @@ class Traced:
             return run_in_steps(self.tape, self.steps, request, tensors)
         return execute(self.tape, request, tensors, last=last)
 
+    def known_block(self, order: str, cast: str = "input") -> torch.Tensor | None:
+        """The Jacobian of one output with respect to one argument, if its plan is known; nothing else is asked of the run then.
+
+        None, with nothing done, where :meth:`run` has to be called.
+        """
+        if len(self.out_slots) != 1 or self.in_spec is not PLAIN_ARGUMENT or self.steps is not None:
+            return None
+        slot = self.out_slots[0]
+        if slot is None:
+            return None
+        request = _block_request(self.in_slots[0], slot, order, cast, not torch._C._len_torch_dispatch_stack())
+        found = execute_known(self.tape, request)
+        return None if found is None else found[0]
+
     def rows(self, number: int, size: int) -> Block:
         """Append the choice of ``size`` elements of an output to the tape."""
         leaf = self.out_leaves[number]
@@ -130,6 +152,11 @@ class Traced:
         slot, index_slot = self.tape.slot_of(chosen), self.tape.slot_of(index)
         assert slot is not None and index_slot is not None
         return Block(self.tape, slot, index_slot, size, leaf.numel())
+
+
+@lru_cache(maxsize=1024)
+def _block_request(source: int, slot: int, order: str, cast: str, alone: bool) -> Request:
+    return Request("jacobian", (source,), (slot,), order, (), cast, alone)
 
 
 def fresh_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,7 +208,8 @@ def _trace(
 ) -> Traced:
     """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down."""
     refuse_inside_torch_func(transform)
-    in_leaves, in_spec = flatten_inputs(tuple([args[number] for number in argnums]), transform)
+    given = (args[argnums[0]],) if len(argnums) == 1 else tuple([args[number] for number in argnums])
+    in_leaves, in_spec = flatten_inputs(given, transform)
     grad_enabled = torch.is_grad_enabled()
     if not grad_enabled:
         torch._C._set_grad_enabled(True)
@@ -203,14 +231,18 @@ def _trace(
                 aliases[number], block = _in_blocks(tape, alias, column_block)
                 in_slots.append(block.slot)
                 columns.append(block)
-        called: Sequence[Any] = tree_unflatten(aliases, in_spec)
+        called: Sequence[Any] = aliases if in_spec is PLAIN_ARGUMENT else tree_unflatten(aliases, in_spec)
         if len(argnums) < len(args) or argnums != tuple(range(len(args))):
             values, called = called, [*args]
             for number, value in zip(argnums, values, strict=True):
                 called[number] = value
         steps = HiddenSteps(tape) if noted else None
-        with BelowAutograd(), tape, steps or nullcontext():
-            output = function(*called, **kwargs)
+        with BelowAutograd(), tape:
+            if steps is None:
+                output = function(*called, **kwargs)
+            else:
+                with steps:
+                    output = function(*called, **kwargs)
     finally:
         if not grad_enabled:
             torch._C._set_grad_enabled(False)
