@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from chainrule.capture.schema import LINEAR, MATMUL, PARTS, WHOLE, OpFacts, Poli
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
-from chainrule.shortcuts import COMPILED, TAPE, configure, use_facts
+from chainrule.shortcuts import COMPILED, configure, use_facts
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -80,40 +81,30 @@ class Tape(Slots, LightMode):
     reads_data = True
     supports_higher_order_operators = True
 
+    records: list[Record]
+    #: View calls that were not looked at yet: they matter only once something is written.
+    pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
+    _facts: dict[int, OpFacts]
+    #: Whether an op was taken for a constant because of torch.no_grad().
+    saw_blocked = False
+    #: How many values the tapes around this one had when it began.
+    _begun: Mapping[int, int] = MappingProxyType({})
+    _others: OtherObjects | None = None
+
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True, kernels: bool = False) -> None:
-        super().__init__()
+        self._begin(_FACTS.get(policy) or _FACTS.setdefault(policy, {}), respect_no_grad)
         self.kernels = kernels
-        self.kind = TAPE
         self.policy = policy
-        self.values: list[Any] = []
-        self.active: list[bool] = []
-        self.records: list[Record] = []
         self.inputs: list[int] = []
-        self.key: list[Any] = []
-        self.slots: dict[int, int] = {}
         # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
         self.kept: list[Any] = []
-        self.respect_no_grad = respect_no_grad
-        # Constants for differentiation that are computed from what depends on the inputs, by identity, and those of them that
-        # have a slot.
-        self._derived: dict[int, Any] = {}
+        # Those constants for differentiation that are computed from what depends on the inputs and have a slot.
         self.derived: set[int] = set()
-        # Whether an op was taken for a constant because of torch.no_grad().
-        self.saw_blocked = False
-        # View calls that were not looked at yet: they matter only once something is written.
-        self.pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]] = []
-        self._alias: AliasTracker | None = None
-        self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
-        self.settle()
-        # How many values the tapes around this one had when it began.
-        self._begun: dict[int, int] = {}
-        for place in range(_count_modes()):
-            if isinstance(mode := _mode_at(place), Tape):
-                self._begun[id(mode)] = len(mode.values)
         # What plans computed on this tape that serves further seeds.
         self.prepared: dict[Any, Any] = {}
-        self._origin: Any = None
-        self._others: OtherObjects | None = None
+        self.settle()
+        if count := _count_modes():
+            self._begun = {id(mode): len(mode.values) for n in range(count) if isinstance(mode := _mode_at(n), Tape)}
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""

@@ -28,6 +28,7 @@ typedef struct {
     PyObject *derived;
     PyObject *pending;
     char sees_views;
+    PyObject *entered;
 } Handler;
 
 /* What `configure` is given, by name. */
@@ -36,7 +37,7 @@ typedef struct {
     X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
     X(fresh) X(comparisons) X(readings) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
-    X(mv) X(addmv) X(default_dtype)
+    X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -45,7 +46,8 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
-    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace)
+    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
+    X(takes_functions) X(reads_data) X(_enter) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)

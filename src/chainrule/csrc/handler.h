@@ -117,6 +117,7 @@ handler_traverse(Handler *self, visitproc visit, void *arg)
     Py_VISIT(self->alias);
     Py_VISIT(self->derived);
     Py_VISIT(self->pending);
+    Py_VISIT(self->entered);
     return 0;
 }
 
@@ -134,6 +135,7 @@ handler_clear(Handler *self)
     Py_CLEAR(self->alias);
     Py_CLEAR(self->derived);
     Py_CLEAR(self->pending);
+    Py_CLEAR(self->entered);
     return 0;
 }
 
@@ -161,6 +163,9 @@ static PyMethodDef handler_methods[] = {
      "Take a function of the table; whatever is not plain goes to take_function."},
     {"_run_common", (PyCFunction)(void (*)(void))handler_run_common, METH_FASTCALL,
      "Run an op of plain arguments and record it; NotImplemented, with nothing done, for others."},
+    {"__enter__", (PyCFunction)handler_enter, METH_NOARGS, "Enter the mode."},
+    {"__exit__", (PyCFunction)(void (*)(void))handler_exit, METH_FASTCALL, "Leave the mode."},
+    {"_begin", (PyCFunction)(void (*)(void))handler_begin, METH_FASTCALL, "Make the tables of a tape."},
     {NULL},
 };
 
@@ -182,6 +187,7 @@ static PyMemberDef handler_members[] = {
     {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
     {"_derived", T_OBJECT, offsetof(Handler, derived), 0, NULL},
     {"pending", T_OBJECT, offsetof(Handler, pending), 0, NULL},
+    {"_entered", T_OBJECT, offsetof(Handler, entered), 0, NULL},
     {"_sees_views", T_BOOL, offsetof(Handler, sees_views), 0, NULL},
     {NULL},
 };
