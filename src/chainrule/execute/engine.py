@@ -284,7 +284,7 @@ def execute(
 
 
 def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] | None:
-    """The results of a Jacobian, the last thing that is asked of a tape, in the order of their keys; None if its plan is not known.
+    """The results of a Jacobian, the last thing asked of a tape, in the order of their keys; None if its plan is not known.
 
     This is :func:`execute` for the commonest request, with less on the way; where it gives None, nothing was done.
 
