@@ -151,3 +151,8 @@ SHAPED = frozenset((*(getattr(torch, name) for name in _LIKE), *(getattr(torch.T
 FRESH = COMPARISONS | SHAPED | {
     *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to"))
 }
+
+#: Methods that change the dtype of a tensor, and to which: None for the one that is told.
+CONVERSIONS: dict[Any, torch.dtype | None] = {
+    torch.Tensor.to: None, torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64,
+}  # fmt: skip

@@ -561,8 +561,20 @@ class Tape(Slots, LightMode):
             return outputs
         outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
         self.key.append((self._key_of(func), args, kwargs, tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
-        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func)), self._origin))
+        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and self._returns_one(func)), self._origin))
         return outputs
+
+    def _returns_one(self, func: Any) -> bool:
+        return isinstance(func, OpOverload) and self.facts(func).one
+
+    def reads_values(self, func: Any) -> bool:
+        """Whether an op's derivative needs the values of its inputs or outputs."""
+        if not isinstance(func, OpOverload):
+            return self.policy.reads_values(func)
+        facts = self.facts(func)
+        if facts.reads is None:
+            facts.reads = self.policy.reads_values(func)
+        return facts.reads
 
     def _key_of(self, func: Any) -> Any:
         return self.facts(func) if isinstance(func, OpOverload) else func
@@ -581,9 +593,3 @@ class Tape(Slots, LightMode):
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
         return (tuple(self.key), tuple(self.inputs), extra)
-
-
-def _returns_one(func: Any) -> bool:
-    if not isinstance(func, OpOverload):
-        return False
-    return len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor"

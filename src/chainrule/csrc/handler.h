@@ -66,7 +66,7 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
-    if (fresh < 0 || (function == NULL && reading == NULL && !fresh))
+    if (fresh < 0 || (function == NULL && reading == NULL && !fresh)) /* conversions are among the fresh ones */
         return fresh < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
@@ -77,6 +77,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
+    if (out == Py_NotImplemented && fresh + (func == c_where))
+        Py_SETREF(out, run_converted(self, func, args, kwargs));
     if (out == Py_NotImplemented && reading != NULL && func == c_getitem)
         Py_SETREF(out, kwargs == NULL ? run_index(self, func, args) : Py_NewRef(Py_NotImplemented));
     else if (out == Py_NotImplemented && reading != NULL)
