@@ -53,6 +53,8 @@ _count_modes = torch._C._len_torch_dispatch_stack
 _mode_at = torch._C._get_dispatch_stack_at
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _excludes = torch._C._dispatch_tls_is_dispatch_key_excluded
+_included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_local_exclude_set
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
@@ -133,7 +135,10 @@ class Tape(Slots, LightMode):
 
     def add_input(self, tensor: torch.Tensor) -> int:
         """Make ``tensor`` (a fresh alias that nobody else holds) an input of the tape."""
-        slot = self._append(tensor, True)
+        slot = len(self.values)
+        self.values.append(tensor)
+        self.active.append(True)
+        self.slots[id(tensor)] = slot
         self.inputs.append(slot)
         self.key.append(meta(tensor))
         return slot
@@ -154,7 +159,7 @@ class Tape(Slots, LightMode):
 
     def settle(self) -> None:
         """Take what is active now (autograd, other modes) for what lies outside of this tape."""
-        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        self._outside = (_included(), _excluded())
         # Whether torch keeps track there of which tensors are views of which.
         self._sees_views = not _excludes(_VIEWS)
 

@@ -22,7 +22,9 @@ from chainrule.execute.engine import execute, execute_known
 from chainrule.execute.memory import current_watch
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
+from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
+    LEAF,
     PLAIN_ARGUMENT,
     flatten_inputs,
     flatten_outputs,
@@ -208,13 +210,16 @@ def _trace(
 ) -> Traced:
     """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down."""
     refuse_inside_torch_func(transform)
-    given = (args[argnums[0]],) if len(argnums) == 1 else tuple([args[number] for number in argnums])
-    in_leaves, in_spec = flatten_inputs(given, transform)
+    leaf = args[argnums[0]] if len(argnums) == 1 else None
+    plain = leaf.__class__ is torch.Tensor and leaf.dtype in FLOATING
+    in_leaves, in_spec = (
+        ([leaf], PLAIN_ARGUMENT) if plain else flatten_inputs(tuple([args[number] for number in argnums]), transform)
+    )
     grad_enabled = torch.is_grad_enabled()
     if not grad_enabled:
         torch._C._set_grad_enabled(True)
     try:
-        aliases = [fresh_alias(leaf) for leaf in in_leaves]
+        aliases = [fresh_alias(in_leaves[0])] if plain else [fresh_alias(leaf) for leaf in in_leaves]
         kernels = single and not torch._C._len_torch_dispatch_stack()
         if forward_ad._current_level < 0:
             tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
@@ -254,10 +259,10 @@ def _trace(
                 lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
             )
     numbers_to_values(tape)
-    out_leaves, out_spec = flatten_outputs(output, transform, function)
+    out_leaves, out_spec = ([output], LEAF) if output.__class__ is torch.Tensor else flatten_outputs(output, transform, function)
     if (watch := current_watch()) is not None:
         watch.add_run(tape)
-    out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
+    out_slots = [active_slot(tape, out) for out in out_leaves]
     traced = Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
     traced.steps = steps
     return traced
@@ -277,7 +282,9 @@ def _in_blocks(tape: Tape, tensor: torch.Tensor, size: int) -> tuple[torch.Tenso
 
 def active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
     """The slot of an output, None for one that does not depend on the inputs."""
-    slot = tape.slot_of(leaf)
+    slot = tape.slots.get(id(leaf))
+    if slot is None:
+        slot = tape.slot_of(leaf)
     return slot if slot is not None and tape.active[slot] else None
 
 
