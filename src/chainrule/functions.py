@@ -139,7 +139,7 @@ def _comparisons() -> frozenset[Any]:
 #: Functions without derivatives.
 COMPARISONS = _comparisons()
 
-_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
+_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
 
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")

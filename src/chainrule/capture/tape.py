@@ -43,6 +43,9 @@ class Record(NamedTuple):
     origin: Any = None
 
 
+#: Classes of what a list holds of which a new tensor is made.
+_NUMBERS = frozenset({int, float, bool})
+
 #: Per policy, by the identity of the overload (its own hash is slow); the facts keep the overload alive.
 _FACTS: dict[Any, dict[int, OpFacts]] = {}
 #: Makes a record in half the time of its own constructor.
@@ -320,7 +323,10 @@ class Tape(Slots, LightMode):
             if kind is torch.Tensor:
                 if item.requires_grad:
                     return False
-            elif isinstance(item, (torch.Tensor, list)) or (kind is tuple and not all([n.__class__ is int for n in item])):
+            elif kind is list or kind is tuple:
+                if not all([n.__class__ in _NUMBERS for n in item]):
+                    return False
+            elif isinstance(item, (torch.Tensor, list, tuple)):
                 return False
         return func in COMPARISONS or func in SHAPED or not self._any_active(args, kwargs)
 

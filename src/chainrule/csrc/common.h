@@ -99,6 +99,20 @@ is_number(PyObject *item)
     return PyFloat_CheckExact(item) || PyLong_CheckExact(item);
 }
 
+/* Whether an object is a list or a tuple of numbers. */
+static int
+holds_numbers(PyObject *item)
+{
+    if (!PyList_CheckExact(item) && !PyTuple_CheckExact(item))
+        return 0;
+    for (Py_ssize_t place = 0; place < PySequence_Fast_GET_SIZE(item); place++) {
+        PyObject *one = PySequence_Fast_GET_ITEM(item, place);
+        if (!is_number(one) && !PyBool_Check(one))
+            return 0;
+    }
+    return 1;
+}
+
 /* Whether an object is a tensor of one of the two classes that are taken here. */
 static int
 is_tensor(PyObject *item)
