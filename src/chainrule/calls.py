@@ -8,11 +8,14 @@ dimensions gives the same values and is made once.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
+
+from chainrule.shortcuts import FLOATING
 
 aten = torch.ops.aten
 
@@ -166,4 +169,32 @@ def shared_constant(number: Any, dtype: torch.dtype) -> Any:
         if len(known) >= 1024:
             known.clear()
         found = known[number] = number_constant(number, dtype)
+    return found
+
+
+#: Constants beside tensors, by number, sign, dtype and device.
+_BESIDE: dict[Any, torch.Tensor] = {}
+
+
+def constant_beside(number: Any, tensor: torch.Tensor) -> torch.Tensor | None:
+    """A number as the constant that torch takes it for beside a floating-point tensor; calls share it, nobody writes to it.
+
+    Args:
+        number: a Python number.
+        tensor: the tensor.
+
+    Returns:
+        The constant, without dimensions; None where it is not that (a tensor of whole numbers, a large number).
+    """
+    dtype = tensor.dtype
+    if dtype not in FLOATING or number != number or (number.__class__ is int and abs(number) > _LARGEST):
+        return None
+    key = number, math.copysign(1.0, number), dtype, tensor.device
+    found = _BESIDE.get(key)
+    if found is None:
+        if torch.finfo(dtype).max < abs(number) < math.inf:
+            return None
+        if len(_BESIDE) >= 1024:
+            _BESIDE.clear()
+        found = _BESIDE[key] = number_constant(number, dtype, tensor.device)
     return found

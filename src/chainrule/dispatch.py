@@ -15,12 +15,12 @@ from torch.utils import _python_dispatch as modes
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chainrule.calls import CONSTANTS, shared_constant
+from chainrule.calls import CONSTANTS, constant_beside, shared_constant
 from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.function_schemas import NAMED, BySchema, Required
-from chainrule.functions import COMPARISONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, SHAPED, TABLE
+from chainrule.functions import COMPARISONS, CONVERSIONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, SHAPED, TABLE
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
@@ -123,7 +123,10 @@ configure(
     queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS, shaped=SHAPED,
     by_schema=BySchema, named=NAMED, required=Required, getitem=torch.Tensor.__getitem__,
     select=aten.select.int, slice=aten.slice.Tensor, unsqueeze=aten.unsqueeze.default,
-    index=aten.index.Tensor, long=torch.int64, bool=torch.bool,
+    index=aten.index.Tensor, long=torch.int64, bool=torch.bool, push=_push, pop=_pop, at=_at, push_function=_push_function,
+    pop_function=_pop_function, function_at=_function_at, flags=vars(modes),
+    where=torch.where, where_op=aten.where.self, to_copy=aten._to_copy.default, conversions=CONVERSIONS,
+    constant_beside=constant_beside,
 )  # fmt: skip
 
 
@@ -316,7 +319,7 @@ class LightMode(Handler, TorchDispatchMode):
             and _functorch_level() is None
         )
 
-    def __enter__(self) -> Self:
+    def _enter(self) -> Self:
         _push(self)
         depth, taken, stands, pushed = _count(), None, False, False
         below = self.below
@@ -340,9 +343,7 @@ class LightMode(Handler, TorchDispatchMode):
         modes._is_in_torch_dispatch_mode = modes._is_in_non_infra_torch_dispatch_mode = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _exit(self) -> None:
         inside, real, taken, self._depth, self.below, pushed = self._entered.pop()
         modes._is_in_torch_dispatch_mode, modes._is_in_non_infra_torch_dispatch_mode = inside, real
         if pushed:

@@ -139,7 +139,7 @@ def _comparisons() -> frozenset[Any]:
 #: Functions without derivatives.
 COMPARISONS = _comparisons()
 
-_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
+_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
 
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
@@ -151,3 +151,8 @@ SHAPED = frozenset((*(getattr(torch, name) for name in _LIKE), *(getattr(torch.T
 FRESH = COMPARISONS | SHAPED | {
     *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to"))
 }
+
+#: Methods that change the dtype of a tensor, and to which: None for the one that is told.
+CONVERSIONS: dict[Any, torch.dtype | None] = {
+    torch.Tensor.to: None, torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64,
+}  # fmt: skip

@@ -26,6 +26,18 @@ class Handler:
     below: Any = None
     graphs = False
     kind = NO_KIND
+    values: list[Any]
+    active: list[bool]
+    key: list[Any]
+    records: list[Any]
+    pending: list[Any]
+    slots: dict[int, int]
+    respect_no_grad: bool
+    _derived: dict[int, Any]
+    _entered: list[Any]
+    _alias: Any
+    _origin: Any
+    _facts: dict[int, Any]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the table."""
@@ -34,6 +46,31 @@ class Handler:
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the table; given by the modes."""
         raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        """Enter the mode."""
+        return self._enter()
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Leave the mode."""
+        self._exit()
+
+    def _enter(self) -> Any:
+        """Enter the mode; given by the modes."""
+        raise NotImplementedError
+
+    def _exit(self) -> None:
+        """Leave the mode; given by the modes."""
+        raise NotImplementedError
+
+    def _begin(self, facts: dict[int, Any], respect_no_grad: bool) -> None:
+        """Make the tables of a tape."""
+        self.values, self.active, self.key, self.records, self.pending, self._entered = [], [], [], [], [], []
+        self.slots, self._derived = {}, {}
+        self._alias = self._origin = None
+        self._facts = facts
+        self.respect_no_grad = respect_no_grad
+        self.kind = TAPE
 
     def _run_common(self, facts: Any, args: tuple[Any, ...]) -> Any:
         """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""

@@ -44,7 +44,12 @@ def filled(x):
     return torch.full((3,), 1.0, dtype=x.dtype) * x + torch.eye(3, dtype=x.dtype) @ x.sin() + torch.ones(3, dtype=x.dtype).le(x) * x
 
 
-FUNCTIONS = [written_by_out, written_mask, written_through, converted, masked, filled]
+def made(x):
+    chosen = x.index_select(0, torch.tensor([2, 0, 1])) * torch.tensor(0.5)
+    return x.sin() * torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype) + chosen + x * torch.tensor((True, False, True))
+
+
+FUNCTIONS = [written_by_out, written_mask, written_through, converted, masked, filled, made]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -71,6 +76,25 @@ def test_what_requires_a_gradient_keeps_its_graph():
     assert made.requires_grad
 
 
+def test_tensors_made_of_values_of_the_inputs_are_constants():
+    """By their numbers, and by tensors in the list, which the recorded call reads."""
+    for read in (
+        lambda x: torch.tensor([x[0].item(), x[1].item(), 2.0], dtype=x.dtype),
+        lambda x: torch.tensor([x[0], x[1], 2.0], dtype=x.dtype),
+    ):
+        for values in (X, X + 1):
+            found = chainrule.jacrev(lambda x, read=read: x * read(x))(values)
+            torch.testing.assert_close(found, torch.diag(torch.stack([values[0], values[1], torch.tensor(2.0).double()])))
+
+
+def test_a_new_tensor_with_a_gradient_is_followed():
+    def own(x):
+        weight = torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype, requires_grad=True)
+        return x * torch.autograd.grad((weight**2).sum(), weight)[0]
+
+    torch.testing.assert_close(chainrule.jacrev(own)(X), torch.diag(torch.tensor([2.0, 4.0, 6.0]).double()))
+
+
 def test_other_modes_see_the_calls():
     seen = []
 
@@ -88,3 +112,4 @@ def test_other_modes_see_the_calls():
 def test_table():
     assert torch.Tensor.to in FRESH
     assert torch.linspace in FRESH
+    assert torch.tensor in FRESH

@@ -126,7 +126,7 @@ class AliasTracker:
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
         lowered = None if constant else (tape.lower(inputs), tape.lower_kwargs(kwargs_in))
-        if lowered is not None and facts.functional is not None and tape.policy.reads_values(facts.functional):
+        if lowered is not None and facts.functional is not None and tape.reads_values(facts.functional):
             _collect_slots(lowered[0], self._read_slots)
         shapes = [tensor.shape for tensor in written]
         reshaping = torch.Tag.inplace_view in op.tags
@@ -261,7 +261,7 @@ class AliasTracker:
     def _scan_reads(self) -> None:
         tape = self.tape
         for record in tape.records[self._scanned :]:
-            if tape.policy.reads_values(record.op):
+            if tape.reads_values(record.op):
                 self._read_slots.update(record.outputs)
                 _collect_slots(record.args, self._read_slots)
                 _collect_slots([item for _, item in record.kwargs], self._read_slots)

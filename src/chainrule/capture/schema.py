@@ -83,12 +83,14 @@ class OpFacts:
         plain: whether that is so for tensors that are real and have no graph.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
+        one: whether the op returns one tensor.
+        reads: whether the op's derivative needs the values of its inputs or outputs; None until that was asked.
         numbers: whether a number as its second argument may be given as a constant.
     """
 
     __slots__ = (
         "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
-        "is_view", "joined", "joined_direct", "joining", "numbers", "op", "plain", "shaped", "whole", "writes",
+        "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "reads", "shaped", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -101,6 +103,8 @@ class OpFacts:
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         self.is_out = any(a.is_out for a in schema.arguments)
         self.is_view = not self.writes and any(a.alias_info is not None for a in schema.arguments)
+        self.one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+        self.reads: bool | None = None
         self.functional = functional_twin(op) if self.writes else None
         self.inactive = not self.writes and policy.is_inactive(op)
         name = schema.name.split("::")[1]

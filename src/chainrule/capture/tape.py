@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from chainrule.capture.schema import LINEAR, MATMUL, PARTS, WHOLE, OpFacts, Poli
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
-from chainrule.shortcuts import COMPILED, TAPE, configure, use_facts
+from chainrule.shortcuts import COMPILED, configure, use_facts
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -42,6 +43,9 @@ class Record(NamedTuple):
     origin: Any = None
 
 
+#: Classes of what a list holds of which a new tensor is made.
+_NUMBERS = frozenset({int, float, bool})
+
 #: Per policy, by the identity of the overload (its own hash is slow); the facts keep the overload alive.
 _FACTS: dict[Any, dict[int, OpFacts]] = {}
 #: Makes a record in half the time of its own constructor.
@@ -52,6 +56,8 @@ _count_modes = torch._C._len_torch_dispatch_stack
 _mode_at = torch._C._get_dispatch_stack_at
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _excludes = torch._C._dispatch_tls_is_dispatch_key_excluded
+_included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_local_exclude_set
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
@@ -80,40 +86,30 @@ class Tape(Slots, LightMode):
     reads_data = True
     supports_higher_order_operators = True
 
+    records: list[Record]
+    #: View calls that were not looked at yet: they matter only once something is written.
+    pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
+    _facts: dict[int, OpFacts]
+    #: Whether an op was taken for a constant because of torch.no_grad().
+    saw_blocked = False
+    #: How many values the tapes around this one had when it began.
+    _begun: Mapping[int, int] = MappingProxyType({})
+    _others: OtherObjects | None = None
+
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True, kernels: bool = False) -> None:
-        super().__init__()
+        self._begin(_FACTS.get(policy) or _FACTS.setdefault(policy, {}), respect_no_grad)
         self.kernels = kernels
-        self.kind = TAPE
         self.policy = policy
-        self.values: list[Any] = []
-        self.active: list[bool] = []
-        self.records: list[Record] = []
         self.inputs: list[int] = []
-        self.key: list[Any] = []
-        self.slots: dict[int, int] = {}
         # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
         self.kept: list[Any] = []
-        self.respect_no_grad = respect_no_grad
-        # Constants for differentiation that are computed from what depends on the inputs, by identity, and those of them that
-        # have a slot.
-        self._derived: dict[int, Any] = {}
+        # Those constants for differentiation that are computed from what depends on the inputs and have a slot.
         self.derived: set[int] = set()
-        # Whether an op was taken for a constant because of torch.no_grad().
-        self.saw_blocked = False
-        # View calls that were not looked at yet: they matter only once something is written.
-        self.pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]] = []
-        self._alias: AliasTracker | None = None
-        self._facts = _FACTS.get(policy) or _FACTS.setdefault(policy, {})
-        self.settle()
-        # How many values the tapes around this one had when it began.
-        self._begun: dict[int, int] = {}
-        for place in range(_count_modes()):
-            if isinstance(mode := _mode_at(place), Tape):
-                self._begun[id(mode)] = len(mode.values)
         # What plans computed on this tape that serves further seeds.
         self.prepared: dict[Any, Any] = {}
-        self._origin: Any = None
-        self._others: OtherObjects | None = None
+        self.settle()
+        if count := _count_modes():
+            self._begun = {id(mode): len(mode.values) for n in range(count) if isinstance(mode := _mode_at(n), Tape)}
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""
@@ -142,7 +138,10 @@ class Tape(Slots, LightMode):
 
     def add_input(self, tensor: torch.Tensor) -> int:
         """Make ``tensor`` (a fresh alias that nobody else holds) an input of the tape."""
-        slot = self._append(tensor, True)
+        slot = len(self.values)
+        self.values.append(tensor)
+        self.active.append(True)
+        self.slots[id(tensor)] = slot
         self.inputs.append(slot)
         self.key.append(meta(tensor))
         return slot
@@ -163,7 +162,7 @@ class Tape(Slots, LightMode):
 
     def settle(self) -> None:
         """Take what is active now (autograd, other modes) for what lies outside of this tape."""
-        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        self._outside = (_included(), _excluded())
         # Whether torch keeps track there of which tensors are views of which.
         self._sees_views = not _excludes(_VIEWS)
 
@@ -324,7 +323,10 @@ class Tape(Slots, LightMode):
             if kind is torch.Tensor:
                 if item.requires_grad:
                     return False
-            elif isinstance(item, (torch.Tensor, list)) or (kind is tuple and not all([n.__class__ is int for n in item])):
+            elif kind is list or kind is tuple:
+                if not all([n.__class__ in _NUMBERS for n in item]):
+                    return False
+            elif isinstance(item, (torch.Tensor, list, tuple)):
                 return False
         return func in COMPARISONS or func in SHAPED or not self._any_active(args, kwargs)
 
@@ -570,8 +572,20 @@ class Tape(Slots, LightMode):
             return outputs
         outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
         self.key.append((self._key_of(func), args, kwargs, tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
-        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and _returns_one(func)), self._origin))
+        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and self._returns_one(func)), self._origin))
         return outputs
+
+    def _returns_one(self, func: Any) -> bool:
+        return isinstance(func, OpOverload) and self.facts(func).one
+
+    def reads_values(self, func: Any) -> bool:
+        """Whether an op's derivative needs the values of its inputs or outputs."""
+        if not isinstance(func, OpOverload):
+            return self.policy.reads_values(func)
+        facts = self.facts(func)
+        if facts.reads is None:
+            facts.reads = self.policy.reads_values(func)
+        return facts.reads
 
     def _key_of(self, func: Any) -> Any:
         return self.facts(func) if isinstance(func, OpOverload) else func
@@ -590,9 +604,3 @@ class Tape(Slots, LightMode):
     def signature(self, extra: Any) -> tuple[Any, ...]:
         """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
         return (tuple(self.key), tuple(self.inputs), extra)
-
-
-def _returns_one(func: Any) -> bool:
-    if not isinstance(func, OpOverload):
-        return False
-    return len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor"

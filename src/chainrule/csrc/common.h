@@ -28,6 +28,7 @@ typedef struct {
     PyObject *derived;
     PyObject *pending;
     char sees_views;
+    PyObject *entered;
 } Handler;
 
 /* What `configure` is given, by name. */
@@ -36,7 +37,8 @@ typedef struct {
     X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
     X(fresh) X(comparisons) X(readings) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
-    X(mv) X(addmv) X(default_dtype)
+    X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
+    X(where) X(where_op) X(to_copy) X(conversions) X(constant_beside)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -45,7 +47,8 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
-    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace)
+    X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
+    X(takes_functions) X(reads_data) X(_enter) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -94,6 +97,20 @@ static int
 is_number(PyObject *item)
 {
     return PyFloat_CheckExact(item) || PyLong_CheckExact(item);
+}
+
+/* Whether an object is a list or a tuple of numbers. */
+static int
+holds_numbers(PyObject *item)
+{
+    if (!PyList_CheckExact(item) && !PyTuple_CheckExact(item))
+        return 0;
+    for (Py_ssize_t place = 0; place < PySequence_Fast_GET_SIZE(item); place++) {
+        PyObject *one = PySequence_Fast_GET_ITEM(item, place);
+        if (!is_number(one) && !PyBool_Check(one))
+            return 0;
+    }
+    return 1;
 }
 
 /* Whether an object is a tensor of one of the two classes that are taken here. */

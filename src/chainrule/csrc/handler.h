@@ -66,7 +66,7 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
-    if (fresh < 0 || (function == NULL && reading == NULL && !fresh))
+    if (fresh < 0 || (function == NULL && reading == NULL && !fresh)) /* conversions are among the fresh ones */
         return fresh < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
@@ -77,6 +77,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
+    if (out == Py_NotImplemented && fresh + (func == c_where))
+        Py_SETREF(out, run_converted(self, func, args, kwargs));
     if (out == Py_NotImplemented && reading != NULL && func == c_getitem)
         Py_SETREF(out, kwargs == NULL ? run_index(self, func, args) : Py_NewRef(Py_NotImplemented));
     else if (out == Py_NotImplemented && reading != NULL)
@@ -117,6 +119,7 @@ handler_traverse(Handler *self, visitproc visit, void *arg)
     Py_VISIT(self->alias);
     Py_VISIT(self->derived);
     Py_VISIT(self->pending);
+    Py_VISIT(self->entered);
     return 0;
 }
 
@@ -134,6 +137,7 @@ handler_clear(Handler *self)
     Py_CLEAR(self->alias);
     Py_CLEAR(self->derived);
     Py_CLEAR(self->pending);
+    Py_CLEAR(self->entered);
     return 0;
 }
 
@@ -161,6 +165,9 @@ static PyMethodDef handler_methods[] = {
      "Take a function of the table; whatever is not plain goes to take_function."},
     {"_run_common", (PyCFunction)(void (*)(void))handler_run_common, METH_FASTCALL,
      "Run an op of plain arguments and record it; NotImplemented, with nothing done, for others."},
+    {"__enter__", (PyCFunction)handler_enter, METH_NOARGS, "Enter the mode."},
+    {"__exit__", (PyCFunction)(void (*)(void))handler_exit, METH_FASTCALL, "Leave the mode."},
+    {"_begin", (PyCFunction)(void (*)(void))handler_begin, METH_FASTCALL, "Make the tables of a tape."},
     {NULL},
 };
 
@@ -182,6 +189,7 @@ static PyMemberDef handler_members[] = {
     {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
     {"_derived", T_OBJECT, offsetof(Handler, derived), 0, NULL},
     {"pending", T_OBJECT, offsetof(Handler, pending), 0, NULL},
+    {"_entered", T_OBJECT, offsetof(Handler, entered), 0, NULL},
     {"_sees_views", T_BOOL, offsetof(Handler, sees_views), 0, NULL},
     {NULL},
 };

@@ -240,7 +240,7 @@ is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
                 touched = 1;
             else if (slot < 0 && self->alias != NULL && self->alias != Py_None)
                 return 0; /* it may be a view of something that was written */
-        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item)) {
+        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_numbers(item)) {
             int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
             if (plain <= 0)
                 return plain;

@@ -24,6 +24,8 @@
 #include "calls.h"
 #include "ops.h"
 #include "index.h"
+#include "conversions.h"
+#include "entry.h"
 #include "handler.h"
 #include "methods.h"
 #include "watch.h"

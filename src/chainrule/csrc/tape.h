@@ -1,8 +1,8 @@
 /* Handlers of the tape: functions of plain tensors, run and recorded. Part of shortcuts.c. */
 
-/* Append an op that ran with one floating-point result; 0, or -1 with an error set. */
+/* Append an op that ran with one floating-point result, and its named arguments; 0, or -1 with an error set. */
 static int
-append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *out, PyObject *dtype)
+append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *named, PyObject *out, PyObject *dtype)
 {
     int outcome = -1;
     PyObject *slot = NULL, *identity = NULL, *shape = NULL, *key = NULL, *outputs = NULL, *record = NULL;
@@ -11,12 +11,12 @@ append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *out
     identity = slot == NULL ? NULL : PyLong_FromVoidPtr(out);
     shape = identity == NULL ? NULL : PyObject_GetAttr(out, s_shape);
     outputs = shape == NULL || op == NULL ? NULL : PyTuple_Pack(1, slot);
-    key = outputs == NULL ? NULL : PyTuple_Pack(5, facts, arguments, empty, shape, dtype);
+    key = outputs == NULL ? NULL : PyTuple_Pack(5, facts, arguments, named, shape, dtype);
     record = key == NULL ? NULL : ((PyTypeObject *)c_record)->tp_alloc((PyTypeObject *)c_record, 6);
     if (record != NULL) {
         PyTuple_SET_ITEM(record, 0, Py_NewRef(op));
         PyTuple_SET_ITEM(record, 1, Py_NewRef(arguments));
-        PyTuple_SET_ITEM(record, 2, Py_NewRef(empty));
+        PyTuple_SET_ITEM(record, 2, Py_NewRef(named));
         PyTuple_SET_ITEM(record, 3, Py_NewRef(outputs));
         PyTuple_SET_ITEM(record, 4, Py_NewRef(Py_False));
         PyTuple_SET_ITEM(record, 5, Py_NewRef(self->origin));
@@ -170,7 +170,7 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
             /* It may be a view of something that was written. */
             simple = slot >= 0 || noted || self->alias == NULL || self->alias == Py_None;
         } else
-            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None;
+            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None || holds_numbers(item);
     }
     if (!simple) {
         PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
@@ -297,7 +297,7 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
     if (outcome > 0)
-        outcome = append_record(self, facts, lowered, out, dtype);
+        outcome = append_record(self, facts, lowered, empty, out, dtype);
     else if (outcome == 0) {
         PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__append_record, facts, lowered, empty, out, NULL);
         outcome = done == NULL ? -1 : 0;

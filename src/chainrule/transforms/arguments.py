@@ -20,10 +20,11 @@ Argnums = int | Sequence[int]
 _FORWARD = frozenset({"hessian", "hvp", "jacfwd", "jvp", "linearize"})
 
 _POSITIONS = tuple(((number,), True) for number in range(8))
-_LEAF = pytree.tree_flatten(0)[1]
+#: The structure of a tensor.
+LEAF = pytree.tree_flatten(0)[1]
 _TUPLES = tuple(pytree.tree_flatten((0,) * count)[1] for count in range(9))
 
-_KEYS = {id(spec): number for number, spec in enumerate((_LEAF, *_TUPLES))}
+_KEYS = {id(spec): number for number, spec in enumerate((LEAF, *_TUPLES))}
 
 #: The structure of one argument that is a tensor.
 PLAIN_ARGUMENT = _TUPLES[1]
@@ -32,7 +33,7 @@ PLAIN_ARGUMENT = _TUPLES[1]
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """``torch.utils._pytree.tree_flatten``, without the walk for a tensor and for a short tuple of tensors."""
     if isinstance(tree, torch.Tensor):
-        return [tree], _LEAF
+        return [tree], LEAF
     if tree.__class__ is tuple and len(tree) < 9:
         for item in tree:
             if not isinstance(item, torch.Tensor):
@@ -49,7 +50,7 @@ def structure_key(spec: TreeSpec) -> Any:
 
 def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     """``torch.utils._pytree.tree_unflatten``, with the same short cuts."""
-    if spec is _LEAF:
+    if spec is LEAF:
         return leaves[0]
     if len(leaves) < 9 and spec is _TUPLES[len(leaves)]:
         return tuple(leaves)
@@ -157,7 +158,7 @@ def flatten_outputs(output: Any, transform: str, function: Callable[..., Any]) -
         RuntimeError: if there is no output, or a leaf is not a tensor.
     """
     if isinstance(output, torch.Tensor):
-        return [output], _LEAF
+        return [output], LEAF
     leaves, spec = tree_flatten(output)
     if leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return leaves, spec

@@ -91,6 +91,8 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
 
 def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:
     value = _scalar_output(traced, func, name)
+    if single and traced.alone and (block := traced.known_block("reverse")) is not None:
+        return block, traced.release(value)
     slot = traced.out_slots[0]
     found = {} if slot is None else traced.run("jacobian", "reverse", outputs=[slot], last=traced.alone)
     leaves = [_zeros(found.get((slot, s)), leaf) for s, leaf in zip(traced.in_slots, traced.in_leaves, strict=True)]

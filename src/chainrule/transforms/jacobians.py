@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from chainrule.capture.recorder import whole_recorder
 from chainrule.dispatch import entry_point
 from chainrule.execute.memory import current_watch, free_memory, parse_bytes
+from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
     PLAIN_ARGUMENT,
     Argnums,
@@ -322,6 +323,9 @@ class Chunks:
 #: From this size on, in bytes, a result is compared with the free memory.
 _LARGE = 1 << 28
 
+#: The most bytes of a real number.
+_WIDEST = 8
+
 
 def _jacobian_transform(
     func: Callable[..., Any],
@@ -362,6 +366,8 @@ def _jacobian_transform(
         traced = trace(
             func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad, column_block=column_block
         )
+        if single and not chunks.given and (block := _known(traced, order, cast)) is not None:
+            return tree_unflatten([block], traced.out_spec), traced.aux
         sizes = [1] if column_block is not None else chunks.sizes(traced, order, cast)
         if sizes is None:
             traced.alone = True
@@ -379,6 +385,14 @@ def _jacobian_transform(
     if not chunks.given:
         level.mark(wrapper)
     return wrapper
+
+
+def _known(traced: Traced, order: str, cast: str) -> torch.Tensor | None:
+    """The Jacobian of one real output with respect to one argument, of a size that needs no chunks, by a plan that is known."""
+    out, leaf = traced.out_leaves[0], traced.in_leaves[0]
+    if out.dtype not in FLOATING or leaf.dtype not in FLOATING or out.numel() * leaf.numel() * _WIDEST >= _LARGE:
+        return None
+    return traced.known_block(order, cast)
 
 
 def _is_outermost() -> bool:

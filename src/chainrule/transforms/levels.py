@@ -35,6 +35,8 @@ class Level:
         owner: the function that carries this level.
         apart: whether the result of a run cannot be written down as a program that is replayed with other index tensors.
         respect_no_grad: whether steps under ``torch.no_grad()`` are constants, as for reverse mode (forward mode sees them).
+        chain: what stands inside of this level where it is part of a nest, once that was asked for (not the level itself: no
+            cycle holds a user's function).
     """
 
     func: Callable[..., Any]
@@ -46,6 +48,7 @@ class Level:
     owner: Callable[[], Any] | None = None
     respect_no_grad: bool = True
     apart: Callable[[Traced], bool] | None = None
+    chain: Chain | None = None
 
     def mark(self, wrapper: Callable[..., Any]) -> None:
         """Put this level on the function that the transform returns."""
@@ -72,6 +75,21 @@ def mapping_of(func: Any) -> Mapping | None:
     """What ``vmap`` left on a function."""
     mark = mark_of(func)
     return mark if isinstance(mark, Mapping) else None
+
+
+@dataclass(slots=True)
+class Chain:
+    """What a nest is made of, innermost first.
+
+    Attributes:
+        levels: the levels up to the first ``vmap``, those up to the next one, and so on.
+        mappings: between two of these groups, the mappings from the outer to the inner one.
+        has_aux: whether all functions return ``(output, aux)`` or none does; None where they differ.
+    """
+
+    levels: list[list[Level]]
+    mappings: list[list[Mapping]]
+    has_aux: bool | None
 
 
 @dataclass

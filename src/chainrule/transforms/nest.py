@@ -32,6 +32,7 @@ from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
 from chainrule.maps.staging import Program, Staged
+from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
     flatten_inputs,
     flatten_outputs,
@@ -40,7 +41,7 @@ from chainrule.transforms.arguments import (
     tree_flatten,
     tree_unflatten,
 )
-from chainrule.transforms.levels import Level, Linearized, LinearPlan, NestPlan, level_of, mapping_of, mark_of
+from chainrule.transforms.levels import Chain, Level, Linearized, LinearPlan, NestPlan, level_of, mapping_of, mark_of
 from chainrule.transforms.trace import Traced, active_slot, trace
 from chainrule.transforms.vmap import Mapping
 
@@ -70,22 +71,23 @@ def run_nest(
     return _run_whole(chain, args, kwargs, seeds)
 
 
-@dataclass(slots=True)
-class _Chain:
-    """What a nest is made of, innermost first.
-
-    Attributes:
-        levels: the levels up to the first ``vmap``, those up to the next one, and so on.
-        mappings: between two of these groups, the mappings from the outer to the inner one.
-    """
-
-    levels: list[list[Level]]
-    mappings: list[list[Mapping]]
-
-
-def _chain_of(outer: Level) -> _Chain | None:
+def _chain_of(outer: Level) -> Chain | None:
     """The nest whose outermost level is given; None where it is no nest, or none that can run as a whole."""
-    chain, func = _Chain([[outer]], []), outer.func
+    inner = level_of(outer.func)
+    if inner is None:
+        found = _whole_chain(outer)
+        return found if len(found.levels) > 1 and found.has_aux is False else None
+    if (known := inner.chain) is None:  # what a function is made of stays as it is
+        whole = _whole_chain(inner)
+        known = inner.chain = Chain([*whole.levels[:-1], whole.levels[-1][:-1]], whole.mappings, whole.has_aux)
+    if known.has_aux is not outer.has_aux or (len(known.levels) > 1 and outer.has_aux):
+        return None
+    return Chain([*known.levels[:-1], [*known.levels[-1], inner, outer]], known.mappings, outer.has_aux)
+
+
+def _whole_chain(outer: Level) -> Chain:
+    """All levels and mappings from one to the plain function."""
+    chain, func = Chain([[outer]], [], outer.has_aux), outer.func
     while True:
         while (level := level_of(func)) is not None:
             chain.levels[0].insert(0, level)
@@ -98,11 +100,8 @@ def _chain_of(outer: Level) -> _Chain | None:
             break  # a mapping of a plain function runs as it is
         chain.levels.insert(0, [])
         chain.mappings.insert(0, passed)
-    several = len(chain.levels) > 1
-    if not several and len(chain.levels[0]) == 1:
-        return None
-    if any(level.has_aux != outer.has_aux for levels in chain.levels for level in levels) or (several and outer.has_aux):
-        return None
+    if any([level.has_aux != outer.has_aux for levels in chain.levels for level in levels]):
+        chain.has_aux = None
     return chain
 
 
@@ -116,7 +115,7 @@ def run_planned(
     """
     found = run_nest(level, args, kwargs, seeds)
     if found[0] is NO_NEST and current_ledger() is None and not functions_are_replaced():
-        found = _run_whole(_Chain([[level]], []), args, kwargs, seeds)
+        found = _run_whole(Chain([[level]], [], level.has_aux), args, kwargs, seeds)
     if found[0] is not NO_NEST:
         return found
     assert level.argnums is not None
@@ -189,7 +188,7 @@ class _NotWhole(Exception):  # noqa: N818 - never leaves this module
 
 
 def _run_innermost(
-    chain: _Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+    chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
 ) -> _Run | None:
     """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
     parts: list[_Part] = []
@@ -206,7 +205,7 @@ def _run_innermost(
 
 
 def _run_part(
-    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[_Part]
+    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[_Part]
 ) -> None:
     """Run the function of a part, which runs the parts inside of it, and append all of them."""
     levels = chain.levels[number]
@@ -228,6 +227,10 @@ def _run_part(
 def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tuple[tuple[int, ...], bool]], tuple[int, ...]]:
     """For each level the positions of what it differentiates, and whether that is one; and all of these positions."""
     count = len(args)
+    if count == 1 and args[0].__class__ is torch.Tensor and args[0].dtype in FLOATING:
+        argnums = [level.argnums for level in levels]
+        if all([numbers is None or numbers.__class__ is int and numbers == 0 for numbers in argnums]):
+            return [((0,), numbers is not None) for numbers in argnums], (0,)
     wanted = []
     checked: tuple[int, ...] = ()
     for level in reversed(levels):
@@ -249,7 +252,7 @@ def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tup
 
 
 def _run_mapped(
-    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[_Part]
+    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[_Part]
 ) -> list[torch.Tensor]:
     """Run a part inside of the mappings that lead to it; returns the stored outputs of its function."""
     around: list[tuple[Mapping, VmapMode]] = []
@@ -356,7 +359,7 @@ def run_recorded(level: Level, traced: Traced) -> Any:
 
 
 def _run_whole(
-    chain: _Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+    chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
 ) -> tuple[Any, Any]:
     """Run the innermost function once, and the levels by one cached program."""
     run = _run_innermost(chain, args, kwargs, seeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import numbers_to_values
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
-from chainrule.execute.engine import execute
+from chainrule.execute.engine import execute, execute_known
 from chainrule.execute.memory import current_watch
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
-from chainrule.transforms.arguments import flatten_inputs, flatten_outputs, refuse_inside_torch_func, split_aux, tree_unflatten
+from chainrule.shortcuts import FLOATING
+from chainrule.transforms.arguments import (
+    LEAF,
+    PLAIN_ARGUMENT,
+    flatten_inputs,
+    flatten_outputs,
+    refuse_inside_torch_func,
+    split_aux,
+    tree_unflatten,
+)
 from chainrule.transforms.duals import WatchfulTape
 from chainrule.transforms.steps import HiddenSteps, is_inside_reverse, run_in_steps
 
@@ -121,6 +131,20 @@ class Traced:
             return run_in_steps(self.tape, self.steps, request, tensors)
         return execute(self.tape, request, tensors, last=last)
 
+    def known_block(self, order: str, cast: str = "input") -> torch.Tensor | None:
+        """The Jacobian of one output with respect to one argument, if its plan is known; nothing else is asked of the run then.
+
+        None, with nothing done, where :meth:`run` has to be called.
+        """
+        if len(self.out_slots) != 1 or self.in_spec is not PLAIN_ARGUMENT or self.steps is not None:
+            return None
+        slot = self.out_slots[0]
+        if slot is None:
+            return None
+        request = _block_request(self.in_slots[0], slot, order, cast, not torch._C._len_torch_dispatch_stack())
+        found = execute_known(self.tape, request)
+        return None if found is None else found[0]
+
     def rows(self, number: int, size: int) -> Block:
         """Append the choice of ``size`` elements of an output to the tape."""
         leaf = self.out_leaves[number]
@@ -130,6 +154,11 @@ class Traced:
         slot, index_slot = self.tape.slot_of(chosen), self.tape.slot_of(index)
         assert slot is not None and index_slot is not None
         return Block(self.tape, slot, index_slot, size, leaf.numel())
+
+
+@lru_cache(maxsize=1024)
+def _block_request(source: int, slot: int, order: str, cast: str, alone: bool) -> Request:
+    return Request("jacobian", (source,), (slot,), order, (), cast, alone)
 
 
 def fresh_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,12 +210,16 @@ def _trace(
 ) -> Traced:
     """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down."""
     refuse_inside_torch_func(transform)
-    in_leaves, in_spec = flatten_inputs(tuple([args[number] for number in argnums]), transform)
+    leaf = args[argnums[0]] if len(argnums) == 1 else None
+    plain = leaf.__class__ is torch.Tensor and leaf.dtype in FLOATING
+    in_leaves, in_spec = (
+        ([leaf], PLAIN_ARGUMENT) if plain else flatten_inputs(tuple([args[number] for number in argnums]), transform)
+    )
     grad_enabled = torch.is_grad_enabled()
     if not grad_enabled:
         torch._C._set_grad_enabled(True)
     try:
-        aliases = [fresh_alias(leaf) for leaf in in_leaves]
+        aliases = [fresh_alias(in_leaves[0])] if plain else [fresh_alias(leaf) for leaf in in_leaves]
         kernels = single and not torch._C._len_torch_dispatch_stack()
         if forward_ad._current_level < 0:
             tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
@@ -203,14 +236,18 @@ def _trace(
                 aliases[number], block = _in_blocks(tape, alias, column_block)
                 in_slots.append(block.slot)
                 columns.append(block)
-        called: Sequence[Any] = tree_unflatten(aliases, in_spec)
+        called: Sequence[Any] = aliases if in_spec is PLAIN_ARGUMENT else tree_unflatten(aliases, in_spec)
         if len(argnums) < len(args) or argnums != tuple(range(len(args))):
             values, called = called, [*args]
             for number, value in zip(argnums, values, strict=True):
                 called[number] = value
         steps = HiddenSteps(tape) if noted else None
-        with BelowAutograd(), tape, steps or nullcontext():
-            output = function(*called, **kwargs)
+        with BelowAutograd(), tape:
+            if steps is None:
+                output = function(*called, **kwargs)
+            else:
+                with steps:
+                    output = function(*called, **kwargs)
     finally:
         if not grad_enabled:
             torch._C._set_grad_enabled(False)
@@ -222,10 +259,10 @@ def _trace(
                 lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
             )
     numbers_to_values(tape)
-    out_leaves, out_spec = flatten_outputs(output, transform, function)
+    out_leaves, out_spec = ([output], LEAF) if output.__class__ is torch.Tensor else flatten_outputs(output, transform, function)
     if (watch := current_watch()) is not None:
         watch.add_run(tape)
-    out_slots = [active_slot(tape, leaf) for leaf in out_leaves]
+    out_slots = [active_slot(tape, out) for out in out_leaves]
     traced = Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
     traced.steps = steps
     return traced
@@ -245,7 +282,9 @@ def _in_blocks(tape: Tape, tensor: torch.Tensor, size: int) -> tuple[torch.Tenso
 
 def active_slot(tape: Tape, leaf: torch.Tensor) -> int | None:
     """The slot of an output, None for one that does not depend on the inputs."""
-    slot = tape.slot_of(leaf)
+    slot = tape.slots.get(id(leaf))
+    if slot is None:
+        slot = tape.slot_of(leaf)
     return slot if slot is not None and tape.active[slot] else None
 
 
