@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -15,11 +15,22 @@ from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
-from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
+from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, without_graphs, wrap
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
-from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
+from chainrule.execute.replay import (
+    Runner,
+    Source,
+    Spent,
+    Stages,
+    bare,
+    compile_program,
+    compile_stages,
+    owned,
+    without_values,
+)
+from chainrule.execute.sweeps import RUNS, NotFiniteError, Seen, is_long, swept
 from chainrule.execute.workspace import free, observe
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
@@ -242,11 +253,13 @@ def execute(
         refuse_duals(seeds, "a derivative transform")
     ledger = current_ledger()
     if ledger is not None:
-        if ledger is UNCACHED:
+        if ledger is SWEPT and isinstance(request, Request) and (soon := swept(tape, request, seeds)) is not None:
+            return soon
+        if ledger is UNCACHED or ledger is SWEPT:
             planned = _planned(tape, request, seeds)
             results = owned(planned.program, planned.results)
             found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
-            _without_values(planned.program)
+            without_values(planned.program)
             return found
         return _execute_accounted(tape, request, seeds, ledger)
     again: Any = None
@@ -260,7 +273,11 @@ def execute(
         cached = CACHE.get(key)
     except TypeError:  # an unhashable static argument: such a plan is not kept
         key = cached = None
-    if cached is not None:
+    if isinstance(request, Request) and is_long(tape.records):
+        if (soon := first_runs(key, cached, lambda: swept(tape, request, seeds))) is not None:
+            note_numbers(tape)
+            return soon
+    if cached is not None and cached.__class__ is not Seen:
         if cached.staged:
             tape.prepared[again] = cached
             return cached.run_on(tape, seeds)
@@ -274,9 +291,32 @@ def execute(
     results = owned(planned.program, planned.results)
     values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
     if key is not None:
-        recorded = (_without_values(planned.program), [_bare(r) for r in results])
+        recorded = (without_values(planned.program), [bare(r) for r in results])
         CACHE.put(key, CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push")))
     return values
+
+
+def first_runs(key: Any, known: Any, sweep: Callable[[], Any]) -> Any:
+    """The result of one of the first runs of a signature on a long tape; None where there is a plan, or one is to be made.
+
+    Args:
+        key: the key of the plan; None where there is none, so that none would be kept.
+        known: what the cache holds for it.
+        sweep: computes the result without a plan; None where it cannot.
+    """
+    seen = Seen() if known is None else known
+    if seen.__class__ is not Seen or seen.runs >= RUNS or current_watch() is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return None
+    try:
+        found = sweep()
+    except NotFiniteError:
+        found = None
+    if key is not None:
+        seen.runs = RUNS if found is None else seen.runs + 1
+        CACHE.put(key, seen)
+    return found
 
 
 def predicted(tape: Any, request: Request) -> Memory:
@@ -340,7 +380,7 @@ def _execute_accounted(
     found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
     if any(value.__class__ is BatchTensor for value in (*tape.values, *seeds)):
         # What is on the tape has the shapes of one sample; memory is that of the whole batch.
-        batched = CachedPlan(planned.keys, (_without_values(planned.program), [_bare(r) for r in results]))
+        batched = CachedPlan(planned.keys, (without_values(planned.program), [bare(r) for r in results]))
         with watching() as watch, uncollected():
             batched.run(tape.values, seeds)  # finds its form on the stored tensors
             watch.peak = 0
@@ -420,17 +460,3 @@ def _vertices(tape: Any, request: Request | AlgebraRequest, graph: Graph) -> lis
 
 def _key(tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor]) -> Any:
     return (tape.signature(request), tuple([(seed.shape, seed.dtype) for seed in seeds]) if seeds else ())
-
-
-def _bare(staged: Staged | None) -> Staged | None:
-    return None if staged is None else Staged(staged.program, staged.slot, None)  # type: ignore[arg-type]
-
-
-def _without_values(program: Program) -> Program:
-    """Drop the tensors of the recording run, so that a cached plan holds no memory."""
-    program._input_values.clear()
-    program._known.clear()
-    program.masks.clear()
-    program.graded.clear()
-    program.mode = None
-    return program

@@ -27,10 +27,11 @@ from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
-from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
+from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledger
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
+from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import (
     flatten_inputs,
@@ -376,7 +377,9 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
             engine.CACHE.put(run.key, cached)
     if cached is _BY_LEVELS:
         return _run_parts(run.parts, seeds)
-    if cached is not None:
+    if (soon := _swept(run, seeds)) is not None:
+        return soon
+    if cached is not None and cached.__class__ is not Seen:
         found = cached.run(values, seeds)
         leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
         return tree_unflatten(leaves, cached.spec)
@@ -384,6 +387,27 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     if run.key is not None:
         engine.CACHE.put(run.key, plan)
     return result
+
+
+#: The kinds of levels whose results are requests that a sweep can serve.
+_SWEEPABLE = frozenset({"grad", "grad_and_value", "vjp", "jvp", "linearize", "jacobian"})
+
+
+def _swept(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+    """The result of a nest on a long tape, level by level without a plan; None where there is a plan, or one is to be made."""
+    part = run.parts[0]
+    if len(run.parts) > 1 or run.cached is _BY_LEVELS or not is_long(part.traced.tape.records):
+        return None
+    if not all(level.key[0] in _SWEEPABLE for level in part.levels):
+        return None
+
+    def sweep() -> Any:
+        # What the levels record must not stand on the tape if the nest is planned after all.
+        here = replace(part, traced=replace(part.traced, tape=part.traced.tape.fork()))
+        with postponed_collection(), collecting(SWEPT):
+            return _run_parts([here], seeds)
+
+    return engine.first_runs(run.key, run.cached, sweep)
 
 
 def _is_apart(run: _Run) -> bool:
@@ -428,8 +452,11 @@ def run_linearized(
     run = _run_innermost(chain, args, kwargs, ())
     if run is None:
         return None
+    if (soon := _swept(run, ())) is not None:
+        first: Linearized = soon
+        return first
     plan = run.cached
-    if plan is None:
+    if plan is None or plan.__class__ is Seen:
         made: list[torch.Tensor] = []
         result, plan = _record_parts(run, (), made)
         if run.key is not None:
