@@ -210,7 +210,7 @@ class _Sweep:
         flags = [number in active or number >= len(slots) for number in range(len(local))]
         part = _Part(alone, [self.values[slot] for slot in local], flags)
         inputs, outputs = (wanted, given) if pulls else (given, wanted)
-        request = self.request._replace(inputs=inputs, outputs=outputs, order="auto", seeds=given, leading=True)
+        request = self.request._replace(inputs=inputs, outputs=outputs, order="auto", seeds=given, leading=pulls)
         with postponed_collection(), functions_aside():
             planned = plan(part, request, seeds)
         found = [(key, result) for key, result in zip(planned.keys, planned.results, strict=True) if result is not None]
