@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
+from chainrule.capture.tape import Tape
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
 from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, without_graphs, wrap
@@ -253,8 +254,9 @@ def execute(
         refuse_duals(seeds, "a derivative transform")
     ledger = current_ledger()
     if ledger is not None:
-        if ledger is SWEPT and isinstance(request, Request) and (soon := swept(tape, request, seeds)) is not None:
-            return soon
+        if ledger is SWEPT and isinstance(request, Request):
+            if (soon := swept(tape, request, seeds, always=True)) is not None:
+                return soon
         if ledger is UNCACHED or ledger is SWEPT:
             planned = _planned(tape, request, seeds)
             results = owned(planned.program, planned.results)
@@ -269,24 +271,32 @@ def execute(
         if (known := tape.prepared.get(again)) is not None:
             return known.run_on(tape, seeds)
     key = _key(tape, request, seeds)
+    cached: Any = None
     try:
         cached = CACHE.get(key)
     except TypeError:  # an unhashable static argument: such a plan is not kept
-        key = cached = None
-    if isinstance(request, Request) and is_long(tape.records):
-        if (soon := first_runs(key, cached, lambda: swept(tape, request, seeds))) is not None:
-            note_numbers(tape)
-            return soon
-    if cached is not None and cached.__class__ is not Seen:
-        if cached.staged:
-            tape.prepared[again] = cached
-            return cached.run_on(tape, seeds)
-        values = tape.values
-        if last:
-            values, tape.values = Spent(values), []
-            tape.forget()
-        return cached.run(values, seeds)
+        key = None
+    if cached is None or cached.__class__ is Seen:
+        return _executed_first(tape, request, seeds, key, cached)
+    if cached.staged:
+        tape.prepared[again] = cached
+        return cached.run_on(tape, seeds)
+    values = tape.values
+    if last:
+        values, tape.values = Spent(values), []
+        tape.forget()
+    return cached.run(values, seeds)
+
+
+def _executed_first(
+    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], key: Any, known: Any
+) -> dict[Any, torch.Tensor | None]:
+    """As :func:`execute`, where there is no plan yet."""
     note_numbers(tape)
+    if isinstance(request, Request) and is_long(tape.records):
+        soon: dict[Any, torch.Tensor | None] | None = first_runs(key, known, lambda: swept(tape, request, seeds))
+        if soon is not None:
+            return soon
     planned = _planned(tape, request, seeds)
     results = owned(planned.program, planned.results)
     values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
@@ -297,17 +307,19 @@ def execute(
 
 
 def first_runs(key: Any, known: Any, sweep: Callable[[], Any]) -> Any:
-    """The result of one of the first runs of a signature on a long tape; None where there is a plan, or one is to be made.
+    """The result of one of the first runs of a signature on a long tape; None where a plan is to be made.
 
     Args:
-        key: the key of the plan; None where there is none, so that none would be kept.
-        known: what the cache holds for it.
+        key: the key of the plan; None where none would be kept.
+        known: what the cache holds for it, which is no plan.
         sweep: computes the result without a plan; None where it cannot.
     """
-    seen = Seen() if known is None else known
-    if seen.__class__ is not Seen or seen.runs >= RUNS or current_watch() is not None:
+    seen: Any = Seen() if known is None else known
+    if seen.runs >= RUNS or current_watch() is not None:
         return None
-    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    # What is recorded for replays is planned, as is what a vmap sees; a transform around this one records a sweep as well.
+    modes = range(torch._C._len_torch_dispatch_stack())
+    if forward_ad._current_level >= 0 or any(torch._C._get_dispatch_stack_at(place).__class__ is not Tape for place in modes):
         return None
     try:
         found = sweep()

@@ -30,7 +30,7 @@ from chainrule.plan.planner import Request, plan
 
 Tensor = torch.Tensor
 
-#: Tapes of fewer ops are planned in their first run.
+#: Tapes of fewer ops, counted once for each transform of a nest, are planned in their first run.
 LONG = 1024
 
 #: How many runs of a signature are swept before it is planned.
@@ -47,9 +47,9 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _lock = threading.Lock()
 
 
-def is_long(records: Sequence[Any]) -> bool:
-    """Whether so many ops are swept in their first runs."""
-    return len(records) >= LONG
+def is_long(records: Sequence[Any], levels: int = 1) -> bool:
+    """Whether a tape with these ops is swept in the first runs of so many transforms."""
+    return len(records) * levels >= LONG
 
 
 class NotFiniteError(Exception):
@@ -241,8 +241,10 @@ class _Way:
     def suits(self, several: int) -> bool:
         """Whether a sweep of so many tangents or cotangents is a good first run: ordinary ops on small tensors of one dtype."""
         values, reachable, active = self.tape.values, self.reachable, self.tape.active
-        dtype = values[self.inputs[0]].dtype
-        total = 0
+        first = values[self.inputs[0]]
+        dtype, total = first.dtype, 0
+        if not dtype.is_floating_point or first.is_meta:
+            return False
         for record, arguments in zip(self.records, self.arguments, strict=True):
             if record.op.__class__ is not OpOverload:
                 return False
@@ -257,7 +259,7 @@ class _Way:
                     return False
                 largest = max(largest, value.numel())
             total += largest
-        return bool(dtype.is_floating_point) and total * several <= _SMALL * len(self.records)
+        return total * several <= _SMALL * len(self.records)
 
     def pulled(self, request: Request, seeds: dict[int, Tensor], several: int | None) -> dict[int, Tensor]:
         """Cotangents of the inputs from those in ``seeds``; several stand in the first dimension."""
@@ -294,22 +296,25 @@ class _Way:
         return {slot: tangents[slot] for slot in self.outputs if slot in tangents}
 
 
-def swept(tape: Any, request: Request, seeds: Sequence[Tensor]) -> dict[Any, Tensor | None] | None:
+def swept(
+    tape: Any, request: Request, seeds: Sequence[Tensor], *, always: bool = False
+) -> dict[Any, Tensor | None] | None:
     """The results of a request by a sweep, by key as those of a plan; None where the request has to be planned.
 
     Args:
         tape: the finished tape.
         request: what is asked.
         seeds: the seeds.
+        always: whether the number of ops does not matter.
 
     Raises:
         NotFiniteError: if the results hold infinities or NaN: zeros may have met them that a plan would know for zeros.
     """
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
-    if request.kind not in ("jacobian", "pull", "push") or not is_long(tape.records) or not inputs or not outputs:
+    if request.kind not in ("jacobian", "pull", "push") or not inputs or not outputs:
         return None
     way = _Way(tape, inputs, outputs)
-    if not is_long(way.records):
+    if not (always or is_long(way.records)):
         return None
     found = _jacobian(way, request) if request.kind == "jacobian" else _product(way, request, seeds)
     if found is None:

@@ -298,7 +298,9 @@ def embed_diagonals(
     return result if tuple(sizes) == shape else result.reshape(shape)
 
 
-def pad_zeros(value: torch.Tensor, sizes: tuple[int, ...], shape: tuple[int, ...], slices: tuple[Slice, ...] = ()) -> torch.Tensor:
+def pad_zeros(
+    value: torch.Tensor, sizes: tuple[int, ...], shape: tuple[int, ...], slices: tuple[Slice, ...] = ()
+) -> torch.Tensor:
     """What :func:`embed_diagonals` does where there are no diagonals and no slices in steps, without writing to a tensor.
 
     A write that is recorded is several ops, of which each has derivatives.

@@ -377,9 +377,10 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
             engine.CACHE.put(run.key, cached)
     if cached is _BY_LEVELS:
         return _run_parts(run.parts, seeds)
-    if (soon := _swept(run, seeds)) is not None:
-        return soon
-    if cached is not None and cached.__class__ is not Seen:
+    if cached is None or cached.__class__ is Seen:
+        if (soon := _swept(run, seeds)) is not None:
+            return soon
+    else:
         found = cached.run(values, seeds)
         leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
         return tree_unflatten(leaves, cached.spec)
@@ -394,9 +395,9 @@ _SWEEPABLE = frozenset({"grad", "grad_and_value", "vjp", "jvp", "linearize", "ja
 
 
 def _swept(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
-    """The result of a nest on a long tape, level by level without a plan; None where there is a plan, or one is to be made."""
+    """The result of one of the first runs of a nest on a long tape, level by level; None where a plan is to be made."""
     part = run.parts[0]
-    if len(run.parts) > 1 or run.cached is _BY_LEVELS or not is_long(part.traced.tape.records):
+    if len(run.parts) > 1 or not is_long(part.traced.tape.records, len(part.levels)):
         return None
     if not all(level.key[0] in _SWEEPABLE for level in part.levels):
         return None
@@ -452,11 +453,11 @@ def run_linearized(
     run = _run_innermost(chain, args, kwargs, ())
     if run is None:
         return None
-    if (soon := _swept(run, ())) is not None:
-        first: Linearized = soon
-        return first
     plan = run.cached
     if plan is None or plan.__class__ is Seen:
+        if (soon := _swept(run, ())) is not None:
+            first: Linearized = soon
+            return first
         made: list[torch.Tensor] = []
         result, plan = _record_parts(run, (), made)
         if run.key is not None:
