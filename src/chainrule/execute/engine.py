@@ -322,7 +322,8 @@ def first_runs(key: Any, known: Any, sweep: Callable[[], Any]) -> Any:
     if forward_ad._current_level >= 0 or any(torch._C._get_dispatch_stack_at(place).__class__ is not Tape for place in modes):
         return None
     try:
-        found = sweep()
+        with postponed_collection():
+            found = sweep()
     except NotFiniteError:
         found = None
     if key is not None:

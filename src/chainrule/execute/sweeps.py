@@ -263,7 +263,7 @@ class _Way:
 
     def pulled(self, request: Request, seeds: dict[int, Tensor], several: int | None) -> dict[int, Tensor]:
         """Cotangents of the inputs from those in ``seeds``; several stand in the first dimension."""
-        sweep = _Sweep(self.tape, request._replace(kind="pull", cast=request.cast), several)
+        sweep = _Sweep(self.tape, request._replace(kind="pull"), several)
         active, reachable = self.tape.active, self.reachable
         pending, inputs = dict(seeds), frozenset(self.inputs)
         for record, arguments in zip(reversed(self.records), reversed(self.arguments), strict=True):

@@ -41,7 +41,7 @@ from chainrule.transforms.arguments import (
     tree_flatten,
     tree_unflatten,
 )
-from chainrule.transforms.levels import Level, Linearized, LinearPlan, NestPlan, level_of, mapping_of, mark_of
+from chainrule.transforms.levels import Level, Linearized, LinearPlan, NestPlan, Part, Run, level_of, mapping_of, mark_of
 from chainrule.transforms.trace import Traced, active_slot, trace
 from chainrule.transforms.vmap import Mapping
 
@@ -146,54 +146,15 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return level.finish(traced, single), traced.aux
 
 
-@dataclass(slots=True)
-class _Part:
-    """The levels of a nest that have one tape, and what they have in common.
-
-    Attributes:
-        levels: the levels, innermost first.
-        wanted: for each of them, the positions of what it differentiates, and whether that is one.
-        traced: the run, as the innermost of these levels sees it.
-        around: the mappings that lead from the part outside of this one to it, outermost first.
-    """
-
-    levels: Sequence[Level]
-    wanted: Sequence[tuple[tuple[int, ...], bool]]
-    traced: Traced
-    around: Sequence[tuple[Mapping, VmapMode]] = ()
-
-
-@dataclass(slots=True)
-class _Run:
-    """One run of the innermost function of a nest, and the nest's cached plan.
-
-    Attributes:
-        parts: the parts of the nest, innermost first.
-        values: all stored values of their tapes, those of the outermost first: what the plan reads.
-        key: the key of the plan; None where there is none.
-        cached: the plan for it.
-    """
-
-    parts: list[_Part]
-    values: list[Any]
-    key: Any
-    cached: Any
-
-    @property
-    def traced(self) -> Traced:
-        """The run as it looks from outside."""
-        return self.parts[-1].traced
-
-
 class _NotWhole(Exception):  # noqa: N818 - never leaves this module
     """This nest cannot run as a whole."""
 
 
 def _run_innermost(
     chain: _Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
-) -> _Run | None:
+) -> Run | None:
     """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     try:
         _run_part(chain, len(chain.levels) - 1, args, kwargs, (), parts)
     except _NotWhole:
@@ -203,11 +164,11 @@ def _run_innermost(
     if len(parts) > 1:
         values, wiring = _stored_values(parts)
         keys.append(wiring)
-    return _Run(parts, values, *_cached(keys[0] if len(keys) == 1 else tuple(keys), [part.traced.tape for part in parts]))
+    return Run(parts, values, *_cached(keys[0] if len(keys) == 1 else tuple(keys), [part.traced.tape for part in parts]))
 
 
 def _run_part(
-    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[_Part]
+    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[Part]
 ) -> None:
     """Run the function of a part, which runs the parts inside of it, and append all of them."""
     levels = chain.levels[number]
@@ -223,7 +184,7 @@ def _run_part(
         # Under no_grad the levels may differ in what they count as constant.
         raise _NotWhole
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
-    parts.append(_Part(levels, wanted, traced, around))
+    parts.append(Part(levels, wanted, traced, around))
 
 
 def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tuple[tuple[int, ...], bool]], tuple[int, ...]]:
@@ -250,7 +211,7 @@ def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tup
 
 
 def _run_mapped(
-    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[_Part]
+    chain: _Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[Part]
 ) -> list[torch.Tensor]:
     """Run a part inside of the mappings that lead to it; returns the stored outputs of its function."""
     around: list[tuple[Mapping, VmapMode]] = []
@@ -277,7 +238,7 @@ def _stored(tensor: Any, around: Sequence[tuple[Mapping, VmapMode]]) -> tuple[An
     return tensor, tuple(flags)
 
 
-def _stored_values(parts: Sequence[_Part]) -> tuple[list[Any], Any]:
+def _stored_values(parts: Sequence[Part]) -> tuple[list[Any], Any]:
     """All stored values of the tapes of some parts, each once, and how the tapes are made of them."""
     values = [*parts[-1].traced.tape.values]
     known = {id(value): number for number, value in enumerate(values)}
@@ -353,7 +314,7 @@ def run_recorded(level: Level, traced: Traced) -> Any:
     if cached is None or cached is _BY_LEVELS:
         traced = replace(traced, tape=traced.tape.fork())
         values = traced.tape.values
-    return _finished(_Run([_Part([level], wanted, traced)], values, key, cached), ())
+    return _finished(Run([Part([level], wanted, traced)], values, key, cached), ())
 
 
 def _run_whole(
@@ -366,7 +327,7 @@ def _run_whole(
     return _finished(run, seeds), run.traced.aux
 
 
-def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+def _finished(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     """The result of a nest, by its cached program."""
     if forward_ad._current_level >= 0:
         refuse_duals(seeds, run.parts[-1].levels[-1].name)
@@ -394,7 +355,7 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
 _SWEEPABLE = frozenset({"grad", "grad_and_value", "vjp", "jvp", "linearize", "jacobian"})
 
 
-def _swept(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+def _swept(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     """The result of one of the first runs of a nest on a long tape, level by level; None where a plan is to be made."""
     part = run.parts[0]
     if len(run.parts) > 1 or not is_long(part.traced.tape.records, len(part.levels)):
@@ -405,13 +366,13 @@ def _swept(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     def sweep() -> Any:
         # What the levels record must not stand on the tape if the nest is planned after all.
         here = replace(part, traced=replace(part.traced, tape=part.traced.tape.fork()))
-        with postponed_collection(), collecting(SWEPT):
+        with collecting(SWEPT):
             return _run_parts([here], seeds)
 
     return engine.first_runs(run.key, run.cached, sweep)
 
 
-def _is_apart(run: _Run) -> bool:
+def _is_apart(run: Run) -> bool:
     """Whether the innermost level has to run by itself."""
     part = run.parts[0]
     level, (positions, _) = part.levels[0], part.wanted[0]
@@ -471,7 +432,7 @@ def run_linearized(
     return _replayed(plan, run)
 
 
-def _replayed(plan: LinearPlan, run: _Run) -> Linearized:
+def _replayed(plan: LinearPlan, run: Run) -> Linearized:
     if plan.stages is None:
         plan.compile()
     assert plan.stages is not None
@@ -513,7 +474,7 @@ def _replayed(plan: LinearPlan, run: _Run) -> Linearized:
     return Linearized(leaves, plan.out_spec, plan.active, call, traced, tree_unflatten(leaves, plan.out_spec))
 
 
-def _run_parts(parts: Sequence[_Part], seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None) -> Any:
+def _run_parts(parts: Sequence[Part], seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None) -> Any:
     """The levels of all parts one after the other; all but the last are recorded on the tape of the part outside of them."""
     part, inner = parts[-1], parts[:-1]
     traced = part.traced
@@ -591,7 +552,7 @@ def _restricted(
 
 
 def _record_parts(
-    run: _Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
+    run: Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
 ) -> tuple[Any, Any]:
     """Run the levels and write down what they compute as one program."""
     slots = {id(value): slot for slot, value in enumerate(run.values)}
