@@ -311,7 +311,7 @@ def run_recorded(level: Level, traced: Traced) -> Any:
     if current_ledger() is None:
         key, cached = _cached(_key_of([level], wanted, traced, ()), [traced.tape])
     values = traced.tape.values
-    if cached is None or cached is _BY_LEVELS:
+    if cached is None or cached is _BY_LEVELS or cached.__class__ is Seen:
         traced = replace(traced, tape=traced.tape.fork())
         values = traced.tape.values
     return _finished(Run([Part([level], wanted, traced)], values, key, cached), ())
