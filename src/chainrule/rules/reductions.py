@@ -141,7 +141,8 @@ def _norm(name: str) -> Rule:
         x = call.stage(program, call.args[0])
         norm = spread(call.stage_output(program))
         x = x if x.dtype == norm.dtype else x.to(norm.dtype)
-        return norm_slope(x, norm, 2.0 if order is None else float(order), reduction_dims(call))
+        slope = norm_slope(x, norm, 2.0 if order is None else float(order), reduction_dims(call))
+        return program.note_mask(slope, norm != 0)
 
     return weighted_reduction(weights)
 
@@ -176,7 +177,9 @@ def _even(call: Call, output: int) -> Edge:
         out = spread(call.stage_output(program, output))
         taken = torch.logical_or(x == out, torch.logical_and(torch.isnan(x), torch.isnan(out)))
         taken = taken.to(call.workspace.dtype)
-        return taken / torch.sum(taken, dim=list(dims), keepdim=True) if call.shape(item) else taken
+        if not call.shape(item):
+            return taken
+        return program.note_mask(taken / torch.sum(taken, dim=list(dims), keepdim=True), taken)
 
     node = formula_node(call, call.shape(item), formula)
     term = reduced_term(call, dims, lambda axes: (Factor(node, axes),), 1.0)
