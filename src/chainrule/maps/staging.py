@@ -8,13 +8,13 @@ planning (see :mod:`chainrule.execute`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from chainrule.dispatch import mode_aside, seen_by
+from chainrule.maps.poles import has_poles
 
 aten = torch.ops.aten
 
@@ -110,27 +110,6 @@ def freeze(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return ("tensor", id(tree))
     return (type(tree), tree)
-
-
-#: Functions that have no bound in the neighbourhood of a number, by the beginning of their names.
-_POLES = (
-    "div", "true_divide", "reciprocal", "rsqrt", "addcdiv", "log", "xlogy", "xlog1py", "special_xlog", "special_log", "tan.", "atanh",
-    "arctanh", "erfinv", "ndtri", "special_erfinv", "special_ndtri", "digamma", "polygamma", "lgamma", "special_digamma",
-    "special_psi", "special_zeta", "linalg_inv", "linalg_solve", "_linalg_solve", "inverse",
-)  # fmt: skip
-_BOUNDED = ("logical", "log_softmax", "log_sigmoid", "logsumexp", "logaddexp", "logcumsumexp")
-
-
-def has_poles(function: Any, args: Sequence[Any]) -> bool:
-    """Whether a function of finite numbers may be infinite: it divides, or takes a logarithm; or an infinity is among ``args``."""
-    name = f"{getattr(function, '__name__', '')}.".lstrip("_")
-    if name.startswith(("pow.", "float_power.")):
-        exponent = args[1] if len(args) > 1 else None
-        return not (isinstance(exponent, (int, float)) and exponent >= 0)
-    if name.startswith(_POLES):
-        divisor = args[1] if len(args) > 1 else None
-        return not name.startswith(_BOUNDED) and not (name.startswith("div") and isinstance(divisor, (int, float)) and divisor != 0)
-    return any(isinstance(item, float) and not math.isfinite(item) for item in args)
 
 
 class Program:

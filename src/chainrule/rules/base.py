@@ -12,7 +12,8 @@ from torch._ops import OpOverload
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, Operator
 from chainrule.maps.nodes import Node, leaf, masking
-from chainrule.maps.staging import Program, Staged, has_poles
+from chainrule.maps.poles import has_poles
+from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_axes
 
 

@@ -101,7 +101,8 @@ def _moment(root: bool) -> Rule:
                 return centred * (2 * rate)
             deviation = spread(call.stage_output(program))
             flat = deviation == 0
-            return torch.where(flat, 0.0, centred * rate / _safe(deviation, flat))
+            slope = torch.where(flat, 0.0, centred * rate / _safe(deviation, flat))
+            return program.note_mask(slope, torch.logical_not(flat))
 
         node = formula_node(call, shape, formula)
         yield single(call, item, [reduced_term(call, dims, lambda axes: (Factor(node, axes),), 1.0)])
