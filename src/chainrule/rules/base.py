@@ -153,7 +153,8 @@ class _Poles:
     def __call__(self, key: Any) -> bool:
         """Whether the value in a slot may be that."""
         if self._found is None:
-            self._found = found = set()
+            found: set[int] = set()
+            self._found = found
             for record in self._tape.records:
                 slots = [item.index for item in _flat(record.args) if type(item).__name__ == "Slot"]
                 if not found.isdisjoint(slots) or has_poles(record.op, record.args):
