@@ -35,8 +35,9 @@ def _segment_reduce(call: Call) -> Iterable[Edge]:
 
     def segments(program: Program) -> Staged:
         """The segment of each row."""
-        numbers = program.call(torch.arange, count, device=call.workspace.device)
-        return torch.repeat_interleave(numbers, sizes(program), output_size=rows)  # type: ignore[call-overload, no-any-return]
+        numbers = program.call(torch.arange, rows, device=call.workspace.device)
+        ends = torch.cumsum(sizes(program), 0)  # type: ignore[call-overload]
+        return torch.searchsorted(ends, numbers, right=True)  # type: ignore[no-any-return]
 
     def shares(program: Program) -> Staged:
         """One over the number of rows of each row's segment."""
