@@ -151,6 +151,7 @@ class _Reachable:
     def __init__(self, tape: Any, reachable: set[int]) -> None:
         self.values: list[torch.Tensor] = tape.values
         self.active = _Activity(tape.active, reachable)
+        self.records: Sequence[Any] = tape.records
 
 
 class _Activity:

@@ -431,7 +431,8 @@ def _no_casts() -> Iterator[None]:
 
 
 def _kind(tensor: torch.Tensor) -> Any:
-    return (tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
+    memory = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return (tensor.shape, tensor.dtype, tensor.device, memory, tensor.requires_grad)
 
 
 def modes() -> Any:
