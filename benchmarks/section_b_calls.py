@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import chainrule
 from benchmarks.networks import Architecture, mlp_architecture
@@ -94,6 +95,39 @@ def hand_chain_gradient(x: Tensor) -> Tensor:
     return hand_chain_tangent(x, torch.ones_like(x))[1]
 
 
+def hand_tangents(x: Tensor, *both: Tensor) -> Tensor:
+    """Tangents of all weights, layer by layer, each layer's share added in its product. Shape (tangents, batch, outputs)."""
+    half = len(both) // 2
+    pushed: Tensor | None = None
+    for number in range(0, half, 2):
+        weight, bias, along, along_bias = both[number], both[number + 1], both[half + number], both[half + number + 1]
+        count = along.shape[0]
+        new = torch.baddbmm(along_bias.unsqueeze(1), x.expand(count, *x.shape), along.mT)
+        if pushed is not None:
+            new.flatten(0, 1).addmm_(pushed.flatten(0, 1), weight.t())
+        if number + 2 < half:
+            x = F.linear(x, weight, bias).tanh()
+            new.mul_(1 - x * x)
+        pushed = new
+    assert pushed is not None
+    return pushed
+
+
+def hand_cotangents(x: Tensor, units: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """Cotangents with the samples first, so that the gradient of a weight is one product for all of them."""
+    activations = [x]
+    for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        activations.append(F.linear(activations[-1], weight, bias).tanh())
+    signal = units.transpose(0, 1).contiguous()
+    found: list[Tensor] = []
+    for weight, value in zip(parameters[-2::-2], activations[::-1], strict=True):
+        batch, count, size = signal.shape
+        found = [(signal.view(batch, -1).t() @ value).view(count, size, -1), signal.sum(0), *found]
+        if value is not x:
+            signal = (signal.view(-1, size) @ weight).view(batch, count, -1).mul_((1 - value * value).unsqueeze(1))
+    return found
+
+
 # --- the rows -------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +182,8 @@ def many_tangents_row(key: str, arrival: str, widths: Sequence[int], batch: int,
         return {way: partial(_tangents, library, way, architecture) for way in ways}
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _row(key, f"linearize once, {count} tangents of the parameters {arrival}, {network}", make, expressions, 2)
+    hand = None if arrival == "one by one" else hand_tangents
+    return _row(key, f"linearize once, {count} tangents of the parameters {arrival}, {network}", make, expressions, 2, hand)
 
 
 def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
@@ -164,7 +199,8 @@ def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: in
         return {way: partial(_cotangents, library, way, architecture)}
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _row(key, f"vjp once, {count} cotangents to the parameters {arrival}, {network}", make, expressions, 2)
+    hand = None if arrival == "one by one" else hand_cotangents
+    return _row(key, f"vjp once, {count} cotangents to the parameters {arrival}, {network}", make, expressions, 2, hand)
 
 
 def many_rows(widths: Sequence[int], batch: int, count: int) -> tuple[Workload, ...]:

@@ -88,6 +88,26 @@ def hand_loss_gradient(architecture: Architecture, x: Tensor, targets: Tensor, *
     return torch.autograd.grad(loss, tracked)
 
 
+def hand_cnn_jacobian(
+    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, last: Tensor, _: Tensor
+) -> Tensor:
+    """The rows of the last weights, unpooled, and pulled through both convolutions. Shape (batch, outputs, 1, side, side).
+
+    The last pullback is one product and the sum over its windows: a third of what a convolution takes.
+    """
+    count, batch = last.shape[0], x.shape[0]
+    inner = F.conv2d(x, first, first_bias).relu()
+    outer = F.conv2d(inner, second, second_bias).relu()
+    pooled, places = F.max_pool2d(outer, 2, return_indices=True)
+    cotangents = last.view(count, 1, *pooled.shape[1:]) * (pooled > 0)
+    planes = x.new_zeros(count, *outer.flatten(2).shape)
+    planes.scatter_(3, places.flatten(2).expand(count, -1, -1, -1), cotangents.flatten(3))
+    signals = F.conv_transpose2d(planes.view(-1, *outer.shape[1:]), second).view(count, *inner.shape)
+    masked = torch.ops.aten.threshold_backward(signals, inner.expand_as(signals), 0).view(count * batch, inner.shape[1], -1)
+    columns = torch.bmm(first.flatten(1).t().expand(count * batch, -1, -1), masked)
+    return F.fold(columns, x.shape[2:], first.shape[2:]).view(count, *x.shape).movedim(1, 0)
+
+
 def hand_attention_jacobian(x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """J[i, a, j, b] = Pᵢⱼ (Wv[b, a] + c (Vⱼₐ − Oᵢₐ) rᵢᵦ) + δᵢⱼ c Cᵢ[a, b], with r = Q Wkᵀ and c the scale.
 
@@ -292,6 +312,7 @@ def cnn_jacobian_row(side: int, batch: int) -> Workload:
         inputs=_network_inputs(architecture, batch, 1, side, side),
         ours={name: _named(architecture, made) for name, made in ours.items()},
         peers={name: _named(architecture, made) for name, made in peers.items()},
+        hand=hand_cnn_jacobian,
         targets=Targets(1.5),
     )
 

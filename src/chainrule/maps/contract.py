@@ -264,13 +264,21 @@ def _product_order(first: Factor, second: Factor, wanted: Sequence[Axis]) -> tup
     """The axis order of an element-wise product.
 
     That of the larger operand, so that it is not permuted; but a product larger than both is laid out as its reader wants it.
+    Where the reader sums some of its axes, each axis that is new to the larger operand stands among the others as the reader has
+    it: a matrix product of them is then copied into a result in longer runs.
     """
     big, small = (first, second) if len(first.axes) >= len(second.axes) else (second, first)
     extra = [axis for axis in small.axes if axis not in big.axes]
-    if extra and set(wanted).issuperset((*extra, *big.axes)):
-        present = {*extra, *big.axes}
-        return tuple(axis for axis in wanted if axis in present)
-    return (*extra, *big.axes)
+    places = {axis: place for place, axis in enumerate(wanted)}
+    if extra and places.keys() >= {*extra, *big.axes}:
+        return tuple(sorted((*extra, *big.axes), key=places.__getitem__))
+    placed = [axis for axis in extra if axis in places and axis.size > 1]
+    order = [*(axis for axis in extra if axis not in placed), *big.axes]
+    for axis in sorted(placed, key=places.__getitem__):
+        known = [(number, places[other] > places[axis]) for number, other in enumerate(order) if other in places]
+        later = next((number for number, after in known if after), None)
+        order.insert(later if later is not None else known[-1][0] + 1 if known else 0, axis)
+    return tuple(order)
 
 
 def _common_dtype(x: Staged, y: Staged) -> tuple[Staged, Staged]:
