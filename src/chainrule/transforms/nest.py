@@ -23,7 +23,7 @@ from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.capture.recorder import Recorder
+from chainrule.capture.recorder import Recorder, rehearsed
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
@@ -376,14 +376,17 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
             engine.CACHE.put(run.key, cached)
     if cached is _BY_LEVELS:
         return _run_parts(run.parts, seeds)
-    if cached is not None:
-        found = cached.run(values, seeds)
-        leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
-        return tree_unflatten(leaves, cached.spec)
-    result, plan = _record_parts(run, seeds)
-    if run.key is not None:
-        engine.CACHE.put(run.key, plan)
-    return result
+    if cached is None:
+        with rehearsed() as recorder:
+            result, cached = _record_parts(run, seeds)
+        if run.key is not None:
+            engine.CACHE.put(run.key, cached)
+        if cached is _BY_LEVELS or recorder is None:
+            return result
+        cached.compile_for(recorder)
+    found = cached.run(values, seeds)
+    leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
+    return tree_unflatten(leaves, cached.spec)
 
 
 def _is_apart(run: _Run) -> bool:
