@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -410,6 +411,13 @@ class WholeRecorder(Recorder):
         known = self.known.get(id(tensor))
         return known is not None and known.slot not in self.program.inputs.values()
 
+    def take_constants(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take tensors that no op has met yet for constants: those of a plan, which nothing writes to."""
+        for tensor in tensors:
+            if id(tensor) not in self.known:
+                self.known[id(tensor)] = self.program.constant(tensor)
+                self._alive.append(tensor)
+
     def _is_input(self, tensor: Any) -> bool:
         staged = self.staged(tensor) if isinstance(tensor, torch.Tensor) else None
         return staged is not None and staged.slot in self.program.inputs.values()
@@ -481,6 +489,23 @@ def whole_recorder() -> WholeRecorder | None:
         return None
     found = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Recorder)]
     return found[0] if len(found) == 1 and isinstance(found[0], WholeRecorder) else None
+
+
+@contextmanager
+def rehearsed() -> Iterator[WholeRecorder | None]:
+    """While a plan is made; yields the recorder of a whole call, which is to consist of the calls of a replay of the plan.
+
+    What was called inside is part of the recorded call only where something uses its result.
+    """
+    recorder = whole_recorder()
+    if recorder is None:
+        yield None
+        return
+    program = recorder.program
+    start, literal = len(program.instructions), program.literal
+    yield recorder
+    program.instructions[start:] = [instruction._replace(keep=False) for instruction in program.instructions[start:]]
+    program.literal = literal
 
 
 class NoReads(FunctionWatch):

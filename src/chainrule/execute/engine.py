@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
+from chainrule.capture.recorder import WholeRecorder, rehearsed
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
 from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
@@ -70,6 +71,17 @@ class CachedPlan:
                     self.stages = compile_stages(*self.recorded)
                 self.runner = compile_program(*self.recorded)
                 self.recorded = None
+
+    def compile_for(self, recorder: WholeRecorder) -> None:
+        """As :meth:`compile`, for a plan that was made while a whole call is recorded, and is replayed in it now.
+
+        A graph is made of the calls of a replay: they are fewer than those of planning.
+        """
+        self.compile()
+        assert self.runner is not None
+        recorder.take_constants(self.runner.constants)  # type: ignore[attr-defined]
+        if self.stages is not None:
+            recorder.take_constants(list(self.stages.source.constants.values()))
 
     def run_on(self, tape: Any, seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on a tape of the same signature; a second call on the same tape only does what the seeds change."""
@@ -301,13 +313,20 @@ def _executed_first(
         soon: dict[Any, torch.Tensor | None] | None = first_runs(key, known, lambda: swept(tape, request, seeds))
         if soon is not None:
             return soon
-    planned = _planned(tape, request, seeds)
-    results = owned(planned.program, planned.results)
-    values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    with rehearsed() as recorder:
+        planned = _planned(tape, request, seeds)
+        results = owned(planned.program, planned.results)
+    found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    if key is None and recorder is None:
+        return found
+    recorded = (without_values(planned.program), [bare(r) for r in results])
+    made = CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push"))
     if key is not None:
-        recorded = (without_values(planned.program), [bare(r) for r in results])
-        CACHE.put(key, CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push")))
-    return values
+        CACHE.put(key, made)
+    if recorder is None:
+        return found
+    made.compile_for(recorder)
+    return made.run_on(tape, seeds)
 
 
 def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] | None:

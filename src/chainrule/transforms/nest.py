@@ -12,7 +12,7 @@ values of a sample, and those outside one with the stored values: both come from
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.capture.recorder import Recorder
+from chainrule.capture.recorder import Recorder, rehearsed
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
@@ -43,7 +43,16 @@ from chainrule.transforms.arguments import (
     tree_unflatten,
 )
 from chainrule.transforms.levels import (
-    Chain, Level, Linearized, LinearPlan, NestPlan, Part, Run, level_of, mapping_of, mark_of,
+    Chain,
+    Level,
+    Linearized,
+    LinearPlan,
+    NestPlan,
+    Part,
+    Run,
+    level_of,
+    mapping_of,
+    mark_of,
 )  # fmt: skip
 from chainrule.transforms.trace import Traced, active_slot, trace
 from chainrule.transforms.vmap import Mapping
@@ -346,14 +355,16 @@ def _finished(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     if cached is None or cached.__class__ is Seen:
         if (soon := _swept(run, seeds)) is not None:
             return soon
-    else:
-        found = cached.run(values, seeds)
-        leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
-        return tree_unflatten(leaves, cached.spec)
-    result, plan = _record_parts(run, seeds)
-    if run.key is not None:
-        engine.CACHE.put(run.key, plan)
-    return result
+        with rehearsed() as recorder:
+            result, cached = _record_parts(run, seeds)
+        if run.key is not None:
+            engine.CACHE.put(run.key, cached)
+        if cached is _BY_LEVELS or recorder is None:
+            return result
+        cached.compile_for(recorder)
+    found = cached.run(values, seeds)
+    leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
+    return tree_unflatten(leaves, cached.spec)
 
 
 #: The kinds of levels whose results are requests that a sweep can serve.
