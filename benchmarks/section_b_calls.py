@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import chainrule
+from benchmarks import jax_peers
 from benchmarks.networks import Architecture, mlp_architecture
 from benchmarks.overhead import OPS, chain
 from benchmarks.workload import Expression, Targets, Workload
@@ -137,13 +138,16 @@ def _row(
     inputs: Callable[[], tuple[Tensor, ...]],
     expressions: Callable[[Any], Mapping[str, Expression]],
     target: float,
-    hand: Expression | None = None,
+    hand: Expression | None,
+    jax: Callable[[Any], Mapping[str, Expression]],
 ) -> Workload:
     ours, peers = expressions(chainrule), expressions(tf)
-    return Workload(key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, targets=Targets(target))
+    return Workload(key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, jax=jax, targets=Targets(target))
 
 
-def _chain_row(key: str, title: str, name: str, function: Expression, target: float) -> Workload:
+def _chain_row(
+    key: str, title: str, name: str, function: Expression, target: float, jax: Callable[[Any], Mapping[str, Expression]]
+) -> Workload:
     return _row(
         key,
         f"{title} of a chain of {OPS} pointwise ops, n=16",
@@ -151,6 +155,7 @@ def _chain_row(key: str, title: str, name: str, function: Expression, target: fl
         lambda library: {name: partial(function, library)},
         target,
         hand_chain_tangent,
+        jax,
     )
 
 
@@ -165,6 +170,7 @@ def network_vmap_row(widths: Sequence[int], batch: int) -> Workload:
         lambda library: {"vmap": _vmapped_network(library, architecture)},
         1,
         lambda x, *parameters: call(architecture.named(parameters), x),
+        partial(jax_peers.network_vmap, jax_peers.mlp_network),
     )
 
 
@@ -183,7 +189,8 @@ def many_tangents_row(key: str, arrival: str, widths: Sequence[int], batch: int,
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
     hand = None if arrival == "one by one" else hand_tangents
-    return _row(key, f"linearize once, {count} tangents of the parameters {arrival}, {network}", make, expressions, 2, hand)
+    title = f"linearize once, {count} tangents of the parameters {arrival}, {network}"
+    return _row(key, title, make, expressions, 2, hand, partial(jax_peers.many_tangents, jax_peers.mlp_network, arrival))
 
 
 def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
@@ -200,7 +207,8 @@ def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: in
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
     hand = None if arrival == "one by one" else hand_cotangents
-    return _row(key, f"vjp once, {count} cotangents to the parameters {arrival}, {network}", make, expressions, 2, hand)
+    title = f"vjp once, {count} cotangents to the parameters {arrival}, {network}"
+    return _row(key, title, make, expressions, 2, hand, partial(jax_peers.many_cotangents, jax_peers.mlp_network, arrival))
 
 
 def many_rows(widths: Sequence[int], batch: int, count: int) -> tuple[Workload, ...]:
@@ -223,9 +231,10 @@ _CHAINS: tuple[Workload, ...] = (
         lambda library: {"vmap": library.vmap(chain)},
         1,
         chain,
+        jax_peers.chain_vmap,
     ),
-    _chain_row("B13a", "jvp", "jvp", _jvp, 1.3),
-    _chain_row("B13b", "vjp and its function", "vjp", _vjp, 1.3),
+    _chain_row("B13a", "jvp", "jvp", _jvp, 1.3, jax_peers.chain_jvp),
+    _chain_row("B13b", "vjp and its function", "vjp", _vjp, 1.3, jax_peers.chain_vjp),
     _row(
         "B13c",
         f"grad of a chain of {OPS} pointwise ops, n=16",
@@ -233,8 +242,9 @@ _CHAINS: tuple[Workload, ...] = (
         lambda library: {"grad": library.grad(chain_sum)},
         1.3,
         hand_chain_gradient,
+        jax_peers.chain_gradient,
     ),
-    _chain_row("B13d", "linearize and its function", "linearize", _linearize, 100),
+    _chain_row("B13d", "linearize and its function", "linearize", _linearize, 100, jax_peers.chain_linearize),
 )
 
 WORKLOADS: tuple[Workload, ...] = (
