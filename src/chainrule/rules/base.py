@@ -115,7 +115,7 @@ class Call:
 
     def _input(self, program: Program, slot: int) -> Staged:
         if program.infinite_input is None:
-            program.infinite_input = _Poles(self._tape)
+            program.infinite_input = _Poles(self._tape.records)
         return program.input(slot, self._tape.values[slot])
 
     @property
@@ -144,10 +144,13 @@ class Call:
 
 
 class _Poles:
-    """Which values of a tape may be infinite although its inputs are finite: those after a quotient or a logarithm."""
+    """Which values of a tape may be infinite although its inputs are finite: those after a quotient or a logarithm.
 
-    def __init__(self, tape: TapeView) -> None:
-        self._tape = tape
+    It stays with a program, so that it holds the records alone: the values would live as long as a plan.
+    """
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self._records = records
         self._found: set[int] | None = None
 
     def __call__(self, key: Any) -> bool:
@@ -155,7 +158,7 @@ class _Poles:
         if self._found is None:
             found: set[int] = set()
             self._found = found
-            for record in self._tape.records:
+            for record in self._records:
                 slots = [item.index for item in _flat(record.args) if type(item).__name__ == "Slot"]
                 if not found.isdisjoint(slots) or has_poles(record.op, record.args):
                     found.update(record.outputs)
