@@ -19,7 +19,7 @@ def test_which_have_one() -> None:
     """Functions in Python with a door to function modes, and no others."""
     assert body_of(F.layer_norm) is body_of(F.layer_norm) is not None
     assert body_of(torch.sin) is None
-    assert body_of(F.max_pool2d) is None
+    assert body_of(F.max_pool2d) is body_of(F.max_pool2d) is not None
     assert body_of(len) is None
 
 
@@ -55,6 +55,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     )[0],
     "conv1d": lambda x: F.conv1d(x[None], torch.arange(6.0).double().view(1, 3, 2)),
     "conv1d of a sample": lambda x: F.conv1d(x, torch.arange(6.0).double().view(1, 3, 2), padding=1),
+    "max_pool1d": lambda x: F.max_pool1d(x[None], 2),
+    "max_pool2d": lambda x: F.max_pool2d(x[None], 2, 1, return_indices=False),
+    "max_pool2d and places": lambda x: F.max_pool2d(x[None], 2, return_indices=True)[0],
+    "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x, 2),
     "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
     "lstm_cell": lambda x: torch.lstm_cell(x, (x[:, :2], x[:, 2:]), *weights(8, 4, 2))[0],
     "gru_cell": lambda x: torch.gru_cell(x, x[:, :2], *weights(6, 4, 2)),

@@ -33,6 +33,9 @@ class _Globals(dict[str, Any]):
 _OPEN = {id(module.__dict__): _Globals(module) for module in (F, torch.functional)}
 _BODIES: dict[Any, Callable[..., Any] | None] = {}
 
+#: What F.max_pool2d and its like are: two functions, one of which is called, by a flag among the arguments.
+_CHOICE = "boolean_dispatch.<locals>.fn"
+
 
 def body_of(function: Any) -> Callable[..., Any] | None:
     """The body of a function, None where it has none that can be run so."""
@@ -44,6 +47,8 @@ def body_of(function: Any) -> Callable[..., Any] | None:
 
 
 def _made(function: Any) -> Callable[..., Any] | None:
+    if function.__class__ is types.FunctionType and function.__qualname__ == _CHOICE:
+        return _choosing(function)
     if function.__class__ is not types.FunctionType or "handle_torch_function" not in function.__code__.co_names:
         return None
     names = _OPEN.get(id(function.__globals__))
@@ -52,3 +57,16 @@ def _made(function: Any) -> Callable[..., Any] | None:
     body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def _choosing(function: types.FunctionType) -> Callable[..., Any] | None:
+    """A choice between two functions as one between their bodies."""
+    cells: list[types.CellType] = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        content = cell.cell_contents
+        if name in ("if_true", "if_false"):
+            content = body_of(content)
+            if content is None:
+                return None
+        cells.append(types.CellType(content))
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
