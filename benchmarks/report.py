@@ -187,7 +187,9 @@ def markdown(
         "## Which expression was the fastest, first call and peak memory",
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
-        "caching allocator's own statistics), the result included.",
+        "caching allocator's own statistics), the result included. The prediction is of the derivatives: what an expression",
+        "keeps around them is not in it (the stack of results in B14a and B14b, a training step in B20), nor a plain vmap (B12,",
+        "B20a), for which nothing is planned.",
         "",
         markdown_table(
             [

@@ -245,7 +245,7 @@ _ours_batched_hessian = chainrule.vmap(chainrule.hessian(predict, argnums=2), in
 
 WORKLOADS: tuple[Workload, ...] = (
     _layer_jacobian("A1", 16, 16, Targets(3, None, 1)),
-    _layer_jacobian("A2", 32, 2048, Targets(8, 2, 2), sizes=_growth((512, 2048, 8192, 32768))),
+    _layer_jacobian("A2", 32, 2048, Targets(8, 2, 2), sizes=_growth((4096, 16384, 65536, 262144))),
     _layer_jacobian("A3", 2048, 32, Targets(5, 2.5, 3)),
     Workload(
         key="A4",

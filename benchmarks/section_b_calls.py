@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import chainrule
+from benchmarks import jax_peers
 from benchmarks.networks import Architecture, mlp_architecture
 from benchmarks.overhead import OPS, chain
 from benchmarks.workload import Expression, Targets, Workload
@@ -94,6 +96,39 @@ def hand_chain_gradient(x: Tensor) -> Tensor:
     return hand_chain_tangent(x, torch.ones_like(x))[1]
 
 
+def hand_tangents(x: Tensor, *both: Tensor) -> Tensor:
+    """Tangents of all weights, layer by layer, each layer's share added in its product. Shape (tangents, batch, outputs)."""
+    half = len(both) // 2
+    pushed: Tensor | None = None
+    for number in range(0, half, 2):
+        weight, bias, along, along_bias = both[number], both[number + 1], both[half + number], both[half + number + 1]
+        count = along.shape[0]
+        new = torch.baddbmm(along_bias.unsqueeze(1), x.expand(count, *x.shape), along.mT)
+        if pushed is not None:
+            new.flatten(0, 1).addmm_(pushed.flatten(0, 1), weight.t())
+        if number + 2 < half:
+            x = F.linear(x, weight, bias).tanh()
+            new.mul_(1 - x * x)
+        pushed = new
+    assert pushed is not None
+    return pushed
+
+
+def hand_cotangents(x: Tensor, units: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """Cotangents with the samples first, so that the gradient of a weight is one product for all of them."""
+    activations = [x]
+    for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        activations.append(F.linear(activations[-1], weight, bias).tanh())
+    signal = units.transpose(0, 1).contiguous()
+    found: list[Tensor] = []
+    for weight, value in zip(parameters[-2::-2], activations[::-1], strict=True):
+        batch, count, size = signal.shape
+        found = [(signal.view(batch, -1).t() @ value).view(count, size, -1), signal.sum(0), *found]
+        if value is not x:
+            signal = (signal.view(-1, size) @ weight).view(batch, count, -1).mul_((1 - value * value).unsqueeze(1))
+    return found
+
+
 # --- the rows -------------------------------------------------------------------------------------------------------
 
 
@@ -103,13 +138,16 @@ def _row(
     inputs: Callable[[], tuple[Tensor, ...]],
     expressions: Callable[[Any], Mapping[str, Expression]],
     target: float,
-    hand: Expression | None = None,
+    hand: Expression | None,
+    jax: Callable[[Any], Mapping[str, Expression]],
 ) -> Workload:
     ours, peers = expressions(chainrule), expressions(tf)
-    return Workload(key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, targets=Targets(target))
+    return Workload(key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, jax=jax, targets=Targets(target))
 
 
-def _chain_row(key: str, title: str, name: str, function: Expression, target: float) -> Workload:
+def _chain_row(
+    key: str, title: str, name: str, function: Expression, target: float, jax: Callable[[Any], Mapping[str, Expression]]
+) -> Workload:
     return _row(
         key,
         f"{title} of a chain of {OPS} pointwise ops, n=16",
@@ -117,6 +155,7 @@ def _chain_row(key: str, title: str, name: str, function: Expression, target: fl
         lambda library: {name: partial(function, library)},
         target,
         hand_chain_tangent,
+        jax,
     )
 
 
@@ -131,6 +170,7 @@ def network_vmap_row(widths: Sequence[int], batch: int) -> Workload:
         lambda library: {"vmap": _vmapped_network(library, architecture)},
         1,
         lambda x, *parameters: call(architecture.named(parameters), x),
+        partial(jax_peers.network_vmap, jax_peers.mlp_network),
     )
 
 
@@ -148,7 +188,9 @@ def many_tangents_row(key: str, arrival: str, widths: Sequence[int], batch: int,
         return {way: partial(_tangents, library, way, architecture) for way in ways}
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _row(key, f"linearize once, {count} tangents of the parameters {arrival}, {network}", make, expressions, 2)
+    hand = None if arrival == "one by one" else hand_tangents
+    title = f"linearize once, {count} tangents of the parameters {arrival}, {network}"
+    return _row(key, title, make, expressions, 2, hand, partial(jax_peers.many_tangents, jax_peers.mlp_network, arrival))
 
 
 def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: int, count: int) -> Workload:
@@ -164,7 +206,9 @@ def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: in
         return {way: partial(_cotangents, library, way, architecture)}
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _row(key, f"vjp once, {count} cotangents to the parameters {arrival}, {network}", make, expressions, 2)
+    hand = None if arrival == "one by one" else hand_cotangents
+    title = f"vjp once, {count} cotangents to the parameters {arrival}, {network}"
+    return _row(key, title, make, expressions, 2, hand, partial(jax_peers.many_cotangents, jax_peers.mlp_network, arrival))
 
 
 def many_rows(widths: Sequence[int], batch: int, count: int) -> tuple[Workload, ...]:
@@ -187,9 +231,10 @@ _CHAINS: tuple[Workload, ...] = (
         lambda library: {"vmap": library.vmap(chain)},
         1,
         chain,
+        jax_peers.chain_vmap,
     ),
-    _chain_row("B13a", "jvp", "jvp", _jvp, 1.3),
-    _chain_row("B13b", "vjp and its function", "vjp", _vjp, 1.3),
+    _chain_row("B13a", "jvp", "jvp", _jvp, 1.3, jax_peers.chain_jvp),
+    _chain_row("B13b", "vjp and its function", "vjp", _vjp, 1.3, jax_peers.chain_vjp),
     _row(
         "B13c",
         f"grad of a chain of {OPS} pointwise ops, n=16",
@@ -197,8 +242,9 @@ _CHAINS: tuple[Workload, ...] = (
         lambda library: {"grad": library.grad(chain_sum)},
         1.3,
         hand_chain_gradient,
+        jax_peers.chain_gradient,
     ),
-    _chain_row("B13d", "linearize and its function", "linearize", _linearize, 100),
+    _chain_row("B13d", "linearize and its function", "linearize", _linearize, 100, jax_peers.chain_linearize),
 )
 
 WORKLOADS: tuple[Workload, ...] = (

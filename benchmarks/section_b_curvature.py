@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import chainrule
+from benchmarks import jax_peers
 from benchmarks.networks import mlp_architecture
 from benchmarks.peers import hessians
 from benchmarks.workload import Expression, Targets, Workload
@@ -194,6 +196,7 @@ def gauss_newton_row(widths: Sequence[int], batch: int) -> Workload:
         ours={way: _gauss_newton(chainrule, way, widths) for way in ours},
         peers={way: _gauss_newton(tf, way, widths) for way in ways},
         hand=hand_gauss_newton,
+        jax=partial(jax_peers.gauss_newton_product, jax_peers.mlp_network),
         targets=Targets(1.2),
     )
 
@@ -232,13 +235,14 @@ def deep_row(layers: int, width: int, batch: int, chunks: Sequence[int | None]) 
         ours={"hessian": chainrule.hessian(deep_loss)},
         peers=hessians(deep_loss, chunks=chunks),
         hand=hand_deep_hessian,
+        jax=jax_peers.deep_hessian,
         targets=Targets(4),
         dtype=torch.float64,
     )
 
 
 WORKLOADS: tuple[Workload, ...] = (
-    logistic_row(1000, 300, sizes={n: logistic_row(1000, n) for n in (50, 100, 200, 400)}),
+    logistic_row(1000, 300, sizes={n: logistic_row(1000, n) for n in (200, 400, 800, 1600)}),
     gauss_newton_row((32, 128, 128, 10), 128),
     factorisation_row(300, 5, (None, 32, 128)),
     deep_row(10, 64, 64, (64, 256, 1024)),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chainrule
+from benchmarks import jax_peers
 from benchmarks.networks import (
     Architecture,
     classifier_architecture,
@@ -86,6 +87,26 @@ def hand_loss_gradient(architecture: Architecture, x: Tensor, targets: Tensor, *
     tracked = [p.detach().requires_grad_() for p in parameters]
     loss = cross_entropy(tf, architecture)(architecture.named(tracked), x, targets)
     return torch.autograd.grad(loss, tracked)
+
+
+def hand_cnn_jacobian(
+    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, last: Tensor, _: Tensor
+) -> Tensor:
+    """The rows of the last weights, unpooled, and pulled through both convolutions. Shape (batch, outputs, 1, side, side).
+
+    The last pullback is one product and the sum over its windows: a third of what a convolution takes.
+    """
+    count, batch = last.shape[0], x.shape[0]
+    inner = F.conv2d(x, first, first_bias).relu()
+    outer = F.conv2d(inner, second, second_bias).relu()
+    pooled, places = F.max_pool2d(outer, 2, return_indices=True)
+    cotangents = last.view(count, 1, *pooled.shape[1:]) * (pooled > 0)
+    planes = x.new_zeros(count, *outer.flatten(2).shape)
+    planes.scatter_(3, places.flatten(2).expand(count, -1, -1, -1), cotangents.flatten(3))
+    signals = F.conv_transpose2d(planes.view(-1, *outer.shape[1:]), second).view(count, *inner.shape)
+    masked = torch.ops.aten.threshold_backward(signals, inner.expand_as(signals), 0).view(count * batch, inner.shape[1], -1)
+    columns = torch.bmm(first.flatten(1).t().expand(count * batch, -1, -1), masked)
+    return F.fold(columns, x.shape[2:], first.shape[2:]).view(count, *x.shape).movedim(1, 0)
 
 
 def hand_attention_jacobian(x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -239,6 +260,7 @@ def parameter_jacobian_row(widths: Sequence[int], batch: int) -> Workload:
             "vmap(jacrev), chunk 8": _named(architecture, tf.vmap(tf.jacrev(theirs), in_dims=in_dims, chunk_size=8)),
         },
         hand=hand_parameter_jacobian,
+        jax=partial(jax_peers.per_sample_parameter_jacobian, jax_peers.mlp_network),
         targets=Targets(1.5, 1.5),
     )
 
@@ -267,6 +289,7 @@ def ntk_row(widths: Sequence[int], batch: int) -> Workload:
         ours={name: _named(architecture, made) for name, made in ours.items()},
         peers={name: _named(architecture, made) for name, made in peers.items()},
         hand=hand_ntk,
+        jax=partial(jax_peers.ntk, jax_peers.mlp_network),
         targets=Targets(20, 2),
     )
 
@@ -292,6 +315,8 @@ def cnn_jacobian_row(side: int, batch: int) -> Workload:
         inputs=_network_inputs(architecture, batch, 1, side, side),
         ours={name: _named(architecture, made) for name, made in ours.items()},
         peers={name: _named(architecture, made) for name, made in peers.items()},
+        hand=hand_cnn_jacobian,
+        jax=partial(jax_peers.per_sample_jacobian, jax_peers.cnn_network),
         targets=Targets(1.5),
     )
 
@@ -316,6 +341,7 @@ def per_sample_gradient_row(side: int, batch: int) -> Workload:
         inputs=_network_inputs(architecture, batch, 1, side, side, classes=10),
         ours={"vmap(grad)": _with_targets(architecture, ours)},
         peers={name: _with_targets(architecture, made) for name, made in peers.items()},
+        jax=partial(jax_peers.per_sample_gradient, jax_peers.cnn_network),
         targets=Targets(1),
     )
 
@@ -333,7 +359,12 @@ def _by_autograd(architecture: Architecture) -> Expression:
 
 
 def _loss_gradient_row(
-    key: str, title: str, architecture: Architecture, shape: Sequence[int], hand: Expression | None
+    key: str,
+    title: str,
+    architecture: Architecture,
+    network: jax_peers.Network,
+    shape: Sequence[int],
+    hand: Expression | None = None,
 ) -> Workload:
     return Workload(
         key=key,
@@ -342,6 +373,7 @@ def _loss_gradient_row(
         ours={"grad": _with_targets(architecture, chainrule.grad(cross_entropy(chainrule, architecture)))},
         peers={"grad": _with_targets(architecture, tf.grad(cross_entropy(tf, architecture)))},
         autograd=_by_autograd(architecture),
+        jax=partial(jax_peers.loss_gradient, network),
         hand=hand,
         targets=Targets(1),
     )
@@ -351,19 +383,22 @@ def loss_gradient_row(widths: Sequence[int], batch: int) -> Workload:
     """B7."""
     architecture = mlp_architecture(widths)
     title = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    return _loss_gradient_row("B7", title, architecture, (batch, widths[0]), partial(hand_loss_gradient, architecture))
+    hand = partial(hand_loss_gradient, architecture)
+    return _loss_gradient_row("B7", title, architecture, jax_peers.mlp_network, (batch, widths[0]), hand)
 
 
 def cnn_gradient_row(side: int, batch: int) -> Workload:
     """B7c."""
-    return _loss_gradient_row("B7c", f"CNN {side}×{side}, batch {batch}", cnn_architecture(side), (batch, 1, side, side), None)
+    title = f"CNN {side}×{side}, batch {batch}"
+    return _loss_gradient_row("B7c", title, cnn_architecture(side), jax_peers.cnn_network, (batch, 1, side, side))
 
 
 def transformer_gradient_row(length: int, width: int, heads: int, batch: int) -> Workload:
     """B7t."""
     architecture = classifier_architecture(length, width, heads)
     title = f"transformer encoder block and a linear layer, sequence {length}, width {width}, {heads} heads, batch {batch}"
-    return _loss_gradient_row("B7t", title, architecture, (batch, length, width), None)
+    network = partial(jax_peers.classifier_network, heads)
+    return _loss_gradient_row("B7t", title, architecture, network, (batch, length, width))
 
 
 def encoder_row(length: int, width: int, heads: int, chunks: Sequence[int | None]) -> Workload:
@@ -377,6 +412,7 @@ def encoder_row(length: int, width: int, heads: int, chunks: Sequence[int | None
         inputs=_network_inputs(architecture, length, width),
         ours={"jacobian": ours, "jacobian, plain attention": _with_math_attention(ours)},
         peers={name: _with_math_attention(_named(architecture, made)) for name, made in peers.items()},
+        jax=partial(jax_peers.input_jacobian, partial(jax_peers.encoder_network, heads)),
         targets=Targets(1.5),
     )
 
@@ -414,6 +450,7 @@ def convolution_row(channels: int, side: int, chunks: Sequence[int | None]) -> W
         inputs=make,
         ours={"jacobian": chainrule.jacobian(convolutions)},
         peers=jacobians(convolutions, 0, chunks),
+        jax=jax_peers.convolutions_jacobian,
         targets=Targets(5),
     )
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import chainrule
+from benchmarks import jax_peers
 from benchmarks.networks import jax_mlp, mlp, mlp_inputs, scalar_mlp
 from benchmarks.workload import Expression, Targets, Workload
 
@@ -322,6 +323,7 @@ def biharmonic_row(widths: Sequence[int], batch: int) -> Workload:
         },
         peers={f"{outer} of {inner}": _nested_laplacian(inner, outer) for inner, outer in ways},
         hand=hand_biharmonic,
+        jax=jax_peers.biharmonic,
         targets=Targets(1.8, 1.2),
         dtype=torch.float64,
     )
@@ -348,7 +350,7 @@ WORKLOADS: tuple[Workload, ...] = (
         32,
         Targets(25, 2),
         (16,),
-        sizes=_laplacian_growth((16, 32, 64, 128)),
+        sizes=_laplacian_growth((64, 128, 256, 512)),
     ),
     divergence_row((64, 128, 128, 64), 64),
     hessian_diagonal_row(_B2, 32),

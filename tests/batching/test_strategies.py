@@ -487,3 +487,28 @@ def test_products_with_a_constant_sparse_matrix(layout):
         gradient = torch.func.grad(lambda x: plain(x).square().sum())(x)  # noqa: B023 - called in this turn
         found = chainrule.grad(lambda x: chainrule.vmap(product)(x).square().sum())(x)  # noqa: B023
         torch.testing.assert_close(found, gradient)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_coo])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_products_of_any_memory_layout_with_a_constant_sparse_matrix(layout, dim):
+    """torch multiplies a sparse matrix only with a stack that is one matrix in memory; here the samples need not be that."""
+    dense = torch.randn(5, 8, dtype=torch.float64).relu()
+    matrix = dense.to_sparse(layout=layout)
+    for product, plain, shape in (
+        (lambda x: x @ matrix, lambda x: x @ dense, (3, 40, 5)),
+        (lambda x: torch.mm(x, matrix).sin(), lambda x: (x @ dense).sin(), (3, 40, 5)),
+        (lambda x: x.mT @ matrix, lambda x: x.mT @ dense, (3, 5, 4)),
+        (lambda x: matrix @ x, lambda x: dense @ x, (3, 8, 2)),
+        (lambda x: matrix @ x, lambda x: dense @ x, (3, 8)),
+        (lambda x: x @ matrix, lambda x: x @ dense, (3, 5)),
+    ):
+        if dim == len(shape):
+            continue
+        x = torch.randn(shape, dtype=torch.float64).movedim(0, dim).contiguous()
+        for _ in range(4):  # the calls are recorded, then replayed
+            torch.testing.assert_close(chainrule.vmap(product, in_dims=dim)(x), torch.func.vmap(plain, in_dims=dim)(x))
+        expected = torch.func.vmap(torch.func.jacrev(plain), in_dims=dim)(x)
+        for _ in range(2):
+            torch.testing.assert_close(chainrule.vmap(chainrule.jacobian(product), in_dims=dim)(x), expected)
+            torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(product), in_dims=dim)(x), expected)

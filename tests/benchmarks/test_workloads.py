@@ -32,6 +32,14 @@ def test_expressions_agree(workload: Workload) -> None:
     check_agreement(workload, "cpu")
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.parametrize("workload", [pytest.param(w, id=f"{w.key}-small") for w in section_b.SMALL if w.jax is not None])
+def test_expressions_in_jax_agree(workload: Workload) -> None:
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    check_agreement(workload, "cpu", jax)
+
+
 @pytest.mark.parametrize("workload", [pytest.param(w, id=w.key) for w in WORKLOADS])
 def test_inputs_are_reproducible(workload: Workload) -> None:
     first, second = (workload.tensors(torch.float64, "cpu") for _ in range(2))

@@ -104,6 +104,21 @@ def test_predicted_peak(name: str) -> None:
     check_predicted_peak(*CASES[name])
 
 
+def test_values_of_a_run_that_has_ended_are_held_no_longer() -> None:
+    """Of a derivative computed before only its result counts, and of a nest no values that its pullback does not read."""
+
+    def after_another(x: Tensor, v: Tensor) -> Tensor:
+        first = chainrule.jvp(logistic, (x,), (v,))[1]
+        return chainrule.vjp(chainrule.grad(logistic), x)[1](first * v)[0]
+
+    check_predicted_peak(after_another, (torch.randn(40), torch.randn(40)))
+
+    def product(x: Tensor, v: Tensor) -> Tensor:
+        return chainrule.vjp(chainrule.grad(lambda x: x.sin().sum()), x)[1](v)[0]
+
+    check_predicted_peak(product, (torch.randn(2048), torch.randn(2048)))
+
+
 @pytest.mark.parametrize("mapped", [1, 2])
 def test_explained_peak_under_vmap(mapped: int) -> None:
     """What `explain` says is the memory of the whole batch, not of a sample."""

@@ -113,3 +113,102 @@ def test_entries_read_behind_a_mask_and_a_slope_without_bounds(mask, slope):
                 known = ~torch.isnan(theirs)
                 assert not torch.isnan(found[known]).any(), (name, transform)
                 torch.testing.assert_close(found[known & ~torch.isnan(found)], theirs[known & ~torch.isnan(found)])
+
+
+ROWS, COLUMNS = torch.tensor([True, False, True]), torch.tensor([True, False, True, True])
+ENTRIES = torch.tensor([[True, True, False, True], [False] * 4, [True, False, True, True]])
+
+
+def _written(x):
+    y = x.clone()
+    y[1] = 0.0
+    return y
+
+
+#: Masks over fewer axes than what follows.
+PARTIAL_MASKS = {
+    "rows": lambda x: torch.where(ROWS[:, None], x, 0.0),
+    "columns": lambda x: torch.where(COLUMNS, x, 0.0),
+    "entries": lambda x: torch.where(ENTRIES, x, 0.0),
+    "filled": lambda x: x.masked_fill(~ROWS[:, None], 0.0),
+    "written": _written,
+    "maximum": lambda x: torch.maximum(x - 2.0, torch.zeros(4, dtype=D)),
+    "two": lambda x: torch.where(COLUMNS, torch.where(ROWS[:, None], x, 0.0), 0.0),
+    "triangle after abs": lambda x: x.abs().tril(),
+}
+STEEP = {
+    "sqrt": torch.sqrt,
+    "power": lambda x: x.abs() ** 0.3,
+    "log": torch.log,
+    "product": lambda x: x * x.log(),
+    "normed": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "norms": lambda x: x.square().sum(1).sqrt()[:, None],
+}
+REDUCTIONS = {
+    "all": lambda x: x,
+    "amax": lambda x: x.amax(1),
+    "amax of columns": lambda x: x.amax(0),
+    "row": lambda x: x[torch.tensor([0, 1])],
+    "column": lambda x: x[:, 0],
+    "sum": lambda x: x.sum(1),
+    "mean": lambda x: x.mean(),
+    "norm": lambda x: x.norm(dim=1),
+    "flip": lambda x: x.flip(0),
+    "product": lambda x: x @ torch.ones(x.shape[1], 2, dtype=D),
+    "softmax": lambda x: x.softmax(1),
+    "logsumexp": lambda x: x.logsumexp(0),
+    "deviation": lambda x: x.std(0),
+    "triangle": torch.tril,
+    "prod": lambda x: x.prod(1),
+    "gram": lambda x: x.T @ x,
+}
+
+
+def _checked(found, expected, where):
+    """NaN nowhere where torch has a number, and that number."""
+    known = ~torch.isnan(expected)
+    assert not torch.isnan(found[known]).any(), where
+    torch.testing.assert_close(found[known], expected[known])
+
+
+@pytest.mark.parametrize("slope", STEEP)
+@pytest.mark.parametrize("mask", PARTIAL_MASKS)
+def test_masks_over_fewer_axes_than_the_slope(mask, slope):
+    """Which factor meets the mask first is the planner's choice; the result is zero where the mask is, whichever it is."""
+    generator = torch.Generator().manual_seed(3)
+    x = 0.1 + torch.rand(3, 4, dtype=D, generator=generator)
+    first = [*PARTIAL_MASKS].index(mask) + 3 * [*STEEP].index(slope)
+    for name in [*REDUCTIONS][first % 5 :: 5]:
+
+        def function(x, reduce=REDUCTIONS[name]):
+            return reduce(STEEP[slope](PARTIAL_MASKS[mask](x)))
+
+        def total(x):
+            return function(x).sum()  # noqa: B023 - called in this turn
+
+        tangent, cotangent = torch.rand(3, 4, dtype=D), torch.rand(function(x).shape, dtype=D)
+        rows = torch.stack([x, 0.5 * x])
+        for _ in range(2):
+            _checked(chainrule.jacrev(function)(x), torch.func.jacrev(function)(x), (name, "jacrev"))
+            _checked(chainrule.jacobian(function)(x), torch.func.jacrev(function)(x), (name, "jacobian"))
+            _checked(chainrule.jacfwd(function)(x), torch.func.jacfwd(function)(x), (name, "jacfwd"))
+            _checked(chainrule.grad(total)(x), torch.func.grad(total)(x), (name, "grad"))
+            (found,), (expected,) = (m.vjp(function, x)[1](cotangent) for m in (chainrule, torch.func))
+            _checked(found, expected, (name, "vjp"))
+            found, expected = (m.jvp(function, (x,), (tangent,))[1] for m in (chainrule, torch.func))
+            _checked(found, expected, (name, "jvp"))
+            found, expected = (m.vmap(m.grad(total))(rows) for m in (chainrule, torch.func))
+            _checked(found, expected, (name, "vmap of grad"))
+
+
+def test_a_mask_costs_nothing_where_all_is_finite():
+    """A product with a mask selects; products of what it gave are plain ones, unless the other factor may be infinite."""
+    x = torch.rand(5, dtype=D)
+    for function, count in (
+        (lambda x: x.relu().sin().exp() * 2.0, 1),
+        (lambda x: x.relu().sin().sqrt() * 2.0, 2),
+        (lambda x: x.relu().pow(3).tanh(), 1),
+    ):
+        program = str(chainrule.explain(chainrule.jacfwd(function))(x)).partition("program:")[2]
+        found = [word.strip(" ,").partition("×") for word in program.split() if "threshold_backward" in word]
+        assert sum(int(times or 1) for _, _, times in found) == count, program

@@ -63,6 +63,12 @@ TRANSFORMS: dict[str, Callable[[Any, Callable[[Tensor], Tensor]], Callable[[Tens
 }
 
 
+@pytest.fixture(autouse=True)
+def _planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first runs of long tapes are planned here like those of others (see tests/execute/test_sweeps.py)."""
+    monkeypatch.setattr(engine, "RUNS", 0)
+
+
 def effort(monkeypatch: pytest.MonkeyPatch, function: Callable[[Tensor, Tensor], Any]) -> dict[str, int]:
     """What the first call of a function does."""
     counts = {"products": 0, "nodes": 0, "calls": 0}

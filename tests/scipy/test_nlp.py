@@ -43,6 +43,46 @@ def test_structure_and_values_are_dense(constraints):
             assert np.allclose(problem.constraints(x), constraints(at).numpy(), rtol=1e-14)
 
 
+@pytest.mark.parametrize("constraints", [coupled, None])
+def test_replayed_callbacks_are_the_plain_ones(constraints):
+    """What an interior-point method calls is replayed once it repeats; other constraints of the same objective are not mixed up."""
+    start = np.linspace(0.1, 1, 6)
+    problems = {
+        compiled: chainrule_scipy.nlp_problem(rosenbrock, start, constraints, compiled=compiled) for compiled in (False, None, True)
+    }
+    other = chainrule_scipy.nlp_problem(rosenbrock, start, lambda x: x[:1] * x[1:2], compiled=True)
+    generator = np.random.default_rng(6)
+    for _ in range(16):
+        x, weights = generator.normal(size=6), generator.normal(size=problems[False].m)
+        plain = problems[False]
+        for problem in (problems[None], problems[True]):
+            assert np.isclose(problem.objective(x), plain.objective(x), rtol=1e-14)
+            for name, arguments in (("gradient", ()), ("jacobian", ()), ("constraints", ()), ("hessian", (weights, 0.7))):
+                found, expected = (getattr(p, name)(x, *arguments) for p in (problem, plain))
+                assert np.allclose(found, expected, rtol=1e-13, atol=1e-13), name
+        assert np.allclose(other.jacobian(x), x[1::-1], rtol=1e-13)
+        dense = np.zeros((6, 6))
+        dense[other.hessianstructure()] = other.hessian(x, np.ones(1), 0.0)
+        expected = np.zeros((6, 6))
+        expected[1, 0] = 1.0
+        assert np.allclose(dense, expected, atol=1e-13)
+
+
+def test_replays_read_what_is_replaced():
+    scale = torch.ones(3, dtype=torch.float64)
+
+    def objective(x):
+        return (scale * x**2).sum()
+
+    problem = chainrule_scipy.nlp_problem(objective, np.ones(3), compiled=True)
+    for value in (1.0, 3.0, 5.0):
+        scale.fill_(value)
+        x = np.array([1.0, 2.0, value])
+        assert np.allclose(problem.gradient(x), 2 * value * x)
+    with pytest.raises(TypeError, match="compiled must be"):
+        chainrule_scipy.nlp_problem(objective, np.ones(3), compiled="yes")
+
+
 def test_structure_is_sparse_and_unique():
     problem = chainrule_scipy.nlp_problem(rosenbrock, np.ones(50), lambda x: x[1:] * x[:-1])
     rows, columns = problem.jacobianstructure()

@@ -146,6 +146,35 @@ def test_recurrent_layers(kind: Any) -> None:
     torch.testing.assert_close((reverse * v).sum((-3, -2, -1)), difference(lambda a: layer(a)[0], x, v), rtol=1e-6, atol=1e-6)
 
 
+LSTM_OPTIONS: list[dict[str, Any]] = [
+    {}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "batch_first": True}, {"proj_size": 2},
+    {"num_layers": 2, "dropout": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", LSTM_OPTIONS)
+def test_lstm_without_graphs(options: dict[str, Any]) -> None:
+    """A layer in whose place torch has one kernel, where nothing requires grad."""
+    layer = nn.LSTM(3, 4, **options).double().eval().requires_grad_(False)
+    directions = 1 + layer.bidirectional
+
+    def loss(x: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        out, (hidden, cell) = layer(x, (h, c))
+        return out.sin().sum() + (hidden * hidden).sum() + cell.exp().sum()
+
+    for _ in range(4):
+        x, c = r(2, 2, 3), r(layer.num_layers * directions, 2, 4)
+        h = r(layer.num_layers * directions, 2, layer.proj_size or 4)
+        (x2, h2, c2) = (t.clone().requires_grad_() for t in (x, h, c))
+        expected = torch.autograd.grad(loss(x2, h2, c2), (x2, h2, c2))
+        torch.testing.assert_close(chainrule.grad(loss, (0, 1, 2))(x, h, c), expected)
+        along = sum((t * g).sum() for t, g in zip((x, h, c), expected, strict=True))
+        torch.testing.assert_close(chainrule.jvp(loss, (x, h, c), (x, h, c))[1], along)
+        if not layer.proj_size:
+            found = chainrule.vmap(chainrule.grad(loss, (0, 1, 2)))(*(torch.stack([t, 2 * t]) for t in (x, h, c)))
+            torch.testing.assert_close([t[0] for t in found], list(expected))
+
+
 def test_attention() -> None:
     layer, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), r(1, 3, 4)
     for weights in (True, False):

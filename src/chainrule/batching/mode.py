@@ -267,7 +267,7 @@ class VmapMode(LightMode):
         batched, joined = stored.batched, stored.joined
         if not batched or (joined and self._records and not torch.is_grad_enabled()):
             return NotImplemented
-        if self._calls is not None and self.below is None and not joined:
+        if self._calls is not None and self.below is None:
             out = self._calls.op(self, entry, args, inner)
             if out is not NotImplemented:
                 return out
@@ -306,8 +306,9 @@ class VmapMode(LightMode):
                 # Element by element: one without the batch broadcasts against the last dimensions.
                 fits = item.dim() == value.dim() if batched else item.dim() < value.dim()
             else:
-                # A product along the last dimension has the batch before all others.
-                fits = not batched and value.dim() > 1 and (bool(found) or item.dim() == 2)
+                # A product along the last dimension has the batch before all others; a sparse matrix multiplies no stack.
+                matrix = bool(found) or (item.dim() == 2 and item.layout is torch.strided)
+                fits = not batched and value.dim() > 1 and matrix
             if not fits:
                 return None
             found.append(item)

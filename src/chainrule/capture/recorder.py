@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,9 @@ HIDDEN_WRITES = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm
 
 #: Ops whose answer to Python depends on the kind of tensor only, not on its values.
 _QUERIES = frozenset({aten.cudnn_is_acceptable.default})
+
+#: Where the share of the values that an op drops at random stands among its arguments.
+_DROPPING = {aten._scaled_dot_product_flash_attention_for_cpu.default: 3}
 
 #: Whether an op has to run in each run of the program, by its identity (see :func:`_is_kept`).
 _KEPT_OPS: dict[int, tuple[Any, bool]] = {}
@@ -116,7 +120,7 @@ class Recorder(LightMode):
         written: Sequence[torch.Tensor] = (),
     ) -> None:  # fmt: skip
         """Write down an op that ran: as a call, or its result as a constant."""
-        keep = _is_kept(func) and not _is_gather(func, args)
+        keep = _is_kept(func) and not (_is_gather(func, args) or _draws_nothing(func, args))
         if keep:
             self._on_unrepeatable(func)
         keep = keep or (out is None and not written)
@@ -263,6 +267,14 @@ class Recorder(LightMode):
 def _is_gather(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an op reads at places given by whole numbers: with masks among them its result's shape depends on values."""
     return func is aten.index.Tensor and all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _draws_nothing(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an op that may drop values at random drops none."""
+    place = _DROPPING.get(func)
+    return place is not None and (len(args) <= place or args[place] == 0.0)
+
+
 def _is_kept(func: Any) -> bool:
     """Whether a replay of an op could give something else than the recorded run says."""
     known = _KEPT_OPS.get(id(func))
@@ -399,6 +411,13 @@ class WholeRecorder(Recorder):
         known = self.known.get(id(tensor))
         return known is not None and known.slot not in self.program.inputs.values()
 
+    def take_constants(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take tensors that no op has met yet for constants: those of a plan, which nothing writes to."""
+        for tensor in tensors:
+            if id(tensor) not in self.known:
+                self.known[id(tensor)] = self.program.constant(tensor)
+                self._alive.append(tensor)
+
     def _is_input(self, tensor: Any) -> bool:
         staged = self.staged(tensor) if isinstance(tensor, torch.Tensor) else None
         return staged is not None and staged.slot in self.program.inputs.values()
@@ -470,6 +489,23 @@ def whole_recorder() -> WholeRecorder | None:
         return None
     found = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Recorder)]
     return found[0] if len(found) == 1 and isinstance(found[0], WholeRecorder) else None
+
+
+@contextmanager
+def rehearsed() -> Iterator[WholeRecorder | None]:
+    """While a plan is made; yields the recorder of a whole call, which is to consist of the calls of a replay of the plan.
+
+    What was called inside is part of the recorded call only where something uses its result.
+    """
+    recorder = whole_recorder()
+    if recorder is None:
+        yield None
+        return
+    program = recorder.program
+    start, literal = len(program.instructions), program.literal
+    yield recorder
+    program.instructions[start:] = [instruction._replace(keep=False) for instruction in program.instructions[start:]]
+    program.literal = literal
 
 
 class NoReads(FunctionWatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import builtins
 import collections
 import enum
 import functools
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn.modules import module as torch_module
 
+from chainrule.capture.code_reading import code_globals, code_imports, code_names, code_strings
 from chainrule.capture.recorder import CompileError
 from chainrule.shortcuts import ATTRIBUTE, CELL, EQUAL, ITEM, SIZE, Watch
 
@@ -78,6 +81,7 @@ class Surroundings:
         changed: where something was replaced, in words, once :meth:`hold` has said no.
         tensors: the tensors that were found.
         generators: the generators of random numbers that were found.
+        iterators: where iterators and generators of Python were found, whose state does not show.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
@@ -87,6 +91,7 @@ class Surroundings:
         self.changed = ""
         self.tensors: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
+        self.iterators: list[str] = []
         # What the code may name attributes by.
         self._words: set[str] = set()
         asked = 0
@@ -187,6 +192,10 @@ class Surroundings:
         elif isinstance(item, set):
             self._equal(item, frozenset(item), where, _equal_sets)
             yield from ((value, where) for value in item)
+        elif isinstance(item, (bytearray, array.array)):
+            self._equal(item, item[:], where, operator.eq)
+        elif isinstance(item, Iterator) and _from_library(type(item)):
+            self.iterators.append(where)
         if _from_library(type(item)) and not type(item).__module__.startswith(_RECORDS):
             return
         table = getattr(item, "__dict__", None)
@@ -220,11 +229,12 @@ class Surroundings:
         if level is not None:
             yield level.func, function.__name__
         yield getattr(function, "__wrapped__", None), function.__name__
-        names = set(_names(function.__code__))
+        names = code_names(function.__code__)
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True):
             try:
                 value = cell.cell_contents
             except ValueError:
+                self._equal(cell, True, f"`{name}`", _is_empty)
                 continue
             if isinstance(value, types.ModuleType):
                 yield from self._named(value, names, name)
@@ -239,9 +249,23 @@ class Surroundings:
             value, read = getattr(function, part), functools.partial(getattr, function, part)
             self._watch(ATTRIBUTE, function, part, value, f"{part} of {function.__name__}", read)
         own = function.__dict__
+        self._size(own)
         yield from self._entries(own, [key for key in own if key not in _OF_FUNCTIONS], function.__name__)
-        self._words |= {*names, *_strings(function.__code__)}
+        self._words |= {*names, *code_strings(function.__code__)}
         yield from self._globals(function.__globals__, names)
+        for name in set(code_globals(function.__code__)) - function.__globals__.keys() - vars(builtins).keys():
+            self._equal(function.__globals__, name, f"the global `{name}`", _lacks)
+        yield from self._imports(function, names)
+
+    def _imports(self, function: types.FunctionType, names: set[str]) -> Iterator[tuple[Any, str]]:
+        """The modules that code imports when it runs."""
+        for name in sorted(filter(_is_of_user, code_imports(function))):
+            module = sys.modules.get(name)
+            if module is None:
+                self._equal(sys.modules, name, f"the module `{name}`", _lacks)
+                continue
+            self._watch(ITEM, sys.modules, name, module, f"the module `{name}`", functools.partial(sys.modules.__getitem__, name))
+            yield from self._named(module, names, name)
 
     def _globals(self, table: dict[str, Any], names: set[str]) -> Iterator[tuple[Any, str]]:
         for name in sorted(names & table.keys()):
@@ -299,19 +323,8 @@ class Surroundings:
         yield from self._class(type(module), where)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _strings(code: types.CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _strings(constant)
-        elif isinstance(constant, str):
-            yield constant
+def _is_of_user(name: str) -> bool:
+    return not _is_library(name)
 
 
 def _is_library(name: str | None) -> bool:
@@ -341,6 +354,18 @@ def _same_items(container: Any, kept: tuple[Any, ...]) -> bool:
 
 def _same_entries(table: Any, kept: tuple[tuple[Any, ...], tuple[Any, ...]]) -> bool:
     return _same_items(table, kept[0]) and all(map(operator.is_, table.values(), kept[1]))
+
+
+def _lacks(table: Any, name: str) -> bool:
+    return name not in table
+
+
+def _is_empty(cell: Any, expected: bool) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - raises where there is none
+    except ValueError:
+        return expected
+    return not expected
 
 
 def _equal_sets(container: set[Any], kept: frozenset[Any]) -> bool:

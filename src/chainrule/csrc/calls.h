@@ -9,9 +9,6 @@ enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, SIGNATURE, KIND_FIELDS };
 static int
 signature_number(PyObject *value, PyObject *batch, PyObject **number)
 {
-    int graph = attribute_is_true(value, s_requires_grad);
-    if (graph)
-        return graph < 0 ? -1 : 0;
     if (batch != NULL && SLOT(batch, signature) != NULL) {
         *number = Py_NewRef(SLOT(batch, signature));
         return 1;
@@ -56,9 +53,10 @@ append_new(PyObject *list, PyObject *item)
     return outcome;
 }
 
-/* Write down the signature of a tensor, and the tensor among the values: 1; 0 if it is left to Python; -1 with an error set. */
+/* Write down the signature of a tensor, and the tensor among the values: 1; 0 if it is left to Python; -1 with an error set.
+ * `joined` is set for one with a graph. */
 static int
-read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values)
+read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values, int *joined)
 {
     PyObject *value = item, *batch = NULL, *number = NULL;
     if ((PyObject *)Py_TYPE(item) == c_batch_tensor) {
@@ -72,8 +70,10 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
                 return 0;
         }
     }
-    if (PyList_Append(signature, batch != NULL ? Py_True : Py_False) < 0)
+    int graph = attribute_is_true(value, s_requires_grad);
+    if (graph < 0 || append_new(signature, PyLong_FromLong((batch != NULL) + 2 * graph)) < 0)
         return -1;
+    *joined |= graph;
     for (Py_ssize_t place = 0; place < PyList_GET_SIZE(values); place++)
         if (PyList_GET_ITEM(values, place) == value)
             return append_new(signature, PyLong_FromSsize_t(-1 - place)) < 0 ? -1 : 1;
@@ -85,13 +85,13 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
 
 /* Write down the signature of some arguments, as `chainrule.execute.mapped_calls._read` does, with the same results. */
 static int
-read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *signature, PyObject *values)
+read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *signature, PyObject *values, int *joined)
 {
     int taken = 1;
     for (Py_ssize_t place = 0; taken > 0 && place < count; place++) {
         PyObject *item = items[place], *type = (PyObject *)Py_TYPE(item);
         if (type == c_batch_tensor || is_constant_class(item)) {
-            taken = read_tensor(self, item, signature, values);
+            taken = read_tensor(self, item, signature, values, joined);
             continue;
         }
         if (PyFloat_CheckExact(item)) {
@@ -102,14 +102,14 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
         if (PySlice_Check(item)) {
             PySliceObject *slice = (PySliceObject *)item;
             PyObject *parts[] = {slice->start, slice->stop, slice->step};
-            taken = PyList_Append(signature, type) < 0 ? -1 : read_items(self, parts, 3, signature, values);
+            taken = PyList_Append(signature, type) < 0 ? -1 : read_items(self, parts, 3, signature, values, joined);
             continue;
         }
         if (PyList_CheckExact(item) || PyTuple_CheckExact(item) || type == c_size) {
             Py_ssize_t within = PySequence_Fast_GET_SIZE(item);
             if (PyList_Append(signature, type) < 0 || append_new(signature, PyLong_FromSsize_t(within)) < 0)
                 return -1;
-            taken = read_items(self, PySequence_Fast_ITEMS(item), within, signature, values);
+            taken = read_items(self, PySequence_Fast_ITEMS(item), within, signature, values, joined);
             continue;
         }
         taken = PySet_Contains(c_constants_of_calls, type);
@@ -177,26 +177,29 @@ replayed(Handler *self, PyObject *replay, PyObject *values)
 /* What is known of a call, and the stored tensors among its arguments: 1 with new references; 0 if it is no replay; -1 with an
  * error set. */
 static int
-find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyObject **replay, PyObject **values)
+find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyObject **replay, PyObject **values, int *joined)
 {
     PyObject *key = NULL, *signature = PyList_New(0), *name, *item;
     Py_ssize_t place = 0;
     int taken = -1;
+    *joined = 0;
     *replay = NULL;
     *values = PyList_New(0);
     /* Numbers take the default dtype. */
     if (signature == NULL || *values == NULL || PyList_Append(signature, func) < 0 ||
         append_new(signature, PyObject_CallNoArgs(c_default_dtype)) < 0)
         goto done;
-    taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values);
+    taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values, joined);
     while (taken > 0 && kwargs != NULL && PyDict_Next(kwargs, &place, &name, &item))
-        taken = PyList_Append(signature, name) < 0 ? -1 : read_items(self, &item, 1, signature, *values);
+        taken = PyList_Append(signature, name) < 0 ? -1 : read_items(self, &item, 1, signature, *values, joined);
     if (taken > 0 && (key = PyList_AsTuple(signature)) == NULL)
         taken = -1;
     if (taken > 0 && (*replay = PyDict_GetItemWithError(c_known, key)) == NULL && PyErr_Occurred())
         taken = -1;
     if (taken > 0)
         taken = *replay != NULL && PyTuple_Check(*replay);
+    if (taken > 0 && *joined)
+        taken = may_join();
 done:
     if (taken > 0)
         Py_INCREF(*replay);
@@ -212,18 +215,22 @@ static PyObject *
 run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 {
     PyObject *replay, *values;
-    int taken = PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
+    int joined, taken = PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
     if (taken > 0) {
         int autocast = call_is_true(c_autocast);
         taken = autocast < 0 ? -1 : !autocast;
     }
     if (taken > 0)
-        taken = find_replay(self, func, args, kwargs, &replay, &values);
+        taken = find_replay(self, func, args, kwargs, &replay, &values, &joined);
     if (taken <= 0)
         return taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *out = NULL, *done = exclude_python(1);
-    if (done != NULL) {
-        out = replayed(self, replay, values);
+    PyObject *kinds = PyTuple_GET_ITEM(replay, KINDS), *out = NULL, *done = NULL;
+    Py_ssize_t place = PyLong_CheckExact(kinds) ? PyLong_AsSsize_t(kinds) : -1;
+    if (place >= 0) /* the argument itself */
+        out = Py_NewRef(PyTuple_GET_ITEM(args, place));
+    else if ((done = exclude_python(1)) != NULL) {
+        int apart = PyTuple_GET_ITEM(replay, RUN) == Py_None; /* the call concerns no mapped tensor */
+        out = apart ? PyObject_Call(func, args, kwargs) : replayed(self, replay, values);
         if (include_python() < 0)
             Py_CLEAR(out);
     }
@@ -238,16 +245,21 @@ static PyObject *
 run_known_op(Handler *self, PyObject *op, PyObject *args, int is_view)
 {
     PyObject *replay, *values;
+    int joined;
     if (c_known == NULL || self->guarded || self->graphs || (is_view && state.exclude == NULL))
         return Py_NewRef(Py_NotImplemented);
-    int taken = find_replay(self, op, args, NULL, &replay, &values);
+    int taken = find_replay(self, op, args, NULL, &replay, &values, &joined);
     if (taken <= 0)
         return taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    /* Autograd must see views, so that writes through them are counted as writes. */
-    if (is_view)
+    /* Autograd must see views, so that writes through them are counted as writes, and what has a graph. */
+    if ((is_view || joined) && state.exclude != NULL)
         state.exclude(state.views, false);
+    if (joined)
+        exclude_autograd(false);
     PyObject *out = replayed(self, replay, values);
-    if (is_view)
+    if (joined)
+        exclude_autograd(true);
+    if ((is_view || joined) && state.exclude != NULL)
         state.exclude(state.views, true);
     Py_DECREF(replay);
     Py_DECREF(values);

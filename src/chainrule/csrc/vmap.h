@@ -109,6 +109,17 @@ rank_is(PyObject *tensor, long wanted)
     return found == wanted;
 }
 
+/* Whether a tensor is a plain matrix: torch multiplies a sparse one only with what is one matrix itself. */
+static int
+is_plain_matrix(PyObject *tensor)
+{
+    PyObject *layout = PyObject_GetAttr(tensor, s_layout);
+    if (layout == NULL)
+        return -1;
+    Py_DECREF(layout);
+    return layout == c_strided ? rank_is(tensor, 2) : 0;
+}
+
 /* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
  * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph. */
 static int
@@ -147,7 +158,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         fits = other == NULL ? -1 : other == dtype;
         /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
         if (fits > 0)
-            fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : rank_is(item, 2);
+            fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : is_plain_matrix(item);
     }
     Py_XDECREF(other);
     if (fits <= 0)

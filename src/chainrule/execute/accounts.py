@@ -69,6 +69,9 @@ _LEDGER: ContextVar[Ledger | None] = ContextVar("chainrule_ledger", default=None
 #: In place of a ledger: plans are made anew, and nothing is written down.
 UNCACHED = Ledger()
 
+#: In place of a ledger: what suits a sweep is swept, the rest is planned anew.
+SWEPT = Ledger()
+
 
 #: The ledger that is being filled in this context, or None.
 read_ledger = _LEDGER.get

@@ -22,6 +22,8 @@ from chainrule.rules.batching_base import Batched
 Runner = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]
 Key = tuple[Any, ...]
 
+_strided = torch.strided
+
 
 class Stored(NamedTuple):
     """What a replay on stored tensors needs.
@@ -68,7 +70,7 @@ def stored_under_vmap(values: Sequence[Any]) -> Stored | None:
         joined = joined or value.requires_grad
         tensors.append(value)
         parts.append(value.shape)
-        parts.append(value.stride())
+        parts.append(value.stride() if (layout := value.layout) is _strided else layout)
     if joined and mode._records and not torch.is_grad_enabled():
         return None
     return Stored(mode, tensors, tuple(parts), joined)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -14,12 +14,25 @@ from torch.autograd import forward_ad
 from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
+from chainrule.capture.recorder import WholeRecorder, rehearsed
+from chainrule.capture.tape import Tape
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
-from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger, uncollected
+from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, without_graphs, wrap
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
-from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
+from chainrule.execute.replay import (
+    Runner,
+    Source,
+    Spent,
+    Stages,
+    bare,
+    compile_program,
+    compile_stages,
+    owned,
+    without_values,
+)
+from chainrule.execute.sweeps import RUNS, NotFiniteError, Seen, is_long, swept
 from chainrule.execute.workspace import free, observe
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
@@ -58,6 +71,17 @@ class CachedPlan:
                     self.stages = compile_stages(*self.recorded)
                 self.runner = compile_program(*self.recorded)
                 self.recorded = None
+
+    def compile_for(self, recorder: WholeRecorder) -> None:
+        """As :meth:`compile`, for a plan that was made while a whole call is recorded, and is replayed in it now.
+
+        A graph is made of the calls of a replay: they are fewer than those of planning.
+        """
+        self.compile()
+        assert self.runner is not None
+        recorder.take_constants(self.runner.constants)  # type: ignore[attr-defined]
+        if self.stages is not None:
+            recorder.take_constants(list(self.stages.source.constants.values()))
 
     def run_on(self, tape: Any, seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on a tape of the same signature; a second call on the same tape only does what the seeds change."""
@@ -246,11 +270,14 @@ def execute(
         refuse_duals(seeds, "a derivative transform")
     ledger = current_ledger()
     if ledger is not None:
-        if ledger is UNCACHED:
+        if ledger is SWEPT and isinstance(request, Request):
+            if (soon := swept(tape, request, seeds, always=True)) is not None:
+                return soon
+        if ledger is UNCACHED or ledger is SWEPT:
             planned = _planned(tape, request, seeds)
             results = owned(planned.program, planned.results)
             found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
-            _without_values(planned.program)
+            without_values(planned.program)
             return found
         return _execute_accounted(tape, request, seeds, ledger)
     again: Any = None
@@ -260,27 +287,46 @@ def execute(
         if (known := tape.prepared.get(again)) is not None:
             return known.run_on(tape, seeds)
     key = _key(tape, request, seeds)
+    cached: Any = None
     try:
         cached = CACHE.get(key)
     except TypeError:  # an unhashable static argument: such a plan is not kept
-        key = cached = None
-    if cached is not None:
-        if cached.staged:
-            tape.prepared[again] = cached
-            return cached.run_on(tape, seeds)
-        values = tape.values
-        if last:
-            values, tape.values = Spent(values), []
-            tape.forget()
-        return cached.run(values, seeds)
+        key = None
+    if cached is None or cached.__class__ is Seen:
+        return _executed_first(tape, request, seeds, key, cached)
+    if cached.staged:
+        tape.prepared[again] = cached
+        return cached.run_on(tape, seeds)
+    values = tape.values
+    if last:
+        values, tape.values = Spent(values), []
+        tape.forget()
+    return cached.run(values, seeds)
+
+
+def _executed_first(
+    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], key: Any, known: Any
+) -> dict[Any, torch.Tensor | None]:
+    """As :func:`execute`, where there is no plan yet."""
     note_numbers(tape)
-    planned = _planned(tape, request, seeds)
-    results = owned(planned.program, planned.results)
-    values = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    if isinstance(request, Request) and is_long(tape.records):
+        soon: dict[Any, torch.Tensor | None] | None = first_runs(key, known, lambda: swept(tape, request, seeds))
+        if soon is not None:
+            return soon
+    with rehearsed() as recorder:
+        planned = _planned(tape, request, seeds)
+        results = owned(planned.program, planned.results)
+    found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
+    if key is None and recorder is None:
+        return found
+    recorded = (without_values(planned.program), [bare(r) for r in results])
+    made = CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push"))
     if key is not None:
-        recorded = (_without_values(planned.program), [_bare(r) for r in results])
-        CACHE.put(key, CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push")))
-    return values
+        CACHE.put(key, made)
+    if recorder is None:
+        return found
+    made.compile_for(recorder)
+    return made.run_on(tape, seeds)
 
 
 def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] | None:
@@ -295,14 +341,41 @@ def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] 
     if current_ledger() is not None:
         return None
     try:
-        cached = CACHE.get(((tuple(tape.key), tuple(tape.inputs), request), ()))
+        cached: Any = CACHE.get(((tuple(tape.key), tuple(tape.inputs), request), ()))
     except TypeError:  # an unhashable static argument
         return None
-    if cached is None:
+    if cached is None or cached.__class__ is Seen:
         return None
     values, tape.values = Spent(tape.values), []
     tape.forget()
-    return cached.results(values, ())
+    found: Sequence[torch.Tensor | None] = cached.results(values, ())
+    return found
+
+
+def first_runs(key: Any, known: Any, sweep: Callable[[], Any]) -> Any:
+    """The result of one of the first runs of a signature on a long tape; None where a plan is to be made.
+
+    Args:
+        key: the key of the plan; None where none would be kept.
+        known: what the cache holds for it, which is no plan.
+        sweep: computes the result without a plan; None where it cannot.
+    """
+    seen: Any = Seen() if known is None else known
+    if seen.runs >= RUNS or current_watch() is not None:
+        return None
+    # What is recorded for replays is planned, as is what a vmap sees; a transform around this one records a sweep as well.
+    modes = range(torch._C._len_torch_dispatch_stack())
+    if forward_ad._current_level >= 0 or any(torch._C._get_dispatch_stack_at(place).__class__ is not Tape for place in modes):
+        return None
+    try:
+        with postponed_collection():
+            found = sweep()
+    except NotFiniteError:
+        found = None
+    if key is not None:
+        seen.runs = RUNS if found is None else seen.runs + 1
+        CACHE.put(key, seen)
+    return found
 
 
 def predicted(tape: Any, request: Request) -> Memory:
@@ -366,7 +439,7 @@ def _execute_accounted(
     found = {k: None if r is None else r.value for k, r in zip(planned.keys, results, strict=True)}
     if any(value.__class__ is BatchTensor for value in (*tape.values, *seeds)):
         # What is on the tape has the shapes of one sample; memory is that of the whole batch.
-        batched = CachedPlan(planned.keys, (_without_values(planned.program), [_bare(r) for r in results]))
+        batched = CachedPlan(planned.keys, (without_values(planned.program), [bare(r) for r in results]))
         with watching() as watch, uncollected():
             batched.run(tape.values, seeds)  # finds its form on the stored tensors
             watch.peak = 0
@@ -446,17 +519,3 @@ def _vertices(tape: Any, request: Request | AlgebraRequest, graph: Graph) -> lis
 
 def _key(tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor]) -> Any:
     return (tape.signature(request), tuple([(seed.shape, seed.dtype) for seed in seeds]) if seeds else ())
-
-
-def _bare(staged: Staged | None) -> Staged | None:
-    return None if staged is None else Staged(staged.program, staged.slot, None)  # type: ignore[arg-type]
-
-
-def _without_values(program: Program) -> Program:
-    """Drop the tensors of the recording run, so that a cached plan holds no memory."""
-    program._input_values.clear()
-    program._known.clear()
-    program.masks.clear()
-    program.graded.clear()
-    program.mode = None
-    return program

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from chainrule.batching.entries import OpEntry
 from chainrule.batching.mode import VmapMode
-from chainrule.batching.tensor import BatchTensor, _make_wrapper
+from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
 from chainrule.capture.recorder import Recorder
-from chainrule.dispatch import without_handlers, without_innermost, without_modes
+from chainrule.dispatch import undispatched, without_handlers, without_innermost, without_modes
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
@@ -52,7 +52,17 @@ _OTHERS = frozenset(
 _NUMBERS: dict[Any, int] = {}
 _FREE_NUMBERS = itertools.count()
 
+#: Signatures of tensors with a graph are recorded on copies of them; of what is larger than this, in bytes, none are made.
+_LARGEST_COPY = 1 << 24
+
+#: Stops derivatives; it is nothing to those who simplify programs.
+_DETACH = torch.ops.aten.detach.default._op
+
+#: Calls that stop derivatives inside, which a record of what they run does not say.
+_STOPPING = frozenset({torch.cosine_similarity})
+
 _strided = torch.strided
+_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _default_dtype = torch.get_default_dtype
 
@@ -90,13 +100,14 @@ class Replay(NamedTuple):
     """The calls of one signature, on the stored tensors.
 
     Attributes:
-        run: from the stored tensors to the results.
-        kinds: what the results are.
+        run: from the stored tensors to the results; None for a call that is none of the level's.
+        kinds: what the results are; without `run` the place of the argument that is the result, or -1 if the function is
+            called as it is, on tensors without the batch.
         several: None for one result, else what makes the results of a list of them.
     """
 
-    run: Runner
-    kinds: tuple[Kind, ...]
+    run: Runner | None
+    kinds: tuple[Kind, ...] | int
     several: Any
 
 
@@ -125,23 +136,64 @@ class MappedCalls:
         key = _signature(function, mode, args, kwargs, values)
         if key is None:
             return NotImplemented
+        joined = _have_graphs(values)
+        if joined and not _grad_enabled():
+            return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
+            if replay.kinds.__class__ is int and replay.kinds >= 0:
+                return args[replay.kinds]
             without_handlers(True)
             try:
+                if replay.run is None:
+                    return function(*args, **(kwargs or {}))
                 return _replayed(replay, mode, values)
             finally:
                 without_handlers(False)
         if not replay:
             return NotImplemented
+        if joined:
+            return self._record_joined(key, mode, function, args, kwargs, values)
         loops = len(mode.fallbacks)
         recorder = _recorder(values)
         with without_innermost(), recorder, mode.resumed(guarded=True):
             result = function(*args, **(kwargs or {}))
-        if result.__class__ is not BatchTensor and not isinstance(result, (tuple, list)) or _writes(function):
+        if result.__class__ is not BatchTensor and not _is_tensors(result) or _writes(function):
             self._never.add(function)
         elif len(mode.fallbacks) == loops:
-            self.known[key] = _replay(recorder, result, mode, args)
+            self.known[key] = _replay(recorder, result, mode, args, kwargs, joined=False)
+        return result
+
+    def _record_joined(
+        self, key: Any, mode: VmapMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, values: list[Tensor]
+    ) -> Any:
+        """Record a call on copies of its tensors without graphs: what autograd makes of views is not known to a recorder."""
+        if function in _STOPPING or _writes(function):
+            return NotImplemented
+        copies = _copies(values)
+        if copies is None:
+            return NotImplemented
+        bare = [_bare(item, mode, copies) for item in args]
+        named = {name: _bare(item, mode, copies) for name, item in (kwargs or {}).items()}
+        loops = len(mode.fallbacks)
+        recorder = _recorder([copies[id(value)] for value in values])
+        with without_innermost(), _same_random_numbers(values), recorder, mode.resumed(guarded=True):
+            found = function(*bare, **named)
+        if len(mode.fallbacks) > loops:
+            del mode.fallbacks[loops:]
+            return NotImplemented
+        return self._keep_joined(key, _replay(recorder, found, mode, bare, kwargs, joined=True), mode, values)
+
+    def _keep_joined(self, key: Any, replay: Replay | None, mode: VmapMode, values: list[Tensor]) -> Any:
+        """Keep what was recorded without graphs if its results join those of the tensors; returns them."""
+        if replay is None or replay.run is None:
+            self.known[key] = replay
+            return NotImplemented
+        result = _replayed(replay, mode, values)
+        leaves = [result] if isinstance(result, BatchTensor) else result
+        if not all([leaf.value.requires_grad or not leaf.value.is_floating_point() for leaf in leaves]):
+            return NotImplemented
+        self.known[key] = replay
         return result
 
     def op(
@@ -167,21 +219,36 @@ class MappedCalls:
         key = _signature(entry.op, mode, args, kwargs, values)
         if key is None or entry.strategy is None:
             return NotImplemented
+        joined = _have_graphs(values)
+        if joined and not _grad_enabled():
+            return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
-            if not entry.aliases:
+            if not (joined or entry.aliases):
                 return _replayed(replay, mode, values)
-            with mode.outside():  # autograd has to see views
+            with mode.outside():  # autograd has to see views, and what has a graph
                 return _replayed(replay, mode, values)
         if not replay:
             return NotImplemented
-        recorder = _recorder(values)
+        copies = _copies(values) if joined else None
+        if joined:
+            if copies is None:
+                return NotImplemented
+            inner = [_bare(item, mode, copies) for item in inner]
+            named = {name: _bare(item, mode, copies) for name, item in (named or {}).items()}
+        recorder = _recorder(values if copies is None else [copies[id(value)] for value in values])
         with mode.outside(), without_modes(), recorder:
             result = entry.strategy(entry.op, inner, named or {}, mode.size)
         if result is NotImplemented:
             return result
         wrapped = mode.wrapped(result)
-        self.known[key] = _replay(recorder, wrapped, mode, args)
+        found = _replay(recorder, wrapped, mode, args, kwargs, joined=joined)
+        if found is not None and found.run is None:
+            found = None
+        if joined:
+            with mode.outside():
+                return self._keep_joined(key, found, mode, values)
+        self.known[key] = found
         return wrapped
 
     def _find(self, key: Any) -> Replay | bool:
@@ -254,9 +321,7 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
             continue
         else:
             return False
-        if value.requires_grad:
-            return False
-        signature.append(batch is not None)
+        signature.append((batch is not None) + 2 * value.requires_grad)
         for place, other in enumerate(values):
             if other is value:
                 signature.append(-1 - place)
@@ -288,17 +353,82 @@ def _writes(function: Any) -> bool:
     return name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name not in ("__invert__", "__index__"))
 
 
-def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]) -> Replay | None:
-    """What was recorded as something that can be run again, if it can."""
-    if not recorder.pure or not isinstance(result, (BatchTensor, tuple, list)):
+def _is_tensors(result: Any) -> bool:
+    """Whether a result is a plain tensor, or some tensors."""
+    return result.__class__ in _TENSORS or isinstance(result, (tuple, list))
+
+
+def _have_graphs(values: Sequence[Tensor]) -> bool:
+    """Whether one of the stored tensors has a graph, which the results are to join."""
+    return any([value.requires_grad for value in values])
+
+
+def _copies(values: Sequence[Tensor]) -> dict[int, Tensor] | None:
+    """Copies without graphs of some tensors, by the identity of these, with the same strides; None if they are large."""
+    found: dict[int, Tensor] = {}
+    with undispatched():
+        for value in values:
+            storage = value.untyped_storage()
+            if storage.nbytes() > _LARGEST_COPY:
+                return None
+            copy = torch.empty(0, dtype=value.dtype, device=value.device)
+            found[id(value)] = copy.set_(storage.clone(), value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]
+    return found
+
+
+def _bare(item: Any, mode: VmapMode, copies: dict[int, Tensor]) -> Any:
+    """An argument with copies in the place of its tensors."""
+    kind: Any = item.__class__
+    if kind is BatchTensor:
+        inner = item.inner
+        if inner.__class__ is Batched:
+            return wrap_batched(_bare(inner, mode, copies), mode)
+        return wrap_constant(copies[id(inner)], mode)
+    if kind is Batched:
+        return Batched(copies[id(item.value)])
+    if kind in _TENSORS:
+        return copies[id(item)]
+    if kind is slice:
+        return slice(*[_bare(part, mode, copies) for part in (item.start, item.stop, item.step)])
+    return kind([_bare(part, mode, copies) for part in item]) if kind is list or kind is tuple else item
+
+
+def _same_random_numbers(values: Sequence[Tensor]) -> Any:
+    """Run a block that leaves the generators of random numbers as they were."""
+    places = {value.device.index for value in values if value.device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(place for place in places if place is not None))
+
+
+def _has_mapped(items: Sequence[Any]) -> bool:
+    """Whether tensors of a level are among some arguments."""
+    return any([
+        item.__class__ is BatchTensor or (item.__class__ is list or item.__class__ is tuple) and _has_mapped(item)
+        for item in items
+    ])  # fmt: skip
+
+
+def _replay(
+    recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any], kwargs: dict[str, Any] | None, *, joined: bool
+) -> Replay | None:
+    """What was recorded as something that can be run again, if it can; where ``joined``, on tensors with a graph."""
+    if not recorder.pure or not (isinstance(result, BatchTensor) or _is_tensors(result)):
         return None
-    leaves: list[Any] = [result] if isinstance(result, BatchTensor) else list(result)
+    leaves: list[Any] = [result] if isinstance(result, Tensor) else list(result)
+    if leaves and all([leaf.__class__ in _TENSORS for leaf in leaves]):
+        own = _has_mapped(args) or _has_mapped([*(kwargs or {}).values()])
+        return None if own else Replay(None, -1, None)
+    if not (kwargs or recorder.program.instructions):
+        place = next((place for place, item in enumerate(args) if item is result), None)
+        if place is not None:
+            return Replay(None, place, None)
     given = {id(item) for item in args}
     if not all(leaf.__class__ is BatchTensor and leaf.level is mode and leaf.batched for leaf in leaves):
         return None
     if any(id(leaf) in given for leaf in leaves):
         return None
     program = recorder.program
+    if joined and any(instruction.function is _DETACH for instruction in program.instructions):
+        return None
     staged = [recorder.staged(leaf.value) for leaf in leaves]
     producers = {slot: instruction for instruction in program.instructions for slot in instruction.outputs}
     inputs = set(program.inputs.values())
@@ -321,7 +451,8 @@ def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]
         kinds.append(
             Kind(
                 shares, tuple(value.shape[1:]), None if whole and not shares else value.stride()[1:], value.dtype,
-                None if cpu else value.device, whole and not shares and cpu and value.dtype.is_floating_point, number,
+                None if cpu else value.device,
+                whole and not shares and cpu and not joined and value.dtype.is_floating_point, number,
             )
         )  # fmt: skip
     runner = compile_program(program, staged, views=True)
@@ -329,13 +460,14 @@ def _replay(recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any]
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
-    return Replay(plain, tuple(kinds), None if isinstance(result, BatchTensor) else type(result))
+    return Replay(runner if joined else plain, tuple(kinds), None if isinstance(result, BatchTensor) else type(result))
 
 
 def _replayed(replay: Replay, mode: VmapMode, values: list[Tensor]) -> Any:
     """The results for stored tensors of this signature."""
+    assert replay.run is not None
     found = replay.run(values, ())
-    results = [_wrapped(value, kind, mode) for value, kind in zip(found, replay.kinds, strict=True)]
+    results = [_wrapped(value, kind, mode) for value, kind in zip(found, replay.kinds, strict=True)]  # type: ignore[arg-type]
     return results[0] if replay.several is None else replay.several(results)
 
 

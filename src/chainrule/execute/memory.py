@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from chainrule.capture.tape import Tape
 from chainrule.execute.reuse import written_over
@@ -164,16 +165,19 @@ class Watch:
         held: bytes that the records of runs hold.
         peak: the most that is held at once.
         results: bytes of the results of the last program.
+        storages: the memory that is counted, or is not to be.
+        made: of the runs' own memory the bytes, and what tells whether it is still there.
     """
 
     held: int = 0
     peak: int = 0
     results: int = 0
     storages: set[int] = field(default_factory=set)
-    made: dict[int, int] = field(default_factory=dict)
+    made: dict[int, tuple[int, StorageWeakRef]] = field(default_factory=dict)
 
     def add_run(self, tape: Tape) -> None:
         """A run has ended whose values its tape holds."""
+        self._let_go()
         spaces = of_run(tape) if observable() else [0] * len(tape.records)
         outputs = {slot for record in tape.records for slot in record.outputs}
         known = [n for n in range(len(tape.values)) if n not in outputs and not (tape.active[n] or _is_held_here(tape, n))]
@@ -193,11 +197,19 @@ class Watch:
             number, size = _storage(value)
             if number not in self.storages:
                 self.storages.add(number)
-                self.made[number] = size
+                if size:
+                    self.made[number] = size, StorageWeakRef(_plain(value).untyped_storage())
                 self.held += size
+
+    def _let_go(self) -> None:
+        """Values of earlier runs that are gone by now, with the tape that held them or before, are held no longer."""
+        gone = [number for number, (_, reference) in self.made.items() if reference.expired()]
+        self.held -= sum(self.made.pop(number)[0] for number in gone)
+        self.storages.difference_update(gone)
 
     def add_program(self, memory: Memory, *, kept: bool = False) -> None:
         """A program has run; with `kept`, its results stay for programs that follow."""
+        self._let_go()
         self.peak = max(self.peak, self.held + memory.peak)
         self.results = memory.results
         self.held += memory.results if kept else 0
@@ -211,8 +223,8 @@ class Watch:
             if storage in self.made:
                 gone.add(storage)
                 if number in inputs:
-                    found[inputs[number]] = storage, self.made[storage]
-        self.held -= sum(self.made.pop(storage) for storage in gone)
+                    found[inputs[number]] = storage, self.made[storage][0]
+        self.held -= sum(self.made.pop(storage)[0] for storage in gone)
         # Where the tape of a transform around this one holds them all the same, its run adds them again.
         self.storages -= gone
         return found
@@ -233,9 +245,14 @@ def _is_held_here(tape: Tape, slot: int) -> bool:
     return torch._C._storage_Use_Count(value.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]
 
 
-def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
     while tensor.__class__ is not torch.Tensor and hasattr(tensor, "value"):
         tensor = tensor.value
+    return tensor
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+    tensor = _plain(tensor)
     if tensor.layout is not torch.strided:
         return id(tensor), 0
     storage = tensor.untyped_storage()

@@ -91,6 +91,22 @@ def _memory(slot: int, producers: dict[int, Instruction]) -> tuple[int | None, b
         slot = first.slot
 
 
+def bare(staged: Staged | None) -> Staged | None:
+    """A result without its value."""
+    return None if staged is None else Staged(staged.program, staged.slot, None)  # type: ignore[arg-type]
+
+
+def without_values(program: Program) -> Program:
+    """Drop the tensors of the recording run, so that a cached plan holds no memory."""
+    program._input_values.clear()
+    program._known.clear()
+    program.masks.clear()
+    program.graded.clear()
+    program.infinite_input = None
+    program.mode = None
+    return program
+
+
 def compile_program(program: Program, results: Sequence[Staged | None], *, views: bool = False) -> Runner:
     """Make a Python function ``run(tape values, seeds)`` that executes the instructions the results need.
 

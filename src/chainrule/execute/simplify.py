@@ -54,9 +54,10 @@ def simplify(
         spelled: whether calls are put in their cheapest form, with numbers as constants.
     """
     kept = list(program.instructions)
-    if program.literal:
-        return spell(program, kept) if spelled else (kept, {})
     memory = _Memory(program)
+    if program.literal:
+        kept = _needed(kept, wanted, memory)
+        return spell(program, kept) if spelled else (kept, {})
     if program.recorded:
         kept = _share(kept, _roots(program, kept, wanted), program.copies, memory)
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)

@@ -125,12 +125,18 @@ def _sum_axes(factor: Factor, kept: set[Axis], memo: dict[object, Node]) -> Fact
         node = memo[key] = Node(
             (axis.size for axis in axes),
             (factor.node,),
-            lambda program, value: torch.sum(value, gone),
+            lambda program, value: _sum_over(program, value, gone),
             flops=factor.node.numel,
             moved=factor.node.numel,
             label="sum",
         )
     return Factor(node, axes)
+
+
+def _sum_over(program: Program, value: Staged, gone: tuple[int, ...]) -> Staged:
+    made: Staged = torch.sum(value, gone)
+    found = _mask_over(program, value, tuple(range(value.ndim)), gone) if value.slot in program.masks else None
+    return _noted(program, made, [found and found[0]])
 
 
 def transpose_to(factor: Factor, order: Sequence[Axis], memo: dict[object, Node]) -> Factor:
@@ -201,8 +207,7 @@ def _pair(
         def compute(program: Program, x: Staged, y: Staged) -> Staged:
             if not gone:
                 return outer_product(program, x, left, y, right, order)
-            x, y = _common_dtype(x, y)
-            return _matrix_product(x, left, y, right, groups, sizes)
+            return _summed_product(program, x, left, y, right, groups, sizes)
 
         node = memo[key] = Node(
             (a.size for a in axes), (first.node, second.node), compute, flops=flops, moved=moved, label="product"
@@ -259,13 +264,21 @@ def _product_order(first: Factor, second: Factor, wanted: Sequence[Axis]) -> tup
     """The axis order of an element-wise product.
 
     That of the larger operand, so that it is not permuted; but a product larger than both is laid out as its reader wants it.
+    Where the reader sums some of its axes, each axis that is new to the larger operand stands among the others as the reader has
+    it: a matrix product of them is then copied into a result in longer runs.
     """
     big, small = (first, second) if len(first.axes) >= len(second.axes) else (second, first)
     extra = [axis for axis in small.axes if axis not in big.axes]
-    if extra and set(wanted).issuperset((*extra, *big.axes)):
-        present = {*extra, *big.axes}
-        return tuple(axis for axis in wanted if axis in present)
-    return (*extra, *big.axes)
+    places = {axis: place for place, axis in enumerate(wanted)}
+    if extra and places.keys() >= {*extra, *big.axes}:
+        return tuple(sorted((*extra, *big.axes), key=places.__getitem__))
+    placed = [axis for axis in extra if axis in places and axis.size > 1]
+    order = [*(axis for axis in extra if axis not in placed), *big.axes]
+    for axis in sorted(placed, key=places.__getitem__):
+        known = [(number, places[other] > places[axis]) for number, other in enumerate(order) if other in places]
+        later = next((number for number, after in known if after), None)
+        order.insert(later if later is not None else known[-1][0] + 1 if known else 0, axis)
+    return tuple(order)
 
 
 def _common_dtype(x: Staged, y: Staged) -> tuple[Staged, Staged]:
@@ -278,18 +291,64 @@ def _common_dtype(x: Staged, y: Staged) -> tuple[Staged, Staged]:
 def outer_product(
     program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
 ) -> Staged:
-    """The product of two arrays whose dimensions are called ``left`` and ``right``, over dimensions ``order``."""
-    if (x.slot in program.masks) != (y.slot in program.masks):
-        return _selection(program, x, left, y, right, order)
-    both = x.slot in program.masks and not program.graded.intersection((x.slot, y.slot))
+    """The product of two arrays whose dimensions are called ``left`` and ``right``, over dimensions ``order``.
+
+    It is zero where one of them is a mask that is zero, whatever the other one holds there (``inf``, NaN), and from then on
+    a mask itself: which of several factors meets the mask first is the planner's choice, and must not matter.
+    """
+    if x.slot in program.masks or y.slot in program.masks:
+        return _masked_product(program, x, left, y, right, order)
+    return _plain_outer(program, x, left, y, right, order)
+
+
+def _plain_outer(
+    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+) -> Staged:
     x, y = _common_dtype(x, y)
     if left == right == order and x.value.shape == y.value.shape:
-        made = program.call(torch.mul, x, y)
+        made: Staged = program.call(torch.mul, x, y)
+        return made
+    return _broadcast_product(program, x, left, y, right, order)
+
+
+def _masked_product(
+    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+) -> Staged:
+    masks, graded = program.masks, program.graded
+    exact = [value.slot in masks and value.slot not in graded for value in (x, y)]
+    selectors = [
+        expand_to(masks[value.slot], names, order) if value.slot in masks else None
+        for value, names in ((x, left), (y, right))
+    ]
+    if all(exact):
+        made = _plain_outer(program, x, left, y, right, order)
+        if made.dtype.is_floating_point:
+            masks[made.slot] = made
+        return made
+    if exact[0] or exact[1]:
+        value, names, mask = (y, right, selectors[0]) if exact[0] else (x, left, selectors[1])
+        assert mask is not None
+        made = _selected(program, value, names, mask, order)
     else:
-        made = _broadcast_product(program, x, left, y, right, order)
-    if both and made.dtype.is_floating_point:
-        program.masks[made.slot] = made
-    return made
+        made = _plain_outer(program, x, left, y, right, order)
+        for mask, other in zip(selectors, (y, x), strict=True):
+            if mask is not None and program.may_be_infinite(other):
+                made = _selected(program, made, order, mask, order)
+    return _noted(program, made, selectors)
+
+
+def _noted(program: Program, made: Staged, selectors: Sequence[Staged | None]) -> Staged:
+    """A product, noted as zero wherever one of its factors is."""
+    found = [mask for mask in selectors if mask is not None]
+    if not found or not made.dtype.is_floating_point or made.slot in program.masks:
+        return made
+    mask = found[0]
+    if len(found) > 1:
+        one, two = (m if m.dtype == torch.bool else torch.gt(m, 0) for m in found)
+        mask = torch.logical_and(one, two)
+    if mask.ndim < made.ndim:
+        mask = torch.reshape(mask, ((1,) * (made.ndim - mask.ndim) + tuple(mask.shape)))
+    return program.note_mask(made, mask)
 
 
 def _broadcast_product(
@@ -313,27 +372,21 @@ def _laid_out(value: Staged, size: int) -> Staged:
     return value.contiguous()
 
 
-def _selection(
-    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+def _selected(
+    program: Program, value: Staged, names: tuple[int, ...], mask: Staged, order: tuple[int, ...]
 ) -> Staged:
-    """A product with a mask selects: zero where the mask is, whatever the other factor holds there (``inf``, NaN)."""
-    if x.slot in program.masks:
-        x, left, y, right = y, right, x, left
-    mask = program.masks[y.slot]
-    if y.slot in program.graded:
-        x, y = _common_dtype(x, y)
-        x, left = _broadcast_product(program, x, left, y, right, order), order
-    if mask.dtype != torch.bool and mask.dtype != x.dtype:
-        if x.dtype.is_complex:
+    """A value over dimensions ``order``, zero where the mask is, whatever it holds there (``inf``, NaN)."""
+    if mask.dtype != torch.bool and mask.dtype != value.dtype:
+        if value.dtype.is_complex:
             mask = torch.ne(mask, 0)
         else:
-            x, mask = _common_dtype(x, mask)
-    if mask.dtype == x.dtype:
+            value, mask = _common_dtype(value, mask)
+    if mask.dtype == value.dtype:
         # The kernel of relu's derivative: several times faster than `where`.
-        return program.call(
-            aten.threshold_backward.default, expand_to(x, left, order), expand_to(mask, right, order), 0
+        return program.call(  # type: ignore[no-any-return]
+            aten.threshold_backward.default, expand_to(value, names, order), mask, 0
         )
-    return torch.where(expand_to(mask, right, order), expand_to(x, left, order), 0.0)
+    return torch.where(mask, expand_to(value, names, order), 0.0)
 
 
 def expand_to(value: Staged, names: tuple[int, ...], order: tuple[int, ...]) -> Staged:
@@ -347,6 +400,55 @@ def expand_to(value: Staged, names: tuple[int, ...], order: tuple[int, ...]) -> 
         if name not in names:
             value = torch.unsqueeze(value, position)
     return value
+
+
+def _summed_product(
+    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...],
+    groups: tuple[tuple[int, ...], ...], sizes: dict[int, int],
+) -> Staged:  # fmt: skip
+    """A contraction with summed axes. A mask over none of these is a mask of the result as well."""
+    order = tuple(name for group in groups[:3] for name in group)
+    selectors = [_mask_over(program, value, names, groups[3]) for value, names in ((x, left), (y, right))]
+    one, two = _common_dtype(_cleared(program, x, left, y, right), _cleared(program, y, right, x, left))
+    made = _matrix_product(one, left, two, right, groups, sizes)
+    found: list[Staged | None] = [None, None]
+    for number, (selector, other) in enumerate(zip(selectors, (y, x), strict=True)):
+        if selector is not None:
+            mask, names = selector
+            found[number] = mask = expand_to(mask, names, order)
+            if program.may_be_infinite(other):
+                made = _selected(program, made, order, mask, order)
+    return _noted(program, made, found)
+
+
+def _cleared(program: Program, value: Staged, names: tuple[int, ...], other: Staged, others: tuple[int, ...]) -> Staged:
+    """A factor that may be infinite, zero where a mask of the other one is that stands over dimensions of both alone."""
+    mask = program.masks.get(other.slot)
+    if mask is None or not program.may_be_infinite(value):
+        return value
+    shared = tuple(name for name, size in zip(others, mask.shape, strict=True) if size != 1)
+    if not shared or not set(shared) <= set(names):
+        return value
+    mask = torch.reshape(mask, [size for size in mask.shape if size != 1])
+    return _selected(program, value, names, _broadcast_to(mask, shared, names), names)
+
+
+def _broadcast_to(mask: Staged, names: tuple[int, ...], order: tuple[int, ...]) -> Staged:
+    """A view that broadcasts against all of the dimensions ``order``."""
+    viewed = expand_to(mask, names, order)
+    missing = len(order) - viewed.ndim
+    return torch.reshape(viewed, ((1,) * missing + tuple(viewed.shape))) if missing else viewed
+
+
+def _mask_over(
+    program: Program, value: Staged, names: tuple[int, ...], gone: tuple[int, ...]
+) -> tuple[Staged, tuple[int, ...]] | None:
+    """The mask of a value, over the dimensions that are not ``gone``; None where it stands over some of these."""
+    mask = program.masks.get(value.slot)
+    if mask is None or any(mask.shape[names.index(name)] != 1 for name in gone if value.shape[names.index(name)] != 1):
+        return None
+    kept = tuple(name for name in names if name not in gone)
+    return torch.reshape(mask, [mask.shape[names.index(name)] for name in kept]), kept
 
 
 def _matrix_product(

@@ -14,7 +14,7 @@ from chainrule.maps.band_entries import banded_term
 from chainrule.maps.compose import Workspace, dense_factor
 from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
-from chainrule.maps.staging import Program, Staged
+from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.maps.terms import Axis, OneHot, Term
 
 #: ``(position, start, step, length)`` of a slice of one dimension.
@@ -298,6 +298,35 @@ def embed_diagonals(
     return result if tuple(sizes) == shape else result.reshape(shape)
 
 
+def pad_zeros(
+    value: torch.Tensor, sizes: tuple[int, ...], shape: tuple[int, ...], slices: tuple[Slice, ...] = ()
+) -> torch.Tensor:
+    """What :func:`embed_diagonals` does where there are no diagonals and no slices in steps, without writing to a tensor.
+
+    A write that is recorded is several ops, of which each has derivatives.
+    """
+    inside, pads = [*sizes], [0] * (2 * len(sizes))
+    for place, start, _, length in slices:
+        inside[place] = length
+        last = 2 * (len(sizes) - 1 - place)
+        pads[last], pads[last + 1] = start, sizes[place] - start - length
+    if list(value.shape) != inside:
+        value = value.reshape(inside) if math.prod(inside) == value.numel() else torch.broadcast_to(value, inside)
+    result = torch.constant_pad_nd(value, pads)
+    return result if tuple(sizes) == shape else result.reshape(shape)
+
+
+def without_writes(instruction: Instruction) -> Instruction:
+    """The same call, by :func:`pad_zeros` where that does what :func:`embed_diagonals` would."""
+    if instruction.function is not embed_diagonals or instruction.kwargs:
+        return instruction
+    value, sizes, repeated, shape, *rest = instruction.args
+    slices = rest[0] if rest else ()
+    if repeated or any(step != 1 for _, _, step, _ in slices):
+        return instruction
+    return instruction._replace(function=pad_zeros, args=(value, sizes, shape, slices))
+
+
 def diagonals_of(tensor: torch.Tensor, repeated: tuple[tuple[int, ...], ...]) -> torch.Tensor:
     """A view of the diagonals that tie positions together: the other dimensions in order, then one for each diagonal."""
     present = list(range(tensor.dim()))
@@ -311,4 +340,6 @@ def diagonals_of(tensor: torch.Tensor, repeated: tuple[tuple[int, ...], ...]) ->
     return tensor
 
 
-__all__ = ["embed_diagonals", "joined_pieces", "on_diagonals", "repeated_axes", "written_term"]
+__all__ = [
+    "embed_diagonals", "joined_pieces", "on_diagonals", "pad_zeros", "repeated_axes", "without_writes", "written_term",
+]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from chainrule.dispatch import mode_aside, seen_by
+from chainrule.maps.poles import has_poles
 
 aten = torch.ops.aten
 
@@ -143,8 +144,13 @@ class Program:
         # Numbers that were made from truth values, by slot, with what a product with them selects by (see
         # maps/contract.py): where it is positive if it is of the number's dtype, where it is true otherwise.
         self.masks: dict[int, Staged] = {}
-        # Those of them that hold other numbers than ones where they are not zero.
+        # Those of them that hold other numbers than ones where they are not zero. What they select by may be of size 1 in
+        # dimensions along which it is the same.
         self.graded: set[int] = set()
+        # Whether an input may hold an infinity although all numbers that are given are finite; None where nothing says so.
+        self.infinite_input: Callable[[Any], bool] | None = None
+        self._infinite: dict[int, bool] = {}
+        self._scanned = 0
         # The mode that sees the calls of this first run although its look at functions is off (see chainrule/dispatch.py).
         self.mode = mode_aside()
 
@@ -153,6 +159,8 @@ class Program:
         made = view(value)
         mask = self.masks.get(value.slot)
         if mask is not None and made.slot != value.slot:
+            if mask.slot != value.slot and mask.shape != value.shape:
+                mask = torch.broadcast_to(mask, tuple(value.shape))
             self.masks[made.slot] = made if mask.slot == value.slot else view(mask)
             if value.slot in self.graded:
                 self.graded.add(made.slot)
@@ -165,6 +173,30 @@ class Program:
             self.masks[made.slot] = mask
             self.graded.add(made.slot)
         return made
+
+    def note_mask(self, value: Staged, mask: Staged) -> Staged:
+        """A value that is zero where ``mask`` is, noted: a product with it is zero there, whatever else is multiplied."""
+        self.masks[value.slot] = mask
+        self.graded.add(value.slot)
+        return value
+
+    def may_be_infinite(self, value: Staged) -> bool:
+        """Whether a value may hold an infinity (or NaN) although all numbers that are given are finite: a slope of ``sqrt``."""
+        known = self._infinite
+        keys: dict[int, Any] = {}
+
+        def is_infinite(slot: int) -> bool:
+            if slot not in known:
+                if not keys:
+                    keys.update((slot, key) for key, slot in self.inputs.items())
+                known[slot] = self.infinite_input is not None and slot in keys and self.infinite_input(keys[slot])
+            return known[slot]
+
+        for instruction in self.instructions[self._scanned :]:
+            found = has_poles(instruction.function, instruction.args) or any(map(is_infinite, reads(instruction)))
+            known.update(dict.fromkeys(instruction.outputs, found))
+        self._scanned = len(self.instructions)
+        return is_infinite(value.slot)
 
     def new_slot(self) -> int:
         """A slot that nothing uses."""

@@ -69,7 +69,7 @@ def stacked_products(
     def compute(program: Program, *values: Staged) -> Staged:
         factors, written = values[: 2 * count], values[2 * count :]
         pairs = list(zip(factors[::2], places[::2], factors[1::2], places[1::2], strict=True))
-        if any(value.slot in program.masks for value in factors):
+        if any(_selects(program, x, y) or _selects(program, y, x) for x, _, y, _ in pairs):
             # A product with a mask selects; it is not a multiplication.
             products = [outer_product(program, x, p, y, q, order) for x, p, y, q in pairs]
             total = torch.reshape(functools.reduce(torch.add, products), shape)
@@ -86,6 +86,11 @@ def stacked_products(
     inputs = (*(factor.node for pair in halves for factor in pair), *(d.node for d in diagonals))
     moved = numel + 2 * split.cost + sum(2 * d.node.numel for d in diagonals)
     return Node(shape, inputs, compute, flops=count * numel, moved=moved, label="stacked products")
+
+
+def _selects(program: Program, x: Staged, y: Staged) -> bool:
+    """Whether ``x`` is a mask whose zeros have to win over what ``y`` may hold there."""
+    return x.slot in program.masks and (x.slot not in program.graded or program.may_be_infinite(y))
 
 
 def _best_split(terms: Sequence[Term], axes: Sequence[Axis]) -> Split | None:

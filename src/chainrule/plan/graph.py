@@ -68,7 +68,7 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
         outputs: slots that are differentiated.
         workspace: where nodes are shared.
     """
-    kept, needed, reachable = _between(tape.records, inputs, outputs)
+    kept, needed, reachable = between(tape.records, inputs, outputs)
     graph = Graph()
     active = _Reachable(tape, reachable)
     for record in kept:
@@ -76,7 +76,7 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
     return graph
 
 
-def _between(
+def between(
     records: Sequence[Any], inputs: Sequence[int], outputs: Sequence[int]
 ) -> tuple[list[Any], set[int], set[int]]:
     """The records on a way from inputs to outputs, the slots on such ways, and those that depend on the inputs."""
@@ -98,7 +98,7 @@ def records_between(
     records: Sequence[Any], inputs: Sequence[int], outputs: Sequence[int]
 ) -> tuple[list[Any], set[int]]:
     """The records on a way from inputs to outputs, in tape order, and the slots that depend on the inputs."""
-    kept, _, reachable = _between(records, inputs, outputs)
+    kept, _, reachable = between(records, inputs, outputs)
     return kept, reachable
 
 
@@ -151,6 +151,7 @@ class _Reachable:
     def __init__(self, tape: Any, reachable: set[int]) -> None:
         self.values: list[torch.Tensor] = tape.values
         self.active = _Activity(tape.active, reachable)
+        self.records: Sequence[Any] = tape.records
 
 
 class _Activity:

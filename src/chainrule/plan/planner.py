@@ -38,6 +38,7 @@ class Request(NamedTuple):
         cast: whether results take the dtype of the ``input``, as in reverse mode, or of the ``output``, as in forward mode (whose
             derivative it is then, where torch's two modes differ).
         kernels: whether ops may pull single cotangents by kernels of their own, which nothing differentiates or batches.
+        leading: whether several cotangents stand before the dimensions of their slot, as they do in the results.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Request(NamedTuple):
     seeds: tuple[int, ...] = ()
     cast: str = "input"
     kernels: bool = False
+    leading: bool = False
 
 
 @dataclass
@@ -265,16 +267,19 @@ def _cast(value: Staged, dtype: torch.dtype) -> Staged:
     return value.to(dtype)
 
 
-def seed_map(tape: Any, slot: int, number: int, seeds: Sequence[torch.Tensor], transposed: bool) -> LinearMap:
+def seed_map(
+    tape: Any, slot: int, number: int, seeds: Sequence[torch.Tensor], transposed: bool, *, leading: bool = False
+) -> LinearMap:
     """A cotangent as the map to a scalar, or a tangent as the map from one.
 
-    A seed with further dimensions behind those of its slot stands for several: it is the map to (from) these dimensions.
+    A seed with further dimensions behind those of its slot (before them with ``leading``) stands for several: it is the map
+    to (from) these dimensions.
     """
-    shape = tuple(tape.values[slot].shape)
-    several = tuple(seeds[number].shape[len(shape) :])
+    shape, sizes = tuple(tape.values[slot].shape), tuple(seeds[number].shape)
+    several = sizes[: len(sizes) - len(shape)] if leading else sizes[len(shape) :]
     axes, columns = new_axes(shape), new_axes(several)
-    node = leaf((*shape, *several), lambda program: program.input(("seed", number), seeds[number]), label="seed")
-    factors = (Factor(node, (*axes, *columns)),)
+    node = leaf(sizes, lambda program: program.input(("seed", number), seeds[number]), label="seed")
+    factors = (Factor(node, (*columns, *axes) if leading else (*axes, *columns)),)
     if transposed:
         return LinearMap(shape, several, (Term(dims_of(axes), dims_of(columns), factors),))
     return LinearMap(several, shape, (Term(dims_of(columns), dims_of(axes), factors),))
@@ -288,7 +293,7 @@ def _plan_sweep(
     seeded: dict[int, LinearMap] = {}
     extra: dict[int, list[LinearMap]] = {}
     for number, slot in enumerate(request.seeds):
-        made = seed_map(tape, slot, number, seeds, forward)
+        made = seed_map(tape, slot, number, seeds, forward, leading=request.leading)
         if slot in seeded:
             extra.setdefault(slot, [seeded[slot]]).append(made)
         else:

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, Operator
 from chainrule.maps.nodes import Node, leaf, masking
+from chainrule.maps.poles import has_poles
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_axes
 
@@ -35,6 +36,11 @@ class TapeView(Protocol):
     @property
     def active(self) -> Flags:
         """Whether what a slot holds depends on the inputs."""
+        ...
+
+    @property
+    def records(self) -> Sequence[Any]:
+        """The ops, in order."""
         ...
 
 
@@ -85,7 +91,7 @@ class Call:
     def stage(self, program: Program, item: Any) -> Any:
         """The staged value of an argument (numbers and other static arguments stay what they are)."""
         if self.is_slot(item):
-            return program.input(item.index, self._tape.values[item.index])
+            return self._input(program, item.index)
         if isinstance(item, tuple):
             return [self.stage(program, element) for element in item]
         return item
@@ -105,7 +111,11 @@ class Call:
 
     def stage_output(self, program: Program, number: int = 0) -> Staged:
         """The staged value of an output."""
-        slot = self.outputs[number]
+        return self._input(program, self.outputs[number])
+
+    def _input(self, program: Program, slot: int) -> Staged:
+        if program.infinite_input is None:
+            program.infinite_input = _Poles(self._tape.records)
         return program.input(slot, self._tape.values[slot])
 
     @property
@@ -131,6 +141,36 @@ class Call:
     def bound(self) -> dict[str, Any]:
         """All arguments by name, defaults included."""
         return {a.name: self.argument(a.name) for a in self.op._schema.arguments}
+
+
+class _Poles:
+    """Which values of a tape may be infinite although its inputs are finite: those after a quotient or a logarithm.
+
+    It stays with a program, so that it holds the records alone: the values would live as long as a plan.
+    """
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self._records = records
+        self._found: set[int] | None = None
+
+    def __call__(self, key: Any) -> bool:
+        """Whether the value in a slot may be that."""
+        if self._found is None:
+            found: set[int] = set()
+            self._found = found
+            for record in self._records:
+                slots = [item.index for item in _flat(record.args) if type(item).__name__ == "Slot"]
+                if not found.isdisjoint(slots) or has_poles(record.op, record.args):
+                    found.update(record.outputs)
+        return key in self._found
+
+
+def _flat(args: Iterable[Any]) -> Iterable[Any]:
+    for item in args:
+        if item.__class__ is tuple or item.__class__ is list:
+            yield from item
+        else:
+            yield item
 
 
 @dataclass(frozen=True)

@@ -278,14 +278,19 @@ def _lstm_cell(
     run: Run, input: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    if not input.is_cpu:
-        return NotImplemented
+    return _lstm_step(run, _linear(run, input, w_ih, b_ih), state, w_hh, b_hh) if input.is_cpu else NotImplemented
+
+
+def _lstm_step(
+    run: Run, entered: Tensor, state: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The next hidden state and cell, from the linear function of the input."""
     hidden, cell = state
-    gates = run(aten.add.Tensor, _linear(run, hidden, w_hh, b_hh), _linear(run, input, w_ih, b_ih))
+    gates = run(aten.add.Tensor, _linear(run, hidden, w_hh, b_hh), entered)
     into, forget, new, out = _unsafe_chunks(run, gates, 4, 1)
     into, forget, out = (run(aten.sigmoid.default, gate) for gate in (into, forget, out))
-    entered = run(aten.mul.Tensor, into, run(aten.tanh.default, new))
-    cell = run(aten.add.Tensor, run(aten.mul.Tensor, forget, cell), entered)
+    kept = run(aten.mul.Tensor, into, run(aten.tanh.default, new))
+    cell = run(aten.add.Tensor, run(aten.mul.Tensor, forget, cell), kept)
     return run(aten.mul.Tensor, out, run(aten.tanh.default, cell)), cell
 
 
@@ -316,32 +321,71 @@ def _gru(
     run: Run, input: Tensor, state: Tensor, parameters: Sequence[Tensor], has_biases: bool, layers: int, dropout: float,
     train: bool, bidirectional: bool, batch_first: bool,
 ) -> Any:  # fmt: skip
+    def step(entered: Tensor, state: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None) -> Sequence[Tensor]:
+        return (gru_step(run, entered, state[0], w_hh, b_hh),)
+
+    options = has_biases, layers, dropout if train else 0.0, bidirectional, batch_first
+    return _recurrent(run, input, [state], parameters, step, *options)
+
+
+def _lstm(
+    run: Run, input: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], has_biases: bool, layers: int,
+    dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+) -> Any:  # fmt: skip
+    if input.__class__ is Tensor:  # torch has one kernel for all of it
+        return NotImplemented
+
+    def step(entered: Tensor, state: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None) -> Sequence[Tensor]:
+        return _lstm_step(run, entered, state, w_hh, b_hh)
+
+    options = has_biases, layers, dropout if train else 0.0, bidirectional, batch_first
+    return _recurrent(run, input, states, parameters, step, *options)
+
+
+def _recurrent(
+    run: Run, input: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], step: Callable[..., Sequence[Tensor]],
+    has_biases: bool, layers: int, dropout: float, bidirectional: bool, batch_first: bool,
+) -> Any:  # fmt: skip
+    """Layers of cells along the time, and the last state of each.
+
+    Args:
+        run: runs a part.
+        input: of shape (time, batch, features).
+        states: what a cell keeps, for each layer and direction; the first is its output.
+        parameters: for each layer and direction the weights of input and state, and their biases.
+        step: from the linear function of an input, the states and the parameters of the state to the next states.
+        has_biases: whether there are biases.
+        layers: how many layers there are.
+        dropout: the share of values that is dropped between layers.
+        bidirectional: whether each layer runs along the time in both directions.
+        batch_first: whether the first two dimensions of input and output are swapped.
+    """
     directions = 2 if bidirectional else 1
     each = 4 if has_biases else 2
-    if not input.is_cpu or (dropout and train) or input.dim() != 3 or len(parameters) != layers * directions * each:
+    if not input.is_cpu or dropout or input.dim() != 3 or len(parameters) != layers * directions * each:
         return NotImplemented
     if not input.numel():
         return NotImplemented
     outputs = run(aten.transpose.int, input, 0, 1) if batch_first else input
-    states = run(aten.unbind.int, state, 0)
+    begun = [run(aten.unbind.int, state, 0) for state in states]
     finals = []
     for layer in range(layers):
         made = []
         for direction in range(directions):
             number = layer * directions + direction
             w_ih, w_hh, b_ih, b_hh = (*parameters[number * each : (number + 1) * each], None, None)[:4]
-            hidden = states[number]
+            state: Sequence[Tensor] = [items[number] for items in begun]
             steps = run(aten.unbind.int, _linear(run, outputs, w_ih, b_ih), 0)
             found = []
             for entered in reversed(steps) if direction else steps:
-                hidden = gru_step(run, entered, hidden, w_hh, b_hh)
-                found.append(hidden)
-            finals.append(hidden)
+                state = step(entered, state, w_hh, b_hh)
+                found.append(state[0])
+            finals.append(state)
             made.append(run(aten.stack.default, found[::-1] if direction else found, 0))
         outputs = made[0] if directions == 1 else run(aten.cat.default, made, 2)
     if batch_first:
         outputs = run(aten.transpose.int, outputs, 0, 1)
-    return outputs, run(aten.stack.default, finals, 0)
+    return outputs, *(run(aten.stack.default, [*items], 0) for items in zip(*finals, strict=True))
 
 
 def _nll_loss_forward(
@@ -403,6 +447,7 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.lstm_cell.default: _lstm_cell,
     aten.gru_cell.default: _gru_cell,
     aten.gru.input: _gru,
+    aten.lstm.input: _lstm,
 }
 
 #: The same for calls that torch's autograd has to see, with what it keeps among the parts.

@@ -41,9 +41,7 @@ class Arguments:
 
     def graded(self, number: Staged) -> Staged:
         """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
-        self._program.masks[number.slot] = number
-        self._program.graded.add(number.slot)
-        return number
+        return self._program.note_mask(number, number)
 
     @property
     def loss_scale(self) -> float:

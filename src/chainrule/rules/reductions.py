@@ -101,7 +101,8 @@ def _moment(root: bool) -> Rule:
                 return centred * (2 * rate)
             deviation = spread(call.stage_output(program))
             flat = deviation == 0
-            return torch.where(flat, 0.0, centred * rate / _safe(deviation, flat))
+            slope = torch.where(flat, 0.0, centred * rate / _safe(deviation, flat))
+            return program.note_mask(slope, torch.logical_not(flat))
 
         node = formula_node(call, shape, formula)
         yield single(call, item, [reduced_term(call, dims, lambda axes: (Factor(node, axes),), 1.0)])
@@ -141,7 +142,8 @@ def _norm(name: str) -> Rule:
         x = call.stage(program, call.args[0])
         norm = spread(call.stage_output(program))
         x = x if x.dtype == norm.dtype else x.to(norm.dtype)
-        return norm_slope(x, norm, 2.0 if order is None else float(order), reduction_dims(call))
+        slope = norm_slope(x, norm, 2.0 if order is None else float(order), reduction_dims(call))
+        return program.note_mask(slope, norm != 0)
 
     return weighted_reduction(weights)
 
@@ -176,7 +178,9 @@ def _even(call: Call, output: int) -> Edge:
         out = spread(call.stage_output(program, output))
         taken = torch.logical_or(x == out, torch.logical_and(torch.isnan(x), torch.isnan(out)))
         taken = taken.to(call.workspace.dtype)
-        return taken / torch.sum(taken, dim=list(dims), keepdim=True) if call.shape(item) else taken
+        if not call.shape(item):
+            return taken
+        return program.note_mask(taken / torch.sum(taken, dim=list(dims), keepdim=True), taken)
 
     node = formula_node(call, call.shape(item), formula)
     term = reduced_term(call, dims, lambda axes: (Factor(node, axes),), 1.0)

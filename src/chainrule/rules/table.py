@@ -26,6 +26,7 @@ from chainrule.rules import (
     reductions,
     scans,
     scatter_products,
+    segments,
     selections,
     views,
 )
@@ -54,6 +55,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     moves.RULES,
     selections.RULES,
     scatter_products.RULES,
+    segments.RULES,
     products.RULES,
     reductions.RULES,
     scans.RULES,

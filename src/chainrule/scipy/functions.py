@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,11 @@ class TorchFunction:
         return found
 
     def derived(
-        self, key: Hashable, make: Callable[[], Callable[..., Any]], value: Callable[..., Any] | None = None
+        self,
+        key: Hashable,
+        make: Callable[[], Callable[..., Any]],
+        value: Callable[..., Any] | None = None,
+        others: Sequence[TorchFunction] = (),
     ) -> Callable[..., Any]:
         """What a solver calls at every point: ``make()``, a function of tensors made of this one, replayed where that is allowed.
 
@@ -62,11 +66,13 @@ class TorchFunction:
             key: what it is; with the solver's name it has to tell apart all that ``make`` closes over beside the function.
             make: makes it.
             value: the part of it that only runs the function; None for the function itself.
+            others: further functions of the user's that it calls.
         """
         if self._compiled is False:
             return make()
         key = (self.caller, key)
-        return replayed(self.function, key, make, value or self.checked, is_forced=self._compiled is True)
+        forced, functions = self._compiled is True, [other.function for other in others]
+        return replayed(self.function, key, make, value or self.checked, is_forced=forced, others=functions)
 
     def tensor(self, array: Any) -> torch.Tensor:
         """A new float64 tensor of an array's values, on the device."""
@@ -164,6 +170,32 @@ def _checked(function: Callable[..., Any], where: str) -> Callable[..., torch.Te
     return checked
 
 
+def scalar_of(function: TorchFunction) -> Callable[..., torch.Tensor]:
+    """A function whose value is checked to be one number."""
+    checked, where = function.checked, function.where
+
+    def scalar(*args: Any) -> torch.Tensor:
+        value = checked(*args)
+        if value.dim():
+            raise ValueError(f"{where} must return a scalar (shape ()), got shape {tuple(value.shape)}")
+        return value
+
+    return scalar
+
+
+def vector_of(function: TorchFunction) -> Callable[..., torch.Tensor]:
+    """A function whose value is checked to be a vector."""
+    checked, where = function.checked, function.where
+
+    def vector(*args: Any) -> torch.Tensor:
+        value = checked(*args)
+        if value.dim() != 1:
+            raise ValueError(f"{where} must return a vector, got shape {tuple(value.shape)}")
+        return value
+
+    return vector
+
+
 def _value(item: Any) -> Any:
     """What tells an argument from others: the bits of an array (SciPy writes to its arrays in place), a number, an object."""
     if item.__class__ is np.ndarray and not item.dtype.hasobject:
@@ -224,7 +256,7 @@ class Linearisation:
             # The patterns of `jacobian` are planned once per signature, those of maps once per map.
             kind = "sparse_coo" if layout == "sparse" else "dense"
             self._both = function.derived(
-                ("jacobian", key, layout), lambda: jacobian(_twice(vector), argnum, has_aux=True, layout=kind), vector
+                ("jacobian", key, layout), lambda: jacobian(twice(vector), argnum, has_aux=True, layout=kind), vector
             )
 
     def __call__(self, *args: Any) -> Linearised:
@@ -237,7 +269,9 @@ class Linearisation:
         return Linearised(self._function, kept, kept.output, self._layout)
 
 
-def _twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A function that returns its value twice: as what is differentiated, and beside the derivative."""
+
     def of(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         found = vector(*args)
         return found, found
@@ -258,4 +292,7 @@ def check_absent(options: dict[str, Any], names: tuple[str, ...], caller: str) -
             raise TypeError(f"chainrule.scipy.{caller}: {name} is derived from the function and cannot be given")
 
 
-__all__ = ["LAYOUTS", "Device", "Linearisation", "Linearised", "TorchFunction", "check_absent", "check_layout", "matrix"]
+__all__ = [
+    "LAYOUTS", "Device", "Linearisation", "Linearised", "TorchFunction", "check_absent", "check_layout", "matrix",
+    "scalar_of", "twice", "vector_of",
+]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chainrule.scipy.functions import Device, TorchFunction
+from chainrule.scipy.functions import Device, TorchFunction, scalar_of, twice, vector_of
 from chainrule.transforms.derivatives import grad, grad_and_value
 from chainrule.transforms.jacobians import hessian, jacobian
 from chainrule.transforms.sparsity import sparsity
@@ -26,41 +26,34 @@ class NLPProblem:
         self._objective, self._constraints = objective, constraints
         self.n = x0.size
         x = objective.tensor(x0)
+        scalar, vector = scalar_of(objective), _no_constraints if constraints is None else vector_of(constraints)
         with (constraints or objective).named():
-            self.m = self._vector(x).numel()
-            pattern = sparsity(self._vector, x, global_=True).indices if self.m else None
+            self.m = vector(x).numel()
+            pattern = sparsity(vector, x, global_=True).indices if self.m else None
         empty = np.empty((2, 0), dtype=np.int64)
         self._jacobian_structure = empty if pattern is None else pattern.cpu().numpy()
+        lagrangian = _lagrangian(scalar, vector if self.m else None)
         with objective.named():
             multipliers = torch.ones(self.m, dtype=torch.float64, device=x.device)
-            self._scalar(x)
-            rows, columns = sparsity(grad(self._lagrangian), x, x.new_ones(()), multipliers, global_=True).indices.cpu().numpy()
+            scalar(x)
+            rows, columns = sparsity(grad(lagrangian), x, x.new_ones(()), multipliers, global_=True).indices.cpu().numpy()
         lower = rows >= columns
         self._hessian_structure = np.stack([rows[lower], columns[lower]])
-
-    def _scalar(self, x: torch.Tensor) -> torch.Tensor:
-        found = self._objective(x)
-        if found.dim():
-            raise ValueError(f"{self._objective.where} must return a scalar (shape ()), got shape {tuple(found.shape)}")
-        return found
-
-    def _vector(self, x: torch.Tensor) -> torch.Tensor:
-        if self._constraints is None:
-            return x.new_empty(0)
-        found = self._constraints(x)
-        if found.dim() != 1:
-            raise ValueError(f"{self._constraints.where} must return a vector, got shape {tuple(found.shape)}")
-        return found
-
-    def _lagrangian(self, x: torch.Tensor, factor: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-        value = factor * self._scalar(x)
-        return value + (multipliers * self._vector(x)).sum() if self.m else value
+        self._slopes = objective.derived("gradient", lambda: grad_and_value(scalar), scalar)
+        if constraints is not None:
+            self._rows = constraints.derived(
+                "jacobian", lambda: jacobian(twice(vector), has_aux=True, layout="sparse_coo"), vector
+            )
+        others = [constraints] if constraints is not None and self.m else []
+        self._curvatures = objective.derived(
+            "hessian", lambda: hessian(lagrangian, layout="sparse_coo", triangular="lower"), lagrangian, others
+        )
 
     def _gradient_and_value(self, x: np.ndarray, reader: str) -> tuple[np.ndarray, float]:
         function = self._objective
 
         def compute() -> tuple[np.ndarray, float]:
-            gradient, value = grad_and_value(self._scalar)(function.tensor(x))
+            gradient, value = self._slopes(function.tensor(x))
             return function.array(gradient, what="gradient"), float(function.array(value))
 
         return function.once("run", (x,), compute, reader)
@@ -79,11 +72,7 @@ class NLPProblem:
             return np.empty(0), np.empty(0)
 
         def compute() -> tuple[np.ndarray, np.ndarray]:
-            def twice(point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                found = self._vector(point)
-                return found, found
-
-            found, value = jacobian(twice, has_aux=True, layout="sparse_coo")(function.tensor(x))
+            found, value = self._rows(function.tensor(x))
             entries = _placed(function, found, self._jacobian_structure, "Jacobian")
             return entries, function.array(value, (self.m,))
 
@@ -110,8 +99,22 @@ class NLPProblem:
         function = self._objective
         with function.named():
             given = function.tensor(x), function.tensor(obj_factor), function.tensor(lagrange)
-            found = hessian(self._lagrangian, layout="sparse_coo", triangular="lower")(*given)
-            return _placed(function, found, self._hessian_structure, "Hessian")
+            return _placed(function, self._curvatures(*given), self._hessian_structure, "Hessian")
+
+
+def _no_constraints(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(0)
+
+
+def _lagrangian(scalar: Callable[..., torch.Tensor], vector: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    """``factor · scalar(x) + multipliers · vector(x)``."""
+    if vector is None:
+        return lambda x, factor, multipliers: factor * scalar(x)
+
+    def lagrangian(x: torch.Tensor, factor: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
+        return factor * scalar(x) + (multipliers * vector(x)).sum()
+
+    return lagrangian
 
 
 def _placed(function: TorchFunction, found: torch.Tensor, structure: np.ndarray, what: str) -> np.ndarray:
@@ -140,6 +143,7 @@ def nlp_problem(
     *,
     device: Device = None,
     allow_nan: bool = False,
+    compiled: bool | None = None,
 ) -> NLPProblem:
     """Return the callbacks of a nonlinear program for interior-point solvers, in the form that cyipopt takes.
 
@@ -151,6 +155,7 @@ def nlp_problem(
         constraints: a function of the same tensor that returns shape ``(m,)``; None for no constraints.
         device: as in :func:`minimize`.
         allow_nan: as in :func:`minimize`.
+        compiled: as in :func:`minimize`.
 
     Returns:
         An object for ``cyipopt.Problem(n=problem.n, m=problem.m, problem_obj=problem, lb=..., ub=..., cl=..., cu=...)``.
@@ -170,8 +175,8 @@ def nlp_problem(
     point = np.asarray(x0, dtype=np.float64)
     if point.ndim != 1:
         raise ValueError(f"chainrule.scipy.nlp_problem: x0 must be a vector, got shape {point.shape}")
-    found = TorchFunction(objective, "nlp_problem", device, allow_nan)
-    limits = None if constraints is None else TorchFunction(constraints, "nlp_problem", device, allow_nan)
+    found = TorchFunction(objective, "nlp_problem", device, allow_nan, compiled)
+    limits = None if constraints is None else TorchFunction(constraints, "nlp_problem", device, allow_nan, compiled)
     return NLPProblem(found, limits, point)
 
 

@@ -6,10 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import optimize, sparse
 
-from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout, matrix
+from chainrule.scipy.functions import (
+    Device,
+    Linearisation,
+    Linearised,
+    TorchFunction,
+    check_absent,
+    check_layout,
+    matrix,
+    scalar_of,
+)
 from chainrule.transforms.derivatives import grad_and_value
 from chainrule.transforms.jacobians import hessian
 
@@ -69,19 +77,6 @@ class _Objective:
             return matrix(self.function, found, (x.size, x.size), "Hessian")
 
         return self.function.once("hessian", (x, *args), compute).copy()
-
-
-def scalar_of(function: TorchFunction) -> Callable[..., torch.Tensor]:
-    """A function whose value is checked to be one number."""
-    checked, where = function.checked, function.where
-
-    def scalar(*args: Any) -> torch.Tensor:
-        value = checked(*args)
-        if value.dim():
-            raise ValueError(f"{where} must return a scalar (shape ()), got shape {tuple(value.shape)}")
-        return value
-
-    return scalar
 
 
 def minimize(

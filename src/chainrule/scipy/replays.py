@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,14 @@ class Replayed:
         value: the part of ``function`` that only runs ``user``; its ops are counted.
         is_forced: whether it is replayed from the first call on, and errors of recording are raised. Otherwise it is once
             calls repeat, where the code of ``user`` visibly does nothing but compute and its values decide no branch.
+        others: further functions of the user's that ``function`` calls.
     """
 
-    def __init__(self, function: Callable[..., Any], user: Any, value: Callable[..., Any], *, is_forced: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], user: Any, value: Callable[..., Any], *, is_forced: bool, others: Sequence[Any] = ()
+    ) -> None:
         self._plain, self._user, self._value, self._is_forced = function, user, value, is_forced
+        self._others = others
         self._compiled: Any = None
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
@@ -81,11 +85,14 @@ class Replayed:
 
     def _pays(self, args: tuple[Any, ...]) -> bool:
         """Whether the function may be recorded unasked, and a run is short enough."""
-        if not only_computes(self._user):
+        if not self._only_computes():
             return False
         with _Counter() as counter:
             self._value(*args)
         return counter.count <= _OPS
+
+    def _only_computes(self) -> bool:
+        return all(only_computes(function) for function in (self._user, *self._others))
 
     def _never(self, key: Any, args: tuple[Any, ...]) -> Any:
         self._counts[key] = -1
@@ -93,7 +100,7 @@ class Replayed:
 
     def _recorded(self, key: Any, args: tuple[Any, ...]) -> Any:
         """Record a call; also again, when what the function closes over was replaced: by something that does more, perhaps."""
-        if not self._is_forced and not only_computes(self._user):
+        if not self._is_forced and not self._only_computes():
             return self._never(key, args)
         if self._compiled is None:
             self._compiled = compile_function(self._plain)
@@ -172,17 +179,33 @@ class _Store:
 
 
 def replayed(
-    user: Any, key: Hashable, make: Callable[[], Callable[..., Any]], value: Callable[..., Any], *, is_forced: bool
+    user: Any,
+    key: Hashable,
+    make: Callable[[], Callable[..., Any]],
+    value: Callable[..., Any],
+    *,
+    is_forced: bool,
+    others: Sequence[Any] = (),
 ) -> Replayed:
-    """A transform of a user's function; where that is a Python function, the one that an earlier solve made under ``key``."""
-    if not isinstance(user, types.FunctionType):
-        return Replayed(make(), user, value, is_forced=is_forced)
+    """A transform of a user's function; where that is a Python function, the one that an earlier solve made under ``key``.
+
+    Args:
+        user: the user's function.
+        key: tells apart what is made of it.
+        make: makes it.
+        value: as for :class:`Replayed`.
+        is_forced: as for :class:`Replayed`.
+        others: as for :class:`Replayed`; they are part of the key.
+    """
+    if not all(isinstance(function, types.FunctionType) for function in (user, *others)):
+        return Replayed(make(), user, value, is_forced=is_forced, others=others)
     store = user.__dict__.get(ATTRIBUTE)
     if store is None or store.owner is not user:  # `functools.wraps` copies attributes
         store = user.__dict__[ATTRIBUTE] = _Store(user)
-    found: Replayed | None = store.entries.get((key, is_forced))
+    whole = (key, is_forced, *others)
+    found: Replayed | None = store.entries.get(whole)
     if found is None:
-        found = store.entries[key, is_forced] = Replayed(make(), user, value, is_forced=is_forced)
+        found = store.entries[whole] = Replayed(make(), user, value, is_forced=is_forced, others=others)
     return found
 
 

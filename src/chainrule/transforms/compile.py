@@ -152,9 +152,9 @@ def compile(function: Callable[..., Any], *, backend: str = "replay") -> Callabl
 
     Tensors that `function` closes over (parameters and buffers of modules too) are inputs of the graph: values written
     into them, by an optimiser for instance, are seen by the next call. When something else that `function` reads is replaced
-    (the content of a closure, a global, an attribute of a module or a tensor), the call is recorded anew. What Python
-    itself computes (printing, appending to a list, random numbers of Python or NumPy) happens only when a call is
-    recorded, which may be twice.
+    (the content of a closure, a global, an attribute of a module or a tensor), the call is recorded anew. A call that itself
+    replaces such a thing (counting, appending to a list) is never replayed: after 16 of them the function is called as it is,
+    with a warning. What else Python does (printing, random numbers of Python or NumPy) happens only when a call is recorded.
 
     Inside other transforms, under a dispatch mode, and when it returns something that is neither a tensor nor a plain
     value, the function is called as if it had not been compiled. So are first calls inside of
@@ -288,8 +288,8 @@ class _Compiled:
                 changed = next((g.surroundings.changed for g in signature.graphs if g.surroundings.changed), "something")
                 warnings.warn(
                     f"chainrule.compile: {function_name(self.function)} was recorded {_RECORDINGS} times with one signature, "
-                    f"because {changed} is replaced between calls (or index tensors have other values); from now on it is called "
-                    "without a graph. Give what changes as an argument, or write into a tensor.",
+                    f"because {changed} is replaced in or between calls (or index tensors have other values); from now on it is "
+                    "called without a graph. Give what changes as an argument, or write into a tensor.",
                     stacklevel=4,
                 )
             self._misses += 1
@@ -307,9 +307,6 @@ class _Compiled:
         surroundings = Surroundings([self.function, *(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))])
         generators = surroundings.generators
         result, recorder, given = self._run_recorded(args, kwargs, generators)
-        if not (recorder.random or _writes_outside(recorder.program)):
-            # The plans of the transforms are known now, and run as programs of few calls: this run is the one to keep.
-            result, recorder, given = self._run_recorded(args, kwargs, generators)
         out_leaves, spec = tree_flatten(result)
         statics = [(n, leaf) for n, leaf in enumerate(out_leaves) if not isinstance(leaf, torch.Tensor)]
         tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
@@ -318,7 +315,7 @@ class _Compiled:
         kinds = [_kind(tensor) for tensor in closed]
         asked = [(tensor, gradient_kind(tensor)) for tensor, _ in recorder.asked.values()]
         joined = torch.is_grad_enabled() and recorder.joined
-        reason = _obstacle(statics, tensors, recorder, joined=joined)
+        reason = _hidden_state(surroundings) or _obstacle(statics, tensors, recorder, joined=joined)
         # What the user gets is his own tensor where it was one, and never a constant of the graph.
         own = {id(alias): leaf for alias, leaf in given}
         constants = {id(t) for t, s in zip(tensors, staged, strict=True) if s is not None and s.slot in program.constants}
@@ -416,11 +413,18 @@ class _Compiled:
         if found is None:
             if forward_ad._current_level >= 0:
                 raise CompileError("chainrule.compile: no graph is recorded inside of torch.autograd.forward_ad.dual_level")
-            self._first(key, leaves, args, kwargs)
-            found = self._signatures[key].graphs[0]
+            found = self._recorded(key, leaves, args, kwargs)
+            if found.flat is None and not found.holds():  # the first call may have set something up
+                found = self._recorded(key, leaves, args, kwargs)
         if found.flat is None:
             raise CompileError(f"chainrule.compile: there is no graph: {found.reason}")
         return found.flat
+
+
+    def _recorded(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+        """The graph of a call that is made now."""
+        self._first(key, leaves, args, kwargs)
+        return self._signatures[key].graphs[0]
 
 
 @contextmanager
@@ -431,7 +435,8 @@ def _no_casts() -> Iterator[None]:
 
 
 def _kind(tensor: torch.Tensor) -> Any:
-    return (tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
+    memory = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return (tensor.shape, tensor.dtype, tensor.device, memory, tensor.requires_grad)
 
 
 def modes() -> Any:
@@ -496,6 +501,13 @@ def _writes_outside(program: Program) -> bool:
         for i in program.instructions
         for slot in i.writes
     )
+
+
+def _hidden_state(surroundings: Surroundings) -> str:
+    """Why a replay would leave out what the call does to Python's own values, if so."""
+    if surroundings.iterators:
+        return f"it reads an iterator ({surroundings.iterators[0]}), which moves on with each call"
+    return "" if surroundings.hold() else f"the call itself changes {surroundings.changed}"
 
 
 def _obstacle(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec
 
+from chainrule.batching.mode import VmapMode
 from chainrule.execute import engine
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
@@ -54,6 +55,45 @@ class Level:
         """Put this level on the function that the transform returns."""
         self.owner = weakref.ref(wrapper)
         wrapper._chainrule_level = self  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class Part:
+    """The levels of a nest that have one tape, and what they have in common.
+
+    Attributes:
+        levels: the levels, innermost first.
+        wanted: for each of them, the positions of what it differentiates, and whether that is one.
+        traced: the run, as the innermost of these levels sees it.
+        around: the mappings that lead from the part outside of this one to it, outermost first.
+    """
+
+    levels: Sequence[Level]
+    wanted: Sequence[tuple[tuple[int, ...], bool]]
+    traced: Traced
+    around: Sequence[tuple[Mapping, VmapMode]] = ()
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of the innermost function of a nest, and the nest's cached plan.
+
+    Attributes:
+        parts: the parts of the nest, innermost first.
+        values: all stored values of their tapes, those of the outermost first: what the plan reads.
+        key: the key of the plan; None where there is none.
+        cached: the plan for it.
+    """
+
+    parts: list[Part]
+    values: list[Any]
+    key: Any
+    cached: Any
+
+    @property
+    def traced(self) -> Traced:
+        """The run as it looks from outside."""
+        return self.parts[-1].traced
 
 
 def mark_of(func: Any) -> Level | Mapping | None:

@@ -12,7 +12,7 @@ values of a sample, and those outside one with the stored values: both come from
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +23,15 @@ from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.capture.recorder import Recorder
+from chainrule.capture.recorder import Recorder, rehearsed
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
-from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
+from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledger
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
+from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
@@ -41,7 +42,17 @@ from chainrule.transforms.arguments import (
     tree_flatten,
     tree_unflatten,
 )
-from chainrule.transforms.levels import Chain, Level, Linearized, LinearPlan, NestPlan, chain_of, mark_of
+from chainrule.transforms.levels import (
+    Chain,
+    Level,
+    Linearized,
+    LinearPlan,
+    NestPlan,
+    Part,
+    Run,
+    chain_of,
+    mark_of,
+)  # fmt: skip
 from chainrule.transforms.trace import Traced, active_slot, trace
 from chainrule.transforms.vmap import Mapping
 
@@ -110,54 +121,15 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return level.finish(traced, single), traced.aux
 
 
-@dataclass(slots=True)
-class _Part:
-    """The levels of a nest that have one tape, and what they have in common.
-
-    Attributes:
-        levels: the levels, innermost first.
-        wanted: for each of them, the positions of what it differentiates, and whether that is one.
-        traced: the run, as the innermost of these levels sees it.
-        around: the mappings that lead from the part outside of this one to it, outermost first.
-    """
-
-    levels: Sequence[Level]
-    wanted: Sequence[tuple[tuple[int, ...], bool]]
-    traced: Traced
-    around: Sequence[tuple[Mapping, VmapMode]] = ()
-
-
-@dataclass(slots=True)
-class _Run:
-    """One run of the innermost function of a nest, and the nest's cached plan.
-
-    Attributes:
-        parts: the parts of the nest, innermost first.
-        values: all stored values of their tapes, those of the outermost first: what the plan reads.
-        key: the key of the plan; None where there is none.
-        cached: the plan for it.
-    """
-
-    parts: list[_Part]
-    values: list[Any]
-    key: Any
-    cached: Any
-
-    @property
-    def traced(self) -> Traced:
-        """The run as it looks from outside."""
-        return self.parts[-1].traced
-
-
 class _NotWhole(Exception):  # noqa: N818 - never leaves this module
     """This nest cannot run as a whole."""
 
 
 def _run_innermost(
     chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
-) -> _Run | None:
+) -> Run | None:
     """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     try:
         _run_part(chain, len(chain.levels) - 1, args, kwargs, (), parts)
     except _NotWhole:
@@ -167,11 +139,11 @@ def _run_innermost(
     if len(parts) > 1:
         values, wiring = _stored_values(parts)
         keys.append(wiring)
-    return _Run(parts, values, *_cached(keys[0] if len(keys) == 1 else tuple(keys), [part.traced.tape for part in parts]))
+    return Run(parts, values, *_cached(keys[0] if len(keys) == 1 else tuple(keys), [part.traced.tape for part in parts]))
 
 
 def _run_part(
-    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[_Part]
+    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[Part]
 ) -> None:
     """Run the function of a part, which runs the parts inside of it, and append all of them."""
     levels = chain.levels[number]
@@ -187,7 +159,7 @@ def _run_part(
         # Under no_grad the levels may differ in what they count as constant.
         raise _NotWhole
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
-    parts.append(_Part(levels, wanted, traced, around))
+    parts.append(Part(levels, wanted, traced, around))
 
 
 def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tuple[tuple[int, ...], bool]], tuple[int, ...]]:
@@ -218,7 +190,7 @@ def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tup
 
 
 def _run_mapped(
-    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[_Part]
+    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[Part]
 ) -> list[torch.Tensor]:
     """Run a part inside of the mappings that lead to it; returns the stored outputs of its function."""
     around: list[tuple[Mapping, VmapMode]] = []
@@ -245,7 +217,7 @@ def _stored(tensor: Any, around: Sequence[tuple[Mapping, VmapMode]]) -> tuple[An
     return tensor, tuple(flags)
 
 
-def _stored_values(parts: Sequence[_Part]) -> tuple[list[Any], Any]:
+def _stored_values(parts: Sequence[Part]) -> tuple[list[Any], Any]:
     """All stored values of the tapes of some parts, each once, and how the tapes are made of them."""
     values = [*parts[-1].traced.tape.values]
     known = {id(value): number for number, value in enumerate(values)}
@@ -318,10 +290,10 @@ def run_recorded(level: Level, traced: Traced) -> Any:
     if current_ledger() is None:
         key, cached = _cached(_key_of([level], wanted, traced, ()), [traced.tape])
     values = traced.tape.values
-    if cached is None or cached is _BY_LEVELS:
+    if cached is None or cached is _BY_LEVELS or cached.__class__ is Seen:
         traced = replace(traced, tape=traced.tape.fork())
         values = traced.tape.values
-    return _finished(_Run([_Part([level], wanted, traced)], values, key, cached), ())
+    return _finished(Run([Part([level], wanted, traced)], values, key, cached), ())
 
 
 def _run_whole(
@@ -334,7 +306,7 @@ def _run_whole(
     return _finished(run, seeds), run.traced.aux
 
 
-def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+def _finished(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     """The result of a nest, by its cached program."""
     if forward_ad._current_level >= 0:
         refuse_duals(seeds, run.parts[-1].levels[-1].name)
@@ -345,17 +317,43 @@ def _finished(run: _Run, seeds: tuple[torch.Tensor, ...]) -> Any:
             engine.CACHE.put(run.key, cached)
     if cached is _BY_LEVELS:
         return _run_parts(run.parts, seeds)
-    if cached is not None:
-        found = cached.run(values, seeds)
-        leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
-        return tree_unflatten(leaves, cached.spec)
-    result, plan = _record_parts(run, seeds)
-    if run.key is not None:
-        engine.CACHE.put(run.key, plan)
-    return result
+    if cached is None or cached.__class__ is Seen:
+        if (soon := _swept(run, seeds)) is not None:
+            return soon
+        with rehearsed() as recorder:
+            result, cached = _record_parts(run, seeds)
+        if run.key is not None:
+            engine.CACHE.put(run.key, cached)
+        if cached is _BY_LEVELS or recorder is None:
+            return result
+        cached.compile_for(recorder)
+    found = cached.run(values, seeds)
+    leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
+    return tree_unflatten(leaves, cached.spec)
 
 
-def _is_apart(run: _Run) -> bool:
+#: The kinds of levels whose results are requests that a sweep can serve.
+_SWEEPABLE = frozenset({"grad", "grad_and_value", "vjp", "jvp", "linearize", "jacobian"})
+
+
+def _swept(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+    """The result of one of the first runs of a nest on a long tape, level by level; None where a plan is to be made."""
+    part = run.parts[0]
+    if len(run.parts) > 1 or not is_long(part.traced.tape.records, len(part.levels)):
+        return None
+    if not all(level.key[0] in _SWEEPABLE for level in part.levels):
+        return None
+
+    def sweep() -> Any:
+        # What the levels record must not stand on the tape if the nest is planned after all.
+        here = replace(part, traced=replace(part.traced, tape=part.traced.tape.fork()))
+        with collecting(SWEPT):
+            return _run_parts([here], seeds)
+
+    return engine.first_runs(run.key, run.cached, sweep)
+
+
+def _is_apart(run: Run) -> bool:
     """Whether the innermost level has to run by itself."""
     part = run.parts[0]
     level, (positions, _) = part.levels[0], part.wanted[0]
@@ -398,7 +396,10 @@ def run_linearized(
     if run is None:
         return None
     plan = run.cached
-    if plan is None:
+    if plan is None or plan.__class__ is Seen:
+        if (soon := _swept(run, ())) is not None:
+            first: Linearized = soon
+            return first
         made: list[torch.Tensor] = []
         result, plan = _record_parts(run, (), made)
         if run.key is not None:
@@ -412,7 +413,7 @@ def run_linearized(
     return _replayed(plan, run)
 
 
-def _replayed(plan: LinearPlan, run: _Run) -> Linearized:
+def _replayed(plan: LinearPlan, run: Run) -> Linearized:
     if plan.stages is None:
         plan.compile()
     assert plan.stages is not None
@@ -454,7 +455,7 @@ def _replayed(plan: LinearPlan, run: _Run) -> Linearized:
     return Linearized(leaves, plan.out_spec, plan.active, call, traced, tree_unflatten(leaves, plan.out_spec))
 
 
-def _run_parts(parts: Sequence[_Part], seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None) -> Any:
+def _run_parts(parts: Sequence[Part], seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None) -> Any:
     """The levels of all parts one after the other; all but the last are recorded on the tape of the part outside of them."""
     part, inner = parts[-1], parts[:-1]
     traced = part.traced
@@ -532,7 +533,7 @@ def _restricted(
 
 
 def _record_parts(
-    run: _Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
+    run: Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
 ) -> tuple[Any, Any]:
     """Run the levels and write down what they compute as one program."""
     slots = {id(value): slot for slot, value in enumerate(run.values)}

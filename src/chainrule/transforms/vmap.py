@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, _broadcast_to_and_flatten, tree_flatten, tree_map_, tree_unflatten
+from torch.utils._pytree import TreeSpec, _broadcast_to_and_flatten, tree_flatten, tree_map, tree_map_, tree_unflatten
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
@@ -19,6 +19,7 @@ from chainrule.execute.mapped_calls import CALLS
 from chainrule.rules.batching_base import Batched
 from chainrule.subclasses import refuse_foreign
 from chainrule.transforms.arguments import check_whole, refuse_inside_torch_func
+from chainrule.transforms.merged import Merged, merged_inputs, write_back
 
 
 def vmap(
@@ -85,9 +86,11 @@ class Mapping:
 
     Attributes:
         owner: the function that carries this mapping, where the mapped function is a transform's.
+        made: the mapped function.
+        inner: the mapping that this one is directly around, if both may be run as one.
     """
 
-    __slots__ = ("func", "in_dims", "name", "out_dims", "owner", "randomness")
+    __slots__ = ("func", "in_dims", "inner", "made", "name", "out_dims", "owner", "randomness")
 
     def __init__(self, func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, name: str) -> None:
         self.func = func
@@ -96,15 +99,30 @@ class Mapping:
         self.randomness = randomness
         self.name = name
         self.owner: Callable[[], Any] | None = None
+        self.made: Callable[[], Any] | None = None
+        self.inner: Mapping | None = None
+        inner: Mapping | None = getattr(func, "_chainrule_mapping", None)
+        # Whoever wraps a function copies its attributes.
+        if inner is not None and inner.made is not None and inner.made() is func and self._merges() and inner._merges():
+            self.inner = inner
+
+    def _merges(self) -> bool:
+        return self.out_dims.__class__ is int and self.out_dims == 0 and self.randomness == "error"
 
     def wrapper(self) -> Callable[..., Any]:
         """The mapped function."""
 
         def vmapped(*args: Any, **kwargs: Any) -> Any:
             func = self.func
+            if self.inner is not None and not kwargs:
+                merged = merged_inputs(self.in_dims, self.inner.in_dims, args)
+                if merged is not None:
+                    return self.inner.run_merged(merged)
             return self.leave(*self.enter(functools.partial(func, **kwargs) if kwargs else func, args))
 
         made = entry_point(vmapped, self.func)
+        self.made = weakref.ref(made)
+        made._chainrule_mapping = self  # type: ignore[attr-defined]
         if hasattr(self.func, "_chainrule_level"):
             # A nest of transforms goes on through this mapping.
             self.owner = weakref.ref(made)
@@ -121,6 +139,18 @@ class Mapping:
         flat_args, flat_dims, args_spec = _flatten_inputs(self.func, self.in_dims, args, self.name)
         size = _batch_size(self.func, flat_args, flat_dims, self.name)
         return _inside(call, *_batch_first(flat_args, flat_dims), size, args_spec, self.randomness)
+
+    def run_merged(self, merged: Merged) -> Any:
+        """What this mapping and the one around it return."""
+        refuse_inside_torch_func(self.name)
+        size = merged.sizes[0] * merged.sizes[1]
+        outputs, mode = _inside(self.func, merged.values, merged.mapped, size, None, self.randomness)
+        if merged.copied:
+            write_back(merged, lambda: _name(self.func))
+        found = _unwrapped(self.func, outputs, 0, mode)
+        if found.__class__ is Tensor:
+            return found.unflatten(0, merged.sizes)
+        return tree_map(lambda leaf: leaf.unflatten(0, merged.sizes), found)
 
     def leave(self, outputs: Any, mode: VmapMode) -> Any:
         """The results outside of the level."""
@@ -249,10 +279,15 @@ def _check_in_dim(call: Callable[[], str], arg: Any, dim: Any) -> int | None:
     return dim % rank
 
 
-def _plain_inputs(in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[bool], int] | None:
-    """Plain tensors with their mapped dimension first, which of the arguments are mapped, and the batch size.
+class _Irregular(Exception):  # noqa: N818 - no error
+    """Something has to be matched, or is wrong."""
 
-    None where a structure has to be matched, or something is wrong.
+
+def _plain_inputs(in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[bool], int] | None:
+    """Arguments with their mapped dimension first, which of them are mapped, and the batch size.
+
+    Arguments are tensors, or dictionaries, lists and tuples of tensors with one number for all. None for others, or where
+    something is wrong.
     """
     if in_dims.__class__ is int:
         dims: tuple[Any, ...] = (in_dims,) * len(args)
@@ -260,28 +295,41 @@ def _plain_inputs(in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[
         dims = in_dims
     else:
         return None
-    size = -1
-    values: list[Any] = []
-    mapped: list[bool] = []
-    for arg, dim in zip(args, dims, strict=True):
-        if dim is None:
-            values.append(arg)
-            mapped.append(False)
-            continue
-        if dim.__class__ is not int or not isinstance(arg, Tensor):
-            return None
-        rank = arg.dim()
-        if not -rank <= dim < rank or arg.is_conj() or arg.is_neg():
-            return None
+    sizes: set[int] = set()
+    try:
+        values = [arg if dim is None else _moved(arg, dim, sizes) for arg, dim in zip(args, dims, strict=True)]
+    except _Irregular:
+        return None
+    return (values, [dim is not None for dim in dims], sizes.pop()) if len(sizes) == 1 else None
+
+
+def _moved(tree: Any, dim: Any, sizes: set[int]) -> Any:
+    """The tensors of an argument with a dimension first, whose sizes are noted."""
+    if isinstance(tree, Tensor):
+        rank = tree.dim()
+        if dim.__class__ is not int or not -rank <= dim < rank or tree.is_conj() or tree.is_neg():
+            raise _Irregular
         if dim:
-            arg = arg.movedim(dim, 0)
-        if size < 0:
-            size = arg.shape[0]
-        elif arg.shape[0] != size:
-            return None
-        values.append(arg)
-        mapped.append(True)
-    return None if size < 0 else (values, mapped, size)
+            tree = tree.movedim(dim, 0)
+        sizes.add(tree.shape[0])
+        return tree
+    kind: Any = tree.__class__
+    if kind is dict:
+        return {key: _moved(item, dim, sizes) for key, item in tree.items()}
+    if kind is list or kind is tuple:
+        return kind([_moved(item, dim, sizes) for item in tree])
+    raise _Irregular
+
+
+def _wrapped(tree: Any, mode: VmapMode) -> Any:
+    """An argument with the tensors of a level in the place of its own."""
+    if isinstance(tree, Tensor):
+        if tree.__class__ is not Tensor:
+            refuse_foreign(tree, "vmap")
+        return wrap_batched(Batched(tree), mode)
+    if tree.__class__ is dict:
+        return {key: _wrapped(item, mode) for key, item in tree.items()}
+    return tree.__class__([_wrapped(item, mode) for item in tree])
 
 
 def _batch_size(func: Any, flat_args: Sequence[Any], flat_dims: Sequence[int | None], name: str) -> int:
@@ -327,12 +375,7 @@ def _inside(
 ) -> tuple[Any, VmapMode]:
     """Run `func` on tensors whose mapped dimension is the first."""
     mode = VmapMode(size, randomness, CALLS)
-    args: Any = [
-        wrap_batched(Batched(value), mode) if flag else value for value, flag in zip(values, mapped, strict=True)
-    ]
-    for value, flag in zip(values, mapped, strict=True):
-        if flag and value.__class__ is not Tensor:
-            refuse_foreign(value, "vmap")
+    args: Any = [_wrapped(value, mode) if flag else value for value, flag in zip(values, mapped, strict=True)]
     if args_spec is not None:
         args = tree_unflatten(args, args_spec)
     with mode:
