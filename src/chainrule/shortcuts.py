@@ -26,18 +26,6 @@ class Handler:
     below: Any = None
     graphs = False
     kind = NO_KIND
-    values: list[Any]
-    active: list[bool]
-    key: list[Any]
-    records: list[Any]
-    pending: list[Any]
-    slots: dict[int, int]
-    respect_no_grad: bool
-    _derived: dict[int, Any]
-    _entered: list[Any]
-    _alias: Any
-    _origin: Any
-    _facts: dict[int, Any]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the table."""
@@ -65,12 +53,13 @@ class Handler:
 
     def _begin(self, facts: dict[int, Any], respect_no_grad: bool) -> None:
         """Make the tables of a tape."""
-        self.values, self.active, self.key, self.records, self.pending, self._entered = [], [], [], [], [], []
-        self.slots, self._derived = {}, {}
-        self._alias = self._origin = None
-        self._facts = facts
-        self.respect_no_grad = respect_no_grad
-        self.kind = TAPE
+        tape: Any = self
+        tape.values, tape.active, tape.key, tape.records, tape.pending, tape._entered = [], [], [], [], [], []
+        tape.slots, tape._derived = {}, {}
+        tape._alias = tape._origin = None
+        tape._facts = facts
+        tape.respect_no_grad = respect_no_grad
+        tape.kind = TAPE
 
     def _run_common(self, facts: Any, args: tuple[Any, ...]) -> Any:
         """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""

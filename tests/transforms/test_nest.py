@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.func
 
 import chainrule
 from chainrule.execute import engine
-from chainrule.transforms import nest
+from chainrule.transforms import levels
 
 Tensor = torch.Tensor
 
@@ -199,7 +201,7 @@ def test_a_decorated_transform_is_not_taken_for_the_transform() -> None:
         x = real(3)
         found = chainrule.jacfwd(doubled(chainrule.grad(total)))(x)
         torch.testing.assert_close(found, 2 * torch.func.hessian(total)(x))
-    assert nest.level_of(doubled(chainrule.grad(total))) is None
+    assert levels.level_of(doubled(chainrule.grad(total))) is None
 
 
 def test_writes_inside() -> None:
@@ -420,3 +422,26 @@ def test_constant_derivatives_are_part_of_the_graph() -> None:
         assert not transform(lambda x: 2 * x)(weight.detach()).requires_grad
         with torch.no_grad():
             assert not transform(lambda x: 2 * x)(weight).requires_grad
+
+
+def test_nests_hold_functions_in_no_cycle():
+    """What a nest is made of is kept with its levels, and goes with them without the garbage collector."""
+    x = torch.randn(3, dtype=torch.float64)
+
+    def made():
+        def scalar(y):
+            return (y.sin() * x).sum()
+
+        gradient = chainrule.grad(scalar)
+        for _ in range(2):
+            chainrule.jvp(gradient, (x,), (x,))
+            chainrule.vjp(gradient, x)
+            chainrule.jacobian(chainrule.jacobian(gradient))(x)
+        return weakref.ref(scalar)
+
+    made()  # plans are made
+    gc.disable()
+    try:
+        assert made()() is None
+    finally:
+        gc.enable()

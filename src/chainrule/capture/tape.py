@@ -87,6 +87,8 @@ class Tape(Slots, LightMode):
     supports_higher_order_operators = True
 
     records: list[Record]
+    respect_no_grad: bool
+    _origin: Any
     #: View calls that were not looked at yet: they matter only once something is written.
     pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
     _facts: dict[int, OpFacts]

@@ -341,14 +341,15 @@ def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] 
     if current_ledger() is not None:
         return None
     try:
-        cached = CACHE.get(((tuple(tape.key), tuple(tape.inputs), request), ()))
+        cached: Any = CACHE.get(((tuple(tape.key), tuple(tape.inputs), request), ()))
     except TypeError:  # an unhashable static argument
         return None
     if cached is None or cached.__class__ is Seen:
         return None
     values, tape.values = Spent(tape.values), []
     tape.forget()
-    return cached.results(values, ())
+    found: Sequence[torch.Tensor | None] = cached.results(values, ())
+    return found
 
 
 def first_runs(key: Any, known: Any, sweep: Callable[[], Any]) -> Any:

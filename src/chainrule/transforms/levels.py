@@ -132,6 +132,40 @@ class Chain:
     has_aux: bool | None
 
 
+def chain_of(outer: Level) -> Chain | None:
+    """The nest whose outermost level is given; None where it is no nest, or none that can run as a whole."""
+    inner = level_of(outer.func)
+    if inner is None:
+        found = _whole_chain(outer)
+        return found if len(found.levels) > 1 and found.has_aux is False else None
+    if (known := inner.chain) is None:  # what a function is made of stays as it is
+        whole = _whole_chain(inner)
+        known = inner.chain = Chain([*whole.levels[:-1], whole.levels[-1][:-1]], whole.mappings, whole.has_aux)
+    if known.has_aux is not outer.has_aux or (len(known.levels) > 1 and outer.has_aux):
+        return None
+    return Chain([*known.levels[:-1], [*known.levels[-1], inner, outer]], known.mappings, outer.has_aux)
+
+
+def _whole_chain(outer: Level) -> Chain:
+    """All levels and mappings from one to the plain function."""
+    chain, func = Chain([[outer]], [], outer.has_aux), outer.func
+    while True:
+        while (level := level_of(func)) is not None:
+            chain.levels[0].insert(0, level)
+            func = level.func
+        passed = []
+        while (mapping := mapping_of(func)) is not None:
+            passed.append(mapping)
+            func = mapping.func
+        if level_of(func) is None:
+            break  # a mapping of a plain function runs as it is
+        chain.levels.insert(0, [])
+        chain.mappings.insert(0, passed)
+    if any([level.has_aux != outer.has_aux for levels in chain.levels for level in levels]):
+        chain.has_aux = None
+    return chain
+
+
 @dataclass
 class NestPlan(CachedPlan):
     """The program of a whole nest, and how its results are put together."""

@@ -210,10 +210,10 @@ def _trace(
 ) -> Traced:
     """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down."""
     refuse_inside_torch_func(transform)
-    leaf = args[argnums[0]] if len(argnums) == 1 else None
-    plain = leaf.__class__ is torch.Tensor and leaf.dtype in FLOATING
+    only: Any = args[argnums[0]] if len(argnums) == 1 else None
+    plain = only.__class__ is torch.Tensor and only.dtype in FLOATING
     in_leaves, in_spec = (
-        ([leaf], PLAIN_ARGUMENT) if plain else flatten_inputs(tuple([args[number] for number in argnums]), transform)
+        ([only], PLAIN_ARGUMENT) if plain else flatten_inputs(tuple([args[number] for number in argnums]), transform)
     )
     grad_enabled = torch.is_grad_enabled()
     if not grad_enabled:
