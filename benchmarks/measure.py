@@ -22,7 +22,7 @@ from torch.utils.benchmark import Timer
 import chainrule
 from benchmarks.workload import Expression, Workload
 from chainrule.execute import engine
-from chainrule.execute.memory import watching
+from chainrule.execute.memory import peak_of
 
 Runnable = tuple[Expression, tuple[Any, ...]]
 
@@ -208,9 +208,7 @@ def _measure_memory(columns: Mapping[str, Mapping[str, Runnable]], row: Row, dev
             expression, arguments = columns[column][row.names[column]]
             row.memory[column] = peak_memory(expression, arguments, device)
     expression, arguments = columns["eager"][row.names["eager"]]
-    with watching() as watch:
-        expression(*arguments)
-    row.memory["predicted"] = watch.peak
+    row.memory["predicted"] = peak_of(lambda: expression(*arguments))
 
 
 def _targets(workload: Workload) -> dict[str, float]:

@@ -156,7 +156,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) 
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     Console(width=max(console.width, 190) if not console.is_terminal else None).print(table)
 
@@ -187,9 +187,8 @@ def markdown(
         "## Which expression was the fastest, first call and peak memory",
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
-        "caching allocator's own statistics), the result included. The prediction is of the derivatives: what an expression",
-        "keeps around them is not in it (the stack of results in B14a and B14b, a training step in B20), nor a plain vmap (B12,",
-        "B20a), for which nothing is planned.",
+        "caching allocator's own statistics), the result included. The prediction is that of the plans; where the allocator saw a call hold",
+        "more (the graph that autograd keeps of parameters, sums and lists made around the transforms), it is that.",
         "",
         markdown_table(
             [
@@ -281,7 +280,8 @@ _INTRODUCTIONS = {
 }
 
 _PRODUCT_TEXT = (
-    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent needs no second record.",
+    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent through the gradient lets go",
+    "of each value of the record when its tangent has passed; the gradient of the gradient keeps what its second part reads.",
     "",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from chainrule.capture.tape import Tape
 from chainrule.execute.reuse import written_over
-from chainrule.execute.workspace import Space, observable, of_run
+from chainrule.execute.workspace import Space, free, observable, observe, of_run
 from chainrule.maps.staging import Instruction, Program, reads
 
 _convolution = torch.ops.aten.convolution.default
@@ -214,6 +214,13 @@ class Watch:
         self.results = memory.results
         self.held += memory.results if kept else 0
 
+    def let_go(self, values: Sequence[Any], kept: set[int]) -> None:
+        """Of the values of a run those stay that ``kept`` names by identity."""
+        stay = {_storage(value)[0] for value in values if _is_tensor(value) and id(value) in kept}
+        gone = {_storage(value)[0] for value in values if _is_tensor(value)} & self.made.keys() - stay
+        self.held -= sum(self.made.pop(storage) for storage in gone)
+        self.storages -= gone
+
     def spend(self, values: Sequence[Any], inputs: Mapping[Any, int]) -> dict[int, tuple[int, int]]:
         """The values of a run are given away to a program: what it takes, by its slots, with its memory and bytes."""
         found: dict[int, tuple[int, int]] = {}
@@ -273,6 +280,25 @@ def watching() -> Iterator[Watch]:
         yield watch
     finally:
         _WATCH.reset(token)
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """The bytes that a call with cached plans holds at the peak.
+
+    That is the prediction of its plans; or what torch's allocator saw the call hold, where that is more: what autograd keeps
+    for its graph, and the code around the transforms, are part of no plan.
+
+    Args:
+        call: the call, which has made its plans already. It is run twice.
+    """
+    with watching() as watch:
+        call()
+    if not free():
+        return watch.peak
+    with watching():  # so that compiled functions run without their graphs here, too
+        result, space = observe(call)
+    del result
+    return max(watch.peak, space.results + space.work)
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

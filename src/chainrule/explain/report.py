@@ -15,7 +15,7 @@ import torch
 from chainrule.capture.recorder import CompileError
 from chainrule.capture.surroundings import Surroundings
 from chainrule.execute.accounts import Account, Ledger, collecting, uncollected
-from chainrule.execute.memory import watching
+from chainrule.execute.memory import peak_of, watching
 from chainrule.explain import picture
 
 _ORDERS = {
@@ -48,7 +48,8 @@ class Explanation:
         result: what the transformed function returned.
         accounts: one account per executed request; those of inner transforms come first.
         loops: names of ops that ``vmap`` ran sample by sample.
-        peak: the bytes that a call with a cached plan holds at the peak, by prediction: all levels of a nest together.
+        peak: the bytes that a call with a cached plan holds at the peak, all levels of a nest together: the prediction of its
+            plans, or what one such call was seen to hold where that is more (autograd's graph, code around the transforms).
     """
 
     def __init__(self, result: Any, ledger: Ledger, peak: int = 0) -> None:
@@ -70,9 +71,9 @@ class Explanation:
 
     def __str__(self) -> str:
         """The readable account."""
-        if not self.accounts:
-            return "nothing was differentiated: no output depends on the inputs, or the call is a plain vmap"
         parts = [_account_text(account, number, len(self.accounts)) for number, account in enumerate(self.accounts, 1)]
+        if not parts:
+            parts.append("nothing was differentiated: no output depends on the inputs, or the call is a plain vmap")
         if self.peak:
             parts.append(f"the whole call holds {_number(self.peak).strip()}B at the peak")
         if self.loops:
@@ -135,7 +136,7 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
         A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
         (structured, decomposed, opaque), the elimination order taken and why, predicted flops, bytes moved and peak
         bytes of each alternative, the calls that a replay makes, and the memory of the whole call. Plans are made anew for
-        it, not taken from the cache. The function is run four times, the last three times as usual, for the memory: random
+        it, not taken from the cache. The function is run five times, the last four times as usual, for the memory: random
         numbers that it draws there are drawn again later, and running statistics are set back.
 
     Example:
@@ -148,8 +149,6 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         with collecting() as ledger:
             result = transformed(*args, **kwargs)
-        if not ledger.accounts:
-            return Explanation(result, ledger, 0)
         with _unwritten(transformed):
             return Explanation(result, ledger, _peak(lambda: transformed(*args, **kwargs)))
 
@@ -179,11 +178,11 @@ def _peak(call: Callable[[], Any]) -> int:
     """The predicted memory of a call at the peak. What it draws at random is drawn again later."""
     with torch.random.fork_rng(), uncollected():
         # The first makes the plan, the second its form under vmap: neither is what later calls do. Compiled functions run
-        # without their graphs while somebody watches, so that all three are alike.
-        for _ in range(3):
-            with watching() as watch:
+        # without their graphs while somebody watches, so that all of them are alike.
+        for _ in range(2):
+            with watching():
                 call()
-    return watch.peak
+        return peak_of(call)
 
 
 def _account_text(account: Account, number: int, count: int) -> str:

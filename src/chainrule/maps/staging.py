@@ -18,6 +18,9 @@ from chainrule.maps.poles import has_poles
 
 aten = torch.ops.aten
 
+#: Classes whose objects are tensors and nothing more.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
 #: Element-wise functions whose results are new tensors.
 _FRESH = frozenset(
     {
@@ -293,7 +296,7 @@ class Program:
 
     def _note_memory(self, results: Any, args: tuple[Any, ...]) -> None:
         source = next((item for item in args if isinstance(item, Staged)), None)
-        if source is None or source.value.__class__ is not torch.Tensor or source.value.layout is not torch.strided:
+        if source is None or source.value.__class__ not in _PLAIN or source.value.layout is not torch.strided:
             return
         memory = source.value.untyped_storage()._cdata
         for staged in results if isinstance(results, tuple) else (results,):

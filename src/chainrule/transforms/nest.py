@@ -31,6 +31,7 @@ from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledg
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
+from chainrule.execute.replay import Spent
 from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
@@ -303,11 +304,11 @@ def _run_whole(
     run = _run_innermost(chain, args, kwargs, seeds)
     if run is None:
         return NO_NEST, None
-    return _finished(run, seeds), run.traced.aux
+    return _finished(run, seeds, last=True), run.traced.aux
 
 
-def _finished(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
-    """The result of a nest, by its cached program."""
+def _finished(run: Run, seeds: tuple[torch.Tensor, ...], *, last: bool = False) -> Any:
+    """The result of a nest, by its cached program; the last use of a run may let go of its values."""
     if forward_ad._current_level >= 0:
         refuse_duals(seeds, run.parts[-1].levels[-1].name)
     values, cached = run.values, run.cached
@@ -327,9 +328,24 @@ def _finished(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
         if cached is _BY_LEVELS or recorder is None:
             return result
         cached.compile_for(recorder)
+        last = False
+    leaves = [None if source is None else values[source] for source in cached.sources]
+    if last:
+        values = _given_away(run)
     found = cached.run(values, seeds)
-    leaves = [values[source] if source is not None else found[number] for number, source in enumerate(cached.sources)]
+    leaves = [found[number] if source is None else leaves[number] for number, source in enumerate(cached.sources)]
     return tree_unflatten(leaves, cached.spec)
+
+
+def _given_away(run: Run) -> Spent:
+    """The values of a run, which nothing but the program that is given them holds any more."""
+    values = Spent(run.values)
+    run.values = []
+    for part in run.parts:
+        part.traced.tape.values = []
+        part.traced.tape.forget()
+        part.traced.in_leaves, part.traced.out_leaves = [], []
+    return values
 
 
 #: The kinds of levels whose results are requests that a sweep can serve.
@@ -422,6 +438,8 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
     needed = {key for key, slot in stages.source.program.inputs.items() if slot in stages.source.used} | {*plan.sources}
     values: list[Any] = [value if number in needed else None for number, value in enumerate(run.values)]
     traced = run.traced
+    if (watch := current_watch()) is not None:
+        watch.let_go(run.values, {id(value) for value in values if value is not None})
     run.values = []
     for part in run.parts:
         part.traced.tape.values = []
