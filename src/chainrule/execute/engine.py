@@ -19,7 +19,7 @@ from chainrule.execute.accounts import UNCACHED, Account, Ledger, current_ledger
 from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, without_graphs, wrap
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
-from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned
+from chainrule.execute.replay import Runner, Source, Spent, Stages, compile_program, compile_stages, owned, settled
 from chainrule.execute.workspace import free, observe
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
@@ -433,4 +433,5 @@ def _without_values(program: Program) -> Program:
     program.masks.clear()
     program.graded.clear()
     program.mode = None
+    program.constants = {slot: settled(value) for slot, value in program.constants.items()}
     return program
