@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import chainrule
+from chainrule.execute.engine import CACHE
 from chainrule.rules import scans
 
 aten = torch.ops.aten
@@ -94,3 +95,37 @@ def test_directional_derivatives_agree_with_finite_differences(scan: Scan) -> No
     expected = (scan(x + step * x, 0) - scan(x - step * x, 0)) / (2 * step)
     # Central differences: the step squared and round-off over the step.
     torch.testing.assert_close(chainrule.jvp(lambda y: scan(y, 0), (x,), (x,))[1], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scan", ROWS)
+@pytest.mark.parametrize("shape", [(3,), (8,), (5, 3), (2, 4, 3)], ids=str)
+def test_long_lines_as_recurrences(scan: Scan, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products without the triangle, and the derivatives of these."""
+    monkeypatch.setattr(scans, "_SHORT", 2)
+    CACHE.clear()
+    x, v = _values(*shape), _values(2, *shape)[1]
+    for dim in range(len(shape)):
+        expected = torch.func.jacrev(scan)(x, dim).reshape(x.numel(), x.numel())
+        for _ in range(2):  # planned, then replayed
+            pushed = chainrule.jvp(lambda y, d=dim: scan(y, d), (x,), (v,))[1]
+            torch.testing.assert_close(pushed.reshape(-1), expected @ v.reshape(-1), **TOLERANCE)
+            (pulled,) = chainrule.vjp(lambda y, d=dim: scan(y, d), x)[1](v)
+            torch.testing.assert_close(pulled.reshape(-1), expected.T @ v.reshape(-1), **TOLERANCE)
+        # Linear in the tangent, at zero as everywhere.
+        push = lambda t, d=dim: chainrule.jvp(lambda y: scan(y, d), (x,), (t,))[1]  # noqa: E731
+        found = chainrule.jacrev(push)(torch.zeros_like(v)).reshape(expected.shape)
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+        energy = lambda y, d=dim: (scan(y, d) ** 2).sum()  # noqa: E731
+        torch.testing.assert_close(chainrule.hessian(energy)(x), torch.func.hessian(energy)(x), **TOLERANCE)
+    CACHE.clear()
+
+
+def test_long_cumulative_products_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scans, "_SHORT", 2)
+    CACHE.clear()
+    test_cumulative_products_with_zeros_to_second_order([0, 3])
+    test_cumulative_products_with_zeros_to_second_order([1, 2])
+    x, t = torch.tensor([2.0, 0.0, 3.0, 0.0, 5.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
+    # Products of all others by hand: 1; 2; 2·3; nothing is left once two are zero.
+    assert chainrule.jvp(lambda y: torch.cumprod(y, 0), (x,), (t,))[1].tolist() == [1.0, 2.0, 6.0, 0.0, 0.0]
+    CACHE.clear()

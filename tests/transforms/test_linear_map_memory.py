@@ -11,7 +11,7 @@ import torch
 import chainrule
 from chainrule import LinearMap, linear_map
 from chainrule.execute.memory import watching
-from tests.transforms.map_kinds import KERNEL, WEIGHT, matrix_of, randn
+from tests.transforms.map_kinds import KERNEL, WEIGHT, Cubed, matrix_of, randn
 from tests.transforms.test_blocks import peak_bytes
 from tests.transforms.test_linear_map import close, vector_in
 
@@ -36,6 +36,25 @@ def large_kinds() -> dict[str, tuple[LinearMap, int]]:
         "block-diagonal": (linear_map(lambda x: torch.tanh(x.reshape(-1, 4) @ WEIGHT[:4, :4]).reshape(-1, 4) @ WEIGHT[:4, :4], x.reshape(-1, 4)), 16 * n),
         "softmax": (linear_map(lambda x: torch.softmax(x.reshape(-1, 4), -1), x.reshape(-1, 4)), 16 * n),
         "convolution": (linear_map(lambda x: torch.nn.functional.conv1d(x, KERNEL[:1], padding=1), x.reshape(1, 1, -1)), 16 * n),
+    }
+
+
+ACTED_ON = 1000
+
+
+def acted_on_kinds() -> dict[str, LinearMap]:
+    """Square maps that are known by how they act, or have no factors smaller than a triangle of the matrix."""
+    torch.manual_seed(0)
+    x, n = torch.rand(ACTED_ON, dtype=torch.float64) + 0.5, ACTED_ON
+    return {
+        "cumulative sum": linear_map(lambda x: torch.cumsum(x, 0).sin(), x),
+        "cumulative product": linear_map(lambda x: torch.cumprod(x, 0), x),
+        "logcumsumexp": linear_map(lambda x: torch.logcumsumexp(x, 0), x),
+        "Fourier transform": linear_map(lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x).abs(), n=n), x),
+        "convolution 2-d": linear_map(
+            lambda x: torch.nn.functional.conv2d(x.sin(), KERNEL[:1].reshape(1, 1, 1, 3), padding=(0, 1)), x.reshape(1, 1, -1, 10)
+        ),
+        "opaque": linear_map(lambda x: Cubed.apply(x.cos()), x),
     }
 
 
@@ -77,6 +96,28 @@ def test_no_dense_matrix(name: str, method: str) -> None:
     assert held <= allowed + 8 * 64 * 64, f"{held} bytes allocated"
 
 
+@pytest.mark.parametrize("name", list(acted_on_kinds()))
+def test_what_has_no_small_factors_is_read_by_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of 8 MB: blocks of half a megabyte, and what is on the way to them, are all that is held."""
+    block = 1 << 19
+    monkeypatch.setattr("chainrule.transforms.map_blocks.BLOCK_BYTES", block)
+    J = acted_on_kinds()[name]
+    (v, _), (u, _) = vector_in(J.in_space), vector_in(J.out_space)
+    full = J.dense(flat=True)
+    products = {"gram": full @ full.T, "normal": full.T @ full, "square": full @ full, "sum": 3 * full, "": full}
+    for method, call in METHODS.items():
+        found = call(J, v, u)
+        with watching() as watch:
+            call(J, v, u)
+        assert watch.peak <= 3 * block, f"{method}: {watch.peak} bytes planned"
+        of, _, what = method.rpartition(" ")
+        if what in ("diagonal", "trace"):
+            expected = products[of].diagonal() if what == "diagonal" else products[of].trace()
+            close(found.reshape(expected.shape), expected, ACTED_ON)
+    close(J.norm(), full.norm(), ACTED_ON**2)
+    assert peak_bytes(J.norm) <= 6 * block
+
+
 @pytest.mark.parametrize("method", ["product", "diagonal", "trace"])
 def test_no_dense_hessian(method: str) -> None:
     x = randn(LARGE)
@@ -102,7 +143,7 @@ def test_gram_of_a_network_is_contracted() -> None:
 
 
 def test_norm_of_a_large_dense_map_by_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chainrule.transforms.linear_map._BLOCK_BYTES", 4096)
+    monkeypatch.setattr("chainrule.transforms.map_blocks.BLOCK_BYTES", 4096)
     torch.manual_seed(0)
     x, left, right = randn(60), randn(90, 80), randn(80, 60)
     function = lambda x: torch.tanh(left @ torch.tanh(right @ x))  # noqa: E731
@@ -111,7 +152,7 @@ def test_norm_of_a_large_dense_map_by_blocks_of_rows(monkeypatch: pytest.MonkeyP
 
 def test_norms_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a norm is taken by blocks of rows, too, is found out once per signature."""
-    monkeypatch.setattr("chainrule.transforms.linear_map._BLOCK_BYTES", 4096)
+    monkeypatch.setattr("chainrule.transforms.map_blocks.BLOCK_BYTES", 4096)
     torch.manual_seed(0)
     left, right = randn(41, 40), randn(40, 42)
     function = lambda x: torch.tanh(left @ torch.tanh(right @ x))  # noqa: E731

@@ -104,6 +104,7 @@ def without_values(program: Program) -> Program:
     program.graded.clear()
     program.infinite_input = None
     program.mode = None
+    program.constants = {slot: settled(value) for slot, value in program.constants.items()}
     return program
 
 
@@ -285,7 +286,7 @@ class Source:
         self.program = program
         self.wanted = [None if staged is None else staged.slot for staged in results]
         self.copied = shared_results(program, self.wanted) if program.recorded else set()
-        own = {slot: _settled(tensor) for slot, tensor in program.constants.items()}
+        own = program.constants = {slot: settled(tensor) for slot, tensor in program.constants.items()}
         program.instructions = [_settled_call(instruction) for instruction in program.instructions]
         self.kept, made = simplify(program, [s for s in self.wanted if s is not None], own, spelled=spelled)
         self.used = {slot for i in self.kept for slot in reads(i)}
@@ -354,7 +355,7 @@ class Source:
         return function
 
 
-def _settled(tensor: torch.Tensor) -> torch.Tensor:
+def settled(tensor: torch.Tensor) -> torch.Tensor:
     """A constant as it is outside of the transforms and of the inference mode in which it was made."""
     while tensor.__class__ is BatchTensor and not tensor.batched:  # type: ignore[attr-defined]
         tensor = tensor.inner  # type: ignore[attr-defined]
@@ -374,7 +375,7 @@ def _settled_call(instruction: Instruction) -> Instruction:
 
 def _settled_within(item: Any) -> Any:
     if isinstance(item, torch.Tensor):
-        return _settled(item)
+        return settled(item)
     if item.__class__ is not tuple and item.__class__ is not list:
         return item
     items = [_settled_within(element) for element in item]

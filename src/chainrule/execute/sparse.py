@@ -17,7 +17,7 @@ from chainrule.dispatch import functions_are_replaced, unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
-from chainrule.maps.sparse import plain, unbatched
+from chainrule.maps.sparse import kept, plain, unbatched
 from chainrule.maps.staging import Staged
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
@@ -36,11 +36,18 @@ class Layouts:
 
     Attributes:
         pattern: the pattern.
+
+    Raises:
+        RuntimeError: if the pattern differs between the samples of a vmap.
     """
 
     pattern: Pattern
     _coo: torch.Tensor | None = None
     _csr: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Take the pattern out of the vmap that it was found under: it outlives that, and is read by torch's kernels."""
+        self.pattern = self.pattern._replace(keys=plain(self.pattern.keys))
 
     @property
     def coo(self) -> torch.Tensor:
@@ -294,9 +301,9 @@ def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
     program = planned.program
     exact, computed = planned.workspace.guards(staged)
     values = {known.slot: known.value for known in program._input_values.values()}
-    pairs = [(number, plain(values[slot]).clone()) for number, slot in exact.items() if isinstance(number, int)]
+    pairs = [(number, kept(values[slot])) for number, slot in exact.items() if isinstance(number, int)]
     runner = compile_program(program, computed) if computed else None
-    return Guard(pairs, runner, [plain(one.value).clone() for one in computed])
+    return Guard(pairs, runner, [kept(one.value) for one in computed])
 
 
 def make_plan(planned: PlannedSparse) -> SparsePlan:

@@ -512,6 +512,15 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor that outlives the transforms around: under a vmap, which wraps copies as well, it is none of its own.
+
+    Raises:
+        RuntimeError: if there is one for each sample.
+    """
+    return plain(plain(tensor).clone())
+
+
 def _followed(axis: Axis, same: dict[Axis, Axis]) -> Axis:
     """The axis that an axis has become."""
     while axis in same:
@@ -562,4 +571,4 @@ def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, t
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["SparseWorkspace", "join_equal", "plain", "unbatched"]
+__all__ = ["SparseWorkspace", "join_equal", "kept", "plain", "unbatched"]

@@ -11,7 +11,7 @@ import torch
 from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nonzeros import count_entries
-from chainrule.maps.sparse import SparseWorkspace, plain
+from chainrule.maps.sparse import SparseWorkspace, kept, plain
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import identity
 from chainrule.plan import elimination
@@ -377,20 +377,20 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
         for item in staged if isinstance(staged, tuple) else (staged,):
             values[item.slot] = item.value
     for key, slot in exact.items():
-        program.constants[slot] = plain(values[slot]).clone()
+        program.constants[slot] = kept(values[slot])
         del program.inputs[key]
-    kept = []
+    rest = []
     for instruction in program.instructions:
         fixed = all(workspace.is_fixed(Staged(program, slot, None)) for slot in instruction.outputs)  # type: ignore[arg-type]
         if not (fixed and instruction.outputs and all(slot in values for slot in instruction.outputs)):
-            kept.append(instruction)
-    made = {slot for instruction in kept for slot in instruction.outputs}
-    read = {slot for i in kept for slot in reads(i)} | {staged.slot for staged in wanted}
+            rest.append(instruction)
+    made = {slot for instruction in rest for slot in instruction.outputs}
+    read = {slot for i in rest for slot in reads(i)} | {staged.slot for staged in wanted}
     given = set(program.inputs.values())
     for slot in read - made - given - program.constants.keys():
         program.constants[slot] = plain(values[slot])
     program.constants = {slot: value for slot, value in program.constants.items() if slot in read}
-    program.instructions = kept
+    program.instructions = rest
 
 
 __all__ = [

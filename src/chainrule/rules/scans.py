@@ -17,6 +17,9 @@ from chainrule.rules.reductions import PICKS
 
 aten = torch.ops.aten
 
+#: Up to this length the triangle of a line is made for every product: that takes fewer calls than the recurrence.
+_SHORT = 64
+
 
 def _dim(call: Call) -> int:
     """The scanned dimension, from the front."""
@@ -62,10 +65,16 @@ def _triangle_terms(call: Call, shape: tuple[int, ...], dim: int) -> tuple[Term,
     return (Term(dims_of(out), dims_of(inner), (), tuple(relations)),)
 
 
-def _lines(entries: Callable[[Any, Any, int, int], Any]) -> Rule:
-    """A scan whose local Jacobian along its dimension is a lower triangle ``entries(x, out, dim, size)``.
+def _lines(
+    entries: Callable[[Any, Any, int, int], Any], recurrence: Callable[[Program, Staged, Staged, int], tuple[Staged, Staged]]
+) -> Rule:
+    """A scan whose local Jacobian along its dimension is a lower triangle.
 
-    The array has the result's position at ``dim`` and the argument's right after it; the other dimensions are diagonal.
+    Args:
+        entries: makes the triangle from ``(x, out, dim, size)``. The array has the result's position at ``dim`` and the
+            argument's right after it; the other dimensions are diagonal.
+        recurrence: makes, of the shape of ``x``, ``c`` and ``a`` for which tangents ``t`` are pushed to
+            ``h[i] = a[i] h[i - 1] + c[i] t[i]``: lines that are long are not worth a triangle for each product.
     """
 
     def linearize(call: Call) -> Iterable[Edge]:
@@ -88,9 +97,53 @@ def _lines(entries: Callable[[Any, Any, int, int], Any]) -> Rule:
         node = formula_node(call, (axis.size for axis in all_axes), formula)
         size = shape[dim]
         node.zeros = (dim, dim + 1), lambda device: torch.ones((size, size), dtype=torch.bool, device=device).tril()
-        yield single(call, item, [Term(dims_of(axes), dims_of(in_axes), (Factor(node, all_axes),))])
+        term = Term(dims_of(axes), dims_of(in_axes), (Factor(node, all_axes),))
+        if size <= _SHORT:
+            yield single(call, item, [term])
+            return
+
+        def push(call: Call, program: Program, rows: Staged, count: int) -> Staged:
+            weights, factors = recurrence(program, call.stage(program, item), call.stage_output(program), dim)
+            return _recurrence(rows * weights, factors, dim, size).to(rows.dtype)  # type: ignore[no-any-return]
+
+        def pull(call: Call, program: Program, rows: Staged, count: int) -> Staged:
+            weights, factors = recurrence(program, call.stage(program, item), call.stage_output(program), dim)
+            # Backwards, each factor belongs to the place before: the one in front of all others stands before nothing.
+            turned = torch.roll(torch.flip(factors, [dim]), 1, dim)  # type: ignore[arg-type]
+            backwards = torch.flip(rows.to(weights.dtype), [dim + 1])
+            found = torch.flip(_recurrence(backwards, turned, dim, size), [dim + 1])
+            return (found * weights).to(rows.dtype)
+
+        diagonal = tuple((d, d) for d in range(len(shape)) if d != dim)
+        flops = 2 * math.prod(shape) * size.bit_length()
+        yield operator_edge(call, item, push, pull, diagonal, flops, terms=(term,), structure=lambda: (term,))
 
     return Rule("scan", linearize)
+
+
+def _recurrence(rows: Any, factors: Any, dim: int, size: int) -> Any:
+    """``h[i] = factors[i] h[i - 1] + rows[i]`` along a dimension (one further in ``rows``), in log₂(size) steps.
+
+    After each step a place holds the sum over twice as many places before it, and its factor is the product over them. (The
+    scan of Hillis and Steele, *Data parallel algorithms*, 1986; Blelloch, *Prefix sums and their applications*, 1990.)
+    """
+    step = 1
+    while step < size:
+        rest = size - step
+        later = torch.narrow(factors, dim, step, rest)
+        added = torch.narrow(rows, dim + 1, step, rest) + later * torch.narrow(rows, dim + 1, 0, rest)
+        rows = torch.cat([torch.narrow(rows, dim + 1, 0, step), added], dim + 1)
+        if 2 * step < size:
+            product = later * torch.narrow(factors, dim, 0, rest)
+            factors = torch.cat([torch.narrow(factors, dim, 0, step), product], dim)
+        step *= 2
+    return rows
+
+
+def _before(value: Any, dim: int, size: int, first: float) -> Any:
+    """At each place of a line the value of the place before it, and a number at the first place."""
+    start = torch.full_like(torch.narrow(value, dim, 0, 1), first)
+    return torch.cat([start, torch.narrow(value, dim, 0, size - 1)], dim)
 
 
 def _pattern(x: Any, dim: int, size: int, diagonal: int | None) -> Any:
@@ -114,10 +167,23 @@ def _logcumsumexp_entries(x: Any, out: Any, dim: int, size: int) -> Any:
     return torch.exp(torch.where(_pattern(x, dim, size, 0), exponent, -math.inf))
 
 
+def _cumprod_recurrence(program: Program, x: Any, out: Any, dim: int) -> tuple[Any, Any]:
+    """Products of a stretch may be larger than those from the start: for shorter numbers, those of a longer kind hold them."""
+    wide = torch.promote_types(out.dtype, torch.float64)
+    x, out = x.to(wide), out.to(wide)
+    return _before(out, dim, out.shape[dim], 1.0), x
+
+
+def _logcumsumexp_recurrence(program: Program, x: Any, out: Any, dim: int) -> tuple[Any, Any]:
+    """All exponents are at most zero."""
+    base = torch.where(out == -math.inf, 0.0, out)
+    return torch.exp(x - base), torch.exp(_before(out, dim, out.shape[dim], -math.inf) - base)
+
+
 RULES: dict[Any, Rule] = {
     aten.cumsum.default: Rule("scan", _cumsum, reads=False),
-    aten.cumprod.default: _lines(_cumprod_entries),
-    aten.logcumsumexp.default: _lines(_logcumsumexp_entries),
+    aten.cumprod.default: _lines(_cumprod_entries, _cumprod_recurrence),
+    aten.logcumsumexp.default: _lines(_logcumsumexp_entries, _logcumsumexp_recurrence),
     # The dispatched op has two outputs, the values and where they stand.
     aten.cummax.default: PICKS,
     aten.cummin.default: PICKS,

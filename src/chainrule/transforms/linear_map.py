@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from chainrule.dispatch import hide_from_dynamo
-from chainrule.execute.engine import execute, peak_elements
+from chainrule.execute.engine import execute
 from chainrule.execute.sparse import execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.sparse import SparseExpression
+from chainrule.transforms.map_blocks import diagonal_by_blocks, needs_blocks, squares_by_blocks
 from chainrule.transforms.map_entries import diagonal_of_entries, prefers_entries, squares_of_entries
 from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.map_reading import entries, matrix, pieces
@@ -19,9 +20,6 @@ from chainrule.transforms.map_structure import Structure, structure_of
 from chainrule.transforms.scipy_operator import scipy_operator
 from chainrule.transforms.spaces import Parts, Space, by_leaf, positions
 from chainrule.transforms.sparse_blocks import sparse_blocks, sparse_matrix
-
-#: Sums over all entries that would hold more bytes than this at once are taken over blocks of rows.
-_BLOCK_BYTES = 1 << 26
 
 
 class LinearMap(ABC):
@@ -62,6 +60,11 @@ class LinearMap(ABC):
     @abstractmethod
     def _pull(self, leaves: list[torch.Tensor], columns: int | None) -> list[torch.Tensor]:
         """Apply the transposed map; with columns, these stand last."""
+
+    @property
+    def halves(self) -> tuple[LinearMap, LinearMap] | None:
+        """For a composition, the map that is applied last and the one that is applied first."""
+        return None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -383,7 +386,12 @@ class LinearMap(ABC):
             tensor([2., 4.])
         """
         self._need_square("diagonal")
-        found = diagonal_of_entries(self) if prefers_entries(self, "diagonal") else self.read("diagonal")
+        if prefers_entries(self, "diagonal"):
+            found = diagonal_of_entries(self)
+        elif needs_blocks(self, "diagonal"):
+            found = dict(enumerate(self.in_space.unflatten(diagonal_by_blocks(self))))
+        else:
+            found = self.read("diagonal")
         leaves = []
         for number in range(len(self.in_space.shapes)):
             dtype = self.block_dtype(number, number)
@@ -406,6 +414,8 @@ class LinearMap(ABC):
         if prefers_entries(self, "trace"):
             parts = [part.sum() for part in diagonal_of_entries(self).values()]
             return self._scalar(sum(parts[1:], parts[0]) if parts else None)
+        if needs_blocks(self, "trace"):
+            return diagonal_by_blocks(self).sum()
         return self._scalar(self.read("trace").get("trace"))
 
     def _scalar(self, value: torch.Tensor | None) -> torch.Tensor:
@@ -417,23 +427,18 @@ class LinearMap(ABC):
         """The Frobenius norm, of shape ``()``; exact.
 
         The sum of squares is one contraction of the factors with themselves, or is taken over the non-zeros where these are
-        fewer than what that holds. Where even the cheapest order holds more than 64 MiB, it is taken over blocks of rows.
+        fewer than what that holds. Where even the cheapest order makes a large matrix, it is taken over blocks of columns or
+        rows.
 
         Example:
             >>> import torch, chainrule
             >>> chainrule.linear_map(torch.square, torch.tensor([1.5, 2.0])).norm()
             tensor(5.)
         """
-        m, n = self.shape
-        size = self.dtype.itemsize
         if prefers_entries(self, "squares"):
             return self._scalar(squares_of_entries(self)).sqrt()
-        if m * n * size > _BLOCK_BYTES and (peak := peak_elements(*self._request("squares")) * size) > _BLOCK_BYTES:
-            count = max(1, min(m, m * _BLOCK_BYTES // peak))
-            total = self._scalar(None)
-            for start in range(0, m, count):
-                total = total + self[start : min(start + count, m)].square().sum()
-            return total.sqrt()
+        if needs_blocks(self, "squares"):
+            return squares_by_blocks(self).sqrt()
         return self._scalar(self.read("squares").get("squares")).sqrt()
 
     def sparse(self, *, flat: bool = False) -> Any:
@@ -560,6 +565,11 @@ class ComposedMap(LinearMap):
         super().__init__(left.out_space, right.in_space, symmetric=symmetric)
         self._left = left
         self._right = right
+
+    @property
+    def halves(self) -> tuple[LinearMap, LinearMap] | None:
+        """The map that is applied last and the one that is applied first."""
+        return self._left, self._right
 
     def _expression(self, frame: Frame) -> Expression:
         return Composed(self._left._expression(frame), self._right._expression(frame))

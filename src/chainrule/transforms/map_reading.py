@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from chainrule.transforms.map_blocks import entries_by_blocks, needs_blocks
 from chainrule.transforms.map_entries import prefers_entries, single_entries
 from chainrule.transforms.spaces import Parts, Positions, Space
 
@@ -80,6 +81,8 @@ def entries(linear_map: LinearMap, rows: Positions, columns: Positions, name: st
             halves.append(Parts(tuple(pair[side] for pair in pairs), local, None))
         order = torch.cat(places).argsort() if places else torch.zeros(0, dtype=torch.int64)
     listed = bool(pairs) and prefers_entries(linear_map, "entries", *halves)
+    if pairs and not listed and needs_blocks(linear_map, "entries", *halves):
+        return entries_by_blocks(linear_map, rows.index, columns.index)
     found = single_entries(linear_map, *halves) if listed else linear_map.read("entries", *halves) if pairs else {}
     device, dtype = linear_map.out_space.devices[0], linear_map.dtype
     parts = [
