@@ -249,3 +249,19 @@ def test_non_contiguous_and_single_precision() -> None:
     torch.testing.assert_close(chainrule.jacrev(F.gelu)(x), torch.func.jacrev(F.gelu)(x), **TOLERANCE)
     small = x.float()
     torch.testing.assert_close(chainrule.jacrev(F.gelu)(small), torch.func.jacrev(F.gelu)(small))
+
+
+def test_factors_of_truth_values_and_of_small_integers_are_summed_as_numbers():
+    one, two = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    small, places = torch.tensor([3, 100, 7], dtype=torch.int8), torch.tensor([0, 0, 0])
+    x = _values(3)
+    expected = {
+        "sum": (lambda x: x * one + x * two, torch.diag(torch.tensor([2.0, 1.0, 1.0], dtype=x.dtype))),
+        "product": (lambda x: x * small * small, torch.diag(torch.tensor([9.0, 1e4, 49.0], dtype=x.dtype))),
+        "read often": (lambda x: (x[places] * one).sum(), torch.tensor([2.0, 0.0, 0.0], dtype=x.dtype)),
+    }
+    for function, wanted in expected.values():
+        for transform in (chainrule.jacrev, chainrule.jacfwd, chainrule.jacobian):
+            for _ in range(2):
+                # Small whole numbers: exact.
+                torch.testing.assert_close(transform(function)(x), wanted, rtol=0, atol=0)

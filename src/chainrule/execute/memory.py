@@ -35,6 +35,7 @@ _WITHOUT_WORKSPACE = frozenset(
         "empty", "zeros_like", "ones_like", "new_zeros", "new_empty", "new_full", "new_ones", "reshape", "contiguous", "to",
         "gather", "index_select", "scatter_add", "scatter", "index_add", "where", "amax", "amin", "broadcast_to", "__getitem__",
         "flatten", "outer", "diag_embed", "cumsum", "flip", "tril", "triu", "linear", "clone", "narrow", "embed_diagonals",
+        "assembled",
     }
 )  # fmt: skip
 

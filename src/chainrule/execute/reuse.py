@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from chainrule.calls import FUNCTIONS
+from chainrule.maps.assembly import assembled
 from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
 
 aten = torch.ops.aten
@@ -42,6 +43,7 @@ _FRESH = frozenset(
     {
         torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.mv, torch.dot, torch.sum, torch.zeros, torch.ones, torch.clone,
         torch.Tensor.clone, torch.cat, torch.stack, torch.gather, torch.index_select, torch.maximum, torch.minimum,
+        assembled,
     }
 )  # fmt: skip
 
@@ -92,6 +94,9 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
             found.append(instruction)
             continue
         lives.take_over(place.slot, instruction.outputs[0])
+        if instruction.function is assembled:
+            found.append(instruction._replace(kwargs={"owned": True}))
+            continue
         function, name = _WRITING.get(instruction.function, (instruction.function, "out"))
         found.append(instruction._replace(function=function, kwargs={**instruction.kwargs, name: place}))
     return found if lives.joined or changed else None
@@ -109,7 +114,10 @@ def _scattered(program: Program, instruction: Instruction) -> Instruction:
 
 def written_over(instruction: Instruction) -> int | None:
     """The slot that an instruction of :func:`reusing` writes its result over, None where it makes a new one."""
-    place = instruction.kwargs.get("out", instruction.kwargs.get("grad_input"))
+    if instruction.function is assembled:
+        place = instruction.args[1] if instruction.kwargs else None
+    else:
+        place = instruction.kwargs.get("out", instruction.kwargs.get("grad_input"))
     return place.slot if isinstance(place, Ref) else None
 
 
@@ -121,6 +129,8 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
         operands = instruction.args
     elif instruction.function in _ON_FIRST:
         operands = instruction.args[:1]
+    elif instruction.function is assembled:
+        operands = instruction.args[1:2]
     else:
         return None
     if instruction.function is torch.where and not all(isinstance(item, Ref) for item in instruction.args):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from chainrule.dispatch import undispatched
+from chainrule.execute.destinations import with_destinations
 from chainrule.execute.spelling import spell
 from chainrule.maps.staging import Instruction, Program, Ref, freeze, reads
 
@@ -64,7 +65,8 @@ def simplify(
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
     kept, made = _fuse(program, _with_layers(program, kept, wanted, memory), wanted, memory)
-    kept = [_as_view(program, i) if memory.touched(i) else i for i in _needed(kept, wanted, memory)]
+    kept = with_destinations(program, _needed(kept, wanted, memory), wanted)
+    kept = [_as_view(program, i) if memory.touched(i) else i for i in kept]
     cheapest, numbers = spell(program, kept) if spelled else (kept, {})
     return cheapest, {**folded, **made, **numbers}
 

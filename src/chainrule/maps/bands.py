@@ -21,9 +21,14 @@ from chainrule.maps.terms import Axis, OneHot, Term, constant_index, shift_of, s
 if TYPE_CHECKING:
     from chainrule.maps.compose import Workspace
 
+#: Terms with fewer entries than this are as well padded with zeros.
+LARGE = 1 << 16
+
 
 def band_axis(term: Term, onehot: OneHot) -> Axis | None:
-    """The band axis of a relation of a term, if the relation is a band narrower than its target."""
+    """The band axis of a relation of a term, if the relation is a band narrower than its target, or a slice of a large one."""
+    if (axis := slice_axis(term, onehot)) is not None:
+        return axis
     shift = shift_of(onehot)
     outer = term.outer_axes()
     inner = [axis for axis in onehot.sources if axis not in outer]
@@ -33,6 +38,21 @@ def band_axis(term: Term, onehot: OneHot) -> Axis | None:
     step = shift[1][onehot.sources.index(axis)]
     rows = math.prod(a.size for a in onehot.sources) // max(axis.size, 1)
     return axis if step and rows > 1 and axis.size < onehot.target.size else None
+
+
+def slice_axis(term: Term, onehot: OneHot) -> Axis | None:
+    """The axis that stands in a slice of the relation's target (and of other targets), where the term is large.
+
+    It is kept: the entries are written where they stand, and products read the slice.
+    """
+    if onehot.affine is None or len(onehot.sources) != 1 or onehot.sources[0].size >= onehot.target.size:
+        return None
+    (axis,), outer = onehot.sources, term.outer_axes()
+    if axis in outer or axis.size < 2 or math.prod(a.size for a in outer) < LARGE:
+        return None
+    readers = [h for h in term.onehots if axis in h.sources]
+    plain = all(h.affine is not None and h.affine[1] > 0 and len(h.sources) == 1 and h.target in outer for h in readers)
+    return axis if plain else None
 
 
 def _shared(term: Term, onehot: OneHot, axes: list[Axis]) -> bool:
@@ -99,4 +119,4 @@ def _tie(
     return OneHot(constant_index(sizes, make, workspace.device), sources, read, partial=True)
 
 
-__all__ = ["band_axis", "with_bands"]
+__all__ = ["band_axis", "slice_axis", "with_bands"]

@@ -24,6 +24,37 @@ Slice = tuple[int, int, int, int]
 Places = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 
+class Layout(NamedTuple):
+    """A view of a dense array: slices of its dimensions, then diagonals of what is left.
+
+    Attributes:
+        sizes: the dimensions of the array, split into as many as there are axes.
+        slices: the parts of these that are viewed; the others are viewed as a whole.
+        pairs: for each diagonal, the dimensions that it ties together.
+    """
+
+    sizes: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    pairs: tuple[tuple[int, ...], ...]
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The view of a contiguous tensor."""
+        if tuple(tensor.shape) != self.sizes:
+            tensor = tensor.view(self.sizes)
+        for place, start, step, length in self.slices:
+            tensor = torch.ops.aten.slice.Tensor(tensor, place, start, start + step * (length - 1) + 1, step)
+        return diagonals_of(tensor, self.pairs)
+
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the view."""
+        sizes = list(self.sizes)
+        for place, _, _, length in self.slices:
+            sizes[place] = length
+        tied = {place for places in self.pairs for place in places}
+        single = [size for place, size in enumerate(sizes) if place not in tied]
+        return (*single, *(sizes[places[0]] for places in self.pairs))
+
+
 class Diagonal(NamedTuple):
     """A term that stands on diagonals of a dense array.
 
@@ -66,11 +97,11 @@ def on_diagonals(term: Term, workspace: Workspace) -> Diagonal:
 
 def written_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
     """A settled term with relations (each outer target tied by one, bands included) as a dense array of ``shape``."""
+    if is_part(term):
+        return _sliced_term(term, workspace, shape)
     outer = term.outer_axes()
     if any(axis not in outer for h in term.onehots for axis in h.sources):
         return banded_term(term, workspace, shape)
-    if all(_is_slice(h) for h in term.onehots):
-        return _sliced_term(term, workspace, shape)
     return _scattered_term(term, workspace, shape)
 
 
@@ -82,8 +113,36 @@ def _is_slice(onehot: OneHot) -> bool:
     return onehot.affine is not None and (onehot.affine[1] > 0 or onehot.index.numel == 1)
 
 
-def _sliced_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
-    """All relations are slices: the entries stand in a strided view of the zeros."""
+class Part(NamedTuple):
+    """A term that stands in slices of diagonals of a dense array, and is zero elsewhere.
+
+    Attributes:
+        node: its entries.
+        names: which dimensions of the view those of ``node`` are (dimensions of one element aside).
+        squeezed: the sizes of these.
+        wide: the sizes of the view's dimensions: those that stand once, in order, then one for each diagonal.
+        layout: where the view is.
+    """
+
+    node: Node
+    names: tuple[int, ...]
+    squeezed: tuple[int, ...]
+    wide: tuple[int, ...]
+    layout: Layout
+
+    def read(self, value: Staged) -> Staged:
+        """The entries, so that they broadcast to the view."""
+        value = value if tuple(value.shape) == self.squeezed else torch.reshape(value, self.squeezed)
+        return expand_to(value, self.names, tuple(range(len(self.wide))))
+
+
+def is_part(term: Term) -> bool:
+    """Whether a settled term stands in slices of diagonals."""
+    return all(_is_slice(h) for h in term.onehots)
+
+
+def part_of(term: Term, workspace: Workspace) -> Part:
+    """A settled term for which :func:`is_part` holds: its entries and their place."""
     positions = _positions(term)
     relations = {h.target: h for h in term.onehots}
     slices: list[Slice] = []
@@ -103,17 +162,21 @@ def _sliced_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> No
     factor = dense_factor(term, _wide(order), workspace)
     names = {axis: number for number, axis in enumerate(order)}
     carried = [axis for axis in factor.axes if axis in names]
-    have = tuple(names[a] for a in carried)
-    squeezed = tuple(a.size for a in carried)
     sizes = tuple(axis.size for axis in positions)
     pairs = tuple(tuple(p for p, a in enumerate(labels) if a is axis) for axis in repeated)
-    numbers = tuple(range(len(order)))
+    squeezed, wide = (tuple(axis.size for axis in axes) for axes in (carried, order))
+    return Part(factor.node, tuple(names[a] for a in carried), squeezed, wide, Layout(sizes, tuple(slices), pairs))
+
+
+def _sliced_term(term: Term, workspace: Workspace, shape: tuple[int, ...]) -> Node:
+    """All relations are slices: the entries stand in a strided view of the zeros."""
+    part = part_of(term, workspace)
+    sizes, slices, pairs = part.layout
 
     def compute(program: Program, value: Staged) -> Staged:
-        value = value if tuple(value.shape) == squeezed else torch.reshape(value, squeezed)
-        return program.call(embed_diagonals, expand_to(value, have, numbers), sizes, pairs, shape, tuple(slices))
+        return program.call(embed_diagonals, part.read(value), sizes, pairs, shape, slices)
 
-    return Node(shape, (factor.node,), compute, moved=math.prod(shape) + factor.node.numel, label="written slices")
+    return Node(shape, (part.node,), compute, moved=math.prod(shape) + part.node.numel, label="written slices")
 
 
 class Piece(NamedTuple):
@@ -291,10 +354,7 @@ def embed_diagonals(
         A fresh tensor of ``shape``.
     """
     result = new_zeros(value, sizes)
-    view = result
-    for place, start, step, length in slices:
-        view = torch.ops.aten.slice.Tensor(view, place, start, start + step * (length - 1) + 1, step)
-    diagonals_of(view, repeated).copy_(value)
+    Layout(sizes, slices, repeated).view(result).copy_(value)
     return result if tuple(sizes) == shape else result.reshape(shape)
 
 
@@ -341,5 +401,15 @@ def diagonals_of(tensor: torch.Tensor, repeated: tuple[tuple[int, ...], ...]) ->
 
 
 __all__ = [
-    "embed_diagonals", "joined_pieces", "on_diagonals", "pad_zeros", "repeated_axes", "without_writes", "written_term",
-]  # fmt: skip
+    "Layout",
+    "Part",
+    "embed_diagonals",
+    "is_part",
+    "joined_pieces",
+    "on_diagonals",
+    "pad_zeros",
+    "part_of",
+    "repeated_axes",
+    "without_writes",
+    "written_term",
+]

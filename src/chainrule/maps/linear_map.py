@@ -9,21 +9,34 @@ from dataclasses import dataclass, replace
 import torch
 
 from chainrule.maps import sums
+from chainrule.maps.assembly import assembled_node
+from chainrule.maps.bands import slice_axis
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
 from chainrule.maps.contract import expand_to, permute
-from chainrule.maps.entries import embed_diagonals, joined_pieces, on_diagonals, repeated_axes, written_term
+from chainrule.maps.entries import (
+    embed_diagonals,
+    is_part,
+    joined_pieces,
+    on_diagonals,
+    part_of,
+    repeated_axes,
+    written_term,
+)  # fmt: skip
 from chainrule.maps.listed_terms import listed
 from chainrule.maps.nodes import CALL_COST, MOVED_COST, Node, postorder
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.rows import Row, is_dense_row, pulled
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.sums import stacked_products, written_on_diagonals
+from chainrule.maps.sums import stacked_products
 from chainrule.maps.terms import Axis, Dims, Factor, Term
 
 Action = Callable[[Program, Staged], Staged]
 
 #: More terms than this at one vertex are summed into a dense one.
 TERM_LIMIT = 4
+
+#: Pieces of a result of fewer elements than this are not worth calls of their own.
+_FEWEST = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -382,6 +395,8 @@ def _common_diagonals(terms: Sequence[Term]) -> set[tuple[int, int]]:
 
 def _to_common(term: Term, common: set[tuple[int, int]], workspace: Workspace) -> Term:
     """Make a term dense apart from the diagonals in ``common``, with one axis per dimension."""
+    if any(slice_axis(term, h) is not None for h in term.onehots):
+        term = settle(term, workspace)
     term = _densify_onehots(term, workspace, lambda h: True)
     shared = {term.out_dims[o][0] for o, _ in common}
     used: set[Axis] = set()
@@ -473,29 +488,41 @@ def densify(linear_map: LinearMap, workspace: Workspace) -> Node:
 
 def _dense_sum(terms: Sequence[Term], workspace: Workspace, shape: tuple[int, ...]) -> Node:
     """The sum of settled terms as one dense array of ``shape``."""
-    large = len(terms) > 1 and math.prod(shape) >= sums.MANY
-    full = [t for t in terms if large and not t.onehots and not repeated_axes(t)]
-    tied = [t for t in terms if not t.onehots and repeated_axes(t)] if full else []
-    written = [t for t in terms if not any(t is other for other in (*full, *tied))]
-    diagonals = [on_diagonals(term, workspace) for term in tied]
-    single, nodes = joined_pieces(written, workspace, shape)
-    nodes += [dense_term(term, workspace, shape) for term in single]
+    if math.prod(shape) < sums.MANY:
+        single, nodes = joined_pieces(terms, workspace, shape)
+        return _total([*nodes, *(dense_term(term, workspace, shape) for term in single)], shape)
+    full = [t for t in terms if not t.onehots and not repeated_axes(t)]
+    placed = [t for t in terms if is_part(t) and not any(t is other for other in full)]
+    nodes = [dense_term(t, workspace, shape) for t in terms if not any(t is other for other in (*full, *placed))]
     groups: dict[object, list[Term]] = {}
     for term in full:
         groups.setdefault(_pattern(term), []).append(term)
     aligned = [_with_common_factors(_on_same_axes(group), workspace, math.prod(shape)) for group in groups.values()]
-    whole = None if written or len(aligned) != 1 else stacked_products(aligned[0], diagonals, workspace, shape)
-    if whole is not None:
-        return whole
+    if not nodes and len(aligned) == 1 and not any(term.onehots for term in placed):
+        whole = stacked_products(aligned[0], [on_diagonals(term, workspace) for term in placed], workspace, shape)
+        if whole is not None:
+            return whole
     for group in aligned:
         stacked = stacked_products(group, (), workspace, shape)
         nodes.extend([stacked] if stacked is not None else [dense_term(term, workspace, shape) for term in group])
+    if len(placed) > 1 and len(placed) * _FEWEST > math.prod(shape):
+        # Many small pieces are concatenated in one call.
+        placed, pieces = joined_pieces(placed, workspace, shape)
+        nodes.extend(pieces)
+    base = _total(nodes, shape) if nodes else None
+    if not placed:
+        assert base is not None
+        return base
+    return assembled_node(base, [part_of(term, workspace) for term in placed], shape)
+
+
+def _total(nodes: Sequence[Node], shape: tuple[int, ...]) -> Node:
     total = nodes[0]
     for node in nodes[1:]:
         total = Node(
             shape, (total, node), lambda program, x, y: torch.add(x, y), flops=total.numel, moved=3 * total.numel, label="add"
         )
-    return written_on_diagonals(total, diagonals)
+    return total
 
 
 def _on_same_axes(terms: Sequence[Term]) -> list[Term]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from chainrule.maps.bands import LARGE
 from chainrule.maps.compose import Workspace, scaled
 from chainrule.maps.contract import contract, expand_to, outer_product
 from chainrule.maps.entries import Diagonal, Places, diagonals_of
@@ -18,7 +19,7 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, Term
 
 #: Results of fewer elements than this are as well added by one call for each term.
-MANY = 1 << 16
+MANY = LARGE
 
 #: What is made beside the result has to be smaller than the result by this factor: it is written and read once more.
 SAVING = 4
@@ -120,19 +121,6 @@ def _halves(
         smallest = min(range(len(side)), key=lambda number: side[number].node.numel)
         side[smallest] = scaled(side[smallest], term.scale, workspace)
     return contract(first, left, workspace.memo), contract(second, right, workspace.memo)
-
-
-def written_on_diagonals(total: Node, diagonals: Sequence[Diagonal]) -> Node:
-    """A dense array and terms that stand on diagonals, as one sum."""
-    if not diagonals:
-        return total
-
-    def compute(program: Program, value: Staged, *written: Staged) -> Staged:
-        return add_to_diagonals(program, value, written, diagonals)
-
-    entries = sum(d.node.numel for d in diagonals)
-    inputs = (total, *(d.node for d in diagonals))
-    return Node(total.sizes, inputs, compute, flops=entries, moved=2 * total.numel + 2 * entries, label="add diagonals")
 
 
 def add_to_diagonals(

@@ -221,6 +221,9 @@ def value_node(call: Call, item: Any, sizes: Iterable[int] | None = None) -> Nod
 
         def stage(program: Program) -> Staged:
             value = call.stage(program, item)
+            if not (value.dtype.is_floating_point or value.dtype.is_complex):
+                # Sums of truth values, and of small integers, are not their sums as numbers.
+                value = program.call(torch.ops.aten._to_copy.default, value, dtype=call.workspace.dtype)
             return value if wanted == shape else torch.reshape(value, wanted)
 
         node = call.workspace.memo[key] = masking(leaf(wanted, stage, label="value", batch=batch_of(call.tensor(item))))
