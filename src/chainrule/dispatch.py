@@ -125,7 +125,7 @@ configure(
     select=aten.select.int, slice=aten.slice.Tensor, unsqueeze=aten.unsqueeze.default,
     index=aten.index.Tensor, long=torch.int64, bool=torch.bool, push=_push, pop=_pop, at=_at, push_function=_push_function,
     pop_function=_pop_function, function_at=_function_at, flags=vars(modes),
-    where=torch.where, where_op=aten.where.self, to_copy=aten._to_copy.default, conversions=CONVERSIONS,
+    where=torch.where, where_op=aten.where.self, to_copy=aten._to_copy.default, to_op=aten.to.dtype, conversions=CONVERSIONS,
     constant_beside=constant_beside,
 )  # fmt: skip
 

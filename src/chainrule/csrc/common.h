@@ -38,7 +38,7 @@ typedef struct {
     X(fresh) X(comparisons) X(readings) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
-    X(where) X(where_op) X(to_copy) X(conversions) X(constant_beside)
+    X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)

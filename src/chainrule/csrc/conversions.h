@@ -50,8 +50,12 @@ run_conversion(Handler *self, PyObject *func, PyObject *fixed, PyObject *args, P
         return out;
     }
     PyObject *lowered = PyTuple_Pack(1, PyList_GET_ITEM(c_slot_objects, slot)), *named = Py_BuildValue("((OO))", s_dtype, wanted);
+    PyObject *outer = self->origin;
+    if (outer == Py_None)
+        self->origin = c_to_op; /* borrowed while the record is made, of which this is a part */
     if (lowered == NULL || named == NULL || append_record(self, facts, lowered, named, out, wanted) < 0)
         Py_CLEAR(out);
+    self->origin = outer;
     Py_XDECREF(lowered);
     Py_XDECREF(named);
     return out;
