@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import chainrule
+from chainrule.plan.patterns import dense_parts
 from tests.transforms.test_blocks import peak_bytes
 
 
@@ -139,3 +140,29 @@ def test_the_peak_of_a_compiled_function_is_that_of_the_function() -> None:
     assert compiled.cache_info().hits == 2  # type: ignore[attr-defined]
     within = chainrule.explain(lambda x: compiled(x).sum())(x)
     assert within.peak >= chainrule.explain(transformed)(x).peak
+
+
+def test_dense_parts_of_sparse_results_are_named() -> None:
+    weight = torch.randn(5, 6)
+    call = chainrule.jacobian(lambda x: torch.cat([x * x.roll(1), weight @ x]), layout="sparse_coo")
+    found = chainrule.explain(call)(torch.randn(6))
+    assert "5×6 (a dense block of 5 × 6)" in str(found)
+    (block,) = found.data[0]["blocks"]
+    assert sorted(block["parts"], key=str) == [(1, 5, 6), None, None]
+    call = chainrule.jacobian(lambda x: x @ weight.T, layout="sparse_coo")
+    assert "4 dense blocks of 5 × 6" in str(chainrule.explain(call)(torch.randn(4, 6)))
+    assert "4 dense blocks of 5 × 6" in str(chainrule.explain(chainrule.vmap(call))(torch.randn(2, 4, 6)))
+
+
+def test_dense_parts() -> None:
+    places = torch.arange(36).reshape(6, 6)
+    assert dense_parts(places[:4, 1:3].reshape(-1), 6) == (1, 4, 2)
+    assert dense_parts(torch.cat([places[:2, 3:].reshape(-1), places[[3, 5], :3].reshape(-1)]), 6) == (2, 2, 3)
+    # Rows and columns of three each, which are no blocks: a periodic stencil.
+    stencil = torch.cat([places.diagonal(), places.roll(1, 1).diagonal(), places.roll(2, 1).diagonal()])
+    assert dense_parts(stencil, 6) is None
+    assert dense_parts(places.diagonal(), 6) is None
+    assert dense_parts(places[0], 6) is None
+    assert dense_parts(places[:, 0], 6) is None
+    assert dense_parts(torch.cat([places[:2, :2].reshape(-1), places[3, 3:]]), 6) is None
+    assert dense_parts(places[:0, 0], 6) is None

@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("scipy")
 
+from scipy import optimize  # noqa: E402
+
 from chainrule import scipy as chainrule_scipy  # noqa: E402
 from chainrule.scipy.functions import TorchFunction  # noqa: E402
 from tests.scipy.problems import bratu, bratu_ends, decay  # noqa: E402
@@ -187,3 +189,42 @@ def test_scipy_is_optional(code, message):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": source})
     assert message in found.stderr
     assert (found.returncode == 0) == (not message), found.stderr
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5])
+@pytest.mark.parametrize("method", ["SLSQP", "trust-constr", "COBYLA", "COBYQA"])
+def test_constraint_of_changing_length(method, first):
+    calls = []
+
+    def changing(x):
+        calls.append(1)
+        return x[:2] * x[1:3] if len(calls) <= first else x * x
+
+    constraint = chainrule_scipy.nonlinear_constraint(changing, 0.0, 3.0)
+    for _ in range(2):  # and nothing is left of it for the next solve
+        calls.clear()
+        with pytest.raises(ValueError, match=r"nonlinear_constraint: the function .*changing must return shape \(2,\), as at"):
+            chainrule_scipy.minimize(lambda x: ((x - 2) ** 2).sum(), np.ones(4), method=method, constraints=constraint)
+    calls[:] = [1] * 6
+    result = chainrule_scipy.minimize(lambda x: ((x - 2) ** 2).sum(), np.ones(4), method=method, constraints=constraint)
+    # First-order methods stop at a relative change of about 1e-4 in the solution at sqrt(3).
+    assert np.allclose(result.x, np.sqrt(3), atol=1e-3)
+
+
+def test_residuals_of_changing_length():
+    calls = []
+
+    def changing(x):
+        calls.append(1)
+        return x * x if len(calls) == 1 else x[:2]
+
+    with pytest.raises(ValueError, match=r"least_squares: the function .*changing must return shape \(4,\), as at the first"):
+        chainrule_scipy.least_squares(changing, np.ones(4))
+
+
+def test_one_residual_as_in_scipy():
+    """SciPy takes a scalar for a vector of one."""
+    ours = chainrule_scipy.least_squares(lambda x: (x**2).sum() + 1, np.ones(2))
+    theirs = optimize.least_squares(lambda x: (x**2).sum() + 1, np.ones(2))
+    assert ours.fun.shape == theirs.fun.shape == (1,)
+    assert np.allclose(ours.x, theirs.x, atol=1e-3)

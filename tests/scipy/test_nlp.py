@@ -115,7 +115,7 @@ def test_runs_are_shared():
 
 
 def test_with_cyipopt():
-    cyipopt = pytest.importorskip("cyipopt")
+    cyipopt = pytest.importorskip("cyipopt", exc_type=ImportError)
     x0 = np.linspace(0.2, 0.6, 8)
     lower, upper = np.array([1.0] + [-2e19] * 7), np.array([2.0] + [0.3] * 7)
     callbacks = chainrule_scipy.nlp_problem(rosenbrock, x0, coupled)

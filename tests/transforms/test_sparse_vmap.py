@@ -35,3 +35,50 @@ def test_no_tensor_of_a_level_is_kept(layout: str) -> None:
                 torch.testing.assert_close(found, expected.reshape(found.shape))
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one) is BatchTensor]
+
+
+def neighbours(x: torch.Tensor) -> torch.Tensor:
+    return x[1:] * x[:-1]
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+@pytest.mark.parametrize("size", [1, 2, 5, 7])
+def test_chunks_are_put_together(layout: str, size: int) -> None:
+    X = torch.randn(5, 6, dtype=torch.float64)  # noqa: N806
+    for _ in range(2):
+        found = chainrule.vmap(chainrule.jacobian(neighbours, layout=layout), chunk_size=size)(X)
+        assert found.layout is getattr(torch, layout)
+        assert torch.equal(found.to_dense(), torch.func.vmap(torch.func.jacrev(neighbours))(X))
+        assert layout == "sparse_csr" or found.is_coalesced()
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1, -3])
+@pytest.mark.parametrize("size", [None, 2])
+def test_batch_at_another_dimension(dim: int, size: int | None) -> None:
+    X = torch.randn(5, 6, dtype=torch.float64)  # noqa: N806
+    found = chainrule.vmap(chainrule.jacobian(neighbours, layout="sparse_coo"), out_dims=dim, chunk_size=size)(X)
+    assert found.is_coalesced()
+    assert torch.equal(found.to_dense(), torch.func.vmap(torch.func.jacrev(neighbours), out_dims=dim)(X))
+    by_rows = chainrule.vmap(chainrule.jacobian(neighbours, layout="sparse_csr"), out_dims=dim, chunk_size=size)
+    if dim == -3:
+        assert torch.equal(by_rows(X).to_dense(), torch.func.vmap(torch.func.jacrev(neighbours))(X))
+    else:
+        with pytest.raises(RuntimeError, match="with the batch in front only"):
+            by_rows(X)
+
+
+def test_chunks_with_different_patterns() -> None:
+    """What each sample of a chunk shares may differ between the chunks: one tensor holds that in coordinate form only."""
+    X = torch.randn(4, 6, dtype=torch.float64)  # noqa: N806
+    seen = []
+
+    def changing(x: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return x[: 2] * x[1:3] if len(seen) % 2 else x[:2]
+
+    with pytest.raises(RuntimeError, match="different chunks"):
+        chainrule.vmap(chainrule.jacobian(changing, layout="sparse_csr"), chunk_size=2)(X)
+    seen.clear()
+    found = chainrule.vmap(chainrule.jacobian(changing, layout="sparse_coo"), chunk_size=2)(X).to_dense()
+    seen.clear()
+    assert torch.equal(found, chainrule.vmap(chainrule.jacobian(changing), chunk_size=2)(X))

@@ -29,7 +29,8 @@ class Account:
         steps: what the plan computes: label, shape, flops, bytes moved.
         memory: predicted bytes: ``recorded`` (values of the run that are kept), ``temporaries``, ``results``, ``peak``.
         uncounted: the calls whose work space is not in these figures.
-        blocks: of a sparse result, per block its slots, shape, entries, the arrays that its terms hold, and whether it is dense.
+        blocks: of a sparse result, per block its slots, shape, entries, the arrays that its terms hold, the
+            dense blocks that these fill (how many, and their rows and columns; None for none), and whether all of it is dense.
     """
 
     kind: str

@@ -19,7 +19,7 @@ from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.sparse import kept, plain, unbatched
 from chainrule.maps.staging import Staged
-from chainrule.plan.patterns import Pattern
+from chainrule.plan.patterns import Pattern, dense_parts
 from chainrule.plan.planner import Request
 from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse, predicted_entries
 
@@ -291,7 +291,10 @@ def _execute_accounted(
     source = plan.values.runner.source_of  # type: ignore[union-attr]
     source.observe(tape.values, ())
     account = account_of(tape, asked, planned.graph, planned.chosen, planned.candidates, source.kept, source.memory())
-    account.blocks = planned.blocks
+    with planning(tape):
+        account.blocks = [
+            {**block, "parts": [dense_parts(keys, block["shape"][1]) for keys in block.pop("keys")]} for block in planned.blocks
+        ]
     ledger.accounts.append(account)
     return plan.run(tape, seeds)
 

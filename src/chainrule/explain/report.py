@@ -216,13 +216,22 @@ def _account_text(account: Account, number: int, count: int) -> str:
         rows, columns = block["shape"]
         share = 100 * block["entries"] / max(rows * columns, 1)
         kind = "structurally dense" if block["dense"] else f"{share:.3g} % of the places"
-        arrays = ", ".join("×".join(map(str, sizes)) or "number" for sizes in block["terms"])
+        arrays = ", ".join(map(_term_text, block["terms"], block["parts"]))
         lines.append(f"  block {rows} × {columns}: {block['entries']} entries, {kind}; terms hold {arrays}")
     names = Counter(call["call"] for call in account.calls)
     listed = ", ".join(f"{name}×{times}" if times > 1 else name for name, times in names.items())
     count = len(account.calls)
     lines.append(f"  program: {count} call{'' if count == 1 else 's'}" + (f" ({listed})" if listed else ""))
     return "\n".join(lines)
+
+
+def _term_text(sizes: tuple[int, ...], dense: tuple[int, int, int] | None) -> str:
+    """What a term of a sparse block holds, and the dense blocks that it fills."""
+    text = "×".join(map(str, sizes)) or "number"
+    if dense is None:
+        return text
+    count, rows, columns = dense
+    return f"{text} ({f'{count} dense blocks' if count > 1 else 'a dense block'} of {rows} × {columns})"
 
 
 def _reason(account: Account) -> str:

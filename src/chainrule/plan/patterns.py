@@ -13,7 +13,7 @@ from chainrule.maps.linear_map import LinearMap, merge
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import Entries, Listed, entries_of, listed, restricted, values_node
 from chainrule.maps.sorted_places import ordering
-from chainrule.maps.sparse import SparseWorkspace
+from chainrule.maps.sparse import SparseWorkspace, plain
 from chainrule.maps.staging import Program, Staged
 
 #: Names of output and input.
@@ -168,6 +168,32 @@ def read_node(node: Node, places: torch.Tensor) -> Node:
     return Node((places.numel(),), (node,), compute, flops=places.numel(), moved=2 * places.numel(), label="entries")
 
 
+def dense_parts(keys: torch.Tensor, columns: int) -> tuple[int, int, int] | None:
+    """Whether entries are those of equal dense blocks with no row and no column in common.
+
+    Args:
+        keys: rows times the number of columns plus columns of the entries, each once.
+        columns: the number of columns.
+
+    Returns:
+        How many blocks there are, and the numbers of their rows and columns; None where there are no such blocks, or they are
+        single rows or columns.
+    """
+    keys = plain(keys).sort().values
+    rows, places = torch.div(keys, max(columns, 1), rounding_mode="floor"), torch.remainder(keys, max(columns, 1))
+    _, widths = torch.unique_consecutive(rows, return_counts=True)
+    _, heights = torch.unique(places, return_counts=True)
+    if not keys.numel() or int(widths.min()) != int(widths.max()) or int(heights.min()) != int(heights.max()):
+        return None
+    height, width = int(heights[0]), int(widths[0])
+    if height < 2 or width < 2:
+        return None
+    # Rows of one block have the columns of its first row.
+    lines = places.reshape(-1, width)
+    count = torch.unique(lines, dim=0).shape[0]
+    return (count, height, width) if count * height == lines.shape[0] and count * width == heights.numel() else None
+
+
 def as_matrix(
     patterns: Mapping[Key, Pattern], sizes: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device
 ) -> tuple[Pattern, torch.Tensor | None]:
@@ -191,5 +217,5 @@ def as_matrix(
 
 
 __all__ = [
-    "Found", "Key", "Pattern", "SparseBlock", "as_matrix", "block_nodes", "find_blocks", "mirrored", "read_node", "triangle_of",
+    "Found", "Key", "Pattern", "SparseBlock", "as_matrix", "block_nodes", "dense_parts", "find_blocks", "mirrored", "read_node", "triangle_of",
 ]  # fmt: skip

@@ -88,7 +88,8 @@ class PlannedSparse:
         graph: the local maps.
         candidates: the orders compared.
         chosen: the one taken.
-        blocks: per block, for ``explain``: its slots, shape, entries, the arrays that its terms hold, and whether it is dense.
+        blocks: per block, for ``explain``: its slots, shape, entries, the arrays that its terms hold, where each
+            term has entries, and whether all of it is dense.
     """
 
     program: Program
@@ -287,7 +288,8 @@ def _settled(
     blocks = [
         {
             "output": output, "input": slot, "shape": (p.rows, p.columns), "entries": p.keys.numel(),
-            "terms": [e.factor.node.sizes for e in found[output, slot].entries], "dense": p.keys.numel() == p.rows * p.columns,
+            "terms": [e.factor.node.sizes for e in found[output, slot].entries],
+            "keys": [e.keys for e in found[output, slot].entries], "dense": p.keys.numel() == p.rows * p.columns,
         }
         for (output, slot), p in patterns.items()
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import optimize
 
 from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout, matrix
+from chainrule.scipy.lengths import Length
 from chainrule.transforms.jacobians import jacobian
 
 
@@ -30,7 +31,8 @@ def least_squares(
     Residuals and Jacobian at a point come from one run.
 
     Args:
-        fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``, ``kwargs``) that returns residuals of shape ``(m,)``.
+        fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``, ``kwargs``) that returns residuals of shape ``(m,)``,
+            or one of shape ``()``.
         x0: the first point.
         layout: the Jacobian's form: ``"dense"``, ``"sparse"`` (CSR) or ``"operator"`` (products); the last two with ``lsmr``.
         args: further arguments, as in :func:`minimize`.
@@ -45,7 +47,8 @@ def least_squares(
 
     Raises:
         TypeError: if ``fun`` does not return a real tensor, or ``jac`` is given.
-        ValueError: if residuals are no vector, or contain NaN, as their Jacobian must not; if the layout is unknown.
+        ValueError: if residuals are no vector, are more or less than at the first point, or contain NaN, as their Jacobian
+            must not; if the layout is unknown.
 
     Example:
         >>> import numpy as np, torch
@@ -69,6 +72,7 @@ def least_squares(
             raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
 
+    length = Length(where)
     linearise = Linearisation(function, residuals, _Once() if kwargs else "residuals", layout)
 
     def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
@@ -79,7 +83,7 @@ def least_squares(
         return found
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        return at(x, rest).value.copy()
+        return length.checked(at(x, rest).value.copy())
 
     def derivative(x: np.ndarray, *rest: Any) -> Any:
         return at(x, rest).jacobian()

@@ -18,6 +18,7 @@ from chainrule.scipy.functions import (
     matrix,
     scalar_of,
 )
+from chainrule.scipy.lengths import Length
 from chainrule.transforms.derivatives import grad_and_value
 from chainrule.transforms.jacobians import hessian
 
@@ -130,6 +131,7 @@ def minimize(
     objective = _Objective(function, layout or "dense")
     if not isinstance(args, tuple):
         args = (args,)
+    _begin(options.get("constraints"))
     if isinstance(name, str | None) and name != "trust-constr" and "constraints" in options:
         options["constraints"] = _first_order(options["constraints"])
     if isinstance(name, str) and name in _WITHOUT_GRADIENT:
@@ -152,6 +154,13 @@ def minimize(
     return optimize.minimize(objective.value, x0, args=args, method=method, **derivatives, **options)
 
 
+def _begin(constraints: Any) -> None:
+    """Let constraints forget of earlier solves how many values they have."""
+    for constraint in constraints if isinstance(constraints, list | tuple) else (constraints,):
+        if isinstance(constraint, _Constraint):
+            constraint.length.forget()
+
+
 def _first_order(constraints: Any) -> Any:
     """Constraints for a method that uses dense Jacobians and no Hessians, and would warn of those that are given."""
     if isinstance(constraints, list | tuple):
@@ -169,7 +178,13 @@ def _first_order(constraints: Any) -> Any:
 
 
 class _Constraint(optimize.NonlinearConstraint):  # type: ignore[misc]
-    """A constraint with exact second derivatives."""
+    """A constraint with exact second derivatives.
+
+    Attributes:
+        length: how many values it has.
+    """
+
+    length: Length
 
 
 def nonlinear_constraint(
@@ -201,7 +216,8 @@ def nonlinear_constraint(
         SciPy's object.
 
     Raises:
-        ValueError: if the layout is unknown; when called, if ``fun`` returns a matrix, or NaN.
+        ValueError: if the layout is unknown; when called, if ``fun`` returns a matrix, NaN, or another number of values than
+            at the first point of a solve.
 
     Example:
         >>> import numpy as np
@@ -221,8 +237,12 @@ def nonlinear_constraint(
         return found.reshape(-1)
 
     def weighted(x: Any, weights: Any) -> Any:
-        return (weights * vector(x)).sum()
+        found = vector(x)
+        if found.shape != weights.shape:
+            raise ValueError(f"{where} must return shape {tuple(weights.shape)}, as at other points, got {tuple(found.shape)}")
+        return (weights * found).sum()
 
+    length = Length(where)
     linearise = Linearisation(function, vector, "constraint", layout)
     curvatures = function.derived(("hessian", kind), lambda: hessian(weighted, layout=kind), weighted)
 
@@ -231,17 +251,21 @@ def nonlinear_constraint(
         return found
 
     def value(x: np.ndarray) -> np.ndarray:
-        return at(x, "value").value.copy()
+        return length.checked(at(x, "value").value.copy())
 
     def jacobian(x: np.ndarray) -> Any:
-        return at(x, "jacobian").jacobian()
+        point = at(x, "jacobian")
+        length.checked(point.value)
+        return point.jacobian()
 
     def curvature(x: np.ndarray, weights: np.ndarray) -> Any:
         with function.named():
             found = curvatures(function.tensor(x), function.tensor(weights))
             return matrix(function, found, (x.size, x.size), "Hessian")
 
-    return _Constraint(value, lb, ub, jac=jacobian, hess=curvature, keep_feasible=keep_feasible)
+    made = _Constraint(value, lb, ub, jac=jacobian, hess=curvature, keep_feasible=keep_feasible)
+    made.length = length
+    return made
 
 
 __all__ = ["minimize", "nonlinear_constraint"]

@@ -20,6 +20,7 @@ from chainrule.rules.batching_base import Batched
 from chainrule.subclasses import refuse_foreign
 from chainrule.transforms.arguments import check_whole, refuse_inside_torch_func
 from chainrule.transforms.merged import Merged, merged_inputs, write_back
+from chainrule.transforms.sparse_batches import join_chunks, moved_batch
 
 
 def vmap(
@@ -433,7 +434,9 @@ def _unwrap(func: Any, output: Any, dim: int | None, mode: VmapMode) -> Any:
     value: Tensor = output.value if ours else output  # type: ignore[attr-defined]
     if not (ours and output.batched):  # type: ignore[attr-defined]
         value = value.unsqueeze(0).expand(mode.size, *value.shape)
-    return value if dim == 0 else value.movedim(0, dim)
+    if dim == 0:
+        return value
+    return value.movedim(0, dim) if value.layout is torch.strided else moved_batch(value, dim % rank)
 
 
 def _run_in_chunks(
@@ -456,5 +459,5 @@ def _run_in_chunks(
     joined = []
     for pieces in zip(*(pairs for pairs, _ in outputs), strict=True):
         value, dim = pieces[0]
-        joined.append(value if dim is None else torch.cat([piece for piece, _ in pieces], dim))
+        joined.append(value if dim is None else join_chunks([piece for piece, _ in pieces], dim))
     return tree_unflatten(joined, spec)
