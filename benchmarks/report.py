@@ -19,6 +19,7 @@ from benchmarks.measure import Row
 
 if find_spec("rich"):
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 else:
     Console = Table = None  # type: ignore[assignment,misc]
@@ -187,8 +188,8 @@ def markdown(
         "## Which expression was the fastest, first call and peak memory",
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
-        "caching allocator's own statistics), the result included. The prediction is that of the plans; where the allocator saw a call hold",
-        "more (the graph that autograd keeps of parameters, sums and lists made around the transforms), it is that.",
+        "caching allocator's own statistics), the result included. The prediction is that of the plans; where the allocator saw",
+        "a call hold more (the graph that autograd keeps of parameters, sums and lists made around the transforms), it is that.",
         "",
         markdown_table(
             [
@@ -280,8 +281,9 @@ _INTRODUCTIONS = {
 }
 
 _PRODUCT_TEXT = (
-    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent through the gradient lets go",
-    "of each value of the record when its tangent has passed; the gradient of the gradient keeps what its second part reads.",
+    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent lets go of each value of",
+    "the record when it has passed. The gradient of the gradient keeps what its second part reads, and computes large factors",
+    "again (from 64 kB on) where a call or two make them: so it may hold less than a tangent there.",
     "",
 )
 
