@@ -281,9 +281,9 @@ _INTRODUCTIONS = {
 }
 
 _PRODUCT_TEXT = (
-    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent through the gradient",
-    "lets go of each value of the record when its tangent has passed; the gradient of the gradient keeps what its second",
-    "part reads.",
+    "The same product by a tangent through the gradient, and by the gradient of the gradient. A tangent lets go of each value of",
+    "the record when it has passed. The gradient of the gradient keeps what its second part reads, and computes large factors",
+    "again (from 64 kB on) where a call or two make them: so it may hold less than a tangent there.",
     "",
 )
 

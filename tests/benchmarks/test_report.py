@@ -82,3 +82,9 @@ def test_a_sparse_row_is_measured() -> None:
     assert 0.9 <= entry["eager_bytes_exponent"] <= 1.05
     assert "peer" not in entry
     torch.set_num_threads(1)
+
+
+def test_brackets_in_a_table_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal's table takes them for its own markup, unless they are escaped."""
+    report.print_table(["piece", "time"], [["recording x[index]", "1 µs"]], "overhead")
+    assert "x[index]" in capsys.readouterr().out

@@ -189,3 +189,65 @@ def test_pullbacks_of_values_with_a_graph() -> None:
         (found,) = torch.autograd.grad((pull(v)[0] * v).sum(), x)
         expected = torch.func.grad(lambda x: (torch.func.vjp(torch.func.grad(long_chain), x)[1](v)[0] * v).sum())(x.detach())
         torch.testing.assert_close(found, expected)
+
+
+def _layers(activation: type[torch.nn.Module], *, requires_grad: bool) -> torch.nn.Module:
+    made = torch.nn.Sequential(torch.nn.Linear(50, 200), activation(), torch.nn.Linear(200, 20))
+    return made.requires_grad_(requires_grad)
+
+
+OF_MODULES: dict[str, Callable[[Any], tuple[Callable[..., Any], Tensor]]] = {
+    "vjp": lambda net: (lambda x: chainrule.vjp(net, x)[1](torch.ones(20)), torch.randn(50)),
+    "vjp of a batch": (lambda net: (lambda x: chainrule.vjp(net, x)[1](torch.ones(30, 20)), torch.randn(30, 50))),
+    "grad": lambda net: (chainrule.grad(lambda x: net(x).sum()), torch.randn(50)),
+    "hessian": lambda net: (chainrule.hessian(lambda x: net(x).square().sum()), torch.randn(50)),
+    "hvp": lambda net: (lambda x: chainrule.hvp(lambda y: net(y).square().sum(), (x,), (x,)), torch.randn(50)),
+    "laplacian": lambda net: (chainrule.laplacian(lambda x: net(x).square().sum()), torch.randn(50)),
+    "ggn": lambda net: (lambda x: chainrule.ggn(net, lambda z: z.logsumexp(0), (x,), (x,)), torch.randn(50)),
+    "jacfwd": lambda net: (chainrule.jacfwd(net), torch.randn(50)),
+    "linearize, and a list of tangents": lambda net: (
+        lambda x: torch.stack([push(v) for push in (chainrule.linearize(net, x)[1],) for v in torch.eye(50)]), torch.randn(50)
+    ),
+    "vmap": lambda net: (chainrule.vmap(net), torch.randn(30, 50)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("activation", [torch.nn.Tanh, torch.nn.ReLU, torch.nn.GELU])
+@pytest.mark.parametrize("name", OF_MODULES)
+def test_explained_peak_of_modules(name: str, activation: type[torch.nn.Module], requires_grad: bool) -> None:
+    """Weights are parameters: their transposes are views, and what autograd keeps for its graph counts."""
+    function, x = OF_MODULES[name](_layers(activation, requires_grad=requires_grad))
+    for _ in range(3):
+        function(x)
+    peak, measured = chainrule.explain(function)(x).peak, peak_bytes(lambda: function(x))
+    assert abs(peak / measured - 1) <= 0.25, (peak, measured)
+
+
+@pytest.mark.parametrize("name", ["vjp", "grad", "hvp", "laplacian", "jacfwd"])
+def test_plans_know_that_transposes_of_parameters_are_views(name: str) -> None:
+    """The prediction of the plans alone, without a look at the allocator."""
+    function, x = OF_MODULES[name](_layers(torch.nn.Tanh, requires_grad=False))
+    check_predicted_peak(function, (x,))
+
+
+def test_forward_over_reverse_holds_no_more_than_reverse_over_reverse() -> None:
+    """A tangent through the gradient lets go of the run's values as it goes."""
+
+    def chained(x: Tensor) -> Tensor:
+        for _ in range(10):
+            x = (x.sin() * 1.1).tanh()
+        return x.sum()
+
+    x, v = torch.randn(5000), torch.randn(5000)
+    ways = {
+        "forward": lambda: chainrule.jvp(chainrule.grad(chained), (x,), (v,))[1],
+        "hvp": lambda: chainrule.hvp(chained, (x,), (v,)),
+        "reverse": lambda: chainrule.vjp(chainrule.grad(chained), x)[1](v)[0],
+    }
+    peaks = {}
+    for name, way in ways.items():
+        for _ in range(3):
+            way()
+        peaks[name] = peak_bytes(way)
+    assert peaks["forward"] <= 0.9 * peaks["reverse"] and peaks["hvp"] <= 0.9 * peaks["reverse"], peaks

@@ -139,3 +139,11 @@ def test_an_account_that_is_not_there() -> None:
         chainrule.explain(lambda x: x * 2)(torch.ones(3)).svg()
     with pytest.raises(IndexError, match="there are 1 accounts, and none has the number 5"):
         chainrule.explain(chainrule.jacobian(torch.sin))(torch.ones(3)).svg(5)
+
+
+def test_the_title_tells_the_peak_of_the_text() -> None:
+    found = chainrule.explain(chainrule.hessian(lambda x: network(4, 8, 3)(x).prod()))(torch.randn(4))
+    peak = f"{found.peak / 1000:.3g}kB" if found.peak >= 1000 else f"{found.peak}B"
+    title = picture.draw(found.accounts[-1], found.peak).axes[0].get_title(loc="left")
+    assert f"the whole call holds {peak} at the peak" in title
+    assert "at the peak" in str(found)

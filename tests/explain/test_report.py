@@ -166,3 +166,35 @@ def test_dense_parts() -> None:
     assert dense_parts(places[:, 0], 6) is None
     assert dense_parts(torch.cat([places[:2, :2].reshape(-1), places[3, 3:]]), 6) is None
     assert dense_parts(places[:0, 0], 6) is None
+MLP = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).requires_grad_(False)
+SWEEPS = {
+    "jvp": (lambda x: chainrule.jvp(MLP, (x,), (x,)), 5 * 8 + 8 * 3),
+    "vjp": (lambda x: chainrule.vjp(MLP, x)[1](torch.ones(3)), 5 * 8 + 8 * 3),
+    "ggn": (lambda x: chainrule.ggn(MLP, lambda z: z.logsumexp(0), (x,), (x,)), 2 * (5 * 8 + 8 * 3)),
+    "hvp": (lambda x: chainrule.hvp(lambda y: MLP(y).square().sum(), (x,), (x,)), 4 * (5 * 8 + 8 * 3)),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_have_a_cost_per_step(name: str) -> None:
+    """The products with the weights are counted, and the element-wise steps beside them are fewer."""
+    function, products = SWEEPS[name]
+    found = chainrule.explain(function)(torch.randn(5))
+    steps = [step for account in found.accounts for step in account.steps]
+    assert products <= sum(step["flops"] for step in steps) <= 2 * products
+    assert all(step["bytes"] > 0 for step in steps)
+    for account in found.accounts:
+        assert sum(s["flops"] for s in account.steps) == account.alternatives[0]["flops"]
+    assert "steps:" in str(found) and "0 flops       0 B moved" not in str(found)
+
+
+def test_blocks_of_a_jacobian_are_explained_by_the_first() -> None:
+    x = torch.randn(5)
+    found = chainrule.explain(chainrule.jacobian_blocks(MLP, rows=2))(x)
+    assert found.result.rows == slice(0, 2) and len(found.accounts) == 1 and found.peak > 0
+    assert "Jacobian of outputs (2,) with respect to inputs (5,)" in str(found)
+
+
+def test_a_plain_vmap_has_a_peak() -> None:
+    found = chainrule.explain(chainrule.vmap(torch.sin))(torch.randn(100, 3))
+    assert found.peak >= 1200 and "nothing was differentiated" in str(found) and "at the peak" in str(found)

@@ -27,7 +27,8 @@ class Account:
         edges: the local Jacobians: source and target slot, number of terms, numbers stored, numbers that it would have dense.
         eliminated: the slots in the order in which they are eliminated; empty if the network is contracted as a whole.
         steps: what the plan computes: label, shape, flops, bytes moved.
-        memory: predicted bytes: ``recorded`` (values of the run that are kept), ``temporaries``, ``results``, ``peak``.
+        memory: predicted bytes: ``recorded`` (values of the run that are kept), ``temporaries``, ``results``, and
+            ``peak``, the most of this level alone while all of its record is kept.
         uncounted: the calls whose work space is not in these figures.
         blocks: of a sparse result, per block its slots, shape, entries, the arrays that its terms hold, the
             dense blocks that these fill (how many, and their rows and columns; None for none), and whether all of it is dense.

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,31 +45,33 @@ class _Box:
     role: str = "inner"
 
 
-def save(account: Account, path: Path) -> None:
+def save(account: Account, path: Path, peak: int = 0) -> None:
     """Write the picture into a file.
 
     Args:
         account: the account of a plan.
         path: the file; its ending says how it is written.
+        peak: the bytes that the whole call holds at the peak, for the title.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    figure = draw(account)
+    figure = draw(account, peak)
     with _settings():
         figure.savefig(path, bbox_inches="tight", dpi=150, metadata=_metadata(path.suffix))
 
 
-def svg(account: Account) -> str:
+def svg(account: Account, peak: int = 0) -> str:
     """The picture as the text of an SVG element.
 
     Args:
         account: the account of a plan.
+        peak: the bytes that the whole call holds at the peak, for the title.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    figure = draw(account)
+    figure = draw(account, peak)
     text = io.StringIO()
     with _settings():
         figure.savefig(text, format="svg", bbox_inches="tight", metadata=_metadata(".svg"))
@@ -79,11 +82,12 @@ def _metadata(suffix: str) -> dict[str, Any] | None:
     return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix)
 
 
-def draw(account: Account) -> Any:
+def draw(account: Account, peak: int = 0) -> Any:
     """The picture as a figure of matplotlib.
 
     Args:
         account: the account of a plan.
+        peak: the bytes that the whole call holds at the peak, for the title.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -93,7 +97,7 @@ def draw(account: Account) -> Any:
 
     boxes, edges = _boxes(account)
     places, lines, tallest = _layout(boxes, edges)
-    steps = _steps(account)
+    steps = dearest_steps(account.steps)
     width = 2.1 * min(_PER_LINE, max(box.depth for box in boxes) + 1) + 0.6
     graph_height = 1.05 * tallest + 0.7
     steps_height = 0.27 * len(steps) + 1.0 if steps else 0.0
@@ -102,6 +106,7 @@ def draw(account: Account) -> Any:
         ratio = [graph_height, steps_height] if steps else [1.0]
         axes = figure.subplots(len(ratio), 1, squeeze=False, gridspec_kw={"height_ratios": ratio})[:, 0]
         _draw_graph(axes[0], account, boxes, edges, places, lines)
+        axes[0].set_title(_title(account, peak), fontsize=9, loc="left")
         if steps:
             _draw_steps(axes[1], account, steps)
         figure.tight_layout()
@@ -240,7 +245,6 @@ def _draw_graph(
     axes.set_xlim(min(xs) - 0.6, max(max(xs), 3) + 0.6)
     axes.set_ylim(min(ys) - 0.65, max(ys) + 0.75)
     axes.axis("off")
-    axes.set_title(_title(account), fontsize=9, loc="left")
     keys = [("structured", _COLOURS["structured"]), ("decomposed", _COLOURS["decomposed"]), ("opaque", _COLOURS["opaque"])]
     used = {box.colour for box in boxes}
     handles = [axes.scatter([], [], marker="s", s=40, color=colour, edgecolors="#555555", linewidths=0.5, label=name)
@@ -263,18 +267,18 @@ def _wrapped(title: str) -> str:
     return f"{head}:\n{tail}" if tail else title[:17] + "…"
 
 
-def _title(account: Account) -> str:
+def _title(account: Account, peak: int) -> str:
     name = account.kind.replace("_", " ")
     contracted = "contracted as one network" if account.chosen == "network" else account.chosen
     text = f"{name}, {contracted}; on edges: numbers stored of numbers in the dense local Jacobian"
-    if account.memory:
-        text += f"; predicted peak {_count(account.memory['peak'])}B"
+    if peak:
+        text += f"; the whole call holds {_count(peak)}B at the peak"
     return text
 
 
-def _steps(account: Account) -> list[dict[str, Any]]:
-    """The steps to draw: the dearest, in their order, and the others as one."""
-    steps = [step for step in account.steps if step["flops"] or step["bytes"]]
+def dearest_steps(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps to show: the dearest, in their order, and the others as one."""
+    steps = [step for step in steps if step["flops"] or step["bytes"]]
     if len(steps) <= _STEPS:
         return steps
     limit = sorted((_cost(step) for step in steps), reverse=True)[_STEPS - 2]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from chainrule.capture.surroundings import Surroundings
 from chainrule.execute.accounts import Account, Ledger, collecting, uncollected
 from chainrule.execute.memory import peak_of, watching
 from chainrule.explain import picture
+from chainrule.explain.picture import dearest_steps
 
 _ORDERS = {
     "forward": "forward accumulation",
@@ -92,7 +93,7 @@ class Explanation:
             ImportError: if matplotlib is not installed.
             IndexError: if there is no such account.
         """
-        return picture.svg(self._account(number))
+        return picture.svg(self._account(number), self.peak)
 
     def save(self, path: str | Path, number: int = -1) -> None:
         """Write the picture of one account into a file; its ending says how (``.svg``, ``.png``, ``.pdf``).
@@ -105,7 +106,7 @@ class Explanation:
             ImportError: if matplotlib is not installed.
             IndexError: if there is no such account.
         """
-        picture.save(self._account(number), Path(path))
+        picture.save(self._account(number), Path(path), self.peak)
 
     def _account(self, number: int) -> Account:
         if not self.accounts:
@@ -119,7 +120,7 @@ class Explanation:
         parts = []
         for account in self.accounts:
             try:
-                parts.append(picture.svg(account))
+                parts.append(picture.svg(account, self.peak))
             except ImportError as error:
                 parts.append(f"<p>{escape(str(error))}</p>")
                 break
@@ -130,7 +131,8 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     """Return a function that runs a transformed function and explains how its derivative was computed.
 
     Args:
-        transformed: a transformed function, as ``chainrule.jacobian(f)``, or any function that uses transforms.
+        transformed: a transformed function, as ``chainrule.jacobian(f)``, or any function that uses transforms. Of a
+            generator (``jacobian_blocks``) the first item is explained.
 
     Returns:
         A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
@@ -147,10 +149,17 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     """
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
+        def call() -> Any:
+            found = transformed(*args, **kwargs)
+            if not isinstance(found, Generator):
+                return found
+            with closing(found):
+                return next(found, None)
+
         with collecting() as ledger:
-            result = transformed(*args, **kwargs)
+            result = call()
         with _unwritten(transformed):
-            return Explanation(result, ledger, _peak(lambda: transformed(*args, **kwargs)))
+            return Explanation(result, ledger, _peak(call))
 
     return explained
 
@@ -204,6 +213,12 @@ def _account_text(account: Account, number: int, count: int) -> str:
             f"    {mark} {item['order']:<8} {_number(item['flops'])}flops  {_number(item['bytes'])}B moved  "
             f"{_number(item['peak_bytes'])}B peak"
         )
+    if account.steps:
+        lines.append("  steps:")
+        for step in dearest_steps(account.steps):
+            shape = "" if step["shape"] is None else _shapes([tuple(step["shape"])])
+            cost = f"{_number(step['flops'])}flops  {_number(step['bytes'])}B moved"
+            lines.append(f"    {step['label'] or 'value':<30} {shape:<14} {cost}")
     if account.memory:
         bytes_of = {name: _number(size).strip() + "B" for name, size in account.memory.items()}
         lines.append(

@@ -307,12 +307,13 @@ def _plan_sweep(
         maps = elimination.sweep_back(graph, seeded, inputs, workspace)
         keys = inputs
     nodes = {slot: densify(m, workspace) for slot, m in maps.items()}
+    # Before they are computed: what is known already costs nothing.
+    candidate = elimination.measure_nodes("forward" if forward else "reverse", nodes)
     program = Program()
     results = [
         None if (node := nodes.get(slot)) is None else _cast(node.force(program), tape.values[slot].dtype) for slot in keys
     ]
-    candidate = elimination.measure_nodes(request.kind, nodes)
-    return Planned(program, list(keys), results, graph, "forward" if forward else "reverse", [candidate])
+    return Planned(program, list(keys), results, graph, candidate.name, [candidate])
 
 
 __all__ = ["Node", "Planned", "Request", "accumulations", "candidates", "make_workspace", "plan"]
