@@ -219,7 +219,7 @@ class Watch:
         """Of the values of a run those stay that ``kept`` names by identity."""
         stay = {_storage(value)[0] for value in values if _is_tensor(value) and id(value) in kept}
         gone = {_storage(value)[0] for value in values if _is_tensor(value)} & self.made.keys() - stay
-        self.held -= sum(self.made.pop(storage) for storage in gone)
+        self.held -= sum(self.made.pop(storage)[0] for storage in gone)
         self.storages -= gone
 
     def spend(self, values: Sequence[Any], inputs: Mapping[Any, int]) -> dict[int, tuple[int, int]]:
