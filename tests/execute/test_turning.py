@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import chainrule
 
 GENERATOR = torch.Generator().manual_seed(0)
-FIRST, SECOND = (torch.randn(*shape, dtype=torch.float64, generator=GENERATOR) for shape in ((20, 10), (15, 20)))
+#: Inputs, width, outputs: the mask is multiplied with the smaller matrix.
+SIZES = [(10, 20, 15), (15, 20, 10)]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
@@ -31,14 +32,18 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_jacobian_is_made_once(name: str) -> None:
+def test_the_jacobian_is_made_once(name: str, sizes: tuple[int, int, int]) -> None:
+    n, width, m = sizes
+    first, second = (torch.randn(*shape, dtype=torch.float64, generator=GENERATOR) for shape in ((width, n), (m, width)))
+
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return (SECOND @ ACTIVATIONS[name](FIRST @ x)).square().sum()
+        return (second @ ACTIVATIONS[name](first @ x)).square().sum()
 
     transform, compiled = chainrule.hessian(loss), chainrule.compile(chainrule.hessian(loss))
     for seed in range(3):
-        x = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         expected = torch.func.hessian(loss)(x)
         for function in (transform, compiled):
             # Sums of 300 products of numbers near 1: round-off near 1e-13.

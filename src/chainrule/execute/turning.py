@@ -20,7 +20,9 @@ _UNSQUEEZE = frozenset({aten.unsqueeze.default._op, torch.unsqueeze})
 def turned(
     program: Program, instructions: Sequence[Instruction], own: set[int], touched: Callable[[Instruction], bool]
 ) -> list[Instruction] | None:
-    """The instructions, such that a product of a transposed matrix and a row is the transpose of that of the matrix and a column.
+    """The instructions, a product of a transposed matrix and a row as the transpose of that of the matrix and a column.
+
+    Likewise with a column and a row.
 
     Only where the program has the latter too: it is then made once. Both have the same layout in memory.
 
@@ -48,18 +50,22 @@ def turned(
     for i in instructions:
         parts = None
         if _is_plain(i) and i.outputs[0] not in own and not touched(i):
-            parts = _turned_parts(program, i, transposes)
+            parts = _turned_parts(program, i, transposes, columns)
         if parts is not None and (i.function, *parts) in known:
-            found += _transposed(program, i, transposes, spelled)
+            found += _transposed(program, i, transposes, columns, spelled)
         else:
             found.append(i)
     return found if len(found) > len(instructions) else None
 
 
 def _transposed(
-    program: Program, product: Instruction, transposes: dict[int, Instruction], columns: dict[int, Instruction]
+    program: Program,
+    product: Instruction,
+    transposes: dict[int, Instruction],
+    columns: dict[int, Instruction],
+    spelled: dict[int, Instruction],
 ) -> list[Instruction]:
-    """The columns, the product with them, and its transpose."""
+    """The columns of rows (or the rows of columns), the product with them, and its transpose."""
     found: list[Instruction] = []
     args: list[Any] = []
     transpose = next(iter(transposes.values()))
@@ -70,11 +76,13 @@ def _transposed(
         elif item.slot in transposes:
             transpose = transposes[item.slot]
             args.append(transpose.args[0])
+        elif item.slot in columns:
+            args.append(columns[item.slot].args[0])
         else:
             column = program.new_slot()
             program.kinds[column] = torch.Size((shape[1], 1)), dtype, device
             program.shares[column] = item.slot
-            found.append(columns[item.slot]._replace(outputs=(column,)))
+            found.append(spelled[item.slot]._replace(outputs=(column,)))
             args.append(Ref(column))
     made, (out,) = program.new_slot(), product.outputs
     program.kinds[made] = torch.Size((shape[1], shape[0])), dtype, device
@@ -104,27 +112,29 @@ def _columnwise(instruction: Instruction, columns: dict[int, Instruction]) -> tu
     return (instruction.function, *parts)
 
 
-def _turned_parts(program: Program, instruction: Instruction, transposes: dict[int, Instruction]) -> tuple[Any, ...] | None:
+def _turned_parts(
+    program: Program, instruction: Instruction, transposes: dict[int, Instruction], columns: dict[int, Instruction]
+) -> tuple[Any, ...] | None:
     """What the transpose of an op would read; None where it is no product of a transposed matrix and vectors."""
+    whole = program.kinds.get(instruction.outputs[0])
+    given = [item for item in instruction.args if isinstance(item, Ref)]
+    if whole is None or len(whole[0]) != 2 or {program.kinds[item.slot][1:] for item in given} != {whole[1:]}:
+        return None
     parts: list[Any] = []
-    shapes: list[Any] = []
+    shapes = {program.kinds[item.slot][0] for item in given if item.slot in transposes}
     for item in instruction.args:
         if not isinstance(item, Ref):
             parts.append((type(item), item))
         elif item.slot in transposes:
             parts.append(transposes[item.slot].args[0])
-            shapes.append(program.kinds[item.slot][0])
-        elif _rank(program, item) == 1:
+        # A vector of one element would be spread.
+        elif item.slot in columns and program.kinds[item.slot][0][0] == whole[0][0]:
+            parts.append(columns[item.slot].args[0])
+        elif _rank(program, item) == 1 and program.kinds[item.slot][0][0] == whole[0][1]:
             parts.append(("column", item.slot))
         else:
             return None
-    whole = program.kinds.get(instruction.outputs[0])
-    kinds = {program.kinds[item.slot][1:] for item in instruction.args if isinstance(item, Ref)}
-    fits = whole is not None and kinds == {whole[1:]} and shapes and all(shape == whole[0] for shape in shapes)
-    # A vector of one element is spread over the rows as well.
-    vectors = [item for item in instruction.args if isinstance(item, Ref) and item.slot not in transposes]
-    lengths = {program.kinds[item.slot][0][0] for item in vectors}
-    return tuple(parts) if fits and whole is not None and lengths == {whole[0][1]} else None
+    return tuple(parts) if shapes == {whole[0]} else None
 
 
 __all__ = ["turned"]
