@@ -11,6 +11,7 @@ import torch
 from chainrule.dispatch import undispatched
 from chainrule.execute.destinations import with_destinations
 from chainrule.execute.spelling import spell
+from chainrule.execute.turning import turned
 from chainrule.maps.staging import Instruction, Program, Ref, freeze, reads
 
 aten = torch.ops.aten
@@ -60,7 +61,10 @@ def simplify(
         kept = _needed(kept, wanted, memory)
         return spell(program, kept) if spelled else (kept, {})
     if program.recorded:
-        kept = _share(kept, _roots(program, kept, wanted), program.copies, memory)
+        own = _roots(program, kept, wanted)
+        kept = _share(kept, own, program.copies, memory)
+        if (again := turned(program, kept, own, memory.touched)) is not None:
+            kept = _share(again, own, program.copies, memory)
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ class Workspace:
         self.dtype = dtype
         self.device = device
         self.memo: Memo = {}
+        # The ops of the tape by the slot of their result, once a rule has asked for one (see chainrule/rules/base.py).
+        self.producers: dict[int, Any] | None = None
 
     def ones(self, sizes: tuple[int, ...]) -> Node:
         """An array of ones."""

@@ -150,6 +150,7 @@ class _Reachable:
 
     def __init__(self, tape: Any, reachable: set[int]) -> None:
         self.values: list[torch.Tensor] = tape.values
+        self.records: Sequence[Any] = tape.records
         self.active = _Activity(tape.active, reachable)
         self.records: Sequence[Any] = tape.records
 

@@ -88,6 +88,13 @@ class Call:
         """Whether an argument is a tensor that depends on the inputs."""
         return self.is_slot(item) and self._tape.active[item.index]
 
+    def producer(self, item: Any) -> Any:
+        """The recorded op whose only output an argument is; None for an input, or one output of several."""
+        known: dict[int, Any] | None = self.workspace.producers
+        if known is None:
+            known = self.workspace.producers = {r.outputs[0]: r for r in self._tape.records if len(r.outputs) == 1}
+        return known.get(item.index) if self.is_slot(item) else None
+
     def stage(self, program: Program, item: Any) -> Any:
         """The staged value of an argument (numbers and other static arguments stay what they are)."""
         if self.is_slot(item):

@@ -102,6 +102,15 @@ def _above(x: Any, bound: float) -> Any:
     return _step(torch.logical_not(x <= bound), x)
 
 
+def _passing(a: Arguments) -> Any:
+    """The mask of ``threshold_backward``, in the spelling of the op it is the derivative of, so that it is made once."""
+    if a.threshold != 0:
+        return _above(a.self, a.threshold)
+    kept = a.self
+    positive = a.producer("self") is aten.relu.default
+    return a.mask(_step(kept != 0, kept) if positive else _above(kept, 0), kept)
+
+
 def _outside(x: Any, bound: float) -> Any:
     return _step(torch.logical_not((x >= -bound) & (x <= bound)), x)
 
@@ -221,7 +230,7 @@ _BACKWARD: dict[Any, Rule] = {
     aten.sigmoid_backward.default: elementwise(
         grad_output=lambda a: a.output * (1 - a.output), output=lambda a: a.grad_output * (1 - 2 * a.output)
     ),
-    aten.threshold_backward.default: _backward(lambda a: _above(a.self, a.threshold)),
+    aten.threshold_backward.default: _backward(_passing),
     aten.leaky_relu_backward.default: _backward(lambda a: _leaky(a.self, a.negative_slope)),
     aten.hardtanh_backward.default: _backward(lambda a: _within(a.self, a.min_val, a.max_val)),
     aten.hardsigmoid_backward.default: _backward(lambda a: _between(a.self, -3, 3) / 6),

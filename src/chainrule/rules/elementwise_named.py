@@ -39,6 +39,16 @@ class Arguments:
         """The second output."""
         return self._call.stage_output(self._program, 1)
 
+    def producer(self, name: str) -> Any:
+        """The op that made the argument ``name``; None where that is not known."""
+        record = self._call.producer(self._call.argument(name))
+        return None if record is None else record.op
+
+    def mask(self, number: Staged, kept: Staged) -> Staged:
+        """The number, noted as a mask: a product with it keeps what stands where ``kept``, of its dtype, is positive or NaN."""
+        self._program.masks[number.slot] = kept
+        return number
+
     def graded(self, number: Staged) -> Staged:
         """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
         return self._program.note_mask(number, number)
