@@ -217,5 +217,6 @@ def as_matrix(
 
 
 __all__ = [
-    "Found", "Key", "Pattern", "SparseBlock", "as_matrix", "block_nodes", "dense_parts", "find_blocks", "mirrored", "read_node", "triangle_of",
+    "Found", "Key", "Pattern", "SparseBlock", "as_matrix", "block_nodes", "dense_parts", "find_blocks", "mirrored", "read_node",
+    "triangle_of",
 ]  # fmt: skip
