@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo examples test sweep bench lint docs notebook clean
+.PHONY: demo examples pictures test sweep bench lint docs notebook clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/tour.py $(ARGS)
@@ -18,6 +18,12 @@ examples: $(STAMP)
 		$(BIN)/python examples/$$name.py --picture examples/pictures/$$name.png $(ARGS) || failed="$$failed $$name"; echo; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+# Those that the documentation shows.
+pictures: $(STAMP)
+	for name in $(EXAMPLES); do \
+		$(BIN)/python examples/$$name.py --small --picture docs/pictures/$$name.png || exit 1; \
+	done
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

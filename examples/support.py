@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,10 +44,19 @@ class Report:
             self.failed.append(what)
 
     def save(self, figure: Figure) -> None:
-        """Write the picture, where one was asked for."""
-        if self.picture is not None:
-            figure.savefig(self.picture, bbox_inches="tight", dpi=120)
-            self.say(f"picture: {self.picture}")
+        """Write the picture, where one was asked for; PNG files small enough to be kept beside the documentation."""
+        if self.picture is None:
+            return
+        if self.picture.suffix == ".png":
+            from PIL import Image  # noqa: PLC0415 - it comes with matplotlib, which only pictures need
+
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png", bbox_inches="tight", dpi=80)
+            colours = Image.open(drawn).convert("RGB").quantize(48, dither=Image.Dither.NONE)
+            colours.save(self.picture, optimize=True)
+        else:
+            figure.savefig(self.picture, bbox_inches="tight")
+        self.say(f"picture: {self.picture}")
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -39,3 +39,13 @@ def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for block in CODE.findall(page.read_text(encoding="utf-8")):
         if ">>>" not in block:
             exec(compile(block, page.name, "exec"), names)  # noqa: S102 - our own documentation
+
+
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if PICTURE.search(p.read_text(encoding="utf-8"))], ids=lambda page: page.name)
+def test_pictures_are_there_and_small(page: Path) -> None:
+    for name in PICTURE.findall(page.read_text(encoding="utf-8")):
+        if not name.startswith("http"):
+            assert 1000 < (page.parent / name).stat().st_size < 60_000, name

@@ -59,6 +59,18 @@ def test_bundle_adjustment() -> None:
     torch.testing.assert_close(found.to_dense(), expected, rtol=1e-9, atol=1e-9)
     # Two rows of 15 places (but for the two principal points of the other row) and one of one, per observation.
     assert found._nnz() == 25 * (2 * 14 + 1)
+    # What the pattern leaves out is zero whatever the values are, and nothing else: per observation, of 31 places, these two.
+    pattern = torch.sparse_coo_tensor(found.indices(), torch.ones(found._nnz()), found.shape, check_invariants=True).to_dense() != 0
+    seen = torch.zeros(pattern.shape, dtype=torch.bool)
+    for _ in range(5):
+        at = problem.start() + 0.1 * torch.randn(x.shape, dtype=x.dtype)
+        dense = torch.func.jacrev(problem.residuals)(at)
+        assert not bool(dense[~pattern].any())
+        seen |= dense != 0
+    assert torch.equal(seen, pattern)
+    for observation, camera in enumerate(problem.camera.tolist()):
+        block = pattern[2 * observation : 2 * observation + 2, 11 * camera : 11 * camera + 11]
+        assert (~block).nonzero().tolist() == [[0, 8], [1, 7]]
 
 
 def test_an_implicit_step_solves_its_equation() -> None:
