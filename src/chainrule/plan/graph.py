@@ -152,7 +152,6 @@ class _Reachable:
         self.values: list[torch.Tensor] = tape.values
         self.records: Sequence[Any] = tape.records
         self.active = _Activity(tape.active, reachable)
-        self.records: Sequence[Any] = tape.records
 
 
 class _Activity:
