@@ -5,33 +5,42 @@ from __future__ import annotations
 #: By row; a row's line is printed only while the row misses a ratio.
 LIMITS: dict[str, str] = {
     "A1": "of a plain call the calls of the plan are a fifth; the rest is making a tape, recording two ops (3 to 5 µs each "
-    "beside the kernels), looking the plan up and putting the result together. Kept: handlers, records and constants in C, "
-    "torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards, and a call takes as long as "
-    "by hand.",
-    "A2": "a plain call makes a tape, records two ops (3 µs each beside the kernels), looks the plan up and puts the result "
-    "together: some 60 µs in some 40 small functions of Python, beside 20 µs of kernels. Compiled it is as fast as by hand.",
-    "A3": "as A2.",
-    "A7": "bound by writing the result, most of which are zeros: as fast as the formula by hand, or a copy of the result.",
-    "A5": "25 µs are arithmetic. The rest is recording two ops through two Python handlers (a tape and a vmap: 1.4 µs "
-    "for an op and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay "
-    "on the stored tensors (kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept). Compiled it takes as long as "
-    "by hand; the formula by hand is itself 2.4 times faster than jax.jit, and the inductor backend is no faster.",
-    "A6": "the kernels are those by hand (one product of the size of the result is 90 % of them); the rest, some 300 µs "
-    "in an eager call, is recording through a tape and a vmap. Tried: the other order of the operands of that "
-    "product (no difference). Compiled it takes as long as by hand, that is to write 8.7 MB; jax.jit takes twice that.",
-    "A8f": "46 µs for 2 ops: about 20 µs of recording and argument checks, a look-up, 3 calls. The nest runs as one "
-    "program.",
-    "A8r": "as A8f, in two parts (what does not depend on the cotangent first).",
-    "A9": "bound by writing the zeros of the 256³ block. Kept: zeros of more than 32 MB are written past the caches, half of the "
-    "time that torch's own take.",
-    "B1": "bound by one matrix product; the formula by hand is itself only about 2.4 times faster than the best "
-    "torch.func expression (jacfwd of grad) with one thread.",
+    "beside the kernels), looking the plan up and putting the result together. Kept: handlers, records and constants "
+    "in C, torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards, and a call "
+    "takes as long as by hand.",
+    "A2": "a plain call makes a tape, records two ops (3 to 5 µs each beside the kernels), looks the plan up and puts the "
+    "result together: most of what is not kernels is some 30 small functions of Python. Kept: modes entered and left "
+    "in C, a tape's tables made there, one look-up for a tensor in and a tensor out (a fifth of the call less), one "
+    "product written straight into the result. Compiled it is as fast as by hand.",
+    "A3": "as A2, whose text says what was tried.",
+    "A7": "bound by writing the result, most of which are zeros: the formula by hand is itself 11 to 14 times faster than "
+    "torch.func. Kept: the blocks are written onto the diagonal of fresh zeros without a temporary; the two calls of "
+    "the row are made one after the other, each with its entry.",
+    "A5": "a quarter of the call is arithmetic. The rest is recording two ops through two handlers (a tape and a vmap: 1.4 "
+    "µs for an op and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay "
+    "on the stored tensors (kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept), what a nest is "
+    "made of found once (kept, 7 %). Compiled it takes as long as by hand, which jax.jit does, too; the inductor "
+    "backend is no faster.",
+    "A6": "the kernels are those by hand (one product of the size of the result is 90 % of them); the rest of an eager call "
+    "is recording through a tape and a vmap. Tried: the other order of the operands of that product (no difference). "
+    "Compiled it takes no longer than by hand, that is to write 8.7 MB; the best compiled peer is bound by the same.",
+    "A8f": "a plain call of 2 ops takes ten times the compiled one: recording, checks of the tangent, the nest's key and "
+    "look-up, some 60 small functions of Python; 3 calls are arithmetic. The nest runs as one program. Kept: what a "
+    "nest is made of is found once per function, modes entered in C (a tenth less).",
+    "A8r": "as A8f, in two parts (what does not depend on the cotangent first); the same was tried.",
+    "A9": "bound by writing the zeros of the 256³ block. Kept: zeros of more than 32 MB are written past the caches, half "
+    "of the time that torch's own take.",
+    "B1": "bound by one matrix product; the formula by hand is itself only 2.4 to 3 times faster than the best torch.func "
+    "expression with one thread, as that one, too, is a product with a dense matrix of 300 columns. Measured and no "
+    "faster: the weights on the other factor (1.06 of the time), their square root on both (1.25), the transposed "
+    "factor copied first (1.6).",
     "B2": "the forward Laplacian by hand is itself only about 3 times faster than the best torch.func expression. Kept: "
     "products that are larger than their factors stand in the order of the result (half of the time for the Laplacian "
-    "of a whole batch), so that a plain call takes as long as by hand.",
-    "B3": "two products of the size of the result are most of the calls; recording is the rest. Tried: one matrix "
-    "product for all samples in place of one per sample (kept: 3.1 ms to 0.2 ms), its result laid out by samples "
-    "(kept: no copy of the signals).",
+    "of a whole batch), so that a plain call takes as long as by hand. The planner's search compares the orders of "
+    "the products and takes this one.",
+    "B3": "two products of the size of the result are most of the calls; recording is the rest. Tried: one matrix product "
+    "for all samples in place of one per sample (kept: 3.1 ms to 0.2 ms), its result laid out by samples (kept: no "
+    "copy of the signals).",
     "B5": "as fast as the formula by hand (within a tenth), which is itself 1.3 times faster than the best torch.func "
     "expression. Of 44.7 ms of the processor 25 are the transposed convolution of 320 cotangents, 850 million "
     "multiply-adds at 34 of the 40 a nanosecond that a matrix product reaches on an AVX2 core; 7.6 the network itself "
@@ -41,23 +50,27 @@ LIMITS: dict[str, str] = {
     "unpooling and 41.6 in all), `max_unpool2d` (10.5). Pooling leaves one entry in four, another in each channel: "
     "products over channels cannot skip the zeros.",
     "B6": "the same convolutions as torch.func's, grouped for the weights; what is left is recording in Python. Slower by "
-    "measurement: patches and batched products, a loop over samples. Kept: parts of composite ops, views and numbers beside "
-    "batched tensors are run by the vmap without a way through torch's dispatcher.",
+    "measurement: patches and batched products, a loop over samples. Kept: parts of composite ops, views and numbers "
+    "beside batched tensors are run by the vmap without a way through torch's dispatcher.",
     "B7": "recording in Python, about 5 µs an op, and some 15 small calls for the cross-entropy.",
-    "B7t": "recording in Python: 46 ops, most of them small views inside of `multi_head_attention_forward`; the replay alone is "
-    "as fast as torch.autograd. Kept: dropout of nothing is no op, composite ops are recorded in parts in one pass, torch's "
-    "Python functions are entered so that the calls in them are taken early.",
+    "B7t": "recording in Python: 46 ops, most of them small views inside of `multi_head_attention_forward`; the replay alone "
+    "is as fast as torch.autograd. Kept: dropout of nothing is no op, composite ops are recorded in parts in one "
+    "pass, torch's Python functions are entered so that the calls in them are taken early.",
     "B9": "by hand three products and two passes; of a plain call a third is recording three layers through a tape and a "
-    "vmap, and the entry. Compiled it is faster than by hand.",
-    "B20f": "by profile recording in Python: the views, splits and joins inside of `multi_head_attention_forward` on tensors "
-    "with a graph, and layer norms in parts, which torch's autograd has to see one by one. Kept: products, attention and views "
-    "in C (0.28 before).",
+    "vmap, and the entry. Kept: the trace contracted as by hand, replays on the stored tensors. Compiled it is faster "
+    "than by hand.",
+    "B20f": "recording in Python. If parameters have a graph, each layer norm is recorded in 9 parts and each product over a "
+    "sequence in 3 (60 ops, 34 without), as what torch's autograd saves of them has to stand on the tape should the "
+    "function call `torch.autograd.grad`. Kept: products, attention and views in C (0.28 before), replays under vmap. "
+    "Not tried: whole ops, whose saved tensors would be recognised by their memory.",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
     "hand.",
-    "B11": "as B2: the formula by hand is itself only about 2.4 times faster than torch.func.",
-    "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per op. "
-    "Kept: operators and methods of mapped tensors are C functions that need no function mode (8 to 2 µs an op beside the "
-    "kernel), the dispatcher's state asked in its own functions. Tried and dropped: the Python handlers compiled by mypyc.",
+    "B11": "as B2: the formula by hand is itself only 2.4 to 3 times faster than torch.func. The planner's search compares "
+    "the orders of the products and takes the one of the formula.",
+    "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per "
+    "op. Kept: operators and methods of mapped tensors are C functions that need no function mode (8 to 2 µs an op "
+    "beside the kernel), the dispatcher's state asked in its own functions. Tried and dropped: the Python handlers "
+    "compiled by mypyc.",
     "B12b": "half of the call is `functional_call`'s exchange of the parameters, for either library.",
     "B13b": "recording, some 3 µs an op; the pullback itself is two calls an op.",
     "B14c": "by hand, with each layer's share added inside its product, 1.5 times faster than torch.func: 125 million "
@@ -69,27 +82,33 @@ LIMITS: dict[str, str] = {
     "5.4 ms: 126 million multiply-adds, of which those for the weights' cotangents write 6.6 MB. One product for all "
     "samples, with these first in memory, is no faster than a product per cotangent (2.4 against 2.2 ms). Recording "
     "the network takes 0.6 ms.",
-    "B16": "one product of matrices writes the whole result, the covariance is added on its diagonal, as by hand; "
-    "stacking the factors of that product, and small calls. Tried: a sum of three products and a block diagonal "
-    "(twice as slow); the stacks laid out the other way (the product alone is no faster).",
+    "B16": "one product of matrices writes the whole result, the covariance is added on its diagonal, as by hand; stacking "
+    "the factors of that product, and small calls. Tried: a sum of three products and a block diagonal (twice as "
+    "slow); the stacks laid out the other way (the product alone is no faster).",
     "B16s": "as B16.",
-    "B17": "a third is writing the zeros of the dense result; then one matrix product for the values around each pixel (bands) "
-    "and strided copies into the result.",
+    "B17": "a third is writing the zeros of the dense result; then one matrix product for the values around each pixel "
+    "(bands) and strided copies into the result.",
     "B19a": "three products of 62 million multiply-adds in float64 take 4.1 of 5.1 ms compiled; by hand (4.4) value, Jacobian "
     "and Laplacian are rows of the same products, here the cotangents read the weights (10 MB) once more in three "
     "matrix-vector products, 0.5 ms. Recording is the rest. Tried: thin products as their transposes (kept: a fifth "
     "less time in them); of nine layouts of the operands none is faster by more than a fifth.",
     "C1": "by profile some 90 % of the call are the run of the function under the recorder in Python (41 calls), some four "
-    "times the plain run; the replay of the derivative is 5 %, the sparse tensor's object and the look-up 1 % together. A call "
-    "costs 3 to 4 µs more than plain. Kept: comparisons, conversions and "
-    "factories of constants go past the recorder; views, rolls and joins are recorded in C (12 to 20 µs before). A "
-    "compiled call records nothing. On larger "
-    "grids the arithmetic decides, and the formula by hand is near.",
-    "C4l": "by profile nine tenths of the step are SciPy's sparse LU, which is the same for all; of the rest the exact Jacobian "
-    "takes a sixth of the time of the differences along groups, and the conversion to CSC a hundredth of the step. Kept: the "
-    "ordering for symmetric patterns, which halves the LU for all.",
-    "C2": "as C1, of 57 calls, most of them slices and concatenations, which are recorded in C, too (3 to 5 µs each).",
-    "B19c": "of each Hessian 25 entries are carried, by hand the 15 of a triangle: 40 % of the largest products. The "
-    "symmetry is not known to the plan. Tried: small matrices multiplied by passes over their stack (kept: each "
-    "of these products alone is ten times faster).",
+    "times the plain run; the replay of the derivative is 5 %, the sparse tensor's object and the look-up 1 % "
+    "together. A call costs 3 to 4 µs more than plain. Kept: comparisons, conversions and factories of constants go "
+    "past the recorder; views, rolls and joins are recorded in C (12 to 20 µs before). A compiled call records "
+    "nothing. On larger grids the arithmetic decides, and the formula by hand is near.",
+    "C4l": "by profile nine tenths of the step are SciPy's sparse LU, which is the same for all; of the rest the exact "
+    "Jacobian takes a sixth of the time of the differences along groups, and the conversion to CSC a hundredth of the "
+    "step. Kept: the ordering for symmetric patterns, which halves the LU for all.",
+    "C2": "as C1, of 57 calls, most of them slices and concatenations, which are recorded in C, too (3 to 5 µs each). "
+    "Tried: modes entered in C, conversions and factories past the tape (kept, 6 %).",
+    "B19c": "of each Hessian 25 entries are carried, by hand the 15 of a triangle: 40 % of the largest products. The symmetry "
+    "is not known to the plan. Tried: small matrices multiplied by passes over their stack (kept: each of these "
+    "products alone is ten times faster).",
+    "A4": "one product writes the result on block diagonals of zeros, as by hand; the rest is recording, the zeros (their "
+    "own time varies by a third between runs: 1.07 to 1.29 of by hand were seen) and freeing 33 MB. Kept: no "
+    "temporary of the result's size, zeros of more than 32 MB past the caches.",
+    "B15csr": "the arithmetic is one product, as by hand; a plain call takes less than a millisecond, 2.7 times the compiled "
+    "one: recording six ops, the look-up of the pattern and whether the mask's non-zeros are those of the plan. At "
+    "n=1000 the ratio is 1.65. Kept: the pattern is read off once per value of the mask.",
 }
