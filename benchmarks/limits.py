@@ -63,8 +63,7 @@ LIMITS: dict[str, str] = {
     "sequence in 3 (60 ops, 34 without), as what torch's autograd saves of them has to stand on the tape should the "
     "function call `torch.autograd.grad`. Kept: products, attention and views in C (0.28 before), replays under vmap. "
     "Not tried: whole ops, whose saved tensors would be recognised by their memory.",
-    "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by "
-    "hand.",
+    "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by hand.",
     "B11": "as B2: the formula by hand is itself only 2.4 to 3 times faster than torch.func. The planner's search compares "
     "the orders of the products and takes the one of the formula.",
     "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per "

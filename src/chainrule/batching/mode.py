@@ -54,10 +54,12 @@ class VmapMode(LightMode):
 
     Attributes:
         fallbacks: the names of the ops that ran by a loop over the samples.
+        merged: whether it does the work of two levels.
 
     """
 
     takes_functions = True
+    merged = False
     maps = True
     reads_data = True
 

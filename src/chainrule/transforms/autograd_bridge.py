@@ -30,6 +30,7 @@ from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionContext, FunctionOp
 from chainrule.rules.opaque import OWN_GRAPH
+from chainrule.transforms.merged import APART, Apart
 
 _UNUSED = (
     "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this is the desired "
@@ -315,6 +316,9 @@ def _apply_own_vmap(function: Any, mode: VmapMode, args: tuple[Any, ...]) -> Any
         RuntimeError: the staticmethod does not return a pair, or its ``out_dims`` do not fit its outputs.
 
     """
+    APART.met += 1
+    if mode.merged:
+        raise Apart
     batched = [isinstance(a, BatchTensor) and a.level is mode and a.batched for a in args]
     in_dims = tuple(0 if is_batched else None for is_batched in batched)
     with without_innermost():

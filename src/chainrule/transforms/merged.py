@@ -1,17 +1,22 @@
 """One vmap directly around another, run as one: two batch dimensions are one that is longer.
 
 ``vmap(vmap(f, in_dims=(None, 0)), in_dims=(0, None))`` runs nothing of the user's between its levels. Where the arguments can be
-given both dimensions at once for next to nothing, one level does the work of both, and each call passes one handler.
+given both dimensions at once for next to nothing, one level does the work of both, and each call passes one handler. A function
+that writes into its arguments, or asks for its level, is left to two levels: its first call is watched.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 #: The most bytes of copies of arguments that are mapped by one of the levels.
 _MOST_COPIED = 1 << 15
@@ -19,20 +24,21 @@ _MOST_COPIED = 1 << 15
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Copied(NamedTuple):
-    """A copy that stands for an argument which one of the levels does not map.
+#: By the identity of a function's code, or of another callable: that object, and whether its first call let two levels be one.
+_KNOWN: dict[int, tuple[weakref.ref[Any], bool]] = {}
 
-    Attributes:
-        whole: the argument with both dimensions in front, that of the other level of length 1.
-        copy: the copy, with one dimension for the two.
-        level: the level that does not map it.
-        version: how often the copy had been written to.
-    """
 
-    whole: Tensor
-    copy: Tensor
-    level: int
-    version: int
+class _Met:
+    """How often something was met that has to know its own level."""
+
+    met = 0
+
+
+APART = _Met()
+
+
+class Apart(BaseException):  # noqa: N818 -- no error, and no handler of a user's may take it
+    """A run of two levels as one has met what has to know its own level."""
 
 
 class Merged(NamedTuple):
@@ -42,13 +48,20 @@ class Merged(NamedTuple):
         values: its arguments, with one dimension in the place of two, the first.
         mapped: which of them have it.
         sizes: of the two levels.
-        copied: the arguments that had to be copied.
+        copies: those of the arguments that one of the levels does not map.
+        versions: how often the tensors among the arguments had been written to.
     """
 
     values: list[Any]
     mapped: list[bool]
     sizes: tuple[int, int]
-    copied: list[Copied]
+    copies: list[Tensor]
+    versions: list[tuple[Tensor, int]]
+
+    @property
+    def wrote_copies(self) -> bool:
+        """Whether copies have been written to, of which the arguments know nothing. They were fresh."""
+        return any([copy._version for copy in self.copies])
 
 
 def merged_inputs(outer: Any, inner: Any, args: Sequence[Any]) -> Merged | None:
@@ -59,7 +72,7 @@ def merged_inputs(outer: Any, inner: Any, args: Sequence[Any]) -> Merged | None:
         inner: those of the inner one.
         args: the arguments.
     """
-    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0 or torch.is_inference_mode_enabled():
         return None
     count = len(args)
     dims = [(item,) * count if item.__class__ is int else item for item in (outer, inner)]
@@ -78,7 +91,7 @@ def merged_inputs(outer: Any, inner: Any, args: Sequence[Any]) -> Merged | None:
                 sizes[level] = size
     if not all(sizes):
         return None
-    merged = Merged([], [], (sizes[0], sizes[1]), [])
+    merged = Merged([], [], (sizes[0], sizes[1]), [], versions_of(args))
     spent = 0
     for arg, places in zip(args, found, strict=True):
         assert places is not None
@@ -98,7 +111,7 @@ def merged_inputs(outer: Any, inner: Any, args: Sequence[Any]) -> Merged | None:
             whole = arg.movedim(places[1 - level], 0).unsqueeze(level)
             copy = whole.expand(*sizes, *whole.shape[2:]).clone(memory_format=torch.contiguous_format).flatten(0, 1)
             merged.values.append(copy)
-            merged.copied.append(Copied(whole, copy, level, copy._version))
+            merged.copies.append(copy)
     return merged
 
 
@@ -106,7 +119,7 @@ def _places(arg: Any, outer: Any, inner: Any) -> tuple[int | None, int | None] |
     """The dimensions of an argument that the two levels map; None for what is left to them."""
     if outer is None and inner is None:
         return None, None
-    if arg.__class__ not in _PLAIN or arg.layout is not torch.strided or arg.is_conj() or arg.is_neg():
+    if arg.__class__ not in _PLAIN or arg.layout is not torch.strided or arg.is_conj() or arg.is_neg() or arg.is_inference():
         return None
     rank = arg.dim()
     first = second = None
@@ -124,24 +137,48 @@ def _places(arg: Any, outer: Any, inner: Any) -> tuple[int | None, int | None] |
     return first, second
 
 
-def write_back(merged: Merged, name: Callable[[], str]) -> None:
-    """Give the arguments what was written to their copies.
+def versions_of(args: Sequence[Any]) -> list[tuple[Tensor, int]]:
+    """The tensors among arguments, and how often each has been written to."""
+    found = []
+    for arg in args:
+        leaves = (arg,) if arg.__class__ in _PLAIN else tree_leaves(arg)
+        found += [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    return found
 
-    Args:
-        merged: what the function was given.
-        name: its name, for the message.
 
-    Raises:
-        RuntimeError: if what was written differs between the samples of a level that does not map an argument.
-    """
-    for whole, copy, level, version in merged.copied:
-        if copy._version == version:
-            continue
-        parts = copy.detach().unflatten(0, merged.sizes)
-        first = parts.narrow(level, 0, 1)
-        if not torch.equal(first.expand_as(parts), parts):
-            raise RuntimeError(
-                f"vmap({name()}, ...): a value that differs between samples was written into an argument with in_dims=None, "
-                "which has no batch dimension there. Map that argument, or use the out-of-place version of the op."
-            )
-        whole.copy_(first)
+def written(versions: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether one of the tensors has been written to since."""
+    return any([tensor._version != version for tensor, version in versions])
+
+
+def core_of(func: Callable[..., Any]) -> Any:
+    """What a function that transforms may stand around is known by: its code, or the callable itself."""
+    while True:
+        if isinstance(func, functools.partial):
+            func = func.func
+        elif isinstance(func, MethodType):
+            func = func.__func__
+        elif (inner := getattr(func, "__dict__", {}).get("__wrapped__")) is not None:
+            func = inner
+        else:
+            return getattr(func, "__code__", func)
+
+
+def lets_merge(core: Any) -> bool | None:
+    """Whether a function leaves its arguments as they are and does not ask for its level; None before its first call."""
+    known = _KNOWN.get(id(core))
+    return known[1] if known is not None and known[0]() is core else None
+
+
+def note(core: Any, merges: bool) -> None:
+    """Remember whether two levels around a function may be one."""
+    number = id(core)
+    try:
+        _KNOWN[number] = weakref.ref(core, lambda reference: _forget(number, reference)), merges
+    except TypeError:  # a callable without weak references stays unknown: two levels
+        return
+
+
+def _forget(number: int, reference: weakref.ref[Any]) -> None:
+    if (known := _KNOWN.get(number)) is not None and known[0] is reference:
+        del _KNOWN[number]

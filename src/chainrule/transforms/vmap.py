@@ -18,8 +18,9 @@ from chainrule.execute.accounts import current_ledger
 from chainrule.execute.mapped_calls import CALLS
 from chainrule.rules.batching_base import Batched
 from chainrule.subclasses import refuse_foreign
+from chainrule.transforms import merged as levels_as_one
 from chainrule.transforms.arguments import check_whole, refuse_inside_torch_func
-from chainrule.transforms.merged import Merged, merged_inputs, write_back
+from chainrule.transforms.merged import Apart, Merged, merged_inputs
 from chainrule.transforms.sparse_batches import join_chunks, moved_batch
 
 
@@ -116,9 +117,9 @@ class Mapping:
         def vmapped(*args: Any, **kwargs: Any) -> Any:
             func = self.func
             if self.inner is not None and not kwargs:
-                merged = merged_inputs(self.in_dims, self.inner.in_dims, args)
-                if merged is not None:
-                    return self.inner.run_merged(merged)
+                found = self._as_one(args)
+                if found is not NotImplemented:
+                    return found
             return self.leave(*self.enter(functools.partial(func, **kwargs) if kwargs else func, args))
 
         made = entry_point(vmapped, self.func)
@@ -141,13 +142,41 @@ class Mapping:
         size = _batch_size(self.func, flat_args, flat_dims, self.name)
         return _inside(call, *_batch_first(flat_args, flat_dims), size, args_spec, self.randomness)
 
+    def _as_one(self, args: tuple[Any, ...]) -> Any:
+        """What this mapping and the one inside of it return, by one level; NotImplemented where there have to be two."""
+        assert self.inner is not None
+        merged = merged_inputs(self.in_dims, self.inner.in_dims, args)
+        core = levels_as_one.core_of(self.inner.func)
+        known = levels_as_one.lets_merge(core)
+        if merged is None or known is False:
+            return NotImplemented
+        if known is None:
+            before = levels_as_one.APART.met
+            found = self.leave(*self.enter(self.func, args))
+            levels_as_one.note(core, levels_as_one.APART.met == before and not levels_as_one.written(merged.versions))
+            return found
+        try:
+            found = self.inner.run_merged(merged)
+        except (Apart, Exception) as error:
+            if not isinstance(error, Apart) and not merged.wrote_copies:
+                raise
+        else:
+            if not merged.wrote_copies:
+                return found
+        # Not as in the calls before: what was done has touched nothing of the user's, and is done again.
+        levels_as_one.note(core, False)
+        if levels_as_one.written(merged.versions):
+            raise RuntimeError(
+                f"vmap({_name(self.inner.func)}, ...): the function writes into its arguments, which it did not do in earlier "
+                "calls, so that two vmaps around it were run as one; some arguments hold what was written. Another call runs both."
+            )
+        return NotImplemented
+
     def run_merged(self, merged: Merged) -> Any:
         """What this mapping and the one around it return."""
         refuse_inside_torch_func(self.name)
         size = merged.sizes[0] * merged.sizes[1]
-        outputs, mode = _inside(self.func, merged.values, merged.mapped, size, None, self.randomness)
-        if merged.copied:
-            write_back(merged, lambda: _name(self.func))
+        outputs, mode = _inside(self.func, merged.values, merged.mapped, size, None, self.randomness, merged=True)
         found = _unwrapped(self.func, outputs, 0, mode)
         if found.__class__ is Tensor:
             return found.unflatten(0, merged.sizes)
@@ -372,10 +401,18 @@ def _run(
 
 
 def _inside(
-    func: Any, values: list[Any], mapped: list[bool], size: int, args_spec: TreeSpec | None, randomness: str
+    func: Any,
+    values: list[Any],
+    mapped: list[bool],
+    size: int,
+    args_spec: TreeSpec | None,
+    randomness: str,
+    *,
+    merged: bool = False,
 ) -> tuple[Any, VmapMode]:
-    """Run `func` on tensors whose mapped dimension is the first."""
+    """Run `func` on tensors whose mapped dimension is the first; that of two levels if `merged`."""
     mode = VmapMode(size, randomness, CALLS)
+    mode.merged = merged
     args: Any = [_wrapped(value, mode) if flag else value for value, flag in zip(values, mapped, strict=True)]
     if args_spec is not None:
         args = tree_unflatten(args, args_spec)
