@@ -168,7 +168,7 @@ class Mapping:
         if levels_as_one.written(merged.versions):
             raise RuntimeError(
                 f"vmap({_name(self.inner.func)}, ...): the function writes into its arguments, which it did not do in earlier "
-                "calls, so that two vmaps around it were run as one; some arguments hold what was written. Another call runs both."
+                "calls, so that two vmaps around it were run as one; some hold what was written. Another call runs both."
             )
         return NotImplemented
 
