@@ -6,9 +6,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
+_FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
-#: Whether a class is foreign, for those that were met.
-_MET: dict[type, bool] = {torch.Tensor: False, torch.nn.Parameter: False}
+#: Whether a class is foreign, for those that were met; None for fake tensors, where it depends on the modes.
+_MET: dict[type, bool | None] = {torch.Tensor: False, torch.nn.Parameter: False}
 
 
 def known(kind: type[torch.Tensor]) -> type[torch.Tensor]:
@@ -20,12 +21,19 @@ def known(kind: type[torch.Tensor]) -> type[torch.Tensor]:
 def is_foreign(kind: type) -> bool:
     """Whether a class has a ``__torch_dispatch__`` that is not ours: the elements need not be where the memory seems to be.
 
-    A fake tensor has no elements, and its mode takes every op.
+    A fake tensor has no elements; where a ``FakeTensorMode`` is entered, it takes every op, and the class need not.
     """
-    found = _MET.get(kind)
-    if found is None:
-        found = _MET[kind] = kind.__torch_dispatch__ is not _NO_DISPATCH and not issubclass(kind, FakeTensor)  # type: ignore[attr-defined]
-    return found
+    found = _MET.get(kind, _MET)
+    if found is _MET:
+        if issubclass(kind, FakeTensor):
+            found = _MET[kind] = None
+        else:
+            found = _MET[kind] = kind.__torch_dispatch__ is not _NO_DISPATCH  # type: ignore[attr-defined]
+    return not _fakes_are_seen() if found is None else bool(found)
+
+
+def _fakes_are_seen() -> bool:
+    return torch._C._get_dispatch_mode(_FAKE_MODE) is not None
 
 
 def is_bare(kind: type) -> bool:
@@ -40,11 +48,17 @@ def refuse_foreign(tensor: torch.Tensor, transform: str) -> None:
     Raises:
         RuntimeError: if it is one.
     """
-    if is_foreign(tensor.__class__):
+    if not is_foreign(tensor.__class__):
+        return
+    if isinstance(tensor, FakeTensor):
         raise RuntimeError(
-            f"{transform}: a {tensor.__class__.__name__} runs torch's ops in a way of its own (__torch_dispatch__), which "
-            "chainrule does not see through. Use the tensors that it is made of."
+            f"{transform}: a FakeTensor has no elements outside of its mode. Call the transform within `with FakeTensorMode():`, "
+            "where the result is a FakeTensor as well."
         )
+    raise RuntimeError(
+        f"{transform}: a {tensor.__class__.__name__} runs torch's ops in a way of its own (__torch_dispatch__), which "
+        "chainrule does not see through. Use the tensors that it is made of."
+    )
 
 
 __all__ = ["is_bare", "is_foreign", "known", "refuse_foreign"]

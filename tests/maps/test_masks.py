@@ -212,3 +212,54 @@ def test_a_mask_costs_nothing_where_all_is_finite():
         program = str(chainrule.explain(chainrule.jacfwd(function))(x)).partition("program:")[2]
         found = [word.strip(" ,").partition("×") for word in program.split() if "threshold_backward" in word]
         assert sum(int(times or 1) for _, _, times in found) == count, program
+
+
+#: Masks with halves at ties, and masks of ones: both select, also from infinities that nothing told of beforehand.
+EXTREMA = {
+    "maximum": lambda x: torch.maximum(x, torch.zeros(4, dtype=D)),
+    "maximum, second": lambda x: torch.maximum(torch.zeros(4, dtype=D), x),
+    "minimum": lambda x: torch.minimum(x, torch.zeros(4, dtype=D)),
+    "max": lambda x: torch.max(x, torch.zeros(4, dtype=D)),
+    "min": lambda x: torch.min(x, torch.zeros(4, dtype=D)),
+    "maximum of itself": lambda x: torch.maximum(x, x.flip(0)),
+    "scaled": lambda x: -torch.minimum(-2 * x, torch.zeros(4, dtype=D)) * 3,
+    "both": lambda x: torch.maximum(torch.minimum(x, torch.ones(4, dtype=D)), torch.zeros(4, dtype=D)),
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("name", EXTREMA)
+def test_extrema_before_closed_over_infinities(name):
+    extremum = EXTREMA[name]
+    infinite = torch.tensor([float("inf"), 1.5, float("-inf"), 2.5], dtype=D)
+    for x in ([-1.25, 2.0, -3.0, 0.0], [1.25, -2.0, 3.0, 0.0]):
+        x = torch.tensor(x, dtype=D)
+        rows = torch.stack([x, -x])
+        for function in (lambda x: extremum(x) * infinite, lambda x: infinite * extremum(x) * 2.0):
+
+            def total(x, function=function):
+                return function(x).sum()
+
+            for _ in range(2):  # the second time by the cached plan
+                found, expected = (m.grad(total)(x) for m in (chainrule, torch.func))
+                _same(found, expected)
+                (found,), (expected,) = (m.vjp(function, x)[1](x.abs()) for m in (chainrule, torch.func))
+                _same(found, expected)
+                _same(chainrule.vmap(chainrule.grad(total))(rows), torch.func.vmap(torch.func.grad(total))(rows))
+                _same(chainrule.jacobian(function)(x), torch.func.jacrev(function)(x))
+
+
+def _same(found, expected):
+    """Equal where torch has numbers: products of zeros that it does not know as such are NaN there."""
+    assert not (found.isnan() & ~expected.isnan()).any(), (found, expected)
+    known = ~expected.isnan()
+    torch.testing.assert_close(found[known], expected[known])
+
+
+@pytest.mark.parametrize("extremum", [torch.maximum, torch.minimum])
+def test_extrema_of_nan(extremum):
+    nan = float("nan")
+    x, y = torch.tensor([[nan, 1.0, nan, 2.0, 3.0], [1.0, nan, nan, 2.0, 1.0]], dtype=D)
+    weights = torch.arange(1.0, 6.0, dtype=D)
+    found, expected = (m.grad(lambda x, y: (extremum(x, y) * weights).sum(), (0, 1))(x, y) for m in (chainrule, torch.func))
+    torch.testing.assert_close(found, expected)

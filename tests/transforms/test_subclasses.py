@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.func
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import chainrule
 
@@ -79,3 +81,53 @@ def test_classes_with_a_dispatch_of_their_own(hidden: bool) -> None:
             call()
     found: Any = chainrule.vmap(lambda a: a.sin() * held[0])(PLAIN)
     torch.testing.assert_close(found.held, PLAIN.sin() * PLAIN[0])
+
+
+def _sine(a: Tensor) -> Tensor:
+    return a.sin() * a.sum()
+
+
+FAKES: dict[str, Callable[[Any], Any]] = {
+    "jvp": lambda fake: chainrule.jvp(torch.sin, (fake,), (fake,)),
+    "vjp": lambda fake: chainrule.vjp(_sine, fake)[1](fake),
+    "jacrev": lambda fake: chainrule.jacrev(_sine)(fake),
+    "jacobian": lambda fake: chainrule.jacobian(_sine)(fake),
+    "hessian": lambda fake: chainrule.hessian(lambda a: _sine(a).sum())(fake),
+    "grad": lambda fake: chainrule.grad(lambda a: _sine(a).sum())(fake),
+    "vmap": lambda fake: chainrule.vmap(_sine)(fake),
+    "vmap of a gradient": lambda fake: chainrule.vmap(chainrule.grad(lambda a: _sine(a).sum()))(fake[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_fake_tensors_need_their_mode(name: str) -> None:
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(torch.randn(4))
+    with pytest.raises(RuntimeError, match=f"{name.split()[0]}: a FakeTensor has no elements outside of its mode"):
+        FAKES[name](fake)
+    with mode:
+        FAKES[name](fake)  # a plan of its own, also for the calls that follow
+        assert all(isinstance(leaf, FakeTensor) for leaf in tree_leaves(FAKES[name](fake)))
+    with pytest.raises(RuntimeError, match="outside of its mode"):
+        FAKES[name](fake)
+
+
+def test_fake_tensors_beside_real_ones() -> None:
+    mode = FakeTensorMode()
+    fake, real = mode.from_tensor(torch.randn(4)), torch.randn(4)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a.sin() * b).sum()
+
+    for _ in range(2):
+        chainrule.grad(product)(real, real)
+    for call in (
+        lambda: chainrule.grad(product)(real, fake),
+        lambda: chainrule.jacobian(lambda a: a.sin() * fake)(real),
+        lambda: chainrule.jacobian(lambda a: a * torch.nn.Parameter(fake))(real),
+        lambda: chainrule.vmap(lambda a: a * fake)(torch.randn(3, 4)),
+        lambda: chainrule.jvp(_sine, (real,), (fake,)),
+        lambda: chainrule.vjp(_sine, real)[1](fake),
+    ):
+        with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):  # torch's own
+            call()

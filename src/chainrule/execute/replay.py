@@ -102,6 +102,7 @@ def without_values(program: Program) -> Program:
     program._known.clear()
     program.masks.clear()
     program.graded.clear()
+    program.selecting.clear()
     program.infinite_input = None
     program.mode = None
     program.constants = {slot: settled(value) for slot, value in program.constants.items()}

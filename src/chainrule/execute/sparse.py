@@ -320,6 +320,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     program._known.clear()
     program.masks.clear()
     program.graded.clear()
+    program.selecting.clear()
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
     return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})

@@ -331,10 +331,13 @@ def _masked_product(
         made = _selected(program, value, names, mask, order)
     else:
         made = _plain_outer(program, x, left, y, right, order)
-        for mask, other in zip(selectors, (y, x), strict=True):
-            if mask is not None and program.may_be_infinite(other):
+        for mask, value, other in zip(selectors, (x, y), (y, x), strict=True):
+            if mask is not None and program.has_to_select(value, other):
                 made = _selected(program, made, order, mask, order)
-    return _noted(program, made, selectors)
+    noted = _noted(program, made, selectors)
+    if all(one or value.slot in program.selecting for one, value in zip(exact, (x, y), strict=True)):
+        program.selecting.add(noted.slot)
+    return noted
 
 
 def _noted(program: Program, made: Staged, selectors: Sequence[Staged | None]) -> Staged:

@@ -150,6 +150,8 @@ class Program:
         # Those of them that hold other numbers than ones where they are not zero. What they select by may be of size 1 in
         # dimensions along which it is the same.
         self.graded: set[int] = set()
+        # Those of the graded ones that select from whatever they multiply, as exact ones do: torch's own rule masks there.
+        self.selecting: set[int] = set()
         # Whether an input may hold an infinity although all numbers that are given are finite; None where nothing says so.
         self.infinite_input: Callable[[Any], bool] | None = None
         self._infinite: dict[int, bool] = {}
@@ -165,8 +167,9 @@ class Program:
             if mask.slot != value.slot and mask.shape != value.shape:
                 mask = torch.broadcast_to(mask, tuple(value.shape))
             self.masks[made.slot] = made if mask.slot == value.slot else view(mask)
-            if value.slot in self.graded:
-                self.graded.add(made.slot)
+            for kind in (self.graded, self.selecting):
+                if value.slot in kind:
+                    kind.add(made.slot)
         return made
 
     def scaled(self, value: Staged, scale: float) -> Staged:
@@ -175,13 +178,24 @@ class Program:
         if (mask := self.masks.get(value.slot)) is not None:
             self.masks[made.slot] = mask
             self.graded.add(made.slot)
+            if value.slot in self.selecting:
+                self.selecting.add(made.slot)
         return made
 
-    def note_mask(self, value: Staged, mask: Staged) -> Staged:
-        """A value that is zero where ``mask`` is, noted: a product with it is zero there, whatever else is multiplied."""
+    def note_mask(self, value: Staged, mask: Staged, *, strict: bool = False) -> Staged:
+        """A value that is zero where ``mask`` is, noted: a product with it is zero there, whatever else is multiplied.
+
+        What else is multiplied is looked at only where it may be infinite by what made it, unless the mask is ``strict``.
+        """
         self.masks[value.slot] = mask
         self.graded.add(value.slot)
+        if strict:
+            self.selecting.add(value.slot)
         return value
+
+    def has_to_select(self, mask: Staged, other: Staged) -> bool:
+        """Whether the zeros of a graded mask have to be written into its product with ``other``."""
+        return mask.slot in self.selecting or self.may_be_infinite(other)
 
     def may_be_infinite(self, value: Staged) -> bool:
         """Whether a value may hold an infinity (or NaN) although all numbers that are given are finite: a slope of ``sqrt``."""

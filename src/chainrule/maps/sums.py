@@ -91,7 +91,7 @@ def stacked_products(
 
 def _selects(program: Program, x: Staged, y: Staged) -> bool:
     """Whether ``x`` is a mask whose zeros have to win over what ``y`` may hold there."""
-    return x.slot in program.masks and (x.slot not in program.graded or program.may_be_infinite(y))
+    return x.slot in program.masks and (x.slot not in program.graded or program.has_to_select(x, y))
 
 
 def _best_split(terms: Sequence[Term], axes: Sequence[Axis]) -> Split | None:

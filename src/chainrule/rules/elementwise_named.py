@@ -51,7 +51,7 @@ class Arguments:
 
     def graded(self, number: Staged) -> Staged:
         """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
-        return self._program.note_mask(number, number)
+        return self._program.note_mask(number, number, strict=True)
 
     @property
     def loss_scale(self) -> float:

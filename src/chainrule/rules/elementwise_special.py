@@ -62,11 +62,11 @@ def _log_times(x: Any, y: Any, offset: int) -> Any:
 
 
 def _larger(first: str, second: str) -> Any:
-    """One where ``first`` is the larger, a half at ties."""
+    """One where ``first`` is the larger, a half at ties; one for both beside NaN, as in torch's reverse rule."""
 
     def slope(a: Arguments) -> Any:
         x, y = getattr(a, first), getattr(a, second)
-        return a.graded(torch.where(x == y, 0.5, (x > y).to(a.out.dtype)))
+        return a.graded(torch.where(x == y, 0.5, torch.logical_not(x < y).to(a.out.dtype)))
 
     return slope
 
