@@ -266,3 +266,17 @@ def test_options_keep_two_levels(merged_runs: list[Any]) -> None:
     assert not merged_runs
     with pytest.raises(RuntimeError, match="random"):
         chainrule.vmap(chainrule.vmap(lambda s: s + torch.rand(3)))(x)
+
+
+def sliced(x: Tensor) -> Tensor:
+    return x[1:] * x[:-1]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+def test_sparse_results_are_refused_as_by_two_levels(layout: str) -> None:
+    x = draw(2, 3, 5)
+    for _ in range(3):
+        torch.testing.assert_close(chainrule.vmap(chainrule.vmap(sliced))(x), x[..., 1:] * x[..., :-1])
+        with pytest.raises(RuntimeError, match="nested"):
+            chainrule.vmap(chainrule.vmap(chainrule.jacobian(sliced, layout=layout)))(x)

@@ -179,12 +179,19 @@ class Mapping:
         outputs, mode = _inside(self.func, merged.values, merged.mapped, size, None, self.randomness, merged=True)
         found = _unwrapped(self.func, outputs, 0, mode)
         if found.__class__ is Tensor:
-            return found.unflatten(0, merged.sizes)
-        return tree_map(lambda leaf: leaf.unflatten(0, merged.sizes), found)
+            return _split(found, merged.sizes)
+        return tree_map(lambda leaf: _split(leaf, merged.sizes), found)
 
     def leave(self, outputs: Any, mode: VmapMode) -> Any:
         """The results outside of the level."""
         return _unwrapped(self.func, outputs, self.out_dims, mode)
+
+
+def _split(leaf: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """A result of two levels that were run as one; sparse ones are left to two."""
+    if leaf.layout is not torch.strided:
+        raise Apart
+    return leaf.unflatten(0, sizes)
 
 
 def _in_chunks(
