@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 #: Terms with fewer entries than this are as well padded with zeros.
 LARGE = 1 << 16
 
+#: Terms with as many entries as this are never written as dense ones: only entries of theirs are listed, and nothing is padded.
+HUGE = 1 << 31
+
 
 def band_axis(term: Term, onehot: OneHot) -> Axis | None:
     """The band axis of a relation of a term, if the relation is a band narrower than its target, or a slice of a large one."""
@@ -48,7 +51,8 @@ def slice_axis(term: Term, onehot: OneHot) -> Axis | None:
     if onehot.affine is None or len(onehot.sources) != 1 or onehot.sources[0].size >= onehot.target.size:
         return None
     (axis,), outer = onehot.sources, term.outer_axes()
-    if axis in outer or axis.size < 2 or math.prod(a.size for a in outer) < LARGE:
+    # Of a vector zeros cost little, and to plan a slice of it takes its length.
+    if len(outer) < 2 or axis in outer or axis.size < 2 or not LARGE <= math.prod(a.size for a in outer) < HUGE:
         return None
     readers = [h for h in term.onehots if axis in h.sources]
     plain = all(h.affine is not None and h.affine[1] > 0 and len(h.sources) == 1 and h.target in outer for h in readers)

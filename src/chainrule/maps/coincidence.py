@@ -64,9 +64,15 @@ def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
     assert solved.affine is not None
     assert kept.affine is not None
     start, step = solved.affine
+    first, stride = kept.affine[0] - start, kept.affine[1]
+    count = kept.sources[0].size if kept.sources else 1
+    if stride and first % step == 0 and stride % step == 0:
+        places = range(first // step, first // step + stride // step * count, stride // step)
+        inside = range(unknown.size)
+        return [place if place in inside else -1 for place in places]
     positions = []
-    for k in range(kept.sources[0].size if kept.sources else 1):
-        place, left = divmod(kept.affine[0] + kept.affine[1] * k - start, step)
+    for k in range(count):
+        place, left = divmod(first + stride * k, step)
         positions.append(place if left == 0 and 0 <= place < unknown.size else -1)
     return positions
 
