@@ -251,6 +251,20 @@ call_below(PyObject *call, PyObject *const *args, Py_ssize_t count, int joined)
     return out;
 }
 
+/* The same of a call as a handler is given it. */
+static PyObject *
+call_given_below(PyObject *func, PyObject *args, PyObject *kwargs)
+{
+    PyObject *off = exclude_python(1);
+    if (off == NULL)
+        return NULL;
+    Py_DECREF(off);
+    PyObject *out = PyObject_Call(func, args, kwargs);
+    if (include_python() < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
 static PyTypeObject handler_type;
 
 /* Whether the next mode is torch itself; for a tape, whether there are only tapes before torch, or before the outermost vmap. */

@@ -36,13 +36,7 @@ run_conversion(Handler *self, PyObject *func, PyObject *fixed, PyObject *args, P
         return NULL;
     if (facts == NULL || SLOT(facts, common) != Py_True)
         return Py_NewRef(Py_NotImplemented);
-    PyObject *off = exclude_python(1);
-    if (off == NULL)
-        return NULL;
-    Py_DECREF(off);
-    PyObject *out = PyObject_Call(func, args, kwargs);
-    if (include_python() < 0)
-        Py_CLEAR(out);
+    PyObject *out = call_given_below(func, args, kwargs);
     int blocked = out == NULL ? 1 : is_blocked(self);
     if (blocked) {
         if (blocked < 0)

@@ -259,13 +259,7 @@ run_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
     int ignored = is_ignored(self, func, args, kwargs);
     if (ignored <= 0)
         return ignored < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *off = exclude_python(1);
-    if (off == NULL)
-        return NULL;
-    Py_DECREF(off);
-    PyObject *out = PyObject_Call(func, args, kwargs);
-    if (include_python() < 0)
-        Py_CLEAR(out);
+    PyObject *out = call_given_below(func, args, kwargs);
     int shaped = out == NULL ? 1 : PySet_Contains(c_shaped, func);
     if (shaped < 0 || (!shaped && note_derived(self, args, out) < 0))
         Py_CLEAR(out);

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch.autograd import forward_ad
 
-from chainrule.capture.recorder import CompileError, NoReads, WholeRecorder
+from chainrule.capture.reads import NoReads
+from chainrule.capture.recorder import CompileError, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
 from chainrule.dispatch import hide_from_dynamo
 from chainrule.execute.accounts import current_ledger
