@@ -46,6 +46,9 @@ _OVERLOADS = {
 }  # fmt: skip
 
 
+#: The dtypes of most kernels; for them a number and a constant of the other argument's dtype are the same to the last bit.
+REAL = (torch.float32, torch.float64)
+
 #: From this size on the C library sets memory past the caches; beyond so many threads torch's loop, which shares the work, is as
 #: fast.
 _BEYOND_CACHES = 1 << 25
@@ -60,6 +63,24 @@ def col2im(columns: torch.Tensor, *sizes: Any) -> torch.Tensor:
     out = columns.new_empty(0)
     aten.col2im.out(columns, *sizes, out=out)
     return out
+
+
+#: With fewer channels than a register holds, or fewer elements, the kernels for channels that stand last gain nothing.
+_CHANNELS_OF_A_REGISTER = 8
+_WORTH_MOVING = 1 << 14
+
+
+def max_pool2d_with_indices(x: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op of that name. With the channels last its kernel is several times faster, which pays for moving them."""
+    found: tuple[torch.Tensor, torch.Tensor]
+    if x.__class__ is torch.Tensor and not x.requires_grad and x.dim() == 4 and x.shape[1] >= _CHANNELS_OF_A_REGISTER:
+        cheap = x.is_cpu and x.dtype in REAL and x.numel() >= _WORTH_MOVING and x.is_contiguous()
+        if cheap and not torch._C._len_torch_dispatch_stack():
+            last = x.contiguous(memory_format=torch.channels_last)
+            found = aten.max_pool2d_with_indices.default(last, *options)
+            return found[0].contiguous(), found[1].contiguous()
+    found = aten.max_pool2d_with_indices.default(x, *options)
+    return found
 
 
 def _joins(*tensors: torch.Tensor) -> bool:
@@ -105,6 +126,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         aten.silu_backward.default._op: silu_backward,
         aten.mish_backward.default._op: mish_backward,
         aten.new_zeros.default._op: new_zeros,
+        aten.max_pool2d_with_indices.default._op: max_pool2d_with_indices,
     }
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)
@@ -122,9 +144,6 @@ FUNCTIONS = _table()
 WITH_NUMBERS = frozenset(
     {torch.mul, torch.add, torch.sub, torch.div, torch.rsub, torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne}
 )
-
-#: The dtypes of the other argument for which that holds to the last bit.
-REAL = (torch.float32, torch.float64)
 
 #: Whole numbers up to this one are exact in double precision.
 _LARGEST = 2.0**53

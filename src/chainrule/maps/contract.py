@@ -86,26 +86,20 @@ def _cached_path(
     few = len(inputs) <= 8
     optimizer = opt_einsum.DynamicProgramming(minimize="flops", search_outer=True) if few else opt_einsum.paths.auto
     path = optimizer(sets, frozenset(output), size_of, None)
+    # The operands as opt_einsum counts them, where a sum over axes of one operand alone moves it to the end, and as they are.
+    theirs, ours = [[*range(len(inputs))] for _ in range(2)]
     steps: list[tuple[int, int]] = []
-    count = len(inputs)
+    fresh = itertools.count(len(inputs))
     for step in path:
-        positions = sorted(step)
-        if len(positions) == 1:
-            continue
-        if len(positions) == 2:
-            steps.append((positions[0], positions[1]))
-            count -= 1
-            continue
-        # A step of several operands: left to right. The result of each pair goes to the end.
-        first = positions[0]
-        rest = positions[1:]
-        steps.append((first, rest[0]))
-        removed = sorted((first, rest[0]))
-        count -= 1
-        for later in rest[1:]:
-            moved = later - sum(r < later for r in removed)
-            steps.append((moved, count - 1))
-            removed.append(later)
+        taken = [theirs[position] for position in sorted(step)]
+        theirs = [operand for operand in theirs if operand not in taken]
+        total = taken[0]
+        for operand in taken[1:]:  # a step of several operands goes from left to right
+            left, right = sorted((ours.index(total), ours.index(operand)))
+            steps.append((left, right))
+            total = next(fresh)
+            ours = [*ours[:left], *ours[left + 1 : right], *ours[right + 1 :], total]
+        theirs.append(total)
     return steps
 
 

@@ -31,6 +31,7 @@ class Node:
         label: a word for ``explain``.
         digit: for an index that is a digit of another one, ``(that index's node, stride, size, how many places it
             counts)``: ``that // stride % size``.
+        distinct: for an index, those of its dimensions along which no two entries are the same (with the others held fixed).
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
         mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
@@ -41,8 +42,8 @@ class Node:
     """
 
     __slots__ = (
-        "_compute", "batch", "bytes", "digit", "facts", "flops", "inputs", "label", "mask", "merge", "numel", "sizes", "slot",
-        "staged", "zeros",
+        "_compute", "batch", "bytes", "digit", "distinct", "facts", "flops", "inputs", "label", "mask", "merge", "numel", "sizes",
+        "slot", "staged", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,7 @@ class Node:
         self.label = label
         self.staged: Staged | None = None
         self.digit: tuple[Node, int, int, int] | None = None
+        self.distinct: frozenset[int] = frozenset()
         self.mask = False
         self.slot: int | None = None
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None

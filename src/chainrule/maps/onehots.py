@@ -161,6 +161,8 @@ def scatter(
 
     flat = _flat_places(group)
     relations = tuple(o.index for o in group) if flat is None else (flat,)
+    # Nothing has to be added where no two elements go to the same place.
+    alone = flat is not None and flat.distinct.issuperset(sources.index(axis) for axis in summed)
 
     def compute(program: Program, value: Staged, *indices: Staged) -> Staged:
         linear, valid = _linear_index(group, indices) if flat is None else (indices[0], None)
@@ -174,7 +176,7 @@ def scatter(
         else:
             linear = torch.broadcast_to(torch.reshape(linear, (*lead, count)), (*middle, *lead, count))
             zeros = program.call(torch.zeros, (*middle, *lead, extent), dtype=value.dtype, device=value.device)
-            added = torch.scatter_add(zeros, -1, linear, value)
+            added = (torch.scatter if alone else torch.scatter_add)(zeros, -1, linear, value)
         return torch.reshape(added, sizes)
 
     key = ("scatter", id(product.node), tuple(id(o.index) for o in group), permutation, len(diagonal), sizes)

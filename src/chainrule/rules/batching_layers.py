@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainrule.calls import FUNCTIONS
 from chainrule.rules.batching_base import (
     Batched,
     BatchStrategy,
@@ -51,7 +52,7 @@ def fold_into_batch(full_rank: int, func: Any, args: Sequence[Any], kwargs: dict
     for position, argument in enumerate(func._schema.arguments[: len(values)]):
         if argument.name == "input_size" and lead:
             values[position] = [size * values[position][0], *values[position][1:]]
-    result = func(*values, **{key: fold(x) for key, x in kwargs.items()})
+    result = FUNCTIONS.get(func._op, func)(*values, **{key: fold(x) for key, x in kwargs.items()})
     if not lead:
         return mark(result)
     results = (result,) if isinstance(result, Tensor) else result

@@ -26,6 +26,9 @@ aten = torch.ops.aten
 #: Fewer input channels than this: a matrix product with patches or columns is faster than the kernels of convolutions.
 _FEW_CHANNELS = 4
 
+#: So many elements of patches are in the caches when they are multiplied: for samples apart that is faster than the kernels too.
+_FEW_PATCHES = 1 << 20
+
 
 class Geometry:
     """The static arguments of a convolution, one number per spatial dimension."""
@@ -220,8 +223,10 @@ def _weight_gradient(
     apart = n in still
     if n not in carried and (apart or n.size != 1):
         return None
-    if (apart or (patches.node.batch > 1 and other.node.batch > 1)) and inner.size < _FEW_CHANNELS:
-        return None
+    if apart or (patches.node.batch > 1 and other.node.batch > 1):
+        samples = max(patches.node.batch, other.node.batch)
+        if inner.size < _FEW_CHANNELS or prod(geometry.kernel) == 1 or patches.node.numel * samples <= _FEW_PATCHES:
+            return None
     rest = tuple(axis for axis in other.axes if axis not in (n, group, *places))
     front = tuple(axis for axis in (n, group) if axis in still)
     rows = prod(axis.size for axis in rest)

@@ -19,8 +19,26 @@ from chainrule.rules.families import operator_edge
 aten = torch.ops.aten
 
 
-def _maximum(rank: int) -> Rule:
-    """A maximum over windows of the last ``rank`` dimensions; its second output holds flat places in the plane."""
+def _are_apart(call: Call, rank: int) -> bool:
+    """Whether no two windows of a maximum share an element."""
+    kernel = call.argument("kernel_size")
+    stride, dilation = (call.argument(name) for name in ("stride", "dilation"))
+    reach = [(kernel[d % len(kernel)] - 1) * dilation[d % len(dilation)] + 1 for d in range(rank)]
+    return all(n <= (stride or kernel)[d % len(stride or kernel)] for d, n in enumerate(reach))
+
+
+def _are_parts(call: Call, rank: int) -> bool:
+    """The same for windows that adapt: they do not overlap where their number divides the size."""
+    return all(n and not size % n for size, n in zip(call.shape(call.args[0])[-rank:], call.out_shape[-rank:], strict=True))
+
+
+def _maximum(rank: int, are_apart: Callable[[Call, int], bool] = lambda call, rank: False) -> Rule:
+    """A maximum over windows of the last ``rank`` dimensions; its second output holds flat places in the plane.
+
+    Args:
+        rank: the number of spatial dimensions.
+        are_apart: whether no two windows of a call share an element.
+    """
 
     def linearize(call: Call) -> Iterable[Edge]:
         item = call.args[0]
@@ -32,6 +50,8 @@ def _maximum(rank: int) -> Rule:
         targets = new_axes(shape[lead:])
         onehots, stride, total = [], 1, math.prod(shape[lead:])
         flat = leaf(call.out_shape, lambda program: call.stage_output(program, 1), label="index")
+        if are_apart(call, rank):
+            flat.distinct = frozenset(range(lead, len(shape)))
         for target in reversed(targets):
             onehots.append(OneHot(digit(flat, stride, target.size, total), sources, target))
             stride *= target.size
@@ -269,10 +289,10 @@ def _upsampling_rules() -> dict[Any, Rule]:
 
 
 RULES: dict[Any, Rule] = {
-    aten.max_pool2d_with_indices.default: _maximum(2),
-    aten.max_pool3d_with_indices.default: _maximum(3),
-    aten.adaptive_max_pool2d.default: _maximum(2),
-    aten.adaptive_max_pool3d.default: _maximum(3),
+    aten.max_pool2d_with_indices.default: _maximum(2, _are_apart),
+    aten.max_pool3d_with_indices.default: _maximum(3, _are_apart),
+    aten.adaptive_max_pool2d.default: _maximum(2, _are_parts),
+    aten.adaptive_max_pool3d.default: _maximum(3, _are_parts),
     aten.fractional_max_pool2d.default: _maximum(2),
     aten.fractional_max_pool3d.default: _maximum(3),
     aten.avg_pool2d.default: _AVERAGE2[0],
