@@ -497,17 +497,19 @@ def _contract_connected(term: Term, workspace: Workspace) -> Term:
 
 
 def _absorb(term: Term, workspace: Workspace) -> Term:
-    """Multiply factors whose axes are a subset of another's into it."""
+    """Multiply factors over the same axes into one; an axis of size one makes no difference."""
     if len(term.factors) < 2:
         return term
     factors = sorted(term.factors, key=lambda f: -f.node.numel)
     kept: list[Factor] = []
     for factor in factors:
-        host = next((i for i, k in enumerate(kept) if set(factor.axes) == set(k.axes)), None)
+        wide = {axis for axis in factor.axes if axis.size != 1}
+        host = next((i for i, k in enumerate(kept) if {axis for axis in k.axes if axis.size != 1} == wide), None)
         if host is None:
             kept.append(factor)
         else:
-            kept[host] = contract([kept[host], factor], list(kept[host].axes), workspace.memo)
+            axes = dict.fromkeys((*kept[host].axes, *factor.axes))
+            kept[host] = contract([kept[host], factor], list(axes), workspace.memo)
     if len(kept) == len(term.factors):
         return term
     return term.having(factors=tuple(kept))

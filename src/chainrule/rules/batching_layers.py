@@ -185,10 +185,12 @@ def convolution_backward(func: Any, args: Sequence[Any], kwargs: dict[str, Any],
         mask[2] = False
     if mask[0] or mask[1]:
         weight_value = physical(weight, size)
+        # For the gradient of the weight only its shape counts.
+        filters = weight_value.flatten(0, 1) if mask[0] else weight_value.new_empty(weight_value.shape).flatten(0, 1)
         by_input, by_weight, _ = func(
             grad_value.transpose(0, 1).flatten(1, 2),
             x_value.transpose(0, 1).flatten(1, 2),
-            weight_value.flatten(0, 1),
+            filters,
             None,
             *settings,
             groups * size,
