@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import chainrule
-from chainrule.function_arguments import READINGS
+from chainrule.function_arguments import READINGS, Joined, Over
 from chainrule.function_schemas import by_schema
+from chainrule.shortcuts import COMPILED
 from chainrule.transforms.trace import trace
 
 Tensor = torch.Tensor
@@ -178,6 +179,53 @@ def test_errors_are_torchs(spelling: Callable[[Tensor], Tensor]) -> None:
         chainrule.grad(lambda x: spelling(x).sum())(value())
     with pytest.raises((RuntimeError, IndexError)):
         chainrule.vmap(spelling)(torch.stack([value(), value()]))
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    """Keeps the calls of functions whose reading is in C, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (reading := READINGS.get(func)).__class__ in (Joined, Over):
+            self.calls.append((reading, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(two) and len(one) == len(two) and all(map(_same, one, two))
+    return one is two or (type(one) is type(two) and not isinstance(one, Tensor) and one == two)
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
+def test_read_as_in_python() -> None:
+    """The compiled readings of joined tensors and of reductions agree with those in Python, also on calls that are none."""
+    from chainrule._shortcuts import read  # noqa: PLC0415 - there is none where nothing is compiled
+
+    with Watch() as watch:
+        for spelling in SPELLINGS.values():
+            spelling(value())
+    assert {reading.op for reading, _, _ in watch.calls} == {
+        reading.op for reading in READINGS.values() if isinstance(reading, (Joined, Over))
+    }
+    others: list[Any] = [
+        True, 1.5, "1", None, [1, True], (1, 2), [], (), [value()], [value(), value()[0]], [value(), value().float()], value(),
+        torch.nn.Parameter(value()), [torch.nn.Parameter(value())] * 2, torch.ones(2, dtype=torch.int64), torch.Size([1]), 2**70,
+    ]  # fmt: skip
+    for reading, args, kwargs in watch.calls:
+        spelled = [(args, kwargs), ((*args, 1), kwargs), ((*args, None), {}), ((*args, 0, True, True), {}), ((), {})]
+        for other in others:
+            spelled += [(args, {"dim": other}), (args, {"dim": 1, "keepdim": other}), ((*args, other), {}), ((*args, 1, other), {})]
+            spelled += [((other,), {}), ((other, 1), {}), ((other,), {"dim": 1}), (args, {"dtype": other})]
+        for given, named in spelled:
+            try:
+                expected: Any = reading(given, named)
+            except AttributeError:  # the first argument is no tensor, which torch does not show
+                continue
+            assert _same(read(reading, given, named), expected), (given, named)
 
 
 def test_empty_and_complex() -> None:

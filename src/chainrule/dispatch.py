@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule.calls import CONSTANTS, constant_beside, shared_constant
 from chainrule.dispatcher_state import find_state
-from chainrule.function_arguments import READINGS
+from chainrule.function_arguments import READINGS, Joined, Over
 from chainrule.function_bodies import body_of
 from chainrule.function_schemas import NAMED, BySchema, Required
 from chainrule.functions import COMPARISONS, CONVERSIONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, SHAPED, TABLE
@@ -115,12 +115,25 @@ _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
+#: What sorts of functions the compiled handlers tell apart, as they number them.
+_QUERY, _MAKES_NEW = 1, 2
+
+
+def _entries() -> dict[Any, tuple[Any, Any, int]]:
+    """What is known of each function in one place: its entry in the table and its reading, or None, and the sorts it is of."""
+    return {
+        func: (TABLE.get(func), READINGS.get(func), _QUERY * (func in FACTS) + _MAKES_NEW * (func in FRESH))
+        for func in {*TABLE, *READINGS, *FACTS, *FRESH}
+    }
+
+
 configure(
-    table=TABLE, count=_count, level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor,
+    entries=_entries(), joined=Joined, over=Over, count=_count,
+    level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor,
     parameter=torch.nn.Parameter, mv=torch.mv, addmv=torch.addmv,
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
-    queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS, shaped=SHAPED,
+    comparisons=COMPARISONS, shaped=SHAPED,
     by_schema=BySchema, named=NAMED, required=Required, getitem=torch.Tensor.__getitem__,
     select=aten.select.int, slice=aten.slice.Tensor, unsqueeze=aten.unsqueeze.default,
     index=aten.index.Tensor, long=torch.int64, bool=torch.bool, push=_push, pop=_pop, at=_at, push_function=_push_function,
@@ -193,6 +206,12 @@ class LightMode(Handler, TorchDispatchMode):
     reads_data = False
 
     below: LightMode | None
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Keep the handler in the class itself, too: torch looks it up by a new name each time, which no cache knows."""
+        super().__init_subclass__(**given)
+        if "__torch_function__" not in cls.__dict__:
+            cls.__torch_function__ = cls.__torch_function__  # type: ignore[method-assign]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import BaseTorchFunctionMode
@@ -24,6 +25,8 @@ _FUNCTIONS = (
     ("torch_cpu", "_ZN2at4impl27torch_function_mode_enabledEv"),
     ("torch_cpu", "_ZN2at4impl22PythonTorchFunctionTLS18set_disabled_stateENS0_26TorchFunctionDisabledStateE"),
     ("torch_cpu", "_ZN2at4impl22PythonTorchFunctionTLS18get_disabled_stateEv"),
+    ("c10", "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE"),
+    ("c10", "_ZN3c108GradMode10is_enabledEv"),
 )
 
 _PYTHON = torch._C.DispatchKey.Python
@@ -35,6 +38,10 @@ _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 _AUTOGRAD = tuple(
     getattr(torch._C.DispatchKey, name)
     for name in ("ADInplaceOrView", "AutogradOther", "AutogradFunctionality", "AutogradNestedTensor")
+)
+#: The keys of autocast, one for each kind of device, stand together.
+_AUTOCAST = sorted(
+    int(getattr(torch._C.DispatchKey, name)) for name in torch._C.DispatchKey.__members__ if name.startswith("Autocast")
 )
 _AUTOGRAD_NUMBERS = tuple(int(key) for key in _AUTOGRAD)
 
@@ -57,10 +64,11 @@ def find_state() -> bool:
     addresses = _addresses() if COMPILED else None
     if addresses is None:
         return False
-    use_state(*addresses, int(_PYTHON), int(_SNAPSHOT), int(_FUNCTORCH), int(_VIEWS), _AUTOGRAD_NUMBERS)  # type: ignore[call-overload]
+    keys: tuple[Any, ...] = (_PYTHON, _SNAPSHOT, _FUNCTORCH, _VIEWS)
+    use_state(*addresses, *[int(key) for key in keys], _AUTOCAST[0], _AUTOCAST[-1], _AUTOGRAD_NUMBERS)
     if _agrees():
         return True
-    use_state(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, _AUTOGRAD_NUMBERS)
+    use_state(*[0] * (len(_FUNCTIONS) + 6), _AUTOGRAD_NUMBERS)
     return False
 
 
@@ -68,12 +76,27 @@ def _says() -> bool:
     """Whether the functions say what the bindings say."""
     functions = torch._C._len_torch_function_stack()
     bindings = torch._C._dispatch_tls_is_dispatch_key_included(_FUNCTORCH), torch._C._len_torch_dispatch_stack(), functions
-    return read_state() == (*bindings, functions > 0)
+    return read_state() == (*bindings, functions > 0, torch._C._is_any_autocast_enabled(), torch.is_grad_enabled())
+
+
+def _follows() -> bool:
+    """Whether they follow autocast, and gradients being switched off."""
+    right = True
+    for device in ("cpu", "cuda", "xpu"):
+        before = torch.is_autocast_enabled(device)
+        for enabled in (True, False):
+            torch.set_autocast_enabled(device, enabled)
+            right = right and _says()
+        torch.set_autocast_enabled(device, before)
+    with torch.no_grad():
+        right = right and _says()
+    with torch.enable_grad():
+        return right and _says()
 
 
 def _agrees() -> bool:
     """Whether the functions say and do what the bindings do, here and under a mode of each kind."""
-    right = _says()
+    right = _says() and _follows()
     torch._C._push_on_torch_function_stack(BaseTorchFunctionMode())
     torch._C._push_on_torch_dispatch_stack(TorchDispatchMode())
     try:

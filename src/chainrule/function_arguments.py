@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -108,10 +108,17 @@ def _rolled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
     return (aten.roll.default, (args[0], *lists)) if len(lists[0]) == len(lists[1]) else None
 
 
-def _joined(op: Any) -> Reading:
-    """A function of a list of tensors of one dtype and a dimension."""
+class Joined(NamedTuple):
+    """The reading of a function of a list of tensors of one dtype and a dimension; the compiled handlers have it in C, too.
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    Attributes:
+        op: the op.
+    """
+
+    op: Any
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        """Read a call."""
         if kwargs:
             if len(args) != 1 or len(kwargs) != 1 or "dim" not in kwargs:
                 return None
@@ -125,21 +132,28 @@ def _joined(op: Any) -> Reading:
         for item in args[0]:
             if not isinstance(item, torch.Tensor) or item.dtype is not dtype or item.dim() != rank:
                 return None
-        return op, ([*args[0]], dim)
-
-    return read
+        return self.op, ([*args[0]], dim)
 
 
 _OVER = frozenset({"dim", "keepdim"})
 
 
-def _over(op: Any, whole: Any = None) -> Reading:
-    """A reduction over dimensions, without a dtype."""
+class Over(NamedTuple):
+    """The reading of a reduction over dimensions, without a dtype; likewise.
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    Attributes:
+        op: the op.
+        whole: the op of a call without dimensions; None where that is left to torch.
+    """
+
+    op: Any
+    whole: Any = None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        """Read a call."""
         if not kwargs and len(args) == 1:
-            return None if whole is None else (whole, args)
-        if len(args) > 3 or not _OVER.issuperset(kwargs) or not args[0].is_floating_point():
+            return None if self.whole is None else (self.whole, args)
+        if not 1 <= len(args) <= 3 or not _OVER.issuperset(kwargs) or not args[0].is_floating_point():
             return None
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
@@ -147,9 +161,7 @@ def _over(op: Any, whole: Any = None) -> Reading:
             dims = [dims]
         elif not isinstance(dims, (tuple, list)) or not dims or not all([dim.__class__ is int for dim in dims]):
             return None
-        return (op, (args[0], list(dims), keep)) if keep.__class__ is bool else None
-
-    return read
+        return (self.op, (args[0], list(dims), keep)) if keep.__class__ is bool else None
 
 
 _WHOLE = slice(None)
@@ -198,7 +210,7 @@ def _table() -> dict[Any, Reading]:
         tensor.mT.__get__: _swapped,
         tensor.__getitem__: _chosen,
     }
-    for name, reading in {
+    readings: dict[str, Any] = {
         "reshape": _sizes(aten.reshape.default),
         "transpose": _places(aten.transpose.int, 2),
         "unsqueeze": _places(aten.unsqueeze.default, 1),
@@ -208,14 +220,16 @@ def _table() -> dict[Any, Reading]:
         "roll": _rolled,
         "softmax": _along(aten._softmax.default, False),
         "log_softmax": _along(aten._log_softmax.default, False),
-        "sum": _over(aten.sum.dim_IntList, aten.sum.default),
-        "mean": _over(aten.mean.dim, aten.mean.default),
-        "amax": _over(aten.amax.default),
-        "amin": _over(aten.amin.default),
-    }.items():
+        "sum": Over(aten.sum.dim_IntList, aten.sum.default),
+        "mean": Over(aten.mean.dim, aten.mean.default),
+        "amax": Over(aten.amax.default),
+        "amin": Over(aten.amin.default),
+    }
+    for name, reading in readings.items():
         found[getattr(torch, name)] = found[getattr(tensor, name)] = reading
-    found[torch.cat] = found[torch.concat] = found[torch.concatenate] = _joined(aten.cat.default)
-    found[torch.stack] = _joined(aten.stack.default)
+    joined: dict[Any, Any] = dict.fromkeys((torch.cat, torch.concat, torch.concatenate), Joined(aten.cat.default))
+    joined[torch.stack] = Joined(aten.stack.default)
+    found |= joined
     for function, op in ((F.softmax, aten._softmax.default), (F.log_softmax, aten._log_softmax.default)):
         found[function] = _without(_along(op, False), {"_stacklevel": 3, "dtype": None})
     return found

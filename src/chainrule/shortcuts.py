@@ -78,8 +78,8 @@ def use_state(*addresses: Any) -> None:
     """Give the handlers torch's functions on the state of its dispatcher; those in Python use their bindings."""
 
 
-def read_state() -> tuple[bool, int, int, bool]:
-    """What those functions say: functorch at work, the numbers of modes of either kind, functions shown to modes."""
+def read_state() -> tuple[bool, int, int, bool, bool, bool]:
+    """What those functions say: functorch at work, the numbers of modes of either kind, functions shown, autocast, gradients."""
     raise NotImplementedError
 
 

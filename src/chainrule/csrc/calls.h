@@ -16,16 +16,16 @@ signature_number(PyObject *value, PyObject *batch, PyObject **number)
     if (!is_constant_class(value))
         return 0;
     int outcome = -1;
-    PyObject *layout = PyObject_GetAttr(value, s_layout), *dtype = NULL, *shape = NULL, *strides = NULL, *device = NULL, *key = NULL;
-    if (layout == NULL || (dtype = PyObject_GetAttr(value, s_dtype)) == NULL)
+    PyObject *layout = GET(value, layout), *dtype = NULL, *shape = NULL, *strides = NULL, *device = NULL, *key = NULL;
+    if (layout == NULL || (dtype = GET(value, dtype)) == NULL)
         goto done;
     int real = PySet_Contains(c_real, dtype);
     if (real <= 0 || layout != c_strided) {
         outcome = real < 0 ? -1 : 0;
         goto done;
     }
-    if ((shape = PyObject_GetAttr(value, s_shape)) == NULL || (strides = PyObject_CallMethodNoArgs(value, s_stride)) == NULL ||
-        (device = PyObject_GetAttr(value, s_device)) == NULL || (key = PyTuple_Pack(4, shape, dtype, strides, device)) == NULL)
+    if ((shape = GET(value, shape)) == NULL || (strides = PyObject_CallMethodNoArgs(value, s_stride)) == NULL ||
+        (device = GET(value, device)) == NULL || (key = PyTuple_Pack(4, shape, dtype, strides, device)) == NULL)
         goto done;
     *number = PyDict_GetItemWithError(c_numbers, key);
     if (*number != NULL)
@@ -70,7 +70,7 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
                 return 0;
         }
     }
-    int graph = attribute_is_true(value, s_requires_grad);
+    int graph = is_true_of(GET(value, requires_grad));
     if (graph < 0 || append_new(signature, PyLong_FromLong((batch != NULL) + 2 * graph)) < 0)
         return -1;
     *joined |= graph;
@@ -217,7 +217,7 @@ run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
     PyObject *replay, *values;
     int joined, taken = PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
     if (taken > 0) {
-        int autocast = call_is_true(c_autocast);
+        int autocast = autocast_is_on();
         taken = autocast < 0 ? -1 : !autocast;
     }
     if (taken > 0)

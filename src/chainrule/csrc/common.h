@@ -33,12 +33,13 @@ typedef struct {
 
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
-    X(table) X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) X(queries) \
-    X(fresh) X(comparisons) X(readings) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
+    X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
+    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) \
+    X(comparisons) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
-    X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside)
+    X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
+    X(over)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -48,7 +49,8 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_slot_or_constant) X(_append_record) \
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
-    X(takes_functions) X(reads_data) X(_enter) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
+    X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
+    X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -72,6 +74,9 @@ static struct {
     uint16_t functorch;
     uint16_t autograd[AUTOGRAD_KEYS];
     uint16_t views; /* keeps track of which tensors are views of which */
+    bool (*excluded)(uint16_t key);
+    bool (*grad_enabled)(void);
+    uint16_t first_autocast, last_autocast; /* autocast is on for a device whose key is not excluded */
 } state;
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
@@ -81,16 +86,52 @@ static struct {
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
 
-/* 1, 0, or -1 with an error set. */
-static int
-attribute_is_true(PyObject *object, PyObject *name)
+/* The attributes of tensors that are read most, without the way through the attributes of an object: torch's own getters, as they
+ * stand on its class; NULL where one is none. */
+#define ATTRIBUTES(X) X(dtype) X(shape) X(grad_fn) X(layout) X(ndim) X(device) X(is_cpu) X(requires_grad)
+#define DECLARE_GETTER(name) PyGetSetDef *name;
+static struct {
+    ATTRIBUTES(DECLARE_GETTER)
+} getters;
+
+#define GET(tensor, name) attribute_of(tensor, getters.name, s_##name)
+
+/* An attribute of a tensor; a new reference. */
+static PyObject *
+attribute_of(PyObject *tensor, PyGetSetDef *getter, PyObject *name)
 {
-    PyObject *found = PyObject_GetAttr(object, name);
+    if (getter != NULL && ((PyObject *)Py_TYPE(tensor) == c_tensor || (PyObject *)Py_TYPE(tensor) == c_parameter))
+        return getter->get(tensor, getter->closure);
+    return PyObject_GetAttr(tensor, name);
+}
+
+/* The getter of an attribute of torch's class of tensors; NULL, without an error, if it has none that is plain. */
+static PyGetSetDef *
+getter_of(PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(c_tensor, name);
+    PyGetSetDef *getter = found != NULL && Py_TYPE(found) == &PyGetSetDescr_Type ? ((PyGetSetDescrObject *)found)->d_getset : NULL;
+    Py_XDECREF(found); /* the class keeps it */
+    PyErr_Clear();
+    return getter;
+}
+
+/* The truth of an object, the reference of which is taken: 1, 0, or -1 with an error set. NULL is an error that is set. */
+static int
+is_true_of(PyObject *found)
+{
     if (found == NULL)
         return -1;
     int truth = found == Py_True ? 1 : found == Py_False ? 0 : PyObject_IsTrue(found);
     Py_DECREF(found);
     return truth;
+}
+
+/* The truth of an attribute, likewise. */
+static int
+attribute_is_true(PyObject *object, PyObject *name)
+{
+    return is_true_of(PyObject_GetAttr(object, name));
 }
 
 static int
@@ -146,12 +187,26 @@ constant_for(PyObject *number, PyObject *dtype)
 static int
 call_is_true(PyObject *callable)
 {
-    PyObject *found = PyObject_CallNoArgs(callable);
-    if (found == NULL)
-        return -1;
-    int truth = PyObject_IsTrue(found);
-    Py_DECREF(found);
-    return truth;
+    return is_true_of(PyObject_CallNoArgs(callable));
+}
+
+/* Whether autocast is on for any device: 1, 0, or -1 with an error set. */
+static int
+autocast_is_on(void)
+{
+    if (state.excluded == NULL)
+        return call_is_true(c_autocast);
+    for (uint16_t key = state.first_autocast; key <= state.last_autocast; key++)
+        if (!state.excluded(key))
+            return 1;
+    return 0;
+}
+
+/* Whether torch's gradients are on, likewise. */
+static int
+grad_is_enabled(void)
+{
+    return state.grad_enabled == NULL ? call_is_true(c_grad_enabled) : state.grad_enabled();
 }
 
 /* Whether a tensor from outside is of a class without ways of its own. */
@@ -167,12 +222,12 @@ is_constant_class(PyObject *tensor)
 static PyObject *
 plain_dtype(PyObject *tensor, int *joined)
 {
-    int graph = attribute_is_true(tensor, s_requires_grad);
+    int graph = is_true_of(GET(tensor, requires_grad));
     if (graph < 0)
         return NULL;
     if (graph)
         *joined = 1;
-    PyObject *dtype = PyObject_GetAttr(tensor, s_dtype);
+    PyObject *dtype = GET(tensor, dtype);
     if (dtype == NULL)
         return NULL;
     int real = PySet_Contains(c_real, dtype);
@@ -228,7 +283,7 @@ exclude_autograd(bool excluded)
 static int
 may_join(void)
 {
-    return state.exclude == NULL ? 0 : call_is_true(c_grad_enabled);
+    return state.exclude == NULL ? 0 : grad_is_enabled();
 }
 
 /* The call of a function with torch's Python handlers off, and with its autograd switched on for it if `joined`. */

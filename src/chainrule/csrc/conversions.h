@@ -92,7 +92,7 @@ run_converted(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
     PyObject *fixed = func == c_where ? NULL : PyDict_GetItemWithError(c_conversions, func);
     if (func != c_where && fixed == NULL)
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
-    int autocast = call_is_true(c_autocast);
+    int autocast = autocast_is_on();
     if (autocast || (fixed == NULL && kwargs != NULL))
         return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     return fixed == NULL ? run_choice(self, func, args) : run_conversion(self, func, fixed, args, kwargs);

@@ -39,20 +39,27 @@ is_neutral(PyObject *kwargs)
     return PyDict_GET_SIZE(kwargs) == 1 && PyDict_GetItemWithError(kwargs, s_inplace) == Py_False;
 }
 
+/* What is known of a function that is shown to a mode: its entry in the table and its reading, or None, and what sorts it is of. */
+enum { FUNCTION, READING, SORTS };
+enum { QUERY = 1, MAKES_NEW = 2 };
+
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
 static PyObject *
 take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *kwargs)
 {
-    int query = PySet_Contains(c_queries, func);
-    if (query)
-        return query < 0 ? NULL : PyObject_Call(func, args, kwargs);
+    PyObject *entry = PyDict_GetItemWithError(c_entries, func);
+    if (entry == NULL && PyErr_Occurred())
+        return NULL;
+    long sorts = entry == NULL ? 0 : PyLong_AsLong(PyTuple_GET_ITEM(entry, SORTS));
+    if (sorts & QUERY)
+        return PyObject_Call(func, args, kwargs);
     if (!is_near_torch(self) || !are_plain(types))
         return Py_NewRef(Py_NotImplemented);
-    PyObject *function = kwargs == NULL || is_neutral(kwargs) ? PyDict_GetItemWithError(c_table, func) : NULL, *reading = NULL;
-    if (self->kind == TAPE && !PyErr_Occurred())
-        reading = PyDict_GetItemWithError(c_readings, func);
-    if (PyErr_Occurred())
-        return NULL;
+    PyObject *function = NULL, *reading = NULL;
+    if (entry != NULL && PyTuple_GET_ITEM(entry, FUNCTION) != Py_None && (kwargs == NULL || is_neutral(kwargs)))
+        function = PyTuple_GET_ITEM(entry, FUNCTION);
+    if (entry != NULL && self->kind == TAPE && PyTuple_GET_ITEM(entry, READING) != Py_None)
+        reading = PyTuple_GET_ITEM(entry, READING);
     if (self->kind == VMAP && (self->below == NULL || self->below == Py_None) && !self->guarded && !self->graphs &&
         c_known != NULL) {
         int innermost = stands_innermost(self);
@@ -65,9 +72,9 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
             Py_SETREF(out, run_known(self, func, args, kwargs));
         return out;
     }
-    int fresh = self->kind == TAPE && self->depth == 1 ? PySet_Contains(c_fresh, func) : 0;
-    if (fresh < 0 || (function == NULL && reading == NULL && !fresh)) /* conversions are among the fresh ones */
-        return fresh < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
+    if (function == NULL && reading == NULL && !fresh) /* conversions are among the fresh ones */
+        return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
         return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);

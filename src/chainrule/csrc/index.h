@@ -87,7 +87,7 @@ basic_part(PyObject *item, Py_ssize_t dim, Py_ssize_t size, Part *part)
 static int
 picks_along_one(PyObject *tensor)
 {
-    PyObject *dtype = PyObject_GetAttr(tensor, s_dtype), *rank = dtype == NULL ? NULL : PyObject_GetAttr(tensor, s_ndim);
+    PyObject *dtype = GET(tensor, dtype), *rank = dtype == NULL ? NULL : GET(tensor, ndim);
     long dims = rank == NULL ? -1 : PyLong_AsLong(rank);
     int fits = rank == NULL ? -1 : dtype == c_long ? dims > 0 : dtype == c_bool && dims == 1;
     Py_XDECREF(dtype);
@@ -218,7 +218,7 @@ run_index(Handler *self, PyObject *func, PyObject *args)
     Part parts[MOST_PARTS + 1];
     if (PyTuple_GET_SIZE(args) != 2 || !is_tensor(PyTuple_GET_ITEM(args, 0)))
         return Py_NewRef(Py_NotImplemented);
-    PyObject *current = Py_NewRef(PyTuple_GET_ITEM(args, 0)), *shape = PyObject_GetAttr(current, s_shape);
+    PyObject *current = Py_NewRef(PyTuple_GET_ITEM(args, 0)), *shape = GET(current, shape);
     int count = shape == NULL ? -1 : index_parts(shape, PyTuple_GET_ITEM(args, 1), parts);
     Py_XDECREF(shape);
     if (count <= 0) {

@@ -101,7 +101,7 @@ may_have_stored_graph(PyObject *args)
         PyObject *value = SLOT(item, inner);
         if ((PyObject *)Py_TYPE(value) == c_batched)
             value = SLOT(value, value);
-        int graph = value == NULL || (PyObject *)Py_TYPE(value) == c_batch_tensor ? 1 : attribute_is_true(value, s_requires_grad);
+        int graph = value == NULL || (PyObject *)Py_TYPE(value) == c_batch_tensor ? 1 : is_true_of(GET(value, requires_grad));
         if (graph)
             return graph;
     }
@@ -230,7 +230,7 @@ is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
     for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++) {
         PyObject *item = PyTuple_GET_ITEM(args, place);
         if ((PyObject *)Py_TYPE(item) == c_tensor) {
-            int graph = attribute_is_true(item, s_requires_grad);
+            int graph = is_true_of(GET(item, requires_grad));
             if (graph)
                 return graph < 0 ? -1 : 0;
             Py_ssize_t slot = known_slot(self, item);
@@ -270,7 +270,7 @@ run_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 static PyObject *
 run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObject *kwargs)
 {
-    int autocast = call_is_true(c_autocast);
+    int autocast = autocast_is_on();
     if (autocast)
         return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *out = NULL, *read = read_call(reading, args, kwargs);

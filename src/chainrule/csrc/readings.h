@@ -132,11 +132,91 @@ done:
     return bound;
 }
 
+/* The op of a function of a list of tensors and a dimension (chainrule.function_arguments.Joined): 1 with a new reference; 0 for
+ * calls that are left to Python; -1 with an error set. */
+static int
+read_joined(PyObject *op, PyObject *args, PyObject *kwargs, PyObject **read)
+{
+    Py_ssize_t given = PyTuple_GET_SIZE(args);
+    PyObject *dim = given == 2 && kwargs == NULL ? PyTuple_GET_ITEM(args, 1) : NULL, *dtype = NULL;
+    if (given == 1 && kwargs != NULL && PyDict_GET_SIZE(kwargs) == 1)
+        dim = PyDict_GetItemWithError(kwargs, s_dim);
+    if (given < 1 || (dim == NULL ? given > 1 || kwargs != NULL : !PyLong_CheckExact(dim)))
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *items = PyTuple_GET_ITEM(args, 0);
+    if ((!PyList_CheckExact(items) && !PyTuple_CheckExact(items)) || PySequence_Fast_GET_SIZE(items) == 0)
+        return 0;
+    long rank = -1;
+    int fits = 1;
+    for (Py_ssize_t place = 0; fits > 0 && place < PySequence_Fast_GET_SIZE(items); place++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(items, place);
+        if (!is_tensor(item)) {
+            fits = 0;
+            break;
+        }
+        PyObject *own = GET(item, dtype), *dims = own == NULL ? NULL : GET(item, ndim);
+        long number = dims == NULL ? -1 : PyLong_AsLong(dims);
+        fits = number < 0 ? -1 : place == 0 || (own == dtype && number == rank);
+        if (place == 0) {
+            dtype = own; /* of which torch keeps one each */
+            rank = number;
+        }
+        Py_XDECREF(own);
+        Py_XDECREF(dims);
+    }
+    PyObject *list = fits > 0 ? PySequence_List(items) : NULL;
+    if (list == NULL)
+        return fits > 0 ? -1 : fits;
+    *read = dim == NULL ? Py_BuildValue("(O(Ni))", op, list, 0) : Py_BuildValue("(O(NO))", op, list, dim);
+    return *read == NULL ? -1 : 1;
+}
+
+/* The op of a reduction (chainrule.function_arguments.Over), with the same results. */
+static int
+read_over(PyObject *op, PyObject *all, PyObject *args, PyObject *kwargs, PyObject **read)
+{
+    Py_ssize_t given = PyTuple_GET_SIZE(args), named = kwargs == NULL ? 0 : PyDict_GET_SIZE(kwargs);
+    if (given < 1 || given > 3 || !is_tensor(PyTuple_GET_ITEM(args, 0)))
+        return 0;
+    if (given == 1 && named == 0) {
+        if (all == Py_None)
+            return 0;
+        *read = PyTuple_Pack(2, all, args);
+        return *read == NULL ? -1 : 1;
+    }
+    PyObject *tensor = PyTuple_GET_ITEM(args, 0), *dtype = GET(tensor, dtype);
+    int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
+    Py_XDECREF(dtype);
+    if (floating <= 0)
+        return floating;
+    PyObject *dims = given > 1 ? PyTuple_GET_ITEM(args, 1) : NULL, *keep = given > 2 ? PyTuple_GET_ITEM(args, 2) : NULL, *list = NULL;
+    if (dims == NULL && (dims = PyDict_GetItemWithError(kwargs, s_dim)) != NULL)
+        named--;
+    if (keep == NULL && named && (keep = PyDict_GetItemWithError(kwargs, s_keepdim)) != NULL)
+        named--;
+    if (dims == NULL || named || (keep != NULL && !PyBool_Check(keep)))
+        return PyErr_Occurred() ? -1 : 0;
+    if ((PyList_CheckExact(dims) || PyTuple_CheckExact(dims)) && PySequence_Fast_GET_SIZE(dims) == 0)
+        return 0; /* which is all of them */
+    int taken = read_argument(dims, INTS, 1, &list);
+    if (taken > 0 && (*read = Py_BuildValue("(O(ONO))", op, tensor, list, keep == NULL ? Py_False : keep)) == NULL)
+        taken = -1;
+    return taken;
+}
+
 /* What a reading says of a call: the op and its arguments, or None; a new reference. */
 static PyObject *
 read_call(PyObject *reading, PyObject *args, PyObject *kwargs)
 {
-    if ((PyObject *)Py_TYPE(reading) != c_by_schema) {
+    PyObject *sort = (PyObject *)Py_TYPE(reading);
+    if (sort == c_joined || sort == c_over) {
+        PyObject *read = NULL;
+        int taken = sort == c_joined ? read_joined(PyTuple_GET_ITEM(reading, 0), args, kwargs, &read)
+                                     : read_over(PyTuple_GET_ITEM(reading, 0), PyTuple_GET_ITEM(reading, 1), args, kwargs, &read);
+        if (taken)
+            return taken < 0 ? NULL : read;
+    }
+    if (sort != c_by_schema) {
         PyObject *named = kwargs == NULL ? PyDict_New() : Py_NewRef(kwargs);
         if (named == NULL)
             return NULL;

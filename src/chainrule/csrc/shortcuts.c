@@ -45,6 +45,10 @@ configure(PyObject *module, PyObject *args, PyObject *kwargs)
             return PyErr_Format(PyExc_TypeError, "configure: unknown name %R", name);
         Py_XSETREF(*where, Py_NewRef(value));
     }
+#define FIND(name) getters.name = getter_of(s_##name);
+    if (c_tensor != NULL && c_parameter != NULL) {
+        ATTRIBUTES(FIND)
+    }
     Py_RETURN_NONE;
 }
 
@@ -91,11 +95,11 @@ use_facts(PyObject *module, PyObject *type)
 static PyObject *
 use_state(PyObject *module, PyObject *args)
 {
-    unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions;
-    unsigned short python, snapshot, functorch, views, autograd[AUTOGRAD_KEYS];
-    if (!PyArg_ParseTuple(args, "KKKKKKKHHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
-                          &set_functions, &get_functions, &python, &snapshot, &functorch, &views, &autograd[0], &autograd[1],
-                          &autograd[2], &autograd[3]))
+    unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions, excluded, grad;
+    unsigned short python, snapshot, functorch, views, first, last, autograd[AUTOGRAD_KEYS];
+    if (!PyArg_ParseTuple(args, "KKKKKKKKKHHHHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &excluded, &grad, &python, &snapshot, &functorch, &views, &first, &last,
+                          &autograd[0], &autograd[1], &autograd[2], &autograd[3]))
         return NULL;
     state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
     state.included = (bool (*)(uint16_t))(uintptr_t)included;
@@ -109,6 +113,10 @@ use_state(PyObject *module, PyObject *args)
     state.functorch = functorch;
     memcpy(state.autograd, autograd, sizeof(autograd));
     state.views = views;
+    state.excluded = (bool (*)(uint16_t))(uintptr_t)excluded;
+    state.grad_enabled = (bool (*)(void))(uintptr_t)grad;
+    state.first_autocast = first;
+    state.last_autocast = last;
     Py_RETURN_NONE;
 }
 
@@ -117,8 +125,9 @@ read_state(PyObject *module, PyObject *unused)
 {
     if (state.exclude == NULL)
         Py_RETURN_NONE;
-    return Py_BuildValue("(NLLN)", PyBool_FromLong(state.included(state.functorch)), (long long)state.dispatch_modes(),
-                         (long long)state.function_modes(), PyBool_FromLong(state.functions_shown()));
+    return Py_BuildValue("(NLLNNN)", PyBool_FromLong(state.included(state.functorch)), (long long)state.dispatch_modes(),
+                         (long long)state.function_modes(), PyBool_FromLong(state.functions_shown()),
+                         PyBool_FromLong(autocast_is_on()), PyBool_FromLong(grad_is_enabled()));
 }
 
 static PyObject *
@@ -145,7 +154,8 @@ static PyMethodDef module_methods[] = {
     {"use_facts", use_facts, METH_O, "Give OpFacts."},
     {"use_state", use_state, METH_VARARGS,
      "Give the addresses of torch's functions on the dispatcher's state, and its keys; zeros for none."},
-    {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown."},
+    {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown, autocast and"
+     " gradients on."},
     {"set_functions", set_functions, METH_O,
      "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
     {"read", (PyCFunction)(void (*)(void))read_given, METH_FASTCALL, "What a reading of a call's arguments says."},

@@ -9,7 +9,7 @@ append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *nam
     PyObject *op = SLOT(facts, op);
     slot = PyLong_FromSsize_t(PyList_GET_SIZE(self->active));
     identity = slot == NULL ? NULL : PyLong_FromVoidPtr(out);
-    shape = identity == NULL ? NULL : PyObject_GetAttr(out, s_shape);
+    shape = identity == NULL ? NULL : GET(out, shape);
     outputs = shape == NULL || op == NULL ? NULL : PyTuple_Pack(1, slot);
     key = outputs == NULL ? NULL : PyTuple_Pack(5, facts, arguments, named, shape, dtype);
     record = key == NULL ? NULL : ((PyTypeObject *)c_record)->tp_alloc((PyTypeObject *)c_record, 6);
@@ -38,9 +38,9 @@ append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *nam
 static PyObject *
 tensor_key(PyObject *tensor)
 {
-    PyObject *key = NULL, *shape = PyObject_GetAttr(tensor, s_shape);
-    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(tensor, s_dtype);
-    PyObject *device = dtype == NULL ? NULL : PyObject_GetAttr(tensor, s_device);
+    PyObject *key = NULL, *shape = GET(tensor, shape);
+    PyObject *dtype = shape == NULL ? NULL : GET(tensor, dtype);
+    PyObject *device = dtype == NULL ? NULL : GET(tensor, device);
     if (device != NULL)
         key = PyTuple_Pack(3, shape, dtype, device);
     Py_XDECREF(shape);
@@ -60,7 +60,7 @@ append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *re
         PyObject *result = PySequence_Fast_GET_ITEM(results, place);
         if ((PyObject *)Py_TYPE(result) != c_tensor)
             return 0;
-        PyObject *dtype = PyObject_GetAttr(result, s_dtype);
+        PyObject *dtype = GET(result, dtype);
         int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
         Py_XDECREF(dtype);
         if (floating <= 0)
@@ -199,7 +199,7 @@ may_be_constant(Handler *self, PyObject *tensor)
 static int
 constant_is_new(PyObject *tensor)
 {
-    PyObject *node = PyObject_GetAttr(tensor, s_grad_fn);
+    PyObject *node = GET(tensor, grad_fn);
     Py_XDECREF(node);
     return node == NULL ? -1 : node == Py_None;
 }
@@ -208,7 +208,7 @@ constant_is_new(PyObject *tensor)
 static Py_ssize_t
 slot_or_constant(Handler *self, PyObject *tensor)
 {
-    PyObject *layout = PyObject_GetAttr(tensor, s_layout);
+    PyObject *layout = GET(tensor, layout);
     if (layout == NULL)
         return -1;
     Py_DECREF(layout);
@@ -251,7 +251,7 @@ is_blocked(Handler *self)
 {
     if (!self->respect_no_grad)
         return 0;
-    int enabled = call_is_true(c_grad_enabled);
+    int enabled = grad_is_enabled();
     if (enabled)
         return enabled < 0 ? -1 : 0;
     return PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 1;
@@ -292,7 +292,7 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
             return appended < 0 ? -1 : 0;
     }
     PyObject *kind = (PyObject *)Py_TYPE(out);
-    PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? PyObject_GetAttr(out, s_dtype) : Py_NewRef(Py_None);
+    PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? GET(out, dtype) : Py_NewRef(Py_None);
     if (dtype == NULL)
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
@@ -364,7 +364,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     Py_ssize_t count = given(function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args));
     if (count < 1)
         return Py_NewRef(Py_NotImplemented);
-    int autocast = call_is_true(c_autocast);
+    int autocast = autocast_is_on();
     if (autocast)
         return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *op = PyTuple_GET_ITEM(function, OP);

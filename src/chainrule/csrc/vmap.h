@@ -33,8 +33,8 @@ stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
 static int
 ranks_compare(PyObject *one, PyObject *other, int how)
 {
-    PyObject *first = PyObject_GetAttr(one, s_ndim);
-    PyObject *second = first == NULL ? NULL : PyObject_GetAttr(other, s_ndim);
+    PyObject *first = GET(one, ndim);
+    PyObject *second = first == NULL ? NULL : GET(other, ndim);
     int outcome = second == NULL ? -1 : PyObject_RichCompareBool(first, second, how);
     Py_XDECREF(first);
     Py_XDECREF(second);
@@ -59,7 +59,7 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
             contiguous = PyObject_CallMethodNoArgs(out, s_is_contiguous);
             if (contiguous == NULL)
                 goto done;
-            plain = contiguous == Py_True ? attribute_is_true(out, s_is_cpu) : 0;
+            plain = contiguous == Py_True ? is_true_of(GET(out, is_cpu)) : 0;
             if (plain < 0)
                 goto done;
         }
@@ -68,8 +68,8 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
             tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
             goto done;
         }
-        shape = PyObject_GetAttr(out, s_shape);
-        dtype = shape == NULL ? NULL : PyObject_GetAttr(out, s_dtype);
+        shape = GET(out, shape);
+        dtype = shape == NULL ? NULL : GET(out, dtype);
         sample = dtype == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
         if (sample == NULL)
             goto done;
@@ -81,7 +81,7 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
     /* What is known of a tensor without a graph need not be asked of it when it is an argument. */
     int floating = like != NULL ? 1 : PySet_Contains(c_floating, dtype);
     if (floating > 0 && like == NULL)
-        floating = !attribute_is_true(out, s_requires_grad);
+        floating = !is_true_of(GET(out, requires_grad));
     if (floating > 0) {
         SLOT(batch, dtype) = Py_NewRef(dtype);
         SLOT(batch, sample) = Py_NewRef(sample);
@@ -101,7 +101,7 @@ done:
 static int
 rank_is(PyObject *tensor, long wanted)
 {
-    PyObject *rank = PyObject_GetAttr(tensor, s_ndim);
+    PyObject *rank = GET(tensor, ndim);
     if (rank == NULL)
         return -1;
     long found = PyLong_AsLong(rank);
@@ -113,7 +113,7 @@ rank_is(PyObject *tensor, long wanted)
 static int
 is_plain_matrix(PyObject *tensor)
 {
-    PyObject *layout = PyObject_GetAttr(tensor, s_layout);
+    PyObject *layout = GET(tensor, layout);
     if (layout == NULL)
         return -1;
     Py_DECREF(layout);
