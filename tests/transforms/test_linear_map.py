@@ -567,3 +567,20 @@ def test_compiled() -> None:
         x = randn(6)
         matrix = torch.func.jacrev(tanh_twice)(x)
         close(compiled(x), matrix @ (matrix.T @ v) + matrix.diagonal())
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "block", "entries"])
+def test_an_index_given_to_a_compiled_call(name):
+    """What is chosen depends on the values of the index: they are compared, and another choice is recorded anew."""
+    read = {
+        "rows": lambda J, i: J.rows(i), "columns": lambda J, i: J.columns(i), "block": lambda J, i: J.block(i, i),
+        "entries": lambda J, i: J[i, i],
+    }[name]  # fmt: skip
+    function = lambda x, i: read(chainrule.linear_map(lambda y: y[1:] * y[:-1], x), i)  # noqa: E731
+    compiled, x = chainrule.compile(function), torch.rand(5, dtype=torch.float64)
+    for index in ([0, 1], [0, 1], [2, 3], [1, 1], [2, 3]):
+        torch.testing.assert_close(compiled(x, torch.tensor(index)), function(x, torch.tensor(index)))
+    assert compiled.cache_info().hits == 2
+    listed = chainrule.compile(lambda x: read(chainrule.linear_map(lambda y: y[1:] * y[:-1], x), [0, 2]))
+    for scale in (1, 2, 3):
+        torch.testing.assert_close(listed(scale * x), function(scale * x, [0, 2]))

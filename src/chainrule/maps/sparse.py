@@ -496,15 +496,19 @@ def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor
 
 
+class MappedPatternError(RuntimeError):
+    """The pattern is not the same for all samples of a vmap."""
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is outside of a vmap.
 
     Raises:
-        RuntimeError: if there is one for each sample.
+        MappedPatternError: if there is one for each sample.
     """
     found = unbatched(tensor)
     if found is None:
-        raise RuntimeError(
+        raise MappedPatternError(
             "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
             "what max, sort or a mask selects) is mapped over, one for each sample (equal ones are not told from others). Pass "
             "an index that all samples share with in_dims=None, use layout='dense', or loop over the samples."
@@ -571,4 +575,4 @@ def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, t
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["SparseWorkspace", "join_equal", "kept", "plain", "unbatched"]
+__all__ = ["MappedPatternError", "SparseWorkspace", "join_equal", "kept", "plain", "unbatched"]
