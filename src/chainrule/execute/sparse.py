@@ -19,9 +19,10 @@ from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.sparse import MappedPatternError, kept, plain, unbatched
 from chainrule.maps.staging import Staged
+from chainrule.maps.terms import Term
 from chainrule.plan.patterns import Pattern, dense_parts
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse, predicted_entries
+from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, described_entries, freeze, plan_sparse, predicted_entries
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
@@ -279,18 +280,21 @@ class KnownEntries:
     used: bool = False
 
 
-def entries_predicted(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
+def entries_predicted(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], limit: int
+) -> int | None:
     """How many entries the terms of an expression have; found out once per signature, nothing is run.
 
     Args:
         tape: the finished tape, or several that are joined.
         request: what is asked.
         seeds: the factors that an expression names.
+        limit: more entries of one op than this are not listed.
 
     Returns:
         The number; None where entries cannot be listed, or stand at other places in each sample of a vmap.
     """
-    key: Any = tape.signature(("entries", request, tuple([seed.dtype for seed in seeds]), mapped_slots(tape)))
+    key: Any = tape.signature(("entries", request, tuple([seed.dtype for seed in seeds]), mapped_slots(tape), limit))
     try:
         known: Any = CACHE.get(key)
     except TypeError:  # an unhashable static argument
@@ -298,13 +302,27 @@ def entries_predicted(tape: Any, request: SparseExpression, seeds: Sequence[torc
     if known is None:
         try:
             with planning(tape):
-                known = KnownEntries(predicted_entries(tape, request, seeds))
+                known = KnownEntries(predicted_entries(tape, request, seeds, limit))
         except MappedPatternError:
             known = KnownEntries(None)
         if key is not None:
             CACHE.put(key, known)
     count: int | None = known.count
     return count
+
+
+def terms_described(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], limit: int
+) -> dict[tuple[int, int], list[Term]] | None:
+    """The terms of the entries of an expression (see :func:`~chainrule.plan.sparse.described_entries`).
+
+    None, too, where they stand at other places in each sample of a vmap.
+    """
+    try:
+        with planning(tape):
+            return described_entries(tape, request, seeds, limit)
+    except MappedPatternError:
+        return None
 
 
 def mapped_slots(tape: Any) -> tuple[int, ...]:
@@ -368,4 +386,4 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
 
 
-__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan", "mapped_slots"]
+__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan", "mapped_slots", "terms_described"]

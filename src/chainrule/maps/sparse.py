@@ -53,6 +53,7 @@ class SparseWorkspace(Workspace):
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
+        limit: ops with more entries than this are not listed; None for any number.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
     """
@@ -75,6 +76,7 @@ class SparseWorkspace(Workspace):
         self.widened = widened
         self.derived = derived
         self.masked = masked
+        self.limit: int | None = None
         self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
         self.constants: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}

@@ -72,7 +72,7 @@ def held_by(
     read = list(_read(request.expression)) if request.kind in ("diagonal", "trace") else [request.expression]
     total = 0
     for expression in read:
-        count = entries_predicted(tape, SparseExpression(expression), seeds)
+        count = entries_predicted(tape, SparseExpression(expression), seeds, peak // _ENTRY)
         if count is None:
             return None
         total += count
