@@ -584,3 +584,26 @@ def test_an_index_given_to_a_compiled_call(name):
     listed = chainrule.compile(lambda x: read(chainrule.linear_map(lambda y: y[1:] * y[:-1], x), [0, 2]))
     for scale in (1, 2, 3):
         torch.testing.assert_close(listed(scale * x), function(scale * x, [0, 2]))
+
+
+@pytest.mark.parametrize("name", ["graph", "twice", "gram", "hessian"])
+def test_the_account_of_a_graph_names_its_entries(name):
+    """Not the dense matrix that a sum over its edges would be contracted to."""
+    source, target = torch.randint(0, 400, (2, 900))
+
+    def graph(x):
+        return torch.zeros_like(x).index_add(0, target, (x[source] - x[target]).tanh())
+
+    x = torch.rand(400, dtype=torch.float64)
+    found = {
+        "graph": lambda: chainrule.linear_map(graph, x),
+        "twice": lambda: chainrule.linear_map(lambda x: graph(graph(x)), x),
+        "gram": lambda: chainrule.linear_map(graph, x).gram(),
+        "hessian": lambda: chainrule.hessian(lambda x: graph(x).square().sum(), layout="operator")(x),
+    }[name]()
+    account = found.structure()
+    (block,) = account.blocks
+    entries = sum(term.entries for term in block.terms)
+    assert entries >= torch.count_nonzero(found.dense(flat=True))
+    assert account.bytes == 8 * entries < account.dense_bytes / 2
+    assert name != "graph" or (entries == 2 * 900 and "i = index[k]; j = index[k]; 900 entries" in str(account))

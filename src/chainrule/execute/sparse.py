@@ -22,7 +22,15 @@ from chainrule.maps.staging import Staged
 from chainrule.maps.terms import Term
 from chainrule.plan.patterns import Pattern, dense_parts
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, described_entries, freeze, plan_sparse, predicted_entries
+from chainrule.plan.sparse import (
+    PlannedSparse,
+    SparseExpression,
+    SparseRequest,
+    described_entries,
+    freeze,
+    plan_sparse,
+    predicted_entries,
+)
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
