@@ -129,3 +129,55 @@ def test_long_cumulative_products_with_zeros(monkeypatch: pytest.MonkeyPatch) ->
     # Products of all others by hand: 1; 2; 2·3; nothing is left once two are zero.
     assert chainrule.jvp(lambda y: torch.cumprod(y, 0), (x,), (t,))[1].tolist() == [1.0, 2.0, 6.0, 0.0, 0.0]
     CACHE.clear()
+
+
+#: Functions with a scan between other ops: what their Jacobians are read for must not need the triangle.
+AROUND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda x: (x**2).cumsum(0).sin(),
+    "sum of a sum": lambda x: (x**2).cumsum(0).sin().cumsum(0) * x,
+    "backwards": lambda x: (x**2).flip(0).cumsum(0).flip(0) * x,
+    "product": lambda x: (x**2).cumprod(0).sin(),
+    "logarithm": lambda x: (x * 2).logcumsumexp(0).sin(),
+    "rows": lambda x: torch.outer(x, x.cos()).cumsum(0).sin().diagonal(),
+    "columns": lambda x: torch.outer(x, x.cos()).cumprod(1).sin()[:, 1],
+    "gathered": lambda x: x[torch.arange(len(x)).flip(0)].cumsum(0)[torch.arange(len(x)) // 2],
+    "two": lambda x: x.cumsum(0) * x.cumprod(0) + x.roll(1).cumsum(0),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_read_off_the_jacobian_of_a_scan(name: str) -> None:
+    """Planned and replayed, with a zero among the values and without."""
+    function = AROUND[name]
+    for x in (_values(1, 7)[0], torch.tensor([0.5, -1.0, 0.0, 2.0, 1.5], dtype=torch.float64)):
+        for _ in range(2):
+            J, M = chainrule.linear_map(function, x), torch.func.jacrev(function)(x)
+            torch.testing.assert_close(J.dense(), M, **TOLERANCE)
+            torch.testing.assert_close(J.diagonal(), M.diagonal(), **TOLERANCE)
+            torch.testing.assert_close(J.trace(), M.trace(), **TOLERANCE)
+            torch.testing.assert_close(J.norm(), M.norm(), **TOLERANCE)
+            torch.testing.assert_close(J.gram().diagonal(), (M @ M.T).diagonal(), **TOLERANCE)
+            torch.testing.assert_close((J.normal() + 2 * J @ J).trace(), (M.T @ M + 2 * M @ M).trace(), **TOLERANCE)
+            torch.testing.assert_close(chainrule.divergence(function)(x), M.trace(), **TOLERANCE)
+    x = _values(1, 5)[0]
+    read = lambda x: chainrule.linear_map(function, x).diagonal().square().sum()  # noqa: E731
+    step = 1e-6 * torch.eye(5, dtype=torch.float64)
+    # torch.func's second derivatives of logcumsumexp are wrong (torch 2.13): central differences, the step squared and
+    # round-off over the step.
+    expected = torch.stack([(read(x + e) - read(x - e)) / 2e-6 for e in step])
+    torch.testing.assert_close(chainrule.grad(read)(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sum", "product", "logarithm"])
+def test_diagonals_of_long_scans_take_memory_in_their_length(name: str) -> None:
+    """By the plan and by the allocator; the triangle would take 32 MB."""
+    x = torch.rand(2000, dtype=torch.float64) + 0.5
+    reads = {"diagonal": lambda J: J.diagonal(), "trace": lambda J: J.trace()}
+    if name == "sum":
+        reads |= {"norm": lambda J: J.norm(), "gram": lambda J: J.gram().diagonal(), "normal": lambda J: J.normal().trace()}
+    for kind, read in reads.items():
+        J = chainrule.linear_map(AROUND[name], x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            read(J)
+        sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert max(sizes) <= 2 * x.numel() * 8, kind

@@ -81,7 +81,7 @@ def test_graphs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["laplacian", "diagonal", "divergence"])
 def test_under_vmap_and_compile(name: str) -> None:
-    """There, samples need not have one pattern, and a recording is replayed with other indices: the factors are contracted."""
+    """Samples that share their indices have one pattern, and a recorded call compares those that it was made with."""
     ours, reference = CASES[name]
     graph, points = edges(NODES), torch.randn(2, NODES, dtype=DOUBLE)
     expected = torch.stack([reference(u, *graph) for u in points])

@@ -94,3 +94,58 @@ def test_gathers_and_masks():
     assert compiled.cache_info()[:3] == (1, 1, 0)
     with pytest.raises(CompileError, match="depends on values"):
         chainrule.compile(lambda x, mask: x[mask])(x, torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc"])
+@pytest.mark.parametrize("product", ["vector", "matrix"])
+def test_closed_over_sparse_matrices(kind, product):
+    """They are inputs of the graph: what is written into them is seen; one with more entries is recorded anew."""
+    torch.manual_seed(0)
+    dense = torch.randn(6, 5, dtype=torch.float64) * (torch.rand(6, 5) < 0.4)
+    point = torch.randn((5,) if product == "vector" else (5, 3), dtype=torch.float64)
+    matrix = None
+
+    def function(x):
+        return (matrix @ x).sin() if product == "vector" else torch.sparse.mm(matrix, x).sin()
+
+    total = lambda f: lambda x: f(x).square().sum()  # noqa: E731
+    transforms = {
+        "value": (lambda f: f, lambda f: f),
+        "jacobian": (chainrule.jacobian, torch.func.jacrev),
+        "gradient": (lambda f: chainrule.grad(total(f)), lambda f: torch.func.grad(total(f))),
+        "hessian": (lambda f: chainrule.hessian(total(f)), lambda f: torch.func.hessian(total(f))),
+        "sparse": (lambda f: chainrule.jacobian(f, layout="sparse_coo"), torch.func.jacrev),
+        "norm": (lambda f: lambda x: chainrule.linear_map(f, x).norm(), lambda f: lambda x: torch.func.jacrev(f)(x).norm()),
+        "mapped": (
+            lambda f: lambda x: chainrule.vmap(chainrule.jacobian(f))(torch.stack([x, 2 * x]))[1],
+            lambda f: lambda x: torch.func.jacrev(f)(2 * x),
+        ),
+    }
+    make = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr, "csc": torch.Tensor.to_sparse_csc}[kind]
+    for name, (ours, theirs) in transforms.items():
+        plain, matrix = dense.clone(), make(dense)
+        compiled, expected = chainrule.compile(ours(function)), theirs(lambda x: (plain @ x).sin())  # noqa: B023
+        for call in range(6):
+            if call == 3:
+                (matrix._values() if kind == "coo" else matrix.values()).mul_(2.0)
+                plain.mul_(2.0)
+            found = compiled(point + call)
+            found = found.to_dense() if found.layout is not torch.strided else found
+            torch.testing.assert_close(found, expected(point + call), rtol=1e-9, atol=1e-9, msg=f"{name} {call}")
+        assert compiled.cache_info()[:3] == (5, 1, 0), name
+        plain[0, 0], plain[5, 4] = 3.0, -1.0
+        matrix = make(plain)
+        found = compiled(point)
+        found = found.to_dense() if found.layout is not torch.strided else found
+        torch.testing.assert_close(found, expected(point), rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_sparse_matrix_that_gets_other_entries_in_place():
+    matrix, point = torch.eye(4, dtype=torch.float64).to_sparse(), torch.rand(4, dtype=torch.float64)
+    for layout in ("dense", "sparse_coo"):
+        compiled = chainrule.compile(chainrule.jacobian(lambda x: (matrix @ x).sin(), layout=layout))
+        for other in (torch.eye(4), torch.eye(4), torch.eye(4).flip(0), torch.eye(4) + 1, torch.eye(4)):
+            new = other.double().to_sparse()
+            matrix.sparse_resize_and_clear_((4, 4), 2, 0).copy_(new)
+            expected = torch.func.jacrev(lambda x: (other.double() @ x).sin())(point)  # noqa: B023
+            torch.testing.assert_close(compiled(point).to_dense() if layout != "dense" else compiled(point), expected)

@@ -567,3 +567,43 @@ def test_compiled() -> None:
         x = randn(6)
         matrix = torch.func.jacrev(tanh_twice)(x)
         close(compiled(x), matrix @ (matrix.T @ v) + matrix.diagonal())
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "block", "entries"])
+def test_an_index_given_to_a_compiled_call(name):
+    """What is chosen depends on the values of the index: they are compared, and another choice is recorded anew."""
+    read = {
+        "rows": lambda J, i: J.rows(i), "columns": lambda J, i: J.columns(i), "block": lambda J, i: J.block(i, i),
+        "entries": lambda J, i: J[i, i],
+    }[name]  # fmt: skip
+    function = lambda x, i: read(chainrule.linear_map(lambda y: y[1:] * y[:-1], x), i)  # noqa: E731
+    compiled, x = chainrule.compile(function), torch.rand(5, dtype=torch.float64)
+    for index in ([0, 1], [0, 1], [2, 3], [1, 1], [2, 3]):
+        torch.testing.assert_close(compiled(x, torch.tensor(index)), function(x, torch.tensor(index)))
+    assert compiled.cache_info().hits == 2
+    listed = chainrule.compile(lambda x: read(chainrule.linear_map(lambda y: y[1:] * y[:-1], x), [0, 2]))
+    for scale in (1, 2, 3):
+        torch.testing.assert_close(listed(scale * x), function(scale * x, [0, 2]))
+
+
+@pytest.mark.parametrize("name", ["graph", "twice", "gram", "hessian"])
+def test_the_account_of_a_graph_names_its_entries(name):
+    """Not the dense matrix that a sum over its edges would be contracted to."""
+    source, target = torch.randint(0, 400, (2, 900))
+
+    def graph(x):
+        return torch.zeros_like(x).index_add(0, target, (x[source] - x[target]).tanh())
+
+    x = torch.rand(400, dtype=torch.float64)
+    found = {
+        "graph": lambda: chainrule.linear_map(graph, x),
+        "twice": lambda: chainrule.linear_map(lambda x: graph(graph(x)), x),
+        "gram": lambda: chainrule.linear_map(graph, x).gram(),
+        "hessian": lambda: chainrule.hessian(lambda x: graph(x).square().sum(), layout="operator")(x),
+    }[name]()
+    account = found.structure()
+    (block,) = account.blocks
+    entries = sum(term.entries for term in block.terms)
+    assert entries >= torch.count_nonzero(found.dense(flat=True))
+    assert account.bytes == 8 * entries < account.dense_bytes / 2
+    assert name != "graph" or (entries == 2 * 900 and "i = index[k]; j = index[k]; 900 entries" in str(account))

@@ -318,6 +318,10 @@ def _all_tensors(items: Sequence[Any]) -> bool:
     return all(item is None or isinstance(item, torch.Tensor) for item in items)
 
 
+#: What sparse tensors have beside a shape.
+_SPARSE_SHAPES = frozenset({aten._nnz.default, aten.dense_dim.default, aten.sparse_dim.default})
+
+
 class CompileError(RuntimeError):
     """A function cannot be turned into a flat graph, because what it computes depends on more than shapes."""
 
@@ -455,6 +459,8 @@ class WholeRecorder(Recorder):
         return known is None or known.slot not in self.program.constants
 
     def _on_read(self, func: Any, read: list[Staged]) -> None:
+        if func in _SPARSE_SHAPES and all(staged.slot in self.program.inputs.values() for staged in read):
+            return  # compared as shapes are
         if any(staged.slot not in self.program.constants for staged in read):
             self.refuse(
                 f"{func} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "

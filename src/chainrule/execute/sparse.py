@@ -17,14 +17,26 @@ from chainrule.dispatch import functions_are_replaced, unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
-from chainrule.maps.sparse import kept, plain, unbatched
+from chainrule.maps.sparse import MappedPatternError, kept, plain, unbatched
 from chainrule.maps.staging import Staged
+from chainrule.maps.terms import Term
 from chainrule.plan.patterns import Pattern, dense_parts
 from chainrule.plan.planner import Request
-from chainrule.plan.sparse import PlannedSparse, SparseExpression, SparseRequest, freeze, plan_sparse, predicted_entries
+from chainrule.plan.sparse import (
+    PlannedSparse,
+    SparseExpression,
+    SparseRequest,
+    described_entries,
+    freeze,
+    plan_sparse,
+    predicted_entries,
+)
 
 #: So many patterns are kept per signature.
 _PATTERNS = 8
+
+#: For so many other blocks it is known where a block meets them.
+_MEETINGS = 4
 
 #: So many times masks may be others than those of a plan; then they are values, as if they depended on the inputs.
 _MASKS = 2
@@ -44,6 +56,8 @@ class Layouts:
     pattern: Pattern
     _coo: torch.Tensor | None = None
     _csr: tuple[torch.Tensor, torch.Tensor] | None = None
+    _diagonal: tuple[torch.Tensor, torch.Tensor] | None = None
+    _meetings: list[tuple[Layouts, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Take the pattern out of the vmap that it was found under: it outlives that, and is read by torch's kernels."""
@@ -73,6 +87,33 @@ class Layouts:
                 starts = torch.arange(self.pattern.rows + 1, device=keys.device) * columns
                 self._csr = torch.searchsorted(keys, starts), torch.remainder(keys, columns)
         return self._csr
+
+    @property
+    def diagonal(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which entries stand on the diagonal, and their rows."""
+        if self._diagonal is None:
+            with unseen():
+                rows, columns = self.pattern.places()
+                chosen = torch.nonzero(rows == columns).squeeze(1)
+                self._diagonal = chosen, rows.index_select(0, chosen)
+        return self._diagonal
+
+    def meets(self, right: Layouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the diagonal of the product with another block is made of: entries of this one, their partners, and the rows."""
+        for other, known in self._meetings:
+            if other is right:
+                return known
+        with unseen():
+            rows, _ = self.pattern.places()
+            middle, columns = right.pattern.places()
+            turned = columns * right.pattern.rows + middle
+            order = torch.argsort(turned)
+            turned = turned.index_select(0, order)
+            places = torch.searchsorted(turned, self.pattern.keys).clamp(max=max(turned.numel() - 1, 0))
+            chosen = torch.nonzero(turned.index_select(0, places) == self.pattern.keys).squeeze(1)
+            found = chosen, order.index_select(0, places.index_select(0, chosen)), rows.index_select(0, chosen)
+        self._meetings = [(right, found), *self._meetings[: _MEETINGS - 1]]
+        return found
 
 
 Found = dict[Any, tuple[torch.Tensor, Layouts]]
@@ -247,29 +288,56 @@ class KnownEntries:
     used: bool = False
 
 
-def entries_predicted(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
+def entries_predicted(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], limit: int
+) -> int | None:
     """How many entries the terms of an expression have; found out once per signature, nothing is run.
 
     Args:
         tape: the finished tape, or several that are joined.
         request: what is asked.
         seeds: the factors that an expression names.
+        limit: more entries of one op than this are not listed.
 
     Returns:
-        The number; None where entries cannot be listed.
+        The number; None where entries cannot be listed, or stand at other places in each sample of a vmap.
     """
-    key: Any = tape.signature(("entries", request, tuple([seed.dtype for seed in seeds])))
+    key: Any = tape.signature(("entries", request, tuple([seed.dtype for seed in seeds]), mapped_slots(tape), limit))
     try:
         known: Any = CACHE.get(key)
     except TypeError:  # an unhashable static argument
         key = known = None
     if known is None:
-        with planning(tape):
-            known = KnownEntries(predicted_entries(tape, request, seeds))
+        try:
+            with planning(tape):
+                known = KnownEntries(predicted_entries(tape, request, seeds, limit))
+        except MappedPatternError:
+            known = KnownEntries(None)
         if key is not None:
             CACHE.put(key, known)
     count: int | None = known.count
     return count
+
+
+def terms_described(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], limit: int
+) -> dict[tuple[int, int], list[Term]] | None:
+    """The terms of the entries of an expression (see :func:`~chainrule.plan.sparse.described_entries`).
+
+    None, too, where they stand at other places in each sample of a vmap.
+    """
+    try:
+        with planning(tape):
+            return described_entries(tape, request, seeds, limit)
+    except MappedPatternError:
+        return None
+
+
+def mapped_slots(tape: Any) -> tuple[int, ...]:
+    """Which values of a tape differ between the samples of a vmap: what is read off indices depends on it."""
+    if not torch._C._len_torch_dispatch_stack():
+        return ()
+    return tuple(slot for slot, v in enumerate(tape.values) if isinstance(v, torch.Tensor) and unbatched(v) is None)
 
 
 @contextmanager
@@ -326,4 +394,4 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
 
 
-__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan"]
+__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan", "mapped_slots", "terms_described"]

@@ -156,6 +156,8 @@ def without_repeats(factor: Factor, memo: Memo) -> Factor:
         key = ("diagonal", id(factor.node), first, second)
         axes = [axis for p, axis in enumerate(axes) if p not in (first, second)] + [axes[first]]
         node = memo.get(key)
+        if node is None and (known := factor.node.diagonal) is not None and known[:2] == (first, second):
+            node = memo[key] = known[2]()
         if node is None:
             node = memo[key] = Node(
                 (axis.size for axis in axes),

@@ -33,7 +33,7 @@ def contract(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object,
 
 def contract_any(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object, Node]) -> Factor:
     """As :func:`contract`, with the axes in whatever order the last step gives them."""
-    operands = list(factors)
+    operands = _without_squares(factors)
     kept = set(keep)
     if len(operands) > 2:
         for left, right in _path(operands, keep):
@@ -44,6 +44,16 @@ def contract_any(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[obj
     if len(operands) == 2:
         operands = [_pair(operands[0], operands[1], kept, memo, keep)]
     return _sum_axes(operands[0], kept, memo)
+
+
+def _without_squares(factors: Sequence[Factor]) -> list[Factor]:
+    """The factors, those that are their own square once."""
+    if not any(factor.node.is_indicator for factor in factors):
+        return list(factors)
+    found: dict[object, Factor] = {}
+    for number, factor in enumerate(factors):
+        found.setdefault((id(factor.node), factor.axes) if factor.node.is_indicator else number, factor)
+    return list(found.values())
 
 
 def contraction_cost(factors: Sequence[Factor], keep: Sequence[Axis]) -> int:

@@ -34,6 +34,9 @@ class Node:
         distinct: for an index, those of its dimensions along which no two entries are the same (with the others held fixed).
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
+        diagonal: two of its dimensions, and what makes its diagonal in them (which stands last) without the rest; None where
+            there is no such way.
+        is_indicator: whether it holds zeros and ones only, so that it is its own square.
         mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
         zeros: which of its dimensions a constant mask stands over, outside of which it is zero, and what makes that on a
             device; None where nothing is known.
@@ -42,8 +45,8 @@ class Node:
     """
 
     __slots__ = (
-        "_compute", "batch", "bytes", "digit", "distinct", "facts", "flops", "inputs", "label", "mask", "merge", "numel", "sizes",
-        "slot", "staged", "zeros",
+        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_indicator", "label", "mask",
+        "merge", "numel", "sizes", "slot", "staged", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +75,8 @@ class Node:
         self.slot: int | None = None
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
+        self.diagonal: tuple[int, int, Callable[[], Node]] | None = None
+        self.is_indicator = False
         self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
 
     def force(self, program: Program) -> Staged:

@@ -53,6 +53,7 @@ class SparseWorkspace(Workspace):
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
+        limit: ops with more entries than this are not listed; None for any number.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
     """
@@ -75,6 +76,7 @@ class SparseWorkspace(Workspace):
         self.widened = widened
         self.derived = derived
         self.masked = masked
+        self.limit: int | None = None
         self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
         self.constants: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
@@ -496,15 +498,19 @@ def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor
 
 
+class MappedPatternError(RuntimeError):
+    """The pattern is not the same for all samples of a vmap."""
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is outside of a vmap.
 
     Raises:
-        RuntimeError: if there is one for each sample.
+        MappedPatternError: if there is one for each sample.
     """
     found = unbatched(tensor)
     if found is None:
-        raise RuntimeError(
+        raise MappedPatternError(
             "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
             "what max, sort or a mask selects) is mapped over, one for each sample (equal ones are not told from others). Pass "
             "an index that all samples share with in_dims=None, use layout='dense', or loop over the samples."
@@ -571,4 +577,4 @@ def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, t
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["SparseWorkspace", "join_equal", "kept", "plain", "unbatched"]
+__all__ = ["MappedPatternError", "SparseWorkspace", "join_equal", "kept", "plain", "unbatched"]

@@ -13,7 +13,7 @@ from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.sparse import SparseWorkspace, kept, plain
 from chainrule.maps.staging import Program, Staged, reads
-from chainrule.maps.terms import identity
+from chainrule.maps.terms import Term, identity
 from chainrule.plan import elimination
 from chainrule.plan.algebra import Builder, Expression, Jacobian, OfExpression, jacobians
 from chainrule.plan.compression import by_columns, by_stars
@@ -149,11 +149,18 @@ def _has_complex(tape: Any, graph: Graph) -> bool:
     return any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of))
 
 
+class _TooMany(Exception):  # noqa: N818 - never reaches a user
+    """An op has more entries than are to be listed."""
+
+
 def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
     terms = list(local.terms)
     for operator in local.operators:
         if operator.structure is not None:
-            terms.extend(operator.structure())
+            listed = operator.structure()
+            if workspace.limit is not None and sum(map(count_entries, listed)) > workspace.limit:
+                raise _TooMany
+            terms.extend(listed)
             continue
         shape = local.out_shape
         seed = LinearMap(shape, shape, (identity(shape),))
@@ -340,22 +347,38 @@ def _plan_expression(
     return _settled(candidates, whole, workspace, lambda key: workspace.dtype)
 
 
-def predicted_entries(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor]) -> int | None:
-    """How many entries the terms of an expression have, those of several terms at one place counted each.
+def described_entries(
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], limit: int
+) -> dict[Key, list[Term]] | None:
+    """The terms of the blocks of an expression with relations in place of what a dense sum over them would be.
 
-    Nothing but indices is computed. None where the entries cannot be listed: there are complex values in between.
+    Nothing but indices is computed. None where the entries cannot be listed (there are complex values in between), or those of
+    one op are more than ``limit``.
     """
     workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
+    workspace.limit = limit
     made: dict[Jacobian, dict[Key, LinearMap]] = {}
-    for jacobian in jacobians(request.expression):
-        graph = structured_graph(tape, *_slots(jacobian), workspace)
-        if _has_complex(tape, graph):
-            return None
-        made[jacobian] = _accumulated(tape, graph, *_slots(jacobian), "reverse", workspace)
+    try:
+        for jacobian in jacobians(request.expression):
+            graph = structured_graph(tape, *_slots(jacobian), workspace)
+            if _has_complex(tape, graph):
+                return None
+            made[jacobian] = _accumulated(tape, graph, *_slots(jacobian), "reverse", workspace)
+    except _TooMany:
+        return None
     blocks = Builder(made, seeds, workspace).blocks(request.expression)
-    count = sum(count_entries(settle(term, workspace)) for local in blocks.values() for term in local.terms)
+    found = {key: [settle(term, workspace) for term in local.terms] for key, local in blocks.items()}
     workspace.memo.clear()
-    return count
+    return found
+
+
+def predicted_entries(tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], limit: int) -> int | None:
+    """How many entries the terms of an expression have, those of several terms at one place counted each.
+
+    None where :func:`described_entries` has none.
+    """
+    found = described_entries(tape, request, seeds, limit)
+    return None if found is None else sum(count_entries(term) for terms in found.values() for term in terms)
 
 
 def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> PlannedSparse:
@@ -396,6 +419,6 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
 
 
 __all__ = [
-    "PlannedSparse", "SparseExpression", "SparseRequest", "find_patterns", "freeze", "plan_sparse",
+    "PlannedSparse", "SparseExpression", "SparseRequest", "described_entries", "find_patterns", "freeze", "plan_sparse",
     "predicted_entries", "structured_graph",
 ]  # fmt: skip

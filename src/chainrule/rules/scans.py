@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from chainrule.maps.contract import Merge
+from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -47,7 +49,53 @@ def _cumsum(call: Call) -> Iterable[Edge]:
 
     diagonal = tuple((d, d) for d in range(len(shape)) if d != dim)
     structure = partial(_triangle_terms, call, shape, dim)
-    yield operator_edge(call, item, push, pull, diagonal, math.prod(shape), structure=structure)
+    terms = (_triangle_term(call, shape, dim),) if shape[dim] else ()
+    yield operator_edge(call, item, push, pull, diagonal, math.prod(shape), terms=terms, structure=structure)
+
+
+def _triangle_term(call: Call, shape: tuple[int, ...], dim: int) -> Term:
+    """A running sum by its triangle of ones, which is made only where it has to be.
+
+    Its diagonal is known, it is its own square, and what it is multiplied with and summed over one side is a running sum.
+    """
+    size, dtype, device = shape[dim], call.workspace.dtype, call.workspace.device
+
+    def stage(program: Program) -> Staged:
+        return torch.tril(program.call(torch.ones, (size, size), dtype=dtype, device=device))
+
+    def ones(program: Program) -> Staged:
+        return program.call(torch.ones, (size,), dtype=dtype, device=device)  # type: ignore[no-any-return]
+
+    node = leaf((size, size), stage, flops=size * size, label="triangle")
+    node.diagonal = 0, 1, lambda: leaf((size,), ones, label="ones")
+    node.is_indicator = True
+    node.merge = _running_sum
+    axes, result, argument = new_axes(shape), Axis(size), Axis(size)
+    out, inner = ((*axes[:dim], place, *axes[dim + 1 :]) for place in (result, argument))
+    return Term(dims_of(out), dims_of(inner), (Factor(node, (result, argument)),))
+
+
+def _running_sum(triangle: Factor, other: Factor, still: set[Axis]) -> Merge | None:
+    """A triangle times something that is summed over one of its sides: a running sum, forwards or backwards."""
+    result, argument = triangle.axes
+    if result is argument or result.size == 1:
+        return None
+    for summed, left, backwards in ((argument, result, False), (result, argument, True)):
+        if summed in still or summed not in other.axes or left in other.axes or left not in still:
+            continue
+        if any(axis not in still for axis in other.axes if axis is not summed):
+            return None
+        place = other.axes.index(summed)
+
+        def compute(program: Program, value: Staged, place: int = place, backwards: bool = backwards) -> Staged:
+            if not backwards:
+                return torch.cumsum(value, place)  # type: ignore[call-overload, no-any-return]
+            turned = torch.cumsum(torch.flip(value, [place]), place)  # type: ignore[arg-type, call-overload]
+            return torch.flip(turned, [place])
+
+        axes = (*other.axes[:place], left, *other.axes[place + 1 :])
+        return Merge(axes, compute, (6 if backwards else 2) * other.node.numel)
+    return None
 
 
 def _triangle_terms(call: Call, shape: tuple[int, ...], dim: int) -> tuple[Term, ...]:
@@ -66,13 +114,16 @@ def _triangle_terms(call: Call, shape: tuple[int, ...], dim: int) -> tuple[Term,
 
 
 def _lines(
-    entries: Callable[[Any, Any, int, int], Any], recurrence: Callable[[Program, Staged, Staged, int], tuple[Staged, Staged]]
+    entries: Callable[[Any, Any, int, int], Any],
+    own: Callable[[Any, Any, int, int], Any],
+    recurrence: Callable[[Program, Staged, Staged, int], tuple[Staged, Staged]]
 ) -> Rule:
     """A scan whose local Jacobian along its dimension is a lower triangle.
 
     Args:
         entries: makes the triangle from ``(x, out, dim, size)``. The array has the result's position at ``dim`` and the
             argument's right after it; the other dimensions are diagonal.
+        own: makes the diagonals of the triangles from the same, of the shape of ``x``.
         recurrence: makes, of the shape of ``x``, ``c`` and ``a`` for which tangents ``t`` are pushed to
             ``h[i] = a[i] h[i - 1] + c[i] t[i]``: lines that are long are not worth a triangle for each product.
     """
@@ -97,6 +148,13 @@ def _lines(
         node = formula_node(call, (axis.size for axis in all_axes), formula)
         size = shape[dim]
         node.zeros = (dim, dim + 1), lambda device: torch.ones((size, size), dtype=torch.bool, device=device).tril()
+        others = (*shape[:dim], *shape[dim + 1 :])
+
+        def diagonal_formula(program: Program) -> Any:
+            found = own(call.stage(program, item), call.stage_output(program), dim, size)
+            return torch.movedim(found, dim, -1) if others else found
+
+        node.diagonal = dim, dim + 1, lambda: formula_node(call, (*others, size), diagonal_formula)
         term = Term(dims_of(axes), dims_of(in_axes), (Factor(node, all_axes),))
         if size <= _SHORT:
             yield single(call, item, [term])
@@ -162,6 +220,15 @@ def _cumprod_entries(x: Any, out: Any, dim: int, size: int) -> Any:
     return torch.where(_pattern(x, dim, size, 0), torch.cumprod(without, dim), 0.0)
 
 
+def _cumprod_own(x: Any, out: Any, dim: int, size: int) -> Any:
+    """Products up to the place before."""
+    return _before(out, dim, size, 1.0)
+
+
+def _logcumsumexp_own(x: Any, out: Any, dim: int, size: int) -> Any:
+    return torch.exp(x - torch.where(out == -math.inf, 0.0, out))
+
+
 def _logcumsumexp_entries(x: Any, out: Any, dim: int, size: int) -> Any:
     exponent = torch.unsqueeze(x, dim) - torch.unsqueeze(torch.where(out == -math.inf, 0.0, out), dim + 1)
     return torch.exp(torch.where(_pattern(x, dim, size, 0), exponent, -math.inf))
@@ -182,8 +249,8 @@ def _logcumsumexp_recurrence(program: Program, x: Any, out: Any, dim: int) -> tu
 
 RULES: dict[Any, Rule] = {
     aten.cumsum.default: Rule("scan", _cumsum, reads=False),
-    aten.cumprod.default: _lines(_cumprod_entries, _cumprod_recurrence),
-    aten.logcumsumexp.default: _lines(_logcumsumexp_entries, _logcumsumexp_recurrence),
+    aten.cumprod.default: _lines(_cumprod_entries, _cumprod_own, _cumprod_recurrence),
+    aten.logcumsumexp.default: _lines(_logcumsumexp_entries, _logcumsumexp_own, _logcumsumexp_recurrence),
     # The dispatched op has two outputs, the values and where they stand.
     aten.cummax.default: PICKS,
     aten.cummin.default: PICKS,

@@ -57,8 +57,8 @@ def sparse_places(matrix: torch.Tensor, dim: int) -> torch.Tensor:
     )
     if by_rows == (dim == 1):
         return inner.to(torch.long)
-    counted = torch.arange(starts.numel() - 1, device=starts.device)
-    return torch.repeat_interleave(counted, starts.diff())
+    counted = torch.arange(inner.numel(), device=starts.device, dtype=starts.dtype)
+    return torch.bucketize(counted, starts[1:], right=True)
 
 
 __all__ = ["operand_network", "sparse_places", "sparse_values"]

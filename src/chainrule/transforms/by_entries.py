@@ -7,14 +7,17 @@ slices; the entries that they have are few. Which of the two ways holds less is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import outside
 from chainrule.execute.accounts import uncollected
 from chainrule.execute.engine import CACHE, execute
+from chainrule.execute.sparse import mapped_slots
 from chainrule.plan.algebra import AlgebraRequest, Jacobian
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import curvature_peak
@@ -39,7 +42,7 @@ def _chosen(traced: Traced, kind: str, find: Callable[[], bool]) -> bool:
     """What ``find`` finds out for the signature of a run."""
     slots = (tuple(traced.in_slots), tuple(traced.out_slots))
     try:
-        key: Any = traced.tape.signature(("by entries", kind, slots))
+        key: Any = traced.tape.signature(("by entries", kind, slots, mapped_slots(traced.tape)))
         known: Any = CACHE.get(key)
     except TypeError:  # an unhashable static argument
         key = known = None
@@ -98,7 +101,8 @@ def hessian_prefers_entries(traced: Traced, *, diagonal: bool) -> bool:
 def _hessian_holds_less(traced: Traced, size: int, diagonal: bool) -> bool:
     (slot,), seed = traced.out_slots, torch.ones_like(traced.out_leaves[0])
     assert slot is not None
-    with outside():
+    is_mapped = any(value.__class__ is BatchTensor for value in traced.tape.values)
+    with nullcontext() if is_mapped else outside():
         fork = traced.tape.fork()
         peak = curvature_peak(fork, traced.in_slots, slot, seed, recording_on(fork), diagonal=diagonal)
         fork = traced.tape.fork()

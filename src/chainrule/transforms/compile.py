@@ -26,7 +26,7 @@ from chainrule.execute.memory import current_watch
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
-from chainrule.transforms.compiled_calls import Call, call_of, gradient_kind
+from chainrule.transforms.compiled_calls import Call, call_of, gradient_kind, tensor_kind
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ class Graph:
         used = {id(tensor): tensor for tensor in self.closed}
         found = [*self.surroundings.tensors, *self.closed]
         self.seen = [tensor for tensor in self.surroundings.tensors if id(tensor) not in used and tensor.layout is torch.strided]
-        self.kinds = self.kinds + [_kind(tensor) for tensor in self.seen]
+        self.kinds = self.kinds + [tensor_kind(tensor) for tensor in self.seen]
         self.grads = [(t, t.grad) for t in found if t.is_leaf and t.grad is not None and id(t.grad) in used]
         known = {id(t) for t, _ in self.grads}
         self.asked = [(t, kind) for t, kind in self.asked if id(t) not in known]
@@ -109,7 +109,7 @@ class Graph:
             return self.surroundings.hold()
         return (
             self.surroundings.hold()
-            and [_kind(t) for t in (*self.closed, *self.seen)] == self.kinds
+            and [tensor_kind(t) for t in (*self.closed, *self.seen)] == self.kinds
             and all(tensor.grad is grad for tensor, grad in self.grads)
             and all(gradient_kind(tensor) == kind for tensor, kind in self.asked)
         )
@@ -313,7 +313,7 @@ class _Compiled:
         tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
         staged = [recorder.staged(leaf) for leaf in tensors]
         program, closed, conditions = recorder.program, recorder.found, recorder.conditions
-        kinds = [_kind(tensor) for tensor in closed]
+        kinds = [tensor_kind(tensor) for tensor in closed]
         asked = [(tensor, gradient_kind(tensor)) for tensor, _ in recorder.asked.values()]
         joined = torch.is_grad_enabled() and recorder.joined
         reason = _hidden_state(surroundings) or _obstacle(statics, tensors, recorder, joined=joined)
@@ -433,11 +433,6 @@ def _no_casts() -> Iterator[None]:
     """Without autocast: the casts are in the graph, and calls that ran outside of autocast must not be cast."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
-
-
-def _kind(tensor: torch.Tensor) -> Any:
-    memory = tensor.stride() if tensor.layout is torch.strided else tensor.layout
-    return (tensor.shape, tensor.dtype, tensor.device, memory, tensor.requires_grad)
 
 
 def modes() -> Any:

@@ -29,6 +29,18 @@ _LONGEST = 100
 
 _COMPARED = frozenset({int, float, complex, str, bytes, torch.Size})
 
+_SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
+
+def tensor_kind(tensor: torch.Tensor) -> Any:
+    """What a graph depends on of a closed-over tensor, but for its values; for sparse ones the number of entries, too."""
+    layout = tensor.layout
+    memory: Any = tensor.stride() if layout is torch.strided else layout
+    if layout in _SPARSE:
+        memory = layout, tensor._nnz(), tensor.dense_dim()
+    return (tensor.shape, tensor.dtype, tensor.device, memory, tensor.requires_grad)
+
+
 def gradient_kind(tensor: torch.Tensor) -> Any:
     """What Python may have seen of the ``grad`` of a tensor, but for its values; None where there is none."""
     grad = tensor.grad
@@ -48,6 +60,7 @@ _STATE: dict[str, Any] = {
     "forward": forward_ad,
     "equal": torch.equal,
     "gradient_kind": gradient_kind,
+    "tensor_kind": tensor_kind,
     "same": same,
     "unflatten": tree_unflatten,
 }
@@ -179,7 +192,9 @@ class _Writer:
         conditions = [f"check({', '.join(names)})"]
         if not torch.is_grad_enabled():  # torch's guards leave it out then
             conditions += [f"{name}.requires_grad is {t.requires_grad}" for name, t in zip(names, self.given, strict=True)]
-        beside = [*graph.closed, *graph.seen]
+        beside = [tensor for tensor in (*graph.closed, *graph.seen) if tensor.layout is torch.strided]
+        others = [tensor for tensor in graph.closed if tensor.layout is not torch.strided]  # torch's guards ask for strides
+        conditions += [f"tensor_kind({self._name(tensor)}) == {self._name(tensor_kind(tensor))}" for tensor in others]
         if beside:
             self.names["check_beside"] = _guard(beside)
             conditions.append(f"check_beside({', '.join(self._name(tensor) for tensor in beside)})")
@@ -230,4 +245,4 @@ class _Writer:
         return f"unflatten([{', '.join(items)}], {self._name(spec)})"
 
 
-__all__ = ["Call", "call_of", "gradient_kind"]
+__all__ = ["Call", "call_of", "gradient_kind", "tensor_kind"]

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from chainrule.batching.mode import VmapMode
-from chainrule.capture.recorder import Recorder
+from chainrule.capture.recorder import Recorder, whole_recorder
 from chainrule.execute.engine import peak_elements
 from chainrule.execute.sparse import entries_predicted, execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
-from chainrule.plan.patterns import Pattern
 from chainrule.plan.sparse import SparseExpression
 from chainrule.transforms.spaces import Parts
 
@@ -74,7 +72,7 @@ def held_by(
     read = list(_read(request.expression)) if request.kind in ("diagonal", "trace") else [request.expression]
     total = 0
     for expression in read:
-        count = entries_predicted(tape, SparseExpression(expression), seeds)
+        count = entries_predicted(tape, SparseExpression(expression), seeds, peak // _ENTRY)
         if count is None:
             return None
         total += count
@@ -82,10 +80,10 @@ def held_by(
 
 
 def _without_patterns() -> bool:
-    """Whether a vmap is around, whose samples need not have one pattern, or a recording that is replayed with other indices."""
-    if not torch._C._len_torch_dispatch_stack():
+    """Whether a recording is made that is replayed with other indices; that of a whole call compares them in every call."""
+    if not torch._C._len_torch_dispatch_stack() or whole_recorder() is not None:
         return False
-    return any(isinstance(mode, (VmapMode, Recorder)) for mode in _get_current_dispatch_mode_stack())
+    return any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
 
 
 def _read(expression: Expression) -> Sequence[Expression]:
@@ -132,7 +130,7 @@ def single_entries(linear_map: LinearMap, rows: Parts, columns: Parts) -> dict[i
         wanted = row * known[1].pattern.columns + column
         places = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
         there = keys.index_select(0, places) == wanted
-        read[number] = torch.where(there, known[0].index_select(0, places), 0.0)
+        read[number] = torch.where(there, known[0].index_select(-1, places), 0.0)
     return read
 
 
@@ -154,28 +152,16 @@ def diagonal_of_expression(tape: Any, expression: Expression, seeds: Sequence[to
         right = execute_sparse(tape, SparseExpression(expression.right), seeds)
         for (o, middle), (values, layout) in execute_sparse(tape, SparseExpression(expression.left), seeds).items():
             if (other := right.get((middle, o))) is not None:
-                found_here = _met(values, layout.pattern, other[0], other[1].pattern)
+                chosen, partners, rows = layout.meets(other[1])
+                products = values.index_select(-1, chosen) * other[0].index_select(-1, partners)
+                found_here = _added(rows, products, layout.pattern.rows)
                 sums[o] = sums[o] + found_here if o in sums else found_here
         return sums
     for (o, i), (values, layout) in execute_sparse(tape, SparseExpression(expression), seeds).items():
         if o == i:
-            rows, columns = layout.pattern.places()
-            chosen = torch.nonzero(rows == columns).squeeze(1)
-            sums[o] = _added(rows.index_select(0, chosen), values.index_select(0, chosen), layout.pattern.rows)
+            chosen, rows = layout.diagonal
+            sums[o] = _added(rows, values.index_select(-1, chosen), layout.pattern.rows)
     return sums
-
-
-def _met(one: torch.Tensor, left: Pattern, two: torch.Tensor, right: Pattern) -> torch.Tensor:
-    """The diagonal of the product of two blocks: for each row of the left one, the products with the column of the right one."""
-    rows, _ = left.places()
-    middle, columns = right.places()
-    turned = columns * right.rows + middle
-    order = torch.argsort(turned)
-    turned = turned.index_select(0, order)
-    places = torch.searchsorted(turned, left.keys).clamp(max=max(turned.numel() - 1, 0))
-    chosen = torch.nonzero(turned.index_select(0, places) == left.keys).squeeze(1)
-    partners = order.index_select(0, places.index_select(0, chosen))
-    return _added(rows.index_select(0, chosen), one.index_select(0, chosen) * two.index_select(0, partners), left.rows)
 
 
 def _added(places: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:

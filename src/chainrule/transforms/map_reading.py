@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from chainrule.dispatch import unseen
 from chainrule.transforms.map_blocks import entries_by_blocks, needs_blocks
 from chainrule.transforms.map_entries import prefers_entries, single_entries
 from chainrule.transforms.spaces import Parts, Positions, Space
@@ -65,7 +66,7 @@ def entries(linear_map: LinearMap, rows: Positions, columns: Positions, name: st
     """
     if rows.count != columns.count:
         raise IndexError(f"{name}: {rows.count} rows and {columns.count} columns cannot be read side by side")
-    with torch._C._DisableTorchDispatch():
+    with unseen():
         leaf_of = [
             torch.bucketize(chosen.index, torch.tensor(space.sizes).cumsum(0), right=True)
             for chosen, space in ((rows, linear_map.out_space), (columns, linear_map.in_space))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chainrule.execute.sparse import terms_described
+from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.terms import Axis, Dims, Term
 from chainrule.plan.algebra import AlgebraRequest, described
+from chainrule.plan.sparse import SparseExpression
 
 if TYPE_CHECKING:
     from chainrule.transforms.linear_map import LinearMap
+
+
+#: Ops with more entries than this are not listed: to know where they stand would take as long as the map itself.
+_LISTED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class TermStructure:
         diagonal: the axes that stand on both sides: nothing is stored for them.
         relations: axes that follow from others by an index, as ``(axis, axes that it follows from)``: slices, gathers.
         factors: the arrays: their axes, their shape and their bytes.
-        entries: how many entries of the block the term fills.
+        entries: how many entries the term has; several of them may stand at one place of the block.
     """
 
     rows: tuple[str, ...]
@@ -120,11 +126,18 @@ def structure_of(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tenso
     """The account of a map, whose blocks are what ``request`` asks for."""
     found = described(tape, request, seeds)
     out_space, in_space = linear_map.out_space, linear_map.in_space
+    # Sums over relations (a scatter into the nodes of a graph) are dense where they are contracted, and few entries where
+    # these are listed.
+    rows, columns = linear_map.shape
+    listed = terms_described(tape, SparseExpression(request.expression), seeds, min(_LISTED, rows * columns)) or {}
     blocks = []
     for o, height in enumerate(out_space.sizes):
         for i, width in enumerate(in_space.sizes):
             size = torch.promote_types(out_space.dtypes[o], in_space.dtypes[i]).itemsize
             terms = tuple(_term(term, size) for term in found.get((o, i), ()))
+            few = tuple(_term(term, size) for term in listed.get((o, i), ()))
+            if few and sum(term.entries for term in few) < sum(term.entries for term in terms):
+                terms = few
             blocks.append(BlockStructure(o, i, (height, width), terms, height * width * size))
     return Structure(repr(linear_map), tuple(blocks))
 
@@ -143,8 +156,9 @@ def _term(term: Term, itemsize: int) -> TermStructure:
 
     rows, columns = side(term.out_dims), side(term.in_dims)
     inside = [{axis for dim in dims for axis in dim if axis.size != 1} for dims in (term.out_dims, term.in_dims)]
-    tied = {h.target for h in term.onehots}
-    entries = math.prod(axis.size for axis in inside[0] | inside[1] if axis not in tied)
+    for onehot in term.onehots:  # what they follow from need not be a dimension itself
+        for axis in onehot.sources:
+            name(axis)
     factors = tuple(
         (tuple(name(axis) for axis in f.axes), tuple(axis.size for axis in f.axes), f.node.numel * itemsize)
         for f in term.factors
@@ -152,7 +166,7 @@ def _term(term: Term, itemsize: int) -> TermStructure:
     relations = tuple((name(h.target), tuple(name(axis) for axis in h.sources)) for h in term.onehots if h.target.size != 1)
     diagonal = tuple(names[axis] for axis in names if axis in inside[0] and axis in inside[1])
     sizes = {label: axis.size for axis, label in names.items()}
-    return TermStructure(rows, columns, sizes, diagonal, relations, factors, entries)
+    return TermStructure(rows, columns, sizes, diagonal, relations, factors, count_entries(term))
 
 
 __all__ = ["BlockStructure", "Structure", "TermStructure", "structure_of"]

@@ -12,6 +12,8 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from chainrule.batching.tensor import BatchTensor
+from chainrule.capture.recorder import whole_recorder
+from chainrule.dispatch import unseen
 from chainrule.transforms.arguments import tree_flatten, tree_unflatten
 
 
@@ -166,7 +168,11 @@ def positions(index: Any, size: int, what: str) -> Positions:
         if index.batched:
             raise TypeError(f"{what}: an index that differs between the samples of a vmap cannot choose rows or columns")
         index = index.inner
-    with torch._C._DisableTorchDispatch():
+    if isinstance(index, torch.Tensor) and (recorder := whole_recorder()) is not None:
+        with unseen():
+            known = index.clone()
+        recorder.expect(index, known)
+    with unseen():
         if isinstance(index, slice):
             return Positions(torch.tensor(range(*index.indices(size)), dtype=torch.int64), listed=False)
         if isinstance(index, int):
