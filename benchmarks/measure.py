@@ -23,6 +23,7 @@ import chainrule
 from benchmarks.workload import Expression, Workload
 from chainrule.execute import engine
 from chainrule.execute.memory import peak_of
+from chainrule.execute.sweeps import RUNS, Seen
 
 Runnable = tuple[Expression, tuple[Any, ...]]
 
@@ -334,12 +335,29 @@ def _time(runnable: Runnable, options: Options, seconds: float) -> float:
     return timer.blocked_autorange(min_run_time=seconds).median
 
 
+def _settle(runnable: Runnable) -> None:
+    """Call until nothing is left to be planned: of thousands of ops, only signatures that were seen often are planned."""
+    expression, arguments = runnable
+    for _ in range(RUNS + 2):
+        before = _swept()
+        expression(*arguments)
+        if _swept() == before:
+            return
+
+
+def _swept() -> int:
+    return sum(kept.runs for kept in engine.CACHE._plans.values() if isinstance(kept, Seen))
+
+
 def _interleaved(columns: Mapping[str, Mapping[str, Runnable]], options: Options) -> dict[str, dict[str, float]]:
     """Every expression once per round, one after another; the median over the rounds.
 
     From the second round on, only expressions within twice the fastest of their column are timed again, and from the third on
     none that takes seconds.
     """
+    for expressions in columns.values():
+        for runnable in expressions.values():
+            _settle(runnable)
     samples: dict[tuple[str, str], list[float]] = {}
     for number in range(options.rounds):
         for column, expressions in columns.items():

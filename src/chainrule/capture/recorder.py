@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NoReturn
 
 import torch
@@ -68,6 +69,9 @@ class Recorder(LightMode):
         self._find = find
         # How the constants that are views of others are made.
         self._recipes: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+        # The constants by their memory, as far as they were looked at.
+        self._in_memory: dict[int, list[int]] = {}
+        self._placed = 0
         # The identities in ``known`` must stay taken.
         self._alive: list[Any] = []
 
@@ -173,10 +177,12 @@ class Recorder(LightMode):
     def _unfold(self, memory: int, func: Any) -> None:
         """Constants of one memory, about to be written: from here on they are a copy, and views of that copy."""
         constants, copies = self.program.constants, dict[int, Staged]()
-        shared = [slot for slot in sorted(constants) if constants[slot].untyped_storage()._cdata == memory]
-        tensors = {staged.slot: staged.value for staged in self.known.values()}
+        for slot in islice(constants, self._placed, None):
+            self._in_memory.setdefault(constants[slot].untyped_storage()._cdata, []).append(slot)
+        self._placed = len(constants)
+        shared = self._in_memory[memory]
         for number, slot in enumerate(shared):
-            tensor = tensors[slot]
+            tensor = constants[slot]
             recipe = self._recipes.get(slot)
             if (recipe is None) != (number == 0):
                 self._on_shared_write(func)
@@ -192,9 +198,8 @@ class Recorder(LightMode):
         for slot in shared:
             constants[slot] = kept = constants[slot].clone()
             self._alive.append(kept)
-        for number, staged in list(self.known.items()):
-            if staged.slot in copies:
-                self.known[number] = copies[staged.slot]
+        del self._in_memory[memory]
+        self.known.update([(n, copies[staged.slot]) for n, staged in self.known.items() if staged.slot in copies])
 
     def _append(
         self,

@@ -352,16 +352,17 @@ def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] 
     return found
 
 
-def first_runs(key: Any, known: Any, sweep: Callable[[], Any]) -> Any:
+def first_runs(key: Any, known: Any, sweep: Callable[[], Any], levels: int = 1) -> Any:
     """The result of one of the first runs of a signature on a long tape; None where a plan is to be made.
 
     Args:
         key: the key of the plan; None where none would be kept.
         known: what the cache holds for it, which is no plan.
         sweep: computes the result without a plan; None where it cannot.
+        levels: how many transforms are swept, each of which records those inside of it.
     """
     seen: Any = Seen() if known is None else known
-    if seen.runs >= RUNS or current_watch() is not None:
+    if seen.runs * levels >= RUNS or current_watch() is not None:
         return None
     # What is recorded for replays is planned, as is what a vmap sees; a transform around this one records a sweep as well.
     modes = range(torch._C._len_torch_dispatch_stack())

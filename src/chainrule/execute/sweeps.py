@@ -3,7 +3,8 @@
 A plan of thousands of ops takes many times as long to make as it takes to run, and pays only where its signature occurs again
 and again. What one op does to a tangent or cotangent depends on little (the op, its static arguments, shapes and dtypes), and
 the steps of a loop share it: it is planned once for all of them, and the sweep over the tape is a look-up and a call or two for
-each op. No structure is kept between ops, as in a plain forward or reverse mode.
+each op. No structure is kept between ops, as in a plain forward or reverse mode. Which step follows which is kept for the
+next sweep of the same signature, which looks nothing up.
 
 Source: Griewank and Walther, *Evaluating Derivatives*, 2nd ed., chapter 3.
 """
@@ -14,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
@@ -33,8 +34,11 @@ Tensor = torch.Tensor
 #: Tapes of fewer ops, counted once for each transform of a nest, are planned in their first run.
 LONG = 1024
 
-#: How many runs of a signature are swept before it is planned.
-RUNS = 2
+#: How many runs of a signature are swept before it is planned; a nest of transforms is swept so often over their number.
+#: To plan and to compile takes as long as what 12 to 120 replays save beside as many sweeps (loops of small systems,
+#: 3 000 to 10 000 ops). Whoever waits until the waiting has cost as much never pays more than twice the least possible.
+#: Source: Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", Algorithmica 3, 1988.
+RUNS = 24
 
 #: Elements of a value, times the tangents or cotangents that are swept at once, up to which (on average) a call takes longer
 #: than what structure between ops could save of it.
@@ -42,6 +46,9 @@ _SMALL = 1 << 14
 
 #: How many plans of single ops are kept.
 _LIMIT = 4096
+
+#: How many steps all schedules that are kept have together.
+_SCHEDULED = 1 << 18
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _lock = threading.Lock()
@@ -110,6 +117,67 @@ class Step:
 _STEPS: dict[Any, Step] = {}
 
 
+class Entry(NamedTuple):
+    """One step of a sweep that was done before.
+
+    Attributes:
+        step: what is done.
+        values: the slots of the values that it reads.
+        given: the slots whose tangents or cotangents it takes on.
+        targets: the slots that its results belong to.
+        dropped: those of ``given`` that no later step takes on.
+    """
+
+    step: Step
+    values: list[int]
+    given: list[int]
+    targets: list[int]
+    dropped: list[int]
+
+
+@dataclass(slots=True)
+class Schedule:
+    """A sweep that was done before, to be done on the values of another run.
+
+    Attributes:
+        passes: for each pass over the tape its steps.
+        forward: whether the passes push tangents.
+        classes: those of the tape's values.
+    """
+
+    passes: list[list[Entry]]
+    forward: bool
+    classes: frozenset[type]
+
+    @property
+    def length(self) -> int:
+        """The number of steps."""
+        return sum([len(entries) for entries in self.passes])
+
+    def on(self, values: Sequence[Any]) -> _Pass:
+        """The passes on the values of a run, one after the other."""
+        remaining = iter(self.passes)
+
+        def run(_: Request, seeds: dict[int, Tensor], __: int | None) -> dict[int, Tensor]:
+            pending = dict(seeds)
+            for step, read, given, targets, dropped in next(remaining):
+                results = step.run([values[slot] for slot in read], [pending[slot] for slot in given])
+                for slot in dropped:
+                    del pending[slot]
+                for slot, part in zip(targets, results, strict=True):
+                    known = pending.get(slot)
+                    pending[slot] = part if known is None else torch.add(known, part)
+            return pending
+
+        return run
+
+
+#: A pass over a tape: from the request, the seeds by slot, and how many stand in each, what the slots at the other end get.
+_Pass = Callable[[Request, dict[int, Tensor], int | None], dict[int, Tensor]]
+
+_SCHEDULES: dict[Any, Schedule] = {}
+
+
 class _Sweep:
     """A sweep over one tape.
 
@@ -123,9 +191,10 @@ class _Sweep:
         self.values: list[Any] = tape.values
         self.request = request
         self.shared = (request.kind, several, request.cast, request.kernels)
+        self.entries: list[Entry] = []
 
     def step(
-        self, record: Any, given: Sequence[int], wanted: Sequence[int], seeds: Sequence[Tensor]
+        self, record: Any, given: list[int], wanted: list[int], seeds: Sequence[Tensor], dropped: list[int]
     ) -> list[tuple[int, Tensor]]:
         """Take tangents or cotangents through one op.
 
@@ -134,6 +203,7 @@ class _Sweep:
             given: the slots with a seed: outputs where cotangents are pulled, arguments where tangents are pushed.
             wanted: the slots on the other side.
             seeds: the seeds.
+            dropped: those of ``given`` that no later op takes on.
 
         Returns:
             The slots that get something, with what.
@@ -152,14 +222,18 @@ class _Sweep:
             step = _STEPS.get(key)
         except TypeError:  # an unhashable static argument
             step = key = None
+        results: Sequence[Tensor]
         if step is not None:
-            return list(zip([local[n] for n in step.targets], step.run(values, seeds), strict=True))
-        step, results = self._planned(record, slots, local, (given, wanted), seeds)
-        if key is not None:
-            if len(_STEPS) >= _LIMIT:
-                _STEPS.clear()
-            _STEPS[key] = step
-        return list(zip([local[n] for n in step.targets], results, strict=True))
+            results = step.run(values, seeds)
+        else:
+            step, results = self._planned(record, slots, local, (given, wanted), seeds)
+            if key is not None:
+                if len(_STEPS) >= _LIMIT:
+                    _STEPS.clear()
+                _STEPS[key] = step
+        targets = [local[number] for number in step.targets]
+        self.entries.append(Entry(step, local, given, targets, dropped))
+        return list(zip(targets, results, strict=True))
 
     def _described(self, record: Any, active: frozenset[int]) -> tuple[list[int], list[Any]]:
         """The slots of the arguments, each once, and what a plan of the op depends on."""
@@ -237,6 +311,7 @@ class _Way:
         self.inputs, self.outputs = list(inputs), list(outputs)
         self.records, self.needed, self.reachable = between(tape.records, inputs, outputs)
         self.arguments = [list(dict.fromkeys(argument_slots(record))) for record in self.records]
+        self.passes: list[list[Entry]] = []
 
     def suits(self, several: int) -> bool:
         """Whether a sweep of so many tangents or cotangents is a good first run: ordinary ops on small tensors of one dtype."""
@@ -270,11 +345,13 @@ class _Way:
             given = [slot for slot in record.outputs if slot in pending]
             if not given:
                 continue
+            dropped = [slot for slot in given if slot not in inputs]
             cotangents = [pending[slot] if slot in inputs else pending.pop(slot) for slot in given]
             wanted = [slot for slot in arguments if slot in reachable and active[slot]]
-            for slot, part in sweep.step(record, given, wanted, cotangents):
+            for slot, part in sweep.step(record, given, wanted, cotangents, dropped):
                 known = pending.get(slot)
                 pending[slot] = part if known is None else torch.add(known, part)
+        self.passes.append(sweep.entries)
         return {slot: pending[slot] for slot in self.inputs if slot in pending}
 
     def pushed(self, request: Request, seeds: dict[int, Tensor], several: int | None) -> dict[int, Tensor]:
@@ -285,14 +362,16 @@ class _Way:
         tangents, outputs = dict(seeds), frozenset(self.outputs)
         for number, (record, arguments) in enumerate(zip(self.records, self.arguments, strict=True)):
             given = [slot for slot in arguments if slot in tangents]
-            if given:
-                wanted = [slot for slot in record.outputs if slot in needed and active[slot]]
-                for slot, part in sweep.step(record, given, wanted, [tangents[slot] for slot in given]):
-                    known = tangents.get(slot)  # an input that is computed of another one
-                    tangents[slot] = part if known is None else torch.add(known, part)
-            for slot in given:
-                if last[slot] == number and slot not in outputs:
-                    del tangents[slot]
+            if not given:
+                continue
+            dropped = [slot for slot in given if last[slot] == number and slot not in outputs]
+            wanted = [slot for slot in record.outputs if slot in needed and active[slot]]
+            for slot, part in sweep.step(record, given, wanted, [tangents[slot] for slot in given], dropped):
+                known = tangents.get(slot)  # an input that is computed of another one
+                tangents[slot] = part if known is None else torch.add(known, part)
+            for slot in dropped:
+                del tangents[slot]
+        self.passes.append(sweep.entries)
         return {slot: tangents[slot] for slot in self.outputs if slot in tangents}
 
 
@@ -313,57 +392,87 @@ def swept(
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     if request.kind not in ("jacobian", "pull", "push") or not inputs or not outputs:
         return None
-    way = _Way(tape, inputs, outputs)
-    if not (always or is_long(way.records)):
-        return None
-    found = _jacobian(way, request) if request.kind == "jacobian" else _product(way, request, seeds)
-    if found is None:
-        return None
+    classes = frozenset(map(type, tape.values))
+    key: Any = tape.signature((request, tuple(tape.active), tape.saw_blocked, tuple([_kind(seed) for seed in seeds])))
+    try:
+        schedule = _SCHEDULES.get(key)
+    except TypeError:  # an unhashable static argument
+        schedule = key = None
+    if schedule is None or schedule.classes != classes:
+        way = _Way(tape, inputs, outputs)
+        if not (always or is_long(way.records)):
+            return None
+        forward = _is_forward(way, request, seeds)
+        if forward is None:
+            return None
+        found = _passes(tape.values, request, seeds, way.pushed if forward else way.pulled, forward=forward)
+        schedule = Schedule(way.passes, forward, classes)
+        if key is not None:
+            _keep(key, schedule)
+    else:
+        forward = schedule.forward
+        found = _passes(tape.values, request, seeds, schedule.on(tape.values), forward=forward)
     results: dict[Any, Tensor | None] = {}
-    for key, result in found.items():
+    for name, result in found.items():
         # What the sweep returns may be a seed, or a view of a value.
-        results[key] = None if result is None else result.clone(memory_format=torch.contiguous_format)
+        results[name] = None if result is None else result.clone(memory_format=torch.contiguous_format)
     with undispatched():
         if not all(bool(torch.isfinite(result).all()) for result in results.values() if result is not None):
             raise NotFiniteError
     return results
 
 
-def _product(way: _Way, request: Request, seeds: Sequence[Tensor]) -> dict[Any, Tensor | None] | None:
-    values = way.tape.values
-    for slot, seed in zip(request.seeds, seeds, strict=True):
-        if seed.__class__ not in _ORDINARY or seed.shape != values[slot].shape or seed.dtype != values[slot].dtype:
-            return None
-    if len(set(request.seeds)) < len(request.seeds) or not way.suits(1):
-        return None
-    given = dict(zip(request.seeds, seeds, strict=True))
-    if request.kind == "pull":
-        pulled = way.pulled(request, given, None)
-        return {slot: pulled.get(slot) for slot in way.inputs}
-    pushed = way.pushed(request, given, None)
-    return {slot: pushed.get(slot) for slot in way.outputs}
+def _kind(seed: Tensor) -> tuple[Any, ...]:
+    return seed.__class__, seed.shape, seed.dtype
 
 
-def _jacobian(way: _Way, request: Request) -> dict[Any, Tensor | None] | None:
-    """One input or output after the other, so that blocks that are zero are not computed."""
+def _keep(key: Any, schedule: Schedule) -> None:
+    with _lock:
+        steps = sum([kept.length for kept in _SCHEDULES.values()])
+        if steps + schedule.length > _SCHEDULED:
+            _SCHEDULES.clear()
+        if schedule.length <= _SCHEDULED:
+            _SCHEDULES[key] = schedule
+
+
+def _is_forward(way: _Way, request: Request, seeds: Sequence[Tensor]) -> bool | None:
+    """Whether tangents are pushed for a request, or cotangents pulled; None where it has to be planned."""
     values = way.tape.values
+    if request.kind != "jacobian":
+        for slot, seed in zip(request.seeds, seeds, strict=True):
+            if seed.__class__ not in _ORDINARY or seed.shape != values[slot].shape or seed.dtype != values[slot].dtype:
+                return None
+        suits = len(set(request.seeds)) == len(request.seeds) and way.suits(1)
+        return request.kind == "push" if suits else None
     rows, columns = (max([values[slot].numel() for slot in slots]) for slots in (way.outputs, way.inputs))
     total_rows, total_columns = (sum([values[slot].numel() for slot in slots]) for slots in (way.outputs, way.inputs))
-    order = request.order
-    if order == "auto":
-        order = "reverse" if total_rows <= total_columns else "forward"
-    forward = order == "forward"
-    if not way.suits(columns if forward else rows) or not rows * columns:
-        return None
-    found: dict[Any, Tensor | None] = {(output, slot): None for output in way.outputs for slot in way.inputs}
-    sweep: Callable[..., dict[int, Tensor]] = way.pushed if forward else way.pulled
-    for slot in way.inputs if forward else way.outputs:
+    forward = request.order == "forward" or (request.order == "auto" and total_rows > total_columns)
+    return forward if rows * columns and way.suits(columns if forward else rows) else None
+
+
+def _passes(
+    values: Sequence[Any], request: Request, seeds: Sequence[Tensor], sweep: _Pass, *, forward: bool
+) -> dict[Any, Tensor | None]:
+    """The results of a request, by key, by passes over the tape.
+
+    A Jacobian is taken for one input or output after the other, so that blocks that are zero are not computed.
+    """
+    inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
+    if request.kind != "jacobian":
+        single = sweep(request, dict(zip(request.seeds, seeds, strict=True)), None)
+        return {slot: single.get(slot) for slot in (outputs if forward else inputs)}
+    found: dict[Any, Tensor | None] = {(output, slot): None for output in outputs for slot in inputs}
+    for slot in inputs if forward else outputs:
         value = values[slot]
         shape, count = tuple(value.shape), value.numel()
         several = count if shape else None
         seed = torch.eye(count, dtype=value.dtype, device=value.device)
         seed = seed.reshape((*shape, count) if forward else (count, *shape)) if shape else seed.reshape(())
-        for other, part in sweep(request, {slot: seed}, several).items():
+        swept_once = sweep(request, {slot: seed}, several)
+        for other in outputs if forward else inputs:
+            part = swept_once.get(other)
+            if part is None:
+                continue
             if forward:
                 found[other, slot] = part.reshape((*values[other].shape, *shape))
             else:

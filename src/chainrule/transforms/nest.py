@@ -366,7 +366,7 @@ def _swept(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
         with collecting(SWEPT):
             return _run_parts([here], seeds)
 
-    return engine.first_runs(run.key, run.cached, sweep)
+    return engine.first_runs(run.key, run.cached, sweep, len(part.levels))
 
 
 def _is_apart(run: Run) -> bool:
