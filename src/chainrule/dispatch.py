@@ -163,6 +163,10 @@ def functions_are_replaced() -> bool:
     return False
 
 
+#: By a function of torch, what looks at its arguments and returns another way to call it on them, or None. A layer above fills
+#: it: with ways that keep torch from reading values of tensors that have none.
+OTHERWISE: dict[Any, Callable[..., Callable[[], Any] | None]] = {}
+
 #: Torch's words.
 DATA_UNDER_VMAP = "accessing `data` under vmap transform is not allowed. Use detach()."
 
@@ -276,6 +280,12 @@ class LightMode(Handler, TorchDispatchMode):
         """Take a function of the tables, if this mode is the innermost one."""
         if func in FACTS:
             return func(*args, **kwargs) if kwargs else func(*args)
+        if func in OTHERWISE and (call := OTHERWISE[func](*args)) is not None:
+            _push_function(self)
+            try:
+                return call()
+            finally:
+                _pop_function()
         if types and types != _ONLY_TENSOR and self._makes_plain(types):
             with torch._C.DisableTorchFunctionSubclass():
                 return self.take_function(func, (), args, kwargs)

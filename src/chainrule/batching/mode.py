@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from chainrule.batching import indexing as _indexing  # noqa: F401 - indices with mapped integers are taken there
 from chainrule.batching.arguments import Stored, needs_guard, refuse_hidden_backward
 from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples

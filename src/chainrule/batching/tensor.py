@@ -14,10 +14,6 @@ from chainrule.subclasses import known
 
 _make_wrapper = Tensor._make_wrapper_subclass
 _make_subclass = Tensor._make_subclass
-_getitem: Callable[..., Tensor] = Tensor.__getitem__
-
-#: Indices that are the same for all samples.
-_NEVER_MAPPED = frozenset({int, slice, Tensor, type(None), type(Ellipsis)})
 
 
 @known
@@ -71,26 +67,6 @@ class BatchTensor(Tensor):
     def __format__(self, spec: str) -> str:
         return repr(self) if self.batched else format(self.inner, spec)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """As for every tensor; an integer that differs between the samples may be an index too."""
-        place = None if index.__class__ in _NEVER_MAPPED else _mapped_place(self, index)
-        if place is None:
-            return _getitem(self, index)
-        view, dim, position = place
-        return torch.index_select(view, dim, position).squeeze(dim)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        """As for every tensor; an integer that differs between the samples may be an index too."""
-        place = _mapped_place(self, index)
-        if place is None:
-            super().__setitem__(index, value)
-            return
-        view, dim, position = place
-        shape = [*view.shape[:dim], *view.shape[dim + 1 :]]
-        if not isinstance(value, Tensor):
-            value = torch.full((), value, dtype=view.dtype, device=view.device)
-        view.index_copy_(dim, position, value.to(view.dtype).expand(shape).unsqueeze(dim))
-
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """The tensor without its graph."""
@@ -133,30 +109,6 @@ class BatchTensor(Tensor):
             )
         inner: Tensor = self.inner
         return inner
-
-
-def _mapped_place(tensor: BatchTensor, index: Any) -> tuple[Tensor, int, Tensor] | None:
-    """For an index with one integer tensor that differs between samples, among slices and numbers.
-
-    Returns:
-        The tensor with the other parts of the index taken, the dimension that is left, and the position on it (of shape
-        ``(1,)``); None for every other index.
-    """
-    items = index if index.__class__ is tuple else (index,)
-    mapped = [n for n, item in enumerate(items) if item.__class__ is BatchTensor and item.batched and item.dim() == 0]
-    if len(mapped) != 1 or items[mapped[0]].dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        return None
-    number = mapped[0]
-    before, rest = items[:number], (*items[:number], *items[number + 1 :])
-    if not all(item is None or item is Ellipsis or item.__class__ in (slice, int) for item in rest):
-        return None
-    view = Tensor.__getitem__(tensor, (*before, slice(None), *items[number + 1 :]))
-    consumed = sum(item is not None and item is not Ellipsis for item in items)
-    dim = sum(
-        tensor.dim() - consumed if item is Ellipsis else int(item.__class__ is not int) for item in before
-    )
-    position = items[number].to(torch.int64)
-    return view, dim, torch.where(position < 0, position + view.shape[dim], position).reshape(1)
 
 
 def _plain_repr(value: Tensor) -> str:

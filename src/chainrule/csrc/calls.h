@@ -71,7 +71,9 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
         }
     }
     int graph = is_true_of(GET(value, requires_grad));
-    if (graph < 0 || append_new(signature, PyLong_FromLong((batch != NULL) + 2 * graph)) < 0)
+    /* What is the same for all samples is of the level nevertheless, where the function made it: its views are. */
+    int own = batch == NULL && value != item;
+    if (graph < 0 || append_new(signature, PyLong_FromLong((batch != NULL) + 2 * graph + 4 * own)) < 0)
         return -1;
     *joined |= graph;
     for (Py_ssize_t place = 0; place < PyList_GET_SIZE(values); place++)

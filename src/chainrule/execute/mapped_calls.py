@@ -321,7 +321,9 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
             continue
         else:
             return False
-        signature.append((batch is not None) + 2 * value.requires_grad)
+        # What is the same for all samples is of the level nevertheless, where the function made it: its views are.
+        own = batch is None and value is not item
+        signature.append((batch is not None) + 2 * value.requires_grad + 4 * own)
         for place, other in enumerate(values):
             if other is value:
                 signature.append(-1 - place)
