@@ -265,3 +265,45 @@ def test_factors_of_truth_values_and_of_small_integers_are_summed_as_numbers():
             for _ in range(2):
                 # Small whole numbers: exact.
                 torch.testing.assert_close(transform(function)(x), wanted, rtol=0, atol=0)
+
+
+_NUMBER_FIRST = {
+    "pow": lambda number: lambda x: torch.pow(number, x),
+    "pow by name": lambda number: lambda x: torch.pow(self=number, exponent=x),
+    "float_power": lambda number: lambda x: torch.float_power(number, x),
+    "mul": lambda number: lambda x: torch.mul(number, x),
+    "sub": lambda number: lambda x: torch.sub(number, x),
+    "div": lambda number: lambda x: torch.div(number, x),
+    "xlogy": lambda number: lambda x: torch.xlogy(number, x),
+    "fmod": lambda number: lambda x: torch.fmod(torch.tensor(number), x),
+    "where": lambda number: lambda x: torch.where(x > 0.8, number, x),
+    "xlog1py": lambda number: lambda x: torch.special.xlog1py(number, x),
+}
+
+
+@pytest.mark.parametrize("number", [2.0, 3, 0])
+@pytest.mark.parametrize("name", _NUMBER_FIRST)
+def test_number_before_a_tensor(name, number):
+    function = _NUMBER_FIRST[name](number)
+    x = torch.rand(3, 4, dtype=torch.float64) + 0.4
+    summed = lambda x: function(x).sum()  # noqa: E731
+    for _ in range(3):  # the plans of the first call serve the later ones
+        torch.testing.assert_close(chainrule.grad(summed)(x), torch.func.grad(summed)(x))
+        torch.testing.assert_close(chainrule.hessian(summed)(x), torch.func.hessian(summed)(x))
+        torch.testing.assert_close(chainrule.vmap(function)(x), function(x))
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(summed))(x), torch.func.grad(summed)(x))
+        torch.testing.assert_close(chainrule.vmap(chainrule.vmap(function))(x), function(x))
+        ones = torch.ones_like(x)
+        torch.testing.assert_close(chainrule.jvp(function, (x,), (ones,))[1], torch.func.jvp(function, (x,), (ones,))[1])
+
+
+@pytest.mark.parametrize("base", [0, 0.0, -0.0])
+def test_powers_of_zero(base):
+    # Torch's gradient, and its derivative: where the result is not infinite, zero.
+    x = torch.tensor([0.5, 2.0, 0.0, -1.0], dtype=torch.float64)
+    function = lambda x: (base**x).sum()  # noqa: E731
+    torch.testing.assert_close(chainrule.grad(function)(x), torch.func.grad(function)(x))
+    expected = torch.func.hessian(function)(x)
+    torch.testing.assert_close(chainrule.hessian(function)(x[:3]), expected[:3, :3])
+    torch.testing.assert_close(chainrule.hessian(function)(x).diagonal(), expected.diagonal())
+    torch.testing.assert_close(chainrule.vmap(chainrule.hessian(function))(x[:, None]).flatten(), expected.diagonal())

@@ -127,7 +127,8 @@ class Recorder(LightMode):
         if keep:
             self._on_unrepeatable(func)
         keep = keep or (out is None and not written)
-        if func is aten.mul.Tensor and isinstance(args[1], torch.Tensor) and args[0].numel() < args[1].numel():
+        two = func is aten.mul.Tensor and isinstance(args[0], torch.Tensor) and isinstance(args[1], torch.Tensor)
+        if two and args[0].numel() < args[1].numel():
             lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
         if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
             same = func is aten.detach.default or func is aten.alias.default

@@ -301,6 +301,8 @@ class Tape(Slots, LightMode):
                 op = function.number_op
             elif not isinstance(args[1], torch.Tensor):
                 return NotImplemented
+            if not isinstance(args[0], torch.Tensor):  # torch.pow(2.0, x) is another overload
+                return NotImplemented
         elif len(args) > 1:
             if args[-1] is None:  # it is what the op takes it to be without being told
                 args = args[:-1]

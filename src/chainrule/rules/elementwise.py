@@ -45,7 +45,8 @@ def _pow_exponent(x: Any, exponent: Any, out: Any) -> Any:
 
 def _pow_scalar_base(base: float, exponent: Any, out: Any) -> Any:
     if base == 0:
-        return torch.where(exponent >= 0, 0.0, out * (-math.inf))
+        # log(0) times an infinite result is that result with the other sign; no factor is infinite where the result is not.
+        return torch.where(exponent >= 0, 0.0, -out)
     return out * math.log(base) if base > 0 else out * math.nan
 
 
