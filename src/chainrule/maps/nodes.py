@@ -45,8 +45,8 @@ class Node:
     """
 
     __slots__ = (
-        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_indicator", "label", "mask",
-        "merge", "numel", "sizes", "slot", "staged", "zeros",
+        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_indicator", "label",
+        "mask", "merge", "numel", "sizes", "slot", "staged", "zeros",
     )  # fmt: skip
 
     def __init__(
