@@ -36,3 +36,18 @@ def test_new_zeros_of_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(threads)
     with torch.inference_mode():
         assert calls.new_zeros(torch.randn(3), (2,)).is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 16, 24, 24), (3, 9, 31, 22), (2, 4, 60, 60), (16, 24, 24), (0, 16, 24, 24)])
+@pytest.mark.parametrize("options", [([2, 2],), ([3, 2], [2, 1], [1, 0]), ([2, 2], [1, 2], [0, 0], [2, 1], True)])
+def test_max_pool2d(shape: Any, dtype: torch.dtype, options: Any) -> None:
+    x = torch.randint(-3, 3, shape).to(dtype)  # with many ties
+    if x.numel():
+        x.flatten()[::7] = torch.nan
+    for given in (x, x.transpose(-1, -2)):
+        found = calls.max_pool2d_with_indices(given, *options)
+        wanted = torch.ops.aten.max_pool2d_with_indices.default(given, *options)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+            assert one.stride() == other.stride()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from chainrule.maps.contract import contract
+from chainrule.maps.contract import _path, contract
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Axis, Factor
 from tests.maps.test_linear_maps import F64, dense_node
@@ -75,3 +75,14 @@ def test_many_vectors_times_small_matrices() -> None:
                     [Factor(dense_node(y), (b, k, n)), Factor(dense_node(x), (b, k))]):  # fmt: skip
         found = contract(factors, [b, n], {}).node.force(Program()).value
         torch.testing.assert_close(found, torch.einsum("bk,bkn->bn", x, y), rtol=1e-13, atol=1e-13)
+
+
+def test_order_with_axes_of_one_operand():
+    """An axis that one operand alone carries is summed in passing: the cheapest pair still comes first."""
+    c, h, batch, alone, taps = (Axis(size) for size in (8, 64, 32, 1, 9))
+    cotangent, mask, patches = (c, h), (alone, c, h, batch), (h, taps, batch)
+    factors = [Factor(dense_node(torch.randn([axis.size for axis in axes], dtype=F64)), axes) for axes in (cotangent, mask, patches)]
+    assert _path(factors, (c, taps, batch)) == [(0, 1), (0, 1)]
+    found = contract(factors, (c, taps, batch), {}).node.force(Program()).value
+    wanted = torch.einsum("ch,achb,htb->ctb", *(factor.node.force(Program()).value for factor in factors))
+    torch.testing.assert_close(found, wanted)

@@ -267,3 +267,23 @@ def test_gradients_of_weights_join_autograd() -> None:
         return torch.autograd.grad(found.pow(2).sum(), (x, weight))
 
     torch.testing.assert_close(penalty(chainrule), penalty(torch.func))
+
+
+@pytest.mark.parametrize("pool", [2, 3])
+def test_per_sample_gradients_of_single_samples(pool):
+    """A convolutional network on `x[None]`: maxima over windows that are apart (2) or overlap (3)."""
+    weights = {
+        "one": torch.randn(4, 2, 3, 3, dtype=torch.float64), "bias": torch.randn(4, dtype=torch.float64),
+        "two": torch.randn(8, 4, 3, 3, dtype=torch.float64), "last": torch.randn(3, 8 * 9, dtype=torch.float64),
+    }  # fmt: skip
+
+    def loss(weights, x, target):
+        inner = torch.nn.functional.conv2d(x[None], weights["one"], weights["bias"]).relu()
+        inner = torch.nn.functional.conv2d(inner, weights["two"]).relu()
+        inner = torch.nn.functional.max_pool2d(inner, pool, stride=2, padding=pool // 3)
+        return torch.nn.functional.cross_entropy(inner.flatten(1) @ weights["last"].T, target[None])
+
+    for _ in range(2):  # planned, then replayed
+        x, target = torch.randn(5, 2, 10, 10, dtype=torch.float64), torch.arange(5) % 3
+        found, wanted = (m.vmap(m.grad(loss), in_dims=(None, 0, 0))(weights, x, target) for m in (chainrule, torch.func))
+        torch.testing.assert_close(found, wanted)

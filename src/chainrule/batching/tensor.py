@@ -32,6 +32,9 @@ class BatchTensor(Tensor):
     # What every such tensor has stands in its own places, which take less time than a dictionary.
     __slots__ = ("inner", "level")
 
+    #: To the rules, which know no more of the class.
+    is_mapped = True
+
     inner: Any
     level: Any
     parent: BatchTensor | None = None

@@ -36,10 +36,10 @@ class Policy(Protocol):
     def expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A function that computes the op by other ops, to be recorded in its place; None to record the op itself."""
 
-    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...], bool], bool] | None:
+    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool] | None:
         """For an op with an expansion: which calls are recorded as they are all the same.
 
-        The function gets the arguments, and whether kernels of the op's own are wanted.
+        The function gets the arguments, whether kernels of the op's own are wanted, and what says whether an argument is active.
         """
 
     def direct(self, op: OpOverload) -> Callable[..., Any] | None:

@@ -225,7 +225,7 @@ class Tape(Slots, LightMode):
         joins = self.joins(args)
         in_parts = facts.joined is not None and (joins or have_stored_graphs(args))
         expansion = facts.joined if in_parts else facts.expansion
-        if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels):
+        if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels, self.is_active):
             expansion = None
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
@@ -387,7 +387,7 @@ class Tape(Slots, LightMode):
                 out = facts.fast(*args)
             self.pending.append((facts.op, args, None, out))
             return self._note_inactive(facts, args, out)
-        if facts.whole is not None and facts.whole(args, self.kernels):
+        if facts.whole is not None and facts.whole(args, self.kernels, self.is_active):
             alone = self._run_view if facts.is_view else run_alone
             return self._run_plain(facts, args, alone if below is None else self._run_below)
         if not facts.is_view and not self._any_active(args, None):

@@ -11,6 +11,7 @@ from chainrule.rules.batching_contraction import CONTRACTIONS
 from chainrule.rules.batching_indexing import INDEXING, INDEXING_INPLACE
 from chainrule.rules.batching_layers import LAYERS
 from chainrule.rules.batching_linalg import LINALG
+from chainrule.rules.batching_losses import LOSSES
 from chainrule.rules.batching_misc import DATA_DEPENDENT, FACTORIES, POINTWISE, POINTWISE_INPLACE
 from chainrule.rules.batching_reductions import REDUCTIONS, SCANS
 from chainrule.rules.batching_shift import METADATA_INPLACE, VIEWS
@@ -33,7 +34,7 @@ def merge(*tables: dict[Any, BatchStrategy]) -> dict[Any, BatchStrategy]:
 
 
 BATCHING: dict[torch._ops.OpOverload, BatchStrategy] = merge(
-    POINTWISE, VIEWS, REDUCTIONS, SCANS, CONTRACTIONS, LINALG, INDEXING, LAYERS, FACTORIES
+    POINTWISE, VIEWS, REDUCTIONS, SCANS, CONTRACTIONS, LINALG, INDEXING, LAYERS, LOSSES, FACTORIES
 )
 INPLACE: dict[torch._ops.OpOverload, BatchStrategy] = merge(POINTWISE_INPLACE, INDEXING_INPLACE)
 

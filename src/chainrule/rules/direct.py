@@ -92,17 +92,23 @@ def has_classes(input: Tensor, target: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _is_own(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own, or what a vmap has in its place."""
+    kind = tensor.__class__
+    return kind is Tensor or getattr(kind, "is_mapped", False)
+
+
 def is_plain_nll(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Whether the loss is recorded whole: one class for each row of a matrix, without weights, on tensors of torch's own."""
+    """Whether the loss is recorded whole: one class for each row of a matrix, or for one row, on tensors of torch's own."""
     return (
-        input.__class__ is Tensor
-        and target.__class__ is Tensor
-        and weight is None
+        _is_own(input)
+        and _is_own(target)
+        and (weight is None or (_is_own(weight) and weight.dtype is input.dtype and weight.shape == input.shape[-1:]))
         and input.dtype in (torch.float32, torch.float64)
-        and input.dim() == 2
-        and input.shape[1] > 0
+        and input.dim() in (1, 2)
+        and input.shape[-1] > 1
         and target.dtype is torch.long
-        and target.shape == input.shape[:1]
+        and target.shape == input.shape[:-1]
     )
 
 
@@ -148,19 +154,35 @@ def _cross_entropy(
     run: Run, input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignored: int = -100,
     smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    if weight is not None or input.dtype in _LOW or not has_classes(input, target):
+    if input.dtype in _LOW:
         return NotImplemented
-    if smoothing and not is_plain_nll(input, target, None):
+    if not has_classes(input, target):
+        return _cross_entropy_of_shares(run, input, target, weight, reduction, smoothing)
+    whole = is_plain_nll(input, target, weight)
+    if not whole and (smoothing or weight is not None):
         return NotImplemented
     logarithms = run(aten._log_softmax.default, input, 0 if input.dim() == 1 else 1, False)
-    if not is_plain_nll(logarithms, target, None):
+    if not whole:
         return nll_loss(run, logarithms, target, None, reduction, ignored)[0]
-    loss = run(aten.nll_loss_forward.default, logarithms, target, None, reduction, ignored)[0]
-    if not smoothing:
-        return loss
-    kept = run(aten.ne.Scalar, target, ignored)
-    total = kept.sum(dtype=loss.dtype)  # of plain tensors
-    return smoothed(run, loss, total, logarithms, target, None, reduction, ignored, smoothing)
+    loss, total = run(aten.nll_loss_forward.default, logarithms, target, weight, reduction, ignored)
+    return smoothed(run, loss, total, logarithms, target, weight, reduction, ignored, smoothing) if smoothing else loss
+
+
+def _cross_entropy_of_shares(
+    run: Run, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, smoothing: float
+) -> Any:
+    """The cross-entropy where each target is a share of every class."""
+    if weight is not None or input.shape != target.shape or input.dtype != target.dtype or not input.numel():
+        return NotImplemented
+    classes = 0 if input.dim() == 1 else 1
+    logarithms = run(aten._log_softmax.default, input, classes, False)
+    if smoothing:
+        target = run(aten.add.Tensor, run(aten.mul.Tensor, target, 1 - smoothing), smoothing / input.shape[classes])
+    products = run(aten.mul.Tensor, logarithms, target)
+    if reduction not in (_MEAN, _SUM):
+        return run(aten.neg.default, run(aten.sum.dim_IntList, products, [classes]))
+    total = run(aten.neg.default, run(aten.sum.default, products))
+    return total if reduction == _SUM else run(aten.div.Tensor, total, input.numel() / input.shape[classes])
 
 
 def smoothed(
@@ -215,11 +237,11 @@ def _cosine_similarity(run: Run, one: Tensor, two: Tensor, dim: int = 1, eps: fl
 def _nll_loss_nd(
     run: Run, input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = _MEAN, ignored: int = -100
 ) -> Any:
-    if weight is not None or input.dtype in _LOW or not has_classes(input, target):
+    if input.dtype in _LOW or not has_classes(input, target):
         return NotImplemented
-    if is_plain_nll(input, target, None):
-        return run(aten.nll_loss_forward.default, input, target, None, reduction, ignored)[0]
-    return nll_loss(run, input, target, None, reduction, ignored)[0]
+    if is_plain_nll(input, target, weight):
+        return run(aten.nll_loss_forward.default, input, target, weight, reduction, ignored)[0]
+    return nll_loss(run, input, target, None, reduction, ignored)[0] if weight is None else NotImplemented
 
 
 def _attention(
@@ -393,7 +415,7 @@ def _nll_loss_forward(
 ) -> Any:
     if not is_plain_nll(input, target, weight):
         return NotImplemented
-    return nll_loss(run, input, target, None, reduction, ignored)
+    return nll_loss(run, input, target, weight, reduction, ignored)
 
 
 def _linear_of_batch(run: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

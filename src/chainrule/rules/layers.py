@@ -325,8 +325,8 @@ def _native_dropout(call: Call) -> Iterable[Edge]:
 
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
-WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {
-    aten.convolution_backward.default: lambda args, kernels: not only_weight(args)
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
+    aten.convolution_backward.default: lambda args, kernels, is_active: not only_weight(args)
 }
 
 RULES: dict[Any, Rule] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import leaf
+from chainrule.maps.nodes import leaf, selecting
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, OneHot, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -20,8 +20,8 @@ NONE, MEAN = 0, 1
 
 
 def _nll(call: Call) -> Iterable[Edge]:
-    """``-input[n, target[n]]``, summed or averaged over the targets that count."""
-    item, target = call.args[0], call.args[1]
+    """``-weight[target[n]] input[n, target[n]]``, summed or averaged over the targets that count; or that of one row."""
+    item, target, shares = call.args[0], call.args[1], call.args[2]
     if not call.is_active(item):
         return
     reduction, ignored = call.argument("reduction"), call.argument("ignore_index")
@@ -34,24 +34,37 @@ def _nll(call: Call) -> Iterable[Edge]:
         place = torch.where(torch.ne(place, ignored), place, 0)
         return place if tuple(place.shape) == sizes else torch.reshape(place, sizes)
 
-    def weighting(program: Program) -> Any:
+    def counting(program: Program) -> Staged:
         kept = torch.ne(call.stage(program, target), ignored)
-        # A number, or the total that torch divides by: nothing where no target counts.
+        return torch.reshape(kept.to(call.tensor(item).dtype), sizes)
+
+    def weighting(program: Program) -> Staged:
+        kept = torch.reshape(torch.ne(call.stage(program, target), ignored), sizes)
         weight = torch.reciprocal(call.stage_output(program, 1)) if reduction == MEAN else None
-        dtype = call.tensor(item).dtype
-        scaled = kept.to(dtype) if weight is None else torch.where(kept, weight, 0.0)
-        return torch.neg(torch.reshape(scaled, sizes))
+        if shares is not None:
+            share = torch.index_select(call.stage(program, shares), 0, torch.reshape(chosen(program), (-1,)))
+            share = torch.reshape(share, sizes)
+            weight = share if weight is None else torch.mul(share, weight)
+        return torch.where(kept, weight, 0.0)  # a total of nothing has no reciprocal
 
     relation = OneHot(leaf(sizes, chosen, label="index", batch=call.batch), samples, classes)
-    factor = Factor(formula_node(call, sizes, weighting), samples)
+    # Of what does not count the derivative is zero, whatever it is multiplied with.
+    factors = [Factor(selecting(formula_node(call, sizes, counting)), samples)]
+    if shares is not None or reduction == MEAN:
+        factors.append(Factor(formula_node(call, sizes, weighting), samples))
     # A target may have a dimension of size one where there is only one sample.
     out_dims = dims_of(samples) if reduction == NONE and call.out_shape else ()
-    yield single(call, item, [Term(out_dims, dims_of(axes), (factor,), (relation,))])
+    yield single(call, item, [Term(out_dims, dims_of(axes), tuple(factors), (relation,), -1.0)])
 
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
-WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {
-    aten.nll_loss_forward.default: lambda args, kernels: kernels and is_plain_nll(*args[:3])
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
+    # Under a vmap one op is much less to record than its parts.
+    aten.nll_loss_forward.default: lambda args, kernels, is_active: (
+        (kernels or any(item.__class__ is not torch.Tensor for item in args[:2]))
+        and is_plain_nll(*args[:3])
+        and (args[2] is None or not is_active(args[2]))
+    )
 }
 
 RULES: dict[Any, Rule] = {aten.nll_loss_forward.default: Rule("selection", _nll)}

@@ -116,7 +116,9 @@ def _einsum(call: Call) -> Iterable[Edge]:
 
 
 #: Ops that have a rule and a composite form: whether a call is recorded whole.
-WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {aten.einsum.default: lambda args, kernels: is_plain_einsum(args)}
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
+    aten.einsum.default: lambda args, kernels, is_active: is_plain_einsum(args)
+}
 
 RULES: dict[Any, Rule] = {
     aten.einsum.default: Rule("contraction", _einsum),

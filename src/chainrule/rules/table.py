@@ -70,7 +70,9 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
 RULES: dict[Any, Rule] = _merged(FAMILIES)
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
-WHOLE: dict[Any, Callable[[tuple[Any, ...], bool], bool]] = {**products.WHOLE, **layers.WHOLE, **losses.WHOLE}
+WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
+    **products.WHOLE, **layers.WHOLE, **losses.WHOLE
+}
 
 
 @cache
@@ -99,7 +101,7 @@ class Rules:
             return None
         return DECOMPOSITIONS.get(op) or LATE_DECOMPOSITIONS.get(op._schema.name) or composite(op)
 
-    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...], bool], bool] | None:
+    def whole(self, op: OpOverload) -> Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool] | None:
         """For an op that has a composite form: which calls are recorded whole nevertheless."""
         return WHOLE.get(op)
 
