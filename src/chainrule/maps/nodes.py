@@ -37,6 +37,7 @@ class Node:
         diagonal: two of its dimensions, and what makes its diagonal in them (which stands last) without the rest; None where
             there is no such way.
         is_indicator: whether it holds zeros and ones only, so that it is its own square.
+        is_choice: whether it is zero but where an op chose its elements (an extremum, of which ties have their shares).
         mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
         zeros: which of its dimensions a constant mask stands over, outside of which it is zero, and what makes that on a
             device; None where nothing is known.
@@ -45,8 +46,8 @@ class Node:
     """
 
     __slots__ = (
-        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_indicator", "label",
-        "mask", "merge", "numel", "sizes", "slot", "staged", "zeros",
+        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_choice", "is_indicator",
+        "label", "mask", "merge", "numel", "sizes", "slot", "staged", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -76,7 +77,7 @@ class Node:
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
         self.diagonal: tuple[int, int, Callable[[], Node]] | None = None
-        self.is_indicator = False
+        self.is_indicator = self.is_choice = False
         self.facts: tuple[tuple[int, int] | None, bool] = (None, False)
 
     def force(self, program: Program) -> Staged:
@@ -123,6 +124,12 @@ def leaf(
 def masking(node: Node) -> Node:
     """The node, noted as a mask."""
     node.mask = True
+    return node
+
+
+def choosing(node: Node) -> Node:
+    """The node, noted as what an op chose."""
+    node.is_choice = True
     return node
 
 

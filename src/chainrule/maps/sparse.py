@@ -40,6 +40,8 @@ _MANY = 12
 _SOME = 3
 #: A constant array with more than one in so many elements other than zero is a dense one, unless it is a mask.
 _DENSE = 4
+#: Arrays of up to so many elements, and triangles, are listed without the zeros that are known.
+_LITTLE = 1 << 10
 #: Never more terms than this at one vertex.
 _MOST = 64
 
@@ -53,6 +55,7 @@ class SparseWorkspace(Workspace):
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
+        everywhere: whether what ops choose by value is any element.
         limit: ops with more entries than this are not listed; None for any number.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
@@ -77,6 +80,8 @@ class SparseWorkspace(Workspace):
         self.derived = derived
         self.masked = masked
         self.limit: int | None = None
+        self.everywhere = False
+        self._choices: set[int] = set()
         self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
         self.constants: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
@@ -124,12 +129,14 @@ class SparseWorkspace(Workspace):
             if slot is not None and self.zeros is not None and slot in self.zeros:
                 places = torch.nonzero(self.zeros[slot](self.device).reshape(factor.node.sizes))
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
-                if places.shape[0] < factor.node.numel and (pointwise or 2 * places.shape[0] <= factor.node.numel):
+                few = factor.node.numel <= _LITTLE or 2 * places.shape[0] <= factor.node.numel + sum(factor.node.sizes)
+                if places.shape[0] < factor.node.numel and (pointwise or few):
                     term = term.having(onehots=(*term.onehots, *self._listed(places, factor.axes)))
-            if not factor.node.mask:
+            choice = factor.node.is_choice and self.masked and not self.everywhere
+            if not choice and not factor.node.mask:
                 continue
             staged = factor.node.force(self.program)
-            if not self._is_settled(staged) or (value := unbatched(staged.value)) is None:
+            if (not choice and not self._is_settled(staged)) or (value := unbatched(staged.value)) is None:
                 continue
             places = torch.nonzero(value)
             count, total = places.shape[0], value.numel()
@@ -138,9 +145,11 @@ class SparseWorkspace(Workspace):
             values = value[places.unbind(1)] if value.dim() else value.new_zeros(0)
             ones = bool((values == 1).all())
             # A few taps that much else runs over, as those of a kernel, or a sparse array; others are dense all the same.
-            if not ones and count * _DENSE > total and total * _DENSE > count_entries(term):
+            if not ones and not choice and count * _DENSE > total and total * _DENSE > count_entries(term):
                 continue
             self._masks.append(staged)
+            if choice:
+                self._choices.add(staged.slot)
             if count == 0:
                 return term.having(scale=0.0)
             listed = self._listed(places, factor.axes)
@@ -424,7 +433,8 @@ class SparseWorkspace(Workspace):
         computed: list[Staged] = []
         inputs, _ = self._sources(staged)
         if staged is self._masks:
-            return dict(inputs), []
+            settled = [mask for mask in staged if mask.slot not in self._choices]
+            return self._sources(settled)[0], [mask for mask in staged if mask.slot in self._choices]
         if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
             return dict(inputs), []
         for index in staged:

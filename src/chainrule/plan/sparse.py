@@ -169,15 +169,19 @@ def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
     return LinearMap(local.out_shape, local.in_shape, tuple(term for term in kept if term.scale != 0.0))
 
 
-def find_patterns(tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset()) -> dict[Key, Pattern]:
+def find_patterns(
+    tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset(), *, everywhere: bool = False
+) -> dict[Key, Pattern]:
     """Where every block may have non-zeros; nothing but indices is computed.
 
     Args:
         tape: the finished tape.
         request: what is asked.
         widened: slots of indices and masks that could select anything.
+        everywhere: whether what ops choose by value is any element.
     """
     workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), widened)
+    workspace.everywhere = everywhere
     graph = structured_graph(tape, *_slots(request), workspace)
     found = find_blocks(_accumulated(tape, graph, *_slots(request), "reverse", workspace), workspace)
     workspace.memo.clear()

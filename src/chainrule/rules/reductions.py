@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.nodes import Node, choosing, leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, formula_node, single
@@ -182,7 +182,7 @@ def _even(call: Call, output: int) -> Edge:
             return taken
         return program.note_mask(taken / torch.sum(taken, dim=list(dims), keepdim=True), taken)
 
-    node = formula_node(call, call.shape(item), formula)
+    node = choosing(formula_node(call, call.shape(item), formula))
     term = reduced_term(call, dims, lambda axes: (Factor(node, axes),), 1.0)
     return single(call, item, [term], output=output)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chainrule.maps.nodes import choosing
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, Term
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -90,7 +91,8 @@ def _scatter_reduce(call: Call) -> Iterable[Edge]:
     }
 
     def weights(axes: tuple[Axis, ...], sizes: tuple[int, ...], formula: Formula) -> Factor:
-        return Factor(formula_node(call, sizes, lambda program: formula(_Groups(call, program))), axes)
+        node = formula_node(call, sizes, lambda program: formula(_Groups(call, program)))
+        return Factor(choosing(node) if reduce in ("amax", "amin") else node, axes)
 
     def own_factors(axes: Any) -> list[Factor]:
         if not call.argument("include_self"):

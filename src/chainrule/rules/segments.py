@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import leaf
+from chainrule.maps.nodes import choosing, leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -57,7 +57,7 @@ def _segment_reduce(call: Call) -> Iterable[Edge]:
     if reduce == "mean":
         factors = (Factor(formula_node(call, (rows,), shares), axes[:1]),)
     elif reduce != "sum":
-        factors = (Factor(formula_node(call, shape, extremal), axes),)
+        factors = (Factor(choosing(formula_node(call, shape, extremal)), axes),)
     relation = OneHot(leaf((rows,), segments, label="index"), axes[:1], segment)
     yield single(call, item, [Term(dims_of((segment, *axes[1:])), dims_of(axes), factors, (relation,))])
 

@@ -139,7 +139,7 @@ def root(
         found = checked(x, *rest)
         if found.dim() > 1 or (found.numel() != size and is_square):
             raise ValueError(f"{where} must return shape {(size,)}, got {tuple(found.shape)}")
-        return found.reshape(-1)
+        return found if found.dim() == 1 else found.reshape(-1)
 
     # Broyden's updates ask for many values and few Jacobians: these are computed alone.
     jacobians = function.derived(("jacobian", size, is_square), lambda: jacobian(vector), vector)

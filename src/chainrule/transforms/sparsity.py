@@ -133,18 +133,18 @@ def sparsity(func: Callable[..., Any], *args: Any, argnums: Argnums = 0, global_
     else:
         traced, widened = trace(func, args, positions, {}, "sparsity"), frozenset()
     shape = sum(leaf.numel() for leaf in traced.out_leaves), sum(leaf.numel() for leaf in traced.in_leaves)
-    keys = list(_keys(traced, widened, shape[1]))
+    keys = list(_keys(traced, widened, shape[1], everywhere=global_))
     whole = torch.cat(keys).sort().values if keys else torch.empty(0, dtype=torch.long, device=traced.in_leaves[0].device)
     columns = max(shape[1], 1)
     return Sparsity(torch.stack([torch.div(whole, columns, rounding_mode="floor"), torch.remainder(whole, columns)]), shape)
 
 
-def _keys(traced: Traced, widened: frozenset[int], columns: int) -> Iterator[torch.Tensor]:
+def _keys(traced: Traced, widened: frozenset[int], columns: int, *, everywhere: bool) -> Iterator[torch.Tensor]:
     """The entries of the blocks as numbers: row of the whole times ``columns`` plus column of the whole."""
     outputs = tuple(slot for slot in traced.out_slots if slot is not None)
     if not outputs:
         return
-    found = find_patterns(traced.tape, SparseRequest(tuple(traced.in_slots), outputs), widened)
+    found = find_patterns(traced.tape, SparseRequest(tuple(traced.in_slots), outputs), widened, everywhere=everywhere)
     row = 0
     for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
         column = 0
