@@ -1,5 +1,7 @@
 """Products with masks select: zero where the mask is, whatever else stands there."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,3 +265,73 @@ def test_extrema_of_nan(extremum):
     weights = torch.arange(1.0, 6.0, dtype=D)
     found, expected = (m.grad(lambda x, y: (extremum(x, y) * weights).sum(), (0, 1))(x, y) for m in (chainrule, torch.func))
     torch.testing.assert_close(found, expected)
+
+
+READ = {
+    "slice": lambda x: x[1:3],
+    "index": lambda x: x[torch.tensor([0, 2])],
+    "relu": F.relu,
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "masked_fill": lambda x: x.masked_fill(x <= 0, 0.0),
+    "clamp": lambda x: x.clamp(-1, 1),
+    "relu6": F.relu6,
+    "softshrink": F.softshrink,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "triu": lambda x: x.reshape(2, 2).triu(),
+}
+NUMBERS = {
+    "infinity": lambda y: y * math.inf,
+    "two that overflow": lambda y: y * 1e200 * 1e200,
+    "a quotient": lambda y: y / 1e-200 * 1e200,
+}
+
+
+def agree(function, x, names=("grad", "jacrev")):
+    """First and second call; the slope of hardsigmoid in torch is 1/6 in single precision."""
+    for name in names:
+        inner = (lambda y: function(y).sum()) if name == "grad" else function
+        ours, theirs = (getattr(m, name)(inner) for m in (chainrule, torch.func))
+        for _ in range(2):
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", READ)
+def test_zeros_win_over_numbers(name, number):
+    """What is not read, or masked, has the derivative zero whatever the rest is multiplied with."""
+    agree(lambda x: NUMBERS[number](READ[name](x)), torch.tensor([-4.0, 0.5, 4.0, -0.3], dtype=D), ("grad",))
+
+
+@pytest.mark.parametrize("values", [[math.inf, -math.inf, 1.0, -4.0], [math.nan, 5.0, -3.5, 0.0], [800.0, -800.0, -2.9, 3.1]])
+@pytest.mark.parametrize("after", ["sqrt", "log", "reciprocal", "square", "exp"])
+@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
+def test_flat_pieces_of_hard_activations(name, after, values):
+    agree(lambda x: getattr(torch, after)(getattr(F, name)(x)), torch.tensor(values, dtype=D), ("grad",))
+    x = torch.tensor([-5.0, -1.0, 2.0, 4.0], dtype=D)
+
+    def total(x, written=False):
+        # torch has no second derivative of hardsigmoid.
+        value = F.relu6(x + 3) / 6 * (x if name == "hardswish" else 1) if written else getattr(F, name)(x)
+        return (value + 1).log().sum()
+
+    expected = torch.func.hessian(total)(x, True)
+    torch.testing.assert_close(chainrule.hessian(total)(x), expected, rtol=1e-7, atol=1e-7)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(chainrule.grad(total)(x).sum(), x)
+    torch.testing.assert_close(found, expected.sum(0), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("after", [torch.sqrt, torch.log, torch.reciprocal])
+def test_windows_beside_a_pole(after):
+    """Elements of a window that are not its maximum: zero also where the maximum has an infinite slope."""
+    x = torch.tensor([0.0, -1.0, 1.0, -2.0], dtype=D)
+
+    def function(x):
+        return after(F.max_pool1d(x[None], 2)[0])
+
+    slopes = torch.func.vmap(torch.func.grad(after))(torch.tensor([0.0, 1.0], dtype=D))
+    expected = torch.zeros(2, 4, dtype=D)
+    expected[0, 0], expected[1, 2] = slopes
+    for _ in range(2):
+        torch.testing.assert_close(chainrule.jacrev(function)(x), expected)

@@ -431,7 +431,7 @@ def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -
         touching = [f for f in term.factors if any(axis in gone for axis in f.axes)]
         if not touching and all(axis.size == 1 for axis in gone):
             # A single element is written to its place; a product with ones that stand there would be dense.
-            touching = [f for f in term.factors if all(axis.size == 1 for axis in f.axes)]
+            touching = [f for f in term.factors if all(axis.size == 1 or axis in sources for axis in f.axes)]
         rest = tuple(f for f in term.factors if not any(f is t for t in touching))
         needed = {a for f in rest for a in f.axes} | set(outer) | {a for h in later for a in (*h.sources, h.target)}
         carried = [a for f in touching for a in f.axes]

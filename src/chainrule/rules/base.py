@@ -16,6 +16,9 @@ from chainrule.maps.poles import has_poles
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_axes
 
+#: Numbers of this size and above are arrays: the product of two may be infinite in single precision.
+_LARGEST_SCALE = 1e18
+
 
 class Flags(Protocol):
     """A flag for each slot."""
@@ -279,7 +282,19 @@ def diagonal_term(
     return Term(dims_of(out_axes), broadcast_axes(shape, out_axes), tuple(factors), (), scale)
 
 
+def multiple_term(call: Call, shape: tuple[int, ...], out_axes: Sequence[Axis], number: Any) -> Term:
+    """The term of an element-wise op whose derivative is a number.
+
+    What is infinite, or may be in a product, stands in an array: a scale is multiplied with zeros of masks and paddings, too,
+    and zero times infinity is NaN.
+    """
+    if abs(number) <= _LARGEST_SCALE:
+        return diagonal_term(shape, out_axes, scale=number)
+    node = formula_node(call, (axis.size for axis in out_axes), lambda program: number, label="number")
+    return diagonal_term(shape, out_axes, [Factor(node, tuple(out_axes))])
+
+
 __all__ = [
     "Axis", "Call", "Edge", "Factor", "LinearMap", "OneHot", "Operator", "Rule", "Term", "broadcast_axes",
-    "diagonal_term", "dims_of", "formula_node", "new_axes", "single", "value_node",
+    "diagonal_term", "dims_of", "formula_node", "multiple_term", "new_axes", "single", "value_node",
 ]  # fmt: skip

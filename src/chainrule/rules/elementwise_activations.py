@@ -115,9 +115,15 @@ def _outside(x: Any, bound: float) -> Any:
     return _step(torch.logical_not((x >= -bound) & (x <= bound)), x)
 
 
-def _hardswish_slope(x: Any) -> Any:
+def _hardsigmoid_slope(a: Arguments) -> Any:
+    mask = _between(a.self, -3, 3)
+    return a.behind(mask, mask / 6)
+
+
+def _hardswish_slope(a: Arguments) -> Any:
+    x = a.self
     middle = torch.where(x < 3, x / 3 + 0.5, 1.0)
-    return torch.where(x <= -3, 0.0, middle)
+    return a.behind(_above(x, -3), torch.where(x <= -3, 0.0, middle))
 
 
 def softplus_slope(x: Any, beta: float, threshold: float) -> Any:
@@ -197,8 +203,8 @@ def _backward(slope: Callable[[Arguments], Any], curvature: Callable[[Arguments]
 _LINEAR_PIECES: dict[Any, Rule] = {
     aten.leaky_relu.default: elementwise(self_=lambda a: _leaky(a.self, a.negative_slope)),
     aten.hardtanh.default: elementwise(self_=lambda a: _within(a.self, a.min_val, a.max_val)),
-    aten.hardsigmoid.default: elementwise(self_=lambda a: _between(a.self, -3, 3) / 6),
-    aten.hardswish.default: _of(_hardswish_slope),
+    aten.hardsigmoid.default: elementwise(self_=_hardsigmoid_slope),
+    aten.hardswish.default: elementwise(self_=_hardswish_slope),
     aten.hardshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
     aten.softshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
     aten.threshold.default: elementwise(self_=lambda a: _above(a.self, a.threshold)),
@@ -233,12 +239,10 @@ _BACKWARD: dict[Any, Rule] = {
     aten.threshold_backward.default: _backward(_passing),
     aten.leaky_relu_backward.default: _backward(lambda a: _leaky(a.self, a.negative_slope)),
     aten.hardtanh_backward.default: _backward(lambda a: _within(a.self, a.min_val, a.max_val)),
-    aten.hardsigmoid_backward.default: _backward(lambda a: _between(a.self, -3, 3) / 6),
+    aten.hardsigmoid_backward.default: _backward(_hardsigmoid_slope),
     aten.hardshrink_backward.default: elementwise(grad_out=lambda a: _outside(a.self, a.lambd)),
     aten.softshrink_backward.default: _backward(lambda a: _outside(a.self, a.lambd)),
-    aten.hardswish_backward.default: _backward(
-        lambda a: _hardswish_slope(a.self), lambda a: _between(a.self, -3, 3) / 3
-    ),
+    aten.hardswish_backward.default: _backward(_hardswish_slope, lambda a: _between(a.self, -3, 3) / 3),
     aten.gelu_backward.default: _backward(
         lambda a: gelu_slope(a.self, a.approximate), lambda a: gelu_curvature(a.self, a.approximate)
     ),

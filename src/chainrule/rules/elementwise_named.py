@@ -9,7 +9,7 @@ import torch
 
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, Term, dims_of, new_axes
-from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, single
+from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, formula_node, multiple_term, single
 
 #: Reductions of losses, as ATen numbers them.
 MEAN = 1
@@ -52,6 +52,10 @@ class Arguments:
     def graded(self, number: Staged) -> Staged:
         """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
         return self._program.note_mask(number, number, strict=True)
+
+    def behind(self, mask: Staged, number: Staged) -> Staged:
+        """The number, noted as zero where a mask is: so is a product with it, whatever else is multiplied there."""
+        return self._program.note_mask(number, mask, strict=True)
 
     @property
     def loss_scale(self) -> float:
@@ -109,9 +113,9 @@ def _term(call: Call, item: Any, derivative: Derivative) -> Term:
     axes = new_axes(call.out_shape)
     shape = call.shape(item)
     if isinstance(derivative, (int, float)):
-        return diagonal_term(shape, axes, scale=float(derivative))
+        return multiple_term(call, shape, axes, float(derivative))
     if isinstance(derivative, Static):
-        return diagonal_term(shape, axes, scale=float(derivative.function(call)))
+        return multiple_term(call, shape, axes, float(derivative.function(call)))
     if isinstance(derivative, Over):
         return _over(call, shape, derivative)
     function = derivative
@@ -124,7 +128,7 @@ def _over(call: Call, shape: tuple[int, ...], derivative: Over) -> Term:
     axes = new_axes(call.out_shape)
     other = call.argument(derivative.name)
     if not call.is_slot(other):
-        return diagonal_term(shape, axes, scale=float(derivative.function(other)))
+        return multiple_term(call, shape, axes, float(derivative.function(other)))
     own = tuple(axis for dim in broadcast_axes(call.shape(other), axes) for axis in dim)
     sizes = tuple(axis.size for axis in own)
 

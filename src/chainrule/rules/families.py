@@ -18,6 +18,7 @@ from chainrule.rules.base import (
     broadcast_axes,
     diagonal_term,
     formula_node,
+    multiple_term,
     single,
     value_node,
 )
@@ -66,13 +67,13 @@ def pointwise(*derivatives: Derivative, reads: bool | None = None) -> Rule:
 def _pointwise_term(call: Call, shape: tuple[int, ...], derivative: Derivative) -> Term:
     axes = new_axes(call.out_shape)
     if isinstance(derivative, (int, float)):
-        return diagonal_term(shape, axes, scale=float(derivative))
+        return multiple_term(call, shape, axes, float(derivative))
     if isinstance(derivative, Number):
-        return diagonal_term(shape, axes, scale=derivative.function(*call.args, **call.kwargs))
+        return multiple_term(call, shape, axes, derivative.function(*call.args, **call.kwargs))
     if isinstance(derivative, Other):
         other = call.args[derivative.position]
         if not call.is_slot(other):
-            return diagonal_term(shape, axes, scale=other)
+            return multiple_term(call, shape, axes, other)
         return diagonal_term(shape, axes, [operand_factor(call, other, axes)])
     function = derivative
     assert function is not None

@@ -128,6 +128,7 @@ POINTWISE: dict[Any, Kernel] = {
     aten.gelu.default: _of_argument(aten.gelu_backward.default, "approximate"),
     aten.silu.default: _of_argument(silu_backward),
     aten.mish.default: _of_argument(mish_backward),
+    aten.hardswish.default: _of_argument(aten.hardswish_backward.default),
     aten.softplus.default: _of_argument(aten.softplus_backward.default, "beta", "threshold"),
 }
 
