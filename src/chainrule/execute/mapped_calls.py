@@ -512,6 +512,6 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
 #: What all levels use.
 CALLS = MappedCalls()
 configure(
-    wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size, constants_of_calls=_CONSTANTS,
-    default_dtype=_default_dtype,
+    wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size,
+    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype,
 )
