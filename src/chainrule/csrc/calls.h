@@ -2,7 +2,7 @@
 
 /* Fields of a replay and of what is known of one of its results, which are tuples. */
 enum { RUN, KINDS, SEVERAL, REPLAY_FIELDS };
-enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, SIGNATURE, KIND_FIELDS };
+enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, SIGNATURE, BATCHED, KIND_FIELDS };
 
 /* The number of a tensor's signature (shape, strides, dtype, device): 1 with a new reference; 0 if the tensor is left to Python;
  * -1 with an error set. `batch` holds it, or is NULL. */
@@ -125,6 +125,10 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
 static PyObject *
 wrapped_as(Handler *self, PyObject *value, PyObject *kind)
 {
+    if (PyTuple_GET_ITEM(kind, BATCHED) != Py_True) {
+        PyObject *args[] = {value, (PyObject *)self};
+        return PyObject_Vectorcall(c_wrap_constant, args, 2, NULL);
+    }
     PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0), *tensor;
     if (batch == NULL)
         return NULL;

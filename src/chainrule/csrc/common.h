@@ -34,7 +34,7 @@ typedef struct {
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
     X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(strided) X(make_wrapper) X(wrap_batched) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) \
+    X(strided) X(make_wrapper) X(wrap_batched) X(wrap_constant) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) \
     X(comparisons) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \

@@ -85,6 +85,7 @@ class Kind(NamedTuple):
         device: the device, or None for the CPU.
         plain: whether the compiled handlers may know dtype and shape of it.
         number: the number of its signature.
+        batched: whether it carries the batch; otherwise it is the same for all samples, and memory of its own.
     """
 
     shares: bool
@@ -94,6 +95,7 @@ class Kind(NamedTuple):
     device: torch.device | None
     plain: bool
     number: int
+    batched: bool
 
 
 class Replay(NamedTuple):
@@ -161,7 +163,7 @@ class MappedCalls:
         if result.__class__ is not BatchTensor and not _is_tensors(result) or _writes(function):
             self._never.add(function)
         elif len(mode.fallbacks) == loops:
-            self.known[key] = _replay(recorder, result, mode, args, kwargs, joined=False)
+            self.known[key] = _replay(function, recorder, result, mode, args, kwargs, joined=False)
         return result
 
     def _record_joined(
@@ -182,7 +184,7 @@ class MappedCalls:
         if len(mode.fallbacks) > loops:
             del mode.fallbacks[loops:]
             return NotImplemented
-        return self._keep_joined(key, _replay(recorder, found, mode, bare, kwargs, joined=True), mode, values)
+        return self._keep_joined(key, _replay(function, recorder, found, mode, bare, kwargs, joined=True), mode, values)
 
     def _keep_joined(self, key: Any, replay: Replay | None, mode: VmapMode, values: list[Tensor]) -> Any:
         """Keep what was recorded without graphs if its results join those of the tensors; returns them."""
@@ -242,7 +244,7 @@ class MappedCalls:
         if result is NotImplemented:
             return result
         wrapped = mode.wrapped(result)
-        found = _replay(recorder, wrapped, mode, args, kwargs, joined=joined)
+        found = _replay(entry.op, recorder, wrapped, mode, args, kwargs, joined=joined)
         if found is not None and found.run is None:
             found = None
         if joined:
@@ -410,12 +412,15 @@ def _has_mapped(items: Sequence[Any]) -> bool:
 
 
 def _replay(
-    recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any], kwargs: dict[str, Any] | None, *, joined: bool
+    function: Any, recorder: Recorder, result: Any, mode: VmapMode, args: Sequence[Any], kwargs: dict[str, Any] | None, *,
+    joined: bool,
 ) -> Replay | None:
     """What was recorded as something that can be run again, if it can; where ``joined``, on tensors with a graph."""
-    if not recorder.pure or not (isinstance(result, BatchTensor) or _is_tensors(result)):
+    if not (isinstance(result, BatchTensor) or _is_tensors(result)):
         return None
     leaves: list[Any] = [result] if isinstance(result, Tensor) else list(result)
+    if not recorder.pure and not (leaves and function is torch.tensor):  # the recorder has not seen where its values come from
+        return None
     if leaves and all([leaf.__class__ in _TENSORS for leaf in leaves]):
         own = _has_mapped(args) or _has_mapped([*(kwargs or {}).values()])
         return None if own else Replay(None, -1, None)
@@ -424,14 +429,14 @@ def _replay(
         if place is not None:
             return Replay(None, place, None)
     given = {id(item) for item in args}
-    if not all(leaf.__class__ is BatchTensor and leaf.level is mode and leaf.batched for leaf in leaves):
+    if not all(leaf.__class__ is BatchTensor and leaf.level is mode for leaf in leaves):
         return None
     if any(id(leaf) in given for leaf in leaves):
         return None
     program = recorder.program
     if joined and any(instruction.function is _DETACH for instruction in program.instructions):
         return None
-    staged = [recorder.staged(leaf.value) for leaf in leaves]
+    staged = [_of_its_own(recorder, leaf) for leaf in leaves]
     producers = {slot: instruction for instruction in program.instructions for slot in instruction.outputs}
     inputs = set(program.inputs.values())
     for instruction in program.instructions:
@@ -444,8 +449,10 @@ def _replay(
         source = root(program, producers, found.slot)
         if source in program.constants or source in inputs and found.slot == source:
             return None
-        value = leaf.value
+        value, batched = leaf.value, leaf.batched
         shares = found.slot in program.views or found.slot in program.shares
+        if not batched and (shares or joined or value.__class__ is not Tensor or value.requires_grad):
+            return None
         number = _signature_number(value)
         if number is None:
             return None
@@ -454,7 +461,7 @@ def _replay(
             Kind(
                 shares, tuple(value.shape[1:]), None if whole and not shares else value.stride()[1:], value.dtype,
                 None if cpu else value.device,
-                whole and not shares and cpu and not joined and value.dtype.is_floating_point, number,
+                whole and not shares and cpu and not joined and value.dtype.is_floating_point, number, batched,
             )
         )  # fmt: skip
     runner = compile_program(program, staged, views=True)
@@ -463,6 +470,19 @@ def _replay(
     plain = runner.plain  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
     return Replay(runner if joined else plain, tuple(kinds), None if isinstance(result, BatchTensor) else type(result))
+
+
+def _of_its_own(recorder: Recorder, leaf: BatchTensor) -> Staged | None:
+    """What a result is in a program; a copy of a constant that is the same for all samples, which the function may write to."""
+    value = leaf.value
+    found = recorder.staged(value)
+    program = recorder.program
+    if leaf.batched or found is None or found.slot not in program.constants:
+        return found
+    made: dict[int, Staged] = {}
+    with undispatched():
+        program.append(torch.clone, (found,), {}, copy := value.clone(), made)
+    return made[id(copy)]
 
 
 def _replayed(replay: Replay, mode: VmapMode, values: list[Tensor]) -> Any:
@@ -474,6 +494,8 @@ def _replayed(replay: Replay, mode: VmapMode, values: list[Tensor]) -> Any:
 
 
 def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
+    if not kind.batched:
+        return wrap_constant(value, mode)
     batched = Batched(value)
     batched.signature = kind.number
     offset = value.storage_offset() if kind.shares else None
@@ -490,6 +512,6 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
 #: What all levels use.
 CALLS = MappedCalls()
 configure(
-    calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size, constants_of_calls=_CONSTANTS,
-    default_dtype=_default_dtype,
+    wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size,
+    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype,
 )
