@@ -20,7 +20,17 @@ from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.function_schemas import NAMED, BySchema, Required
-from chainrule.functions import COMPARISONS, CONVERSIONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, SHAPED, TABLE
+from chainrule.functions import (
+    COMPARISONS,
+    CONVERSIONS,
+    FACTS,
+    FRESH,
+    MAKING_GRAPHS,
+    NEUTRAL,
+    REQUIRES_GRAD,
+    SHAPED,
+    TABLE,
+)
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
@@ -120,7 +130,7 @@ configure(
     parameter=torch.nn.Parameter, mv=torch.mv, addmv=torch.addmv,
     real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
-    queries=FACTS, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS, shaped=SHAPED,
+    queries=FACTS - {REQUIRES_GRAD}, fresh=FRESH, comparisons=COMPARISONS, readings=READINGS, shaped=SHAPED,
     by_schema=BySchema, named=NAMED, required=Required, getitem=torch.Tensor.__getitem__,
     select=aten.select.int, slice=aten.slice.Tensor, unsqueeze=aten.unsqueeze.default,
     index=aten.index.Tensor, long=torch.int64, bool=torch.bool, push=_push, pop=_pop, at=_at, push_function=_push_function,
@@ -150,12 +160,15 @@ def functions_are_replaced() -> bool:
     return False
 
 
+#: Functions that modes take in ways of their own: called with the mode and the arguments. Layers above put them here.
+TAKEN: dict[Any, Callable[..., Any]] = {}
+
 #: Torch's words.
 DATA_UNDER_VMAP = "accessing `data` under vmap transform is not allowed. Use detach()."
 
 
 class FunctionWatch(TorchFunctionMode):
-    """A function mode that leaves calls as they are, but has ``data`` read by the innermost mode of this package.
+    """A function mode that leaves calls as they are, but has ``data``, ``requires_grad`` and hooks seen by the innermost mode.
 
     Torch reads ``data`` without its dispatcher, which says of it that it is ``detach``: a constant for all transforms, and
     not for the innermost one only. A mode that cannot stand on the stack of function modes itself has this one there.
@@ -165,10 +178,14 @@ class FunctionWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch."""
-        if func == _DATA:
+        if func == _DATA or func == REQUIRES_GRAD or func in TAKEN:
             for place in reversed(range(_count())):
                 if isinstance(mode := _at(place), LightMode):
-                    return mode.read_data(args[0])
+                    if func == _DATA:
+                        return mode.read_data(args[0])
+                    if func == REQUIRES_GRAD:
+                        return func(*args) or mode.requires_grad(args[0])
+                    return TAKEN[func](mode, *args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -191,6 +208,8 @@ class LightMode(Handler, TorchDispatchMode):
     maps = False
     #: Whether ``data`` is something of its own for the mode.
     reads_data = False
+    #: Whether the mode serves a transform that pulls cotangents back.
+    reverse = False
 
     below: LightMode | None
 
@@ -246,6 +265,17 @@ class LightMode(Handler, TorchDispatchMode):
         """Whether a tensor depends on inputs of this mode."""
         return False
 
+    def belongs_to(self, tensor: torch.Tensor) -> tuple[LightMode | None, Any]:
+        """The innermost mode, this one or one around it, to which a tensor depends on inputs, and what stands for it there."""
+        return (self, tensor) if self.is_active(tensor) else self.holder(tensor)
+
+    def requires_grad(self, tensor: torch.Tensor) -> bool:
+        """What is said of a tensor's ``requires_grad``, where torch itself would say no: as in torch.func."""
+        if _ASIDE.mode is not None:  # no code of the user's asks
+            return False
+        mode, stored = self.belongs_to(tensor)
+        return mode is not None and mode.reverse and stored is tensor
+
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""
         return False
@@ -256,7 +286,8 @@ class LightMode(Handler, TorchDispatchMode):
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
         if func in FACTS:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            fact = func(*args, **kwargs) if kwargs else func(*args)
+            return fact or (func == REQUIRES_GRAD and self.requires_grad(args[0]))
         if types and types != _ONLY_TENSOR and self._makes_plain(types):
             with torch._C.DisableTorchFunctionSubclass():
                 return self.take_function(func, (), args, kwargs)
@@ -274,6 +305,8 @@ class LightMode(Handler, TorchDispatchMode):
         if function is None and reading is None:
             if func == _DATA:
                 return self.read_data(args[0])
+            if (taken := TAKEN.get(func)) is not None:
+                return taken(self, *args, **kwargs) if kwargs else taken(self, *args)
             if func in MAKING_GRAPHS:
                 mode: LightMode | None = self
                 while mode is not None:
