@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ from chainrule.functions import (
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
+from chainrule.uncompiled import run_uncompiled
 
 aten = torch.ops.aten
 
@@ -75,6 +77,8 @@ def entry_point(function: Function, like: Callable[..., Any] | None = None) -> F
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if (dynamo := _loaded("torch._dynamo.eval_frame")) is not None:
+            run_uncompiled(dynamo, is_at_work)
         count = _count_functions()
         if not count or not isinstance(_function_at(count - 1), LightMode):
             try:
@@ -106,6 +110,8 @@ def entry_point(function: Function, like: Callable[..., Any] | None = None) -> F
         _dynamo.set_code_exec_strategy(run.__code__, _SKIPPED)
     return run  # type: ignore[return-value]
 
+
+_loaded = sys.modules.get
 
 #: The code of the functions that :func:`entry_point` returns, once dynamo knows of it (there is only one).
 _HIDDEN: list[CodeType] = []
@@ -150,6 +156,11 @@ def _without_handlers(excluded: bool) -> None:
 
 #: Keeps torch from the handlers of all modes, in a third of the time of taking a mode off the stack, or lets it reach them again.
 without_handlers: Callable[[bool], None] = set_excluded if KNOWS_STATE else _without_handlers
+
+
+def is_at_work() -> bool:
+    """Whether a mode of this package is on in this thread."""
+    return any([isinstance(_at(place), LightMode) for place in range(_count())])
 
 
 def functions_are_replaced() -> bool:
