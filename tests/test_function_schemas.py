@@ -34,6 +34,11 @@ def _batch_norm(x: Tensor) -> Tensor:
 
 nn: Any = torch._C._nn
 
+
+def _cell(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+
+
 #: Of a matrix of shape (3, 4).
 CALLS: dict[str, Callable[[Tensor], Any]] = {
     "addcdiv": lambda x: torch.addcdiv(x, OTHER, x.exp()) + x.addcdiv(x, x.exp(), value=0.5),
@@ -64,6 +69,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "embedding": lambda x: F.embedding(INDEX, x) + torch.embedding(x, INDEX),
     "elu": lambda x: F.elu(x) + nn.elu(x, 0.5),
     "flip": lambda x: x.flip(0) + torch.flip(x, (0, 1)) + x.flip(0, 1) + x.flip([1]),
+    "gru_cell": lambda x: torch.gru_cell(x, x[:, :2], _cell(6, 4), _cell(6, 2), _cell(6), _cell(6)),
+    "rnn_relu_cell": lambda x: torch.rnn_relu_cell(x, x[:, :2], _cell(2, 4), _cell(2, 2)),
+    "rnn_tanh_cell": lambda x: torch.rnn_tanh_cell(x, x[:, :2], w_ih=_cell(2, 4), w_hh=_cell(2, 2), b_ih=_cell(2), b_hh=_cell(2)),
     "gather": lambda x: x.gather(0, CLASSES) + torch.gather(x, dim=0, index=CLASSES),
     "hardtanh": lambda x: F.hardtanh(x) + nn.hardtanh(x, -0.5, 0.25),
     "index_add": lambda x: x.index_add(0, INDEX, OTHER) + torch.index_add(x, 0, INDEX, x, alpha=2.0),

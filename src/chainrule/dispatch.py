@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,10 +21,21 @@ from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS, Joined, Over
 from chainrule.function_bodies import body_of
 from chainrule.function_schemas import NAMED, BySchema, Required
-from chainrule.functions import COMPARISONS, CONVERSIONS, FACTS, FRESH, MAKING_GRAPHS, NEUTRAL, SHAPED, TABLE
+from chainrule.functions import (
+    COMPARISONS,
+    CONVERSIONS,
+    FACTS,
+    FRESH,
+    MAKING_GRAPHS,
+    NEUTRAL,
+    REQUIRES_GRAD,
+    SHAPED,
+    TABLE,
+)
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
+from chainrule.uncompiled import run_uncompiled
 
 aten = torch.ops.aten
 
@@ -65,6 +77,8 @@ def entry_point(function: Function, like: Callable[..., Any] | None = None) -> F
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if (dynamo := _loaded("torch._dynamo.eval_frame")) is not None:
+            run_uncompiled(dynamo, is_at_work)
         count = _count_functions()
         if not count or not isinstance(_function_at(count - 1), LightMode):
             try:
@@ -97,6 +111,8 @@ def entry_point(function: Function, like: Callable[..., Any] | None = None) -> F
     return run  # type: ignore[return-value]
 
 
+_loaded = sys.modules.get
+
 #: The code of the functions that :func:`entry_point` returns, once dynamo knows of it (there is only one).
 _HIDDEN: list[CodeType] = []
 
@@ -121,9 +137,10 @@ _QUERY, _MAKES_NEW = 1, 2
 
 def _entries() -> dict[Any, tuple[Any, Any, int]]:
     """What is known of each function in one place: its entry in the table and its reading, or None, and the sorts it is of."""
+    queries = FACTS - {REQUIRES_GRAD}
     return {
-        func: (TABLE.get(func), READINGS.get(func), _QUERY * (func in FACTS) + _MAKES_NEW * (func in FRESH))
-        for func in {*TABLE, *READINGS, *FACTS, *FRESH}
+        func: (TABLE.get(func), READINGS.get(func), _QUERY * (func in queries) + _MAKES_NEW * (func in FRESH))
+        for func in {*TABLE, *READINGS, *queries, *FRESH}
     }
 
 
@@ -155,6 +172,11 @@ def _without_handlers(excluded: bool) -> None:
 without_handlers: Callable[[bool], None] = set_excluded if KNOWS_STATE else _without_handlers
 
 
+def is_at_work() -> bool:
+    """Whether a mode of this package is on in this thread."""
+    return any([isinstance(_at(place), LightMode) for place in range(_count())])
+
+
 def functions_are_replaced() -> bool:
     """Whether a user's function mode is on, which may make something else of a call: what runs now is not for other runs."""
     for place in range(_count_functions()):
@@ -167,12 +189,15 @@ def functions_are_replaced() -> bool:
 #: it: with ways that keep torch from reading values of tensors that have none.
 OTHERWISE: dict[Any, Callable[..., Callable[[], Any] | None]] = {}
 
+#: Functions that modes take in ways of their own: called with the mode and the arguments. Layers above put them here.
+TAKEN: dict[Any, Callable[..., Any]] = {}
+
 #: Torch's words.
 DATA_UNDER_VMAP = "accessing `data` under vmap transform is not allowed. Use detach()."
 
 
 class FunctionWatch(TorchFunctionMode):
-    """A function mode that leaves calls as they are, but has ``data`` read by the innermost mode of this package.
+    """A function mode that leaves calls as they are, but has ``data``, ``requires_grad`` and hooks seen by the innermost mode.
 
     Torch reads ``data`` without its dispatcher, which says of it that it is ``detach``: a constant for all transforms, and
     not for the innermost one only. A mode that cannot stand on the stack of function modes itself has this one there.
@@ -182,10 +207,14 @@ class FunctionWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch."""
-        if func == _DATA:
+        if func == _DATA or func == REQUIRES_GRAD or func in TAKEN:
             for place in reversed(range(_count())):
                 if isinstance(mode := _at(place), LightMode):
-                    return mode.read_data(args[0])
+                    if func == _DATA:
+                        return mode.read_data(args[0])
+                    if func == REQUIRES_GRAD:
+                        return func(*args) or mode.requires_grad(args[0])
+                    return TAKEN[func](mode, *args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -208,6 +237,8 @@ class LightMode(Handler, TorchDispatchMode):
     maps = False
     #: Whether ``data`` is something of its own for the mode.
     reads_data = False
+    #: Whether the mode serves a transform that pulls cotangents back.
+    reverse = False
 
     below: LightMode | None
 
@@ -269,6 +300,17 @@ class LightMode(Handler, TorchDispatchMode):
         """Whether a tensor depends on inputs of this mode."""
         return False
 
+    def belongs_to(self, tensor: torch.Tensor) -> tuple[LightMode | None, Any]:
+        """The innermost mode, this one or one around it, to which a tensor depends on inputs, and what stands for it there."""
+        return (self, tensor) if self.is_active(tensor) else self.holder(tensor)
+
+    def requires_grad(self, tensor: torch.Tensor) -> bool:
+        """What is said of a tensor's ``requires_grad``, where torch itself would say no: as in torch.func."""
+        if _ASIDE.mode is not None:  # no code of the user's asks
+            return False
+        mode, stored = self.belongs_to(tensor)
+        return mode is not None and mode.reverse and stored is tensor
+
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""
         return False
@@ -279,7 +321,8 @@ class LightMode(Handler, TorchDispatchMode):
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
         if func in FACTS:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            fact = func(*args, **kwargs) if kwargs else func(*args)
+            return fact if fact or func != REQUIRES_GRAD else self.requires_grad(args[0])
         if func in OTHERWISE and (call := OTHERWISE[func](*args)) is not None:
             _push_function(self)
             try:
@@ -303,6 +346,8 @@ class LightMode(Handler, TorchDispatchMode):
         if function is None and reading is None:
             if func == _DATA:
                 return self.read_data(args[0])
+            if (taken := TAKEN.get(func)) is not None:
+                return taken(self, *args, **kwargs) if kwargs else taken(self, *args)
             if func in MAKING_GRAPHS:
                 mode: LightMode | None = self
                 while mode is not None:

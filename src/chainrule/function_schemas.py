@@ -120,6 +120,7 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
             "clamp_max", "clamp_min", "clone", "conv1d", "conv2d", "conv3d", "cosine_similarity", "cumprod", "cumsum", "detach",
             "diagonal", "dot", "dropout", "embedding", "flip", "gather", "index_add", "index_select", "isfinite", "isnan",
             "layer_norm", "logaddexp", "maximum", "minimum", "mm", "mv", "pad", "repeat", "scatter_add", "tril", "triu",
+            "gru_cell", "rnn_relu_cell", "rnn_tanh_cell",
         ),
         ("default",),
     ),

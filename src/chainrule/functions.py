@@ -121,6 +121,9 @@ MAKING_GRAPHS = frozenset(
     {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 )
 
+#: Says of a tensor that a graph hangs on it: for a mode that pulls cotangents back, that it depends on inputs of that.
+REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
 #: What says something of a tensor, and computes nothing.
 FACTS = frozenset(
     {

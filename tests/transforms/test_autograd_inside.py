@@ -385,3 +385,36 @@ def test_a_gradient_by_closed_over_tensors_under_vmap():
     ):
         with pytest.raises(RuntimeError, match="inside of a mapped function"):
             chainrule.vmap(mapped)(x)
+
+
+class _Clip(torch.autograd.Function):
+    """The identity, with a backward that is not linear: it has to be given whole cotangents."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return cotangent.clamp(max=4.0) * 10 + 1
+
+
+def test_backward_that_is_not_linear():
+    def function(x):
+        y = _Clip.apply(x.sin())
+        return (y * 3 + y + y.sum()) * torch.stack([y[0], y[1], y[2]]) * torch.ones(4, 1, dtype=x.dtype)
+
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    several = torch.stack([x, 2 * x])
+    expected = torch.func.vmap(torch.func.jacrev(function))(several)
+    for _ in range(3):
+        torch.testing.assert_close(chainrule.jacrev(function)(x), expected[0])
+        torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(function))(several), expected)
+        out, pull = chainrule.vjp(function, x)
+        torch.testing.assert_close(pull(torch.ones_like(out)), torch.func.vjp(function, x)[1](torch.ones_like(out)))

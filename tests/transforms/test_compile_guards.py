@@ -337,3 +337,31 @@ def test_a_constant_result_keeps_its_graph(function: Callable[..., Any]) -> None
         with torch.no_grad():
             assert not compiled(x).requires_grad
         assert not compiled(x.detach()).requires_grad
+
+
+@pytest.mark.parametrize("shown", [str, repr, lambda x: f"{x}", lambda x: f"{x.sum()}"])
+def test_the_text_of_a_tensor_is_a_read(shown: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        return (x * len(shown(x * 1000))).sum()
+
+    for transform in (chainrule.grad, chainrule.jacfwd, chainrule.vmap):
+        with pytest.raises((CompileError, RuntimeError), match=r"took the values|read the value|Python value"):
+            chainrule.compile(transform(function))(X)
+    text = str(torch.ones(2))
+    torch.testing.assert_close(chainrule.compile(chainrule.grad(lambda x: (x * len(text)).sum()))(X), len(text) * torch.ones_like(X))
+
+
+def test_slices_are_static_arguments() -> None:
+    compiled = chainrule.compile(chainrule.grad(lambda x, part: x[part].square().sum()))
+    for part in (slice(0, 2), slice(1, None), slice(0, 2), slice(None, None, 2)):
+        expected = torch.zeros_like(X)
+        expected[part] = 2 * X[part]
+        torch.testing.assert_close(compiled(X, part), expected)
+
+
+def test_the_error_names_an_argument_without_a_hash() -> None:
+    compiled = chainrule.compile(chainrule.grad(lambda x, options, other=None: x.sum()))
+    with pytest.raises(TypeError, match=r"args\[1\]\['b'\] is not: unhashable type: 'set'"):
+        compiled(X, {"a": 1, "b": {1, 2}})
+    with pytest.raises(TypeError, match=r"other\[0\] is not: unhashable type: 'set'"):
+        compiled(X, 1, other=[{1}])

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch._decomp import decomposition_table
+from torch._ops import OpOverload
 
 from chainrule.calls import FUNCTIONS, WITH_NUMBERS
+from chainrule.dispatch import refusal_of_operators
 from chainrule.rules.batching import BATCHING, DATA_DEPENDENT, INPLACE
 from chainrule.rules.batching_base import BatchStrategy, is_composite
 from chainrule.rules.batching_pointwise import align, align_inplace, align_kwargs
@@ -130,8 +132,14 @@ _ENTRIES: dict[int, OpEntry] = {}
 
 
 def entry_of(func: Any) -> OpEntry:
-    """The entry of an op, made at its first use (a pure memo: two threads would make equal ones)."""
+    """The entry of an op, made at its first use (a pure memo: two threads would make equal ones).
+
+    Raises:
+        RuntimeError: if it is one of torch's operators on functions.
+    """
     entry = _ENTRIES.get(id(func))
     if entry is None:
+        if not isinstance(func, OpOverload):
+            raise RuntimeError(refusal_of_operators(f"{func} on functions"))
         entry = _ENTRIES[id(func)] = OpEntry(func)
     return entry

@@ -63,6 +63,7 @@ class VmapMode(LightMode):
     merged = False
     maps = True
     reads_data = True
+    supports_higher_order_operators = True
 
     def __init__(self, size: int, randomness: str = "error", calls: Any = None) -> None:
         super().__init__()

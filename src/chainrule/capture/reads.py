@@ -66,7 +66,7 @@ _SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
 _CONVERSIONS = frozenset(
     {
         torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.__deepcopy__,
-        torch.Tensor.__reduce_ex__, *_MAKERS, *_SPLITS,
+        torch.Tensor.__reduce_ex__, torch.Tensor.__repr__, torch.Tensor.__format__, *_MAKERS, *_SPLITS,
     }
 )  # fmt: skip
 

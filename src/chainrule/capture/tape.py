@@ -109,6 +109,10 @@ class Tape(Slots, LightMode):
         self.derived: set[int] = set()
         # What plans computed on this tape that serves further seeds.
         self.prepared: dict[Any, Any] = {}
+        # By slot, what acts on the cotangents that arrive there.
+        self.hooks: dict[int, Any] = {}
+        # The slots in which those values are before that.
+        self.sources: dict[int, int] = {}
         self.settle()
         if count := _count_modes():
             self._begun = {id(mode): len(mode.values) for n in range(count) if isinstance(mode := _mode_at(n), Tape)}
@@ -119,6 +123,7 @@ class Tape(Slots, LightMode):
         fork.values, fork.active, fork.records = [*self.values], [*self.active], [*self.records]
         fork.inputs, fork.key, fork.slots = [*self.inputs], [*self.key], dict(self.slots)
         fork.kept, fork.saw_blocked = [*self.kept], self.saw_blocked
+        fork.hooks, fork.sources = self.hooks, self.sources
         fork._derived, fork.derived = dict(self._derived), set(self.derived)
         return fork
 
@@ -578,6 +583,24 @@ class Tape(Slots, LightMode):
         self.key.append((self._key_of(func), args, kwargs, tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
         self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and self._returns_one(func)), self._origin))
         return outputs
+
+    def insert_after(self, slot: int, func: Any, args: tuple[Any, ...]) -> None:
+        """Put an op that passes a value on between what made the value in a slot (or the input there) and all who read it."""
+        source = self._append(self.values[slot], True)
+        self.slots[id(self.values[slot])] = slot
+        self.sources[slot] = source
+        self.key.append((func, slot, args))
+        record = Record(func, (*args, Slot(source)), (), (slot,), False, self._origin)
+        if slot in self.inputs:
+            self.inputs[self.inputs.index(slot)] = source
+            self.records.insert(0, record)
+            return
+        for place in reversed(range(len(self.records))):
+            made = self.records[place]
+            if slot in made.outputs:
+                self.records[place] = made._replace(outputs=tuple([source if n == slot else n for n in made.outputs]))
+                self.records.insert(place + 1, record)
+                return
 
     def _returns_one(self, func: Any) -> bool:
         return isinstance(func, OpOverload) and self.facts(func).one

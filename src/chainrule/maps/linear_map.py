@@ -28,7 +28,7 @@ from chainrule.maps.onehots import dense_relation
 from chainrule.maps.rows import Row, is_dense_row, pulled
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.sums import stacked_products
-from chainrule.maps.terms import Axis, Dims, Factor, Term
+from chainrule.maps.terms import Axis, Dims, Factor, Term, dims_of, new_axes
 
 Action = Callable[[Program, Staged], Staged]
 
@@ -53,6 +53,7 @@ class Operator:
         label: the op's name, for ``explain``.
         terms: the same map as a sum of terms, where its structure may be worth more than the op's kernel.
         structure: makes the same map as a sum of terms, for sparse plans; None where the op is not known so.
+        whole: whether ``pull`` is a user's function, which need not be linear: it is given whole cotangents, not their parts.
     """
 
     out_shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class Operator:
     label: str = ""
     terms: tuple[Term, ...] = ()
     structure: Callable[[], tuple[Term, ...]] | None = None
+    whole: bool = False
 
     def transpose(self) -> Operator:
         """The operator read from the output to the input."""
@@ -128,6 +130,9 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
                 if joined.scale != 0.0:
                     terms.append(settle(joined, workspace, bands=True) if eager else joined)
     for operator in right.operators:
+        if operator.whole:
+            terms.append(_pull(_dense(left, workspace), operator, workspace))
+            continue
         for term in merge(left.terms, workspace, force=False):
             terms.extend(_through(term, operator, workspace))
     if left.operators:
@@ -136,6 +141,13 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
             flipped = operator.transpose()
             terms.extend(found.transpose() for term in lifted for found in _through(term, flipped, workspace))
     return LinearMap(left.out_shape, right.in_shape, tuple(terms))
+
+
+def _dense(linear_map: LinearMap, workspace: Workspace) -> Term:
+    """A map as one term of one factor."""
+    out_axes, in_axes = new_axes(linear_map.out_shape), new_axes(linear_map.in_shape)
+    factor = Factor(densify(linear_map, workspace), (*out_axes, *in_axes))
+    return Term(dims_of(out_axes), dims_of(in_axes), (factor,))
 
 
 def _has_empty_axis(one: Term, two: Term) -> bool:

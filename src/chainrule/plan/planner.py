@@ -122,10 +122,14 @@ def accumulations(
         "reverse": lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace),
         "forward": lambda: elimination.forward(graph, inputs, outputs, shapes, workspace),
     }
+    operators = [operator for edges in graph.into.values() for _, local in edges for operator in local.operators]
     if request.order != "auto":
         makers = {request.order: makers[request.order]}
+    elif any(operator.whole for operator in operators):
+        # What a user's backward makes of a cotangent, which it may clip.
+        del makers["forward"]
     else:
-        has_operators = any(local.operators for edges in graph.into.values() for _, local in edges)
+        has_operators = bool(operators)
         makers["network"] = lambda: elimination.reverse(graph, inputs, outputs, shapes, workspace, eager=False)
         if not has_operators and len(graph.order) <= _FEW_VERTICES:
             makers["greedy"] = lambda: elimination.greedy(graph, inputs, outputs, shapes, workspace, chosen)
@@ -194,6 +198,8 @@ def _plan_jacobian(
     pinned = "" if request.order == "auto" else request.order
     found = candidates(tape, asked, graph, inputs, outputs, workspace, pinned)
     allowed = found if request.order == "auto" else [c for c in found if c.name == request.order]
+    if not allowed:  # what is pinned is not among what may be chosen
+        found = allowed = candidates(tape, request, graph, inputs, outputs, workspace, pinned)
     best = min(allowed, key=lambda c: c.cost)
     program = Program()
     keys = [(o, i) for o in outputs for i in inputs]

@@ -191,7 +191,7 @@ def _linearize(call: Call) -> Iterable[Edge]:
             action = FunctionAction(function, number, output, kinds)
             size = call.tensor(item).numel() + call.tensor(slot).numel()
             push, pull = _staged(action.push, item, context), _staged(action.pull, item, context)
-            yield operator_edge(call, item, push, pull, (), size, output)
+            yield operator_edge(call, item, push, pull, (), size, output, whole=True)
 
 
 def _staged(method: Any, item: Any, context: Any) -> Any:

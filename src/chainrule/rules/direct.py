@@ -322,6 +322,30 @@ def _gru_cell(
     return gru_step(run, _linear(run, input, w_ih, b_ih), hidden, w_hh, b_hh) if input.is_cpu else NotImplemented
 
 
+def _plain_cell(activation: Any) -> Callable[..., Any]:
+    def cell(
+        run: Run, input: Tensor, hidden: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        return run(activation, run(aten.add.Tensor, _linear(run, hidden, w_hh, b_hh), _linear(run, input, w_ih, b_ih)))
+
+    return cell
+
+
+def _plain_layers(activation: Any) -> Callable[..., Any]:
+    def layers(
+        run: Run, input: Tensor, state: Tensor, parameters: Sequence[Tensor], has_biases: bool, layers: int, dropout: float,
+        train: bool, bidirectional: bool, batch_first: bool,
+    ) -> Any:  # fmt: skip
+        def step(entered: Tensor, state: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None) -> Sequence[Tensor]:
+            return (run(activation, run(aten.add.Tensor, _linear(run, state[0], w_hh, b_hh), entered)),)
+
+        options = has_biases, layers, dropout if train else 0.0, bidirectional, batch_first
+        return _recurrent(run, input, [state], parameters, step, *options)
+
+    return layers
+
+
 def gru_step(run: Run, entered: Tensor, hidden: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
     """The next hidden state, from the linear function of the input."""
     reset_in, update_in, new_in = _unsafe_chunks(run, entered, 3, 1)
@@ -468,6 +492,10 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.pad.default: _pad,
     aten.lstm_cell.default: _lstm_cell,
     aten.gru_cell.default: _gru_cell,
+    aten.rnn_tanh_cell.default: _plain_cell(aten.tanh.default),
+    aten.rnn_relu_cell.default: _plain_cell(aten.relu.default),
+    aten.rnn_tanh.input: _plain_layers(aten.tanh.default),
+    aten.rnn_relu.input: _plain_layers(aten.relu.default),
     aten.gru.input: _gru,
     aten.lstm.input: _lstm,
 }

@@ -286,6 +286,7 @@ def operator_edge(
     output: int = 0,
     terms: tuple[Term, ...] = (),
     structure: Callable[[], tuple[Term, ...]] | None = None,
+    whole: bool = False,
 ) -> Edge:
     """An edge with one operator; ``push`` and ``pull`` get ``(call, program, rows, number of rows)``."""
     made = Operator(
@@ -298,6 +299,7 @@ def operator_edge(
         call.op.name(),
         terms,
         structure,
+        whole,
     )
     return single(call, item, (), (made,), output)
 

@@ -28,6 +28,7 @@ from chainrule.rules import (
     scatter_products,
     segments,
     selections,
+    tensor_hooks,
     views,
 )
 from chainrule.rules.base import Rule
@@ -85,6 +86,8 @@ def rule_for(op: Any) -> Rule:
     """The rule of an op: declared here, the user's own, or the opaque fallback (the op's own autograd formula)."""
     if isinstance(op, custom_function.FunctionOp):
         return custom_function.RULE
+    if op is tensor_hooks.HOOKED:
+        return tensor_hooks.RULE
     return _overload_rule(op)
 
 

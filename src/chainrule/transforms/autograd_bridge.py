@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.variable import Variable
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.duals import refuse_duals
@@ -74,7 +75,7 @@ class EngineBridge:
         stored = [(out, _seed_of(out, seed)) for out, seed in zip(outputs, cotangents, strict=True)]
         with undispatched():
             pairs = [[_samples(item, mode) for item in pair] for pair in stored]
-            pairs = [pair for pair in pairs if pair[0].requires_grad]
+            pairs = [pair for pair in pairs if _requires_grad(pair[0])]
             found = [
                 torch.autograd.grad(
                     [out[sample] for out, _ in pairs], [inputs[number] for number in outer], [seed[sample] for _, seed in pairs],
@@ -118,8 +119,14 @@ def _asks_outside(mode: VmapMode, outputs: Sequence[Any], options: dict[str, Any
     return asked
 
 
+def _requires_grad(tensor: torch.Tensor) -> bool:
+    """What torch says of a tensor: modes say otherwise of those that they differentiate with respect to."""
+    with torch._C.DisableTorchFunction():
+        return tensor.requires_grad
+
+
 def _has_graph(tensor: torch.Tensor) -> bool:
-    return tensor.requires_grad or (tensor.__class__ is BatchTensor and tensor.value.requires_grad)
+    return _requires_grad(tensor) or (tensor.__class__ is BatchTensor and _requires_grad(tensor.value))
 
 
 def _seed_of(output: torch.Tensor, cotangent: Any) -> Any:
@@ -143,7 +150,7 @@ def _tape_for(outputs: Sequence[Any], inputs: Sequence[Any]) -> Tape | None:
     if not all(isinstance(t, torch.Tensor) for t in (*outputs, *inputs)):
         return None
     # The graph of mapped tensors themselves lacks what ran on the stored ones.
-    foreign = [t for t in (inputs or outputs) if t.__class__ is BatchTensor or not t.requires_grad]
+    foreign = [t for t in (inputs or outputs) if t.__class__ is BatchTensor or not _requires_grad(t)]
     innermost = True
     for mode in reversed(_get_current_dispatch_mode_stack()):
         if not isinstance(mode, Tape):
@@ -173,7 +180,8 @@ def _answer(tape: Tape, outputs: Sequence[torch.Tensor], cotangents: Sequence[An
             cotangent = torch.ones_like(output)
         seeds.append(cotangent)
         slots.append(slot)
-    wanted = [tape.slot_of(t) for t in inputs]
+    slots_of = [tape.slot_of(t) for t in inputs]
+    wanted = [None if slot is None else tape.sources.get(slot, slot) for slot in slots_of]
     known = tuple(dict.fromkeys(slot for slot in wanted if slot is not None))
     request = Request("pull", known, tuple(slots), "auto", tuple(slots))
     found = execute(tape, request, seeds) if slots else {}
@@ -198,6 +206,11 @@ def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any
     if function.__module__.startswith("torch.utils.checkpoint"):
         # Reentrant checkpointing is no derivative of its own: run what it would run.
         return args[0](*args[2:])
+    if function is BackwardHookFunction:
+        raise RuntimeError(
+            "chainrule: full backward hooks of modules (register_full_backward_hook, register_full_backward_pre_hook) are not "
+            "heeded inside of a transform. Remove them, or register hooks on tensors in forward: Tensor.register_hook is heeded."
+        )
     mode = stack[-1]
     if isinstance(mode, Tape):
         return _apply_under_tape(original, function, mode, args, kwargs)
@@ -252,7 +265,7 @@ def _run_forward(original: Callable[..., Any], function: Any, args: tuple[Any, .
         outer = next(m for m in reversed(stack) if isinstance(m, Tape))
         if outer is stack[-1] and outer.touches(args):
             return _forward_and_record_outer(original, function, outer, args, kwargs)
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args) and not stack:
+    if torch.is_grad_enabled() and not stack and any(isinstance(a, torch.Tensor) and _requires_grad(a) for a in args):
         outputs = original(*args, **kwargs)
         first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
         if isinstance(first, torch.Tensor) and first.grad_fn is not None:

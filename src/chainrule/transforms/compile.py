@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.autograd import forward_ad
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from chainrule.capture.reads import NoReads
 from chainrule.capture.recorder import CompileError, WholeRecorder
@@ -228,16 +229,18 @@ class _Compiled:
         if current_ledger() is not None or current_watch() is not None:  # plans are accounted for, not calls of a graph
             return self.function(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
-        key = _key(leaves, spec)
+        try:
+            key = _key(leaves, spec)
+            signature = None if key is None else self._signatures.get(key)
+        except TypeError as error:
+            where = _unhashable(args, kwargs)
+            raise TypeError(
+                f"chainrule.compile: an argument of {function_name(self.function)} that is not a tensor must be hashable, "
+                f"{where} is not: {error}"
+            ) from None
         if key is None:
             self._eager += 1
             return self.function(*args, **kwargs)
-        try:
-            signature = self._signatures.get(key)
-        except TypeError as error:
-            raise TypeError(
-                f"chainrule.compile: an argument of {function_name(self.function)} that is not a tensor must be hashable: {error}"
-            ) from None
         if signature is not None:
             for graph in signature.graphs:
                 if graph.holds():
@@ -483,10 +486,23 @@ def _static(value: Any) -> Any:
         return kind, value
     if kind is frozenset:
         return kind, frozenset(map(_static, value))
+    if kind is slice:  # not hashable before Python 3.12
+        return kind, *map(_static, (value.start, value.stop, value.step))
     if dataclasses.is_dataclass(value) and kind.__hash__ is not None:
         return kind, *(_static(getattr(value, f.name)) for f in dataclasses.fields(value))
     hash(value)
     return kind, value, id(value)
+
+
+def _unhashable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The first argument without a hash, as it stands in a call."""
+    for name, given in (*((f"args[{number}]", item) for number, item in enumerate(args)), *kwargs.items()):
+        for path, leaf in tree_flatten_with_path(given)[0]:
+            try:
+                hash(leaf if isinstance(leaf, torch.Tensor) else _static(leaf))
+            except TypeError:
+                return f"{name}{keystr(path)}"
+    return "the structure of one"
 
 
 def _writes_outside(program: Program) -> bool:

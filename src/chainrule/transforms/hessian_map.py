@@ -20,6 +20,7 @@ from chainrule.transforms.levels import Level
 from chainrule.transforms.map_entries import held_by_entries
 from chainrule.transforms.nest import run_recorded
 from chainrule.transforms.spaces import Space
+from chainrule.transforms.tensor_hooks import refuse_hooks
 from chainrule.transforms.trace import Traced, active_slot, trace
 
 
@@ -119,6 +120,7 @@ def hessian_map(
     """
     where, single = resolve_argnums(argnums, len(args), name)
     traced = trace(func, args, where, kwargs, name, has_aux=has_aux)
+    refuse_hooks(traced.tape, f"{name} as a linear map")
     space = input_space(traced, args, where, single, func, name)
     label = function_name(func)
     if len(traced.out_leaves) != 1 or traced.out_leaves[0].dim():

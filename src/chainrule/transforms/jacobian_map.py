@@ -14,6 +14,7 @@ from chainrule.transforms.linear_map import LinearMap
 from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.spaces import Space
 from chainrule.transforms.steps import refuse_hidden
+from chainrule.transforms.tensor_hooks import refuse_hooks
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -117,6 +118,7 @@ def jacobian_map(
     where, single = resolve_argnums(argnums, len(args), name)
     traced = trace(func, args, where, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad)
     refuse_hidden(traced.hidden, name)
+    refuse_hooks(traced.tape, f"{name} as a linear map")
     return JacobianMap(traced, input_space(traced, args, where, single, func, name)), traced.aux
 
 

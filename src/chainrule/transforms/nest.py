@@ -156,8 +156,8 @@ def _run_part(
     traced = trace(
         func, args, union, kwargs, first.name, has_aux=has_aux, respect_no_grad=several or first.respect_no_grad
     )
-    if traced.hidden or (traced.tape.saw_blocked and several):
-        # Under no_grad the levels may differ in what they count as constant.
+    if traced.hidden or ((traced.tape.saw_blocked or traced.tape.hooks) and several):
+        # Under no_grad the levels may differ in what they count as constant; hooks are those of the innermost level alone.
         raise _NotWhole
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
     parts.append(Part(levels, wanted, traced, around))

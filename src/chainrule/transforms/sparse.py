@@ -26,6 +26,7 @@ from chainrule.rules.custom_function import FunctionOp
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
 from chainrule.transforms.derivatives import grad
 from chainrule.transforms.steps import refuse_hidden
+from chainrule.transforms.tensor_hooks import refuse_hooks
 from chainrule.transforms.trace import Traced, recording_on, trace
 
 SPARSE = ("sparse_coo", "sparse_csr")
@@ -53,6 +54,7 @@ def sparse_jacobian(
         traced = trace(func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward")
         check(traced)
         refuse_hidden(traced.hidden, name)
+        refuse_hooks(traced.tape, f"{name} with a sparse layout")
         outputs = tuple(slot for slot in traced.out_slots if slot is not None)
         found = execute_sparse(traced.tape, SparseRequest(tuple(traced.in_slots), outputs, order, cast)) if outputs else {}
         blocks = []
@@ -92,6 +94,7 @@ def sparse_hessian(
         positions, single = resolve_argnums(argnums, len(args), "hessian")
         traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
         check(traced)
+        refuse_hooks(traced.tape, "hessian with a sparse layout")
         if traced.tape.saw_blocked:
             # Only the first of the two derivatives takes what runs under no_grad for constant: not one tape.
             if triangular is not None or len(traced.out_leaves) != 1 or traced.out_leaves[0].dim():

@@ -34,6 +34,7 @@ from chainrule.transforms.arguments import (
 )
 from chainrule.transforms.duals import WatchfulTape
 from chainrule.transforms.steps import HiddenSteps, is_inside_reverse, run_in_steps
+from chainrule.transforms.tensor_hooks import HEEDING, refuse_hooks
 
 aten = torch.ops.aten
 
@@ -190,7 +191,7 @@ def trace(
     """
     if not respect_no_grad and is_inside_reverse():
         given = (function, args, argnums, kwargs, transform, has_aux, column_block, single)
-        traced = _trace(*given, respect_no_grad=True)
+        traced = _trace(*given, respect_no_grad=True, forward=True)
         return _trace(*given, respect_no_grad=False, noted=True) if traced.tape.saw_blocked else traced
     return _trace(function, args, argnums, kwargs, transform, has_aux, column_block, single, respect_no_grad=respect_no_grad)
 
@@ -207,8 +208,12 @@ def _trace(
     *,
     respect_no_grad: bool,
     noted: bool = False,
+    forward: bool = False,
 ) -> Traced:
-    """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down."""
+    """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down.
+
+    With ``forward`` the run is one of a forward transform, although such steps are constants.
+    """
     refuse_inside_torch_func(transform)
     only: Any = args[argnums[0]] if len(argnums) == 1 else None
     plain = only.__class__ is torch.Tensor and only.dtype in FLOATING
@@ -226,6 +231,7 @@ def _trace(
         else:
             refuse_duals(in_leaves, transform)
             tape = WatchfulTape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels, transform=transform)
+        tape.reverse = respect_no_grad and not forward
         in_slots: list[int] = []
         columns: list[Block | None] = []
         for number, alias in enumerate(aliases):
@@ -251,6 +257,10 @@ def _trace(
     finally:
         if not grad_enabled:
             torch._C._set_grad_enabled(False)
+    if tape.hooks:
+        if transform not in HEEDING:
+            refuse_hooks(tape, transform)
+        in_slots = [tape.sources.get(slot, slot) for slot in in_slots]
     aux = None
     if has_aux:
         output, aux = split_aux(output, transform, function)
