@@ -122,7 +122,8 @@ class _Fixed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, weight, mean, variance)
+        # Buffers may be updated before the backward, which wants them as they are now.
+        ctx.save_for_backward(x, weight, mean.clone(), variance.clone())
         ctx.eps = eps
         out, empty, too = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)
         ctx.mark_non_differentiable(empty, too)
