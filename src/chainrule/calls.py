@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from chainrule import norms
 from chainrule.shortcuts import FLOATING
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ _SAME_NAME = (
     "permute", "flip", "roll", "gather", "index_select", "maximum", "minimum", "cat", "stack", "diagonal", "tril", "triu",
     "cumsum", "logaddexp", "detach", "reshape", "outer", "logical_and", "logical_or", "nan_to_num",
     "zeros_like", "ones_like", "diag_embed", "movedim", "_softmax", "_log_softmax", "_softmax_backward_data",
-    "_log_softmax_backward_data", "native_layer_norm", "scatter_add", "index_add", "index_copy", "as_strided",
+    "_log_softmax_backward_data", "scatter_add", "index_add", "index_copy", "as_strided",
 )  # fmt: skip
 
 _OVERLOADS = {
@@ -127,6 +128,8 @@ def _table() -> dict[Any, Callable[..., Any]]:
         aten.mish_backward.default._op: mish_backward,
         aten.new_zeros.default._op: new_zeros,
         aten.max_pool2d_with_indices.default._op: max_pool2d_with_indices,
+        aten.native_layer_norm.default._op: norms.native_layer_norm,
+        aten.native_batch_norm.default._op: norms.native_batch_norm,
     }
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)

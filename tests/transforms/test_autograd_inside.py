@@ -332,6 +332,19 @@ def test_arguments_without_tangent_have_zeros():
 
 _LAYER, _WEIGHT = torch.nn.Linear(3, 3).double(), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
 _CONVOLUTION = torch.nn.Conv1d(1, 2, 2).double()
+_NORM, _GROUPS = torch.nn.LayerNorm(3).double(), torch.nn.GroupNorm(1, 3).double()
+_BATCHES = torch.nn.BatchNorm1d(3, track_running_stats=False).double()
+_FIXED = torch.nn.BatchNorm1d(3).double().eval()
+
+
+def _normalised(module, a, dim):
+    """A normalisation; outside of a transform in parts, as torch's own has wrong third derivatives."""
+    if torch._C._len_torch_dispatch_stack():
+        return module(a)
+    centred = a - a.mean(dim, keepdim=True)
+    scale = ((centred * centred).mean(dim, keepdim=True) + module.eps).rsqrt()
+    return centred * scale * module.weight + module.bias
+
 
 JOINED = {
     "linear": lambda a: _LAYER(a).sin(),
@@ -339,6 +352,12 @@ JOINED = {
     "an active weight": lambda a: torch.nn.functional.linear(torch.ones_like(_WEIGHT), a.reshape(-1, 3)[:1] * _WEIGHT).sin(),
     "views": lambda a: torch.cat([_LAYER(a), a * _WEIGHT[0]], -1).reshape(-1).exp(),
     "convolution": lambda a: _CONVOLUTION(a.reshape(-1, 1, 3)).tanh(),
+    "layer norm": lambda a: _normalised(_NORM, a, -1).sin() * a,
+    "group norm": lambda a: _GROUPS(a.reshape(-1, 3)).sin(),
+    "batch norm": lambda a: _normalised(_BATCHES, torch.cat([a.reshape(-1, 3), _WEIGHT]), 0).sin(),
+    "fixed batch norm": lambda a: _FIXED(a.reshape(-1, 3)).sin(),
+    "stacks": lambda a: ((s := (a * _WEIGHT[2]).expand(2, 2, 2, 3)) @ s.exp().transpose(-2, -1)).sin()[..., :1, :1],
+    "stacks of views": lambda a: ((s := torch.stack([_LAYER(a).reshape(-1, 3)[:1]] * 4).view(2, 2, 1, 3)) @ s.mT).sin(),
     "a computed weight": lambda a: (a @ (_WEIGHT @ _WEIGHT.t())).sin() * _WEIGHT.exp()[0],
 }
 
@@ -348,7 +367,7 @@ JOINED = {
 @pytest.mark.parametrize("name", JOINED)
 def test_a_gradient_inside_of_a_function_that_closes_over_parameters(name, shape, wanted):
     """What torch's autograd keeps for its backward is known to the tape: the gradient inside is differentiated as well."""
-    parameters = [_WEIGHT, *_LAYER.parameters(), *_CONVOLUTION.parameters()]
+    parameters = [_WEIGHT, *(p for m in (_LAYER, _CONVOLUTION, _NORM, _GROUPS, _BATCHES, _FIXED) for p in m.parameters())]
 
     def function(a):
         h = a * _WEIGHT[0] + a.sin()
@@ -367,6 +386,25 @@ def test_a_gradient_inside_of_a_function_that_closes_over_parameters(name, shape
                 found = transform(function)(given)
                 torch.testing.assert_close(found, expected)
                 torch.testing.assert_close(torch.autograd.grad(found.sum(), _WEIGHT)[0], by_weight)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3), (1, 4, 3)])
+def test_what_shares_memory_with_a_value_may_be_a_constant(shape):
+    """Views that torch's autograd keeps are known by their memory; a detached tensor, and the argument itself, have that, too."""
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def function(a, other):
+        with torch.no_grad():
+            view = a.view(-1, 3)
+        loss = _LAYER(a).sin().sum() + (a * other.view(a.shape)).sum()
+        (found,) = torch.autograd.grad(loss, _LAYER.weight, create_graph=True)
+        constants = (a.detach().view(-1, 3), view, other, other.view(-1, 3))
+        return (found * found).sum() + sum((_LAYER(item) * a.view(-1, 3)).sum() for item in constants)
+
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(function(leaf, x.view(-1, 3)), leaf)
+        torch.testing.assert_close(chainrule.grad(lambda a: function(a, x.view(-1, 3)))(x), expected)
 
 
 def test_a_gradient_by_closed_over_tensors_under_vmap():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -390,3 +391,59 @@ def test_mapped_functions_are_evaluated_without_a_graph() -> None:
             assert not result.requires_grad
             torch.testing.assert_close(result, call(torch.func).detach(), **CLOSE)
         assert call(chainrule).requires_grad  # the plan that was recorded without graphs
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_mapped_gradients_of_recurrent_networks(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states at the beginning are constants: products of them with parameters have one graph, and plans run on stored tensors."""
+    net, batch = kind(3, 2, batch_first=True), torch.randn(4, 5, 3)
+
+    def function(m: Any) -> Tensor:
+        one = m.grad(lambda a: net(a)[0].sin().sum())
+        found: Tensor = m.vmap(one)(batch) if m is chainrule else torch.stack([one(a) for a in batch])  # torch maps no GRU
+        return found
+
+    parameters = [*net.parameters()]
+    for _ in range(3):
+        ours, theirs = function(chainrule), function(torch.func)
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        for mine, expected in zip(gradients(ours, parameters), gradients(theirs, parameters), strict=True):
+            torch.testing.assert_close(mine, expected, **CLOSE)
+    arrived: list[Any] = []
+    handler = VmapMode.__torch_dispatch__
+
+    def counted(self: Any, func: Any, *rest: Any) -> Any:
+        arrived.append(func)
+        return handler(self, func, *rest)
+
+    monkeypatch.setattr(VmapMode, "__torch_dispatch__", counted)
+    function(chainrule)
+    assert len(arrived) < 60  # the recording alone: a replay op by op would add some three hundred
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_and_statistics_are_those_of_the_call(training: bool, dropout: float) -> None:
+    """Beside parameters that require grad: the same draw as torch's autograd makes, and buffers that are updated once a call."""
+    layers = (nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(dropout), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2))
+    net = nn.Sequential(*layers).train(training)
+    twin = copy.deepcopy(net)
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        torch.manual_seed(4)
+        ours, value = chainrule.grad_and_value(lambda a: net(a).sin().sum())(x)
+        torch.manual_seed(4)
+        leaf = x.clone().requires_grad_()
+        expected = twin(leaf).sin().sum()
+        (theirs,) = torch.autograd.grad(expected, leaf, create_graph=True)
+        torch.testing.assert_close((ours, value), (theirs, expected), **CLOSE)
+        for m, result in ((net, ours), (twin, theirs)):
+            m.zero_grad()
+            (result * result).sum().backward()
+        for one, two in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, **CLOSE)
+        for one, two in zip(net.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(one, two)
+        with torch.no_grad():  # seen by the next call
+            for one, two in zip(net.parameters(), twin.parameters(), strict=True):
+                one.mul_(1.1), two.mul_(1.1)

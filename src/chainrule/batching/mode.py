@@ -269,8 +269,14 @@ class VmapMode(LightMode):
         if stored.refused:
             return NotImplemented
         batched, joined = stored.batched, stored.joined
-        if not batched or (joined and self._records and not torch.is_grad_enabled()):
+        if joined and self._records and not torch.is_grad_enabled():
             return NotImplemented
+        if not batched:
+            if not joined or entry.aliases or self.below is not None:
+                return NotImplemented
+            # Constants with a graph: autograd is to see the stored tensors alone, not those that stand for them as well.
+            with _ForceDispatchKeyGuard(self._include, self._exclude):
+                return self._wrap(op._op(*inner))
         if self._calls is not None and self.below is None:
             out = self._calls.op(self, entry, args, inner)
             if out is not NotImplemented:

@@ -95,6 +95,16 @@ class AliasTracker:
         self.families.setdefault(id(root), []).append(tensor)
         return slot
 
+    def kept_view(self, tensor: torch.Tensor, slot: int) -> int | None:
+        """The slot of a view of the value in ``slot`` that torch's autograd made by itself; None for one that a view op made."""
+        self._settle_views()
+        tape = self.tape
+        if id(tensor) in self.links or not tape.active[slot]:
+            return None
+        if tape.values[slot].shape == tensor.shape:
+            return slot
+        return tape.record_value(aten.view.default, (slot,), ([*tensor.shape],), {}, tensor)
+
     def chain(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensor, what it is a view of, what that is a view of, and so on."""
         self._settle_views()

@@ -17,6 +17,22 @@ def _place(tensor: torch.Tensor) -> Any:
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _elements(tensor: torch.Tensor) -> Any:
+    """Which elements of memory a tensor holds, in order, whatever its shape; None without elements."""
+    if (place := _place(tensor)) is None:
+        return None
+    storage, offset, shape, strides, dtype = place
+    dims: list[tuple[int, int]] = []
+    for size, step in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * step:
+            dims[-1] = (dims[-1][0] * size, step)
+        else:
+            dims.append((size, step))
+    return storage, offset, tuple(dims), dtype
+
+
 def _node(tensor: torch.Tensor) -> Any:
     """The node of autograd's graph that a tensor comes from, if it may be used there."""
     try:
@@ -33,6 +49,8 @@ class OtherObjects:
         self._by_node: dict[tuple[int, int], int] = {}
         self._memory_indexed = 0
         self._by_memory: dict[Any, int] = {}
+        self._elements_indexed = 0
+        self._by_elements: dict[Any, list[int]] = {}
 
     def by_memory(self, tensor: torch.Tensor, values: list[Any]) -> int | None:
         """A class that torch wraps results in gives new objects for values that were recorded: find them by their memory."""
@@ -56,5 +74,37 @@ class OtherObjects:
             return None
         return found if values[found].shape == tensor.shape else None
 
+    def by_view(self, tensor: torch.Tensor, values: list[Any]) -> int | None:
+        """Autograd keeps views of the arguments of composite ops: find the value that holds the same elements."""
+        elements = _elements(tensor)
+        if elements is None:
+            return None
+        for slot in range(self._elements_indexed, len(values)):
+            value = values[slot]
+            if isinstance(value, torch.Tensor) and (place := _elements(value)) is not None:
+                self._by_elements.setdefault(place, []).append(slot)
+        self._elements_indexed = len(values)
+        places = self._by_elements.get(elements)
+        if places is None:
+            return None
+        # Other tensors of this memory may be constants: those that are no views, or views of something else.
+        base = tensor._base
+        if base is not None:
+            for slot in reversed(places):
+                if base is values[slot] or base is values[slot]._base:
+                    return slot
+        node = _node(tensor)
+        for _ in range(_MOST_VIEWS):
+            if node is None or len(node.next_functions) != 1:
+                break
+            node, number = node.next_functions[0]
+            for slot in reversed(places):
+                if node is not None and _node(values[slot]) is node and values[slot].output_nr == number:
+                    return slot
+        return None
+
+
+#: How many views one after the other a composite op makes of an argument.
+_MOST_VIEWS = 3
 
 __all__ = ["OtherObjects"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch._ops import OpOverload
 
 from chainrule.calls import FUNCTIONS, WITH_NUMBERS
+from chainrule.norms import JOINING
 
 aten = torch.ops.aten
 
@@ -25,6 +27,25 @@ _PRODUCTS = {aten.linear.default: LINEAR, aten.matmul.default: MATMUL}
 def linear_of_vector(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A linear layer on a vector, of which autograd keeps the vector itself and not a view of it."""
     return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+
+
+def are_stacked_alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether a product of two stacks of matrices, or of a stack and a matrix, keeps views of them for autograd, no copies."""
+    shape, other = first.shape, second.shape
+    rank = len(shape)
+    if rank < 3 or not first.numel() or not second.numel():
+        return False
+    if len(other) == 2:
+        return first.is_contiguous()
+    if len(other) != rank or shape[:-2] != other[:-2]:
+        return False
+    return rank == 3 or (_is_one_stack(first) and _is_one_stack(second))
+
+
+def _is_one_stack(tensor: torch.Tensor) -> bool:
+    """Whether the dimensions before the last two are one in memory, too."""
+    dims = [(size, step) for size, step in zip(tensor.shape[:-2], tensor.stride(), strict=False) if size != 1]
+    return all(step == size * inner for (_, step), (size, inner) in itertools.pairwise(dims))
 
 
 class Policy(Protocol):
@@ -73,6 +94,8 @@ class OpFacts:
         direct: a composite form whose parts are handed to the tape one by one, or None.
         whole: which calls of an op that has an expansion are recorded as they are.
         joined: the composite form that is recorded when an argument requires grad, or None.
+        alone: runs the op as one node of torch's graph, all of whose results have derivatives, where no other mode sees it;
+            None for ops that need no help for that.
         joined_direct: such a form whose parts are handed to the tape one by one, or None.
         composite: whether torch defines the op as a composition of others.
         joining: whether the op may be recorded whole where torch's autograd has to see it, too. What autograd keeps for the
@@ -89,14 +112,16 @@ class OpFacts:
     """
 
     __slots__ = (
-        "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive", "is_out",
-        "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "reads", "shaped", "whole", "writes",
+        "alone", "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive",
+        "is_out", "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "reads", "shaped", "whole",
+        "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
         schema = op._schema
         self.op = op
         self.call = op._op
+        self.alone = JOINING.get(op)
         self.fast = FUNCTIONS.get(op._op, op._op)
         self.numbers = self.fast in WITH_NUMBERS
         self.argument_names = tuple(a.name for a in schema.arguments)

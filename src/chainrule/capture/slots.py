@@ -67,7 +67,10 @@ class Slots:
         key: what the plan depends on, in the order of recording.
         kept: tensors whose identity stands in a table although no slot holds them: it must not be used again.
         derived: the slots of constants for differentiation that are computed from what depends on the inputs.
+        expects_views: whether tensors may be met that torch's autograd made of recorded values by itself: views that it keeps.
     """
+
+    expects_views = False
 
     values: list[Any]
     active: list[bool]
@@ -128,6 +131,9 @@ class Slots:
             slot = self._other_objects().by_node(tensor, self.values)
         elif tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
             slot = self._other_objects().by_memory(tensor, self.values)
+        if slot is None and self.expects_views and self._alias is not None and tensor.__class__ is torch.Tensor:
+            place = self._other_objects().by_view(tensor, self.values)
+            slot = None if place is None else self._alias.kept_view(tensor, place)
         if slot is not None:
             self.kept.append(tensor)
             self.slots[id(tensor)] = slot

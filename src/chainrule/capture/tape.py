@@ -13,10 +13,11 @@ from torch._ops import OpOverload
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
-from chainrule.capture.schema import LINEAR, MATMUL, PARTS, WHOLE, OpFacts, Policy, linear_of_vector
+from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
 from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, refusal_of_operators, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
+from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
@@ -116,6 +117,11 @@ class Tape(Slots, LightMode):
         self.settle()
         if count := _count_modes():
             self._begun = {id(mode): len(mode.values) for n in range(count) if isinstance(mode := _mode_at(n), Tape)}
+
+    def expect_views(self) -> None:
+        """From now on torch's autograd may bring tensors that it made of recorded values by itself."""
+        # With views to track, no tensor is taken for a constant at first sight.
+        self.expects_views = self.alias is not None
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""
@@ -228,7 +234,8 @@ class Tape(Slots, LightMode):
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
-        in_parts = facts.joined is not None and (joins or have_stored_graphs(args))
+        alone = facts.alone if facts.alone and joins and not kwargs and self._joins_whole(facts, args) else None
+        in_parts = facts.joined is not None and alone is None and (joins or have_stored_graphs(args))
         expansion = facts.joined if in_parts else facts.expansion
         if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels, self.is_active):
             expansion = None
@@ -247,7 +254,7 @@ class Tape(Slots, LightMode):
             with again(self):
                 return func.decompose(*args, **(kwargs or {}))
         if facts.is_view or joins:
-            out = self.outside(func, *args, **(kwargs or {}))
+            out = self.outside(alone or func, *args, **(kwargs or {}))
         else:
             out = facts.call(*args, **(kwargs or {}))
         if facts.is_view and args:
@@ -502,6 +509,9 @@ class Tape(Slots, LightMode):
             with _ForceDispatchKeyGuard(*self._outside):
                 if facts.joining == LINEAR and args[0].dim() == 1:
                     out = linear_of_vector(*args)
+                elif facts.alone is not None:
+                    without_handlers(True)  # torch shows them how results are kept otherwise
+                    out = facts.alone(*args)
                 else:
                     out = run(facts if given is None else given, args)
         else:  # the mode below shows it to autograd
@@ -540,15 +550,18 @@ class Tape(Slots, LightMode):
     def _joins_whole(self, facts: OpFacts, args: tuple[Any, ...]) -> bool:
         """Whether torch's autograd keeps no values of a call but the arguments and the result (see ``OpFacts.joining``)."""
         if facts.joined is not None:
-            return False
+            return facts.alone is not None and self.below is None and self._depth == 1 and may_join(facts.op, args)
         if facts.joining in (WHOLE, PARTS):
             return facts.joining == WHOLE
         first, second = args[0], args[1]
         if self.below is not None:  # what is kept belongs to the stored tensors, of which no tape knows
             return True
-        if first.dim() != 2:
-            return facts.joining == LINEAR and first.dim() == 1 and second.dim() == 2
-        return second.dim() in (1, 2) if facts.joining == MATMUL else not self.is_active(second)
+        rank = first.dim()
+        if facts.joining == LINEAR:
+            if second.dim() != 2 or self.is_active(second):
+                return False
+            return rank in (1, 2) or (rank > 2 and first.is_contiguous())
+        return second.dim() in (1, 2) if rank == 2 else are_stacked_alike(first, second)
 
     def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Record an op that ran, if an argument is active and an output differentiable."""

@@ -112,13 +112,13 @@ may_have_stored_graph(PyObject *args)
 static int
 op_joins_whole(Handler *self, PyObject *facts, PyObject *args)
 {
-    if (SLOT(facts, common) != Py_True) /* recorded in parts there */
+    if (SLOT(facts, common) != Py_True && SLOT(facts, alone) == Py_None) /* recorded in parts there */
         return 0;
     int may = may_join();
     if (may > 0)
-        may = joins_whole(self, facts, &PyTuple_GET_ITEM(args, 0));
+        may = joins_whole(self, facts, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args));
     if (may > 0 && PyLong_AsLong(SLOT(facts, joining)) == LINEAR)
-        may = rank_is(PyTuple_GET_ITEM(args, 0), 2); /* see call_joined */
+        may = !rank_is(PyTuple_GET_ITEM(args, 0), 1); /* see call_joined */
     return may;
 }
 
@@ -173,7 +173,10 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
             state.exclude(state.views, false);
         if (seen.joined)
             exclude_autograd(false);
-        out = PyObject_Call(call, call_args, call_kwargs);
+        if (seen.joined && SLOT(facts, alone) != Py_None)
+            out = PyObject_Call(SLOT(facts, alone), args, NULL);
+        else
+            out = PyObject_Call(call, call_args, call_kwargs);
         if (seen.joined)
             exclude_autograd(true);
         if (is_view)

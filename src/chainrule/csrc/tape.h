@@ -307,34 +307,47 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
     return outcome;
 }
 
-/* Whether autograd keeps no values of a call but its arguments and the result (Tape._joins_whole): 1, 0, -1 with an error. */
+/* Whether autograd keeps no values of a call but its arguments and the result, or views of them (Tape._joins_whole): 1, 0, -1
+ * with an error. */
 static int
-joins_whole(Handler *self, PyObject *facts, PyObject *const *args)
+joins_whole(Handler *self, PyObject *facts, PyObject *const *args, Py_ssize_t count)
 {
     long joining = PyLong_AsLong(SLOT(facts, joining));
-    if (joining == PARTS || joining == WHOLE)
+    if (SLOT(facts, alone) == Py_None && (joining == PARTS || joining == WHOLE))
         return joining == WHOLE;
-    if (self->below != NULL && self->below != Py_None)
-        return 1;
-    int fits = rank_is(args[0], 2);
-    if (fits == 0 && joining == LINEAR) { /* see call_joined */
-        fits = rank_is(args[0], 1);
-        return fits > 0 ? rank_is(args[1], 2) : fits;
+    if (SLOT(facts, alone) == Py_None && self->below != NULL && self->below != Py_None)
+        return 1; /* what is kept belongs to the stored tensors */
+    if (joining == LINEAR && count > 1) { /* the commonest case */
+        int fits = rank_is(args[0], 2);
+        if (fits > 0 && (fits = rank_is(args[1], 2)) > 0) {
+            Py_ssize_t slot = known_slot(self, args[1]);
+            if (slot != -1)
+                return slot == -2 ? -1 : PyList_GET_ITEM(self->active, slot) != Py_True;
+            int fresh = constant_is_new(args[1]);
+            if (fresh)
+                return fresh;
+        }
+        if (fits < 0)
+            return -1;
     }
-    if (fits <= 0)
-        return fits;
-    if (joining == MATMUL) {
-        fits = rank_is(args[1], 2);
-        return fits ? fits : rank_is(args[1], 1);
-    }
-    Py_ssize_t slot = known_slot(self, args[1]);
-    return slot == -2 ? -1 : slot < 0 ? constant_is_new(args[1]) : PyList_GET_ITEM(self->active, slot) != Py_True;
+    PyObject *given = PyTuple_New(count);
+    if (given == NULL)
+        return -1;
+    for (Py_ssize_t place = 0; place < count; place++)
+        PyTuple_SET_ITEM(given, place, Py_NewRef(args[place]));
+    PyObject *answer = PyObject_CallMethodObjArgs((PyObject *)self, s__joins_whole, facts, given, NULL);
+    Py_DECREF(given);
+    int may = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return may;
 }
 
 /* The call of a function that autograd sees; a linear layer on a vector as linear_of_vector in capture/schema.py does it. */
 static PyObject *
 call_joined(PyObject *function, PyObject *facts, PyObject *const *args, Py_ssize_t count)
 {
+    if (SLOT(facts, alone) != Py_None)
+        return call_below(SLOT(facts, alone), args, count, 1);
     if (PyLong_AsLong(SLOT(facts, joining)) == LINEAR) {
         int vector = rank_is(args[0], 1);
         if (vector < 0)
@@ -435,7 +448,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     if (seen.joined) {
         int may = may_join();
         if (may > 0)
-            may = joins_whole(self, facts, stored);
+            may = joins_whole(self, facts, stored, count);
         if (may < 0)
             goto done;
         if (!may)

@@ -11,8 +11,9 @@ import torch
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
+from chainrule.execute.renaming import renamed
 from chainrule.execute.reuse import reusing
-from chainrule.execute.simplify import renamed, root, shared_results, simplify
+from chainrule.execute.simplify import root, shared_results, simplify
 from chainrule.execute.workspace import Space, observable, of_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 

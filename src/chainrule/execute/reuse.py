@@ -14,6 +14,7 @@ import torch
 from chainrule.calls import FUNCTIONS
 from chainrule.maps.assembly import assembled
 from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
+from chainrule.norms import layer_norm_backward
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ _FRESH = frozenset(
     {
         torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.mv, torch.dot, torch.sum, torch.zeros, torch.ones, torch.clone,
         torch.Tensor.clone, torch.cat, torch.stack, torch.gather, torch.index_select, torch.maximum, torch.minimum,
-        assembled,
+        assembled, layer_norm_backward,
     }
 )  # fmt: skip
 

@@ -10,8 +10,10 @@ import torch
 
 from chainrule.dispatch import undispatched
 from chainrule.execute.destinations import with_destinations
+from chainrule.execute.renaming import renamed
 from chainrule.execute.spelling import spell
 from chainrule.execute.turning import turned
+from chainrule.execute.view_chains import with_short_chains
 from chainrule.maps.staging import Instruction, Program, Ref, freeze, reads
 
 aten = torch.ops.aten
@@ -66,6 +68,7 @@ def simplify(
         if (again := turned(program, kept, own, memory.touched)) is not None:
             kept = _share(again, own, program.copies, memory)
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
+    kept = with_short_chains(program, kept, _roots(program, kept, wanted), memory.touched)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
     kept, made = _fuse(program, _with_layers(program, kept, wanted, memory), wanted, memory)
@@ -421,26 +424,6 @@ def _share(
         else:
             names.update(zip(instruction.outputs, earlier, strict=True))
     return kept
-
-
-def renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
-    """The same instruction on values of other names."""
-    if names.keys().isdisjoint(reads(instruction)):
-        return instruction
-    function, args, kwargs, outputs, is_tuple, writes, keep = instruction
-    kwargs = {name: _renamed(item, names) for name, item in kwargs.items()} if kwargs else kwargs
-    return Instruction(function, _renamed(args, names), kwargs, outputs, is_tuple, writes, keep)
-
-
-def _renamed(tree: Any, names: dict[int, int]) -> Any:
-    kind = tree.__class__
-    if kind is Ref:
-        return Ref(names.get(tree.slot, tree.slot))
-    if kind is list:
-        return [_renamed(item, names) for item in tree]
-    if kind is tuple:
-        return tuple([_renamed(item, names) for item in tree])
-    return tree
 
 
 def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: _Memory) -> list[Instruction]:

@@ -241,7 +241,6 @@ JOINED: dict[Any, Callable[..., Any]] = {
     op: decomposition_table[op]
     for op in (
         aten.native_layer_norm.default,
-        aten.native_group_norm.default,
         aten.native_batch_norm.default,
         aten._native_batch_norm_legit.no_stats,
         aten._native_batch_norm_legit_functional.default,

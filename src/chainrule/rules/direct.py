@@ -79,9 +79,10 @@ def _batch_norm(
     training: bool, momentum: float, eps: float, cudnn_enabled: bool,
 ) -> Any:  # fmt: skip
     # On other devices torch chooses among kernels; statistics that are updated are left to it as well.
-    if not input.is_cpu or not input.numel() or mean is not None or variance is not None or not training:
+    known = mean is not None and variance is not None
+    if not input.is_cpu or not input.numel() or training == known or (training and (mean is not None or variance is not None)):
         return NotImplemented
-    return run(aten.native_batch_norm.default, input, weight, bias, None, None, True, momentum, eps)[0]
+    return run(aten.native_batch_norm.default, input, weight, bias, mean, variance, training, momentum, eps)[0]
 
 
 def has_classes(input: Tensor, target: Tensor) -> bool:
@@ -504,7 +505,6 @@ DIRECT: dict[Any, Callable[..., Any]] = {
 JOINED_DIRECT: dict[Any, Callable[..., Any]] = {
     aten.linear.default: _linear_of_batch,
     aten.matmul.default: _products,
-    aten.native_layer_norm.default: _layer_norm_in_parts,
 }
 
 __all__ = ["DIRECT", "JOINED_DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]

@@ -15,6 +15,7 @@ import torch
 from chainrule.calls import mish_backward, silu_backward
 from chainrule.maps.linear_map import Row
 from chainrule.maps.staging import Program, Staged
+from chainrule.norms import batch_norm_backward, layer_norm_backward
 from chainrule.rules.base import Call
 
 aten = torch.ops.aten
@@ -57,9 +58,7 @@ def _layer_norm(call: Call) -> dict[str, Callable[[Program, Staged], Staged]]:
     def run(program: Program, row: Staged, mask: list[bool]) -> Sequence[Staged]:
         x, w, b = (call.stage(program, argument) for argument in (item, weight, bias))
         mean, rate = call.stage_output(program, 1), call.stage_output(program, 2)
-        found: Sequence[Staged] = program.call(
-            aten.native_layer_norm_backward.default, row, x, shape, mean, rate, w, b, mask
-        )
+        found: Sequence[Staged] = program.call(layer_norm_backward, row, x, shape, mean, rate, w, b, mask)
         return found
 
     return _several(call, ("input", "weight", "bias"), run)
@@ -73,9 +72,7 @@ def _batch_norm(call: Call) -> dict[str, Callable[[Program, Staged], Staged]]:
     def run(program: Program, row: Staged, mask: list[bool]) -> Sequence[Staged]:
         x, w = call.stage(program, item), call.stage(program, weight)
         mean, rate = call.stage_output(program, 1), call.stage_output(program, 2)
-        found: Sequence[Staged] = program.call(
-            aten.native_batch_norm_backward.default, row, x, w, None, None, mean, rate, True, eps, mask
-        )
+        found: Sequence[Staged] = program.call(batch_norm_backward, row, x, w, mean, rate, eps, mask)
         return found
 
     return _several(call, ("input", "weight", "bias"), run)

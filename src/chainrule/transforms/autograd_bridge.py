@@ -59,6 +59,9 @@ class EngineBridge:
                 return _answer(tape, tensors, grad_tensors, options)
             if (mode := _mapped_by(tensors)) is not None and _asks_outside(mode, tensors, options):
                 return self._by_samples(mode, tensors, grad_tensors, options)
+            for active in _get_current_dispatch_mode_stack():
+                if isinstance(active, Tape):
+                    active.expect_views()
         return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
 
     def _by_samples(
