@@ -52,9 +52,18 @@ def _nll(call: Call) -> Iterable[Edge]:
     factors = [Factor(selecting(formula_node(call, sizes, counting)), samples)]
     if shares is not None or reduction == MEAN:
         factors.append(Factor(formula_node(call, sizes, weighting), samples))
+    relations: tuple[OneHot, ...] = (relation,)
+    if not samples:  # one row: what is pulled back through one place of it is dense soon
+
+        def row(program: Program) -> Staged:
+            grid = program.constant(torch.arange(classes.size, device=call.workspace.device))
+            kept = torch.ne(call.stage(program, target), ignored)
+            return torch.logical_and(torch.eq(grid, chosen(program)), kept).to(call.tensor(item).dtype)
+
+        factors[0], relations = Factor(selecting(formula_node(call, (classes.size,), row)), axes), ()
     # A target may have a dimension of size one where there is only one sample.
     out_dims = dims_of(samples) if reduction == NONE and call.out_shape else ()
-    yield single(call, item, [Term(out_dims, dims_of(axes), tuple(factors), (relation,), -1.0)])
+    yield single(call, item, [Term(out_dims, dims_of(axes), tuple(factors), relations, -1.0)])
 
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
