@@ -113,6 +113,7 @@ SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
     "tensor and None": lambda x: x[torch.tensor([1, 0]), None],
     "tensor of a number": lambda x: x[torch.tensor(1)],
     "list": lambda x: x[[1, 0]],
+    "einsum": lambda x: torch.einsum("ijk,ijl->ikl", x, x),
     "F.softmax": lambda x: F.softmax(x, dim=1),
     "F.log_softmax": lambda x: F.log_softmax(x, -1),
 }

@@ -21,6 +21,7 @@ def test_which_have_one() -> None:
     assert body_of(torch.sin) is None
     assert body_of(F.max_pool2d) is body_of(F.max_pool2d) is not None
     assert body_of(len) is None
+    assert body_of(torch.Tensor.__rtruediv__) is not None
 
 
 def test_globals_are_read_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x, dim=1),
     "glu": lambda x: F.glu(x),
     "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
+    "einsum of a list": lambda x: torch.einsum("ij,kj->ik", [x, x.sin()]),
+    "einsum of one": lambda x: torch.einsum("ij->j", x),
+    "einsum of three": lambda x: torch.einsum("ij,kj,k->i", x, x, x[:, 0]),
+    "einsum of a diagonal": lambda x: torch.einsum("ii->i", x[:, :3]),
+    "einsum that broadcasts": lambda x: torch.einsum("...j,kj", x, x),
+    "operators": lambda x: 1 / (x + 9) + 2.0**x + (2 - x) + x.T.__rmatmul__(x)[:, :1],
     "split": lambda x: torch.split(x, 2, 1)[0],
     "attention": lambda x: F.multi_head_attention_forward(
         x[:, None], x[:, None], x[:, None], 4, 2, torch.eye(4).repeat(3, 1).double(), None, None, None, False, 0.0,

@@ -353,14 +353,7 @@ class LightMode(Handler, TorchDispatchMode):
                 while mode is not None:
                     mode.graphs, mode = True, mode.below
                 return func(*args, **kwargs) if kwargs else func(*args)
-            body = body_of(func)
-            if body is None or not self._takes(types):
-                return func(*args, **kwargs) if kwargs else func(*args)
-            _push_function(self)
-            try:
-                return body(*args, **kwargs) if kwargs else body(*args)
-            finally:
-                _pop_function()
+            return self._run_body(func, types, args, kwargs)
         if self._takes(types):
             without_handlers(True)
             try:
@@ -375,7 +368,18 @@ class LightMode(Handler, TorchDispatchMode):
                 without_handlers(False)
             if out is not NotImplemented:
                 return out
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return self._run_body(func, types, args, kwargs)
+
+    def _run_body(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """Run a function that torch has in Python with this mode on, so that what it calls is taken; others as they are."""
+        body = body_of(func)
+        if body is None or not self._takes(types):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        _push_function(self)
+        try:
+            return body(*args, **kwargs) if kwargs else body(*args)
+        finally:
+            _pop_function()
 
     def _makes_plain(self, types: Any) -> bool:
         """Whether results are not made tensors of a subclass that is nothing more: it cannot hold a mapped tensor."""

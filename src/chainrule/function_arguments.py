@@ -135,6 +135,16 @@ class Joined(NamedTuple):
         return self.op, ([*args[0]], dim)
 
 
+def _contracted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    """An einsum of one or two tensors: of more, torch chooses an order first."""
+    if kwargs or len(args) < 2 or args[0].__class__ is not str:
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    if not 1 <= len(operands) <= 2 or not all([isinstance(operand, torch.Tensor) for operand in operands]):
+        return None
+    return aten.einsum.default, (args[0], [*operands])
+
+
 _OVER = frozenset({"dim", "keepdim"})
 
 
@@ -209,6 +219,7 @@ def _table() -> dict[Any, Reading]:
         tensor.T.__get__: _turned,
         tensor.mT.__get__: _swapped,
         tensor.__getitem__: _chosen,
+        torch.einsum: _contracted,
     }
     readings: dict[str, Any] = {
         "reshape": _sizes(aten.reshape.default),

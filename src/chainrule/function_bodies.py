@@ -33,6 +33,9 @@ class _Globals(dict[str, Any]):
 _OPEN = {id(module.__dict__): _Globals(module) for module in (F, torch.functional)}
 _BODIES: dict[Any, Callable[..., Any] | None] = {}
 
+#: What the operators of tensors are that torch has in Python (``1 / x``, ``2 ** x``): a door around a function.
+_OPERATOR = "_handle_torch_function_and_wrap_type_error_to_not_implemented.<locals>.wrapped"
+
 #: What F.max_pool2d and its like are: two functions, one of which is called, by a flag among the arguments.
 _CHOICE = "boolean_dispatch.<locals>.fn"
 
@@ -49,6 +52,10 @@ def body_of(function: Any) -> Callable[..., Any] | None:
 def _made(function: Any) -> Callable[..., Any] | None:
     if function.__class__ is types.FunctionType and function.__qualname__ == _CHOICE:
         return _choosing(function)
+    if function.__class__ is types.FunctionType and function.__code__.co_qualname == _OPERATOR:
+        # What it makes of a TypeError is made of it by the door that has been gone through.
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        return next((cell.cell_contents for name, cell in cells if name == "f"), None)
     if function.__class__ is not types.FunctionType or "handle_torch_function" not in function.__code__.co_names:
         return None
     names = _OPEN.get(id(function.__globals__))

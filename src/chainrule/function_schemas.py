@@ -118,8 +118,10 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
         (
             "addcdiv", "addcmul", "addmm", "addmv", "argmax", "argmin", "atan2", "baddbmm", "batch_norm", "bmm", "chunk", "clamp",
             "clamp_max", "clamp_min", "clone", "conv1d", "conv2d", "conv3d", "cosine_similarity", "cumprod", "cumsum", "detach",
-            "diagonal", "dot", "dropout", "embedding", "flip", "gather", "index_add", "index_select", "isfinite", "isnan",
-            "layer_norm", "logaddexp", "maximum", "minimum", "mm", "mv", "pad", "repeat", "scatter_add", "tril", "triu",
+            "diag_embed", "diagonal", "dot", "dropout", "embedding", "flip", "gather", "glu", "hardswish", "hypot",
+            "index_add", "index_copy", "index_select", "isfinite", "isnan", "layer_norm", "linalg_vector_norm", "logaddexp",
+            "logcumsumexp", "maximum", "minimum", "mish", "mm", "mv", "outer", "pad", "repeat", "scatter_add", "softshrink",
+            "trace", "tril", "triu",
             "gru_cell", "rnn_relu_cell", "rnn_tanh_cell",
         ),
         ("default",),
@@ -128,11 +130,13 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
     "masked_fill": ("Scalar", "Tensor"),
     "max": ("default", "dim"),
     "min": ("default", "dim"),
+    "pow": ("Scalar",),
     "prod": ("default", "dim_int"),
     "select": ("int",),
     "sort": ("default",),
     "split": ("Tensor", "sizes"),
     "unbind": ("int",),
+    "xlogy": ("Tensor",),
     "scaled_dot_product_attention": ("default",),
     "cross_entropy_loss": ("default",),
     "nll_loss_nd": ("default",),
@@ -164,12 +168,15 @@ def _overload(op: Any) -> Overload:
 NAMED = frozenset({aten.max.dim, aten.min.dim, aten.sort.default})
 
 
+_PLACES = (torch, torch.Tensor, torch._C._nn, torch._C._linalg)  # type: ignore[attr-defined]
+
+
 def by_schema() -> dict[Any, Any]:
     """The readings, by the function as torch shows it to a function mode."""
     found: dict[Any, Any] = {}
     for name, overloads in _OVERLOADS.items():
         reading = BySchema(tuple(_overload(getattr(getattr(aten, name), overload)) for overload in overloads))
-        for place in (torch, torch.Tensor, torch._C._nn):
+        for place in _PLACES:
             if (function := getattr(place, name, None)) is not None:
                 found[function] = reading
     return found

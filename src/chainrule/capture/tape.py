@@ -304,7 +304,7 @@ class Tape(Slots, LightMode):
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op, and record the op."""
         # What autocast turns a call into is recorded where it arrives.
-        if not function.fewest <= len(args) <= function.most or _any_autocast():
+        if not function.fewest <= len(args) <= function.most or _any_autocast() or not isinstance(args[0], torch.Tensor):
             return NotImplemented
         op = function.op
         if function.number_op is not None:
@@ -381,7 +381,7 @@ class Tape(Slots, LightMode):
     def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         """An op that is a constant, or recorded in parts."""
         inactive, below = facts.inactive, self.below
-        if not inactive and facts.direct is None:
+        if not inactive and facts.direct is None and facts.whole is None:
             return NotImplemented
         if below is not None:
             if inactive:
@@ -400,9 +400,11 @@ class Tape(Slots, LightMode):
             self.pending.append((facts.op, args, None, out))
             return self._note_inactive(facts, args, out)
         if facts.whole is not None and facts.whole(args, self.kernels, self.is_active):
+            if COMPILED and (out := self._run_common(facts, args)) is not NotImplemented:
+                return out
             alone = self._run_view if facts.is_view else run_alone
             return self._run_plain(facts, args, alone if below is None else self._run_below)
-        if not facts.is_view and not self._any_active(args, None):
+        if facts.direct is None or (not facts.is_view and not self._any_active(args, None)):
             return NotImplemented
         outer, self._origin = self._origin, self._origin or facts.op
         try:

@@ -277,6 +277,12 @@ def _unflatten(run: Run, input: Tensor, dim: int, sizes: Sequence[int]) -> Any:
     return run(aten.view.default, input, [*input.shape[:place], *sizes, *input.shape[place + 1 :]])
 
 
+def _outer(run: Run, one: Tensor, two: Tensor) -> Any:
+    if one.dim() != 1 or two.dim() != 1 or one.dtype is not two.dtype:
+        return NotImplemented
+    return run(aten.mul.Tensor, run(aten.unsqueeze.default, one, 1), two)
+
+
 def _chunks(run: Run, input: Tensor, count: int, dim: int = 0, *, op: Any = aten.split.Tensor) -> Any:
     if not input.dim() or count < 1 or not input.shape[dim]:
         return NotImplemented
@@ -487,6 +493,7 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.flatten.using_ints: _flatten,
     aten.unflatten.int: _unflatten,
+    aten.outer.default: _outer,
     aten.chunk.default: _chunks,
     aten.unsafe_chunk.default: _unsafe_chunks,
     aten.split.sizes: _sections,

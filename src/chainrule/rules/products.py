@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,15 +97,19 @@ def is_plain_einsum(args: tuple[Any, ...]) -> bool:
     """Whether an einsum names each dimension of each operand once, and broadcasts none."""
     if len(args) < 2:
         return False
-    equation, operands = args[0], args[1]
+    return _is_plain(args[0], tuple([operand.shape for operand in args[1]]))
+
+
+@lru_cache(maxsize=1024)
+def _is_plain(equation: str, shapes: tuple[torch.Size, ...]) -> bool:
     letters, output = _einsum_letters(equation)
-    if len(letters) != len(operands) or len(set(output)) != len(output):
+    if len(letters) != len(shapes) or len(set(output)) != len(output):
         return False
     sizes: dict[str, int] = {}
-    for names, operand in zip(letters, operands, strict=True):
-        if len(names) != operand.dim() or len(set(names)) != len(names) or not (names.isalpha() or not names):
+    for names, shape in zip(letters, shapes, strict=True):
+        if len(names) != len(shape) or len(set(names)) != len(names) or not (names.isalpha() or not names):
             return False
-        for name, size in zip(names, operand.shape, strict=True):
+        for name, size in zip(names, shape, strict=True):
             if sizes.setdefault(name, size) != size:
                 return False
     return sizes.keys() >= set(output)
