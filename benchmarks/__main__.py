@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--only A2,A3] [--quick] [--device cpu|cuda]``."""
+"""Measure the workloads and print the tables; where all of them are measured, write RESULTS.md, results.json and plots, too."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ SECTIONS = (section_a, section_b, section_c)
 #: Memory that was freed is kept by the C library and used again. With its default settings every result over 32 MB is
 #: mapped anew, and the page faults of writing it hide the arithmetic of all peers alike.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "67108864"}
+
+
+#: A run of no more rows than this is a look at them.
+_FEW = 8
 
 
 def _keep_freed_memory() -> None:
@@ -64,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             failed.append(f"{workload.key}: {type(error).__name__}: {reason}")
             print(f"FAIL {failed[-1]}", file=sys.stderr)
-    calls = any(workload.section != "C" for workload in chosen)  # what these tables explain
+    # What these tables explain; a look at single rows does without them.
+    calls = any(workload.section != "C" for workload in chosen) and (target is not None or len(chosen) > _FEW)
     budget = overhead.overhead_budget(options.threads, options.seconds) if calls and options.device == "cpu" else {}
     products = overhead.product_memory(options.device) if calls else {}
     for name, value in settings.items():
@@ -100,7 +105,13 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, list[Workload], Pa
     parser.add_argument("--threads", type=int, default=1, help="threads of one operation (default 1)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="time torch.compile of the peers")
     parser.add_argument("--jax", action=argparse.BooleanOptionalAction, default=True, help="time jax.jit where jax is installed")
-    parser.add_argument("--output", type=Path, default=None, help="folder for RESULTS.md and results.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="folder for RESULTS.md, results.json and plots, where the rows join those of earlier runs "
+        "(default: the folder of the benchmarks if all rows are measured at length, none with --only or --quick)",
+    )
     given = parser.parse_args(arguments)
     names = [name.strip() for name in given.only.split(",") if name.strip()]
     workloads = [workload for section in SECTIONS for workload in section.WORKLOADS]

@@ -135,7 +135,7 @@ def test_numbers_of_accounts_are_checked() -> None:
 
 
 def test_an_account_that_is_not_there() -> None:
-    with pytest.raises(IndexError, match="no plan to draw: nothing was differentiated"):
+    with pytest.raises(IndexError, match="no plan to draw: nothing was differentiated.*plain vmap$"):
         chainrule.explain(lambda x: x * 2)(torch.ones(3)).svg()
     with pytest.raises(IndexError, match="there are 1 accounts, and none has the number 5"):
         chainrule.explain(chainrule.jacobian(torch.sin))(torch.ones(3)).svg(5)

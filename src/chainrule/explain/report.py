@@ -19,6 +19,9 @@ from chainrule.execute.memory import peak_of, watching
 from chainrule.explain import picture
 from chainrule.explain.picture import dearest_steps
 
+#: What is said where no derivative was planned.
+_NOTHING = "nothing was differentiated: no output depends on the inputs, or the call is a plain vmap"
+
 _ORDERS = {
     "forward": "forward accumulation",
     "reverse": "reverse accumulation",
@@ -74,7 +77,7 @@ class Explanation:
         """The readable account."""
         parts = [_account_text(account, number, len(self.accounts)) for number, account in enumerate(self.accounts, 1)]
         if not parts:
-            parts.append("nothing was differentiated: no output depends on the inputs, or the call is a plain vmap")
+            parts.append(_NOTHING)
         if self.peak:
             parts.append(f"the whole call holds {_number(self.peak).strip()}B at the peak")
         if self.loops:
@@ -110,7 +113,7 @@ class Explanation:
 
     def _account(self, number: int) -> Account:
         if not self.accounts:
-            raise IndexError(f"explain: there is no plan to draw: {self}")
+            raise IndexError(f"explain: there is no plan to draw: {_NOTHING}")
         if not -len(self.accounts) <= number < len(self.accounts):
             raise IndexError(f"explain: there are {len(self.accounts)} accounts, and none has the number {number}")
         return self.accounts[number]
