@@ -102,3 +102,18 @@ def test_inside_of_derivatives() -> None:
             torch.testing.assert_close(chainrule.vmap(getattr(chainrule, name)(turned))(x), expected, **tolerance)
         found = chainrule.jacrev(lambda v: chainrule.vmap(turned)(v))(x)
         torch.testing.assert_close(found, torch.func.jacrev(lambda v: torch.func.vmap(turned)(v))(x), **tolerance)
+
+
+@pytest.mark.parametrize("name", ["ones", "zeros_like", "new_full", "linspace"])
+def test_writes_into_a_result_are_not_seen_by_later_calls(name: str) -> None:
+    """Also not those of the call that was recorded, whose result the function has in its hands."""
+    make = {
+        "ones": lambda x: torch.ones(4).mul_(2),
+        "zeros_like": lambda x: torch.zeros_like(x).add_(torch.arange(4)),
+        "new_full": lambda x: x.new_full((4,), 3.0).cumsum_(0),
+        "linspace": lambda x: torch.linspace(0, 1, 4).sub_(1),
+    }[name]
+    x = torch.randn(3, 4)
+    expected = torch.stack([make(row) * row for row in x])
+    for _ in range(CALLS):
+        torch.testing.assert_close(chainrule.vmap(lambda row: make(row) * row)(x), expected, rtol=0, atol=0)

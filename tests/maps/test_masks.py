@@ -335,3 +335,14 @@ def test_windows_beside_a_pole(after):
     expected[0, 0], expected[1, 2] = slopes
     for _ in range(2):
         torch.testing.assert_close(chainrule.jacrev(function)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_numbers_beyond_the_range_of_the_dtype(dtype):
+    """They are infinite there, as they are to the op itself."""
+    x = torch.tensor([-1.0, 1.0], dtype=dtype)
+    for function in (lambda x: (x * 1e200).sum(), lambda x: (x.relu() * 1e200).sum()):
+        for name in ("grad", "hessian"):
+            expected = getattr(torch.func, name)(function)(x)
+            for _ in range(2):
+                torch.testing.assert_close(getattr(chainrule, name)(function)(x), expected, rtol=0, atol=0)

@@ -481,6 +481,7 @@ def _of_its_own(recorder: Recorder, leaf: BatchTensor) -> Staged | None:
         return found
     made: dict[int, Staged] = {}
     with undispatched():
+        program.constants[found.slot] = value.clone()  # the function has the first one, too
         program.append(torch.clone, (found,), {}, copy := value.clone(), made)
     return made[id(copy)]
 

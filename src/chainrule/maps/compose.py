@@ -498,6 +498,16 @@ def _contract_connected(term: Term, workspace: Workspace) -> Term:
     return term.having(factors=(*alone, *results), scale=scale)
 
 
+def _over_the_same(axes: tuple[Axis, ...], others: tuple[Axis, ...]) -> bool:
+    mine, theirs = set(axes), set(others)
+    if mine == theirs:
+        return True
+    # Of an array that has an axis twice, the diagonal would be taken first.
+    if len(mine) < len(axes) or len(theirs) < len(others):
+        return False
+    return all([axis.size == 1 for axis in mine ^ theirs])
+
+
 def _absorb(term: Term, workspace: Workspace) -> Term:
     """Multiply factors over the same axes into one; an axis of size one makes no difference."""
     if len(term.factors) < 2:
@@ -505,13 +515,12 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
     factors = sorted(term.factors, key=lambda f: -f.node.numel)
     kept: list[Factor] = []
     for factor in factors:
-        wide = {axis for axis in factor.axes if axis.size != 1}
-        host = next((i for i, k in enumerate(kept) if {axis for axis in k.axes if axis.size != 1} == wide), None)
+        host = next((i for i, other in enumerate(kept) if _over_the_same(other.axes, factor.axes)), None)
         if host is None:
             kept.append(factor)
         else:
-            axes = dict.fromkeys((*kept[host].axes, *factor.axes))
-            kept[host] = contract([kept[host], factor], list(axes), workspace.memo)
+            axes = [*kept[host].axes, *[axis for axis in factor.axes if axis not in kept[host].axes]]
+            kept[host] = contract([kept[host], factor], axes, workspace.memo)
     if len(kept) == len(term.factors):
         return term
     return term.having(factors=tuple(kept))
@@ -519,7 +528,8 @@ def _absorb(term: Term, workspace: Workspace) -> Term:
 
 def dense_factor(term: Term, axes: Sequence[Axis], workspace: Workspace, *, ordered: bool = True) -> Factor:
     """All factors of a settled term as one factor over exactly ``axes`` (scale included), in that order if `ordered`."""
-    factors = list(term.factors) or [Factor(workspace.ones(()), ())]
+    # Two axes of size one may have become one where terms were matched.
+    factors = [without_repeats(factor, workspace.memo) for factor in term.factors] or [Factor(workspace.ones(()), ())]
     if term.scale != 1.0:
         # The smallest factor takes the scale: no second pass over the product.
         smallest = min(range(len(factors)), key=lambda number: factors[number].node.numel)

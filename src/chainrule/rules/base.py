@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -290,6 +291,10 @@ def multiple_term(call: Call, shape: tuple[int, ...], out_axes: Sequence[Axis], 
     """
     if abs(number) <= _LARGEST_SCALE:
         return diagonal_term(shape, out_axes, scale=number)
+    dtype = call.workspace.dtype
+    # Beyond the range of the dtype it is what the op itself makes of it.
+    if dtype.is_floating_point and abs(number) > torch.finfo(dtype).max:
+        number = math.copysign(math.inf, number)
     node = formula_node(call, (axis.size for axis in out_axes), lambda program: number, label="number")
     return diagonal_term(shape, out_axes, [Factor(node, tuple(out_axes))])
 
