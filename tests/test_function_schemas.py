@@ -39,6 +39,9 @@ def _cell(*shape: int) -> Tensor:
     return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
 
 
+_IN_PARTS = ("scaled_dot_product_attention", "cross_entropy_loss", "multi_margin_loss", "multilabel_margin_loss", "cosine_embedding_loss",
+             "triplet_margin_loss", "pairwise_distance", "poisson_nll_loss", "hinge_embedding_loss")  # fmt: skip
+
 #: Of a matrix of shape (3, 4).
 CALLS: dict[str, Callable[[Tensor], Any]] = {
     "addcdiv": lambda x: torch.addcdiv(x, OTHER, x.exp()) + x.addcdiv(x, x.exp(), value=0.5),
@@ -50,6 +53,21 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "atan2": lambda x: torch.atan2(x, OTHER) + x.atan2(x + 3),
     "baddbmm": lambda x: torch.baddbmm(x[:, :2, None], x[:, None, :].expand(3, 2, 4), BATCH) + x[:, :2, None].baddbmm(BATCH.mT, BATCH),
     "batch_norm": lambda x: F.batch_norm(x, None, None, training=True) + _batch_norm(x),
+    "binary_cross_entropy": lambda x: nn.binary_cross_entropy(x.sigmoid(), OTHER.sigmoid(), None, 0),
+    "binary_cross_entropy_with_logits": lambda x: torch.binary_cross_entropy_with_logits(x, OTHER, OTHER[0], None, 1) * x,
+    "cosine_embedding_loss": lambda x: torch.cosine_embedding_loss(x, OTHER, INDEX - 1, 0.1, 2),
+    "hinge_embedding_loss": lambda x: torch.hinge_embedding_loss(x, OTHER.sign(), 0.5, 0),
+    "huber_loss": lambda x: nn.huber_loss(x, OTHER, 1, 0.5),
+    "l1_loss": lambda x: nn.l1_loss(x, OTHER, 0),
+    "margin_ranking_loss": lambda x: torch.margin_ranking_loss(x, OTHER, OTHER.sign(), 0.5, 1),
+    # Torch has no second derivatives of some losses.
+    "multi_margin_loss": lambda x: nn.multi_margin_loss(x.detach(), INDEX, 1, 0.5, None, 0) * x.sum(1),
+    "multilabel_margin_loss": lambda x: nn.multilabel_margin_loss(x[0].detach(), torch.tensor([2, 0, -1, 1]), 2) * x,
+    "soft_margin_loss": lambda x: nn.soft_margin_loss(x.detach(), OTHER.sign(), 0) * x,
+    "pairwise_distance": lambda x: torch.pairwise_distance(x, OTHER, 3.0) + torch.pairwise_distance(x, OTHER, keepdim=False),
+    "poisson_nll_loss": lambda x: torch.poisson_nll_loss(x, OTHER, True, False, 1e-8, 0),
+    "smooth_l1_loss": lambda x: nn.smooth_l1_loss(x, OTHER, 1, 0.5),
+    "triplet_margin_loss": lambda x: torch.triplet_margin_loss(x, OTHER, x * 2, 0.5, reduction=0),
     "bmm": lambda x: torch.bmm(x[:, None], BATCH) + x[:, None].bmm(BATCH),
     "chunk": lambda x: x.chunk(2)[0].sum() + torch.chunk(x, 3, dim=1)[1].prod() + x.chunk(chunks=2, dim=-1)[1].sum(),
     "clamp": lambda x: x.clamp(-0.5, 0.5) + torch.clamp(x, max=0.3) + x.clamp(min=0) + x.clamp(OTHER, OTHER + 1),
@@ -133,7 +151,7 @@ def test_as_in_torch(name: str) -> None:
     """Values and derivatives of order one and two agree, the first time and with the plan that was kept."""
     function, x = CALLS[name], value()
     # Some are recorded in parts: sums of a few numbers of order one, in another order than in torch's kernel.
-    unit = 64 * torch.finfo(x.dtype).eps if name in ("scaled_dot_product_attention", "cross_entropy_loss") else 0.0
+    unit = 64 * torch.finfo(x.dtype).eps if name in _IN_PARTS else 0.0
     traced = trace(function, (x,), (0,), {}, "trace").out_leaves[0]
     torch.testing.assert_close(traced, function(x), rtol=unit, atol=unit)
 

@@ -123,6 +123,9 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
             "logcumsumexp", "maximum", "minimum", "mish", "mm", "mv", "outer", "pad", "repeat", "scatter_add", "softshrink",
             "trace", "tril", "triu",
             "gru_cell", "rnn_relu_cell", "rnn_tanh_cell",
+            "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "hinge_embedding_loss",
+            "huber_loss", "l1_loss", "margin_ranking_loss",
+            "pairwise_distance", "poisson_nll_loss", "smooth_l1_loss", "triplet_margin_loss",
         ),
         ("default",),
     ),
@@ -146,6 +149,10 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
     "elu": ("default",),
     "hardtanh": ("default",),
     "mse_loss": ("default",),
+    # Torch has no second derivatives of these.
+    "multi_margin_loss": ("default",),
+    "multilabel_margin_loss": ("default",),
+    "soft_margin_loss": ("default",),
 }  # fmt: skip
 
 

@@ -214,3 +214,16 @@ def test_the_python_handlers_replay_the_same(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(VmapMode, "__torch_function__", VmapMode.take_function)
     assert torch.equal(mapped(x), compiled)
     assert replays() >= found  # and of the functions that the compiled handlers take themselves
+
+
+def test_a_number_is_not_taken_for_a_tensor() -> None:
+    """What a signature says of a tensor is a number as well; the call with that number is another one."""
+    x, y = draw(3, 7), draw(3, 7).exp() + 1
+    for _ in range(CALLS_UNTIL_REPLAYED + 1):
+        torch.testing.assert_close(chainrule.vmap(lambda x, y: torch.fmod(x, y))(x, y), torch.fmod(x, y))
+    number = float(mapped_calls._NUMBERS[(y.shape, y.dtype, y.stride(), y.device)])
+    expected = torch.fmod(x, number)
+    for _ in range(CALLS_UNTIL_REPLAYED + 1):
+        found = chainrule.vmap(lambda x: torch.fmod(x, number))(x)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        torch.testing.assert_close(chainrule.vmap(lambda x, y: torch.fmod(x, y))(x, y), torch.fmod(x, y))

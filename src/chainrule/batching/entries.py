@@ -18,8 +18,12 @@ from chainrule.rules.decompositions import DECOMPOSITIONS, LATE_DECOMPOSITIONS
 # Kinds of op, as the handler treats them.
 FUNCTIONAL, VIEW, INPLACE_KIND, OUT = range(4)
 
-#: Ops whose derivatives are wrong in torch's decomposition: of a mean over no target they are NaN there, and zero in its kernel.
-_OWN_DECOMPOSITIONS = frozenset({torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default})
+#: Ops with an error in torch's decomposition. Derivatives of a mean over no target are NaN there, and zero in the kernel; labels
+#: behind the first -1 count; and the loss of a single row has a dimension.
+_OWN_DECOMPOSITIONS = frozenset({
+    torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default,
+    torch.ops.aten.multilabel_margin_loss_forward.default, torch.ops.aten.multi_margin_loss.default,
+})  # fmt: skip
 
 # Decompositions that break what a batched run needs (they read values, or are not functional).
 _NO_DECOMPOSITION: frozenset[str] = frozenset({"aten::empty_like", "aten::new_empty"})

@@ -97,8 +97,9 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
             continue;
         }
         if (PyFloat_CheckExact(item)) {
-            int sign = signbit(PyFloat_AS_DOUBLE(item)) ? -1 : 1;
-            taken = append_new(signature, PyFloat_FromDouble(sign)) < 0 || PyList_Append(signature, item) < 0 ? -1 : 1;
+            int negative = signbit(PyFloat_AS_DOUBLE(item)) != 0;
+            PyObject *sign = negative ? PyUnicode_FromString("-") : Py_NewRef((PyObject *)&PyFloat_Type);
+            taken = append_new(signature, sign) < 0 || PyList_Append(signature, item) < 0 ? -1 : 1;
             continue;
         }
         if (PySlice_Check(item)) {

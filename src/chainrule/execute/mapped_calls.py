@@ -307,7 +307,8 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
             signature.append(item)
             continue
         elif kind is float:
-            signature.append(math.copysign(1.0, item))
+            # No number, which might be that of a tensor; two zeros are one to a dictionary.
+            signature.append(float if math.copysign(1.0, item) > 0 else "-")
             signature.append(item)
             continue
         elif kind is slice:

@@ -182,6 +182,8 @@ def _pointwise_table() -> dict[Any, BatchStrategy]:
     for name in ("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"):
         table[getattr(aten, name).default] = loss
         table[getattr(aten, name + "_backward").default] = loss_backward
+    for op in (aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default):
+        table[op] = loss
     table[aten._prelu_kernel.default] = broadcast_all
     return table
 

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 
 from chainrule.rules import attention, layers
 from chainrule.rules.direct import has_classes, nll_loss, smoothed
+from chainrule.rules.direct_losses import multi_margin_loss, multilabel_margin_loss
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -180,6 +181,21 @@ def _cross_entropy(
     return smoothed(_call, loss, total, logarithms, target, weight, reduction, ignore_index, label_smoothing)
 
 
+def _margin_loss(parts: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss in parts of our own: torch's count labels behind the first -1, and give a single row's loss a dimension.
+
+    Args:
+        parts: runs the parts.
+        otherwise: torch's decomposition, for nothing at all and for what it refuses.
+    """
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        found = parts(_call, *args, **kwargs)
+        return otherwise(*args, **kwargs) if found is NotImplemented else found
+
+    return decompose
+
+
 _FROM_TORCH = """
     multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
     binary_cross_entropy_with_logits soft_margin_loss grid_sampler_2d
@@ -203,8 +219,18 @@ _TORCH_NLL = core_aten_decompositions().get(aten.nll_loss_forward.default) or de
 _COMPOSITE_NLL: Any = composite(aten.nll_loss_nd.default)
 _COMPOSITE_CROSS_ENTROPY: Any = composite(aten.cross_entropy_loss.default)
 
+_IN_TORCH = _torch_table()
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    **_torch_table(),
+    **_IN_TORCH,
+    **{
+        op: _margin_loss(parts, _IN_TORCH[op])
+        for op, parts in (
+            (aten.multi_margin_loss.default, multi_margin_loss),
+            (aten.multilabel_margin_loss_forward.default, multilabel_margin_loss),
+        )
+        if op in _IN_TORCH
+    },
     aten.nll_loss_forward.default: _nll_loss,
     aten.nll_loss2d_forward.default: _nll_loss,
     aten.nll_loss_nd.default: _nll_loss_nd,

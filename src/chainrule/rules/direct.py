@@ -224,13 +224,17 @@ def smoothed(
 def _cosine_similarity(run: Run, one: Tensor, two: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
     if one.shape != two.shape or one.dtype != two.dtype or not one.is_floating_point() or not one.dim():
         return NotImplemented
-    if torch._C._len_torch_dispatch_stack():  # what stops a derivative is not the same to each transform
-        return NotImplemented
+    alone = not torch._C._len_torch_dispatch_stack()
     units = []
     for item in (one, two):
         norm = run(aten.linalg_vector_norm.default, item, 2, [dim], True)
         # The clamp does not stop the derivative.
-        norm = run(aten.add.Tensor, norm, torch.clamp_min(norm, eps) - norm)
+        if alone:
+            rest = torch.clamp_min(norm, eps) - norm
+        else:  # what stops a derivative is not the same to each transform
+            rest = run(aten.sub.Tensor, run(aten.clamp_min.default, norm, eps), norm)
+            rest = run(aten.detach.default, rest)
+        norm = run(aten.add.Tensor, norm, rest)
         units.append(run(aten.div.Tensor, item, norm))
     return run(aten.sum.dim_IntList, run(aten.mul.Tensor, *units), [dim])
 
@@ -514,4 +518,4 @@ JOINED_DIRECT: dict[Any, Callable[..., Any]] = {
     aten.matmul.default: _products,
 }
 
-__all__ = ["DIRECT", "JOINED_DIRECT", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]
+__all__ = ["DIRECT", "JOINED_DIRECT", "Run", "has_classes", "is_plain_nll", "nll_loss", "smoothed"]
