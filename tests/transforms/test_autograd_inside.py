@@ -456,3 +456,44 @@ def test_backward_that_is_not_linear():
         torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(function))(several), expected)
         out, pull = chainrule.vjp(function, x)
         torch.testing.assert_close(pull(torch.ones_like(out)), torch.func.vjp(function, x)[1](torch.ones_like(out)))
+
+
+class _ClippedPair(torch.autograd.Function):
+    """Two values of two inputs, and indices; the backward bounds what both outputs send."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, y):
+        return x * y, (x + y).sum(), torch.arange(3)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx, product, total, _):
+        x, y = ctx.saved_tensors
+        return (product * y + total).clamp(-1, 1), product * x * total
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_backward_of_several_outputs_that_is_not_linear(writes):
+    """All cotangents reach it at once, also where an output is written to."""
+
+    def function(x):
+        product, total, places = _ClippedPair.apply(x, x.sin())
+        if writes:
+            product.mul_(2)
+        return (product.square() * total).sum() + places.sum()
+
+    def several(x):
+        return torch.stack([function(x), function(2 * x)])
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = torch.func.vmap(torch.func.grad(function))(x)
+    for _ in range(3):
+        torch.testing.assert_close(torch.stack([chainrule.grad(function)(row) for row in x]), expected)
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(function))(x), expected)
+        torch.testing.assert_close(chainrule.jacrev(several)(x), torch.func.jacrev(several)(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -48,18 +49,30 @@ class FunctionContext:
 
 
 class FunctionOp:
-    """Stands for a call of a user's function on a tape: equal for the same function and static arguments."""
+    """Stands for a call of a user's function on a tape: equal for the same function and static arguments.
+
+    Args:
+        function: the user's class.
+        static: the arguments that are no tensors.
+        layout: where all outputs are one vector on the tape, so that their cotangents reach ``backward`` together: the shape
+            of each (None for one without a derivative). Otherwise None.
+    """
 
     namespace = "autograd.Function"
 
-    def __init__(self, function: Any, static: tuple[Any, ...]) -> None:
+    def __init__(
+        self, function: Any, static: tuple[Any, ...], layout: tuple[tuple[int, ...] | None, ...] | None = None
+    ) -> None:
         self.function = function
         self.static = static
+        self.layout = layout
         self.tags: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         """Whether two calls have the same derivative, given the same tensors and context."""
-        return isinstance(other, FunctionOp) and self.function is other.function and self.static == other.static
+        if not isinstance(other, FunctionOp):
+            return False
+        return self.function is other.function and self.static == other.static and self.layout == other.layout
 
     def __hash__(self) -> int:
         """A hash that agrees with equality."""
@@ -82,10 +95,19 @@ class FunctionAction:
         number: which argument of ``forward``.
         output: which output.
         kinds: shape and dtype of each argument (None for one that is no floating-point tensor).
+        layout: as in :class:`FunctionOp`.
     """
 
-    def __init__(self, function: Any, number: int, output: int, kinds: Sequence[tuple[torch.Size, torch.dtype] | None]) -> None:
+    def __init__(
+        self,
+        function: Any,
+        number: int,
+        output: int,
+        kinds: Sequence[tuple[torch.Size, torch.dtype] | None],
+        layout: tuple[tuple[int, ...] | None, ...] | None = None,
+    ) -> None:
         self.function = function
+        self.layout = layout
         self.number = number
         self.output = output
         self.kinds = kinds
@@ -98,15 +120,18 @@ class FunctionAction:
         return torch.zeros(kind[0], dtype=kind[1], device=rows.device)
 
     def _backward(self, row: torch.Tensor, context: Any, outputs: tuple[Any, ...]) -> torch.Tensor | None:
+        if self.layout is not None:
+            return self._of_number(self.function.backward(context, *_unpacked(row, self.layout)))
         materialize = getattr(context, "materialize_grads", True)
-        cotangents = [
+        cotangents: list[Any] = [
             row if n == self.output else (torch.zeros_like(out) if materialize and isinstance(out, torch.Tensor) else None)
             for n, out in enumerate(outputs)
         ]
-        result = self.function.backward(context, *cotangents)
-        if isinstance(result, (tuple, list)):
-            result = result[self.number]
-        return result
+        return self._of_number(self.function.backward(context, *cotangents))
+
+    def _of_number(self, result: Any) -> torch.Tensor | None:
+        found: torch.Tensor | None = result[self.number] if isinstance(result, (tuple, list)) else result
+        return found
 
     def pull(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
         """Cotangents ``(R, *out_shape)`` through the user's ``backward``."""
@@ -138,7 +163,9 @@ class FunctionAction:
         for row in rows.unbind(0):
             tangents = [row if n == self.number else self._no_tangent(n, rows, materialize) for n in range(len(self.kinds))]
             result = self.function.jvp(context, *tangents)
-            if isinstance(result, (tuple, list)):
+            if self.layout is not None:
+                result = packed(_filled(result, self.layout, out))
+            elif isinstance(result, (tuple, list)):
                 result = result[self.output]
             pushed.append(torch.zeros_like(out) if result is None else result)
         return torch.stack(pushed) if pushed else rows.new_zeros((0, *out.shape))
@@ -170,6 +197,23 @@ class FunctionAction:
         return flat.reshape(rows.shape[0], *out.shape)
 
 
+def packed(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Several tensors as one vector."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _unpacked(vector: torch.Tensor, layout: Sequence[tuple[int, ...] | None]) -> list[torch.Tensor | None]:
+    sizes = [0 if shape is None else prod(shape) for shape in layout]
+    parts = vector.split(sizes)
+    return [None if shape is None else part.reshape(shape) for part, shape in zip(parts, layout, strict=True)]
+
+
+def _filled(tangents: Sequence[Any], layout: Sequence[tuple[int, ...] | None], like: torch.Tensor) -> list[torch.Tensor]:
+    """The tangents of the outputs that have some, zeros where the user gave None."""
+    pairs = zip(tangents, layout, strict=True)
+    return [like.new_zeros(shape) if item is None else item for item, shape in pairs if shape is not None]
+
+
 def _kind(call: Call, item: Any) -> tuple[torch.Size, torch.dtype] | None:
     if not call.is_slot(item):
         return None
@@ -188,7 +232,7 @@ def _linearize(call: Call) -> Iterable[Edge]:
         for output, slot in enumerate(call.outputs):
             if slot < 0 or not call.tensor(slot).dtype.is_floating_point:
                 continue
-            action = FunctionAction(function, number, output, kinds)
+            action = FunctionAction(function, number, output, kinds, call.op.layout)  # type: ignore[attr-defined]
             size = call.tensor(item).numel() + call.tensor(slot).numel()
             push, pull = _staged(action.push, item, context), _staged(action.pull, item, context)
             yield operator_edge(call, item, push, pull, (), size, output, whole=True)
@@ -205,4 +249,4 @@ def _staged(method: Any, item: Any, context: Any) -> Any:
 
 RULE = Rule("autograd.Function", _linearize, reads=True, kind="opaque")
 
-__all__ = ["RULE", "FunctionContext", "FunctionOp"]
+__all__ = ["RULE", "FunctionContext", "FunctionOp", "packed"]

@@ -29,7 +29,7 @@ from chainrule.dispatch import undispatched, without_innermost
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
-from chainrule.rules.custom_function import FunctionContext, FunctionOp
+from chainrule.rules.custom_function import FunctionContext, FunctionOp, packed
 from chainrule.rules.opaque import OWN_GRAPH
 from chainrule.transforms.merged import APART, Apart
 
@@ -246,12 +246,7 @@ def _apply_under_tape(
             with without_innermost():
                 out = torch.ops.aten.alias.default(out)
         fresh.append(out)
-    inert = {id(t) for t in getattr(context, "non_differentiable", None) or ()}
-    slot = tape.add_object(context)
-    static = tuple(item for item in args if not isinstance(item, torch.Tensor))
-    lowered = (Slot(slot), *tape.lower(args))
-    recorded = [out if isinstance(out, torch.Tensor) and id(out) not in inert else None for out in fresh]
-    tape.record_lowered(FunctionOp(function, static), lowered, tape.lower_kwargs(kwargs), recorded)
+    _record_function(tape, function, args, kwargs, context, fresh)
     return (tuple(fresh) if isinstance(outputs, tuple) else fresh) if several else fresh[0]
 
 
@@ -295,15 +290,37 @@ def _forward_and_record_outer(
         outputs, context = _run_forward(original, function, args, kwargs)
     several = isinstance(outputs, (tuple, list))
     flat = list(outputs) if several else [outputs]
-    slot = outer.add_object(context)
-    static = tuple(item for item in args if not isinstance(item, torch.Tensor))
-    inert = {id(t) for t in getattr(context, "non_differentiable", None) or ()}
-    recorded = [out if isinstance(out, torch.Tensor) and id(out) not in inert else None for out in flat]
     if not outer.is_blocked():
-        outer.record_lowered(
-            FunctionOp(function, static), (Slot(slot), *outer.lower(args)), outer.lower_kwargs(kwargs), recorded
-        )
+        _record_function(outer, function, args, kwargs, context, flat)
     return outputs, context
+
+
+def _record_function(
+    tape: Tape, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, outputs: Sequence[Any]
+) -> None:
+    """Append a call of a user's function to a tape.
+
+    Several outputs are one vector there, and pieces of it: `backward`, which need not be linear, is given all their cotangents
+    at once. Not where it wants None for those that are missing: these would be zeros.
+    """
+    inert = {id(t) for t in getattr(context, "non_differentiable", None) or ()}
+    static = tuple(item for item in args if not isinstance(item, torch.Tensor))
+    lowered = (Slot(tape.add_object(context)), *tape.lower(args))
+    recorded = [out if isinstance(out, torch.Tensor) and id(out) not in inert else None for out in outputs]
+    parts = [out for out in recorded if out is not None and out.is_floating_point()]
+    together = len(parts) > 1 and len({id(out) for out in parts}) == len(parts) and getattr(context, "materialize_grads", True)
+    if not together or len({(out.dtype, out.device) for out in parts}) > 1:
+        tape.record_lowered(FunctionOp(function, static), lowered, tape.lower_kwargs(kwargs), recorded)
+        return
+    with without_innermost():
+        vector, flat = packed(parts), [out.reshape(-1) for out in parts]
+    layout = tuple(tuple(out.shape) if out is not None and out.is_floating_point() else None for out in recorded)
+    tape.record_lowered(FunctionOp(function, static, layout), lowered, tape.lower_kwargs(kwargs), [vector])
+    none = tape.lower_kwargs({})
+    sizes = [out.numel() for out in parts]
+    tape.record_lowered(torch.ops.aten.split_with_sizes.default, tape.lower((vector, sizes)), none, flat)
+    for part, out in zip(flat, parts, strict=True):
+        tape.record_lowered(torch.ops.aten.view.default, tape.lower((part, list(out.shape))), none, [out])
 
 
 def _inner(args: Sequence[Any], mode: VmapMode) -> list[Any]:
