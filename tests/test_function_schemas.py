@@ -53,7 +53,8 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "atan2": lambda x: torch.atan2(x, OTHER) + x.atan2(x + 3),
     "baddbmm": lambda x: torch.baddbmm(x[:, :2, None], x[:, None, :].expand(3, 2, 4), BATCH) + x[:, :2, None].baddbmm(BATCH.mT, BATCH),
     "batch_norm": lambda x: F.batch_norm(x, None, None, training=True) + _batch_norm(x),
-    "binary_cross_entropy": lambda x: nn.binary_cross_entropy(x.sigmoid(), OTHER.sigmoid(), None, 0),
+    # Shares that stay away from one, of which the loss takes the difference.
+    "binary_cross_entropy": lambda x: nn.binary_cross_entropy((x / 4).sigmoid(), OTHER.sigmoid(), None, 0),
     "binary_cross_entropy_with_logits": lambda x: torch.binary_cross_entropy_with_logits(x, OTHER, OTHER[0], None, 1) * x,
     "cosine_embedding_loss": lambda x: torch.cosine_embedding_loss(x, OTHER, INDEX - 1, 0.1, 2),
     "hinge_embedding_loss": lambda x: torch.hinge_embedding_loss(x, OTHER.sign(), 0.5, 0),
