@@ -49,9 +49,10 @@ LIMITS: dict[str, str] = {
     "that fit the cache (41.5 against 38.1 behind the network), channels last (22 for the convolution, but 8 for "
     "unpooling and 41.6 in all), `max_unpool2d` (10.5). Pooling leaves one entry in four, another in each channel: "
     "products over channels cannot skip the zeros.",
-    "B6": "the same convolutions as torch.func's, grouped for the weights; what is left is recording in Python. Slower by "
-    "measurement: patches and batched products, a loop over samples. Kept: parts of composite ops, views and numbers "
-    "beside batched tensors are run by the vmap without a way through torch's dispatcher.",
+    "B6": "the same convolutions as torch.func's; what is left is recording in Python. Weights of samples apart are a product of "
+    "patches where kernels are 1×1 or patches small, the grouped kernel else (chosen by size); pooling of many "
+    "channels runs with channels last, the loss is one op. Kept, too: parts of composite ops, views and numbers beside "
+    "batched tensors are run by the vmap without a way through torch's dispatcher.",
     "B7": "recording in Python, about 5 µs an op, and some 15 small calls for the cross-entropy.",
     "B7t": "recording in Python: 46 ops, most of them small views inside of `multi_head_attention_forward`; the replay alone "
     "is as fast as torch.autograd. Kept: dropout of nothing is no op, composite ops are recorded in parts in one "
@@ -59,10 +60,10 @@ LIMITS: dict[str, str] = {
     "B9": "by hand three products and two passes; of a plain call a third is recording three layers through a tape and a "
     "vmap, and the entry. Kept: the trace contracted as by hand, replays on the stored tensors. Compiled it is faster "
     "than by hand.",
-    "B20f": "recording in Python. If parameters have a graph, each layer norm is recorded in 9 parts and each product over a "
-    "sequence in 3 (60 ops, 34 without), as what torch's autograd saves of them has to stand on the tape should the "
-    "function call `torch.autograd.grad`. Kept: products, attention and views in C (0.28 before), replays under vmap. "
-    "Not tried: whole ops, whose saved tensors would be recognised by their memory.",
+    "B20f": "recording in Python: 34 records (62 before norms, products over sequences and chains of views were one each), most "
+    "of their time in torch's Python functions around them, which pass the mode again, and in composites (dropout, "
+    "attention). With parameters that require no grad it is 1.15 of torch.func: the rest is their graph, made op by "
+    "op. Not tried: one node for the whole transform, whose graph is made on backward.",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by hand.",
     "B11": "as B2: the formula by hand is itself only 2.4 to 3 times faster than torch.func. The planner's search compares "
     "the orders of the products and takes the one of the formula.",
