@@ -15,6 +15,7 @@ from chainrule.function_arguments import READINGS, Joined, Over
 from chainrule.function_schemas import by_schema
 from chainrule.shortcuts import COMPILED
 from chainrule.transforms.trace import trace
+from tests.readings import same
 
 Tensor = torch.Tensor
 
@@ -195,12 +196,6 @@ class Watch(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(two) and len(one) == len(two) and all(map(_same, one, two))
-    return one is two or (type(one) is type(two) and not isinstance(one, Tensor) and one == two)
-
-
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
 def test_read_as_in_python() -> None:
     """The compiled readings of joined tensors and of reductions agree with those in Python, also on calls that are none."""
@@ -226,7 +221,7 @@ def test_read_as_in_python() -> None:
                 expected: Any = reading(given, named)
             except AttributeError:  # the first argument is no tensor, which torch does not show
                 continue
-            assert _same(read(reading, given, named), expected), (given, named)
+            assert same(read(reading, given, named), expected), (given, named)
 
 
 def test_empty_and_complex() -> None:

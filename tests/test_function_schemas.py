@@ -13,6 +13,7 @@ import chainrule
 from chainrule.function_schemas import BySchema, by_schema
 from chainrule.shortcuts import COMPILED
 from chainrule.transforms.trace import trace
+from tests.readings import same
 
 Tensor = torch.Tensor
 
@@ -197,12 +198,6 @@ class Watch(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(two) and len(one) == len(two) and all(map(_same, one, two))
-    return one is two or (type(one) is type(two) and not isinstance(one, Tensor) and one == two)
-
-
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
 @pytest.mark.parametrize("name", CALLS)
 def test_read_as_in_python(name: str) -> None:
@@ -216,7 +211,7 @@ def test_read_as_in_python(name: str) -> None:
         spelled = [(args, kwargs), (args[:-1], kwargs), ((*args, 1), kwargs), ((*args, None), {}), (args, {"dim": 1}), ((), {})]
         spelled += [((value(), other), {}) for other in (True, 1.5, "1", [1, True], (1, 2), [], [value()], torch.Size([1]), (value(), 1))]
         for given, named in spelled:
-            assert _same(read(reading, given, named), reading(given, named)), (given, named)
+            assert same(read(reading, given, named), reading(given, named)), (given, named)
 
 
 def test_every_function_has_a_row() -> None:

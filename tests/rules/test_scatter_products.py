@@ -124,3 +124,21 @@ def test_index_reduce(shape, dim, reduce, include):
         found = chainrule.jacobian(reduced, 1, layout="sparse_coo")(base, source)
         torch.testing.assert_close(found.to_dense().reshape(dense.shape), dense)
         assert found.coalesce()._nnz() <= max(source.numel(), 1)
+
+
+def test_ties_with_what_is_left_out() -> None:
+    """The largest values are equal to the target's own, which is left out: torch's derivative counts it among them all the same."""
+    places = torch.tensor([0, 0, 1, 1, 2, 0])
+
+    def scattered(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(3, dtype=x.dtype).scatter_reduce(0, places, x, "amax", include_self=False)
+
+    def by_parts(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[places == place].amax() for place in range(3)])
+
+    for _ in range(3):
+        x = torch.randn(6, dtype=torch.float64).clamp(max=0).round()
+        expected = torch.func.jacrev(by_parts)(x)
+        torch.testing.assert_close(chainrule.jacobian(scattered)(x), expected, rtol=0, atol=1e-15)
+        found = chainrule.jacobian(scattered, layout="sparse_coo")(x)
+        torch.testing.assert_close(found.to_dense(), expected, rtol=0, atol=1e-15)

@@ -308,8 +308,6 @@ def _places(call: Call, axes: Sequence[Axis], inside: float, outside: float) -> 
 
 def _index_put(call: Call) -> Iterable[Edge]:
     indices, values = call.args[1:3]
-    if not any(call.is_slot(item) for item in indices):
-        raise NotImplementedError("index_put without an index tensor")
     if call.argument("accumulate"):
         yield from self_edge(call)
     else:
