@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from chainrule.capture.records import Record
 from chainrule.capture.slots import Slot, slot_object
-from chainrule.capture.tape import Record, Tape
+from chainrule.capture.tape import Tape
 
 
 class JoinedTape:

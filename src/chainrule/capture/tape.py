@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -13,35 +13,16 @@ from torch._ops import OpOverload
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
+from chainrule.capture.records import Record, Records
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
-from chainrule.capture.slots import PLAIN, SLOTS, Slot, Slots, meta
-from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, refusal_of_operators, without_handlers, without_mode
+from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
+from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
 
 #: A function is run below autograd while it is recorded: its ops arrive whole, and cost less.
 BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
-
-
-class Record(NamedTuple):
-    """One recorded op.
-
-    Attributes:
-        op: the ATen overload (the functional twin of an in-place one).
-        args: positional arguments, with :class:`Slot` for each tensor.
-        kwargs: keyword arguments, likewise, sorted by name.
-        outputs: the slots of the outputs (``-1`` for an output that is no tensor).
-        is_tuple: whether the op returned several values.
-        origin: the op that was recorded in parts, of which this is one.
-    """
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-    outputs: tuple[int, ...]
-    is_tuple: bool
-    origin: Any = None
 
 
 #: Classes of what a list holds of which a new tensor is made.
@@ -65,11 +46,7 @@ configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
 use_facts(OpFacts)
 
 
-def _differentiable(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-
-
-class Tape(Slots, LightMode):
+class Tape(Records, LightMode):
     """Records the ATen ops that touch the inputs while it is active.
 
     Only ops with an *active* argument (one that depends on an input through floating-point values) are kept. Other
@@ -87,12 +64,9 @@ class Tape(Slots, LightMode):
     reads_data = True
     supports_higher_order_operators = True
 
-    records: list[Record]
     respect_no_grad: bool
-    _origin: Any
     #: View calls that were not looked at yet: they matter only once something is written.
     pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
-    _facts: dict[int, OpFacts]
     #: Whether an op was taken for a constant because of torch.no_grad().
     saw_blocked = False
     #: How many values the tapes around this one had when it began.
@@ -139,15 +113,6 @@ class Tape(Slots, LightMode):
         if self._alias is None:
             self._alias = AliasTracker(self)
         return self._alias
-
-    def facts(self, op: OpOverload) -> OpFacts:
-        """What is known of ``op`` under this tape's policy."""
-        facts = self._facts.get(id(op))
-        if facts is None:
-            if not isinstance(op, OpOverload):
-                raise RuntimeError(refusal_of_operators(f"{op} on functions"))
-            facts = self._facts[id(op)] = OpFacts(op, self.policy)
-        return facts
 
     def add_input(self, tensor: torch.Tensor) -> int:
         """Make ``tensor`` (a fresh alias that nobody else holds) an input of the tape."""
@@ -564,85 +529,3 @@ class Tape(Slots, LightMode):
                 return False
             return rank in (1, 2) or (rank > 2 and first.is_contiguous())
         return second.dim() in (1, 2) if rank == 2 else are_stacked_alike(first, second)
-
-    def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
-        """Record an op that ran, if an argument is active and an output differentiable."""
-        if self._any_active(args, kwargs):
-            self._append_record(facts, self.lower(args), self.lower_kwargs(kwargs), out)
-        elif self._derived:
-            self._note_derived(args, kwargs, out)
-
-    def _append_record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> None:
-        if isinstance(out, torch.Tensor):
-            dtype = out.dtype
-            if not (dtype.is_floating_point or dtype.is_complex):
-                self._derived[id(out)] = out
-                return
-            slot = len(self.values)
-            self.values.append(out)
-            self.active.append(True)
-            self.slots[id(out)] = slot
-            self.key.append((facts, args, kwargs, out.shape, dtype))
-            self.records.append(_new(Record, (facts.op, args, kwargs, (slot,), False, self._origin)))
-        elif isinstance(out, (list, tuple)) and any(_differentiable(o) for o in out):
-            self.record_lowered(facts.op, args, kwargs, out)
-
-    def record_lowered(self, func: Any, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> tuple[int, ...]:
-        """Append a record whose arguments are lowered already; the outputs get new slots."""
-        if isinstance(out, torch.Tensor):
-            outputs: tuple[int, ...] = (self._append(out, True),)
-            self.key.append((self._key_of(func), args, kwargs, out.shape, out.dtype))
-            self.records.append(Record(func, args, kwargs, outputs, False, self._origin))
-            return outputs
-        outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
-        self.key.append((self._key_of(func), args, kwargs, tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
-        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and self._returns_one(func)), self._origin))
-        return outputs
-
-    def insert_after(self, slot: int, func: Any, args: tuple[Any, ...]) -> None:
-        """Put an op that passes a value on between what made the value in a slot (or the input there) and all who read it."""
-        source = self._append(self.values[slot], True)
-        self.slots[id(self.values[slot])] = slot
-        self.sources[slot] = source
-        self.key.append((func, slot, args))
-        record = Record(func, (*args, Slot(source)), (), (slot,), False, self._origin)
-        if slot in self.inputs:
-            self.inputs[self.inputs.index(slot)] = source
-            self.records.insert(0, record)
-            return
-        for place in reversed(range(len(self.records))):
-            made = self.records[place]
-            if slot in made.outputs:
-                self.records[place] = made._replace(outputs=tuple([source if n == slot else n for n in made.outputs]))
-                self.records.insert(place + 1, record)
-                return
-
-    def _returns_one(self, func: Any) -> bool:
-        return isinstance(func, OpOverload) and self.facts(func).one
-
-    def reads_values(self, func: Any) -> bool:
-        """Whether an op's derivative needs the values of its inputs or outputs."""
-        if not isinstance(func, OpOverload):
-            return self.policy.reads_values(func)
-        facts = self.facts(func)
-        if facts.reads is None:
-            facts.reads = self.policy.reads_values(func)
-        return facts.reads
-
-    def _key_of(self, func: Any) -> Any:
-        return self.facts(func) if isinstance(func, OpOverload) else func
-
-    def record_value(
-        self, func: Any, slots: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
-    ) -> int:
-        """Append an op on known slots that was not executed: ``out`` already holds its value."""
-        active = any(self.active[slot] for slot in slots)
-        lowered = (*(Slot(slot) for slot in slots), *self.lower(args))
-        if not active:
-            return self._append_constant(out)
-        (slot,) = self.record_lowered(func, lowered, self.lower_kwargs(kwargs), [out])
-        return slot
-
-    def signature(self, extra: Any) -> tuple[Any, ...]:
-        """What the plan depends on: ops, wiring, shapes, dtypes, devices and static arguments."""
-        return (tuple(self.key), tuple(self.inputs), extra)
