@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,15 @@ SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
     "tensor of a number": lambda x: x[torch.tensor(1)],
     "list": lambda x: x[[1, 0]],
     "einsum": lambda x: torch.einsum("ijk,ijl->ikl", x, x),
+    "added in place": lambda x: x.clone().add_(x.sin()).add_(1.5),
+    "subtracted in place": lambda x: x.clone().sub_(x.sin()).sub_(torch.ones(4, dtype=x.dtype)),
+    "multiplied in place": lambda x: x.clone().mul_(x.sin()).mul_(2),
+    "divided in place": lambda x: x.clone().div_(x.cos() + 3),
+    "add_ with a factor": lambda x: x.clone().add_(x.sin(), alpha=2),
+    "operators in place": lambda x: operator.itruediv(operator.imul(operator.isub(operator.iadd(x.clone(), 1), x.sin()), x), 2),
+    "index_put_": lambda x: x.clone().index_put_((torch.tensor([1]), torch.tensor([2])), x[:1, 0]),
+    "index_put_ of a mask": lambda x: x.clone().index_put_([torch.tensor([True, False])], torch.tensor(2.0, dtype=x.dtype)),
+    "index_put_ that adds": lambda x: x.clone().index_put_((torch.tensor([1, 1]),), x[:1], accumulate=True),
     "F.softmax": lambda x: F.softmax(x, dim=1),
     "F.log_softmax": lambda x: F.log_softmax(x, -1),
 }

@@ -141,6 +141,18 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "unbind": lambda x: x.unbind()[1] * 2 + x.unbind(dim=0)[0] + torch.unbind(x, 1)[0].sum(),
     "xlogy": lambda x: torch.xlogy(x, OTHER.exp()) + x.xlogy(x.exp()),
     "unflatten": lambda x: x.unflatten(1, (2, 2)) + x.unflatten(-1, [2, -1]),
+    "clamp in place": lambda x: x.clone().clamp_(-0.5, 1) + x.clone().clamp_(max=0.3) + x.clone().clamp_max_(1).clamp_min_(-1.5),
+    "copies and numbers in place": lambda x: x.clone().copy_(x[0] * x) + x.clone().fill_(2.0) * x + x.clone().zero_()
+    + x.clone().fill_(x[0, 0]),
+    "masked_fill_": lambda x: x.clone().masked_fill_(MASK, 0.5) + x.clone().masked_fill_(MASK, x[0, 0]),
+    "at places in place": lambda x: x.clone().index_add_(0, CLASSES[0, :2], x[:2])
+    + x.clone().index_copy_(dim=1, index=torch.tensor([2, 0]), source=x[:, :2])
+    + x.clone().scatter_(0, CLASSES, x[:1])
+    + x.clone().scatter_(0, CLASSES, 0.5)
+    + x.clone().scatter_add_(0, CLASSES, OTHER[:1]),
+    "one by one in place": lambda x: x.clone().exp_() + (x + 9).log_() + x.clone().neg_().cos_() + (x + 9).sqrt_(),
+    "functions in place": lambda x: (x + 9).reciprocal_() + (x + 9).rsqrt_() + x.clone().relu_() + x.clone().sigmoid_(),
+    "more in place": lambda x: x.clone().sin_() + x.clone().tanh_() + x.clone().tril_() + x.clone().triu_(1),
 }  # fmt: skip
 
 

@@ -108,6 +108,26 @@ def _rolled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
     return (aten.roll.default, (args[0], *lists)) if len(lists[0]) == len(lists[1]) else None
 
 
+def _computed(op: Any) -> Reading:
+    """A tensor computed with another one, or a number, in place."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        if kwargs or len(args) != 2 or not (args[1].__class__ in (int, float) or isinstance(args[1], torch.Tensor)):
+            return None
+        return op, args
+
+    return read
+
+
+def _put(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    """A write at places that tensors name."""
+    if kwargs or len(args) != 3 or not isinstance(args[1], (tuple, list)):
+        return None
+    if not all([isinstance(item, torch.Tensor) for item in (*args[1], args[2])]):
+        return None
+    return aten.index_put_.default, (args[0], [*args[1]], args[2])
+
+
 class Joined(NamedTuple):
     """The reading of a function of a list of tensors of one dtype and a dimension; the compiled handlers have it in C, too.
 
@@ -219,8 +239,11 @@ def _table() -> dict[Any, Reading]:
         tensor.T.__get__: _turned,
         tensor.mT.__get__: _swapped,
         tensor.__getitem__: _chosen,
+        tensor.index_put_: _put,
         torch.einsum: _contracted,
     }
+    for name in ("add", "sub", "mul", "div"):
+        found[getattr(tensor, f"{name}_")] = _computed(getattr(aten, f"{name}_").Tensor)
     readings: dict[str, Any] = {
         "reshape": _sizes(aten.reshape.default),
         "transpose": _places(aten.transpose.int, 2),

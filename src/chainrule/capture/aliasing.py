@@ -15,6 +15,7 @@ import torch
 from torch._ops import OpOverload
 
 from chainrule.capture.schema import OpFacts
+from chainrule.capture.slots import Slot
 from chainrule.dispatch import again
 
 if TYPE_CHECKING:
@@ -167,6 +168,34 @@ class AliasTracker:
         self._publish(facts.functional, lowered, written, shapes, reshaping, result)
         return result
 
+    def write_plainly(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        """The commonest writes, to one plain tensor that depends on the inputs and keeps its shape: as :meth:`run_write`.
+
+        Returns:
+            The written tensor; NotImplemented, with nothing written, for other calls.
+        """
+        tape, target, functional = self.tape, args[0], facts.functional
+        if functional is None or not facts.rewrites or not target.dtype.is_floating_point:
+            return NotImplemented
+        twin = tape.facts(functional)
+        if twin.inactive or (tape.respect_no_grad and not torch.is_grad_enabled()):
+            return NotImplemented
+        if tape.pending:
+            self._settle_views()
+        if not tape.touches(args):
+            if id(target) in tape.slots or id(target) in self.links or id(target) in self.families:
+                return NotImplemented
+            return tape.outside(facts.fast, *args)
+        lowered = tape.lower(args)
+        if tape.reads_values(functional):
+            _collect_slots(lowered, self._read_slots)
+        self._save_old(target)
+        tape.outside(facts.fast, *args)
+        self.has_writes = True
+        tape.append_record(twin, lowered, (), target)
+        self._climb(target, len(tape.values) - 1)
+        return target
+
     def _publish(
         self,
         functional: OpOverload,
@@ -249,7 +278,7 @@ class AliasTracker:
         tape = self.tape
         root, members = self._family(tensor)
         self._scan_reads()
-        for member in {id(m): m for m in (root, *members)}.values():
+        for member in {id(m): m for m in (root, *members)}.values() if members else (root,):
             slot = tape.slots.get(id(member))
             if slot is not None and slot in self._read_slots and tape.values[slot] is member:
                 self._stand_in(slot, tape.outside(torch.clone, member))
@@ -309,6 +338,8 @@ class AliasTracker:
             chain.append(parent)
             link = self.links.get(id(parent))
         root, members = self._family(tensor)
+        if not members:
+            return
         on_chain = {id(t) for t in chain}
         stale = [m for m in members if id(m) not in on_chain]
         for member in stale:
@@ -334,9 +365,9 @@ class AliasTracker:
 
 def _collect_slots(tree: Any, into: set[int]) -> None:
     for item in tree:
-        if hasattr(item, "index") and type(item).__name__ == "Slot":
+        if item.__class__ is Slot:
             into.add(item[0])
-        elif isinstance(item, (list, tuple)):
+        elif item.__class__ is tuple or item.__class__ is list:
             _collect_slots(item, into)
 
 

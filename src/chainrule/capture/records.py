@@ -68,11 +68,12 @@ class Records(Slots):
     def _record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Record an op that ran, if an argument is active and an output differentiable."""
         if self._any_active(args, kwargs):
-            self._append_record(facts, self.lower(args), self.lower_kwargs(kwargs), out)
+            self.append_record(facts, self.lower(args), self.lower_kwargs(kwargs), out)
         elif self._derived:
             self._note_derived(args, kwargs, out)
 
-    def _append_record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> None:
+    def append_record(self, facts: OpFacts, args: tuple[Any, ...], kwargs: tuple[Any, ...], out: Any) -> None:
+        """Append a record whose arguments are lowered already; the outputs get new slots if one of them is differentiable."""
         if isinstance(out, torch.Tensor):
             dtype = out.dtype
             if not (dtype.is_floating_point or dtype.is_complex):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.subclasses import refuse_foreign
+
+if TYPE_CHECKING:
+    from chainrule.capture.aliasing import AliasTracker
 
 
 class Slot(NamedTuple):

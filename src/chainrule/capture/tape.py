@@ -11,12 +11,13 @@ import torch
 from torch._ops import OpOverload
 
 from chainrule.capture.aliasing import AliasTracker
+from chainrule.capture.assignments import assign
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
 from chainrule.capture.records import Record, Records
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
-from chainrule.dispatch import DATA_UNDER_VMAP, LightMode, again, without_handlers, without_mode
+from chainrule.dispatch import DATA_UNDER_VMAP, TAKEN, LightMode, again, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
@@ -44,6 +45,7 @@ _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
 use_facts(OpFacts)
+TAKEN[torch.Tensor.__setitem__] = assign
 
 
 class Tape(Records, LightMode):
@@ -344,8 +346,10 @@ class Tape(Records, LightMode):
             self._origin = outer
 
     def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
-        """An op that is a constant, or recorded in parts."""
+        """An op that is a constant, recorded in parts, or a write."""
         inactive, below = facts.inactive, self.below
+        if facts.writes:
+            return self.alias.write_plainly(facts, args) if below is None and are_plain(args) else NotImplemented
         if not inactive and facts.direct is None and facts.whole is None:
             return NotImplemented
         if below is not None:
@@ -500,7 +504,7 @@ class Tape(Records, LightMode):
                     lowered[position] = SLOTS[slot] if slot < 4096 else Slot(slot)
         if touched:
             if isinstance(out, torch.Tensor) and (dtype := out.dtype).is_floating_point:
-                # What _append_record does, without the call.
+                # What append_record does, without the call.
                 slot = len(active)
                 self.values.append(out)
                 active.append(True)
@@ -509,7 +513,7 @@ class Tape(Records, LightMode):
                 self.key.append((facts, arguments, (), out.shape, dtype))
                 self.records.append(_new(Record, (facts.op, arguments, (), (slot,), False, self._origin)))
             else:
-                self._append_record(facts, tuple(lowered), (), out)
+                self.append_record(facts, tuple(lowered), (), out)
         elif self._derived:
             self._note_derived(args, None, out)
         return out

@@ -47,7 +47,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
-    X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_joins_whole) X(_slot_or_constant) X(_append_record) \
+    X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_joins_whole) X(_slot_or_constant) X(append_record) \
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
     X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
     X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)

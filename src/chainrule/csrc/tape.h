@@ -299,7 +299,7 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
     if (outcome > 0)
         outcome = append_record(self, facts, lowered, empty, out, dtype);
     else if (outcome == 0) {
-        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__append_record, facts, lowered, empty, out, NULL);
+        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s_append_record, facts, lowered, empty, out, NULL);
         outcome = done == NULL ? -1 : 0;
         Py_XDECREF(done);
     }
