@@ -93,3 +93,16 @@ def test_a_change_after_the_forward_is_an_error() -> None:
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_derivatives_of_a_derivative_that_depends_on_nothing() -> None:
+    """That by the bias is a sum of cotangents, here constants; the others depend on the input. In double precision."""
+    torch.manual_seed(4)
+    x = torch.randn(3, 4, dtype=DOUBLE, requires_grad=True)
+    weight, bias = (torch.randn(4, dtype=DOUBLE, requires_grad=True) for _ in range(2))
+    found = []
+    for out in (norms.native_layer_norm(x, [4], weight, bias, EPS)[0], in_steps(x, weight, bias, (1,), (1, 4))[0]):
+        first = torch.autograd.grad(out.sum(0)[0], [x, weight, bias], create_graph=True)
+        total = sum((item * torch.linspace(0.3, 1.7, item.numel(), dtype=DOUBLE).reshape(item.shape)).sum() for item in first)
+        found.append(torch.autograd.grad(total, x)[0])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)

@@ -170,7 +170,11 @@ class _Pulled(torch.autograd.Function):
                 for item, need in zip(ctx.saved_tensors, needed, strict=True)
             ]
             results = _in_parts(ctx.kind, ctx.mask, *given)
-        pairs = [(result, c) for result, c in zip(results, cotangents, strict=True) if result is not None and c is not None]
+        pairs = [
+            (result, c)
+            for result, c in zip(results, cotangents, strict=True)
+            if result is not None and c is not None and result.requires_grad
+        ]
         wanted = [item for item, need in zip(given, needed, strict=True) if need]
         found = iter(
             torch.autograd.grad(
