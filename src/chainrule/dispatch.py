@@ -472,6 +472,23 @@ class functions_aside:  # noqa: N801 - used like torch.no_grad
             _push_function(self._mode)
 
 
+class unasked:  # noqa: N801 - used like torch.no_grad
+    """Run a block of this package's own inside of a mode that was just entered: its looks at tensors are not the mode's."""
+
+    __slots__ = ("_mode",)
+
+    def __init__(self, mode: LightMode) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        _pop_function()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _push_function(self._mode)
+
+
 def mode_aside() -> LightMode | None:
     """The mode whose look at functions is off in this block (:class:`functions_aside`)."""
     return _ASIDE.mode

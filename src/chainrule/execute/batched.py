@@ -48,8 +48,11 @@ def stored_under_vmap(values: Sequence[Any]) -> Stored | None:
         It; None when the wrapped tensors have a graph of their own, or a value belongs to another level.
     """
     mode = _get_dispatch_stack_at(0)
-    if mode.__class__ is not VmapMode or mode.size == 0:
-        return None
+    return None if mode.__class__ is not VmapMode or mode.size == 0 else stored_values(values, mode)
+
+
+def stored_values(values: Sequence[Any], mode: VmapMode) -> Stored | None:
+    """What a replay on the stored tensors of a vmap needs; None as for :func:`stored_under_vmap`."""
     tensors: list[torch.Tensor] = []
     parts: list[Any] = [mode.size]
     joined = False

@@ -12,13 +12,14 @@ import torch
 from torch.autograd import forward_ad
 
 from chainrule.batching.duals import refuse_duals
+from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import WholeRecorder, rehearsed
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
 from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
-from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, without_graphs, wrap
+from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, stored_values, without_graphs, wrap
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, watching
 from chainrule.execute.replay import (
@@ -129,6 +130,27 @@ class CachedPlan:
         if not modes and runner.plain is not runner and self._is_plain(values, seeds):  # type: ignore[attr-defined]
             runner = runner.plain  # type: ignore[attr-defined]
         return runner(values, seeds)
+
+    def run_stored(self, values: Sequence[Any], mode: VmapMode) -> tuple[Sequence[Any], list[bool]] | None:
+        """Replay on the stored tensors of a vmap that was left, with no mode active.
+
+        Args:
+            values: the values of the tape.
+            mode: the vmap.
+
+        Returns:
+            The stored results, and which of them have the batch dimension; None where the vmap has to be active: for the first
+            replay of these layouts, and where calls look at the graphs of their arguments.
+        """
+        if self.runner is None:
+            return None
+        stored = stored_values([values[key] for key in self.needs], mode)
+        if stored is None or (stored.joined and self._differentiates()):
+            return None
+        runner, flags = self.batched.get(stored.key, (None, []))
+        if runner is None:
+            return None
+        return (runner if stored.joined else runner.plain)(stored.tensors, ()), flags  # type: ignore[attr-defined]
 
     def _is_plain(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> bool:
         """Whether the program's inputs are tensors whose calls nothing follows."""

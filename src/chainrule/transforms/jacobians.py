@@ -348,7 +348,7 @@ def _jacobian_transform(
             found = traced.run("jacobian", order, cast=cast, last=traced.alone)
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
 
-    level = Level(func, name, argnums, has_aux, finish, ("jacobian", order, cast))
+    level = Level(func, name, argnums, has_aux, finish, ("jacobian", order, cast), respect_no_grad=respect_no_grad)
     forward = order == "forward" or name == "hessian"
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

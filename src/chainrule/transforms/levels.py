@@ -36,6 +36,7 @@ class Level:
         owner: the function that carries this level.
         apart: whether the result of a run cannot be written down as a program that is replayed with other index tensors.
         respect_no_grad: whether steps under ``torch.no_grad()`` are constants, as for reverse mode (forward mode sees them).
+        by_itself: whether a vmap of this level runs it alone, as an earlier call has shown that it must.
         chain: what stands inside of this level where it is part of a nest, once that was asked for (not the level itself: no
             cycle holds a user's function).
     """
@@ -49,6 +50,7 @@ class Level:
     owner: Callable[[], Any] | None = None
     respect_no_grad: bool = True
     apart: Callable[[Traced], bool] | None = None
+    by_itself: bool = False
     chain: Chain | None = None
 
     def mark(self, wrapper: Callable[..., Any]) -> None:

@@ -126,8 +126,8 @@ class _NotWhole(Exception):  # noqa: N818 - never leaves this module
     """This nest cannot run as a whole."""
 
 
-def _run_innermost(
-    chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+def run_innermost(
+    chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...] = ()
 ) -> Run | None:
     """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
     parts: list[Part] = []
@@ -294,20 +294,20 @@ def run_recorded(level: Level, traced: Traced) -> Any:
     if cached is None or cached is _BY_LEVELS or cached.__class__ is Seen:
         traced = replace(traced, tape=traced.tape.fork())
         values = traced.tape.values
-    return _finished(Run([Part([level], wanted, traced)], values, key, cached), ())
+    return finish_run(Run([Part([level], wanted, traced)], values, key, cached))
 
 
 def _run_whole(
     chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
 ) -> tuple[Any, Any]:
     """Run the innermost function once, and the levels by one cached program."""
-    run = _run_innermost(chain, args, kwargs, seeds)
+    run = run_innermost(chain, args, kwargs, seeds)
     if run is None:
         return NO_NEST, None
-    return _finished(run, seeds, last=True), run.traced.aux
+    return finish_run(run, seeds, last=True), run.traced.aux
 
 
-def _finished(run: Run, seeds: tuple[torch.Tensor, ...], *, last: bool = False) -> Any:
+def finish_run(run: Run, seeds: tuple[torch.Tensor, ...] = (), *, last: bool = False) -> Any:
     """The result of a nest, by its cached program; the last use of a run may let go of its values."""
     if forward_ad._current_level >= 0:
         refuse_duals(seeds, run.parts[-1].levels[-1].name)
@@ -408,7 +408,7 @@ def run_linearized(
         return [*found.leaves], found.call(tuple(seeds)), found
 
     chain.levels[-1][-1] = Level(outer.func, outer.name, None, outer.has_aux, finish, outer.key)
-    run = _run_innermost(chain, args, kwargs, ())
+    run = run_innermost(chain, args, kwargs, ())
     if run is None:
         return None
     plan = run.cached

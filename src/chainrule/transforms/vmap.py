@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, _broadcast_to_and_flatten, tree_flatte
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
-from chainrule.dispatch import entry_point
+from chainrule.dispatch import entry_point, unasked
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.mapped_calls import CALLS
 from chainrule.rules.batching_base import Batched
@@ -90,7 +90,10 @@ class Mapping:
         owner: the function that carries this mapping, where the mapped function is a transform's.
         made: the mapped function.
         inner: the mapping that this one is directly around, if both may be run as one.
+        whole: runs a mapping of a derivative transform as a whole, or returns NotImplemented. A layer above gives it.
     """
+
+    whole: ClassVar[Callable[[Mapping, tuple[Any, ...], dict[str, Any]], Any]]
 
     __slots__ = ("func", "in_dims", "inner", "made", "name", "out_dims", "owner", "randomness")
 
@@ -116,6 +119,10 @@ class Mapping:
 
         def vmapped(*args: Any, **kwargs: Any) -> Any:
             func = self.func
+            if self.owner is not None:
+                found = Mapping.whole(self, args, kwargs)
+                if found is not NotImplemented:
+                    return found
             if self.inner is not None and not kwargs:
                 found = self._as_one(args)
                 if found is not NotImplemented:
@@ -141,6 +148,18 @@ class Mapping:
         flat_args, flat_dims, args_spec = _flatten_inputs(self.func, self.in_dims, args, self.name)
         size = _batch_size(self.func, flat_args, flat_dims, self.name)
         return _inside(call, *_batch_first(flat_args, flat_dims), size, args_spec, self.randomness)
+
+    def enter_plain(self, call: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> tuple[Any, VmapMode] | None:
+        """As :meth:`enter` for code of this package and plain arguments, where no mode is active; None, with nothing done, elsewhere."""
+        refuse_inside_torch_func(self.name)
+        found = _plain_inputs(self.in_dims, args)
+        if found is None or not found[2]:
+            return None
+        values, mapped, size = found
+        mode = VmapMode(size, self.randomness, CALLS)
+        given = tuple([_wrapped(value, mode) if flag else value for value, flag in zip(values, mapped, strict=True)])
+        with mode, unasked(mode):
+            return call(given), mode
 
     def _as_one(self, args: tuple[Any, ...]) -> Any:
         """What this mapping and the one inside of it return, by one level; NotImplemented where there have to be two."""

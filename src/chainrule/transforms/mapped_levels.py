@@ -1,0 +1,101 @@
+"""``vmap`` of a derivative transform as a whole: ``vmap(jacobian(f))`` and its like look one plan up and replay it outside of the level.
+
+The function runs once, under the vmap and one tape. What the transforms compute then is a program on the stored tensors, whose
+batch dimension is the first: it is replayed without the vmap, and its results are those of the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor
+from chainrule.dispatch import unasked
+from chainrule.execute.accounts import current_ledger
+from chainrule.execute.batched import wrap
+from chainrule.execute.memory import current_watch
+from chainrule.transforms.arguments import tree_unflatten
+from chainrule.transforms.levels import Chain, Level, NestPlan, Run, chain_of, mark_of
+from chainrule.transforms.nest import finish_run, run_innermost
+from chainrule.transforms.vmap import Mapping
+
+
+def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a vmap of a derivative transform returns.
+
+    Args:
+        mapping: the vmap.
+        args: the user's arguments, some of which are mapped.
+        kwargs: the user's keyword arguments, which are not.
+
+    Returns:
+        The result; NotImplemented, with nothing done, where the vmap has to go its usual way.
+    """
+    level = mark_of(mapping.func)
+    if level.__class__ is not Level or level.has_aux or level.by_itself or mapping.out_dims.__class__ is not int:
+        return NotImplemented
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+        return NotImplemented
+    if current_ledger() is not None or current_watch() is not None:
+        return NotImplemented
+    chain = _chain(level)
+    if chain is None:
+        return NotImplemented
+    entered = mapping.enter_plain(lambda mapped: run_innermost(chain, mapped, kwargs), args)
+    if entered is None:
+        return NotImplemented
+    run, mode = entered
+    if run is None or _needs_itself(run):
+        # Another run does all of it, and so do later calls.
+        level.by_itself = True
+        return NotImplemented
+    if run.cached.__class__ is NestPlan and (results := _replayed(run, run.cached, mapping, mode)) is not NotImplemented:
+        return results
+    with mode.resumed(), unasked(mode):
+        result = finish_run(run)
+    return mapping.leave(result, mode)
+
+
+def _chain(level: Level) -> Chain | None:
+    """The nest that a level is the outermost of, which may be the level alone; None where it cannot run as a whole."""
+    if mark_of(level.func) is None:
+        return Chain([[level]], [], level.has_aux)
+    return chain_of(level)
+
+
+def _needs_itself(run: Run) -> bool:
+    """Whether the function did what a level alone treats in ways of its own: steps under ``torch.no_grad()``, hooks."""
+    return any([part.traced.tape.saw_blocked or part.traced.tape.hooks or part.traced.steps for part in run.parts])
+
+
+def _replayed(run: Run, plan: NestPlan, mapping: Mapping, mode: VmapMode) -> Any:
+    """The results of a plan that is known, outside of the level; NotImplemented where it has to be replayed inside."""
+    values = run.values
+    found = plan.run_stored(values, mode)
+    if found is None:
+        return NotImplemented
+    results, flags = found
+    leaves: list[Any] = []
+    plain = mapping.out_dims == 0
+    for number, source in enumerate(plan.sources):
+        if source is None:
+            plain = plain and flags[number]
+            leaves.append(results[number])
+        else:
+            value = values[source]
+            plain = plain and value.__class__ is BatchTensor and value.level is mode and value.batched
+            leaves.append(value)
+    if plain:
+        stored = [leaf.value if leaf.__class__ is BatchTensor else leaf for leaf in leaves]
+        return tree_unflatten(stored, plan.spec)
+    made = wrap([None if source is not None else leaf for leaf, source in zip(leaves, plan.sources, strict=True)], flags, mode)
+    whole = [leaf if new is None else new for leaf, new in zip(leaves, made, strict=True)]
+    return mapping.leave(tree_unflatten(whole, plan.spec), mode)
+
+
+def install() -> None:
+    """Have vmaps of derivative transforms run as a whole."""
+    Mapping.whole = staticmethod(run_mapped)
