@@ -97,6 +97,20 @@ EXACT = {
     "diag": (lambda x: torch.diag(x) @ MATRIX, 4),
     "two diagonal matrices": (lambda x: torch.diag(x) @ torch.diag(x**2), 4),
     "kron": (lambda x: torch.kron(x, torch.eye(2, dtype=DOUBLE)), (2, 2)),
+    "masked operand": (lambda x: x.masked_fill(MASK, 0) * x.roll(1), 8),
+    "operand filled at places": (lambda x: x.index_fill(0, PLACES, 0.0) * x.roll(1), 8),
+    "operand of where": (lambda x: torch.where(MASK, x.roll(2), 0.0) * x.roll(1), 8),
+    "operand beside zeros": (lambda x: torch.cat([x[:5], x.new_zeros(3)]) * x.roll(1), 8),
+    "interleaved with zeros": (lambda x: torch.stack([x, x.new_zeros(8)], 1).reshape(-1) * torch.cat([x, x.roll(1)]), 8),
+    "scattered operand": (lambda x: x.new_zeros(8).scatter(0, PLACES, x[1:3]) * x.roll(1), 8),
+    "accumulated operand": (lambda x: x.new_zeros(8).index_put((PLACES,), x[1:3], accumulate=True) * x.roll(1), 8),
+    "summed operand": (lambda x: x.new_zeros(8).index_add(0, GROUPS, x)[:4] * x[2:6], 8),
+    "blocks": (lambda x: torch.block_diag(x[:4].reshape(2, 2), x[4:].reshape(2, 2)) @ x[:4], 8),
+    "product of blocks": (lambda x: torch.block_diag(x[:4].reshape(2, 2), x[4:].reshape(2, 2)).matrix_power(2), 8),
+    "zeros read by an index": (lambda x: x.masked_fill(MASK, 0)[GROUPS] * x.roll(1), 8),
+    "zeros in parts": (lambda x: x.masked_fill(MASK, 0).split(4)[1] * x[:4], 8),
+    "difference of what is zero": (lambda x: (x.masked_fill(MASK, 0) - 2 * x.roll(1).masked_fill(MASK, 0)) * x.roll(3), 8),
+    "sum with a number": (lambda x: (x.masked_fill(MASK, 0) - 1) * x.roll(3), 8),
     "kernel": (lambda x: F.conv2d(x[None, None], CROSS), (5, 5)),
     "sparse.mm": (lambda x: torch.sparse.mm(SPARSE, x.reshape(6, 2)), 12),
     "sparse @": (lambda x: SPARSE @ x, 6),
@@ -116,6 +130,9 @@ EXACT_HESSIANS = {
     "selected": (lambda x: (x.roll(1) * x)[MASK].sum(), 8),
     "where": (lambda x: torch.where(MASK, x**2 * x.roll(1), x**3).sum(), 8),
     "tril": (lambda x: (x.tril() ** 3).sum(), (3, 3)),
+    "masked operand": (lambda x: (x.masked_fill(MASK, 0) * x.roll(1)).square().sum(), 8),
+    "blocks": (lambda x: (torch.block_diag(x[:4].reshape(2, 2), x[4:].reshape(2, 2)) @ x[:4]).pow(3).sum(), 8),
+    "accumulated": (lambda x: (x.new_zeros(8).index_put((PLACES,), x[1:3], accumulate=True) * x.roll(1)).pow(2).sum(), 8),
     "circular": (lambda x: (F.conv2d(F.pad(x[None, None], (1, 1, 1, 1), mode="circular"), CROSS).tanh() ** 2).sum(), (5, 6)),
     "sparse energy": (lambda x: (SPARSE @ x).pow(3).sum(), 6),
 }
@@ -294,3 +311,41 @@ def test_triangles_are_listed_without_their_zeros():
         found = chainrule.jacobian(lambda x: torch.outer(x, x).tril() @ x, layout="sparse_coo")(x)
         assert found._nnz() == size * (size + 1) // 2
         torch.testing.assert_close(found.to_dense(), torch.func.jacrev(lambda x: torch.outer(x, x).tril() @ x)(x), **CLOSE)
+
+
+#: Functions whose zeros follow from what changes between calls: a number, a mask, places, a constant.
+CHANGING = {
+    "number": lambda x, number, mask, places, weight: x.masked_fill(MASK, number) * x.roll(1),
+    "number at places": lambda x, number, mask, places, weight: x.index_fill(0, PLACES, number) * x.roll(1),
+    "number around": lambda x, number, mask, places, weight: F.pad(x[:6], (1, 1), value=number) * x,
+    "number of a factor": lambda x, number, mask, places, weight: (x.masked_fill(MASK, 0) * number + number) * x.roll(1),
+    "number of where": lambda x, number, mask, places, weight: torch.where(MASK, x, number) * x.roll(1),
+    "scattered number": lambda x, number, mask, places, weight: x.scatter(0, PLACES, number) * x.roll(1),
+    "mask": lambda x, number, mask, places, weight: x.masked_fill(mask, 0) * x.roll(1),
+    "places": lambda x, number, mask, places, weight: x.new_zeros(8).index_put((places,), x[1:3]) * x.roll(1),
+    "constant": lambda x, number, mask, places, weight: x.new_zeros(8).add(weight).scatter(0, places, x[1:3]) * x.roll(1),
+    "constant factor": lambda x, number, mask, places, weight: (x * weight).sin() * x.roll(1),
+    "constant beside": lambda x, number, mask, places, weight: torch.cat([x[:4], weight[4:]]) * x.roll(1),
+    "mask of the inputs": lambda x, number, mask, places, weight: x.masked_fill(x > 0.8, 0) * x.roll(1),
+    "constant of the inputs": lambda x, number, mask, places, weight: torch.cat([x[:4], x.detach()[4:] * weight[4:]]) * x.roll(1),
+    "written constant": lambda x, number, mask, places, weight: torch.cat([x, weight.mul_(1)])[4:12] * x.roll(1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("seed", range(3))
+def test_zeros_that_change(name, seed):
+    """Whatever comes and in whatever order, no entry is missing: the dense Jacobian and Hessian are the sparse ones."""
+    function, generator = CHANGING[name], torch.Generator().manual_seed(seed)
+    chainrule.execute.engine.CACHE.clear()
+    for _ in range(7):
+        mask, places = torch.rand(8, generator=generator) > 0.5, torch.randperm(8, generator=generator)[:2]
+        number = float(torch.randint(0, 3, (), generator=generator))
+        weight = torch.randint(-1, 2, (8,), generator=generator).to(DOUBLE)
+        given = (number, mask, places, weight)
+        x = torch.rand(8, dtype=DOUBLE, generator=generator) + 0.3
+        found = chainrule.jacobian(function, layout="sparse_coo")(x, *given)
+        torch.testing.assert_close(found.to_dense(), torch.autograd.functional.jacobian(lambda x: function(x, *given), x), **CLOSE)  # noqa: B023
+        energy = lambda x, *given: function(x, *given).pow(2).sum()  # noqa: E731
+        found = chainrule.hessian(energy, layout="sparse_coo")(x, *given)
+        torch.testing.assert_close(found.to_dense(), torch.autograd.functional.hessian(lambda x: energy(x, *given), x), **CLOSE)  # noqa: B023

@@ -38,4 +38,16 @@ def inverse(permutation: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(permutation).index_copy_(0, permutation, counted)
 
 
-__all__ = ["inverse", "ordering", "places_among"]
+def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
+    order = torch.argsort(right, stable=True)
+    ordered = right.index_select(0, order)
+    low, high = torch.searchsorted(ordered, left), torch.searchsorted(ordered, left, right=True)
+    counts = torch.where(left < 0, 0, high - low)
+    first = torch.repeat_interleave(torch.arange(left.numel(), device=left.device), counts)
+    start = torch.cumsum(counts, 0) - counts
+    offset = torch.arange(first.numel(), device=left.device) - start.index_select(0, first)
+    return first, order.index_select(0, low.index_select(0, first) + offset)
+
+
+__all__ = ["inverse", "join_equal", "ordering", "places_among"]

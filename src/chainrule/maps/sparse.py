@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ from chainrule.maps.nonzeros import (
     without_shared,
 )
 from chainrule.maps.onehots import gather, mask_factor
+from chainrule.maps.places import Places
+from chainrule.maps.sorted_places import join_equal
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
@@ -53,7 +56,8 @@ class SparseWorkspace(Workspace):
         program: where indices are computed now, and values later.
         widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
-        zeros: by slot, for values with zeros that are known, what makes a mask of the others; None if nobody has looked.
+        values: the values of the tape.
+        zeros: by slot, for values with zeros that are known, where the others are; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
         everywhere: whether what ops choose by value is any element.
         limit: ops with more entries than this are not listed; None for any number.
@@ -82,7 +86,8 @@ class SparseWorkspace(Workspace):
         self.limit: int | None = None
         self.everywhere = False
         self._choices: set[int] = set()
-        self.zeros: dict[int, Callable[[torch.device], torch.Tensor]] | None = None
+        self.values: Sequence[Any] = ()
+        self.zeros: dict[int, Places] | None = None
         self.constants: frozenset[int] = frozenset()
         self._nodes: dict[object, Node] = {}
         self._known: dict[int, tuple[Node, Node]] = {}
@@ -125,13 +130,16 @@ class SparseWorkspace(Workspace):
                 dims, make = factor.node.zeros
                 places = torch.nonzero(make(self.device))
                 term = term.having(onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
-            slot = factor.node.slot
-            if slot is not None and self.zeros is not None and slot in self.zeros:
-                places = torch.nonzero(self.zeros[slot](self.device).reshape(factor.node.sizes))
+            if (known := self._known_places(factor.node)) is not None:
+                found, read = known
+                count, total = int(found.sum()), factor.node.numel
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
-                few = factor.node.numel <= _LITTLE or 2 * places.shape[0] <= factor.node.numel + sum(factor.node.sizes)
-                if places.shape[0] < factor.node.numel and (pointwise or few):
-                    term = term.having(onehots=(*term.onehots, *self._listed(places, factor.axes)))
+                few = total <= _LITTLE or 2 * count <= total + sum(factor.node.sizes)
+                if count < total and (pointwise or few):
+                    self._masks.extend(read)
+                    if count == 0:
+                        return term.having(scale=0.0)
+                    term = term.having(onehots=(*term.onehots, *self._listed(torch.nonzero(found), factor.axes)))
             choice = factor.node.is_choice and self.masked and not self.everywhere
             if not choice and not factor.node.mask:
                 continue
@@ -159,6 +167,19 @@ class SparseWorkspace(Workspace):
                 rest = (*rest, Factor(constant, listed[0].sources))
             term = term.having(factors=rest, onehots=(*term.onehots, *listed))
         return term
+
+    def _known_places(self, node: Node) -> tuple[torch.Tensor, list[Staged]] | None:
+        """Where a value of the tape may be other than zero, and the constants that say so; None if nothing is known."""
+        place = None if self.zeros is None or node.slot is None else self.zeros.get(node.slot)
+        read = [] if place is None else [self.program.input(slot, self.values[slot]) for slot in sorted(place.reads)]
+        if place is None or not all(map(self._is_settled, read)):
+            return None
+        return place(self.device).reshape(node.sizes), read
+
+    def is_readable(self, slot: int) -> bool:
+        """Whether a value is a constant that may be read now, and is compared later: nothing outside sees it otherwise."""
+        value = self.values[slot]
+        return slot in self.constants and (value.dtype.is_floating_point or slot not in self.widened)
 
     def _listed(self, places: torch.Tensor, axes: Sequence[Axis]) -> list[OneHot]:
         """Relations from a new axis, which counts the rows of ``places``, to what stands in its columns."""
@@ -575,16 +596,4 @@ def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]
     return tied
 
 
-def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
-    order = torch.argsort(right, stable=True)
-    ordered = right.index_select(0, order)
-    low, high = torch.searchsorted(ordered, left), torch.searchsorted(ordered, left, right=True)
-    counts = torch.where(left < 0, 0, high - low)
-    first = torch.repeat_interleave(torch.arange(left.numel(), device=left.device), counts)
-    start = torch.cumsum(counts, 0) - counts
-    offset = torch.arange(first.numel(), device=left.device) - start.index_select(0, first)
-    return first, order.index_select(0, low.index_select(0, first) + offset)
-
-
-__all__ = ["MappedPatternError", "SparseWorkspace", "join_equal", "kept", "plain", "unbatched"]
+__all__ = ["MappedPatternError", "SparseWorkspace", "kept", "plain", "unbatched"]

@@ -108,6 +108,7 @@ def sparse_workspace(
     """A workspace for maps between these slots."""
     plainly = make_workspace(tape, slots)
     workspace = SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked)
+    workspace.values = tape.values
     if masked and not torch._C._len_torch_dispatch_stack():
         workspace.constants = frozenset(
             slot for slot, value in enumerate(tape.values)
@@ -120,7 +121,7 @@ def sparse_workspace(
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
     """The graph of local Jacobians, each a sum of terms with concrete relations."""
     if workspace.zeros is None:
-        workspace.zeros = static_zeros(tape.records, tape.values)
+        workspace.zeros = static_zeros(tape.records, tape.values, workspace.is_readable)
     graph = build_graph(tape, inputs, outputs, workspace)
     known: dict[int, LinearMap] = {}
     for edges in (graph.into, graph.out_of):
