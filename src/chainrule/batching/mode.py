@@ -55,11 +55,13 @@ class VmapMode(Level):
     Attributes:
         fallbacks: the names of the ops that ran by a loop over the samples.
         merged: whether it does the work of two levels.
+        hides_data: whether it stands around code that does not know of it.
 
     """
 
     takes_functions = True
     merged = False
+    hides_data = False
     maps = True
     reads_data = True
     supports_higher_order_operators = True

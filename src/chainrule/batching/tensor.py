@@ -94,8 +94,17 @@ class BatchTensor(Tensor):
     def __array__(self, dtype: Any = None) -> Any:
         return self._constant("numpy").__array__(dtype)  # type: ignore[no-untyped-call]
 
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._constant("__dlpack__").__dlpack__(**options)  # type: ignore[no-untyped-call]
+
     def data_ptr(self) -> int:
-        """The address of the stored data."""
+        """The address of the stored data.
+
+        Raises:
+            RuntimeError: in code that was written for one row, and would take the address for that of its row.
+        """
+        if self.level.hides_data:
+            raise RuntimeError("chainrule: several rows at once have no address of their own")
         return self.value.data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.families import operator_edge
 from chainrule.rules.opaque import apart
+from chainrule.rules.row_mapping import Rows
 
 
 class FunctionContext:
@@ -111,6 +112,7 @@ class FunctionAction:
         self.number = number
         self.output = output
         self.kinds = kinds
+        self.pulling, self.pushing = Rows(), Rows()
 
     def _no_tangent(self, number: int, rows: torch.Tensor, materialize: bool) -> torch.Tensor | None:
         """The tangent of an argument that has none: zeros, unless the user asked for None."""
@@ -135,11 +137,16 @@ class FunctionAction:
 
     def pull(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
         """Cotangents ``(R, *out_shape)`` through the user's ``backward``."""
-        pulled = []
-        for row in rows.unbind(0):
+
+        def pull_one(row: torch.Tensor) -> torch.Tensor:
             result = self._backward(row, context, outputs)
-            pulled.append(torch.zeros_like(like) if result is None else result)
-        return torch.stack(pulled) if pulled else rows.new_zeros((0, *like.shape))
+            return torch.zeros_like(like) if result is None else result
+
+        pulled = self.pulling.through(pull_one, rows)
+        if pulled is None:
+            found = [pull_one(row) for row in rows.unbind(0)]
+            pulled = torch.stack(found) if found else rows.new_zeros((0, *like.shape))
+        return pulled
 
     def push(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
         """Tangents ``(R, *in_shape)`` through the user's ``jvp``, or the transpose of ``backward``."""
@@ -150,25 +157,32 @@ class FunctionAction:
 
     def _push(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
         out = outputs[self.output]
+        if self.pulling.is_mappable and 1 < out.numel() <= rows.shape[0]:
+            return self._push_dense(rows, like, context, outputs, out)
         try:
             return self._push_transposed(rows, like, context, outputs, out)
         except (RuntimeError, NotImplementedError):
             return self._push_dense(rows, like, context, outputs, out)
 
     def _push_by_jvp(self, rows: torch.Tensor, context: Any, out: torch.Tensor) -> torch.Tensor:
-        pushed = []
         if hasattr(context, "saved_for_forward") and isinstance(context, FunctionContext) and context.saved_for_forward:
             context.saved_tensors = context.saved_for_forward
         materialize = getattr(context, "materialize_grads", True)
-        for row in rows.unbind(0):
+
+        def push_one(row: torch.Tensor) -> torch.Tensor:
             tangents = [row if n == self.number else self._no_tangent(n, rows, materialize) for n in range(len(self.kinds))]
             result = self.function.jvp(context, *tangents)
             if self.layout is not None:
                 result = packed(_filled(result, self.layout, out))
             elif isinstance(result, (tuple, list)):
                 result = result[self.output]
-            pushed.append(torch.zeros_like(out) if result is None else result)
-        return torch.stack(pushed) if pushed else rows.new_zeros((0, *out.shape))
+            return torch.zeros_like(out) if result is None else result
+
+        pushed = self.pushing.through(push_one, rows)
+        if pushed is None:
+            found = [push_one(row) for row in rows.unbind(0)]
+            pushed = torch.stack(found) if found else rows.new_zeros((0, *out.shape))
+        return pushed
 
     def _push_transposed(
         self, rows: torch.Tensor, like: torch.Tensor, context: Any, outputs: tuple[Any, ...], out: torch.Tensor
@@ -184,7 +198,9 @@ class FunctionAction:
             (result,) = torch.autograd.grad(
                 pulled, probe, row.to(pulled.dtype), retain_graph=True, create_graph=True, allow_unused=True
             )
-            pushed.append(torch.zeros_like(out) if result is None else result)
+            if result is None:
+                raise NotImplementedError("the user's backward is differentiable by name only (`once_differentiable`)")
+            pushed.append(result)
         return torch.stack(pushed) if pushed else rows.new_zeros((0, *out.shape))
 
     def _push_dense(

@@ -90,6 +90,21 @@ def _nll(call: Call) -> dict[str, Callable[[Program, Staged], Staged]]:
     return {"self": pull}
 
 
+def _grid_sampler(op: Any) -> Kernel:
+    def kernel(call: Call) -> dict[str, Callable[[Program, Staged], Staged]]:
+        item, grid, mode, padding, align = call.args[:5]
+
+        def run(program: Program, row: Staged, mask: list[bool]) -> Sequence[Staged]:
+            wanted = [*mask, False][:2]
+            x, places = call.stage(program, item), call.stage(program, grid)
+            found: Sequence[Staged] = program.call(op, row, x, places, mode, padding, align, wanted)
+            return found
+
+        return _several(call, ("input", "grid") if mode == 0 else ("input",), run)
+
+    return kernel
+
+
 def _of_result(op: Any) -> Kernel:
     """An element-wise op whose derivative is a function of its result."""
 
@@ -135,6 +150,8 @@ KERNELS: dict[Any, Kernel] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_batch_norm.default: _batch_norm,
     aten.nll_loss_forward.default: _nll,
+    aten.grid_sampler_2d.default: _grid_sampler(aten.grid_sampler_2d_backward.default),
+    aten.grid_sampler_3d.default: _grid_sampler(aten.grid_sampler_3d_backward.default),
     **POINTWISE,
 }
 

@@ -15,6 +15,7 @@ from chainrule.rules import (
     elementwise,
     elementwise_activations,
     elementwise_special,
+    grid_sampling,
     layers,
     linalg,
     linalg_factorisations,
@@ -63,6 +64,7 @@ FAMILIES: tuple[Mapping[Any, Rule], ...] = (
     scans.RULES,
     normalisations.RULES,
     layers.RULES,
+    grid_sampling.RULES,
     losses.RULES,
     pooling.RULES,
     linalg.RULES,
@@ -73,7 +75,7 @@ RULES: dict[Any, Rule] = _merged(FAMILIES)
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
 WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
-    **products.WHOLE, **layers.WHOLE, **losses.WHOLE
+    **products.WHOLE, **layers.WHOLE, **losses.WHOLE, **grid_sampling.WHOLE
 }
 
 

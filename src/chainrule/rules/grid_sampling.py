@@ -1,0 +1,147 @@
+"""``grid_sample``: each output mixes the inputs next to a place, which the grid names; linear interpolation and nearest places.
+
+Along each dimension of space an output reads two taps (one for nearest places). So the local Jacobian with respect to the input
+has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid is dense over its coordinates alone.
+Source of coordinates, paddings and their one-sided derivatives: ``aten/src/ATen/native/GridSamplerUtils.h``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from chainrule.maps.nodes import leaf
+from chainrule.maps.staging import Program, Staged
+from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
+from chainrule.rules.base import Call, Edge, Rule, formula_node, single
+
+aten = torch.ops.aten
+
+_BILINEAR, _NEAREST = 0, 1
+_BORDER, _REFLECTION = 1, 2
+
+
+class _Taps(NamedTuple):
+    """What outputs read along one dimension of space: arrays ``(N, *out, taps)``."""
+
+    places: Any
+    weights: Any
+    slopes: Any
+
+
+def _reflected(place: Any, low: float, span: float) -> tuple[Any, Any]:
+    """Places reflected at ``low`` and ``low + span`` until they lie between, and the derivative."""
+    if not span:
+        return torch.zeros_like(place), torch.zeros_like(place)
+    shifted = place - low
+    sign = torch.where(shifted < 0, -1.0, torch.ones_like(place))
+    shifted = torch.abs(shifted)
+    rest = torch.fmod(shifted, span)
+    is_even = torch.fmod(torch.floor(shifted / span), 2) == 0
+    return torch.where(is_even, rest + low, span + low - rest), torch.where(is_even, sign, -sign)
+
+
+def _taps(call: Call, program: Program, dim: int) -> _Taps:
+    """The taps along a dimension of the input's space, the first of which is 0; the grid names the last one first."""
+    item, grid, mode, padding, align = call.args[:5]
+    space = call.shape(item)[2:]
+    size = space[dim]
+    place = torch.select(call.stage(program, grid), -1, len(space) - 1 - dim)
+    stretch = (size - 1) / 2 if align else size / 2
+    place = place * stretch + (size - 1) / 2
+    slope: Any = None
+    if padding == _REFLECTION:
+        place, slope = _reflected(place, *((0.0, size - 1.0) if align else (-0.5, float(size))))
+    if padding in (_BORDER, _REFLECTION):
+        inner = torch.logical_and(place > 0, place < size - 1)
+        slope = torch.where(inner, torch.ones_like(place) if slope is None else slope, 0.0)
+        place = torch.clamp(place, 0, size - 1)
+    if mode == _NEAREST:
+        places = torch.unsqueeze(torch.round(place), -1)
+        weights = torch.ones_like(places)
+        slopes = torch.zeros_like(places)
+    else:
+        first = torch.floor(place)
+        share = place - first
+        places = torch.stack([first, first + 1], -1)
+        weights = torch.stack([1 - share, share], -1)
+        rise = torch.full_like(place, stretch) if slope is None else slope * stretch
+        slopes = torch.stack([-rise, rise], -1)
+    inside = torch.logical_and(places >= 0, places < size)
+    found = torch.where(inside, places, 0.0).to(torch.long)
+    return _Taps(found, torch.where(inside, weights, 0.0), torch.where(inside, slopes, 0.0))
+
+
+def _input_term(call: Call) -> Term:
+    out, whole = new_axes(call.out_shape), new_axes(call.shape(call.args[0]))
+    samples, channels, *outputs = out
+    count = 1 if call.args[2] == _NEAREST else 2
+    factors, relations = [], []
+    for dim, target in enumerate(whole[2:]):
+        axes = (samples, *outputs, Axis(count))
+        sizes = tuple(axis.size for axis in axes)
+        weights = formula_node(call, sizes, lambda program, d=dim: _taps(call, program, d).weights, label="taps")
+        places = leaf(sizes, lambda program, d=dim: _taps(call, program, d).places, label="index")
+        factors.append(Factor(weights, axes))
+        relations.append(OneHot(places, axes, target))
+    in_dims = ((samples,), (channels,), *((axis,) for axis in whole[2:]))
+    return Term(dims_of(out), in_dims, tuple(factors), tuple(relations))
+
+
+def _by_grid(call: Call, program: Program) -> Staged:
+    """The derivative by the coordinates: an array ``(N, C, *out, dimensions of space)``."""
+    samples, channels, *space = call.shape(call.args[0])
+    outputs, rank = call.out_shape[2:], len(space)
+    taps = [_taps(call, program, dim) for dim in range(rank)]
+
+    def spread(array: Any, dim: int) -> Any:
+        shape = [1] * rank
+        shape[dim] = 2
+        return torch.reshape(array, (samples, 1, *outputs, *shape))
+
+    place: Any = None
+    for dim, tap in enumerate(taps):
+        own = spread(tap.places, dim)
+        place = own if place is None else place * space[dim] + own
+    full = (samples, channels, math.prod(outputs) * 2**rank)
+    place = torch.broadcast_to(torch.reshape(place, (samples, 1, full[2])), full)
+    values = torch.reshape(call.stage(program, call.args[0]), (samples, channels, math.prod(space)))
+    values = torch.reshape(torch.gather(values, 2, place), (samples, channels, *outputs, *([2] * rank)))
+    found = []
+    for coordinate in reversed(range(rank)):
+        mixed = values
+        for dim, tap in enumerate(taps):
+            mixed = mixed * spread(tap.slopes if dim == coordinate else tap.weights, dim)
+        found.append(torch.sum(mixed, tuple(range(-rank, 0))))
+    stacked: Staged = torch.stack(found, -1)  # type: ignore[assignment]
+    return stacked
+
+
+def _grid_sampler(call: Call) -> Iterable[Edge]:
+    item, grid, mode = call.args[:3]
+    if not call.tensor(call.outputs[0]).numel():
+        return
+    if call.is_active(item):
+        yield single(call, item, [_input_term(call)])
+    if call.is_active(grid) and mode == _BILINEAR:
+        out, coordinates = new_axes(call.out_shape), Axis(len(call.out_shape) - 2)
+        axes = (*out, coordinates)
+        sizes = tuple(axis.size for axis in axes)
+        node = formula_node(call, sizes, lambda program: _by_grid(call, program), flops=math.prod(sizes) * 4)
+        in_dims = ((out[0],), *((axis,) for axis in out[2:]), (coordinates,))
+        yield single(call, grid, [Term(dims_of(out), in_dims, (Factor(node, axes),))])
+
+
+_RULE = Rule("resampling", _grid_sampler)
+
+#: Bicubic interpolation is recorded in its parts.
+WHOLE: dict[Any, Any] = {
+    aten.grid_sampler_2d.default: lambda args, kernels, is_active: args[2] in (_BILINEAR, _NEAREST)
+}
+
+RULES: dict[Any, Rule] = {aten.grid_sampler_2d.default: _RULE, aten.grid_sampler_3d.default: _RULE}
+
+__all__ = ["RULES", "WHOLE"]

@@ -1,0 +1,152 @@
+"""Users' ``torch.autograd.Function``: several rows go through a ``backward`` at once where it takes them, else one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.function import once_differentiable
+
+import chainrule
+from chainrule.rules.row_mapping import RowMapping, Rows
+
+DOUBLE = {"dtype": torch.float64}
+
+
+class Layer(torch.autograd.Function):
+    """``tanh(x @ w)``; what it counts is how often ``backward`` runs."""
+
+    runs = 0
+
+    @staticmethod
+    def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        Layer.runs += 1
+        x, w, y = ctx.saved_tensors
+        inner = cotangent * (1 - y * y)
+        by_x = torch.zeros_like(x)
+        by_x += w @ inner
+        return by_x, torch.outer(x, inner) if ctx.needs_input_grad[1] else None
+
+
+class Branching(Layer):
+    """It looks at the values of a cotangent."""
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        x, w, y = ctx.saved_tensors
+        if not cotangent.any():
+            return torch.zeros_like(x), torch.zeros_like(w)
+        return Layer.backward(ctx, cotangent)
+
+
+class Address(Layer):
+    """It takes the address of a cotangent, as a kernel of its own would."""
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        cotangent.data_ptr()
+        return Layer.backward(ctx, cotangent)
+
+
+class Once(Layer):
+    """Its backward is not to be differentiated."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return Layer.backward(ctx, cotangent)
+
+
+class Pair(torch.autograd.Function):
+    """Two outputs, one of them without a derivative, and missing cotangents as None."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> Any:
+        return x.sin(), x > 0, x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, one: Any, mask: Any, two: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        parts = [part for part in (None if one is None else one * x.cos(), None if two is None else 2 * two * x) if part is not None]
+        return sum(parts) if parts else None
+
+
+def _layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x @ w)
+
+
+TRANSFORMS = {
+    "jacrev": lambda lib, f, x, w: lib.jacrev(f, (0, 1))(x[0], w[0]),
+    "jacfwd": lambda lib, f, x, w: lib.jacfwd(f, (0, 1))(x[0], w[0]),
+    "jvp": lambda lib, f, x, w: lib.jvp(lambda p: f(p, w[0]), (x[0],), (x[1],))[1],
+    "vmap-jacrev": lambda lib, f, x, w: lib.vmap(lib.jacrev(f, (0, 1)), (0, None))(x, w[0]),
+    "vmap-vmap-jacrev": lambda lib, f, x, w: lib.vmap(lambda p: lib.vmap(lambda q: lib.jacrev(f)(p, q))(w))(x),
+    "jacrev-jacrev": lambda lib, f, x, w: lib.jacrev(lib.jacrev(f))(x[0], w[0]),
+    "grad-jacrev": lambda lib, f, x, w: lib.grad(lambda p: lib.jacrev(f)(p, w[0]).square().sum())(x[0]),
+}
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (1, 5), (5, 1)])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("function", [Layer, Branching, Address, Once])
+def test_rows_agree_with_the_plain_function(function: Any, name: str, sizes: tuple[int, int]) -> None:
+    if function is Once and name in ("jacrev-jacrev", "grad-jacrev"):
+        pytest.skip("not differentiable twice")
+    if function in (Branching, Address) and name.startswith("vmap"):
+        pytest.skip("asks a mapped tensor for what it does not have, as in torch.func")
+    torch.manual_seed(0)
+    x, w = torch.randn(3, sizes[0], **DOUBLE), torch.randn(3, *sizes, **DOUBLE)
+    expected = TRANSFORMS[name](torch.func, _layer, x, w)
+    for _ in range(2):
+        # Sums of at most 15 products of numbers of size one.
+        torch.testing.assert_close(TRANSFORMS[name](chainrule, function.apply, x, w), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_all_rows_are_one_call_of_backward() -> None:
+    x, w = torch.randn(6, **DOUBLE), torch.randn(6, 9, **DOUBLE)
+    for _ in range(2):
+        Layer.runs = 0
+        chainrule.jacrev(Layer.apply)(x, w)
+        assert Layer.runs == 1
+    Layer.runs = 0
+    chainrule.vmap(chainrule.jacrev(Layer.apply), (0, None))(torch.randn(4, 6, **DOUBLE), w)
+    assert Layer.runs == 1
+
+
+def test_several_outputs_and_missing_cotangents() -> None:
+    x = torch.randn(5, **DOUBLE)
+    one, mask, two = chainrule.jacrev(lambda p: (Pair.apply(p)[0], Pair.apply(p)[1].to(p.dtype), Pair.apply(p)[2]))(x)
+    torch.testing.assert_close(one, torch.diag(x.cos()))
+    torch.testing.assert_close(two, torch.diag(2 * x))
+    assert not mask.any()
+
+
+def test_an_action_that_cannot_be_mapped_is_not_tried_again() -> None:
+    tries = []
+
+    def action(row: torch.Tensor) -> torch.Tensor:
+        tries.append(row)
+        return row * row.sum().item()
+
+    rows = Rows()
+    assert RowMapping.mapper is not None
+    assert rows.through(action, torch.ones(3, 2)) is None
+    assert rows.through(action, torch.ones(3, 2)) is None
+    assert len(tries) == 1
+    assert Rows().through(action, torch.ones(1, 2)) is None
+    torch.testing.assert_close(Rows().through(lambda row: (row * 2, None), torch.ones(3, 2))[0], torch.full((3, 2), 2.0))
