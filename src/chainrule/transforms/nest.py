@@ -463,7 +463,8 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
         if found is None:
             found = prepared[key] = stages.prepare(values)
             if (watch := current_watch()) is not None:
-                watch.add_program(stages.memory(0, values, ()), kept=True)
+                watch.add_program(memory := stages.memory(0, values, ()))
+                watch.add_results([*found[0], *found[1]], memory)
         return found
 
     def call(seeds: tuple[torch.Tensor, ...]) -> Any:
@@ -471,7 +472,8 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
             refuse_duals(seeds, "a linear function")
         found = stages.apply(values, prepare()[1], seeds)
         if (watch := current_watch()) is not None:
-            watch.add_program(stages.memory(1, values, seeds))
+            watch.add_program(memory := stages.memory(1, values, seeds))
+            watch.add_results(found, memory)
         later = plan.sources[plan.first :]
         leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
         return tree_unflatten(leaves, plan.spec)
