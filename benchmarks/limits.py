@@ -16,18 +16,20 @@ LIMITS: dict[str, str] = {
     "A7": "bound by writing the result, most of which are zeros: the formula by hand is itself 11 to 14 times faster than "
     "torch.func. Kept: the blocks are written onto the diagonal of fresh zeros without a temporary; the two calls of "
     "the row are made one after the other, each with its entry.",
-    "A5": "a quarter of the call is arithmetic. The rest is recording two ops through two handlers (a tape and a vmap: 1.4 "
-    "µs for an op and handler before anything is done), the vmap's tensors (1.7 µs each) and 4 calls. Tried: replay "
-    "on the stored tensors (kept), one-pass entry of vmap (kept), fewer calls by `addcmul` (kept), what a nest is "
-    "made of found once (kept, 7 %). Compiled it takes as long as by hand, which jax.jit does, too; the inductor "
-    "backend is no faster.",
+    "A5": "a quarter of the call is arithmetic; of the rest two thirds are running the layer under a tape and a vmap. A "
+    "further op there costs 5 to 9 µs beside its kernel, the first one of a call 10 to 15 more: its code is not in the "
+    "processor's cache any more. The rest is some 60 small functions of Python. Tried: replay on the stored tensors "
+    "with no mode active, by one look-up for the nest, and a mapped input as its own alias (kept, together 12 %), fewer "
+    "calls by `addcmul` (kept). Compiled it takes as long as by hand, which jax.jit does, too; the inductor backend is "
+    "no faster.",
     "A6": "the kernels are those by hand (one product of the size of the result is 90 % of them); the rest of an eager call "
     "is recording through a tape and a vmap. Tried: the other order of the operands of that product (no difference). "
     "Compiled it takes no longer than by hand, that is to write 8.7 MB; the best compiled peer is bound by the same.",
     "A8f": "a plain call of 2 ops takes ten times the compiled one: recording, checks of the tangent, the nest's key and "
     "look-up, some 60 small functions of Python; 3 calls are arithmetic. The nest runs as one program. Kept: what a "
     "nest is made of is found once per function, modes entered in C (a tenth less).",
-    "A8r": "as A8f, in two parts (what does not depend on the cotangent first); the same was tried.",
+    "A8r": "as A8f, in two parts (what does not depend on the cotangent first); the same was tried. Kept: what of a run the plan "
+    "reads is found once (a twentieth).",
     "A9": "bound by writing the zeros of the 256³ block. Kept: zeros of more than 32 MB are written past the caches, half "
     "of the time that torch's own take.",
     "B1": "bound by one matrix product; the formula by hand is itself only 2.4 to 3 times faster than the best torch.func "
@@ -58,8 +60,8 @@ LIMITS: dict[str, str] = {
     "is as fast as torch.autograd. Kept: dropout of nothing is no op, composite ops are recorded in parts in one "
     "pass, torch's Python functions are entered so that the calls in them are taken early.",
     "B9": "by hand three products and two passes; of a plain call a third is recording three layers through a tape and a "
-    "vmap, and the entry. Kept: the trace contracted as by hand, replays on the stored tensors. Compiled it is faster "
-    "than by hand.",
+    "vmap, and the entry. Kept: the trace contracted as by hand, replays on the stored tensors with no mode active (a tenth). "
+    "Compiled it is faster than by hand.",
     "B20f": "recording in Python: 34 records (62 before norms, products over sequences and chains of views were one each), most "
     "of their time in torch's Python functions around them, which pass the mode again, and in composites (dropout, "
     "attention). With parameters that require no grad it is 1.15 of torch.func: the rest is their graph, made op by "

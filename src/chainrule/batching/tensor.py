@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from chainrule.rules.batching_base import Batched
+from chainrule.shortcuts import FLOATING
 from chainrule.subclasses import known
 
 _make_wrapper = Tensor._make_wrapper_subclass
@@ -153,7 +154,10 @@ def wrap_batched(batched: Batched, mode: Any) -> BatchTensor:
     value = batched.value
     strided = value.layout is torch.strided
     if strided and value.__class__ is Tensor and value.is_cpu and value.is_contiguous() and not value.storage_offset():
-        whole: BatchTensor = _make_wrapper(BatchTensor, value.shape[1:], dtype=value.dtype)
+        dtype, sample = value.dtype, value.shape[1:]
+        whole: BatchTensor = _make_wrapper(BatchTensor, sample, dtype=dtype)
+        if dtype in FLOATING and not value.requires_grad:
+            batched.dtype, batched.sample = dtype, sample
         whole.inner = batched
         whole.level = mode
         return whole

@@ -238,6 +238,19 @@ plain_dtype(PyObject *tensor, int *joined)
     return real < 0 ? NULL : Py_NewRef(Py_None);
 }
 
+/* What is known of a tensor that carries a batch without asking it, borrowed: its `Batched` with dtype and shape of a sample, which
+ * says that it has no graph; NULL, without an error, of others. */
+static PyObject *
+known_batch(PyObject *tensor)
+{
+    if ((PyObject *)Py_TYPE(tensor) != c_batch_tensor)
+        return NULL;
+    PyObject *inner = SLOT(tensor, inner);
+    return inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched && SLOT(inner, dtype) != NULL && SLOT(inner, sample) != NULL
+               ? inner
+               : NULL;
+}
+
 static PyObject *
 exclude_python(int excluded)
 {

@@ -9,7 +9,8 @@ append_record(Handler *self, PyObject *facts, PyObject *arguments, PyObject *nam
     PyObject *op = SLOT(facts, op);
     slot = PyLong_FromSsize_t(PyList_GET_SIZE(self->active));
     identity = slot == NULL ? NULL : PyLong_FromVoidPtr(out);
-    shape = identity == NULL ? NULL : GET(out, shape);
+    PyObject *batch = known_batch(out);
+    shape = identity == NULL ? NULL : batch != NULL ? Py_NewRef(SLOT(batch, sample)) : GET(out, shape);
     outputs = shape == NULL || op == NULL ? NULL : PyTuple_Pack(1, slot);
     key = outputs == NULL ? NULL : PyTuple_Pack(5, facts, arguments, named, shape, dtype);
     record = key == NULL ? NULL : ((PyTypeObject *)c_record)->tp_alloc((PyTypeObject *)c_record, 6);
@@ -294,7 +295,10 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
             return appended < 0 ? -1 : 0;
     }
     PyObject *kind = (PyObject *)Py_TYPE(out);
-    PyObject *dtype = kind == c_tensor || kind == c_batch_tensor ? GET(out, dtype) : Py_NewRef(Py_None);
+    PyObject *batch = known_batch(out);
+    PyObject *dtype = batch != NULL                                ? Py_NewRef(SLOT(batch, dtype))
+                      : kind == c_tensor || kind == c_batch_tensor ? GET(out, dtype)
+                                                                   : Py_NewRef(Py_None);
     if (dtype == NULL)
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
@@ -422,7 +426,8 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         if (slot < 0 && !(is_argument(item) && may_be_constant(self, item)))
             goto refuse;
         int graph = 0;
-        PyObject *dtype = plain_dtype(item, &graph);
+        PyObject *batch = self->graphs ? NULL : known_batch(item);
+        PyObject *dtype = batch != NULL ? Py_NewRef(SLOT(batch, dtype)) : plain_dtype(item, &graph);
         if (dtype == NULL)
             goto done;
         int plain = dtype != Py_None;

@@ -24,7 +24,7 @@ class Batched:
 
     Attributes:
         value: the tensor.
-        dtype, sample: its dtype and the shape of one sample, where the compiled handlers made it; unset otherwise.
+        dtype, sample: its dtype and the shape of one sample, where it is whole, floating-point and without a graph; may be unset.
         signature: the number of its shape, strides, dtype and device, once it was asked for.
 
     """

@@ -1,4 +1,4 @@
-"""``vmap`` of a derivative transform as a whole: ``vmap(jacobian(f))`` and its like look one plan up and replay it outside of the level.
+"""``vmap`` of a derivative transform as a whole: ``vmap(jacobian(f))`` looks one plan up and replays it outside of the level.
 
 The function runs once, under the vmap and one tape. What the transforms compute then is a program on the stored tensors, whose
 batch dimension is the first: it is replayed without the vmap, and its results are those of the call.

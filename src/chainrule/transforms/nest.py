@@ -178,8 +178,8 @@ def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tup
         arg, argnums = args[number], [level.argnums for level in levels]  # type: ignore[index]
         if arg.__class__ in PLAIN_CLASSES and arg.dtype in FLOATING:
             if all([n.__class__ is int and n == number or n is None and count == 1 for n in argnums]):
-                union = (number,)
-                return [(union, n is not None) for n in argnums], union  # type: ignore[misc, return-value]
+                chosen: tuple[int, ...] = (number,)  # type: ignore[assignment]
+                return [(chosen, n is not None) for n in argnums], chosen
     wanted = []
     checked: tuple[int, ...] = ()
     for level in reversed(levels):

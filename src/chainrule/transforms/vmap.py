@@ -150,7 +150,10 @@ class Mapping:
         return _inside(call, *_batch_first(flat_args, flat_dims), size, args_spec, self.randomness)
 
     def enter_plain(self, call: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> tuple[Any, VmapMode] | None:
-        """As :meth:`enter` for code of this package and plain arguments, where no mode is active; None, with nothing done, elsewhere."""
+        """As :meth:`enter` for code of this package and plain arguments, where no mode is active.
+
+        Elsewhere None, with nothing done.
+        """
         refuse_inside_torch_func(self.name)
         found = _plain_inputs(self.in_dims, args)
         if found is None or not found[2]:
