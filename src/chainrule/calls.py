@@ -43,7 +43,11 @@ _OVERLOADS = {
     "view.default": torch.Tensor.view, "expand.default": torch.Tensor.expand, "amax.default": torch.amax,
     "amin.default": torch.amin, "narrow.default": torch.narrow, "linear.default": torch._C._nn.linear,
     "scatter.src": torch.scatter, "unbind.int": torch.unbind, "remainder.Scalar": torch.remainder,
-    "copy_.default": torch.Tensor.copy_, "add_.Tensor": torch.Tensor.add_,
+    "copy_.default": torch.Tensor.copy_, "add_.Tensor": torch.Tensor.add_, "sub_.Tensor": torch.Tensor.sub_,
+    "mul_.Tensor": torch.Tensor.mul_, "div_.Tensor": torch.Tensor.div_, "clamp_.default": torch.Tensor.clamp_,
+    "fill_.Scalar": torch.Tensor.fill_, "fill_.Tensor": torch.Tensor.fill_, "zero_.default": torch.Tensor.zero_,
+    "masked_fill_.Scalar": torch.Tensor.masked_fill_, "masked_fill_.Tensor": torch.Tensor.masked_fill_,
+    "relu_.default": torch.Tensor.relu_, "index_add_.default": torch.Tensor.index_add_,
 }  # fmt: skip
 
 

@@ -66,6 +66,10 @@ class Handler:
         """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""
         return NotImplemented
 
+    def _run_seen(self, call: Any, args: tuple[Any, ...]) -> Any:
+        """Call a function on tensors without a graph so that torch notes views and writes, in C; else NotImplemented."""
+        return NotImplemented
+
 
 def configure(**known: Any) -> None:
     """Give the handlers the objects that they use; those in Python know them."""

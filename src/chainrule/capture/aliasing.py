@@ -15,7 +15,7 @@ import torch
 from torch._ops import OpOverload
 
 from chainrule.capture.schema import OpFacts
-from chainrule.capture.slots import Slot
+from chainrule.capture.slots import Slot, slot_object
 from chainrule.dispatch import again
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class AliasTracker:
         parent = args[0]
         if isinstance(out, torch.Tensor):
             # ``reshape`` and ``contiguous`` may have made a copy.
-            if out is not parent and _shares_memory(out, parent):
+            if out is not parent and ((id(op) in _SCATTERS and _are_own(out, parent)) or _shares_memory(out, parent)):
                 self._link(out, parent, op, args[1:], kwargs)
             return
         for position, view in enumerate(out):
@@ -185,12 +185,12 @@ class AliasTracker:
         if not tape.touches(args):
             if id(target) in tape.slots or id(target) in self.links or id(target) in self.families:
                 return NotImplemented
-            return tape.outside(facts.fast, *args)
+            return tape.run_seen(facts.fast, args)
         lowered = tape.lower(args)
-        if tape.reads_values(functional):
+        if twin.reads or (twin.reads is None and tape.reads_values(functional)):
             _collect_slots(lowered, self._read_slots)
         self._save_old(target)
-        tape.outside(facts.fast, *args)
+        tape.run_seen(facts.fast, args)
         self.has_writes = True
         tape.append_record(twin, lowered, (), target)
         self._climb(target, len(tape.values) - 1)
@@ -281,7 +281,8 @@ class AliasTracker:
         for member in {id(m): m for m in (root, *members)}.values() if members else (root,):
             slot = tape.slots.get(id(member))
             if slot is not None and slot in self._read_slots and tape.values[slot] is member:
-                self._stand_in(slot, tape.outside(torch.clone, member))
+                clone = tape.outside(torch.clone, member) if member.requires_grad else tape.run_seen(torch.clone, (member,))
+                self._stand_in(slot, clone)
                 tape.kept.append(member)
 
     def _keep_shape(self, tensor: torch.Tensor) -> None:
@@ -299,11 +300,14 @@ class AliasTracker:
 
     def _scan_reads(self) -> None:
         tape = self.tape
+        known = tape._facts
         for record in tape.records[self._scanned :]:
-            if tape.reads_values(record.op):
+            facts = known.get(id(record.op))
+            if tape.reads_values(record.op) if facts is None or facts.reads is None else facts.reads:
                 self._read_slots.update(record.outputs)
                 _collect_slots(record.args, self._read_slots)
-                _collect_slots([item for _, item in record.kwargs], self._read_slots)
+                if record.kwargs:
+                    _collect_slots([item for _, item in record.kwargs], self._read_slots)
         self._scanned = len(tape.records)
 
     def _forget(self, tensor: torch.Tensor) -> None:
@@ -350,6 +354,11 @@ class AliasTracker:
     def _write_back(self, link: Link, parent_slot: int, slot: int, parent: torch.Tensor) -> int:
         """Record the parent's new value: its old one with the view's new value written into it."""
         tape = self.tape
+        scatter = _SCATTERS.get(id(link.op))
+        if scatter is not None and not link.kwargs and (tape.active[parent_slot] or tape.active[slot]) and _are_own(parent):
+            lowered = slot_object(parent_slot), slot_object(slot), *tape.lower(link.args)
+            tape.append_record(tape.facts(scatter), lowered, (), parent)
+            return len(tape.values) - 1
         if link.op in (aten.detach.default,):
             # Writing through .detach() or .data changes the memory and not the derivative.
             return tape.record_value(aten.alias.default, (parent_slot,), (), {}, parent)
@@ -399,6 +408,11 @@ def _shares_memory(view: torch.Tensor, parent: torch.Tensor) -> bool:
     return view.untyped_storage()._cdata == parent.untyped_storage()._cdata
 
 
+def _are_own(*tensors: torch.Tensor) -> bool:
+    """Whether tensors are torch's own, of floating-point numbers, each at its place in memory."""
+    return all([t.__class__ is torch.Tensor and t.layout is torch.strided and t.dtype.is_floating_point for t in tensors])
+
+
 def _stored(tensor: Any) -> Any:
     """The plain tensor behind the wrappers of batches."""
     while type(tensor) is not torch.Tensor and isinstance(getattr(tensor, "value", None), torch.Tensor):
@@ -424,6 +438,9 @@ SCATTERS: dict[Any, Any] = {
     aten.diagonal.default: aten.diagonal_scatter.default,
     aten.as_strided.default: aten.as_strided_scatter.default,
 }
+
+#: By the identity of the op, whose own hash is slow; each of them makes a view always.
+_SCATTERS = {id(op): scatter for op, scatter in SCATTERS.items()}
 
 Inverse = Callable[[torch.Tensor, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
 

@@ -152,6 +152,12 @@ class Tape(Records, LightMode):
         with _ForceDispatchKeyGuard(*self._outside):
             return function(*args, **kwargs)
 
+    def run_seen(self, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The same for tensors without a graph, of which torch keeps track of views and of writes alone."""
+        if COMPILED and self._sees_views and (out := self._run_seen(call, args)) is not NotImplemented:
+            return out
+        return self.outside(call, *args)
+
     def joins(self, args: Iterable[Any]) -> bool:
         """Whether torch's own autograd has to see a call, because a tensor among ``args`` requires grad or is complex.
 

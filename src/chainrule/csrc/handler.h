@@ -172,6 +172,8 @@ static PyMethodDef handler_methods[] = {
      "Take a function of the table; whatever is not plain goes to take_function."},
     {"_run_common", (PyCFunction)(void (*)(void))handler_run_common, METH_FASTCALL,
      "Run an op of plain arguments and record it; NotImplemented, with nothing done, for others."},
+    {"_run_seen", (PyCFunction)(void (*)(void))handler_run_seen, METH_FASTCALL,
+     "Call a function on tensors without a graph, as views and writes have to be."},
     {"__enter__", (PyCFunction)handler_enter, METH_NOARGS, "Enter the mode."},
     {"__exit__", (PyCFunction)(void (*)(void))handler_exit, METH_FASTCALL, "Leave the mode."},
     {"_begin", (PyCFunction)(void (*)(void))handler_begin, METH_FASTCALL, "Make the tables of a tape."},

@@ -313,3 +313,17 @@ handler_run_common(Handler *self, PyObject *const *args, Py_ssize_t count)
         return PyErr_Format(PyExc_TypeError, "_run_common: facts and a tuple are expected, on a tape");
     return run_common(self, args[0], args[1], SLOT(args[0], fast), args[1], NULL);
 }
+
+/* _run_seen(call, args): a call on tensors without a graph, of which torch keeps track of views and writes. */
+static PyObject *
+handler_run_seen(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2 || !PyTuple_CheckExact(args[1]))
+        return PyErr_Format(PyExc_TypeError, "_run_seen: a function and a tuple are expected");
+    if (state.exclude == NULL || !state.excluded(state.views) || !state.excluded(state.python))
+        return Py_NewRef(Py_NotImplemented);
+    state.exclude(state.views, false);
+    PyObject *out = PyObject_Call(args[0], args[1], NULL);
+    state.exclude(state.views, true);
+    return out;
+}
