@@ -188,8 +188,8 @@ def markdown(
         "## Which expression was the fastest, first call and peak memory",
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
-        "caching allocator's own statistics), the result included. The prediction is that of the plans; where the allocator saw",
-        "a call hold more (the graph that autograd keeps of parameters, sums and lists made around the transforms), it is that.",
+        "caching allocator's own statistics), the result included. The prediction is that of the plans alone: what is made",
+        "around the transforms (stacked lists, the training step that follows) is not in it, and a plain `vmap` has no plan.",
         "",
         markdown_table(
             [

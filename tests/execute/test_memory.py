@@ -232,6 +232,13 @@ def test_plans_know_what_autograd_keeps(name: str, requires_grad: bool) -> None:
     check_predicted_peak(function, (x,))
 
 
+def test_plans_know_the_work_space_of_functions_that_stand_for_ops() -> None:
+    """A maximum over windows is computed with the channels last, by copies that are as large as what it reads and gives."""
+    check_predicted_peak(chainrule.grad(lambda x: F.max_pool2d(F.conv2d(x, KERNEL), 2).sum()), (torch.randn(8, 3, 34, 34),))
+    pooled = chainrule.grad(lambda x: F.max_pool2d(x, 2).square().sum())
+    check_predicted_peak(pooled, (torch.randn(8, 16, 32, 32),))
+
+
 def test_plans_know_what_graphs_of_opaque_ops_keep() -> None:
     torch.manual_seed(0)
     layer = nn.LSTM(8, 16, batch_first=True)

@@ -13,6 +13,7 @@ import chainrule
 from chainrule.execute import engine
 from chainrule.execute.memory import watching
 from chainrule.execute.reuse import SMALLEST, written_over
+from tests.transforms.test_blocks import peak_bytes
 
 tf = torch.func
 Tensor = torch.Tensor
@@ -148,3 +149,19 @@ def test_watched_calls_write_over_too() -> None:
     with watching() as watch:
         chainrule.grad(function)(x)
     assert watch.peak > 0
+
+
+def test_scattered_terms_are_added_where_they_stand() -> None:
+    """The Jacobian's diagonal is added to the zeros that the rest was scattered into: nothing else of its size is held."""
+    index = torch.randint(60, (50,))
+
+    def function(x: Tensor) -> Tensor:
+        return torch.outer(x[index].sin(), x)
+
+    x = torch.randn(60, dtype=torch.float64)
+    derivative = chainrule.jacobian(function)
+    for _ in range(3):
+        torch.testing.assert_close(derivative(x), torch.func.jacrev(function)(x))
+    result = derivative(x)
+    assert not result._is_view()
+    assert peak_bytes(lambda: derivative(x)) < 1.3 * result.nbytes

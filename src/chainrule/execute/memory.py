@@ -339,23 +339,34 @@ def watching() -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
+def planned_peak(call: Callable[[], Any]) -> int:
+    """The bytes that a call with cached plans holds at the peak, as these predict it; 0 for one without plans.
+
+    Args:
+        call: the call, which has made its plans already. It is run.
+    """
+    with watching() as watch:
+        result = call()
+    del result
+    return watch.peak
+
+
 def peak_of(call: Callable[[], Any]) -> int:
     """The bytes that a call with cached plans holds at the peak.
 
-    That is the prediction of its plans; or what torch's allocator saw the call hold, where that is more: what autograd keeps
-    for its graph, and the code around the transforms, are part of no plan.
+    That is the prediction of its plans; or what torch's allocator saw the call hold, where that is more: the code around the
+    transforms is part of no plan.
 
     Args:
         call: the call, which has made its plans already. It is run twice.
     """
-    with watching() as watch:
-        call()
+    planned = planned_peak(call)
     if not free():
-        return watch.peak
+        return planned
     with watching():  # so that compiled functions run without their graphs here, too
         result, space = observe(call)
     del result
-    return max(watch.peak, space.results + space.work)
+    return max(planned, space.results + space.work)
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -6,6 +6,8 @@ of more than some hundred kilobytes takes longer than an element-wise kernel doe
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -85,8 +87,9 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
     """
     if program.literal:
         return None
-    cheaper = [_scattered(program, instruction) for instruction in instructions]
-    changed = any(one is not other for one, other in zip(cheaper, instructions, strict=True))
+    kept = list(kept)
+    cheaper = _in_shape(program, [_scattered(program, instruction) for instruction in instructions], kept)
+    changed = len(cheaper) < len(instructions) or any(map(operator.is_not, cheaper, instructions))
     instructions, lives = cheaper, _Lives(cheaper, kept)
     found: list[Instruction] = []
     for number, instruction in enumerate(instructions):
@@ -111,6 +114,51 @@ def _scattered(program: Program, instruction: Instruction) -> Instruction:
     if any(kind is None or len(kind[0]) != 1 for kind in kinds) or kinds[1][1] is not torch.long:  # type: ignore[index]
         return instruction
     return instruction._replace(function=torch.scatter_add)
+
+
+def scattered(
+    function: Callable[..., Any], shape: Sequence[int], index: torch.Tensor, source: torch.Tensor, **kind: Any
+) -> torch.Tensor:
+    """Values at their places among zeros, counted through all of a shape: a tensor of its own, which later calls may write over.
+
+    Args:
+        function: ``torch.scatter``, ``scatter_add`` or ``index_add``.
+        shape: the shape of the result.
+        index: the places.
+        source: the values.
+        kind: dtype and device of the result.
+    """
+    whole = torch.zeros(shape, **kind)
+    flat = whole.view(-1)
+    function(flat, 0, index, source, out=flat)
+    return whole
+
+
+def _in_shape(program: Program, instructions: list[Instruction], kept: Sequence[int | None]) -> list[Instruction]:
+    """Large zeros, scattered into and then brought into shape, as one call: what is a view cannot be given away."""
+    uses = Counter(slot for instruction in instructions for slot in reads(instruction))
+    uses.update(slot for slot in kept if slot is not None)
+    producers = {slot: i for i in instructions for slot in i.outputs}
+    joined: dict[int, Instruction | None] = {}
+    for shaped in instructions:
+        if shaped.function is not torch.reshape or len(shaped.args) != 2 or not isinstance(shaped.args[0], Ref) or shaped.kwargs:
+            continue
+        filled, size = producers.get(shaped.args[0].slot), program.kinds.get(shaped.outputs[0])
+        if filled is None or filled.function not in _ON_FIRST or filled.kwargs or filled.keep or len(filled.args) != 4:
+            continue
+        if size is None or size[0].numel() * size[1].itemsize < SMALLEST or filled.args[1] not in (0, -1):
+            continue
+        zeros = producers.get(filled.args[0].slot) if isinstance(filled.args[0], Ref) else None
+        if zeros is None or zeros.function is not torch.zeros or not {"dtype", "device"}.issuperset(zeros.kwargs):
+            continue
+        flat = program.kinds.get(zeros.outputs[0])
+        if flat is None or len(flat[0]) != 1 or not all(isinstance(item, Ref) for item in filled.args[2:]):
+            continue
+        if uses[zeros.outputs[0]] == 1 == uses[filled.outputs[0]]:
+            args = (filled.function, tuple(size[0]), *filled.args[2:])
+            joined |= {id(zeros): None, id(shaped): None}
+            joined[id(filled)] = shaped._replace(function=scattered, args=args, kwargs=zeros.kwargs)
+    return [found for i in instructions if (found := joined.get(id(i), i)) is not None] if joined else instructions
 
 
 def written_over(instruction: Instruction) -> int | None:
@@ -223,8 +271,9 @@ class _Lives:
 
 def _is_fresh(function: Callable[..., Any]) -> bool:
     return (
-        function in _POINTWISE or function in _ON_FIRST or function in _FRESH or function in _FRESH_OPS or function in _WRITING
+        function is scattered or function in _FRESH_OPS or function in _POINTWISE or function in _ON_FIRST or function in _FRESH
+        or function in _WRITING
     )
 
 
-__all__ = ["reusing", "written_over"]
+__all__ = ["reusing", "scattered", "written_over"]

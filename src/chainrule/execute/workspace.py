@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
+from chainrule.calls import FUNCTIONS
 from chainrule.capture.recorder import HIDDEN_WRITES
 from chainrule.capture.slots import Slot
 from chainrule.capture.tape import Tape
@@ -229,7 +230,8 @@ def _of_record(tape: Tape, record: Any) -> int:
     if not all(map(_is_plain, _tensors((args, tuple(kwargs.values()))))):
         return 0
     with torch.no_grad():
-        return observe(partial(op, *args, **kwargs))[1].work
+        # Of some ops the recorder calls a function in their place.
+        return observe(partial(op if kwargs else FUNCTIONS.get(op._op, op), *args, **kwargs))[1].work
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
