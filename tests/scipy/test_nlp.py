@@ -137,3 +137,25 @@ def test_arguments():
         chainrule_scipy.nlp_problem(coupled, np.ones(3))
     with pytest.raises(ValueError, match="must return a vector"):
         chainrule_scipy.nlp_problem(rosenbrock, np.ones(3), rosenbrock)
+
+
+MASK = torch.tensor([1, 0, 1, 0, 0, 1], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("compiled", [None, True, False])
+def test_zeros_of_masks_are_no_part_of_a_structure(compiled):
+    """Records hold them, plain calls do not: the structure is the same."""
+    masked = lambda x: x.masked_fill(MASK, 0) * x.roll(1)  # noqa: E731
+    energy = lambda x: (x**2).sum() + (masked(x) ** 2).sum()  # noqa: E731
+    problem = chainrule_scipy.nlp_problem(energy, np.linspace(0.1, 1, 6), masked, compiled=compiled)
+    generator = np.random.default_rng(1)
+    for _ in range(16):
+        x, weights = generator.normal(size=6), generator.normal(size=6)
+        at, v = torch.tensor(x), torch.tensor(weights)
+        dense = np.zeros((6, 6))
+        dense[problem.jacobianstructure()] = problem.jacobian(x)
+        assert np.allclose(dense, torch.func.jacrev(masked)(at).numpy(), rtol=1e-13)
+        dense = np.zeros((6, 6))
+        dense[problem.hessianstructure()] = problem.hessian(x, weights, 0.7)
+        expected = torch.func.hessian(lambda x: 0.7 * energy(x) + (v * masked(x)).sum())(at)  # noqa: B023 - called at once
+        assert np.allclose(dense, np.tril(expected.numpy()), rtol=1e-12, atol=1e-13)

@@ -180,12 +180,14 @@ class SparsePlan:
         masks: the masks whose zeros are left out.
         values: computes the values of the entries.
         layouts: per block, where they stand.
+        masked: whether zeros of masks would have been left out, had there been some.
     """
 
     relations: Guard
     masks: Guard
     values: CachedPlan
     layouts: dict[tuple[int, int], Layouts]
+    masked: bool = True
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
         """The values of a run."""
@@ -212,8 +214,10 @@ class SparsePlans:
     def find(self, tape: Any) -> SparsePlan | None:
         """The plan for the index tensors of a run."""
         others, recorded = False, _recorded()
+        masked = self.other_masks < _MASKS and not recorded
         for number, plan in enumerate(self.plans):
-            if not plan.relations.fits(tape):
+            # What was planned for a record holds more zeros than plain calls have.
+            if (masked and not plan.masked) or not plan.relations.fits(tape):
                 continue
             if recorded and plan.masks.reads:
                 continue
@@ -391,7 +395,8 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     program.selecting.clear()
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
-    return SparsePlan(relations, masks, cached, {key: Layouts(p) for key, p in planned.patterns.items()})
+    layouts = {key: Layouts(pattern) for key, pattern in planned.patterns.items()}
+    return SparsePlan(relations, masks, cached, layouts, workspace.masked)
 
 
 __all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan", "mapped_slots", "terms_described"]
