@@ -56,15 +56,12 @@ def owned(program: Program, results: Sequence[Staged | None]) -> list[Staged | N
         if staged is None:
             fresh.append(None)
             continue
-        root, broadcast = _memory(staged.slot, producers)
-        if root is None or root in taken or broadcast:
-            copy = torch.Tensor.clone
-            if root in taken:
-                staged = _again(program, staged)
-            else:
-                staged = program.call(copy, staged, memory_format=torch.contiguous_format)
-        else:
-            taken.add(root)
+        memory, broadcast = _memory(staged.slot, producers)
+        if memory is None or memory in taken or broadcast:
+            copy = program.call(torch.Tensor.clone, staged, memory_format=torch.contiguous_format)
+            staged = _again(program, staged) if memory in taken or copy.slot in taken else copy
+            memory = staged.slot
+        taken.add(memory)
         fresh.append(staged)
     return fresh
 
