@@ -51,6 +51,38 @@ def _turned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
     return (aten.transpose.int, (args[0], 0, 1)) if len(args) == 1 and args[0].dim() == 2 else None
 
 
+def _narrowed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    if kwargs or len(args) != 4 or not all([place.__class__ is int for place in args[1:]]):
+        return None
+    tensor, dim, start, length = args
+    rank = tensor.dim()
+    if not -rank <= dim < rank or start < 0 or length < 0 or start + length > tensor.shape[dim]:
+        return None
+    return aten.slice.Tensor, (tensor, dim % rank, start, start + length, 1)
+
+
+def _moved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    if kwargs or len(args) != 3 or not all([place.__class__ is int for place in args[1:]]):
+        return None
+    rank = args[0].dim()
+    if not all([-rank <= place < rank for place in args[1:]]):
+        return None
+    order = [*range(rank)]
+    order.insert(args[2] % rank, order.pop(args[1] % rank))
+    return aten.permute.default, (args[0], order)
+
+
+def _beside(dim: int) -> Reading:
+    """Tensors of two dimensions or more side by side."""
+    joined = Joined(aten.cat.default)
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        read = joined((*args, dim), {}) if len(args) == 1 and not kwargs else None
+        return read if read is not None and read[1][0][0].dim() > 1 else None
+
+    return read
+
+
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
     if kwargs or len(args) > 3:
         return None
@@ -247,6 +279,10 @@ def _table() -> dict[Any, Reading]:
     readings: dict[str, Any] = {
         "reshape": _sizes(aten.reshape.default),
         "transpose": _places(aten.transpose.int, 2),
+        "swapaxes": _places(aten.transpose.int, 2),
+        "swapdims": _places(aten.transpose.int, 2),
+        "narrow": _narrowed,
+        "movedim": _moved,
         "unsqueeze": _places(aten.unsqueeze.default, 1),
         "squeeze": _places(aten.squeeze.dim, 1),
         "t": _turned,
@@ -264,6 +300,7 @@ def _table() -> dict[Any, Reading]:
     joined: dict[Any, Any] = dict.fromkeys((torch.cat, torch.concat, torch.concatenate), Joined(aten.cat.default))
     joined[torch.stack] = Joined(aten.stack.default)
     found |= joined
+    found |= {torch.vstack: _beside(0), torch.row_stack: _beside(0), torch.hstack: _beside(1)}
     for function, op in ((F.softmax, aten._softmax.default), (F.log_softmax, aten._log_softmax.default)):
         found[function] = _without(_along(op, False), {"_stacklevel": 3, "dtype": None})
     return found

@@ -60,6 +60,7 @@ class Handler:
         tape._facts = facts
         tape.respect_no_grad = respect_no_grad
         tape.kind = TAPE
+        tape.meets_saved = False
 
     def _run_common(self, facts: Any, args: tuple[Any, ...]) -> Any:
         """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""

@@ -224,11 +224,38 @@ def test_explained_peak_of_modules(name: str, activation: type[torch.nn.Module],
     assert abs(peak / measured - 1) <= 0.25, (peak, measured)
 
 
-@pytest.mark.parametrize("name", ["vjp", "grad", "hvp", "laplacian", "jacfwd"])
-def test_plans_know_that_transposes_of_parameters_are_views(name: str) -> None:
-    """The prediction of the plans alone, without a look at the allocator."""
-    function, x = OF_MODULES[name](_layers(torch.nn.Tanh, requires_grad=False))
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["vjp", "vjp of a batch", "grad", "hessian", "hvp", "laplacian", "ggn", "jacfwd"])
+def test_plans_know_what_autograd_keeps(name: str, requires_grad: bool) -> None:
+    """The prediction of the plans alone, without a look at a call: transposes of parameters are views, graphs keep values."""
+    function, x = OF_MODULES[name](_layers(torch.nn.Tanh, requires_grad=requires_grad))
     check_predicted_peak(function, (x,))
+
+
+def test_plans_know_what_graphs_of_opaque_ops_keep() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(8, 16, batch_first=True)
+    check_predicted_peak(chainrule.jacobian(lambda x: layer(x)[0]), (torch.randn(2, 5, 8),))
+
+
+def test_plans_know_what_graphs_keep_under_vmap() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    check_predicted_peak(chainrule.vmap(chainrule.jacobian(lambda x: layer(x[None])[0])), (torch.randn(4, 6, 32),))
+
+
+def test_results_count_as_long_as_somebody_has_them() -> None:
+    def one_by_one(x: Tensor) -> list[Tensor]:
+        push = chainrule.linearize(lambda x: x.sin().cumsum(0), x)[1]
+        return [push(x * k) for k in range(20)]
+
+    with watching() as watch:
+        found = one_by_one(torch.randn(1000))
+        held = watch.held
+        assert held >= sum(result.nbytes for result in found)
+        del found
+        one_by_one(torch.randn(1000))
+    check_predicted_peak(one_by_one, (torch.randn(1000),))
 
 
 def test_forward_over_reverse_holds_no_more_than_reverse_over_reverse() -> None:

@@ -18,7 +18,7 @@ from scipy import integrate, optimize  # noqa: E402
 
 from chainrule import scipy as solvers  # noqa: E402
 from chainrule.scipy.plain_code import only_computes  # noqa: E402
-from chainrule.scipy.replays import _CALLS, ATTRIBUTE  # noqa: E402
+from chainrule.scipy.replays import ATTRIBUTE, CALLS  # noqa: E402
 from tests.scipy.problems import bratu, bratu_ends, decay, numpy_of, robertson, rosenbrock, rosenbrock_residuals  # noqa: E402
 
 SCALE, LIST, WEIGHT = 2.0, [1.0], torch.ones(3, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_replayed_solves_are_the_plain_ones(name):
     assert sum(replays(copied).values()) > 0
     # The order of sums may differ: a few units in the last place, through an iteration that stops at a tolerance of 1e-8.
     assert np.allclose(plain, forced, rtol=1e-6, atol=1e-8)
-    for _ in range(_CALLS + 1):
+    for _ in range(CALLS + 1):
         assert np.allclose(plain, solve(copied), rtol=1e-6, atol=1e-8)
     assert any(count for (_, is_forced), count in replays(copied).items() if not is_forced)
 
@@ -217,7 +217,7 @@ def test_functions_that_count_are_called_each_time():
         calls.clear()
         found = solvers.minimize(counted, np.full(3, 0.5))
         assert len(calls) == found.nfev
-    assert found.nfev > _CALLS
+    assert found.nfev > CALLS
 
 
 def accumulating(state):
@@ -274,7 +274,7 @@ def test_runs_that_leave_traces_are_those_of_plain_calls(make):
         return [(*f.x, f.fun, f.nfev) for f in found], state.item(), torch.rand(()).item()
 
     expected = solved(False)
-    assert sum(nfev for *_, nfev in expected[0]) > _CALLS + 3
+    assert sum(nfev for *_, nfev in expected[0]) > CALLS + 3
     assert solved(None) == expected
 
 

@@ -497,3 +497,47 @@ def test_backward_of_several_outputs_that_is_not_linear(writes):
         torch.testing.assert_close(torch.stack([chainrule.grad(function)(row) for row in x]), expected)
         torch.testing.assert_close(chainrule.vmap(chainrule.grad(function))(x), expected)
         torch.testing.assert_close(chainrule.jacrev(several)(x), torch.func.jacrev(several)(x))
+
+
+def test_what_a_node_has_kept_is_the_value_that_it_was() -> None:
+    """A result that torch's graph keeps comes back as another tensor object: d/dx of x exp(w x) is (1 + w x) exp(w x)."""
+    point = x()
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def function(p: torch.Tensor) -> torch.Tensor:
+        node: Any = (p * weight).exp().grad_fn
+        return p * node._saved_result
+
+    for _ in range(2):
+        expected = (1 + weight * point) * (weight * point).exp()
+        torch.testing.assert_close(chainrule.grad(lambda p: function(p).sum())(point), expected)
+        torch.testing.assert_close(chainrule.jacrev(function)(point), torch.diag(expected))
+        nested = chainrule.grad(lambda p: chainrule.grad(lambda q: function(q).sum())(p).sum())(point)
+        torch.testing.assert_close(nested, (2 * weight + weight * weight * point) * (weight * point).exp())
+
+
+def test_a_function_that_keeps_its_result() -> None:
+    """Its backward reads what it has kept: a function of the input for the derivative of the derivative."""
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, p: torch.Tensor) -> torch.Tensor:
+            out = p.exp()
+            ctx.save_for_backward(out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            (out,) = ctx.saved_tensors
+            return cotangent * out
+
+    point = x()
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def function(p: torch.Tensor) -> torch.Tensor:
+        return Exp.apply(p * weight).sum()  # type: ignore[no-any-return, no-untyped-call]
+
+    for _ in range(2):
+        expected = torch.diag(weight**2 * (weight * point).exp())
+        torch.testing.assert_close(chainrule.hessian(function)(point), expected)
+        torch.testing.assert_close(chainrule.jacrev(chainrule.grad(function))(point), expected)

@@ -278,6 +278,11 @@ class VmapMode(Level):
             # Constants with a graph: autograd is to see the stored tensors alone, not those that stand for them as well.
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 return self._wrap(op._op(*inner))
+        if entry.kind == INPLACE_KIND:
+            if joined or entry.composite or inner[0].__class__ is not Batched:
+                return NotImplemented
+            strategy(op, inner, {}, self.size)
+            return args[0]
         if self._calls is not None and self.below is None:
             out = self._calls.op(self, entry, args, inner)
             if out is not NotImplemented:

@@ -152,6 +152,11 @@ def wrap_batched(batched: Batched, mode: Any) -> BatchTensor:
     """A tensor of the level `mode` for a batched result. Its strides are those of one sample."""
     value = batched.value
     strided = value.layout is torch.strided
+    if strided and value.__class__ is Tensor and value.is_cpu and value.is_contiguous() and not value.storage_offset():
+        whole: BatchTensor = _make_wrapper(BatchTensor, value.shape[1:], dtype=value.dtype)
+        whole.inner = batched
+        whole.level = mode
+        return whole
     tensor: BatchTensor = _make_wrapper(
         BatchTensor,
         value.shape[1:],

@@ -47,6 +47,9 @@ def are_stacked_alike(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _is_one_stack(tensor: torch.Tensor) -> bool:
     """Whether the dimensions before the last two are one in memory, too."""
+    if tensor.dim() == 4:
+        size, inner = tensor.shape[0], tensor.shape[1]
+        return size == 1 or inner == 1 or tensor.stride(0) == inner * tensor.stride(1)
     dims = [(size, step) for size, step in zip(tensor.shape[:-2], tensor.stride(), strict=False) if size != 1]
     return all(step == size * inner for (_, step), (size, inner) in itertools.pairwise(dims))
 

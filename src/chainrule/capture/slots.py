@@ -69,11 +69,13 @@ class Slots:
         key: what the plan depends on, in the order of recording.
         kept: tensors whose identity stands in a table although no slot holds them: it must not be used again.
         derived: the slots of constants for differentiation that are computed from what depends on the inputs.
+        meets_saved: whether tensors may be met that torch's autograd kept for a backward: other objects of recorded values.
         expects_views: whether tensors may be met that torch's autograd made of recorded values by itself: views that it keeps.
     """
 
     expects_views = False
 
+    meets_saved: bool
     values: list[Any]
     active: list[bool]
     slots: dict[int, int]
@@ -129,10 +131,11 @@ class Slots:
             slot = self._alias.resolve(tensor)
             if slot is not None:
                 return slot
-        if tensor.grad_fn is not None:
+        if self.meets_saved and tensor.grad_fn is not None:
             slot = self._other_objects().by_node(tensor, self.values)
         elif tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
-            slot = self._other_objects().by_memory(tensor, self.values)
+            if tensor.grad_fn is None:
+                slot = self._other_objects().by_memory(tensor, self.values)
         if slot is None and self.expects_views and self._alias is not None and tensor.__class__ is torch.Tensor:
             place = self._other_objects().by_view(tensor, self.values)
             slot = None if place is None else self._alias.kept_view(tensor, place)

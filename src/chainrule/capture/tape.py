@@ -94,10 +94,11 @@ class Tape(Records, LightMode):
         if count := _count_modes():
             self._begun = {id(mode): len(mode.values) for n in range(count) if isinstance(mode := _mode_at(n), Tape)}
 
-    def expect_views(self) -> None:
-        """From now on torch's autograd may bring tensors that it made of recorded values by itself."""
-        # With views to track, no tensor is taken for a constant at first sight.
-        self.expects_views = self.alias is not None
+    def expect_saved(self, *, views: bool) -> None:
+        """Torch's autograd may bring tensors that it has kept from now on; with `views`, those that it made of values."""
+        self.meets_saved = True
+        if views:  # with views to track, no tensor is taken for a constant at first sight
+            self.expects_views = self.alias is not None
 
     def fork(self) -> Tape:
         """A finished tape once more: what is recorded on it from now on does not change this one."""
@@ -105,7 +106,7 @@ class Tape(Records, LightMode):
         fork.values, fork.active, fork.records = [*self.values], [*self.active], [*self.records]
         fork.inputs, fork.key, fork.slots = [*self.inputs], [*self.key], dict(self.slots)
         fork.kept, fork.saw_blocked = [*self.kept], self.saw_blocked
-        fork.hooks, fork.sources = self.hooks, self.sources
+        fork.hooks, fork.sources, fork.meets_saved = self.hooks, self.sources, self.meets_saved
         fork._derived, fork.derived = dict(self._derived), set(self.derived)
         return fork
 

@@ -28,6 +28,7 @@ typedef struct {
     PyObject *derived;
     PyObject *pending;
     char sees_views;
+    char meets_saved;
     PyObject *entered;
 } Handler;
 

@@ -198,6 +198,7 @@ static PyMemberDef handler_members[] = {
     {"pending", T_OBJECT, offsetof(Handler, pending), 0, NULL},
     {"_entered", T_OBJECT, offsetof(Handler, entered), 0, NULL},
     {"_sees_views", T_BOOL, offsetof(Handler, sees_views), 0, NULL},
+    {"meets_saved", T_BOOL, offsetof(Handler, meets_saved), 0, NULL},
     {NULL},
 };
 

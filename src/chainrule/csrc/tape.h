@@ -197,8 +197,10 @@ may_be_constant(Handler *self, PyObject *tensor)
 
 /* Whether a tensor without a slot is one that the tape cannot know by its graph: 1, 0, or -1 with an error set. */
 static int
-constant_is_new(PyObject *tensor)
+constant_is_new(Handler *self, PyObject *tensor)
 {
+    if (!self->meets_saved)
+        return 1;
     PyObject *node = GET(tensor, grad_fn);
     Py_XDECREF(node);
     return node == NULL ? -1 : node == Py_None;
@@ -212,7 +214,7 @@ slot_or_constant(Handler *self, PyObject *tensor)
     if (layout == NULL)
         return -1;
     Py_DECREF(layout);
-    int fresh = constant_is_new(tensor);
+    int fresh = constant_is_new(self, tensor);
     if (fresh < 0)
         return -1;
     /* No writes that it may be touched by, no graph by which it may be known, and nothing else to note of it. */
@@ -323,7 +325,7 @@ joins_whole(Handler *self, PyObject *facts, PyObject *const *args, Py_ssize_t co
             Py_ssize_t slot = known_slot(self, args[1]);
             if (slot != -1)
                 return slot == -2 ? -1 : PyList_GET_ITEM(self->active, slot) != Py_True;
-            int fresh = constant_is_new(args[1]);
+            int fresh = constant_is_new(self, args[1]);
             if (fresh)
                 return fresh;
         }

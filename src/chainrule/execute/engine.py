@@ -21,7 +21,7 @@ from chainrule.dispatch import functions_are_replaced, functions_aside, undispat
 from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
 from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, stored_values, without_graphs, wrap
 from chainrule.execute.collection import postponed_collection
-from chainrule.execute.memory import Memory, Watch, current_watch, watching
+from chainrule.execute.memory import Memory, Watch, current_watch, storage_of, watching
 from chainrule.execute.replay import (
     Runner,
     Source,
@@ -96,10 +96,13 @@ class CachedPlan:
         if found is None:
             found = tape.prepared[key] = (self, self.stages.prepare(tape.values)[1])
             if watch is not None:
-                watch.add_program(self.stages.memory(0, tape.values, seeds), kept=True)
+                watch.add_program(memory := self.stages.memory(0, tape.values, seeds))
+                watch.add_results(found[1], memory)
+        results = self.stages.apply(tape.values, found[1], seeds)
         if watch is not None:
-            watch.add_program(self.stages.memory(1, tape.values, seeds))
-        return dict(zip(self.keys, self.stages.apply(tape.values, found[1], seeds), strict=True))
+            watch.add_program(memory := self.stages.memory(1, tape.values, seeds))
+            watch.add_results(results, memory)
+        return dict(zip(self.keys, results, strict=True))
 
     def run(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> dict[Any, torch.Tensor | None]:
         """Replay the plan on other values of the same signature: the results by their keys."""
@@ -120,16 +123,19 @@ class CachedPlan:
         if (watch := current_watch()) is not None:
             source = self.runner.source_of  # type: ignore[attr-defined]
             batched = any(value.__class__ is BatchTensor for value in (*values, *seeds))
-            if not batched:
-                source.observe(values, seeds)
+            joined = not batched and self._is_joined(values, seeds)
+            saved = {} if batched or (joined and self._differentiates()) else source.observe(values, seeds)
             spent = watch.spend(values, source.program.inputs) if values.__class__ is Spent else None
-            if batched:
+            if batched or (joined and not saved):
                 taken = sum(dict(place for slot, place in (spent or {}).items() if slot in source.used).values())
                 return _observed(watch, self.runner, values, seeds, taken)
-            watch.add_program(source.memory(spent))
+            watch.add_program(memory := source.memory(spent, saved))
         if not modes and runner.plain is not runner and self._is_plain(values, seeds):  # type: ignore[attr-defined]
             runner = runner.plain  # type: ignore[attr-defined]
-        return runner(values, seeds)
+        results = runner(values, seeds)
+        if watch is not None:
+            watch.add_results(results, memory)
+        return results
 
     def run_stored(self, values: Sequence[Any], mode: VmapMode) -> tuple[Sequence[Any], list[bool]] | None:
         """Replay on the stored tensors of a vmap that was left, with no mode active.
@@ -162,6 +168,11 @@ class CachedPlan:
                 return False
         return True
 
+    def _is_joined(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> bool:
+        """Whether torch's autograd makes a graph of the program's calls."""
+        given = [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs] if torch.is_grad_enabled() else []
+        return any([isinstance(value, torch.Tensor) and value.requires_grad for value in given])
+
     def _differentiates(self) -> bool:
         """Whether some calls make graphs of their own (opaque ops, users' functions): these look at those of their arguments."""
         kept = self.runner.source_of.kept  # type: ignore[union-attr]
@@ -192,11 +203,13 @@ class CachedPlan:
         if watch is not None:
             source = batched_runner.source_of  # type: ignore[attr-defined]
             with undispatched():
-                source.observe(tensors, (), undispatched=True)
-            watch.add_program(source.memory())
+                saved = source.observe(tensors, (), undispatched=True)
+            watch.add_program(memory := source.memory(saved=saved))
         followed = joined or forward_ad._current_level >= 0
         with undispatched():
             results = (batched_runner if followed else batched_runner.plain)(tensors, ())  # type: ignore[attr-defined]
+        if watch is not None:
+            watch.add_results(results, memory)
         return wrap(results, flags, mode)
 
     def _without_graphs(self, values: Sequence[Any], seeds: Sequence[Any], stored: Stored) -> tuple[Any, list[torch.Tensor]]:
@@ -214,7 +227,9 @@ class CachedPlan:
 def _observed(
     watch: Watch, runner: Runner, values: Sequence[Any], seeds: Sequence[torch.Tensor], taken: int = 0
 ) -> tuple[Any, ...]:
-    """Run a program that vmap takes op by op, some of them sample by sample: its memory is that of the run as a whole.
+    """Run a program as a whole, where its memory cannot be told call by call.
+
+    That is one that vmap takes op by op, some of them sample by sample, or one whose calls make graphs of their own.
 
     Args:
         watch: what counts.
@@ -226,7 +241,10 @@ def _observed(
     if not free():
         return runner(values, seeds)
     results, space = observe(lambda: runner(values, seeds))
-    watch.add_program(Memory(space.results, taken + space.results + space.work))
+    size = sum([storage_of(result)[1] for result in results if result is not None])
+    memory = Memory(space.results, taken + space.results + space.work, graph=max(space.results - size, 0))
+    watch.add_program(memory)
+    watch.add_results(results, memory)
     found: tuple[Any, ...] = results
     return found
 

@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from chainrule.capture.tape import Tape
 from chainrule.execute.reuse import written_over
-from chainrule.execute.workspace import Space, free, observable, observe, of_run
-from chainrule.maps.staging import Instruction, Program, reads
+from chainrule.execute.workspace import Saved, Space, free, observable, observe, of_run, saved_by_run
+from chainrule.maps.staging import Instruction, Program, Ref, reads
 
 _convolution = torch.ops.aten.convolution.default
 _CONVOLUTIONS = frozenset(
@@ -54,11 +54,13 @@ class Memory:
         results: its results.
         peak: the most that it holds at once, results included.
         uncounted: the calls whose work space is not known.
+        graph: what stays beside the results as long as they do, for their graph.
     """
 
     results: int
     peak: int
     uncounted: tuple[str, ...] = ()
+    graph: int = 0
 
     @property
     def temporaries(self) -> int:
@@ -73,6 +75,7 @@ def predict(
     copied: set[int],
     spent: Mapping[int, tuple[int, int]] | None = None,
     inside: Mapping[int, Space] | None = None,
+    saved: Mapping[int, Saved] | None = None,
 ) -> Memory:
     """Predict what the instructions ``kept`` of a program allocate.
 
@@ -86,9 +89,14 @@ def predict(
         spent: inputs (by slot) that nobody else holds, with the identity of their memory and its bytes: it is let go after
             the last use of the last of them.
         inside: what the instructions allocate, by the first slot that each makes, where it was observed.
+        saved: what autograd keeps of them, likewise.
     """
     made: set[int] = {slot for instruction in kept for slot in instruction.outputs}
     shares = {i.outputs[0]: place for i in kept if (place := written_over(i)) is not None}
+    for instruction in kept:  # what was seen to allocate nothing is a view
+        space = (inside or {}).get(instruction.outputs[0]) if len(instruction.outputs) == 1 else None
+        if space is not None and not space.results and instruction.args and isinstance(instruction.args[0], Ref):
+            shares.setdefault(instruction.outputs[0], instruction.args[0].slot)
 
     def root(slot: int) -> int:
         while (source := shares.get(slot, program.shares.get(slot))) is not None and source != slot:
@@ -101,6 +109,11 @@ def predict(
             last[root(slot)] = number
     end = len(kept)
     last.update((root(slot), end) for slot in wanted if slot is not None)
+    saved = saved or {}
+    ends, beside = _ends_of_graphs(kept, wanted, saved), dict[int, int]()
+    for first, number in ends.items():
+        last.update((root(slot), max(last.get(root(slot), number), number)) for slot in saved[first].slots)
+        beside[number] = beside.get(number, 0) + saved[first].beside
     dying: dict[int, list[int]] = {}
     for slot, number in last.items():
         dying.setdefault(number, []).append(slot)
@@ -117,15 +130,35 @@ def predict(
         if space is not None and sizes:
             sizes[0] += max(space.results - sum(sizes), 0)
         alive.update(zip(own, sizes, strict=True))
-        held += sum(sizes)
+        held += sum(sizes) + sum(saved[slot].beside for slot in instruction.outputs[:1] if slot in ends)
         peak = max(peak, held + (_inside(program, instruction) if space is None else space.work))
         for slot in dying.get(number, ()):
             held -= alive.pop(slot, 0)
+        held -= beside.get(number, 0)
     extra = sum(_bytes(program, slot) for n, slot in enumerate(wanted) if n in copied and slot is not None)
     results = {root(slot) for n, slot in enumerate(wanted) if slot is not None and n not in copied}
     kept_bytes = sum(_bytes(program, slot) for slot in results if slot in made) + extra
     uncounted = [name for i in kept if i.outputs and i.outputs[0] not in (inside or {}) and (name := _unknown(i.function))]
-    return Memory(kept_bytes, max(peak, held + extra), tuple(dict.fromkeys(uncounted)))
+    given = {root(slot) for slot in wanted if slot is not None}
+    graph = beside.get(end, 0) + sum(size for slot, size in alive.items() if slot not in given) if ends else 0
+    return Memory(kept_bytes, max(peak, held + extra), tuple(dict.fromkeys(uncounted)), graph)
+
+
+def _ends_of_graphs(kept: Sequence[Instruction], wanted: Sequence[int | None], saved: Mapping[int, Saved]) -> dict[int, int]:
+    """Until which call the part of autograd's graph lives that belongs to a call, by the call's first slot.
+
+    It lives as long as the call's results, and as those that were computed of them.
+    """
+    if not saved:
+        return {}
+    last = {slot: number for number, instruction in enumerate(kept) for slot in (*reads(instruction), *instruction.outputs)}
+    last.update((slot, len(kept)) for slot in wanted if slot is not None)
+    found: dict[int, int] = {}
+    for instruction in reversed(kept):
+        if instruction.outputs and instruction.outputs[0] in saved:
+            end = found[instruction.outputs[0]] = max(last[slot] for slot in instruction.outputs)
+            last.update((slot, max(last[slot], end)) for slot in reads(instruction))
+    return found
 
 
 def _bytes(program: Program, slot: int) -> int:
@@ -168,6 +201,7 @@ class Watch:
         results: bytes of the results of the last program.
         storages: the memory that is counted, or is not to be.
         made: of the runs' own memory the bytes, and what tells whether it is still there.
+        joined: the memory that autograd keeps for graphs of runs.
     """
 
     held: int = 0
@@ -175,6 +209,7 @@ class Watch:
     results: int = 0
     storages: set[int] = field(default_factory=set)
     made: dict[int, tuple[int, StorageWeakRef]] = field(default_factory=dict)
+    joined: set[int] = field(default_factory=set)
 
     def add_run(self, tape: Tape) -> None:
         """A run has ended whose values its tape holds."""
@@ -182,7 +217,7 @@ class Watch:
         spaces = of_run(tape) if observable() else [0] * len(tape.records)
         outputs = {slot for record in tape.records for slot in record.outputs}
         known = [n for n in range(len(tape.values)) if n not in outputs and not (tape.active[n] or _is_held_here(tape, n))]
-        self.storages.update(_storage(tape.values[n])[0] for n in (*tape.inputs, *known) if _is_tensor(tape.values[n]))
+        self.storages.update(storage_of(tape.values[n])[0] for n in (*tape.inputs, *known) if _is_tensor(tape.values[n]))
         for slot in range(len(tape.values)):
             if slot not in outputs:
                 self._add(tape.values[slot])
@@ -191,11 +226,23 @@ class Watch:
                 if slot >= 0:
                     self._add(tape.values[slot])
             self.peak = max(self.peak, self.held + space)
+        if observable():
+            for value, kept, beside in saved_by_run(tape):
+                self.joined |= kept
+                self._beside(value, beside)
+        elif torch.is_grad_enabled():  # of a vmap's values it is not known which ones are kept
+            self.joined |= {storage_of(v)[0] for v in tape.values if _is_tensor(v) and _plain(v).requires_grad}
         self.peak = max(self.peak, self.held)
+
+    def _beside(self, value: torch.Tensor, size: int) -> None:
+        """So many bytes are held as long as a value is."""
+        if size:
+            self.held += size
+            self.made[min((0, *self.made)) - 1] = size, StorageWeakRef(_plain(value).untyped_storage())
 
     def _add(self, value: Any) -> None:
         if _is_tensor(value):
-            number, size = _storage(value)
+            number, size = storage_of(value)
             if number not in self.storages:
                 self.storages.add(number)
                 if size:
@@ -207,18 +254,26 @@ class Watch:
         gone = [number for number, (_, reference) in self.made.items() if reference.expired()]
         self.held -= sum(self.made.pop(number)[0] for number in gone)
         self.storages.difference_update(gone)
+        self.joined.difference_update(gone)
 
-    def add_program(self, memory: Memory, *, kept: bool = False) -> None:
-        """A program has run; with `kept`, its results stay for programs that follow."""
+    def add_program(self, memory: Memory) -> None:
+        """A program is run, or was run just now."""
         self._let_go()
         self.peak = max(self.peak, self.held + memory.peak)
         self.results = memory.results
-        self.held += memory.results if kept else 0
+
+    def add_results(self, results: Sequence[Any], memory: Memory) -> None:
+        """A program has run: its results, and what their graph keeps, are held as long as somebody has them."""
+        tensors = [value for value in results if _is_tensor(value)]
+        for value in tensors:
+            self._add(value)
+        if tensors and memory.graph:
+            self._beside(next((value for value in tensors if value.requires_grad), tensors[0]), memory.graph)
 
     def let_go(self, values: Sequence[Any], kept: set[int]) -> None:
         """Of the values of a run those stay that ``kept`` names by identity."""
-        stay = {_storage(value)[0] for value in values if _is_tensor(value) and id(value) in kept}
-        gone = {_storage(value)[0] for value in values if _is_tensor(value)} & self.made.keys() - stay
+        stay = {storage_of(value)[0] for value in values if _is_tensor(value) and id(value) in kept}
+        gone = {storage_of(value)[0] for value in values if _is_tensor(value)} & self.made.keys() - stay - self.joined
         self.held -= sum(self.made.pop(storage)[0] for storage in gone)
         self.storages -= gone
 
@@ -227,8 +282,8 @@ class Watch:
         found: dict[int, tuple[int, int]] = {}
         gone: set[int] = set()
         for number, value in enumerate(values):
-            storage = _storage(value)[0] if isinstance(value, torch.Tensor) else -1
-            if storage in self.made:
+            storage = storage_of(value)[0] if isinstance(value, torch.Tensor) else -1
+            if storage in self.made and storage not in self.joined:
                 gone.add(storage)
                 if number in inputs:
                     found[inputs[number]] = storage, self.made[storage][0]
@@ -259,7 +314,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+def storage_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The identity of a tensor's memory, and its bytes; those of a sparse tensor are not counted."""
     tensor = _plain(tensor)
     if tensor.layout is not torch.strided:
         return id(tensor), 0

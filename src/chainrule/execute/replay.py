@@ -14,7 +14,7 @@ from chainrule.execute.memory import Memory, predict
 from chainrule.execute.renaming import renamed
 from chainrule.execute.reuse import reusing
 from chainrule.execute.simplify import root, shared_results, simplify
-from chainrule.execute.workspace import Space, observable, of_instructions
+from chainrule.execute.workspace import Saved, Space, observable, of_instructions, saved_by_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
@@ -157,8 +157,8 @@ class Stages(NamedTuple):
 
     def memory(self, part: int, tape: Sequence[Any], seeds: Sequence[torch.Tensor]) -> Memory:
         """What a run of one part on these values allocates."""
-        self.source.observe(tape, seeds)
-        return predict(self.source.program, *self.parts[part], inside=self.source.inside)
+        saved = self.source.observe(tape, seeds, calls=[*self.parts[0][0], *self.parts[1][0]])
+        return predict(self.source.program, *self.parts[part], inside=self.source.inside, saved=saved)
 
 
 def compile_stages(program: Program, results: Sequence[Staged | None], first: int = 0) -> Stages | None:
@@ -295,24 +295,41 @@ class Source:
         self.names: dict[int, str] = {}
         # What the instructions allocate, once it was observed.
         self.inside: dict[int, Space] = {}
+        # What autograd keeps of them, by the inputs with a graph, and the number of seeds.
+        self.saved: dict[Any, dict[int, Saved]] = {}
         # The instructions as they are run on tensors that nothing follows, where these differ.
         self.plain: list[Instruction] | None = None
 
-    def memory(self, spent: Mapping[int, tuple[int, int]] | None = None) -> Memory:
+    def memory(self, spent: Mapping[int, tuple[int, int]] | None = None, saved: Mapping[int, Saved] | None = None) -> Memory:
         """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`)."""
-        kept = self.kept if self.plain is None else self.plain
-        return predict(self.program, kept, self.wanted, self.copied, spent, self.inside)
+        kept = self.kept if self.plain is None or saved else self.plain
+        return predict(self.program, kept, self.wanted, self.copied, spent, self.inside, saved)
 
-    def observe(self, tape: Sequence[Any], seeds: Sequence[torch.Tensor], *, undispatched: bool = False) -> None:
-        """Find out the work space of the instructions on these values, where that is possible and not known yet."""
-        if all(i.outputs[0] in self.inside for i in self.kept if i.outputs) or not observable(undispatched=undispatched):
-            return
+    def observe(
+        self, tape: Sequence[Any], seeds: Sequence[torch.Tensor], *, undispatched: bool = False,
+        calls: Sequence[Instruction] | None = None,
+    ) -> Mapping[int, Saved]:
+        """Find out the work space of the instructions on these values, where that is possible and not known yet.
+
+        Returns:
+            What autograd keeps of them (or of ``calls``), if these values have a graph.
+        """
+        if not observable(undispatched=undispatched):
+            return {}
         given = {
             slot: tape[key] if isinstance(key, int) else seeds[key[1]]
             for key, slot in self.program.inputs.items()
             if slot in self.used and (isinstance(key, int) or key[1] < len(seeds))
         }
-        self.inside.update(of_instructions(self.kept, {**given, **self.constants}) or {})
+        if not all(i.outputs[0] in self.inside for i in self.kept if i.outputs):
+            self.inside.update(of_instructions(self.kept, {**given, **self.constants}) or {})
+        joined = frozenset(s for s, v in given.items() if isinstance(v, torch.Tensor) and v.requires_grad)
+        if not joined or not torch.is_grad_enabled() or not self.inside:
+            return {}
+        key = joined, len(seeds)
+        if key not in self.saved:
+            self.saved[key] = saved_by_instructions(self.kept if calls is None else calls, {**given, **self.constants})
+        return self.saved[key]
 
     def of_inputs(self) -> set[int]:
         """The results (by number) that are inputs or views of them."""

@@ -8,7 +8,7 @@ Nothing is run for a plain call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,6 +73,86 @@ def observe(call: Callable[[], Any]) -> tuple[Any, Space]:
     return result, Space(peak - held, held)
 
 
+class Saved(NamedTuple):
+    """What torch's autograd keeps for the graph of a call's results.
+
+    Attributes:
+        slots: those of its arguments and results that are kept.
+        beside: the bytes of other memory.
+    """
+
+    slots: tuple[int, ...]
+    beside: int
+
+
+def saved_by(call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, dict[int, int]]:
+    """The results of a call, and the memory that autograd keeps for their graph: its bytes, by its identity.
+
+    The graph is that of this call alone.
+    """
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = call(*_own_leaves(args), **{name: _own_leaves(item) for name, item in kwargs.items()})
+    return result, found
+
+
+def _own_leaves(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().requires_grad_() if tree.requires_grad else tree
+    return type(tree)(map(_own_leaves, tree)) if type(tree) in (list, tuple) else tree
+
+
+def saved_by_instructions(instructions: Sequence[Instruction], values: Mapping[int, Any]) -> dict[int, Saved]:
+    """What autograd keeps of instructions, by the first slot that each makes; those without a graph are left out.
+
+    Args:
+        instructions: those of a program that :func:`of_instructions` can run.
+        values: its inputs and constants, by slot.
+    """
+    known, found = dict(values), dict[int, Saved]()
+    for instruction, dead in _in_turn(instructions):
+        if all(slot in known for slot in reads(instruction)) and instruction.outputs:
+            # What is written to is no leaf of a graph.
+            given = {**known, **{slot: known[slot].detach() for slot in instruction.writes if slot in known}}
+            args = _filled(instruction.args, given)
+            named = {name: _filled(item, given) for name, item in instruction.kwargs.items()}
+            result, kept = saved_by(instruction.function, args, named)
+            results = result if instruction.is_tuple else (result,)
+            known.update(zip(instruction.outputs, results, strict=True))
+            if any(isinstance(item, torch.Tensor) and item.requires_grad for item in results):
+                near = {slot: _memory(known[slot]) for slot in (*reads(instruction), *instruction.outputs)}
+                beside = sum(size for memory, size in kept.items() if memory not in near.values())
+                found[instruction.outputs[0]] = Saved(tuple(s for s, memory in near.items() if memory in kept), beside)
+            del args, named, given, result, results
+        for slot in dead:
+            known.pop(slot, None)
+    return found
+
+
+def _memory(value: Any) -> int:
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and _is_plain(value) else -1
+
+
+def _in_turn(instructions: Sequence[Instruction]) -> Iterator[tuple[Instruction, Sequence[int]]]:
+    """Instructions, each with the slots that no later one names."""
+    last: dict[int, int] = {}
+    for number, instruction in enumerate(instructions):
+        for slot in (*reads(instruction), *instruction.outputs):
+            last[slot] = number
+    dying: dict[int, list[int]] = {}
+    for slot, number in last.items():
+        dying.setdefault(number, []).append(slot)
+    for number, instruction in enumerate(instructions):
+        yield instruction, dying.get(number, ())
+
+
 def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, Any]) -> dict[int, Space] | None:
     """What instructions allocate, by the first slot that each makes.
 
@@ -84,27 +164,25 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
         What was found; None if the instructions cannot be run just so: they write to what was there before, draw random
         numbers, or work on batched tensors.
     """
-    if any(i.writes or i.keep for i in instructions):
+    if any(i.keep for i in instructions):
         return None
+    theirs = {_memory(value) for value in values.values()}
     if any(isinstance(value, torch.Tensor) and not _is_plain(value) for value in values.values()):
         return None
-    last: dict[int, int] = {}
-    for number, instruction in enumerate(instructions):
-        for slot in (*reads(instruction), *instruction.outputs):
-            last[slot] = number
-    dying: dict[int, list[int]] = {}
-    for slot, number in last.items():
-        dying.setdefault(number, []).append(slot)
     known, found = dict(values), dict[int, Space]()
     with torch.no_grad():
-        for number, instruction in enumerate(instructions):
-            if all(slot in known for slot in reads(instruction)) and instruction.outputs:
+        for instruction, dead in _in_turn(instructions):
+            if all(slot in known for slot in reads(instruction)) and (instruction.outputs or instruction.writes):
+                if any(_memory(known[slot]) in theirs for slot in instruction.writes):
+                    return None
                 args = _filled(instruction.args, known)
                 named = {name: _filled(item, known) for name, item in instruction.kwargs.items()}
-                result, found[instruction.outputs[0]] = observe(partial(instruction.function, *args, **named))
-                known.update(zip(instruction.outputs, result if instruction.is_tuple else (result,), strict=True))
+                result, space = observe(partial(instruction.function, *args, **named))
+                if instruction.outputs:
+                    found[instruction.outputs[0]] = space
+                    known.update(zip(instruction.outputs, result if instruction.is_tuple else (result,), strict=True))
                 del args, named, result
-            for slot in dying.get(number, ()):
+            for slot in dead:
                 known.pop(slot, None)
     return found
 
@@ -112,6 +190,33 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
 def of_run(tape: Tape) -> list[int]:
     """The work space of the ops on a tape, one after the other; 0 where it cannot be observed."""
     return [_of_record(tape, record) for record in tape.records]
+
+
+def saved_by_run(tape: Tape) -> list[tuple[torch.Tensor, set[int], int]]:
+    """What autograd keeps of the ops on a tape that have a graph.
+
+    Returns:
+        For each such op a result, which of the tape's memory is kept, by its identity, and the bytes of other memory.
+    """
+    found = []
+    for record in tape.records:
+        op, results = record.op, [tape.values[slot] if slot >= 0 else None for slot in record.outputs]
+        if not isinstance(op, OpOverload) or op in HIDDEN_WRITES or op._schema.is_mutable:
+            continue
+        joined = [value for value in results if isinstance(value, torch.Tensor) and _is_plain(value) and value.requires_grad]
+        if not joined or torch.Tag.nondeterministic_seeded in op.tags:
+            continue
+        args, kwargs = _from_tape(record.args, tape.values), {name: _from_tape(item, tape.values) for name, item in record.kwargs}
+        given = _tensors((args, tuple(kwargs.values())))
+        if not all(map(_is_plain, given)):
+            continue
+        made, kept = saved_by(op, args, kwargs)
+        # Results of this run stand for those on the tape; what else was made is made for the graph.
+        places = {_memory(one): _memory(other) for one, other in zip(made if record.is_tuple else (made,), results, strict=True)}
+        places.update((memory, memory) for memory in map(_memory, given))
+        beside = sum(size for memory, size in kept.items() if memory not in places)
+        found.append((joined[0], {places[memory] for memory in kept if memory in places}, beside))
+    return found
 
 
 def _of_record(tape: Tape, record: Any) -> int:

@@ -300,6 +300,9 @@ def outer_product(
     It is zero where one of them is a mask that is zero, whatever the other one holds there (``inf``, NaN), and from then on
     a mask itself: which of several factors meets the mask first is the planner's choice, and must not matter.
     """
+    if program.summed_masks:
+        _note_summed(program, x, y)
+        _note_summed(program, y, x)
     if x.slot in program.masks or y.slot in program.masks:
         return _masked_product(program, x, left, y, right, order)
     return _plain_outer(program, x, left, y, right, order)
@@ -425,7 +428,30 @@ def _summed_product(
             found[number] = mask = expand_to(mask, names, order)
             if program.may_be_infinite(other):
                 made = _selected(program, made, order, mask, order)
-    return _noted(program, made, found)
+    noted = _noted(program, made, found)
+    if noted.slot not in program.masks and noted.dtype.is_floating_point:
+        for value, names in ((x, left), (y, right)):
+            mask = program.masks.get(value.slot)
+            if mask is not None:
+                program.summed_masks[noted.slot] = lambda mask=mask, names=names: _any_of(mask, names, groups[3], order)
+    return noted
+
+
+def _any_of(mask: Staged, names: tuple[int, ...], gone: tuple[int, ...], order: tuple[int, ...]) -> Staged:
+    """Where a sum over dimensions ``gone`` has a term that a mask keeps, over dimensions ``order``."""
+    kept = tuple(name for name in names if name not in gone)
+    dims = tuple(place for place, name in enumerate(names) if name in gone)
+    found = torch.any(mask if mask.dtype == torch.bool else torch.gt(mask, 0), dims[0])
+    for number, dim in enumerate(dims[1:], 1):
+        found = torch.any(found, dim - number)
+    return _broadcast_to(found, kept, order)
+
+
+def _note_summed(program: Program, value: Staged, other: Staged) -> None:
+    """Note a sum as zero where it has none but masked terms, beside a factor that may be infinite (a row of NaN)."""
+    mask = program.summed_masks.get(value.slot)
+    if mask is not None and value.slot not in program.masks and program.may_be_infinite(other):
+        program.note_mask(value, mask())
 
 
 def _cleared(program: Program, value: Staged, names: tuple[int, ...], other: Staged, others: tuple[int, ...]) -> Staged:

@@ -20,6 +20,10 @@ from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, dims_of, new_
 #: Numbers of this size and above are arrays: the product of two may be infinite in single precision.
 _LARGEST_SCALE = 1e18
 
+_SOFTMAX = frozenset({
+    torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default, torch.ops.aten.logsumexp.default,
+})  # fmt: skip
+
 
 class Flags(Protocol):
     """A flag for each slot."""
@@ -168,11 +172,17 @@ class _Poles:
         """Whether the value in a slot may be that."""
         if self._found is None:
             found: set[int] = set()
+            chosen: set[int] = set()
             self._found = found
             for record in self._records:
                 slots = [item.index for item in _flat(record.args) if type(item).__name__ == "Slot"]
                 if not found.isdisjoint(slots) or has_poles(record.op, record.args):
                     found.update(record.outputs)
+                elif record.op in _SOFTMAX and not chosen.isdisjoint(slots):
+                    # `where(mask, x, -inf)`, whose number stands in a tensor: rows that are masked as a whole become NaN.
+                    found.update(record.outputs)
+                elif record.op is torch.ops.aten.where.self:
+                    chosen.update(record.outputs)
         return key in self._found
 
 

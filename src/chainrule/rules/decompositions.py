@@ -71,22 +71,21 @@ def _rrelu(
 
 def _distances(difference: Tensor, p: float) -> Tensor:
     """The p-norm over the last dimension, whose derivative at zero is zero in every order."""
-    size = difference.abs()
     if p == 0:
         return torch.ne(difference, 0).to(difference.dtype).sum(-1)
-    if p == 1:
-        return size.sum(-1)
-    if p == math.inf:
-        return size.amax(-1) if difference.shape[-1] else size.sum(-1)
-    one = torch.ones((), dtype=difference.dtype, device=difference.device)
-    zero = torch.zeros_like(one)
     if p == 2:
         power = (difference * difference).sum(-1)
     else:
-        power = torch.where(torch.eq(size, 0), zero, torch.where(torch.eq(size, 0), one, size) ** p).sum(-1)
-    apart = torch.ne(power, 0)
-    safe = torch.where(apart, power, one)
-    return torch.where(apart, safe.sqrt() if p == 2 else safe ** (1 / p), zero)
+        size = difference.abs()
+        if p == 1:
+            return size.sum(-1)
+        if p == math.inf:
+            return size.amax(-1) if difference.shape[-1] else size.sum(-1)
+        nothing = torch.eq(size, 0)
+        power = (size.masked_fill(nothing, 1.0) ** p).masked_fill(nothing, 0.0).sum(-1)
+    together = torch.eq(power, 0)
+    apart = power.masked_fill(together, 1.0)
+    return (apart.sqrt() if p == 2 else apart ** (1 / p)).masked_fill(together, 0.0)
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:

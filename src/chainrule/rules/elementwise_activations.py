@@ -70,7 +70,8 @@ def _mish_curvature(x: Any) -> Any:
 
 def elu_slope(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
     """The derivative of elu."""
-    below = (alpha * scale * input_scale) * torch.exp(torch.clamp(x, max=0) * input_scale)
+    # The second derivative at 0 is 0, as in torch.
+    below = (alpha * scale * input_scale) * torch.exp(torch.where(x < 0, x, 0.0) * input_scale)
     return torch.where(x <= 0, below, scale)
 
 
@@ -84,9 +85,9 @@ def _elu_backward_slope(a: Arguments) -> Any:
 def _elu_backward_curvature(a: Arguments) -> Any:
     y, rate = a.self_or_result, a.input_scale
     if a.is_result:
-        return a.grad_output * torch.where(y <= 0, torch.full_like(y, rate), 0.0)
+        return a.grad_output * torch.where(y < 0, torch.full_like(y, rate), 0.0)
     below = (a.alpha * a.scale * rate * rate) * torch.exp(torch.clamp(y, max=0) * rate)
-    return a.grad_output * torch.where(y <= 0, below, 0.0)
+    return a.grad_output * torch.where(y < 0, below, 0.0)
 
 
 def _between(x: Any, low: float, high: float) -> Any:

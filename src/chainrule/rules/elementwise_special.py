@@ -102,6 +102,14 @@ def _clamp_high(a: Arguments) -> Any:
     return (above if a.min is None else above | (a.max < a.min)).to(a.out.dtype)
 
 
+def _log_ndtr(a: Arguments) -> Any:
+    """The density over the distribution function: each of two forms where its own derivatives are finite and exact."""
+    x = a.self
+    left = math.sqrt(2 / math.pi) / torch.special.erfcx(torch.clamp(x, max=5) * -math.sqrt(0.5))
+    right = torch.exp(-0.5 * x * x - a.out) * (1 / math.sqrt(2 * math.pi))
+    return torch.where(x < 5, left, right)
+
+
 def _copysign(a: Arguments) -> Any:
     origin = a.self == 0
     return torch.where(origin, 0.0, torch.sign(a.out / _safe(a.self, origin)))
@@ -121,9 +129,7 @@ _SPECIAL: dict[Any, Rule] = {
     aten.erfinv.default: elementwise(self_=lambda a: torch.exp(a.out * a.out) * (math.sqrt(math.pi) / 2)),
     aten.special_erfcx.default: elementwise(self_=lambda a: 2 * a.self * a.out - 2 / math.sqrt(math.pi)),
     aten.special_ndtri.default: elementwise(self_=lambda a: torch.exp(0.5 * a.out * a.out) * math.sqrt(2 * math.pi)),
-    aten.special_log_ndtr.default: elementwise(
-        self_=lambda a: math.sqrt(2 / math.pi) / torch.special.erfcx(a.self * -math.sqrt(0.5))
-    ),
+    aten.special_log_ndtr.default: elementwise(self_=_log_ndtr),
     aten.special_entr.default: elementwise(self_=lambda a: -1 - torch.log(a.self)),
     aten.lgamma.default: elementwise(self_=lambda a: torch.digamma(a.self)),
     aten.digamma.default: elementwise(self_=lambda a: torch.polygamma(1, a.self)),

@@ -1,7 +1,7 @@
 """``grid_sample``: each output mixes the inputs next to a place, which the grid names; linear interpolation and nearest places.
 
 Along each dimension of space an output reads two taps (one for nearest places). So the local Jacobian with respect to the input
-has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid is dense over its coordinates alone.
+has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid is dense over coordinates alone.
 Source of coordinates, paddings and their one-sided derivatives: ``aten/src/ATen/native/GridSamplerUtils.h``.
 """
 

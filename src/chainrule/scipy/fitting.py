@@ -141,21 +141,53 @@ def root(
             raise ValueError(f"{where} must return shape {(size,)}, got {tuple(found.shape)}")
         return found if found.dim() == 1 else found.reshape(-1)
 
-    # Broyden's updates ask for many values and few Jacobians: these are computed alone.
-    jacobians = function.derived(("jacobian", size, is_square), lambda: jacobian(vector), vector)
-
-    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        with function.named():
-            return function.array(vector(function.tensor(x), *function.extra(rest)))
-
-    def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
-        with function.named():
-            found = jacobians(function.tensor(x), *function.extra(rest))
-            return matrix(function, found, found.shape, "Jacobian")
-
+    value, derivative = _both(function, vector) if method == "lm" else _apart(function, vector, size)
     if method in ("hybr", "lm"):
         options["jac"] = derivative
     return optimize.root(value, x0, args=args, method=method, **options)
+
+
+Callback = Callable[..., np.ndarray]
+
+
+def _apart(function: TorchFunction, vector: Callable[..., Any], size: int) -> tuple[Callback, Callback]:
+    """Values and Jacobians for a method that asks for many values and few Jacobians, as Broyden's updates do."""
+    values = function.values(size, vector)
+    jacobians = function.derived(("jacobian", size), lambda: jacobian(vector), vector)
+
+    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
+        with function.named():
+            return function.array(values(function.tensor(x), *function.extra(rest)))
+
+    def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
+        def compute() -> np.ndarray:
+            found = jacobians(function.tensor(x), *function.extra(rest))
+            made: np.ndarray = matrix(function, found, found.shape, "Jacobian")
+            return made
+
+        # SciPy looks at the shape of the first one before MINPACK asks for it again, and writes to it.
+        kept: np.ndarray = function.once("jacobian", (x, *rest), compute)
+        return kept.copy()
+
+    return value, derivative
+
+
+def _both(function: TorchFunction, vector: Callable[..., Any]) -> tuple[Callback, Callback]:
+    """Values and Jacobians for a method that asks for the Jacobian at most points."""
+    linearise = Linearisation(function, vector, "residuals", "dense")
+
+    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
+        found: Linearised = function.once("run", (x, *rest), lambda: linearise(function.tensor(x), *function.extra(rest)))
+        return found
+
+    def value(x: np.ndarray, *rest: Any) -> np.ndarray:
+        return at(x, rest).value.copy()
+
+    def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
+        found: np.ndarray = at(x, rest).jacobian()
+        return found
+
+    return value, derivative
 
 
 def curve_fit(

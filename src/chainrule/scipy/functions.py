@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from chainrule.scipy.replays import replayed
+from chainrule.scipy.replays import CALLS, VALUES, replayed
 from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import jacobian
 
@@ -62,6 +62,7 @@ class TorchFunction:
         make: Callable[[], Callable[..., Any]],
         value: Callable[..., Any] | None = None,
         others: Sequence[TorchFunction] = (),
+        after: int = CALLS,
     ) -> Callable[..., Any]:
         """What a solver calls at every point: ``make()``, a function of tensors made of this one, replayed where that is allowed.
 
@@ -70,12 +71,17 @@ class TorchFunction:
             make: makes it.
             value: the part of it that only runs the function; None for the function itself.
             others: further functions of the user's that it calls.
+            after: after how many calls it may be replayed.
         """
         if self._compiled is False:
             return make()
         key = (self.caller, key)
         forced, functions = self._compiled is True, [other.function for other in others]
-        return replayed(self.function, key, make, value or self.checked, is_forced=forced, others=functions)
+        return replayed(self.function, key, make, value or self.checked, is_forced=forced, others=functions, after=after)
+
+    def values(self, key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of tensors that only runs and checks this one, for solvers that ask for many values."""
+        return self.derived(("value", key), lambda: function, function, after=VALUES)
 
     def tensor(self, array: Any) -> torch.Tensor:
         """A new float64 tensor of an array's values, on the device."""
@@ -102,13 +108,15 @@ class TorchFunction:
         """
         if shape is not None and result.shape != shape:
             raise ValueError(f"{self.where} must return shape {shape}, got {tuple(result.shape)}")
-        if result.requires_grad or not result.is_cpu:
-            result = result.detach().cpu()
-        if result.dim() == 1 and result.shape[0] <= _FEW:
+        if result.dim() < 2 and result.numel() <= _FEW:
             numbers = result.tolist()
-            if not self.allow_nan and any(number != number for number in numbers):
+            total = sum(numbers) if numbers.__class__ is list else numbers
+            # The sum is NaN, too, where infinities of both signs meet.
+            if total != total and not self.allow_nan and (result.dim() == 0 or any(number != number for number in numbers)):
                 self._refuse_nan(what)
             return np.array(numbers, dtype=np.float64)
+        if result.requires_grad or not result.is_cpu:
+            result = result.detach().cpu()
         values = result.numpy()
         values = values.copy() if values.dtype == np.float64 else values.astype(np.float64)
         self.check(values, what)

@@ -67,11 +67,12 @@ def solve_ivp(
         return found
 
     # Values are asked for far more often than Jacobians, and not at the same points: they are computed alone.
+    values = function.values(shape, vector)
     jacobians = function.derived(("jacobian", shape, kind), lambda: jacobian(vector, argnums=1, layout=kind), vector)
 
     def value(t: float, y: np.ndarray, *rest: Any) -> np.ndarray:
         with function.named():
-            return function.array(vector(function.tensor(t), function.tensor(y), *function.extra(rest)))
+            return function.array(values(function.tensor(t), function.tensor(y), *function.extra(rest)))
 
     def derivative(t: float, y: np.ndarray, *rest: Any) -> Any:
         with function.named():

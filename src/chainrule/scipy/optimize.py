@@ -33,6 +33,7 @@ class _Objective:
     def __init__(self, function: TorchFunction, layout: str) -> None:
         self.function, self.layout = function, layout
         self._scalar = scalar = scalar_of(function)
+        self._values = function.values("scalar", scalar)
         self._both = function.derived("gradient", lambda: grad_and_value(scalar), scalar)
         kind = "sparse_coo" if layout == "sparse" else "dense"
         self._hessian = function.derived(("hessian", kind), lambda: hessian(scalar, layout=kind), scalar)
@@ -47,7 +48,7 @@ class _Objective:
 
     def plain(self, x: np.ndarray, *args: Any) -> float:
         with self.function.named():
-            value = self._scalar(self.function.tensor(x), *self.function.extra(args))
+            value = self._values(self.function.tensor(x), *self.function.extra(args))
             return float(self.function.array(value))
 
     def value(self, x: np.ndarray, *args: Any) -> float:

@@ -16,7 +16,13 @@ from chainrule.transforms.compile import Graph, OtherValues, modes
 from chainrule.transforms.compile import compile as compile_function
 
 #: After so many calls of one signature a function that only computes is recorded: that takes as long as some twenty calls.
-_CALLS = 12
+CALLS = 12
+
+#: The same of values alone: a replay takes little less time than the call itself, so that it has to be worth a record by then.
+VALUES = 128
+
+#: The value of fewer ops is not replayed: what a replay looks at first takes as long as it saves.
+_LEAST_OPS = 6
 
 #: Runs of more ops are not recorded unasked: Python is a small part of what they cost, and recording takes seconds.
 _OPS = 200
@@ -44,13 +50,21 @@ class Replayed:
         is_forced: whether it is replayed from the first call on, and errors of recording are raised. Otherwise it is once
             calls repeat, where the code of ``user`` visibly does nothing but compute and its values decide no branch.
         others: further functions of the user's that ``function`` calls.
+        after: how many calls of one signature are plain, unless it is forced.
     """
 
     def __init__(
-        self, function: Callable[..., Any], user: Any, value: Callable[..., Any], *, is_forced: bool, others: Sequence[Any] = ()
+        self,
+        function: Callable[..., Any],
+        user: Any,
+        value: Callable[..., Any],
+        *,
+        is_forced: bool,
+        others: Sequence[Any] = (),
+        after: int = CALLS,
     ) -> None:
         self._plain, self._user, self._value, self._is_forced = function, user, value, is_forced
-        self._others = others
+        self._others, self._after = others, after
         self._compiled: Any = None
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
@@ -64,7 +78,8 @@ class Replayed:
             if graph.holds():
                 try:
                     found = graph.replay([a for a in args if a.__class__ is torch.Tensor])
-                    self._wasted[key] = 0
+                    if self._wasted:
+                        self._wasted.pop(key, None)
                     return found
                 except OtherValues:
                     pass
@@ -75,12 +90,12 @@ class Replayed:
         if not self._is_forced:
             if None in key:
                 return self._plain(*args)
-            if calls < _CALLS:
+            if calls < self._after:
                 self._counts[key] = calls + 1
                 return self._plain(*args)
-            if calls == _CALLS and not self._pays(args):
+            if calls == self._after and not self._pays(args):
                 return self._never(key, args)
-            self._counts[key] = _CALLS + 1
+            self._counts[key] = self._after + 1
         return self._recorded(key, args)
 
     def _pays(self, args: tuple[Any, ...]) -> bool:
@@ -89,7 +104,7 @@ class Replayed:
             return False
         with _Counter() as counter:
             self._value(*args)
-        return counter.count <= _OPS
+        return (_LEAST_OPS if self._plain is self._value else 0) <= counter.count <= _OPS
 
     def _only_computes(self) -> bool:
         return all(only_computes(function) for function in (self._user, *self._others))
@@ -116,7 +131,10 @@ class Replayed:
             if self._is_forced:
                 raise
             return self._never(key, args)  # nothing but a result was computed until here
-        self._wasted[key] = wasted + 1 if self._compiled.cache_info().misses > misses else 0
+        if self._compiled.cache_info().misses > misses:
+            self._wasted[key] = wasted + 1
+        else:
+            self._wasted.pop(key, None)
         graph = None if None in key else self._compiled._held(*args)
         if graph is not None:
             if len(self._graphs) >= _KEPT:
@@ -186,6 +204,7 @@ def replayed(
     *,
     is_forced: bool,
     others: Sequence[Any] = (),
+    after: int = CALLS,
 ) -> Replayed:
     """A transform of a user's function; where that is a Python function, the one that an earlier solve made under ``key``.
 
@@ -196,17 +215,18 @@ def replayed(
         value: as for :class:`Replayed`.
         is_forced: as for :class:`Replayed`.
         others: as for :class:`Replayed`; they are part of the key.
+        after: as for :class:`Replayed`.
     """
     if not all(isinstance(function, types.FunctionType) for function in (user, *others)):
-        return Replayed(make(), user, value, is_forced=is_forced, others=others)
+        return Replayed(make(), user, value, is_forced=is_forced, others=others, after=after)
     store = user.__dict__.get(ATTRIBUTE)
     if store is None or store.owner is not user:  # `functools.wraps` copies attributes
         store = user.__dict__[ATTRIBUTE] = _Store(user)
     whole = (key, is_forced, *others)
     found: Replayed | None = store.entries.get(whole)
     if found is None:
-        found = store.entries[whole] = Replayed(make(), user, value, is_forced=is_forced, others=others)
+        found = store.entries[whole] = Replayed(make(), user, value, is_forced=is_forced, others=others, after=after)
     return found
 
 
-__all__ = ["ATTRIBUTE", "Replayed", "replayed"]
+__all__ = ["ATTRIBUTE", "CALLS", "VALUES", "Replayed", "replayed"]

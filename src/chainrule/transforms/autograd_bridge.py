@@ -25,7 +25,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.slots import Slot
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import undispatched, without_innermost
+from chainrule.dispatch import TAKEN, LightMode, undispatched, without_innermost
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
@@ -51,7 +51,9 @@ class EngineBridge:
 
     def run_backward(self, tensors: Sequence[Any], grad_tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Compute gradients; the arguments are those of torch's engine."""
-        if torch._C._len_torch_dispatch_stack() and not OWN_GRAPH.asked:
+        if OWN_GRAPH.asked:
+            _expect_saved(views=False)
+        elif torch._C._len_torch_dispatch_stack():
             names = ("keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad")
             options = dict(zip(names, args, strict=False)) | kwargs
             tape = _tape_for(tensors, options.get("inputs") or ())
@@ -59,9 +61,7 @@ class EngineBridge:
                 return _answer(tape, tensors, grad_tensors, options)
             if (mode := _mapped_by(tensors)) is not None and _asks_outside(mode, tensors, options):
                 return self._by_samples(mode, tensors, grad_tensors, options)
-            for active in _get_current_dispatch_mode_stack():
-                if isinstance(active, Tape):
-                    active.expect_views()
+        _expect_saved()
         return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
 
     def _by_samples(
@@ -92,6 +92,19 @@ class EngineBridge:
         if not options.get("allow_unreachable") and any(result is None for result in results.values()):
             raise RuntimeError(_UNUSED)
         return tuple([results[number] for number in range(len(inputs))])
+
+
+def _expect_saved(*, views: bool = True) -> None:
+    """Tell the tapes that what torch's autograd has kept may come back, and views that it has made."""
+    for mode in _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ():
+        if isinstance(mode, Tape):
+            mode.expect_saved(views=views)
+
+
+def _node_of(mode: LightMode, tensor: torch.Tensor) -> Any:
+    """``Tensor.grad_fn``: by a node of torch's graph one gets at what it has kept."""
+    _expect_saved(views=False)
+    return tensor.grad_fn
 
 
 def _mapped_by(outputs: Sequence[Any]) -> VmapMode | None:
@@ -209,6 +222,7 @@ def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any
     if function.__module__.startswith("torch.utils.checkpoint"):
         # Reentrant checkpointing is no derivative of its own: run what it would run.
         return args[0](*args[2:])
+    _expect_saved(views=False)
     if function is BackwardHookFunction:
         raise RuntimeError(
             "chainrule: full backward hooks of modules (register_full_backward_hook, register_full_backward_pre_hook) are not "
@@ -416,6 +430,7 @@ def install() -> None:
             return _apply_function(lambda *a, **k: plain(cls, *a, **k), cls, args, kwargs)
         return plain(cls, *args, **kwargs)
 
+    TAKEN[torch.Tensor.grad_fn.__get__] = _node_of  # type: ignore[union-attr]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
 
 

@@ -442,7 +442,7 @@ def modes() -> Any:
     """What a graph depends on beside the arguments, as part of its key; None where calls run without a graph."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
         return None
-    if torch._C._len_torch_function_stack() or any(map(torch.is_autocast_enabled, _AUTOCAST)):
+    if torch._C._len_torch_function_stack() or torch._C._is_any_autocast_enabled():
         return None
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
 

@@ -140,6 +140,8 @@ def chain_of(outer: Level) -> Chain | None:
     if inner is None:
         found = _whole_chain(outer)
         return found if len(found.levels) > 1 and found.has_aux is False else None
+    if inner.chain is None and mark_of(inner.func) is None:  # two levels of a plain function
+        return Chain([[inner, outer]], [], outer.has_aux) if inner.has_aux == outer.has_aux else None
     if (known := inner.chain) is None:  # what a function is made of stays as it is
         whole = _whole_chain(inner)
         known = inner.chain = Chain([*whole.levels[:-1], whole.levels[-1][:-1]], whole.mappings, whole.has_aux)
@@ -199,11 +201,19 @@ class Linearized:
 
 @dataclass
 class LinearPlan(NestPlan):
-    """The program of a nest under ``vjp`` or ``linearize``: the output first, then what depends on the seeds."""
+    """The program of a nest under ``vjp`` or ``linearize``: the output first, then what depends on the seeds.
+
+    Attributes:
+        first: how many of the results belong to the output.
+        active: which of the output's leaves depend on the inputs.
+        out_spec: the output's structure.
+        kept: the slots of those values of a run that the plan reads.
+    """
 
     first: int = 0
     active: list[int] = field(default_factory=list)
     out_spec: Any = None
+    kept: frozenset[int] = frozenset()
 
     def compile(self) -> None:
         """Make the two functions that replay the plan."""
@@ -211,3 +221,7 @@ class LinearPlan(NestPlan):
             if self.recorded is not None:
                 self.stages = compile_stages(*self.recorded, first=self.first)
                 self.recorded = None
+                if self.stages is not None:
+                    source = self.stages.source
+                    read = [key for key, slot in source.program.inputs.items() if slot in source.used and key.__class__ is int]
+                    self.kept = frozenset(read) | frozenset([place for place in self.sources if place is not None])

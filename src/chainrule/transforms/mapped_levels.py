@@ -44,7 +44,7 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     chain = _chain(level)
     if chain is None:
         return NotImplemented
-    entered = mapping.enter_plain(lambda mapped: run_innermost(chain, mapped, kwargs), args)
+    entered = mapping.enter_plain(lambda mapped: run_innermost(chain, mapped, kwargs, owned=True), args)
     if entered is None:
         return NotImplemented
     run, mode = entered

@@ -54,7 +54,7 @@ from chainrule.transforms.levels import (
     chain_of,
     mark_of,
 )  # fmt: skip
-from chainrule.transforms.trace import Traced, active_slot, trace
+from chainrule.transforms.trace import PLAIN_CLASSES, Traced, active_slot, trace
 from chainrule.transforms.vmap import Mapping
 
 #: In place of a plan: this nest is run level by level.
@@ -127,12 +127,15 @@ class _NotWhole(Exception):  # noqa: N818 - never leaves this module
 
 
 def run_innermost(
-    chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...] = ()
+    chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...] = (), *, owned: bool = False
 ) -> Run | None:
-    """Run the innermost function and look the plan up; None where the nest cannot run as a whole."""
+    """Run the innermost function and look the plan up; None where the nest cannot run as a whole.
+
+    With ``owned``, mapped tensors among the arguments were made for this run.
+    """
     parts: list[Part] = []
     try:
-        _run_part(chain, len(chain.levels) - 1, args, kwargs, (), parts)
+        _run_part(chain, len(chain.levels) - 1, args, kwargs, (), parts, owned=owned)
     except _NotWhole:
         return None
     keys: list[Any] = [_key_of(part.levels, part.wanted, part.traced, seeds) for part in parts]
@@ -144,7 +147,8 @@ def run_innermost(
 
 
 def _run_part(
-    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[Part]
+    chain: Chain, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Sequence[Any], parts: list[Part], *,
+    owned: bool = False,
 ) -> None:
     """Run the function of a part, which runs the parts inside of it, and append all of them."""
     levels = chain.levels[number]
@@ -154,7 +158,7 @@ def _run_part(
         func = entry_point(lambda *args, **kwargs: _run_mapped(chain, number - 1, args, kwargs, parts))
     several = len(levels) > 1 or len(chain.levels) > 1
     traced = trace(
-        func, args, union, kwargs, first.name, has_aux=has_aux, respect_no_grad=several or first.respect_no_grad
+        func, args, union, kwargs, first.name, has_aux=has_aux, respect_no_grad=several or first.respect_no_grad, owned=owned
     )
     if traced.hidden or ((traced.tape.saw_blocked or traced.tape.hooks) and several):
         # Under no_grad the levels may differ in what they count as constant; hooks are those of the innermost level alone.
@@ -166,10 +170,16 @@ def _run_part(
 def _positions(levels: Sequence[Level], args: tuple[Any, ...]) -> tuple[list[tuple[tuple[int, ...], bool]], tuple[int, ...]]:
     """For each level the positions of what it differentiates, and whether that is one; and all of these positions."""
     count = len(args)
-    if count == 1 and args[0].__class__ is torch.Tensor and args[0].dtype in FLOATING:
-        argnums = [level.argnums for level in levels]
-        if all([numbers is None or numbers.__class__ is int and numbers == 0 for numbers in argnums]):
-            return [((0,), numbers is not None) for numbers in argnums], (0,)
+    number = levels[0].argnums
+    if number is None and count == 1:
+        number = 0
+    if number.__class__ is int and 0 <= number < count:  # type: ignore[operator]
+        # One tensor, the same for all levels.
+        arg, argnums = args[number], [level.argnums for level in levels]  # type: ignore[index]
+        if arg.__class__ in PLAIN_CLASSES and arg.dtype in FLOATING:
+            if all([n.__class__ is int and n == number or n is None and count == 1 for n in argnums]):
+                union = (number,)
+                return [(union, n is not None) for n in argnums], union  # type: ignore[misc, return-value]
     wanted = []
     checked: tuple[int, ...] = ()
     for level in reversed(levels):
@@ -435,8 +445,9 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
     assert plan.stages is not None
     # Of the values of the run only those stay that the plan reads: the run serves nothing else.
     stages = plan.stages
-    needed = {key for key, slot in stages.source.program.inputs.items() if slot in stages.source.used} | {*plan.sources}
-    values: list[Any] = [value if number in needed else None for number, value in enumerate(run.values)]
+    values: list[Any] = [None] * len(run.values)
+    for slot in plan.kept:
+        values[slot] = run.values[slot]
     traced = run.traced
     if (watch := current_watch()) is not None:
         watch.let_go(run.values, {id(value) for value in values if value is not None})
@@ -452,7 +463,8 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
         if found is None:
             found = prepared[key] = stages.prepare(values)
             if (watch := current_watch()) is not None:
-                watch.add_program(stages.memory(0, values, ()), kept=True)
+                watch.add_program(memory := stages.memory(0, values, ()))
+                watch.add_results([*found[0], *found[1]], memory)
         return found
 
     def call(seeds: tuple[torch.Tensor, ...]) -> Any:
@@ -460,7 +472,8 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
             refuse_duals(seeds, "a linear function")
         found = stages.apply(values, prepare()[1], seeds)
         if (watch := current_watch()) is not None:
-            watch.add_program(stages.memory(1, values, seeds))
+            watch.add_program(memory := stages.memory(1, values, seeds))
+            watch.add_results(found, memory)
         later = plan.sources[plan.first :]
         leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
         return tree_unflatten(leaves, plan.spec)

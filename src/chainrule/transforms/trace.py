@@ -38,6 +38,9 @@ from chainrule.transforms.tensor_hooks import HEEDING, refuse_hooks
 
 aten = torch.ops.aten
 
+#: The classes of arguments about which nothing has to be asked but their dtype.
+PLAIN_CLASSES = (torch.Tensor, BatchTensor)
+
 
 @dataclass
 class Block:
@@ -182,18 +185,22 @@ def trace(
     respect_no_grad: bool = True,
     column_block: int | None = None,
     single: bool = False,
+    owned: bool = False,
 ) -> Traced:
     """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``.
 
     With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them. With ``single``,
     only cotangents are pulled back, one at a time. Where a forward transform (one without ``respect_no_grad``) runs inside of a
-    reverse one, the function is run a second time if steps of it are hidden from that.
+    reverse one, the function is run a second time if steps of it are hidden from that. With ``owned``, mapped tensors were made
+    for this run: nobody else knows them.
     """
     if not respect_no_grad and is_inside_reverse():
-        given = (function, args, argnums, kwargs, transform, has_aux, column_block, single)
+        given = (function, args, argnums, kwargs, transform, has_aux, column_block, single, False)
         traced = _trace(*given, respect_no_grad=True, forward=True)
         return _trace(*given, respect_no_grad=False, noted=True) if traced.tape.saw_blocked else traced
-    return _trace(function, args, argnums, kwargs, transform, has_aux, column_block, single, respect_no_grad=respect_no_grad)
+    return _trace(
+        function, args, argnums, kwargs, transform, has_aux, column_block, single, owned, respect_no_grad=respect_no_grad
+    )
 
 
 def _trace(
@@ -205,6 +212,7 @@ def _trace(
     has_aux: bool,
     column_block: int | None,
     single: bool,
+    owned: bool,
     *,
     respect_no_grad: bool,
     noted: bool = False,
@@ -216,7 +224,7 @@ def _trace(
     """
     refuse_inside_torch_func(transform)
     only: Any = args[argnums[0]] if len(argnums) == 1 else None
-    plain = only.__class__ is torch.Tensor and only.dtype in FLOATING
+    plain = only.__class__ in PLAIN_CLASSES and only.dtype in FLOATING
     in_leaves, in_spec = (
         ([only], PLAIN_ARGUMENT) if plain else flatten_inputs(tuple([args[number] for number in argnums]), transform)
     )
@@ -224,7 +232,10 @@ def _trace(
     if not grad_enabled:
         torch._C._set_grad_enabled(True)
     try:
-        aliases = [fresh_alias(in_leaves[0])] if plain else [fresh_alias(leaf) for leaf in in_leaves]
+        if owned:
+            aliases = [leaf if leaf.__class__ is BatchTensor else fresh_alias(leaf) for leaf in in_leaves]
+        else:
+            aliases = [fresh_alias(in_leaves[0])] if plain else [fresh_alias(leaf) for leaf in in_leaves]
         kernels = single and not torch._C._len_torch_dispatch_stack()
         if forward_ad._current_level < 0:
             tape = Tape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels)
