@@ -31,7 +31,7 @@ from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledg
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
-from chainrule.execute.replay import Spent
+from chainrule.execute.replay import Spent, part_constants
 from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
@@ -597,7 +597,7 @@ def _record_parts(
     program._input_values.clear()  # a cycle that would hold the tensors of this run
     if not (recorder.pure and whole) or (linear is not None and program.writes):
         return result, _BY_LEVELS
-    _part(program, leaves)
+    part_constants(program, leaves)
     bare = [None if s is None else Staged(program, s.slot, None) for s in staged]  # type: ignore[arg-type]
     keys = list(range(len(leaves)))
     if linear is not None:
@@ -607,14 +607,3 @@ def _record_parts(
         plan = NestPlan(keys, (program, bare))
     plan.spec, plan.sources = spec, sources
     return result, plan
-
-
-def _part(program: Program, leaves: Sequence[Any]) -> None:
-    """Copy the constants of a program that are results of this run, or share their memory: the user may write to those."""
-    if not program.constants:
-        return
-    with undispatched():
-        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
-        for slot, value in program.constants.items():
-            if value.untyped_storage()._cdata in given:
-                program.constants[slot] = value.clone()
