@@ -218,13 +218,13 @@ def draw(report: Report, fit: Fit, paths: dict[str, list[float]], spread: Tensor
     for method, path in paths.items():
         left.semilogy([max(distance, 1e-16) for distance in path], ".-", alpha=0.8, label=f"{method} (SciPy)")
     left.set(xlabel="iteration", ylabel="distance to the optimum", title="Convergence", ylim=(1e-16, None))
-    left.legend()
+    left.legend(loc="upper right")
     place = np.arange(len(truth))
     right.errorbar(place - 0.15, fit.optimum, 1.96 * fit.standard_errors, fmt="o", ms=4, capsize=2, label="estimate, 95 % by H⁻¹")
     right.errorbar(place + 0.15, fit.optimum, 1.96 * spread, fmt="none", capsize=2, color="gray", label="95 % by simulation")
     right.plot(place, truth, "kx", label="behind the data")
     right.set(xlabel="coefficient", title="Coefficients")
-    right.legend()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     report.save(figure)
 
 

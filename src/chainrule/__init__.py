@@ -2,7 +2,7 @@
 
 from chainrule.dispatch import hide_from_dynamo
 from chainrule.explain import Explanation, explain
-from chainrule.transforms import autograd_bridge, mapped_levels, tensor_hooks
+from chainrule.transforms import array_conversions, autograd_bridge, mapped_levels, tensor_hooks
 from chainrule.transforms.blocks import RowBlock, jacobian_blocks
 from chainrule.transforms.compile import CompileError, compile  # noqa: A004 - torch's name
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
@@ -24,6 +24,7 @@ from chainrule.transforms.vmap import vmap
 autograd_bridge.install()
 mapped_levels.install()
 tensor_hooks.install()
+array_conversions.install()
 
 # Inside of a function under torch.compile, transforms are made and called outside of its graphs.
 for _transform in (

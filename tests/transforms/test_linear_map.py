@@ -108,6 +108,8 @@ def test_indexing(name: str) -> None:
         close(J[key, 1:], matrix[key, 1:])
         close(J.T[key if n == m else 0], matrix.T[key if n == m else 0])
     close(J[:, others], matrix[:, others])
+    for key in (..., (..., 0), (0, ...), (..., others), (some, ...), (0, ..., 0)):
+        close(J[key], matrix[key])
     mask = torch.rand(m) > 0.5
     close(J[mask], matrix[mask])
     close(J[range(m)], matrix)

@@ -53,7 +53,7 @@ def test_indices_that_do_not_fit() -> None:
             wrong()
     with pytest.raises(IndexError, match="2 rows and 3 columns"):
         J[[0, 1], [0, 1, 2]]
-    for key in (1.5, "a", None, ..., (0, 1, 2), torch.ones(2, 2, dtype=torch.int64), torch.ones(3, dtype=torch.bool), True):
+    for key in (1.5, "a", None, (0, 1, 2), (..., 0, ...), torch.ones(2, 2, dtype=torch.int64), torch.ones(3, dtype=torch.bool), True):
         with pytest.raises(TypeError):
             J[key]
     with pytest.raises(TypeError, match="differs between the samples"):

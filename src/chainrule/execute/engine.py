@@ -30,6 +30,7 @@ from chainrule.execute.replay import (
     bare,
     compile_program,
     compile_stages,
+    part_constants,
     owned,
     without_values,
 )
@@ -191,6 +192,7 @@ class CachedPlan:
             outcome = record_batched(lambda: runner(*given), mode, recorded, runner.constants)  # type: ignore[attr-defined]
             assert outcome is not None
             results, program, staged, flags = outcome
+            part_constants(program, results)
             found = (compile_program(program, staged), flags) if staged else (None, [])
             if len(self.batched) < 64:
                 self.batched[key] = found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,15 +56,12 @@ def owned(program: Program, results: Sequence[Staged | None]) -> list[Staged | N
         if staged is None:
             fresh.append(None)
             continue
-        root, broadcast = _memory(staged.slot, producers)
-        if root is None or root in taken or broadcast:
-            copy = torch.Tensor.clone
-            if root in taken:
-                staged = _again(program, staged)
-            else:
-                staged = program.call(copy, staged, memory_format=torch.contiguous_format)
-        else:
-            taken.add(root)
+        memory, broadcast = _memory(staged.slot, producers)
+        if memory is None or memory in taken or broadcast:
+            copy = program.call(torch.Tensor.clone, staged, memory_format=torch.contiguous_format)
+            staged = _again(program, staged) if memory in taken or copy.slot in taken else copy
+            memory = staged.slot
+        taken.add(memory)
         fresh.append(staged)
     return fresh
 
@@ -90,6 +87,18 @@ def _memory(slot: int, producers: dict[int, Instruction]) -> tuple[int | None, b
         if not isinstance(first, Ref):
             return slot, broadcast
         slot = first.slot
+
+
+def part_constants(program: Program, results: Iterable[Any]) -> None:
+    """Copy the constants of a program that are results of the run it was made of: whoever got those may write to them."""
+    if not program.constants:
+        return
+    with undispatched():
+        stored = [item.value if item.__class__ is BatchTensor else item for item in results]
+        given = {value.untyped_storage()._cdata for value in stored if value.__class__ is torch.Tensor and not value.is_sparse}
+        for slot, value in program.constants.items():
+            if value.untyped_storage()._cdata in given:
+                program.constants[slot] = value.clone()
 
 
 def bare(staged: Staged | None) -> Staged | None:

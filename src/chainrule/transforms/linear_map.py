@@ -349,7 +349,11 @@ class LinearMap(ABC):
     def __getitem__(self, key: Any) -> torch.Tensor:
         """Entries of the flattened map, as the same index would give of its matrix; two lists are read side by side."""
         name = f"{type(self).__name__}[...]"
-        items = key if isinstance(key, tuple) else (key, slice(None))
+        items = key if isinstance(key, tuple) else (key,)
+        if (missing := [n for n, item in enumerate(items) if item is Ellipsis]) and len(items) <= 3:
+            items = (*items[: missing[0]], *[slice(None)] * (3 - len(items)), *items[missing[0] + 1 :])
+        elif len(items) == 1:
+            items = (*items, slice(None))
         if len(items) != 2 or any(item is Ellipsis or item is None for item in items):
             raise TypeError(f"{name}: expected an index of rows, or one of rows and one of columns")
         whole = [isinstance(item, slice) and item == slice(None) for item in items]

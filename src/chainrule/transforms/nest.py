@@ -31,7 +31,7 @@ from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledg
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.memory import current_watch
-from chainrule.execute.replay import Spent
+from chainrule.execute.replay import Spent, part_constants
 from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
@@ -597,6 +597,7 @@ def _record_parts(
     program._input_values.clear()  # a cycle that would hold the tensors of this run
     if not (recorder.pure and whole) or (linear is not None and program.writes):
         return result, _BY_LEVELS
+    part_constants(program, leaves)
     bare = [None if s is None else Staged(program, s.slot, None) for s in staged]  # type: ignore[arg-type]
     keys = list(range(len(leaves)))
     if linear is not None:
