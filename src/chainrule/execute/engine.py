@@ -30,8 +30,8 @@ from chainrule.execute.replay import (
     bare,
     compile_program,
     compile_stages,
-    part_constants,
     owned,
+    part_constants,
     without_values,
 )
 from chainrule.execute.sweeps import RUNS, NotFiniteError, Seen, is_long, swept

@@ -385,9 +385,8 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     """A plan without the tensors of the run that made it, but for its indices."""
     program, workspace = planned.program, planned.workspace
     relations, masks = (_guard(planned, staged) for staged in (workspace.relations, workspace.masks))
-    results = list(planned.results.values())
-    freeze(program, workspace, [r for r in results if r is not None])
-    results = owned(program, results)  # entries that are constants of the plan, too, are copied in each call
+    freeze(program, workspace, list(planned.results.values()))
+    results = owned(program, list(planned.results.values()))  # entries that are constants of the plan, too, are copied
     bare: list[Staged | None] = [Staged(program, r.slot, None) for r in results if r is not None]  # type: ignore[arg-type]
     program._input_values.clear()
     program._known.clear()

@@ -21,8 +21,8 @@ def _refusing(name: str) -> Callable[..., Any]:
     def convert(mode: LightMode, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if mode.belongs_to(tensor)[0] is not None and not kwargs.get("force", False):
             raise RuntimeError(
-                f"chainrule: {name} of a tensor that is differentiated: what NumPy (or another library) computes of it would be a "
-                "constant, and its derivative missing. Compute it with torch, or use tensor.detach() where it is to be a constant."
+                f"chainrule: {name} of a tensor that is differentiated: what NumPy (or another library) computes of it would be "
+                "a constant, its derivative missing. Compute it with torch, or use tensor.detach() where it is to be a constant."
             )
         return method(tensor, *args, **kwargs)
 
