@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import opt_einsum
 import torch
 
+from chainrule.maps.matrix_products import many_small, plain_product, products_by_columns
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor
@@ -520,40 +521,8 @@ def _matrix_product(
         y_shape.append(1)
     x = _matrix(x, left, (batch, left_only, gone), x_shape)
     y = _matrix(y, right, (batch, gone, right_only), y_shape)
-    result = torch.bmm(x, y) if batch else _plain_product(x, y)
+    result = torch.bmm(x, y) if batch else plain_product(x, y)
     return _view(result, [sizes[name] for name in batch + left_only + right_only])
-
-
-#: Matrices of at most this many rows and columns are small,
-_SMALL_MATRIX = 8
-#: and many where their products take this many multiply-adds.
-_MANY = 1 << 17
-
-
-def many_small(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether ``x @ y`` is of many small matrices that do not stand in memory one by one: a stack runs fastest.
-
-    A product per matrix would copy them first, entry by entry, and is itself ten times slower than passes over the stacks.
-    """
-    m, k, n = x.shape[-2], x.shape[-1], y.shape[-1]
-    stack = math.prod(x.shape[:-2])
-    if max(m, k, n) > _SMALL_MATRIX or not stack * m * k * n >= _MANY:
-        return False
-    return _runs_along_stack(x) and _runs_along_stack(y)
-
-
-def _runs_along_stack(matrices: torch.Tensor) -> bool:
-    strides = [s if size > 1 and s else math.inf for s, size in zip(matrices.stride(), matrices.shape, strict=True)]
-    return min(strides[:-2]) < min(strides[-2:])
-
-
-def products_by_columns(x: Any, y: Any) -> Any:
-    """``x @ y`` for stacks of matrices, as a sum of outer products of columns of ``x`` and rows of ``y``."""
-    pairs = [(x.narrow(-1, number, 1), y.narrow(-2, number, 1)) for number in range(x.shape[-1])]
-    total = torch.mul(*pairs[0])
-    for column, row in pairs[1:]:
-        total = torch.addcmul(total, column, row)
-    return total
 
 
 def _matrix(
@@ -587,26 +556,6 @@ def _copying(value: Staged, names: tuple[int, ...], groups: tuple[tuple[int, ...
             break
         run *= sizes[name]
     return value.numel() * (1 + 8 / max(run, 1))
-
-
-#: A matrix product with fewer columns than this, and more rows, is computed as its transpose.
-_FEW_COLUMNS = 65
-#: For fewer multiply-adds than this the views cost what the kernel saves.
-_WORTH_TURNING = 1 << 16
-
-
-def _plain_product(x: Staged, y: Staged) -> Staged:
-    if x.ndim == 2 and y.ndim == 2:
-        rows, columns = x.shape[0], y.shape[1]
-        if columns < _FEW_COLUMNS and 2 * columns <= rows and rows * columns * x.shape[1] >= _WORTH_TURNING:
-            # The kernels want the long dimension last in memory: by a third to many times faster, never much slower.
-            return torch.t(torch.mm(torch.t(y), torch.t(x)))
-        return torch.mm(x, y)
-    if x.ndim == 2:
-        return torch.mv(x, y)
-    if y.ndim == 2:
-        return torch.mv(torch.t(y), x)
-    return torch.dot(x, y)
 
 
 def _view(value: Staged, shape: list[int]) -> Staged:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainrule.maps.contract import many_small, products_by_columns
+from chainrule.maps.matrix_products import many_small, products_by_columns
 from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, physical, value_of
 from chainrule.rules.batching_pointwise import align
 

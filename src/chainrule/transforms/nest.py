@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._pytree import TreeSpec
 
 from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder, rehearsed
-from chainrule.capture.tape import BelowAutograd, Tape
+from chainrule.capture.tape import Tape
 from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
 from chainrule.execute import engine
 from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledger
@@ -37,7 +36,6 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
     flatten_inputs,
-    flatten_outputs,
     resolve_argnums,
     structure_key,
     tree_flatten,
@@ -54,7 +52,8 @@ from chainrule.transforms.levels import (
     chain_of,
     mark_of,
 )  # fmt: skip
-from chainrule.transforms.trace import PLAIN_CLASSES, Traced, active_slot, trace
+from chainrule.transforms.nest_parts import run_parts
+from chainrule.transforms.trace import PLAIN_CLASSES, Traced, trace
 from chainrule.transforms.vmap import Mapping
 
 #: In place of a plan: this nest is run level by level.
@@ -327,7 +326,7 @@ def finish_run(run: Run, seeds: tuple[torch.Tensor, ...] = (), *, last: bool = F
         if run.key is not None:
             engine.CACHE.put(run.key, cached)
     if cached is _BY_LEVELS:
-        return _run_parts(run.parts, seeds)
+        return run_parts(run.parts, seeds)
     if cached is None or cached.__class__ is Seen:
         if (soon := _swept(run, seeds)) is not None:
             return soon
@@ -374,7 +373,7 @@ def _swept(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
         # What the levels record must not stand on the tape if the nest is planned after all.
         here = replace(part, traced=replace(part.traced, tape=part.traced.tape.fork()))
         with collecting(SWEPT):
-            return _run_parts([here], seeds)
+            return run_parts([here], seeds)
 
     return engine.first_runs(run.key, run.cached, sweep, len(part.levels))
 
@@ -434,7 +433,7 @@ def run_linearized(
             found: Linearized = result[2]
             return found
     if plan is _BY_LEVELS:
-        whole: Linearized = _run_parts(run.parts, ())
+        whole: Linearized = run_parts(run.parts, ())
         return whole
     return _replayed(plan, run)
 
@@ -486,83 +485,6 @@ def _replayed(plan: LinearPlan, run: Run) -> Linearized:
     return Linearized(leaves, plan.out_spec, plan.active, call, traced, tree_unflatten(leaves, plan.out_spec))
 
 
-def _run_parts(parts: Sequence[Part], seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None) -> Any:
-    """The levels of all parts one after the other; all but the last are recorded on the tape of the part outside of them."""
-    part, inner = parts[-1], parts[:-1]
-    traced = part.traced
-
-    def resume() -> Any:
-        inner[-1].traced.tape.settle()
-        return _run_parts(inner, ())
-
-    if inner:
-        with torch.enable_grad(), BelowAutograd(), traced.tape:
-            result = _through(inner[-1].around, resume)
-        leaves, spec = flatten_outputs(result, part.levels[0].name, part.levels[0].func)
-        slots = [active_slot(traced.tape, leaf) for leaf in leaves]
-        traced = replace(traced, out_leaves=leaves, out_spec=spec, out_slots=slots)
-    return _run_levels(part.levels, part.wanted, traced, seeds, made)
-
-
-def _through(around: Sequence[tuple[Mapping, VmapMode]], call: Callable[[], Any]) -> Any:
-    """Call inside of mappings, and take the result out of them."""
-    if not around:
-        return call()
-    mapping, mode = around[0]
-    with mode.resumed():
-        result = _through(around[1:], call)
-    return mapping.leave(result, mode)
-
-
-def _run_levels(
-    levels: Sequence[Level],
-    wanted: Sequence[tuple[tuple[int, ...], bool]],
-    traced: Traced,
-    seeds: tuple[torch.Tensor, ...],
-    made: list[torch.Tensor] | None = None,
-) -> Any:
-    """The levels one after the other on the tape of the innermost run; all but the last are recorded on it."""
-    tape = traced.tape
-    union = wanted[0][0]
-    if any(positions != union for positions, _ in wanted):
-        union = tuple(sorted({p for positions, _ in wanted for p in positions}))
-    whole, last = traced, len(levels) - 1
-    result: Any = None
-    for number, (level, (positions, single)) in enumerate(zip(levels, wanted, strict=True)):
-        if number:
-            leaves, spec = flatten_outputs(result, level.name, level.func)
-            slots = [active_slot(tape, leaf) for leaf in leaves]
-        else:
-            leaves, spec, slots = whole.out_leaves, whole.out_spec, whole.out_slots
-        here = _restricted(whole, union, positions, leaves, spec, slots)
-        if number == last:
-            here.seeds = seeds
-            here.made = made
-            here.grad_enabled = whole.grad_enabled
-            result = level.finish(here, single)
-            break
-        torch._C._set_grad_enabled(True)
-        try:
-            with BelowAutograd(), tape:
-                result = level.finish(here, single)
-        finally:
-            torch._C._set_grad_enabled(whole.grad_enabled)
-    return result
-
-
-def _restricted(
-    whole: Traced, union: tuple[int, ...], positions: tuple[int, ...], leaves: list[Any], spec: TreeSpec, slots: list[int | None]
-) -> Traced:
-    """The run as one level sees it: its own inputs, and the outputs of the level inside it."""
-    in_leaves, in_slots, in_spec = whole.in_leaves, whole.in_slots, whole.in_spec
-    if positions != union:
-        places = [union.index(p) for p in positions]
-        in_leaves, in_slots = [in_leaves[p] for p in places], [in_slots[p] for p in places]
-        in_spec = tree_flatten(tuple(in_leaves))[1]
-    columns = [None] * len(in_slots)
-    return Traced(whole.tape, in_leaves, in_spec, in_slots, leaves, spec, slots, None, True, columns)  # type: ignore[arg-type]
-
-
 def _record_parts(
     run: Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
 ) -> tuple[Any, Any]:
@@ -582,7 +504,7 @@ def _record_parts(
     recorder = Recorder(find)
     with postponed_collection(), recorder, collecting(UNCACHED):
         run.traced.tape.settle()
-        result = _run_parts(run.parts, seeds, made)
+        result = run_parts(run.parts, seeds, made)
     linear: Linearized | None = None
     if made is not None:
         outputs, pulled, linear = result
