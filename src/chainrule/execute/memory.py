@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from chainrule.capture.tape import Tape
-from chainrule.execute.reuse import written_over
+from chainrule.execute.reuse import scattered, written_over
 from chainrule.execute.workspace import Saved, Space, free, observable, observe, of_run, saved_by_run
 from chainrule.maps.staging import Instruction, Program, Ref, reads
 
@@ -97,6 +97,8 @@ def predict(
         space = (inside or {}).get(instruction.outputs[0]) if len(instruction.outputs) == 1 else None
         if space is not None and not space.results and instruction.args and isinstance(instruction.args[0], Ref):
             shares.setdefault(instruction.outputs[0], instruction.args[0].slot)
+        if instruction.function is scattered:  # in place of a view
+            shares[instruction.outputs[0]] = instruction.outputs[0]
 
     def root(slot: int) -> int:
         while (source := shares.get(slot, program.shares.get(slot))) is not None and source != slot:
