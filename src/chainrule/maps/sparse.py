@@ -62,6 +62,7 @@ class SparseWorkspace(Workspace):
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
         everywhere: whether what ops choose by value is any element.
         limit: ops with more entries than this are not listed; None for any number.
+        stacks: whether many terms become one over taps; not those of local Jacobians, whose products would multiply taps.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
     """
@@ -86,6 +87,7 @@ class SparseWorkspace(Workspace):
         self.masked = masked
         self.limit: int | None = None
         self.everywhere = False
+        self.stacks = True
         self._choices: set[int] = set()
         self.values: Sequence[Any] = ()
         self.zeros: dict[int, Places] | None = None
@@ -508,7 +510,8 @@ class SparseWorkspace(Workspace):
 
     def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """The same sum in fewer entries, where many terms meet."""
-        terms = stacked(terms, self, _MANY)
+        if self.stacks:
+            terms = stacked(terms, self, _MANY)
         if len(terms) < _SOME:
             return tuple(terms)
         bare, restore = without_shared(terms)

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy
 import torch
 
 from chainrule.maps.compose import dense_factor
 from chainrule.maps.contract import expand_to
 from chainrule.maps.nodes import Node
+from chainrule.maps.nonzeros import entries_of, listed, summed
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Terms with some taps each are put together where at most this share of the taps is left.
 _SAVING = 0.75
+#: So many rows are looked at for taps that meet in them, and so few places, as a share of the taps, say that they do.
+_SAMPLE = 64
+_DISTINCT = 0.8
 
 
 class _Taps(NamedTuple):
@@ -74,6 +79,11 @@ def stacked(terms: Sequence[Term], workspace: SparseWorkspace, many: int) -> Seq
     for group in groups.values():
         count = sum(taps.number for taps in group)
         made = _as_one(group, workspace, many) if len(group) > 1 and count >= many else None
+        if made is not None and _meets_itself(made, workspace):
+            # Taps that meet in most rows grow in number with every product: entries at one place are added up instead.
+            own = [taps.term for taps in group]
+            entries = [entries_of(term, workspace) for term in own]
+            made = summed(own[0].out_dims, own[0].in_dims, entries, listed(entries), workspace)
         done.extend([taps.term for taps in group] if made is None else [made])
     return terms if len(done) == len(terms) else done
 
@@ -141,6 +151,24 @@ def _as_one(group: Sequence[_Taps], workspace: SparseWorkspace, many: int) -> Te
     return workspace.canonical(Term(out_dims, tuple(in_dims), (factor,), tuple(onehots)))
 
 
+def _meets_itself(term: Term, workspace: SparseWorkspace) -> bool:
+    """Whether different taps lead many rows to the same places, by some of the rows."""
+    tap = term.factors[0].axes[0]
+    sizes = {axis: axis.size for h in term.onehots for axis in h.sources if axis is not tap}
+    chosen = {axis: _random(number, 0, size, _SAMPLE) for number, (axis, size) in enumerate(sizes.items())}
+    keys = torch.zeros((tap.size, _SAMPLE), dtype=torch.long, device=workspace.device)
+    valid = torch.ones_like(keys, dtype=torch.bool)
+    for onehot in term.onehots:
+        index = workspace.read(onehot.index)
+        rows = [chosen[axis].to(index.device) for axis in onehot.sources if axis is not tap]
+        place = index[(slice(None), *rows)] if rows else index[:, None].expand(-1, _SAMPLE)
+        keys = keys * onehot.target.size + place
+        valid &= place >= 0
+    keys = torch.where(valid, keys, -1).sort(0).values
+    distinct = (keys[1:] != keys[:-1]).sum() + (keys[0] >= 0).sum()
+    return bool(distinct < _DISTINCT * valid.sum())
+
+
 def _size(group: Sequence[_Taps], d: int) -> int:
     """The size of a dimension of the input."""
     return max(math.prod(axis.size for axis in taps.term.in_dims[d]) for taps in group)
@@ -205,9 +233,13 @@ def _distinct(places: Sequence[Sequence[torch.Tensor]]) -> tuple[list[torch.Tens
 
 def _fingerprint(number: int, lines: torch.Tensor) -> torch.Tensor:
     """A number for each line of a matrix, the same for the same line: a sum with random weights that wraps around."""
-    generator = torch.Generator().manual_seed(number)
-    weights = torch.randint(-(2**62), 2**62, (lines.shape[1],), generator=generator).to(lines.device)
+    weights = _random(number, -(2**62), 2**62, lines.shape[1]).to(lines.device)
     return torch.mv(lines, weights) if lines.device.type == "cpu" else (lines * weights).sum(1)
+
+
+def _random(seed: int, low: int, high: int, count: int) -> torch.Tensor:
+    """The same integers each time; a vmap around knows nothing of them."""
+    return torch.from_numpy(numpy.random.default_rng(seed).integers(low, high, count))
 
 
 def _chosen(lines: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -203,7 +203,10 @@ def _accumulated(
 
 
 def _condensed(tape: Any, graph: Graph, request: SparseRequest | Jacobian, workspace: SparseWorkspace) -> Graph:
-    return condensed(graph, *_slots(request), _shapes(tape), workspace)
+    workspace.stacks = False
+    found = condensed(graph, *_slots(request), _shapes(tape), workspace)
+    workspace.stacks = True
+    return found
 
 
 def _shapes(tape: Any) -> Callable[[int], tuple[int, ...]]:
