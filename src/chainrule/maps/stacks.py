@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -161,7 +161,8 @@ def _meets_itself(term: Term, workspace: SparseWorkspace) -> bool:
     for onehot in term.onehots:
         index = workspace.read(onehot.index)
         rows = [chosen[axis].to(index.device) for axis in onehot.sources if axis is not tap]
-        place = index[(slice(None), *rows)] if rows else index[:, None].expand(-1, _SAMPLE)
+        at: tuple[Any, ...] = (slice(None), *rows)
+        place = index[at] if rows else index[:, None].expand(-1, _SAMPLE)
         keys = keys * onehot.target.size + place
         valid &= place >= 0
     keys = torch.where(valid, keys, -1).sort(0).values
