@@ -7,12 +7,12 @@ two tables. What is left to compute in each run are the values of the entries.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from chainrule.maps.coincidence import solve_affine
@@ -33,6 +33,7 @@ from chainrule.maps.nonzeros import (
 from chainrule.maps.onehots import gather, mask_factor
 from chainrule.maps.places import Places
 from chainrule.maps.sorted_places import join_equal
+from chainrule.maps.stacks import stacked
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
@@ -61,6 +62,7 @@ class SparseWorkspace(Workspace):
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
         everywhere: whether what ops choose by value is any element.
         limit: ops with more entries than this are not listed; None for any number.
+        stacks: whether many terms become one over taps; not those of local Jacobians, whose products would multiply taps.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
     """
@@ -85,11 +87,13 @@ class SparseWorkspace(Workspace):
         self.masked = masked
         self.limit: int | None = None
         self.everywhere = False
+        self.stacks = True
         self._choices: set[int] = set()
         self.values: Sequence[Any] = ()
         self.zeros: dict[int, Places] | None = None
         self.constants: frozenset[int] = frozenset()
-        self._nodes: dict[object, Node] = {}
+        self._nodes: dict[object, list[tuple[torch.Tensor, Node]]] = {}
+        self._weights = numpy.empty(0, dtype=numpy.int64)
         self._known: dict[int, tuple[Node, Node]] = {}
         self._leaves: list[Staged] = []
         self._masks: list[Staged] = []
@@ -261,14 +265,22 @@ class SparseWorkspace(Workspace):
     def index(self, tensor: torch.Tensor) -> Node:
         """The node of a concrete index; equal ones are one node."""
         tensor = tensor.to(torch.long).contiguous()
-        digest = hashlib.blake2b(memoryview(tensor.cpu().numpy()).cast("B") if tensor.numel() else b"", digest_size=16).digest()
-        key = (tuple(tensor.shape), digest)
-        node = self._nodes.get(key)
-        if node is None:
-            node = self._nodes[key] = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
-            node.facts = _affine(tensor), bool((tensor < 0).any())
-            node.force(self.program)
+        key = (tuple(tensor.shape), self._fingerprint(tensor))
+        known = self._nodes.setdefault(key, [])
+        for value, node in known:
+            if torch.equal(value, tensor):
+                return node
+        node = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
+        known.append((tensor, node))
+        node.facts = _affine(tensor), bool((tensor < 0).any())
+        node.force(self.program)
         return node
+
+    def _fingerprint(self, tensor: torch.Tensor) -> int:
+        """A number that is the same for equal tensors, and hardly ever for others: a sum with random weights."""
+        if tensor.numel() > len(self._weights):
+            self._weights = numpy.random.default_rng(0).integers(-(2**62), 2**62, 2 * tensor.numel())
+        return int(numpy.dot(tensor.cpu().numpy().reshape(-1), self._weights[: tensor.numel()]))
 
     def relation(self, index: torch.Tensor, sources: tuple[Axis, ...], target: Axis) -> OneHot:
         """The relation of a concrete index; negative places have no target."""
@@ -498,6 +510,8 @@ class SparseWorkspace(Workspace):
 
     def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """The same sum in fewer entries, where many terms meet."""
+        if self.stacks:
+            terms = stacked(terms, self, _MANY)
         if len(terms) < _SOME:
             return tuple(terms)
         bare, restore = without_shared(terms)

@@ -17,6 +17,7 @@ from chainrule.maps.terms import Term, identity
 from chainrule.plan import elimination
 from chainrule.plan.algebra import Builder, Expression, Jacobian, OfExpression, jacobians
 from chainrule.plan.compression import by_columns, by_stars
+from chainrule.plan.condensing import condensed
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.patterns import (
@@ -183,7 +184,7 @@ def find_patterns(
     """
     workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), widened)
     workspace.everywhere = everywhere
-    graph = structured_graph(tape, *_slots(request), workspace)
+    graph = _condensed(tape, structured_graph(tape, *_slots(request), workspace), request, workspace)
     found = find_blocks(_accumulated(tape, graph, *_slots(request), "reverse", workspace), workspace)
     workspace.memo.clear()
     return {key: block.pattern for key, block in found.items()}
@@ -198,7 +199,18 @@ def _accumulated(
     tape: Any, graph: Graph, inputs: list[int], outputs: list[int], order: str, workspace: SparseWorkspace
 ) -> dict[Key, LinearMap]:
     accumulate = elimination.forward if order == "forward" else elimination.reverse
-    return accumulate(graph, inputs, outputs, lambda slot: tuple(tape.values[slot].shape), workspace)
+    return accumulate(graph, inputs, outputs, _shapes(tape), workspace)
+
+
+def _condensed(tape: Any, graph: Graph, request: SparseRequest | Jacobian, workspace: SparseWorkspace) -> Graph:
+    workspace.stacks = False
+    found = condensed(graph, *_slots(request), _shapes(tape), workspace)
+    workspace.stacks = True
+    return found
+
+
+def _shapes(tape: Any) -> Callable[[int], tuple[int, ...]]:
+    return lambda slot: tuple(tape.values[slot].shape)
 
 
 def plan_sparse(
@@ -230,9 +242,10 @@ def plan_sparse(
     workspace.forward = request.cast == "output"
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
+    short = _condensed(tape, graph, request, workspace)
 
     def find(order: str) -> Found:
-        found = find_blocks(_accumulated(tape, graph, inputs, outputs, order, workspace), workspace)
+        found = find_blocks(_accumulated(tape, short, inputs, outputs, order, workspace), workspace)
         return found if request.triangle is None else triangle_of(found, position, request.triangle)
 
     def position(key: Key) -> Key:
@@ -341,9 +354,10 @@ def _plan_expression(
     for graph in graphs.values():
         _refuse_complex(tape, graph)
         whole.include(graph)
+    short = {jacobian: _condensed(tape, graph, jacobian, workspace) for jacobian, graph in graphs.items()}
 
     def find(order: str) -> Found:
-        made = {j: _accumulated(tape, graph, *_slots(j), order, workspace) for j, graph in graphs.items()}
+        made = {j: _accumulated(tape, graph, *_slots(j), order, workspace) for j, graph in short.items()}
         return find_blocks(Builder(made, seeds, workspace).blocks(request.expression), workspace)
 
     candidates = _compared(("reverse", "forward"), find, workspace)
