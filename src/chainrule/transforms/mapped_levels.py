@@ -39,7 +39,7 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return NotImplemented
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
         return NotImplemented
-    if current_ledger() is not None or current_watch() is not None:
+    if current_ledger() is not None:
         return NotImplemented
     chain = _chain(level)
     if chain is None:
@@ -52,8 +52,9 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         # Another run does all of it, and so do later calls.
         level.by_itself = True
         return NotImplemented
-    if run.cached.__class__ is NestPlan and (results := _replayed(run, run.cached, mapping, mode)) is not NotImplemented:
-        return results
+    if run.cached.__class__ is NestPlan and current_watch() is None:  # the memory is counted within the level
+        if (results := _replayed(run, run.cached, mapping, mode)) is not NotImplemented:
+            return results
     with mode.resumed(), unasked(mode):
         result = finish_run(run)
     return mapping.leave(result, mode)
