@@ -157,7 +157,13 @@ class CachedPlan:
         runner, flags = self.batched.get(stored.key, (None, []))
         if runner is None:
             return None
-        return (runner if stored.joined else runner.plain)(stored.tensors, ()), flags  # type: ignore[attr-defined]
+        if (watch := current_watch()) is not None:
+            source = runner.source_of  # type: ignore[attr-defined]
+            watch.add_program(memory := source.memory(saved=source.observe(stored.tensors, ())))
+        results = (runner if stored.joined else runner.plain)(stored.tensors, ())  # type: ignore[attr-defined]
+        if watch is not None:
+            watch.add_results(results, memory)
+        return results, flags
 
     def _is_plain(self, values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> bool:
         """Whether the program's inputs are tensors whose calls nothing follows."""

@@ -16,7 +16,6 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import unasked
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.batched import wrap
-from chainrule.execute.memory import current_watch
 from chainrule.transforms.arguments import tree_unflatten
 from chainrule.transforms.levels import Chain, Level, NestPlan, Run, chain_of, mark_of
 from chainrule.transforms.nest import finish_run, run_innermost
@@ -52,9 +51,8 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         # Another run does all of it, and so do later calls.
         level.by_itself = True
         return NotImplemented
-    if run.cached.__class__ is NestPlan and current_watch() is None:  # the memory is counted within the level
-        if (results := _replayed(run, run.cached, mapping, mode)) is not NotImplemented:
-            return results
+    if run.cached.__class__ is NestPlan and (results := _replayed(run, run.cached, mapping, mode)) is not NotImplemented:
+        return results
     with mode.resumed(), unasked(mode):
         result = finish_run(run)
     return mapping.leave(result, mode)
