@@ -227,3 +227,28 @@ def test_a_number_is_not_taken_for_a_tensor() -> None:
         found = chainrule.vmap(lambda x: torch.fmod(x, number))(x)
         torch.testing.assert_close(found, expected, equal_nan=True)
         torch.testing.assert_close(chainrule.vmap(lambda x, y: torch.fmod(x, y))(x, y), torch.fmod(x, y))
+
+
+def _sine_and_cosine(x):
+    sine, cosine = torch.empty(3), torch.empty(3)
+    torch.sin(x, out=sine)
+    torch.cos(x, out=cosine)
+    return sine + 2 * cosine
+
+
+def _cumulated(x):
+    return torch.cumsum(x, 0, out=torch.empty(3))
+
+
+def _normalised(x):
+    target = torch.zeros(3)
+    torch.nn.functional.normalize(x, dim=0, out=target)
+    return target * 2
+
+
+@pytest.mark.parametrize("function", [_sine_and_cosine, _cumulated, _normalised])
+def test_targets_that_are_the_same_for_all_samples_are_written_in_each_call(function):
+    mapped = chainrule.vmap(function)
+    for _ in range(7):
+        x = torch.rand(2, 3)
+        torch.testing.assert_close(mapped(x), torch.stack([function(row) for row in x]))

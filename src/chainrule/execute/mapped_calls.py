@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -134,6 +135,8 @@ class MappedCalls:
         kind: Any = function.__class__
         if kind not in _CALLS or function in self._never or mode.graphs or _any_autocast():
             return NotImplemented
+        if kwargs and kwargs.get("out") is not None:  # a target that is the same for all samples gets other memory
+            return NotImplemented
         values: list[Tensor] = []
         key = _signature(function, mode, args, kwargs, values)
         if key is None:
@@ -163,7 +166,10 @@ class MappedCalls:
         if result.__class__ is not BatchTensor and not _is_tensors(result) or _writes(function):
             self._never.add(function)
         elif len(mode.fallbacks) == loops:
-            self.known[key] = _replay(function, recorder, result, mode, args, kwargs, joined=False)
+            after: list[Tensor] = []
+            _signature(function, mode, args, kwargs, after)
+            same = len(after) == len(values) and all(map(operator.is_, after, values))  # else an argument was written
+            self.known[key] = _replay(function, recorder, result, mode, args, kwargs, joined=False) if same else None
         return result
 
     def _record_joined(
