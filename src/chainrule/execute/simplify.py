@@ -319,8 +319,10 @@ def _fuse(
 
     for number, instruction in enumerate(kept):
         function, args = instruction.function, instruction.args
-        if instruction.kwargs or len(instruction.outputs) != 1 or len(args) != 2 or memory.touched(instruction):
+        if instruction.kwargs or len(instruction.outputs) != 1 or len(args) != 2:
             continue
+        if memory.written and not memory.roots(instruction, reading=False).isdisjoint(memory.written):
+            continue  # what is read stays read at this place
         out = instruction.outputs[0]
         base: int | None = None
         product: Instruction | None = None
