@@ -86,6 +86,31 @@ class Pair(torch.autograd.Function):
         return sum(parts) if parts else None
 
 
+class Product(torch.autograd.Function):
+    """``x * y``; its gradients have the shape of the product, which torch.autograd sums to those of the inputs."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        return cotangent * y, cotangent * x
+
+
+class Cut(Product):
+    """A gradient of fewer elements than the input."""
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return cotangent[..., :1], None
+
+
 def _layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x @ w)
 
@@ -115,6 +140,33 @@ def test_rows_agree_with_the_plain_function(function: Any, name: str, sizes: tup
     for _ in range(2):
         # Sums of at most 15 products of numbers of size one.
         torch.testing.assert_close(TRANSFORMS[name](chainrule, function.apply, x, w), expected, rtol=1e-12, atol=1e-13)
+
+
+BROADCAST = {
+    "grad": lambda lib, f, x, y: lib.grad(lambda p, q: f(p.sin(), q).pow(3).sum(), (0, 1))(x[0], y[0]),
+    "jacrev": lambda lib, f, x, y: lib.jacrev(f, (0, 1))(x[0], y[0]),
+    "jacfwd": lambda lib, f, x, y: lib.jacfwd(f, (0, 1))(x[0], y[0]),
+    "hessian": lambda lib, f, x, y: lib.hessian(lambda p, q: f(p.sin(), q).pow(3).sum(), (0, 1))(x[0], y[0]),
+    "vjp": lambda lib, f, x, y: lib.vjp(f, x[0], y[0])[1](torch.ones_like(x[0] * y[0])),
+    "vmap-jacrev": lambda lib, f, x, y: lib.vmap(lib.jacrev(f, (0, 1)))(x, y),
+    "vmap-grad": lambda lib, f, x, y: lib.vmap(lib.grad(lambda p, q: f(p, q).pow(3).sum()), (0, None))(x, y[0]),
+}
+
+
+@pytest.mark.parametrize("sizes", [((), (3,)), ((3,), (2, 3)), ((2, 1), (3, 1, 4)), ((), (1,))])
+@pytest.mark.parametrize("name", BROADCAST)
+def test_gradients_of_a_broadcast_shape_are_summed(name: str, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    x, y = torch.randn(2, *sizes[0], **DOUBLE), torch.randn(2, *sizes[1], **DOUBLE)
+    expected = BROADCAST[name](torch.func, torch.mul, x, y)
+    for _ in range(2):
+        # Sums of at most 24 products of numbers of size ten.
+        torch.testing.assert_close(BROADCAST[name](chainrule, Product.apply, x, y), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "vmap-jacrev"])
+def test_gradients_of_another_shape_are_refused(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"Cut returned an invalid gradient at index 0 - got \[3, 1\] .* \[3, 2\]"):
+        BROADCAST[name](chainrule, Cut.apply, torch.randn(2, 3, 2, **DOUBLE), torch.randn(2, 3, 2, **DOUBLE))
 
 
 def test_all_rows_are_one_call_of_backward() -> None:

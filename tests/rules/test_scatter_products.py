@@ -9,6 +9,8 @@ import chainrule
 from tests.rules.test_layers import assert_same, check, randn
 
 INDEX = torch.tensor([[0, 1, 1, 0], [2, 0, 0, 0]])
+JOINED = {"sum": torch.add, "mean": lambda x, s: (x + s) / 2, "prod": torch.mul, "amax": torch.maximum}
+SCALARS = [((4,), (1,), ()), ((4,), (), (1,)), ((4,), (), ()), ((), (1,), ()), ((), (), (1,))]
 
 
 @pytest.mark.parametrize("include_self", [True, False])
@@ -23,6 +25,31 @@ def test_scatter_reduce(reduce: str, include_self: bool) -> None:
     check(lambda x, s: x.scatter_reduce(0, INDEX[1], s, reduce, include_self=include_self), (randn(3), randn(4)))
     account = chainrule.explain(chainrule.hessian(lambda x: function(x, x.repeat(1, 2)[:, :4]).sin().sum()))(randn(2, 3))
     assert not account.opaque
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("reduce", ["sum", "mean", "prod", "amax"])
+@pytest.mark.parametrize(("own", "place", "sources"), SCALARS)
+def test_scalars_stand_for_vectors_of_one_element(
+    own: tuple[int, ...], place: tuple[int, ...], sources: tuple[int, ...], reduce: str, include_self: bool
+) -> None:
+    """Against what the one element of the source and the one of its place make together."""
+    x, source, index = randn(*own), randn(*sources), torch.full(place, 2 if own else 0)
+
+    def function(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return x.scatter_reduce(0, index, source, reduce, include_self=include_self)
+
+    def plain(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        joined = JOINED[reduce](x, source) if include_self else source
+        return torch.where(torch.arange(4) == 2, joined, x) if own else joined.reshape(())
+
+    for _ in range(2):
+        for name in ("jacrev", "jacfwd", "hessian"):
+            wanted = getattr(torch.func, name)(lambda x, s: plain(x.sin(), s.exp()), (0, 1))(x, source)
+            assert_same(getattr(chainrule, name)(lambda x, s: function(x.sin(), s.exp()), (0, 1))(x, source), wanted)
+        xs, each = torch.stack([x, x + 1]), torch.stack([source, source - 1])
+        wanted = torch.func.vmap(torch.func.jacfwd(plain, (0, 1)))(xs, each)
+        assert_same(chainrule.vmap(chainrule.jacrev(function, (0, 1)))(xs, each), wanted)
 
 
 @pytest.mark.parametrize("include_self", [True, False])

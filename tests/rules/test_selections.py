@@ -76,6 +76,13 @@ CASES = {
     "scatter value": (lambda x: x.scatter(1, torch.tensor([[2, 0], [1, 2]]), 5.0), [(2, 3)]),
     "scatter nothing": (lambda x, s: x.scatter(0, EMPTY, s), [(2,), (2,)]),
     "scatter scalar": (lambda x, s: x.scatter(0, torch.tensor(0), s), [(), ()]),
+    "scatter of a scalar": (lambda x, s: x.scatter(0, ix(2), s), [(4,), ()]),
+    "scatter in place of a scalar": (lambda x, s: (x * 1).scatter_(-1, ix(2), s), [(4,), ()]),
+    "scatter at a scalar": (lambda x, s: x.scatter(0, torch.tensor(2), s), [(4,), (1,)]),
+    "scatter of a scalar at a scalar": (lambda x, s: x.scatter(0, torch.tensor(2), s), [(4,), ()]),
+    "scatter into a scalar": (lambda x, s: x.scatter(0, ix(0), s), [(), (1,)]),
+    "scatter_add of a scalar": (lambda x, s: x.scatter_add(0, ix(2), s), [(4,), ()]),
+    "scatter_add into a scalar": (lambda x, s: x.scatter_add(0, ix(0), s), [(), (1,)]),
     "scatter_add": (lambda x, s: x.scatter_add(0, torch.tensor([[1, 1, 0], [1, 0, 0]]), s), [(2, 3), (2, 3)]),
     "scatter_add of a part": (lambda x, s: x.scatter_add(0, torch.tensor([[1, 0]]), s), [(2, 3), (2, 2)]),
     "scatter reduce": (lambda x, s: x.scatter_reduce(0, ix(0, 1, 0), s, "prod"), [(2,), (3,)]),
@@ -110,7 +117,7 @@ CASES = {
 #: torch.func has no batching rule for some step of its Jacobian, or a formula that fails on these shapes.
 WITHOUT_ORACLE = {
     "embedding_bag max", "scatter nothing", "put", "put accumulate",
-    "scatter of a part", "scatter from a wider source", "scatter_add of a part",
+    "scatter of a part", "scatter from a wider source", "scatter_add of a part", "scatter at a scalar",
 }  # fmt: skip
 #: The oracle is not defined for second order.
 WITHOUT_SECOND = WITHOUT_ORACLE | {"index_select by scalar", "masked_select none"} | {name for name in CASES if name.startswith("embedding_bag")}

@@ -121,25 +121,36 @@ class FunctionAction:
             return None
         return torch.zeros(kind[0], dtype=kind[1], device=rows.device)
 
-    def _backward(self, row: torch.Tensor, context: Any, outputs: tuple[Any, ...]) -> torch.Tensor | None:
+    def _backward(self, row: torch.Tensor, like: torch.Tensor, context: Any, outputs: tuple[Any, ...]) -> torch.Tensor | None:
         if self.layout is not None:
-            return self._of_number(self.function.backward(context, *_unpacked(row, self.layout)))
+            return self._of_number(self.function.backward(context, *_unpacked(row, self.layout)), like)
         materialize = getattr(context, "materialize_grads", True)
         cotangents: list[Any] = [
             row if n == self.output else (torch.zeros_like(out) if materialize and isinstance(out, torch.Tensor) else None)
             for n, out in enumerate(outputs)
         ]
-        return self._of_number(self.function.backward(context, *cotangents))
+        return self._of_number(self.function.backward(context, *cotangents), like)
 
-    def _of_number(self, result: Any) -> torch.Tensor | None:
+    def _of_number(self, result: Any, like: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of this input; of a shape that the input broadcasts to, it is summed, as torch.autograd does."""
         found: torch.Tensor | None = result[self.number] if isinstance(result, (tuple, list)) else result
-        return found
+        if found is None or found.shape == like.shape:
+            return found
+        have, want = tuple(found.shape), tuple(like.shape)
+        extra = len(have) - len(want)
+        if extra < 0 or any(wide != size != 1 for wide, size in zip(have[extra:], want, strict=True)):
+            raise RuntimeError(
+                f"chainrule: the backward of autograd.Function {self.function.__name__} returned an invalid gradient at index "
+                f"{self.number} - got {list(have)} but expected shape compatible with {list(want)}"
+            )
+        spread = [d for d, wide in enumerate(have) if d < extra or wide != want[d - extra]]
+        return found.sum(spread).reshape(want)
 
     def pull(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
         """Cotangents ``(R, *out_shape)`` through the user's ``backward``."""
 
         def pull_one(row: torch.Tensor) -> torch.Tensor:
-            result = self._backward(row, context, outputs)
+            result = self._backward(row, like, context, outputs)
             return torch.zeros_like(like) if result is None else result
 
         pulled = self.pulling.through(pull_one, rows)
@@ -188,7 +199,7 @@ class FunctionAction:
         self, rows: torch.Tensor, like: torch.Tensor, context: Any, outputs: tuple[Any, ...], out: torch.Tensor
     ) -> torch.Tensor:
         probe = torch.zeros_like(out).requires_grad_()
-        pulled = self._backward(probe, context, outputs)
+        pulled = self._backward(probe, like, context, outputs)
         if pulled is None:
             return rows.new_zeros((rows.shape[0], *out.shape))
         if not pulled.requires_grad:

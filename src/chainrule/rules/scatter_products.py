@@ -13,21 +13,25 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, Term
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
 from chainrule.rules.opaque import opaque_edges
-from chainrule.rules.selections import place_mask, scattered, self_edge
+from chainrule.rules.selections import place_mask, rank_one, scattered, self_edge
 
 aten = torch.ops.aten
 
 
+def _vector(value: Staged) -> Staged:
+    """A scalar as a vector of one element: the op takes either for the other."""
+    return value if tuple(value.shape) else torch.reshape(value, (1,))
+
 
 class _Groups:
-    """The staged values of a call: which elements of the source go to which place."""
+    """The staged values of a call: which elements of the source go to which place (scalars as vectors)."""
 
     def __init__(self, call: Call, program: Program) -> None:
         self.dim: int = call.argument("dim")
-        self.own = call.stage(program, call.args[0])
-        self.index = call.stage(program, call.argument("index"))
-        self.source = call.stage(program, call.argument("src"))
-        self.result = call.stage_output(program)
+        self.own = _vector(call.stage(program, call.args[0]))
+        self.index = _vector(call.stage(program, call.argument("index")))
+        self.source = _vector(call.stage(program, call.argument("src")))
+        self.result = _vector(call.stage_output(program))
         self.includes = bool(call.argument("include_self"))
 
     def gathered(self, places: Staged) -> Staged:
@@ -75,10 +79,10 @@ Formula = Callable[[_Groups], Staged]
 
 
 def _scatter_reduce(call: Call) -> Iterable[Edge]:
-    own, index, source = call.args[0], call.argument("index"), call.argument("src")
+    index, source = call.argument("index"), call.argument("src")
     reduce, shape = call.argument("reduce"), call.shape(index)
-    plain = reduce == "sum" or call.shape(source) == shape
-    if not plain or not shape or 0 in shape:
+    plain = reduce == "sum" or rank_one(call.shape(source)) == rank_one(shape)
+    if not plain or 0 in shape:
         yield from opaque_edges(call)
         return
 
@@ -90,8 +94,9 @@ def _scatter_reduce(call: Call) -> Iterable[Edge]:
         "amin": extremal,
     }
 
-    def weights(axes: tuple[Axis, ...], sizes: tuple[int, ...], formula: Formula) -> Factor:
-        node = formula_node(call, sizes, lambda program: formula(_Groups(call, program)))
+    def weights(axes: tuple[Axis, ...], formula: Formula) -> Factor:
+        sizes = tuple(axis.size for axis in axes)
+        node = formula_node(call, sizes, lambda program: torch.reshape(formula(_Groups(call, program)), sizes))
         return Factor(choosing(node) if reduce in ("amax", "amin") else node, axes)
 
     def own_factors(axes: Any) -> list[Factor]:
@@ -100,14 +105,14 @@ def _scatter_reduce(call: Call) -> Iterable[Edge]:
         if reduce == "sum":
             return []
         formula = formulas[reduce][0]
-        return [weights(tuple(axes), call.shape(own), formula)]
+        return [weights(tuple(axes), formula)]
 
     yield from self_edge(call, own_factors)
     if call.is_active(source):
         term: Term = scattered(call, source)
         axes = tuple(axis for dim in term.in_dims for axis in dim)
         if reduce != "sum":
-            term = replace(term, factors=(weights(axes, shape, formulas[reduce][1]),))
+            term = replace(term, factors=(weights(axes, formulas[reduce][1]),))
         yield single(call, source, [term])
 
 

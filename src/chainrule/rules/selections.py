@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _index_node(
     return leaf(shape, stage, label="index")
 
 
-def _rank_one(shape: Sequence[int]) -> tuple[int, ...]:
+def rank_one(shape: Sequence[int]) -> tuple[int, ...]:
     """A scalar is indexed like a vector of one element."""
     return tuple(shape) if shape else (1,)
 
@@ -61,8 +62,8 @@ def _dim(call: Call, shape: Sequence[int]) -> int:
 def _selected(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) -> Term:
     """The term of ``index_select``: from a tensor of shape ``whole`` to one of shape ``part``."""
     dim = _dim(call, whole)
-    axes = new_axes(_rank_one(whole))
-    source = Axis(_rank_one(part)[dim])
+    axes = new_axes(rank_one(whole))
+    source = Axis(rank_one(part)[dim])
     out = (*axes[:dim], source, *axes[dim + 1 :])
     relation = OneHot(_index_node(call, item, axes[dim].size, (source.size,), negative=False), (source,), axes[dim])
     return Term(_dims(out, part), _dims(axes, whole), (), (relation,))
@@ -93,7 +94,7 @@ def self_edge(call: Call, factors: Callable[[tuple[Axis, ...]], Sequence[Factor]
     """The edge from the first argument, of which the factors keep a part."""
     base = call.args[0]
     if call.is_active(base):
-        axes = new_axes(_rank_one(call.out_shape))
+        axes = new_axes(rank_one(call.out_shape))
         made = factors(axes)
         shape = call.shape(base)
         yield single(call, base, [Term(_dims(axes, call.out_shape), _dims(axes, shape), tuple(made))])
@@ -119,7 +120,7 @@ def _index_fill(call: Call) -> Iterable[Edge]:
     yield from self_edge(call, lambda axes: [_line_mask(call, axes, 0.0, 1.0)])
     value = call.argument("value")
     if call.is_active(value):
-        axes = new_axes(_rank_one(call.out_shape))
+        axes = new_axes(rank_one(call.out_shape))
         yield single(call, value, [Term(_dims(axes, call.out_shape), (), (_line_mask(call, axes, 1.0, 0.0),))])
 
 
@@ -129,7 +130,7 @@ def _index_fill(call: Call) -> Iterable[Edge]:
 def _gathered(call: Call, whole: Sequence[int], part: Sequence[int], item: Any) -> Term:
     """The term of ``gather`` from a tensor of shape ``whole``: ``part`` is the index's shape."""
     dim = _dim(call, whole)
-    axes, out = list(new_axes(_rank_one(whole))), new_axes(_rank_one(part))
+    axes, out = list(new_axes(rank_one(whole))), new_axes(rank_one(part))
     if len(out) != len(axes):  # an empty index may have any rank
         return Term(_dims(out, part), _dims(axes, whole))
     relations = []
@@ -151,11 +152,12 @@ def _gather(call: Call) -> Term:
 
 def scattered(call: Call, source: Any) -> Term:
     """The term that takes ``src`` of a scatter to its places; elements of it beyond the index go nowhere."""
-    index = call.argument("index")
-    term = _gathered(call, call.out_shape, call.shape(index), index).transpose()
-    have, used = _rank_one(call.shape(source)), _rank_one(call.shape(index))
+    index, shape = call.argument("index"), call.shape(source)
+    have, used = rank_one(shape), rank_one(call.shape(index))
+    # The index may be a vector of one element where the source is a scalar, and the other way round.
+    term = _gathered(call, call.out_shape, used, index).transpose()
     if have == used:
-        return term
+        return term if shape else replace(term, in_dims=())
     axes = new_axes(have)
     cut = tuple(
         affine_onehot(inner, axis, 0, 1, call.workspace) if inner.size != axis.size else None
@@ -169,7 +171,7 @@ def place_mask(call: Call, axes: Sequence[Axis]) -> Factor:
     """Zero at the places that a scatter writes, one elsewhere."""
     sizes = tuple(a.size for a in axes)
     dim, item = _dim(call, call.out_shape), call.argument("index")
-    shape = _rank_one(call.shape(item))
+    shape = rank_one(call.shape(item))
 
     def formula(program: Program) -> Staged:
         index = torch.reshape(call.stage(program, item), shape if math.prod(shape) else (0,) * len(sizes))
@@ -585,4 +587,4 @@ RULES: dict[Any, Rule] = {
     aten._embedding_bag_forward_only.default: _EMBEDDING_BAG,
 }
 
-__all__ = ["RULES", "place_mask", "scattered", "self_edge", "written"]
+__all__ = ["RULES", "place_mask", "rank_one", "scattered", "self_edge", "written"]
