@@ -1,6 +1,5 @@
 """Function transforms for PyTorch that cost what the structure of the function costs."""
 
-from chainrule.dispatch import hide_from_dynamo
 from chainrule.explain import Explanation, explain
 from chainrule.transforms import array_conversions, autograd_bridge, mapped_levels, tensor_hooks
 from chainrule.transforms.blocks import RowBlock, jacobian_blocks
@@ -20,6 +19,7 @@ from chainrule.transforms.second_order import hessian_diagonal, laplacian
 from chainrule.transforms.sparsity import Sparsity, sparsity
 from chainrule.transforms.taylor import jet
 from chainrule.transforms.vmap import vmap
+from chainrule.uncompiled import hide_from_dynamo
 
 autograd_bridge.install()
 mapped_levels.install()

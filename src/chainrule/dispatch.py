@@ -35,35 +35,14 @@ from chainrule.functions import (
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
-from chainrule.uncompiled import run_uncompiled
+from chainrule.uncompiled import hide_code, refusal_of_operators, run_uncompiled
 
 aten = torch.ops.aten
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_dynamo = torch._C._dynamo.eval_frame
-_SKIPPED = _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.SKIP)
-
 _push = torch._C._push_on_torch_dispatch_stack
 _pop = torch._C._pop_torch_dispatch_stack
-
-
-def hide_from_dynamo(function: Function) -> Function:
-    """Keep ``torch.compile`` out of a function and of what it calls: it runs as it is, between compiled parts.
-
-    This is what ``torch.compiler.disable`` does, without its cost per call and without importing the compiler.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    _dynamo.set_code_exec_strategy(function.__code__, _SKIPPED)  # type: ignore[attr-defined]
-    return function
-
-
-def refusal_of_operators(which: Any) -> str:
-    """What is said of torch's operators that take functions, which are no ops."""
-    return (
-        f"chainrule cannot transform torch's operator {which} (torch.cond, torch.while_loop, scan ...). Use torch.where, or "
-        "branch in Python: a transform follows the branch that is taken."
-    )
 
 
 def entry_point(function: Function, like: Callable[..., Any] | None = None) -> Function:
@@ -107,7 +86,7 @@ def entry_point(function: Function, like: Callable[..., Any] | None = None) -> F
         run._torchdynamo_disable = True  # type: ignore[attr-defined]
     if run.__code__ not in _HIDDEN:
         _HIDDEN.append(run.__code__)
-        _dynamo.set_code_exec_strategy(run.__code__, _SKIPPED)
+        hide_code(run.__code__)
     return run  # type: ignore[return-value]
 
 

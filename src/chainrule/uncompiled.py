@@ -7,7 +7,38 @@ answers ``"force_eager"`` to threads in which a transform is at work, and what t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_dynamo = torch._C._dynamo.eval_frame
+_SKIPPED = _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.SKIP)
+
+
+def hide_code(code: CodeType) -> None:
+    """Keep dynamo out of some code and of what it calls."""
+    _dynamo.set_code_exec_strategy(code, _SKIPPED)
+
+
+def hide_from_dynamo(function: Function) -> Function:
+    """Keep ``torch.compile`` out of a function and of what it calls: it runs as it is, between compiled parts.
+
+    This is what ``torch.compiler.disable`` does, without its cost per call and without importing the compiler.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    hide_code(function.__code__)  # type: ignore[attr-defined]
+    return function
+
+
+def refusal_of_operators(which: Any) -> str:
+    """What is said of torch's operators that take functions, which are no ops."""
+    return (
+        f"chainrule cannot transform torch's operator {which} (torch.cond, torch.while_loop, scan ...). Use torch.where, or "
+        "branch in Python: a transform follows the branch that is taken."
+    )
 
 
 class StanceHere:

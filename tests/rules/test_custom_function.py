@@ -195,10 +195,17 @@ def test_an_action_that_cannot_be_mapped_is_not_tried_again() -> None:
         tries.append(row)
         return row * row.sum().item()
 
-    rows = Rows()
+    rows, values = Rows(), torch.randn(3, 2)
+    expected = values * values.sum(1, keepdim=True)
     assert RowMapping.mapper is not None
-    assert rows.through(action, torch.ones(3, 2)) is None
-    assert rows.through(action, torch.ones(3, 2)) is None
-    assert len(tries) == 1
-    assert Rows().through(action, torch.ones(1, 2)) is None
-    torch.testing.assert_close(Rows().through(lambda row: (row * 2, None), torch.ones(3, 2))[0], torch.full((3, 2), 2.0))
+    torch.testing.assert_close(rows.through(action, values, (2,)), expected)
+    assert len(tries) == 1 + 3 and not rows.is_mappable
+    torch.testing.assert_close(rows.through(action, values, (2,)), expected)
+    assert len(tries) == 1 + 6
+
+
+def test_rows_of_an_action() -> None:
+    rows, values = Rows(), torch.randn(3, 2)
+    for count in (0, 1, 3):
+        torch.testing.assert_close(rows.through(lambda row: row.sin(), values[:count], (2,)), values[:count].sin())
+    assert rows.is_mappable

@@ -9,11 +9,11 @@ from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 
 from chainrule.calls import FUNCTIONS, WITH_NUMBERS
-from chainrule.dispatch import refusal_of_operators
 from chainrule.rules.batching import BATCHING, DATA_DEPENDENT, INPLACE
 from chainrule.rules.batching_base import BatchStrategy, is_composite
 from chainrule.rules.batching_pointwise import align, align_inplace, align_kwargs
 from chainrule.rules.decompositions import DECOMPOSITIONS, LATE_DECOMPOSITIONS
+from chainrule.uncompiled import refusal_of_operators
 
 # Kinds of op, as the handler treats them.
 FUNCTIONAL, VIEW, INPLACE_KIND, OUT = range(4)

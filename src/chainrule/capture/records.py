@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 from chainrule.capture.schema import OpFacts, Policy
 from chainrule.capture.slots import Slot, Slots, meta
-from chainrule.dispatch import refusal_of_operators
+from chainrule.uncompiled import refusal_of_operators
 
 #: Makes a record in half the time of its own constructor.
 _new = tuple.__new__

@@ -17,9 +17,9 @@ from chainrule.dispatch import functions_are_replaced, unseen
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
-from chainrule.maps.sparse import MappedPatternError, kept, plain, unbatched
 from chainrule.maps.staging import Staged
 from chainrule.maps.terms import Term
+from chainrule.maps.unmapped import MappedPatternError, kept, plain, unbatched
 from chainrule.plan.patterns import Pattern, dense_parts
 from chainrule.plan.planner import Request
 from chainrule.plan.sparse import (

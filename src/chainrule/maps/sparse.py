@@ -37,6 +37,7 @@ from chainrule.maps.stacks import stacked
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
+from chainrule.maps.unmapped import plain, unbatched
 
 #: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
 _MANY = 12
@@ -534,44 +535,6 @@ class SparseWorkspace(Workspace):
         return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
 
 
-def unbatched(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A tensor as it is outside of a vmap; None if there is one for each sample."""
-    while tensor.__class__ is not torch.Tensor and hasattr(tensor, "batched"):
-        if tensor.batched:
-            return None
-        tensor = tensor.inner  # type: ignore[attr-defined]
-    return tensor
-
-
-class MappedPatternError(RuntimeError):
-    """The pattern is not the same for all samples of a vmap."""
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is outside of a vmap.
-
-    Raises:
-        MappedPatternError: if there is one for each sample.
-    """
-    found = unbatched(tensor)
-    if found is None:
-        raise MappedPatternError(
-            "chainrule: under vmap, the pattern of a sparse result must be the same for all samples, but an index tensor (or "
-            "what max, sort or a mask selects) is mapped over, one for each sample (equal ones are not told from others). Pass "
-            "an index that all samples share with in_dims=None, use layout='dense', or loop over the samples."
-        )
-    return found
-
-
-def kept(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor that outlives the transforms around: under a vmap, which wraps copies as well, it is none of its own.
-
-    Raises:
-        RuntimeError: if there is one for each sample.
-    """
-    return plain(plain(tensor).clone())
-
-
 def _followed(axis: Axis, same: dict[Axis, Axis]) -> Axis:
     """The axis that an axis has become."""
     while axis in same:
@@ -610,4 +573,4 @@ def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]
     return tied
 
 
-__all__ = ["MappedPatternError", "SparseWorkspace", "kept", "plain", "unbatched"]
+__all__ = ["SparseWorkspace"]

@@ -13,8 +13,9 @@ from chainrule.maps.linear_map import LinearMap, merge
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import Entries, Listed, entries_of, listed, restricted, values_node
 from chainrule.maps.sorted_places import ordering
-from chainrule.maps.sparse import SparseWorkspace, plain
+from chainrule.maps.sparse import SparseWorkspace
 from chainrule.maps.staging import Program, Staged
+from chainrule.maps.unmapped import plain
 
 #: Names of output and input.
 Key = tuple[int, int]

@@ -11,9 +11,10 @@ import torch
 from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nonzeros import count_entries
-from chainrule.maps.sparse import SparseWorkspace, kept, plain
+from chainrule.maps.sparse import SparseWorkspace
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import Term, identity
+from chainrule.maps.unmapped import kept, plain
 from chainrule.plan import elimination
 from chainrule.plan.algebra import Builder, Expression, Jacobian, OfExpression, jacobians
 from chainrule.plan.compression import by_columns, by_stars

@@ -153,11 +153,7 @@ class FunctionAction:
             result = self._backward(row, like, context, outputs)
             return torch.zeros_like(like) if result is None else result
 
-        pulled = self.pulling.through(pull_one, rows)
-        if pulled is None:
-            found = [pull_one(row) for row in rows.unbind(0)]
-            pulled = torch.stack(found) if found else rows.new_zeros((0, *like.shape))
-        return pulled
+        return self.pulling.through(pull_one, rows, like.shape)
 
     def push(self, rows: torch.Tensor, like: torch.Tensor, context: Any, *outputs: Any) -> torch.Tensor:
         """Tangents ``(R, *in_shape)`` through the user's ``jvp``, or the transpose of ``backward``."""
@@ -189,11 +185,7 @@ class FunctionAction:
                 result = result[self.output]
             return torch.zeros_like(out) if result is None else result
 
-        pushed = self.pushing.through(push_one, rows)
-        if pushed is None:
-            found = [push_one(row) for row in rows.unbind(0)]
-            pushed = torch.stack(found) if found else rows.new_zeros((0, *out.shape))
-        return pushed
+        return self.pushing.through(push_one, rows, out.shape)
 
     def _push_transposed(
         self, rows: torch.Tensor, like: torch.Tensor, context: Any, outputs: tuple[Any, ...], out: torch.Tensor

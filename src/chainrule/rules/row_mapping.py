@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,23 @@ class Rows:
     def __init__(self) -> None:
         self.is_mappable = True
 
-    def through(self, action: Callable[[torch.Tensor], Any], rows: torch.Tensor) -> Any:
-        """The results of an action on each of the rows, stacked in front; None where they have to be taken one by one."""
+    def through(self, action: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The results of an action on each of the rows, stacked in front.
+
+        Args:
+            action: takes one row.
+            rows: the rows, stacked in front.
+            shape: the shape of one result, for no rows at all.
+        """
         mapper = RowMapping.mapper
-        if mapper is None or rows.shape[0] < 2 or not self.is_mappable:
-            return None
-        try:
-            return mapper(action, rows)
-        except Exception:
-            self.is_mappable = False
-            return None
+        if mapper is not None and rows.shape[0] > 1 and self.is_mappable:
+            try:
+                found: torch.Tensor = mapper(action, rows)
+                return found
+            except Exception:
+                self.is_mappable = False
+        results = [action(row) for row in rows.unbind(0)]
+        return torch.stack(results) if results else rows.new_zeros((0, *shape))
 
 
 __all__ = ["RowMapping", "Rows"]

@@ -20,7 +20,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from chainrule.capture.reads import NoReads
 from chainrule.capture.recorder import CompileError, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
-from chainrule.dispatch import hide_from_dynamo
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.compiled import Flat, Run
 from chainrule.execute.memory import current_watch
@@ -28,6 +27,7 @@ from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
 from chainrule.transforms.compiled_calls import Call, call_of, gradient_kind, tensor_kind
+from chainrule.uncompiled import hide_from_dynamo
 
 aten = torch.ops.aten
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from chainrule.dispatch import hide_from_dynamo
 from chainrule.execute.engine import execute
 from chainrule.execute.sparse import execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
@@ -20,6 +19,7 @@ from chainrule.transforms.map_structure import Structure, structure_of
 from chainrule.transforms.scipy_operator import scipy_operator
 from chainrule.transforms.spaces import Parts, Space, by_leaf, positions
 from chainrule.transforms.sparse_blocks import sparse_blocks, sparse_matrix
+from chainrule.uncompiled import hide_from_dynamo
 
 
 class LinearMap(ABC):
