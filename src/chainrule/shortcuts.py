@@ -26,6 +26,7 @@ class Handler:
     below: Any = None
     graphs = False
     kind = NO_KIND
+    heard: Any = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the table."""

@@ -12,12 +12,13 @@ from torch._ops import OpOverload
 
 from chainrule.capture.aliasing import AliasTracker
 from chainrule.capture.assignments import assign
+from chainrule.capture.composites import Listening
 from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
-from chainrule.capture.records import Record, Records
+from chainrule.capture.records import Record
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
-from chainrule.dispatch import DATA_UNDER_VMAP, TAKEN, LightMode, again, without_handlers, without_mode
+from chainrule.dispatch import DATA_UNDER_VMAP, TAKEN, again, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
@@ -48,7 +49,7 @@ use_facts(OpFacts)
 TAKEN[torch.Tensor.__setitem__] = assign
 
 
-class Tape(Records, LightMode):
+class Tape(Listening):
     """Records the ATen ops that touch the inputs while it is active.
 
     Only ops with an *active* argument (one that depends on an input through floating-point values) are kept. Other
@@ -201,10 +202,13 @@ class Tape(Records, LightMode):
                     self.pending.append((func, args, kwargs, out))
             else:
                 out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+            self._hear(facts, args, kwargs, out)
             if not self.is_blocked():
                 self._record(facts, args, kwargs, out)
             return out
         if facts.writes:
+            if self.heard is not None:
+                self.heard.append(None)
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
         joins = self.joins(args)
@@ -231,6 +235,7 @@ class Tape(Records, LightMode):
             out = self.outside(alone or func, *args, **(kwargs or {}))
         else:
             out = facts.call(*args, **(kwargs or {}))
+        self._hear(facts, args, kwargs, out)
         if facts.is_view and args:
             self.pending.append((func, args, kwargs, out))
         if facts.inactive:
@@ -356,6 +361,8 @@ class Tape(Records, LightMode):
         """An op that is a constant, recorded in parts, or a write."""
         inactive, below = facts.inactive, self.below
         if facts.writes:
+            if self.heard is not None:
+                self.heard.append(None)
             return self.alias.write_plainly(facts, args) if below is None and are_plain(args) else NotImplemented
         if not inactive and facts.direct is None and facts.whole is None:
             return NotImplemented
@@ -389,6 +396,7 @@ class Tape(Records, LightMode):
             self._origin = outer
 
     def _note_inactive(self, facts: OpFacts, args: tuple[Any, ...], out: Any) -> Any:
+        self._hear(facts, args, None, out)
         if not facts.shaped:
             self._note_derived(args, None, out)
         return out
@@ -496,6 +504,8 @@ class Tape(Records, LightMode):
             out = run(facts if given is None else given, args)
         if out is NotImplemented:
             return out
+        if self.heard is not None:
+            self._hear(facts, args, None, out)
         if self.respect_no_grad and not _is_grad_enabled():
             self.saw_blocked = True
             return out

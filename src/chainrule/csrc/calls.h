@@ -85,15 +85,19 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
     return append_new(signature, number) < 0 || PyList_Append(values, value) < 0 ? -1 : 1;
 }
 
+/* How a tensor is written down. */
+typedef int (*TensorReader)(Handler *self, PyObject *item, PyObject *signature, PyObject *values, int *joined);
+
 /* Write down the signature of some arguments, as `chainrule.execute.mapped_calls._read` does, with the same results. */
 static int
-read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *signature, PyObject *values, int *joined)
+read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *signature, PyObject *values, int *joined,
+           TensorReader read)
 {
     int taken = 1;
     for (Py_ssize_t place = 0; taken > 0 && place < count; place++) {
         PyObject *item = items[place], *type = (PyObject *)Py_TYPE(item);
         if (type == c_batch_tensor || is_constant_class(item)) {
-            taken = read_tensor(self, item, signature, values, joined);
+            taken = read(self, item, signature, values, joined);
             continue;
         }
         if (PyFloat_CheckExact(item)) {
@@ -105,14 +109,14 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
         if (PySlice_Check(item)) {
             PySliceObject *slice = (PySliceObject *)item;
             PyObject *parts[] = {slice->start, slice->stop, slice->step};
-            taken = PyList_Append(signature, type) < 0 ? -1 : read_items(self, parts, 3, signature, values, joined);
+            taken = PyList_Append(signature, type) < 0 ? -1 : read_items(self, parts, 3, signature, values, joined, read);
             continue;
         }
         if (PyList_CheckExact(item) || PyTuple_CheckExact(item) || type == c_size) {
             Py_ssize_t within = PySequence_Fast_GET_SIZE(item);
             if (PyList_Append(signature, type) < 0 || append_new(signature, PyLong_FromSsize_t(within)) < 0)
                 return -1;
-            taken = read_items(self, PySequence_Fast_ITEMS(item), within, signature, values, joined);
+            taken = read_items(self, PySequence_Fast_ITEMS(item), within, signature, values, joined, read);
             continue;
         }
         taken = PySet_Contains(c_constants_of_calls, type);
@@ -196,9 +200,9 @@ find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyO
     if (signature == NULL || *values == NULL || PyList_Append(signature, func) < 0 ||
         append_new(signature, PyObject_CallNoArgs(c_default_dtype)) < 0)
         goto done;
-    taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values, joined);
+    taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values, joined, read_tensor);
     while (taken > 0 && kwargs != NULL && PyDict_Next(kwargs, &place, &name, &item))
-        taken = PyList_Append(signature, name) < 0 ? -1 : read_items(self, &item, 1, signature, *values, joined);
+        taken = PyList_Append(signature, name) < 0 ? -1 : read_items(self, &item, 1, signature, *values, joined, read_tensor);
     if (taken > 0 && (key = PyList_AsTuple(signature)) == NULL)
         taken = -1;
     if (taken > 0 && (*replay = PyDict_GetItemWithError(c_known, key)) == NULL && PyErr_Occurred())

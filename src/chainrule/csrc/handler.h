@@ -73,11 +73,18 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
-    if (function == NULL && reading == NULL && !fresh) /* conversions are among the fresh ones */
+    int composite = entry == NULL && PyFunction_Check(func) && takes_composites(self);
+    if (function == NULL && reading == NULL && !fresh && !composite) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
         return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    if (composite) {
+        int autocast = autocast_is_on();
+        if (autocast)
+            return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+        return run_composite(self, func, types, args, kwargs);
+    }
     PyObject *out = Py_NewRef(Py_NotImplemented);
     if (fresh)
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
@@ -126,6 +133,7 @@ handler_traverse(Handler *self, visitproc visit, void *arg)
     Py_VISIT(self->alias);
     Py_VISIT(self->derived);
     Py_VISIT(self->pending);
+    Py_VISIT(self->heard);
     Py_VISIT(self->entered);
     return 0;
 }
@@ -144,6 +152,7 @@ handler_clear(Handler *self)
     Py_CLEAR(self->alias);
     Py_CLEAR(self->derived);
     Py_CLEAR(self->pending);
+    Py_CLEAR(self->heard);
     Py_CLEAR(self->entered);
     return 0;
 }
@@ -198,6 +207,7 @@ static PyMemberDef handler_members[] = {
     {"_alias", T_OBJECT, offsetof(Handler, alias), 0, NULL},
     {"_derived", T_OBJECT, offsetof(Handler, derived), 0, NULL},
     {"pending", T_OBJECT, offsetof(Handler, pending), 0, NULL},
+    {"heard", T_OBJECT, offsetof(Handler, heard), 0, NULL},
     {"_entered", T_OBJECT, offsetof(Handler, entered), 0, NULL},
     {"_sees_views", T_BOOL, offsetof(Handler, sees_views), 0, NULL},
     {"meets_saved", T_BOOL, offsetof(Handler, meets_saved), 0, NULL},

@@ -193,7 +193,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
             goto done;
         }
     }
-    int blocked = is_blocked(self);
+    int blocked = note_step(self, facts, args, count, out) < 0 ? -1 : is_blocked(self);
     if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, fresh, fresh_count, &seen, out) < 0))
         Py_CLEAR(out);
 done:
@@ -295,7 +295,11 @@ run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObj
         PyObject *op_args = PyTuple_GET_ITEM(read, 1);
         if (SLOT(facts, plain) == Py_True)
             out = run_common(self, facts, op_args, func, args, kwargs);
+        else if (SLOT(facts, direct) != Py_None && takes_composites(self))
+            out = run_composite(self, facts, NULL, op_args, NULL);
         else
+            out = Py_NewRef(Py_NotImplemented);
+        if (out == Py_NotImplemented && SLOT(facts, plain) != Py_True)
             out = PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL);
         Py_DECREF(off);
         if (include_python() < 0)

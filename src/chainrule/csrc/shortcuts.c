@@ -22,6 +22,7 @@
 #include "tape.h"
 #include "readings.h"
 #include "calls.h"
+#include "composites.h"
 #include "ops.h"
 #include "index.h"
 #include "conversions.h"
@@ -88,7 +89,7 @@ use_facts(PyObject *module, PyObject *type)
     if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.plain = slot_offset(type, "plain")) < 0 ||
         (offsets.op = slot_offset(type, "op")) < 0 || (offsets.is_view = slot_offset(type, "is_view")) < 0 ||
         (offsets.fast = slot_offset(type, "fast")) < 0 || (offsets.joining = slot_offset(type, "joining")) < 0 ||
-        (offsets.alone = slot_offset(type, "alone")) < 0)
+        (offsets.alone = slot_offset(type, "alone")) < 0 || (offsets.direct = slot_offset(type, "direct")) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

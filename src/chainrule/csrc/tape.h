@@ -105,6 +105,20 @@ done:
     return outcome;
 }
 
+/* Note an op that ran, where somebody listens; 0, or -1 with an error set. */
+static int
+note_step(Handler *self, PyObject *facts, PyObject *args, Py_ssize_t count, PyObject *out)
+{
+    if (self->heard == NULL || self->heard == Py_None)
+        return 0;
+    PyObject *given = PyTuple_GetSlice(args, 0, count), *origin = self->origin == NULL ? Py_None : self->origin;
+    PyObject *step = given == NULL ? NULL : PyTuple_Pack(4, facts, given, out, origin);
+    int outcome = step == NULL ? -1 : PyList_Append(self->heard, step);
+    Py_XDECREF(given);
+    Py_XDECREF(step);
+    return outcome;
+}
+
 /* The slot of a tensor that the tape knows, -1 if it does not, -2 with an error set. */
 static Py_ssize_t
 known_slot(Handler *self, PyObject *item)
@@ -467,7 +481,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         out = run_beneath((Handler *)self->below, function, args, stored, count);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
-    int blocked = is_blocked(self);
+    int blocked = note_step(self, facts, args, count, out) < 0 ? -1 : is_blocked(self);
     if (blocked) {
         if (blocked < 0)
             Py_CLEAR(out);

@@ -1,0 +1,231 @@
+"""Calls that are many ops: which ones is found out once per signature, then the ops are run one after the other.
+
+A function that torch has in Python (``F.multi_head_attention_forward``), or an op that is recorded in parts (``lstm``), looks at
+shapes and numbers and then runs ops. Which ops depends on the signature alone: the shapes, strides, dtypes, graphs and activity
+of the tensors, and the values of everything else. The first call with a signature is listened to. What it ran is kept as a
+:class:`Composite`, without the tensors; the compiled handlers (``csrc/composites.h``) look it up, and run and record the same ops.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from chainrule.capture.records import Records
+from chainrule.capture.schema import OpFacts
+from chainrule.capture.slots import PLAIN
+from chainrule.dispatch import OTHERWISE, TAKEN, LightMode
+from chainrule.function_arguments import READINGS
+from chainrule.function_bodies import body_of
+from chainrule.functions import FACTS, REQUIRES_GRAD, TABLE
+from chainrule.shortcuts import configure
+
+#: Signatures that are kept; then all are forgotten.
+_MOST = 4096
+
+#: Ops that are no steps: the shape of what they return depends on values.
+_BY_VALUE = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
+
+#: Sorts of results.
+_CONSTANT, _PLACE, _SEVERAL = range(3)
+
+
+class Step(NamedTuple):
+    """An op of a composite; the fields are known to the compiled handlers.
+
+    Attributes:
+        facts: the op's.
+        args: its arguments, with None for tensors.
+        spots: where tensors stand among them.
+        places: which ones: the number of an input of the composite, of the result of a step before this one, or a tuple of
+            such numbers for a list of tensors (None for one that is missing).
+        origin: the op of which it is a part, or None.
+        results: how many results it has; None for one that is no tuple.
+    """
+
+    facts: OpFacts
+    args: tuple[Any, ...]
+    spots: tuple[int, ...]
+    places: tuple[Any, ...]
+    origin: Any
+    results: int | None
+
+
+class Composite(NamedTuple):
+    """The ops of a call; the fields are known to the compiled handlers.
+
+    Attributes:
+        steps: the ops in their order.
+        result: what is returned: a sort and a content, which is a constant, the number of a tensor, or a class and results.
+        places: how many tensors there are, inputs and results of all steps.
+    """
+
+    steps: tuple[Step, ...]
+    result: tuple[int, Any]
+    places: int
+
+
+#: By signature; None for calls that are not replayed.
+COMPOSITES: dict[Any, Composite | None] = {}
+configure(composites=COMPOSITES)
+
+
+class _OtherwiseError(Exception):
+    """What was heard is not all that the call does."""
+
+
+def keep(key: Any, values: Sequence[torch.Tensor], heard: Sequence[Any], result: Any) -> None:
+    """Keep what a call with a signature has run.
+
+    Args:
+        key: the signature.
+        values: the tensors among the arguments.
+        heard: what was run: ``(facts, args, result, origin)`` each, or None for something that cannot be run so again.
+        result: what the call returned.
+    """
+    if len(COMPOSITES) >= _MOST:
+        COMPOSITES.clear()
+    try:
+        COMPOSITES[key] = _composed(values, heard, result)
+    except _OtherwiseError:
+        COMPOSITES[key] = None
+
+
+def _composed(values: Sequence[torch.Tensor], heard: Sequence[Any], result: Any) -> Composite:
+    known = {id(value): number for number, value in enumerate(values)}
+    places = len(values)
+    steps: list[Step] = []
+    for item in heard:
+        if item is None or not _BY_VALUE.isdisjoint(item[0].op.tags):
+            raise _OtherwiseError
+        facts, args, out, origin = item
+        given = [_argument(arg, known) for arg in args]
+        results = [out] if isinstance(out, torch.Tensor) else out
+        if not isinstance(results, (list, tuple)) or not all([isinstance(one, torch.Tensor) for one in results]):
+            raise _OtherwiseError
+        spots = tuple([spot for spot, (_, place) in enumerate(given) if place is not None])
+        steps.append(
+            Step(
+                facts, tuple([static for static, _ in given]), spots, tuple([given[spot][1] for spot in spots]), origin,
+                None if results is not out else len(results),
+            )
+        )  # fmt: skip
+        for one in results:
+            known[id(one)] = places
+            places += 1
+    return Composite(tuple(steps), _result(result, known), places)
+
+
+def _argument(item: Any, known: dict[int, int]) -> tuple[Any, Any]:
+    """What stands in a step for an argument: the argument itself, or the number of a tensor."""
+    if isinstance(item, torch.Tensor):
+        return None, _number(item, known)
+    if isinstance(item, (list, tuple)) and any([isinstance(one, torch.Tensor) for one in item]):
+        return None, tuple([None if one is None else _number(one, known) for one in item])
+    if item.__class__ in PLAIN or (isinstance(item, (list, tuple)) and all([one.__class__ in PLAIN for one in item])):
+        return item, None
+    raise _OtherwiseError
+
+
+def _number(tensor: Any, known: dict[int, int]) -> int:
+    number = known.get(id(tensor))
+    if number is None:  # it was made in a way that nobody heard
+        raise _OtherwiseError
+    return number
+
+
+def _result(item: Any, known: dict[int, int]) -> tuple[int, Any]:
+    if isinstance(item, torch.Tensor):
+        return _PLACE, _number(item, known)
+    if item.__class__ is tuple or item.__class__ is list:
+        return _SEVERAL, (item.__class__, *[_result(one, known) for one in item])
+    if item.__class__ in PLAIN:
+        return _CONSTANT, item
+    raise _OtherwiseError
+
+
+@contextmanager
+def warnings_noted(note: Callable[[], None]) -> Iterator[None]:
+    """Call `note` when a warning is given in the block: it is given in every call, by Python that a replay leaves out."""
+
+    def look(frame: Any, event: str, called: Any) -> None:
+        if called is warnings.warn if event == "c_call" else frame.f_code.co_name == "warn":
+            note()
+
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+class Listening(Records, LightMode):
+    """A tape that finds out what composites run.
+
+    Attributes:
+        heard: what has run since the call began that is listened to; None while none is.
+    """
+
+    heard: list[Any] | None
+
+    def _listen(
+        self, key: Any, values: Sequence[torch.Tensor], callee: Any, types: Any, args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+    ) -> Any:  # fmt: skip
+        """Call a function, or run an op given by its facts, for the first time with a signature.
+
+        NotImplemented, with nothing done, leaves the call to its own way.
+        """
+        is_function = callee.__class__ is not OpFacts
+        if is_function and (sys.getprofile() is not None or not is_heard(callee) or not self._takes(types)):
+            return NotImplemented
+        heard: list[Any] = []
+        self.heard = heard
+        try:
+            if is_function:
+                with warnings_noted(lambda: heard.append(None)):
+                    out = self._run_body(callee, types, args, kwargs)
+            else:
+                out = self._run_uncommon(callee, args)
+        finally:
+            self.heard = None
+        keep(key, values, heard, out)
+        return out
+
+    def _hear(self, facts: OpFacts, args: Any, kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Note an op that ran, where somebody listens."""
+        if self.heard is not None:
+            self.heard.append(None if kwargs else (facts, args, out, self._origin))
+
+    def _run_step(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        """Run an op of a composite that the compiled handlers leave to Python; torch's are off."""
+        return self._run_part_here(facts.op, *args)
+
+    def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """As for every mode, and note a call that may be more than the ops that it runs."""
+        if self.heard is not None and not is_heard(func):
+            self.heard.append(None)
+        return super().take_function(func, types, args, kwargs)
+
+    def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
+    def _run_part_here(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def is_heard(function: Any) -> bool:
+    """Whether a function does nothing but run ops, which a tape hears, and tells nothing but what a signature says."""
+    if function in OTHERWISE or function in TAKEN:
+        return False
+    if function in FACTS:
+        return bool(function != REQUIRES_GRAD)
+    return function in TABLE or function in READINGS or body_of(function) is not None
+
+
+__all__ = ["COMPOSITES", "Composite", "Listening", "Step", "is_heard", "keep", "warnings_noted"]
