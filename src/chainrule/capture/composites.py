@@ -8,17 +8,19 @@ of the tensors, and the values of everything else. The first call with a signatu
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 
+from chainrule.calls import shared_constant
 from chainrule.capture.records import Records
 from chainrule.capture.schema import OpFacts
-from chainrule.capture.slots import PLAIN
+from chainrule.capture.slots import PLAIN, Slots
 from chainrule.dispatch import OTHERWISE, TAKEN, LightMode
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
@@ -46,6 +48,9 @@ class Step(NamedTuple):
             such numbers for a list of tensors (None for one that is missing).
         origin: the op of which it is a part, or None.
         results: how many results it has; None for one that is no tuple.
+        how: of an op that is run and recorded, and nothing else, whether torch's autograd sees it; None for others.
+        call: the arguments as the cheapest call takes them, as `args`.
+        lowered: the arguments as they stand in a record, likewise.
     """
 
     facts: OpFacts
@@ -54,6 +59,9 @@ class Step(NamedTuple):
     places: tuple[Any, ...]
     origin: Any
     results: int | None
+    how: bool | None
+    call: tuple[Any, ...]
+    lowered: tuple[Any, ...]
 
 
 class Composite(NamedTuple):
@@ -63,15 +71,18 @@ class Composite(NamedTuple):
         steps: the ops in their order.
         result: what is returned: a sort and a content, which is a constant, the number of a tensor, or a class and results.
         places: how many tensors there are, inputs and results of all steps.
+        number: stands for the composite in the signature of a tape; none is given twice.
     """
 
     steps: tuple[Step, ...]
     result: tuple[int, Any]
     places: int
+    number: int
 
 
 #: By signature; None for calls that are not replayed.
 COMPOSITES: dict[Any, Composite | None] = {}
+_NUMBERS = itertools.count()
 configure(composites=COMPOSITES)
 
 
@@ -79,46 +90,65 @@ class _OtherwiseError(Exception):
     """What was heard is not all that the call does."""
 
 
-def keep(key: Any, values: Sequence[torch.Tensor], heard: Sequence[Any], result: Any) -> None:
-    """Keep what a call with a signature has run.
+def _composed(
+    tape: Slots, values: Sequence[torch.Tensor], heard: Sequence[Any], result: Any, first: int
+) -> tuple[Composite, int]:
+    """What a call has run.
 
     Args:
-        key: the signature.
+        tape: the tape.
         values: the tensors among the arguments.
-        heard: what was run: ``(facts, args, result, origin)`` each, or None for something that cannot be run so again.
+        heard: what was run: ``(facts, args, result, origin, how)`` each, or None for something that cannot be run so again.
         result: what the call returned.
+        first: how many slots there were before.
+
+    Returns:
+        The composite, and how many slots a replay adds.
     """
-    if len(COMPOSITES) >= _MOST:
-        COMPOSITES.clear()
-    try:
-        COMPOSITES[key] = _composed(values, heard, result)
-    except _OtherwiseError:
-        COMPOSITES[key] = None
-
-
-def _composed(values: Sequence[torch.Tensor], heard: Sequence[Any], result: Any) -> Composite:
     known = {id(value): number for number, value in enumerate(values)}
     places = len(values)
     steps: list[Step] = []
+    added = 0
+    constants = {id(value) for value in values if tape.slots.get(id(value), -1) >= first}
     for item in heard:
         if item is None or not _BY_VALUE.isdisjoint(item[0].op.tags):
             raise _OtherwiseError
-        facts, args, out, origin = item
+        facts, args, out, origin, how = item
         given = [_argument(arg, known) for arg in args]
         results = [out] if isinstance(out, torch.Tensor) else out
         if not isinstance(results, (list, tuple)) or not all([isinstance(one, torch.Tensor) for one in results]):
             raise _OtherwiseError
         spots = tuple([spot for spot, (_, place) in enumerate(given) if place is not None])
+        static = tuple([item for item, _ in given])
+        recorded = [_is_recorded(tape, one) for one in results]
+        added += sum(recorded)
+        others = [id(one) for one, was in zip(results, recorded, strict=True) if not was]
+        constants.update([one for one in others if tape.slots.get(one, -1) >= first])
+        if not (facts.plain and torch.is_grad_enabled() and results and all(recorded)):
+            how = None
         steps.append(
             Step(
-                facts, tuple([static for static, _ in given]), spots, tuple([given[spot][1] for spot in spots]), origin,
-                None if results is not out else len(results),
+                facts, static, spots, tuple([given[spot][1] for spot in spots]), origin,
+                None if results is not out else len(results), how, _called(facts, args, static),
+                tuple([tuple(item) if item.__class__ is list else item for item in static]),
             )
         )  # fmt: skip
         for one in results:
             known[id(one)] = places
             places += 1
-    return Composite(tuple(steps), _result(result, known), places)
+    return Composite(tuple(steps), _result(result, known), places, next(_NUMBERS)), added + len(constants)
+
+
+def _is_recorded(tape: Slots, tensor: torch.Tensor) -> bool:
+    slot = tape.slots.get(id(tensor))
+    return slot is not None and tape.active[slot]
+
+
+def _called(facts: OpFacts, args: tuple[Any, ...], static: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The static arguments of a call, with a constant in the place of a number that torch would make into one."""
+    if facts.numbers and len(args) == 2 and args[1].__class__ is float and args[0].__class__ is torch.Tensor and args[0].is_cpu:
+        return static[0], shared_constant(args[1], args[0].dtype)
+    return static
 
 
 def _argument(item: Any, known: dict[int, int]) -> tuple[Any, Any]:
@@ -186,6 +216,7 @@ class Listening(Records, LightMode):
             return NotImplemented
         heard: list[Any] = []
         self.heard = heard
+        first, said = len(self.values), len(self.key)
         try:
             if is_function:
                 with warnings_noted(lambda: heard.append(None)):
@@ -194,13 +225,21 @@ class Listening(Records, LightMode):
                 out = self._run_uncommon(callee, args)
         finally:
             self.heard = None
-        keep(key, values, heard, out)
+        if len(COMPOSITES) >= _MOST:
+            COMPOSITES.clear()
+        composite = None
+        with suppress(_OtherwiseError):
+            found, added = _composed(self, values, heard, out, first)
+            if len(self.values) == first + added:  # a replay gives the same slots
+                composite = found
+                self.key[said:] = [(found.number, first, *[self.slots.get(id(value), -1) for value in values])]
+        COMPOSITES[key] = composite
         return out
 
     def _hear(self, facts: OpFacts, args: Any, kwargs: dict[str, Any] | None, out: Any) -> None:
         """Note an op that ran, where somebody listens."""
         if self.heard is not None:
-            self.heard.append(None if kwargs else (facts, args, out, self._origin))
+            self.heard.append(None if kwargs else (facts, args, out, self._origin, None))
 
     def _run_step(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         """Run an op of a composite that the compiled handlers leave to Python; torch's are off."""
@@ -228,4 +267,4 @@ def is_heard(function: Any) -> bool:
     return function in TABLE or function in READINGS or body_of(function) is not None
 
 
-__all__ = ["COMPOSITES", "Composite", "Listening", "Step", "is_heard", "keep", "warnings_noted"]
+__all__ = ["COMPOSITES", "Composite", "Listening", "Step", "is_heard", "warnings_noted"]

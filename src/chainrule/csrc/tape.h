@@ -105,14 +105,15 @@ done:
     return outcome;
 }
 
-/* Note an op that ran, where somebody listens; 0, or -1 with an error set. */
+/* Note an op that ran, where somebody listens; 0, or -1 with an error set. `how` says whether autograd saw it; None where it was not
+ * the call that the facts name. */
 static int
-note_step(Handler *self, PyObject *facts, PyObject *args, Py_ssize_t count, PyObject *out)
+note_step(Handler *self, PyObject *facts, PyObject *args, Py_ssize_t count, PyObject *how, PyObject *out)
 {
     if (self->heard == NULL || self->heard == Py_None)
         return 0;
     PyObject *given = PyTuple_GetSlice(args, 0, count), *origin = self->origin == NULL ? Py_None : self->origin;
-    PyObject *step = given == NULL ? NULL : PyTuple_Pack(4, facts, given, out, origin);
+    PyObject *step = given == NULL ? NULL : PyTuple_Pack(5, facts, given, out, origin, how);
     int outcome = step == NULL ? -1 : PyList_Append(self->heard, step);
     Py_XDECREF(given);
     Py_XDECREF(step);
@@ -481,7 +482,9 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         out = run_beneath((Handler *)self->below, function, args, stored, count);
     if (out == NULL || out == Py_NotImplemented)
         goto done;
-    int blocked = note_step(self, facts, args, count, out) < 0 ? -1 : is_blocked(self);
+    int vector = seen.joined && PyLong_AsLong(SLOT(facts, joining)) == LINEAR ? rank_is(stored[0], 1) : 0; /* see call_joined */
+    PyObject *how = vector ? Py_None : seen.joined ? Py_True : Py_False;
+    int blocked = vector < 0 || note_step(self, facts, args, count, how, out) < 0 ? -1 : is_blocked(self);
     if (blocked) {
         if (blocked < 0)
             Py_CLEAR(out);
