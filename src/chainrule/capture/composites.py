@@ -3,7 +3,7 @@
 A function that torch has in Python (``F.multi_head_attention_forward``), or an op that is recorded in parts (``lstm``), looks at
 shapes and numbers and then runs ops. Which ops depends on the signature alone: the shapes, strides, dtypes, graphs and activity
 of the tensors, and the values of everything else. The first call with a signature is listened to. What it ran is kept as a
-:class:`Composite`, without the tensors; the compiled handlers (``csrc/composites.h``) look it up, and run and record the same ops.
+:class:`Composite`, without the tensors; the compiled handlers (``csrc/composites.h``) look it up, and run and record these ops.
 """
 
 from __future__ import annotations
@@ -113,30 +113,34 @@ def _composed(
     for item in heard:
         if item is None or not _BY_VALUE.isdisjoint(item[0].op.tags):
             raise _OtherwiseError
-        facts, args, out, origin, how = item
-        given = [_argument(arg, known) for arg in args]
-        results = [out] if isinstance(out, torch.Tensor) else out
+        results = [item[2]] if isinstance(item[2], torch.Tensor) else item[2]
         if not isinstance(results, (list, tuple)) or not all([isinstance(one, torch.Tensor) for one in results]):
             raise _OtherwiseError
-        spots = tuple([spot for spot, (_, place) in enumerate(given) if place is not None])
-        static = tuple([item for item, _ in given])
         recorded = [_is_recorded(tape, one) for one in results]
         added += sum(recorded)
         others = [id(one) for one, was in zip(results, recorded, strict=True) if not was]
         constants.update([one for one in others if tape.slots.get(one, -1) >= first])
-        if not (facts.plain and torch.is_grad_enabled() and results and all(recorded)):
-            how = None
-        steps.append(
-            Step(
-                facts, static, spots, tuple([given[spot][1] for spot in spots]), origin,
-                None if results is not out else len(results), how, _called(facts, args, static),
-                tuple([tuple(item) if item.__class__ is list else item for item in static]),
-            )
-        )  # fmt: skip
+        if item[0].is_view and item[0].inactive and id(item[1][0]) not in known:
+            continue  # torch's autograd keeps a result inside of the call that makes it
+        steps.append(_step(*item, results, known, torch.is_grad_enabled() and all(recorded)))
         for one in results:
             known[id(one)] = places
             places += 1
     return Composite(tuple(steps), _result(result, known), places, next(_NUMBERS)), added + len(constants)
+
+
+def _step(
+    facts: OpFacts, args: tuple[Any, ...], out: Any, origin: Any, how: bool | None, results: Sequence[Any], known: dict[int, int],
+    recorded: bool,
+) -> Step:  # fmt: skip
+    given = [_argument(arg, known) for arg in args]
+    spots = tuple([spot for spot, (_, place) in enumerate(given) if place is not None])
+    static = tuple([item for item, _ in given])
+    return Step(
+        facts, static, spots, tuple([given[spot][1] for spot in spots]), origin, None if results is not out else len(results),
+        how if facts.plain and recorded and results else None, _called(facts, args, static),
+        tuple([tuple(item) if item.__class__ is list else item for item in static]),
+    )  # fmt: skip
 
 
 def _is_recorded(tape: Slots, tensor: torch.Tensor) -> bool:
@@ -258,13 +262,27 @@ class Listening(Records, LightMode):
         raise NotImplementedError
 
 
+def _heard_functions() -> frozenset[Any]:
+    names = (
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "broadcast_tensors", "celu", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "expand_as", "group_norm",
+        "hardsigmoid", "instance_norm", "kl_div", "log_sigmoid", "norm", "prelu", "rms_norm", "selu", "type_as",
+    )  # fmt: skip
+    places = (torch, torch.Tensor, torch._C._nn, torch._C._VariableFunctions)  # type: ignore[attr-defined]
+    return frozenset(getattr(place, name) for name in names for place in places if hasattr(place, name))
+
+
+#: Functions that torch composes of ops by shapes and numbers, none by values of tensors.
+_HEARD = _heard_functions()
+
+
 def is_heard(function: Any) -> bool:
     """Whether a function does nothing but run ops, which a tape hears, and tells nothing but what a signature says."""
     if function in OTHERWISE or function in TAKEN:
         return False
     if function in FACTS:
         return bool(function != REQUIRES_GRAD)
-    return function in TABLE or function in READINGS or body_of(function) is not None
+    return function in TABLE or function in READINGS or function in _HEARD or body_of(function) is not None
 
 
 __all__ = ["COMPOSITES", "Composite", "Listening", "Step", "is_heard", "warnings_noted"]
