@@ -48,6 +48,8 @@ _OVERLOADS = {
     "fill_.Scalar": torch.Tensor.fill_, "fill_.Tensor": torch.Tensor.fill_, "zero_.default": torch.Tensor.zero_,
     "masked_fill_.Scalar": torch.Tensor.masked_fill_, "masked_fill_.Tensor": torch.Tensor.masked_fill_,
     "relu_.default": torch.Tensor.relu_, "index_add_.default": torch.Tensor.index_add_,
+    "index_put_.default": torch.Tensor.index_put_, "scatter_.src": torch.Tensor.scatter_,
+    "scatter_.value": torch.Tensor.scatter_,
 }  # fmt: skip
 
 
@@ -151,6 +153,9 @@ FUNCTIONS = _table()
 WITH_NUMBERS = frozenset(
     {torch.mul, torch.add, torch.sub, torch.div, torch.rsub, torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne}
 )
+
+#: The same among those that write to the first.
+WRITING_NUMBERS = frozenset({torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_})
 
 #: Whole numbers up to this one are exact in double precision.
 _LARGEST = 2.0**53

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from chainrule.capture.schema import OpFacts
 from chainrule.capture.slots import Slot, slot_object
 from chainrule.dispatch import again
+from chainrule.shortcuts import configure
 
 if TYPE_CHECKING:
     from chainrule.capture.tape import Tape
@@ -65,7 +66,7 @@ class AliasTracker:
         parent = args[0]
         if isinstance(out, torch.Tensor):
             # ``reshape`` and ``contiguous`` may have made a copy.
-            if out is not parent and ((id(op) in _SCATTERS and _are_own(out, parent)) or _shares_memory(out, parent)):
+            if out is not parent and ((id(op) in _ALWAYS_VIEWS and _are_own(out, parent)) or _shares_memory(out, parent)):
                 self._link(out, parent, op, args[1:], kwargs)
             return
         for position, view in enumerate(out):
@@ -439,8 +440,19 @@ SCATTERS: dict[Any, Any] = {
     aten.as_strided.default: aten.as_strided_scatter.default,
 }
 
-#: By the identity of the op, whose own hash is slow; each of them makes a view always.
+#: By the identity of the op, whose own hash is slow.
 _SCATTERS = {id(op): scatter for op, scatter in SCATTERS.items()}
+
+#: Ops that make a view always, likewise.
+_ALWAYS_VIEWS = {
+    id(op): op
+    for op in (
+        *SCATTERS, aten.view.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
+        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
+    )
+}  # fmt: skip
+
+configure(always_views=_ALWAYS_VIEWS, scatters=_SCATTERS, link=Link)
 
 Inverse = Callable[[torch.Tensor, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from chainrule.calls import FUNCTIONS, WITH_NUMBERS
+from chainrule.calls import FUNCTIONS, WITH_NUMBERS, WRITING_NUMBERS
 from chainrule.norms import JOINING
 
 aten = torch.ops.aten
@@ -130,7 +130,7 @@ class OpFacts:
         self.call = op._op
         self.alone = JOINING.get(op)
         self.fast = FUNCTIONS.get(op._op, op._op)
-        self.numbers = self.fast in WITH_NUMBERS
+        self.numbers = self.fast in WITH_NUMBERS or self.fast in WRITING_NUMBERS
         self.argument_names = tuple(a.name for a in schema.arguments)
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         self.is_out = any(a.is_out for a in schema.arguments)

@@ -73,12 +73,15 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
-    if (function == NULL && reading == NULL && !fresh) /* conversions are among the fresh ones */
+    int assigns = self->kind == TAPE && func == c_setitem && kwargs == NULL;
+    if (function == NULL && reading == NULL && !fresh && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
         return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *out = Py_NewRef(Py_NotImplemented);
+    if (assigns)
+        Py_SETREF(out, run_assign(self, args));
     if (fresh)
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)

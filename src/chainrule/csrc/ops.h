@@ -241,8 +241,11 @@ is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
                 return -1;
             if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
                 touched = 1;
-            else if (slot < 0 && self->alias != NULL && self->alias != Py_None)
-                return 0; /* it may be a view of something that was written */
+            else if (slot < 0) {
+                int known = may_be_known(self, item); /* a view of something that was written */
+                if (known)
+                    return known < 0 ? -1 : 0;
+            }
         } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_numbers(item)) {
             int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
             if (plain <= 0)
@@ -268,6 +271,9 @@ run_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
         Py_CLEAR(out);
     return out;
 }
+
+static PyObject *
+run_write(Handler *self, PyObject *facts, PyObject *args); /* in writes.h */
 
 /* A function that one reading of its arguments makes an op; NotImplemented leaves it to Python. */
 static PyObject *
@@ -295,8 +301,11 @@ run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObj
         PyObject *op_args = PyTuple_GET_ITEM(read, 1);
         if (SLOT(facts, plain) == Py_True)
             out = run_common(self, facts, op_args, func, args, kwargs);
-        else
-            out = PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL);
+        else {
+            out = SLOT(facts, rewrites) == Py_True ? run_write(self, facts, op_args) : Py_NewRef(Py_NotImplemented);
+            if (out == Py_NotImplemented)
+                Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL));
+        }
         Py_DECREF(off);
         if (include_python() < 0)
             Py_CLEAR(out);

@@ -155,6 +155,9 @@ is_derived(Handler *self, PyObject *tensor)
     return found;
 }
 
+static int
+may_be_known(Handler *self, PyObject *tensor); /* in writes.h */
+
 /* Note a result without a derivative, if it depends on the inputs all the same; 0, or -1 with an error set. */
 static int
 note_derived(Handler *self, PyObject *args, PyObject *out)
@@ -169,7 +172,10 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
             if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
                 noted = 1;
             /* It may be a view of something that was written. */
-            simple = slot >= 0 || noted || self->alias == NULL || self->alias == Py_None;
+            int known = slot >= 0 || noted ? 0 : may_be_known(self, item);
+            if (known < 0)
+                return -1;
+            simple = !known;
         } else
             simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None || holds_numbers(item);
     }
@@ -222,7 +228,10 @@ slot_or_constant(Handler *self, PyObject *tensor)
     int derived = is_derived(self, tensor);
     if (derived < 0)
         return -1;
-    if (is_constant_class(tensor) && layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
+    int unknown = may_be_known(self, tensor);
+    if (unknown < 0)
+        return -1;
+    if (is_constant_class(tensor) && layout == c_strided && fresh && !unknown && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -234,6 +243,15 @@ slot_or_constant(Handler *self, PyObject *tensor)
     return slot;
 }
 
+/* The slot of a number, as it stands in a record; a new reference. */
+static PyObject *
+slot_object(Py_ssize_t slot)
+{
+    if (slot < PyList_GET_SIZE(c_slot_objects))
+        return Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
+    return PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
+}
+
 /* What stands in a record for a tensor, or a list of tensors, that may become constants; a new reference. */
 static PyObject *
 lowered_fresh(Handler *self, PyObject *item)
@@ -241,11 +259,7 @@ lowered_fresh(Handler *self, PyObject *item)
     if (PyList_CheckExact(item))
         return PyObject_CallMethodOneArg((PyObject *)self, s_lower, item);
     Py_ssize_t slot = slot_or_constant(self, item);
-    if (slot < 0)
-        return NULL;
-    if (slot < PyList_GET_SIZE(c_slot_objects))
-        return Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
-    return PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
+    return slot < 0 ? NULL : slot_object(slot);
 }
 
 /* Whether torch's gradients are off, so that what runs is a constant: 1, 0, or -1 with an error set. */
@@ -274,7 +288,14 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
 {
     int touched = seen->touched;
     /* Those that have no graph depend on nothing, where nothing was written. */
-    if (fresh_count && !touched && (seen->joined || (self->alias != NULL && self->alias != Py_None))) {
+    int looks = fresh_count && !touched && seen->joined;
+    for (int number = 0; !looks && !touched && number < fresh_count; number++) {
+        PyObject *item = PyTuple_GET_ITEM(args, fresh[number]);
+        looks = PyList_CheckExact(item) ? self->alias != NULL && self->alias != Py_None : may_be_known(self, item);
+    }
+    if (looks < 0)
+        return -1;
+    if (looks) {
         PyObject *any = PyObject_CallMethodObjArgs((PyObject *)self, s__any_active, args, Py_None, NULL);
         if (any == NULL)
             return -1;
