@@ -48,8 +48,9 @@ _OVERLOADS = {
     "fill_.Scalar": torch.Tensor.fill_, "fill_.Tensor": torch.Tensor.fill_, "zero_.default": torch.Tensor.zero_,
     "masked_fill_.Scalar": torch.Tensor.masked_fill_, "masked_fill_.Tensor": torch.Tensor.masked_fill_,
     "relu_.default": torch.Tensor.relu_, "index_add_.default": torch.Tensor.index_add_,
-    "index_put_.default": torch.Tensor.index_put_, "scatter_.src": torch.Tensor.scatter_,
-    "scatter_.value": torch.Tensor.scatter_,
+    "scatter_.src": torch.Tensor.scatter_,
+    "scatter_.value": torch.Tensor.scatter_, "var.correction": torch.var, "std.correction": torch.std,
+    "bernoulli_.float": torch.Tensor.bernoulli_, "einsum.default": torch._C._VariableFunctions.einsum,  # type: ignore[attr-defined]
 }  # fmt: skip
 
 

@@ -178,15 +178,15 @@ class AliasTracker:
         tape, target, functional = self.tape, args[0], facts.functional
         if functional is None or not facts.rewrites or not target.dtype.is_floating_point:
             return NotImplemented
-        twin = tape.facts(functional)
-        if twin.inactive or (tape.respect_no_grad and not torch.is_grad_enabled()):
-            return NotImplemented
         if tape.pending:
             self._settle_views()
         if not tape.touches(args):
             if id(target) in tape.slots or id(target) in self.links or id(target) in self.families:
                 return NotImplemented
             return tape.run_seen(facts.fast, args)
+        twin = tape.facts(functional)
+        if facts.random or twin.inactive or (tape.respect_no_grad and not torch.is_grad_enabled()):
+            return NotImplemented
         lowered = tape.lower(args)
         if twin.reads or (twin.reads is None and tape.reads_values(functional)):
             _collect_slots(lowered, self._read_slots)

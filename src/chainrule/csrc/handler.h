@@ -175,6 +175,8 @@ static PyMethodDef handler_methods[] = {
      "Take a function of the table; whatever is not plain goes to take_function."},
     {"_run_common", (PyCFunction)(void (*)(void))handler_run_common, METH_FASTCALL,
      "Run an op of plain arguments and record it; NotImplemented, with nothing done, for others."},
+    {"_run_part_at_once", (PyCFunction)(void (*)(void))handler_run_part, METH_FASTCALL | METH_KEYWORDS,
+     "Run and record a part of an op."},
     {"_run_seen", (PyCFunction)(void (*)(void))handler_run_seen, METH_FASTCALL,
      "Call a function on tensors without a graph, as views and writes have to be."},
     {"__enter__", (PyCFunction)handler_enter, METH_NOARGS, "Enter the mode."},

@@ -50,7 +50,8 @@ tensor_key(PyObject *tensor)
     return key;
 }
 
-/* Append an op that ran with several results, plain floating-point tensors all of them: 1; 0 for others; -1 with an error. */
+/* Append an op that ran with several results, plain real tensors all of them and the first one floating-point: 1; 0 for others; -1
+ * with an error. */
 static int
 append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *results)
 {
@@ -62,10 +63,10 @@ append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *re
         if ((PyObject *)Py_TYPE(result) != c_tensor)
             return 0;
         PyObject *dtype = GET(result, dtype);
-        int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
+        int real = dtype == NULL ? -1 : PySet_Contains(place == 0 ? c_floating : c_real, dtype);
         Py_XDECREF(dtype);
-        if (floating <= 0)
-            return floating;
+        if (real <= 0)
+            return real;
     }
     int outcome = -1;
     PyObject *op = SLOT(facts, op), *record = NULL, *entry = NULL, *outputs = PyTuple_New(count), *keys = PyTuple_New(count);
@@ -90,8 +91,9 @@ append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *re
     for (Py_ssize_t place = 0; place < count; place++) {
         PyObject *result = PySequence_Fast_GET_ITEM(results, place);
         PyObject *identity = PyLong_FromVoidPtr(result);
-        int kept = identity != NULL && PyList_Append(self->values, result) == 0 && PyList_Append(self->active, Py_True) == 0 &&
-                   PyDict_SetItem(self->slots, identity, PyTuple_GET_ITEM(outputs, place)) == 0;
+        int floating = PySet_Contains(c_floating, PyTuple_GET_ITEM(PyTuple_GET_ITEM(keys, place), 1));
+        int kept = identity != NULL && floating >= 0 && PyList_Append(self->values, result) == 0 &&
+                   PyList_Append(self->active, floating ? Py_True : Py_False) == 0 && PyDict_SetItem(self->slots, identity, PyTuple_GET_ITEM(outputs, place)) == 0;
         Py_XDECREF(identity);
         if (!kept)
             goto done;
@@ -177,7 +179,7 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
                 return -1;
             simple = !known;
         } else
-            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None || holds_numbers(item);
+            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || PyBool_Check(item) || item == Py_None || holds_numbers(item);
     }
     if (!simple) {
         PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
@@ -283,8 +285,8 @@ typedef struct {
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of
  * lists with such tensors), which become constants. */
 static int
-record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh, int fresh_count,
-            const Found *seen, PyObject *out)
+record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, PyObject *named, const Py_ssize_t *fresh,
+            int fresh_count, const Found *seen, PyObject *out)
 {
     int touched = seen->touched;
     /* Those that have no graph depend on nothing, where nothing was written. */
@@ -310,7 +312,7 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
             return -1;
         PyTuple_SET_ITEM(lowered, fresh[number], found);
     }
-    if (PyTuple_Check(out) || PyList_CheckExact(out)) {
+    if (named == empty && (PyTuple_Check(out) || PyList_CheckExact(out))) {
         int appended = append_several(self, facts, lowered, out);
         if (appended)
             return appended < 0 ? -1 : 0;
@@ -324,9 +326,9 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
     if (outcome > 0)
-        outcome = append_record(self, facts, lowered, empty, out, dtype);
+        outcome = append_record(self, facts, lowered, named, out, dtype);
     else if (outcome == 0) {
-        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s_append_record, facts, lowered, empty, out, NULL);
+        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s_append_record, facts, lowered, named, out, NULL);
         outcome = done == NULL ? -1 : 0;
         Py_XDECREF(done);
     }
@@ -494,7 +496,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             Py_CLEAR(out);
         goto done;
     }
-    if (record_call(self, facts, args, lowered, fresh, fresh_count, &seen, out) < 0)
+    if (record_call(self, facts, args, lowered, empty, fresh, fresh_count, &seen, out) < 0)
         Py_CLEAR(out);
     goto done;
 refuse:

@@ -222,16 +222,6 @@ scan_reads(Handler *self, Memory *memory)
     return 1;
 }
 
-/* A call that torch sees as one on tensors without a graph, with torch's own handlers off already. */
-static PyObject *
-call_seen(PyObject *call, PyObject *args)
-{
-    state.exclude(state.views, false);
-    PyObject *out = PyObject_Call(call, args, NULL);
-    state.exclude(state.views, true);
-    return out;
-}
-
 /* Let a copy hold the value of a tensor that is about to be written, if some derivative reads it: 1; 0 if that is left to Python; -1
  * with an error set. */
 static int
@@ -250,7 +240,7 @@ save_one(Handler *self, Memory *memory, PyObject *member)
     if (graph)
         return graph < 0 ? -1 : 0;
     PyObject *kept = PyObject_GetAttr((PyObject *)self, s_kept), *args = kept == NULL ? NULL : PyTuple_Pack(1, member);
-    PyObject *clone = args == NULL ? NULL : call_seen(c_clone, args);
+    PyObject *clone = args == NULL ? NULL : call_seen(c_clone, args, NULL);
     Py_INCREF(slot);
     /* The list of kept tensors holds the member from here on, whose place the copy takes. */
     int outcome = clone != NULL && PyList_Append(kept, member) == 0 && put_for(self->slots, clone, slot) == 0 ? 1 : -1;
@@ -441,12 +431,17 @@ with_constant(PyObject *facts, PyObject *args, PyObject *dtype)
     return changed;
 }
 
+/* A write: what is known of the op, its arguments, and what computes it with arguments of its own. */
+typedef struct {
+    PyObject *facts, *args, *call, *call_args, *call_kwargs;
+} Write;
+
 /* The write itself, once its arguments are looked at; the written tensor. */
 static PyObject *
-written(Handler *self, Memory *memory, PyObject *facts, PyObject *twin, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh,
+written(Handler *self, Memory *memory, const Write *write, PyObject *twin, PyObject *lowered, const Py_ssize_t *fresh,
         int fresh_count, PyObject *dtype)
 {
-    PyObject *target = PyTuple_GET_ITEM(args, 0);
+    PyObject *args = write->args, *target = PyTuple_GET_ITEM(args, 0);
     for (int number = 0; number < fresh_count; number++) {
         PyObject *found = lowered_fresh(self, PyTuple_GET_ITEM(args, fresh[number]));
         if (found == NULL)
@@ -456,7 +451,9 @@ written(Handler *self, Memory *memory, PyObject *facts, PyObject *twin, PyObject
     int reads = reads_values(self, twin);
     if (reads < 0 || (reads && collect_slots(lowered, memory->reads) < 0) || save_old(self, memory, target) < 0)
         return NULL;
-    PyObject *run = with_constant(facts, args, dtype), *out = run == NULL ? NULL : call_seen(SLOT(facts, fast), run);
+    PyObject *run = with_constant(write->facts, args, dtype), *out = NULL;
+    if (run != NULL)
+        out = run != args ? call_seen(SLOT(write->facts, fast), run, NULL) : call_seen(write->call, write->call_args, write->call_kwargs);
     Py_XDECREF(run);
     if (out == NULL)
         return NULL;
@@ -469,7 +466,7 @@ written(Handler *self, Memory *memory, PyObject *facts, PyObject *twin, PyObject
 
 /* AliasTracker.write_plainly, with torch's handlers off; NotImplemented, with nothing written, leaves it to that. */
 static PyObject *
-run_write(Handler *self, PyObject *facts, PyObject *args)
+run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
 {
     Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
     PyObject *target = count ? PyTuple_GET_ITEM(args, 0) : Py_None, *twin;
@@ -477,8 +474,6 @@ run_write(Handler *self, PyObject *facts, PyObject *args)
         count > MOST_ARGUMENTS || SLOT(facts, rewrites) != Py_True || SLOT(facts, functional) == Py_None)
         return Py_NewRef(Py_NotImplemented);
     int fits = is_own_strided(target);
-    if (fits > 0 && self->respect_no_grad)
-        fits = grad_is_enabled();
     if (fits <= 0)
         return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     if ((twin = facts_of(self, SLOT(facts, functional))) == NULL)
@@ -487,17 +482,24 @@ run_write(Handler *self, PyObject *facts, PyObject *args)
     int fresh_count = 0;
     Found seen = {0, 0};
     Memory memory = {NULL};
+    const Write write = {facts, args, call, call_args, call_kwargs};
     if (dtype == NULL || lowered == NULL || memory_of(self, &memory) < 0 || settle_views(self, &memory) < 0)
         goto done;
-    fits = SLOT(twin, inactive) == Py_True ? 0 : PySet_Contains(c_floating, dtype);
-    if (fits > 0)
+    if ((fits = PySet_Contains(c_floating, dtype)) > 0)
         fits = lowered_of_write(self, args, lowered, fresh, &fresh_count, &seen);
-    if (fits > 0 && !seen.touched && (fits = is_unknown(self, &memory, target)) > 0) {
-        out = call_seen(SLOT(facts, fast), args);
+    if (fits > 0 && !seen.touched) {
+        if ((fits = is_unknown(self, &memory, target)) > 0)
+            out = call_seen(call, call_args, call_kwargs);
+        else if (fits == 0)
+            out = Py_NewRef(Py_NotImplemented);
         goto done;
     }
+    if (fits > 0 && (SLOT(facts, random) == Py_True || SLOT(twin, inactive) == Py_True))
+        fits = 0;
+    if (fits > 0 && self->respect_no_grad)
+        fits = grad_is_enabled();
     if (fits >= 0)
-        out = fits ? written(self, &memory, facts, twin, args, lowered, fresh, fresh_count, dtype) : Py_NewRef(Py_NotImplemented);
+        out = fits ? written(self, &memory, &write, twin, lowered, fresh, fresh_count, dtype) : Py_NewRef(Py_NotImplemented);
 done:
     let_go(&memory);
     Py_XDECREF(dtype);
@@ -528,7 +530,7 @@ widened(Handler *self, PyObject *view, PyObject *value)
         return Py_NewRef(same ? value : Py_NotImplemented);
     PyObject *shape = GET(view, shape), *sizes = shape == NULL ? NULL : PySequence_List(shape);
     PyObject *args = sizes == NULL ? NULL : PyTuple_Pack(2, value, sizes), *facts = args == NULL ? NULL : facts_of(self, c_expand_op);
-    PyObject *out = facts == NULL ? NULL : run_common(self, facts, args, SLOT(facts, fast), args, NULL);
+    PyObject *out = facts == NULL ? NULL : run_common(self, facts, args, empty, SLOT(facts, fast), args, NULL);
     Py_XDECREF(shape);
     Py_XDECREF(sizes);
     Py_XDECREF(args);
@@ -544,7 +546,7 @@ write_to_view(Handler *self, PyObject *view, PyObject *value)
     if (given == NULL || given == Py_NotImplemented)
         return given;
     PyObject *facts = facts_of(self, number ? c_fill_op : c_copy_op), *args = facts == NULL ? NULL : PyTuple_Pack(2, view, given);
-    PyObject *out = args == NULL ? NULL : run_write(self, facts, args);
+    PyObject *out = args == NULL ? NULL : run_write(self, facts, args, SLOT(facts, fast), args, NULL);
     Py_XDECREF(args);
     Py_DECREF(given);
     return out;
@@ -584,7 +586,7 @@ write_to_places(Handler *self, PyObject *tensor, PyObject *index, PyObject *valu
     else if ((list = PyList_New(1)) != NULL) {
         PyList_SET_ITEM(list, 0, Py_NewRef(index));
         if ((args = PyTuple_Pack(3, tensor, list, given)) != NULL && (facts = facts_of(self, c_put_op)) != NULL)
-            out = run_write(self, facts, args);
+            out = run_write(self, facts, args, c_put, args, NULL);
     }
 done:
     Py_XDECREF(given);
