@@ -41,6 +41,7 @@ def _cell(*shape: int) -> Tensor:
 
 
 _IN_PARTS = ("scaled_dot_product_attention", "cross_entropy_loss", "multi_margin_loss", "multilabel_margin_loss", "cosine_embedding_loss",
+             "linalg_cross", "linalg_solve",
              "triplet_margin_loss", "pairwise_distance", "poisson_nll_loss", "hinge_embedding_loss")  # fmt: skip
 
 #: Of a matrix of shape (3, 4).
@@ -152,6 +153,31 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     + x.clone().scatter_add_(0, CLASSES, OTHER[:1]),
     "one by one in place": lambda x: x.clone().exp_() + (x + 9).log_() + x.clone().neg_().cos_() + (x + 9).sqrt_(),
     "functions in place": lambda x: (x + 9).reciprocal_() + (x + 9).rsqrt_() + x.clone().relu_() + x.clone().sigmoid_(),
+    "add": lambda x: torch.add(x, OTHER, alpha=2) + x.add(x, alpha=0.5) + x.add(other=OTHER),
+    "sub": lambda x: torch.sub(x, OTHER, alpha=2) + x.sub(x, alpha=0.5) + torch.sub(x, 2, alpha=3),
+    "block_diag": lambda x: torch.block_diag(x, x * 2, OTHER[0]),
+    "diag": lambda x: x.diag().sum() + torch.diag(x[0], 1).sum() + x.diag(diagonal=-1).sum(),
+    # Torch has no derivative of it.
+    "floor_divide": lambda x: torch.floor_divide(x.detach(), 0.3) * x + (x.detach() // OTHER) * x + (x.detach() // 2) * x,
+    "fmod": lambda x: torch.fmod(x, 0.3) + x.fmod(OTHER + 4),
+    "gelu": lambda x: F.gelu(x) + F.gelu(x, approximate="tanh") + nn.gelu(x, approximate="none"),
+    "kron": lambda x: torch.kron(x, OTHER[:2]).sum(1) + x[0].kron(OTHER).sum() + torch.kron(x[0], x[1]).sum(),
+    "linalg_cross": lambda x: torch.linalg.cross(x[:, :3], OTHER[:, 1:]) + torch.linalg.cross(x[:, :2], OTHER[:, :2], dim=0).sum(),
+    "linalg_det": lambda x: torch.linalg.det(x[:, :3]) + x[:, 1:].det() + torch.det(torch.stack([x[:, 1:], x[:, :3]])),
+    "linalg_inv": lambda x: torch.linalg.inv(x[:, :3] + 3 * SQUARE[:3, :3]) + torch.inverse(x[:, 1:] + 4 * torch.eye(3)),
+    "linalg_multi_dot": lambda x: torch.linalg.multi_dot([x, SQUARE, x.t()]) + torch.linalg.multi_dot((x, OTHER.t())),
+    "linalg_solve": lambda x: torch.linalg.solve(x[:, :3] + 4 * torch.eye(3), OTHER[:, 0])
+    + torch.linalg.solve(x[:, 1:] + 4 * torch.eye(3), OTHER)[:, 1]
+    + torch.linalg.solve(x[:, 1:] + 4 * torch.eye(3), OTHER[:, :3], left=False)[0],
+    "nan_to_num": lambda x: x.nan_to_num() + torch.nan_to_num(x, 1.0, posinf=2.0),
+    "remainder": lambda x: x % 0.7 + torch.remainder(x, OTHER + 4) + x.remainder(0.3),
+    "topk": lambda x: x.topk(2)[0] + torch.topk(x, 2, 1, False).values + x.topk(k=2, dim=-1, sorted=False)[0],
+    "numbers and tensors in place": lambda x: x.clone().pow_(2).lerp_(OTHER, 0.3) + x.clone().lerp_(OTHER, OTHER) + (x + 9).pow_(OTHER),
+    "sums in place": lambda x: x.clone().addcmul_(x, OTHER, value=0.5) + x.clone().addcdiv_(x, OTHER.exp()),
+    "rounded in place": lambda x: x.clone().ceil_() * x + x.clone().floor_() + x.clone().round_() * 2,
+    "special in place": lambda x: x.clone().erf_() + x.clone().expm1_() + (x + 9).log1p_() + x.clone().square_() + (x + 0.1).abs_(),
+    "activations in place": lambda x: F.elu_(x.clone()) + F.hardtanh_(x.clone()) + F.leaky_relu_(x.clone(), 0.2)
+    + nn.silu_(x.clone()),
     "more in place": lambda x: x.clone().sin_() + x.clone().tanh_() + x.clone().tril_() + x.clone().triu_(1),
 }  # fmt: skip
 

@@ -48,6 +48,9 @@ _OVERLOADS = {
     "fill_.Scalar": torch.Tensor.fill_, "fill_.Tensor": torch.Tensor.fill_, "zero_.default": torch.Tensor.zero_,
     "masked_fill_.Scalar": torch.Tensor.masked_fill_, "masked_fill_.Tensor": torch.Tensor.masked_fill_,
     "relu_.default": torch.Tensor.relu_, "index_add_.default": torch.Tensor.index_add_,
+    "scatter_.src": torch.Tensor.scatter_,
+    "scatter_.value": torch.Tensor.scatter_, "var.correction": torch.var, "std.correction": torch.std,
+    "bernoulli_.float": torch.Tensor.bernoulli_, "einsum.default": torch._C._VariableFunctions.einsum,  # type: ignore[attr-defined]
 }  # fmt: skip
 
 
@@ -151,6 +154,9 @@ FUNCTIONS = _table()
 WITH_NUMBERS = frozenset(
     {torch.mul, torch.add, torch.sub, torch.div, torch.rsub, torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne}
 )
+
+#: The same among those that write to the first.
+WRITING_NUMBERS = frozenset({torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_})
 
 #: Whole numbers up to this one are exact in double precision.
 _LARGEST = 2.0**53

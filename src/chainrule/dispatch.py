@@ -135,7 +135,8 @@ configure(
     index=aten.index.Tensor, long=torch.int64, bool=torch.bool, push=_push, pop=_pop, at=_at, push_function=_push_function,
     pop_function=_pop_function, function_at=_function_at, flags=vars(modes),
     where=torch.where, where_op=aten.where.self, to_copy=aten._to_copy.default, to_op=aten.to.dtype, conversions=CONVERSIONS,
-    constant_beside=constant_beside,
+    constant_beside=constant_beside, clone=torch.clone, expand_op=aten.expand.default, fill_op=aten.fill_.Scalar,
+    copy_op=aten.copy_.default, put_op=aten.index_put_.default, put=torch.Tensor.index_put_, setitem=torch.Tensor.__setitem__,
 )  # fmt: skip
 
 
@@ -260,8 +261,8 @@ class LightMode(Handler, TorchDispatchMode):
         """
         return NotImplemented
 
-    def run_op(self, op: Any, args: tuple[Any, ...]) -> Any:
-        """Run an op with positional arguments, under the same conditions as :meth:`run_function`."""
+    def run_op(self, op: Any, args: tuple[Any, ...], named: tuple[tuple[str, Any], ...] = ()) -> Any:
+        """Run an op with positional arguments, and named ones as sorted pairs, where :meth:`run_function` may be called."""
         return NotImplemented
 
     def read_data(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -44,10 +44,17 @@ class Parameter(NamedTuple):
 
 
 class Overload(NamedTuple):
-    """An op and its parameters."""
+    """An op and its parameters.
+
+    Attributes:
+        op: the op.
+        parameters: those that may be given by their place.
+        named: those that are given by name only, sorted by it.
+    """
 
     op: Any
     parameters: tuple[Parameter, ...]
+    named: tuple[Parameter, ...]
 
 
 class BySchema(NamedTuple):
@@ -55,16 +62,42 @@ class BySchema(NamedTuple):
 
     overloads: tuple[Overload, ...]
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
-        """The overload that is meant and its positional arguments, without those at the end that are the defaults."""
-        for overload in self.overloads:
-            bound = _bound(overload.parameters, args, kwargs)
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The overload that is meant and its positional arguments, without those at the end that are the defaults.
+
+        Named arguments that are no defaults follow, as pairs that are sorted by the names.
+        """
+        for op, parameters, named in self.overloads:
+            pairs = _named(named, kwargs) if named and kwargs else ()
+            bound = None if pairs is None else _bound(parameters, args, kwargs, len(named) and _count(named, kwargs))
             if bound is not None:
-                return overload.op, bound
+                return (op, bound, pairs) if pairs else (op, bound)
         return None
 
 
-def _bound(parameters: tuple[Parameter, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+def _count(named: tuple[Parameter, ...], kwargs: dict[str, Any]) -> int:
+    return sum([parameter.name in kwargs for parameter in named])
+
+
+def _named(named: tuple[Parameter, ...], kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+    """The arguments that are given by name only, but for defaults; None where one is of another kind."""
+    pairs: list[tuple[str, Any]] = []
+    for name, kind, default, length in named:
+        if name not in kwargs:
+            continue
+        item = kwargs[name]
+        read = _read(item, kind, length)
+        if read is None and (item is not None or not kind & OPTIONAL):
+            return None
+        if read.__class__ is not default.__class__ or read != default:
+            pairs.append((name, tuple(read) if read.__class__ is list else read))
+    return tuple(pairs)
+
+
+def _bound(
+    parameters: tuple[Parameter, ...], args: tuple[Any, ...], kwargs: dict[str, Any], named: int
+) -> tuple[Any, ...] | None:
+    """The positional arguments; `named` are taken already. None where the call is not meant."""
     count, given = len(parameters), len(args)
     if given > count:
         # Whole numbers one by one, as methods take them.
@@ -73,7 +106,7 @@ def _bound(parameters: tuple[Parameter, ...], args: tuple[Any, ...], kwargs: dic
         args = (args[0], args[1:])
         given = 2
     found: list[Any] = []
-    named = kept = 0
+    kept = 0
     for place, (name, kind, default, length) in enumerate(parameters):
         if place < given:
             item = args[place]
@@ -121,18 +154,28 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
             "diag_embed", "diagonal", "dot", "dropout", "embedding", "flip", "gather", "glu", "hardswish", "hypot",
             "index_add", "index_copy", "index_select", "isfinite", "isnan", "layer_norm", "linalg_vector_norm", "logaddexp",
             "logcumsumexp", "maximum", "minimum", "mish", "mm", "mv", "outer", "pad", "repeat", "scatter_add", "softshrink",
-            "trace", "tril", "triu",
+            "trace", "tril", "triu", "nan_to_num", "topk", "kron", "gelu", "block_diag", "diag",
+            "linalg_cross", "linalg_det", "linalg_inv", "linalg_solve", "linalg_multi_dot",
             "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell",
             "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "hinge_embedding_loss",
             "huber_loss", "l1_loss", "margin_ranking_loss",
             "clamp_", "clamp_max_", "clamp_min_", "copy_", "cos_", "exp_", "index_add_", "index_copy_", "log_", "neg_",
+            "abs_", "addcdiv_", "addcmul_", "ceil_", "elu_", "erf_", "expm1_", "floor_", "hardtanh_", "leaky_relu_", "log1p_",
+            "round_", "silu_", "square_",
             "reciprocal_", "relu_", "rsqrt_", "scatter_add_", "sigmoid_", "sin_", "sqrt_", "tanh_", "tril_", "triu_", "zero_",
             "pairwise_distance", "poisson_nll_loss", "smooth_l1_loss", "triplet_margin_loss",
         ),
         ("default",),
     ),
     **dict.fromkeys(("gru", "lstm", "rnn_relu", "rnn_tanh"), ("input",)),
+    "add": ("Tensor",),
+    "floor_divide": ("default", "Scalar"),
+    "fmod": ("Scalar", "Tensor"),
     "lerp": ("Scalar", "Tensor"),
+    "lerp_": ("Scalar", "Tensor"),
+    "pow_": ("Scalar", "Tensor"),
+    "remainder": ("Scalar", "Tensor"),
+    "sub": ("Tensor",),
     "fill_": ("Scalar", "Tensor"),
     "masked_fill": ("Scalar", "Tensor"),
     "masked_fill_": ("Scalar", "Tensor"),
@@ -163,23 +206,28 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
 
 
 def _overload(op: Any) -> Overload:
-    parameters = []
+    parameters: list[Parameter] = []
+    by_name: list[Parameter] = []
     for argument in op._schema.arguments:
-        if argument.kwarg_only:
-            continue
         kind, name = 0, str(argument.type)
         if name.startswith("Optional["):
             kind, name = OPTIONAL, name.removeprefix("Optional[").removesuffix("]")
         # The functions do without a reduction where the ops take the mean.
         has_default = argument.has_default_value() and argument.name != "reduction"
         default = argument.default_value if has_default else Required
-        parameters.append(Parameter(argument.name, kind | _KINDS.get(name, OTHER), default, argument.N or 1))
-    return Overload(op, tuple(parameters))
+        of_kind = by_name if argument.kwarg_only else parameters
+        of_kind.append(Parameter(argument.name, kind | _KINDS.get(name, OTHER), default, argument.N or 1))
+    # What has to be given, and tensors, are for torch to bind.
+    by_name = [item for item in by_name if item.default is not Required and item.kind & ~OPTIONAL not in (TENSOR, TENSORS)]
+    return Overload(op, tuple(parameters), tuple(sorted(by_name)))
 
 
 #: Ops whose results have names: only torch's own functions give those.
-NAMED = frozenset({aten.max.dim, aten.min.dim, aten.sort.default})
+NAMED = frozenset({aten.max.dim, aten.min.dim, aten.sort.default, aten.topk.default})
 
+
+#: Functions that are others under another name.
+_OTHER_NAMES = {"det": "linalg_det", "inverse": "linalg_inv", "__floordiv__": "floor_divide"}
 
 _PLACES = (torch, torch.Tensor, torch._C._nn, torch._C._linalg)  # type: ignore[attr-defined]
 
@@ -192,4 +240,8 @@ def by_schema() -> dict[Any, Any]:
         for place in _PLACES:
             if (function := getattr(place, name, None)) is not None:
                 found[function] = reading
+    for name, spelling in _OTHER_NAMES.items():
+        for place in _PLACES:
+            if (function := getattr(place, name, None)) is not None:
+                found[function] = found[getattr(torch, spelling, None) or getattr(torch._C._linalg, spelling)]  # type: ignore[attr-defined]
     return found

@@ -142,9 +142,12 @@ def _comparisons() -> frozenset[Any]:
 #: Functions without derivatives.
 COMPARISONS = _comparisons()
 
-_FACTORIES = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
+_FACTORIES = (
+    torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros, torch.empty, torch.rand,
+    torch.randn, torch.randint, torch.randperm,
+)  # fmt: skip
 
-_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
 
 #: Functions that read nothing of a tensor but its shape, dtype and device.

@@ -67,6 +67,14 @@ class Handler:
         """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""
         return NotImplemented
 
+    def _run_part_at_once(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a part of an op and record it."""
+        return self._run_part_here(op, *args, **kwargs)
+
+    def _run_part_here(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a part of an op and record it; given by the tape."""
+        raise NotImplementedError
+
     def _run_seen(self, call: Any, args: tuple[Any, ...]) -> Any:
         """Call a function on tensors without a graph so that torch notes views and writes, in C; else NotImplemented."""
         return NotImplemented

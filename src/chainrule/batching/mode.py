@@ -253,8 +253,10 @@ class VmapMode(Level):
         tensor.level = self
         return tensor
 
-    def run_op(self, op: Any, args: tuple[Any, ...]) -> Any:
+    def run_op(self, op: Any, args: tuple[Any, ...], named: tuple[tuple[str, Any], ...] = ()) -> Any:
         """Run an op on the stored tensors by its strategy, where no other mode and no autograd has to see it."""
+        if named:
+            return NotImplemented
         entry = _ENTRIES.get(id(op)) or entry_of(op)
         strategy = entry.strategy
         if strategy is None or entry.random or self._always_guard or self.graphs:

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from chainrule.capture.schema import OpFacts
 from chainrule.capture.slots import Slot, slot_object
 from chainrule.dispatch import again
+from chainrule.shortcuts import configure
 
 if TYPE_CHECKING:
     from chainrule.capture.tape import Tape
@@ -65,7 +66,7 @@ class AliasTracker:
         parent = args[0]
         if isinstance(out, torch.Tensor):
             # ``reshape`` and ``contiguous`` may have made a copy.
-            if out is not parent and ((id(op) in _SCATTERS and _are_own(out, parent)) or _shares_memory(out, parent)):
+            if out is not parent and ((id(op) in _ALWAYS_VIEWS and _are_own(out, parent)) or _shares_memory(out, parent)):
                 self._link(out, parent, op, args[1:], kwargs)
             return
         for position, view in enumerate(out):
@@ -177,15 +178,15 @@ class AliasTracker:
         tape, target, functional = self.tape, args[0], facts.functional
         if functional is None or not facts.rewrites or not target.dtype.is_floating_point:
             return NotImplemented
-        twin = tape.facts(functional)
-        if twin.inactive or (tape.respect_no_grad and not torch.is_grad_enabled()):
-            return NotImplemented
         if tape.pending:
             self._settle_views()
         if not tape.touches(args):
             if id(target) in tape.slots or id(target) in self.links or id(target) in self.families:
                 return NotImplemented
             return tape.run_seen(facts.fast, args)
+        twin = tape.facts(functional)
+        if facts.random or twin.inactive or (tape.respect_no_grad and not torch.is_grad_enabled()):
+            return NotImplemented
         lowered = tape.lower(args)
         if twin.reads or (twin.reads is None and tape.reads_values(functional)):
             _collect_slots(lowered, self._read_slots)
@@ -439,8 +440,19 @@ SCATTERS: dict[Any, Any] = {
     aten.as_strided.default: aten.as_strided_scatter.default,
 }
 
-#: By the identity of the op, whose own hash is slow; each of them makes a view always.
+#: By the identity of the op, whose own hash is slow.
 _SCATTERS = {id(op): scatter for op, scatter in SCATTERS.items()}
+
+#: Ops that make a view always, likewise.
+_ALWAYS_VIEWS = {
+    id(op): op
+    for op in (
+        *SCATTERS, aten.view.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
+        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
+    )
+}  # fmt: skip
+
+configure(always_views=_ALWAYS_VIEWS, scatters=_SCATTERS, link=Link)
 
 Inverse = Callable[[torch.Tensor, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
 

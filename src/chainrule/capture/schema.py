@@ -9,13 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from chainrule.calls import FUNCTIONS, WITH_NUMBERS
+from chainrule.calls import FUNCTIONS, WITH_NUMBERS, WRITING_NUMBERS
 from chainrule.norms import JOINING
 
 aten = torch.ops.aten
-
-#: Marks of ops that change more of a tensor than its values, or draw them.
-_APART = frozenset((torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded))
 
 #: How an op is recorded that torch's autograd has to see.
 PARTS, WHOLE, LINEAR, MATMUL = range(4)
@@ -113,6 +110,7 @@ class OpFacts:
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
         rewrites: whether the op does nothing but give new values to its first argument, which keeps its shape.
+        random: whether the values are drawn.
         one: whether the op returns one tensor.
         reads: whether the op's derivative needs the values of its inputs or outputs; None until that was asked.
         numbers: whether a number as its second argument may be given as a constant.
@@ -120,8 +118,8 @@ class OpFacts:
 
     __slots__ = (
         "alone", "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive",
-        "is_out", "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "reads", "rewrites", "shaped",
-        "whole", "writes",
+        "is_out", "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "random", "reads", "rewrites",
+        "shaped", "whole", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -130,7 +128,7 @@ class OpFacts:
         self.call = op._op
         self.alone = JOINING.get(op)
         self.fast = FUNCTIONS.get(op._op, op._op)
-        self.numbers = self.fast in WITH_NUMBERS
+        self.numbers = self.fast in WITH_NUMBERS or self.fast in WRITING_NUMBERS
         self.argument_names = tuple(a.name for a in schema.arguments)
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         self.is_out = any(a.is_out for a in schema.arguments)
@@ -138,7 +136,9 @@ class OpFacts:
         self.one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
         self.reads: bool | None = None
         self.functional = functional_twin(op) if self.writes else None
-        self.rewrites = self.writes == self.argument_names[:1] and not self.is_out and _APART.isdisjoint(op.tags) and self.one
+        whole = self.writes == self.argument_names[:1] and not self.is_out and self.one
+        self.rewrites = whole and torch.Tag.inplace_view not in op.tags
+        self.random = torch.Tag.nondeterministic_seeded in op.tags
         self.inactive = not self.writes and policy.is_inactive(op)
         name = schema.name.split("::")[1]
         self.shaped = self.inactive and (name.endswith("_like") or name.startswith("new_"))

@@ -329,11 +329,13 @@ class Tape(Listening):
         """A mask that depends on the inputs is a value, though it has no derivative."""
         self._note_derived(args, kwargs, out)
 
-    def run_op(self, op: OpOverload, args: tuple[Any, ...]) -> Any:
+    def run_op(self, op: OpOverload, args: tuple[Any, ...], named: tuple[tuple[str, Any], ...] = ()) -> Any:
         """Run an op, and record it."""
         facts = self._facts.get(id(op)) or self.facts(op)
         if _any_autocast():
             return NotImplemented
+        if named:
+            return self._run_named(facts, args, dict(named))
         if not facts.plain:
             return self._run_uncommon(facts, args)
         if facts.joined is not None and have_stored_graphs(args):
@@ -347,13 +349,24 @@ class Tape(Listening):
         out = self._run_plain(facts, args, self._run_view if facts.is_view else run_alone)
         return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
 
+    def _run_named(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An op with arguments that are given by name only, where no other mode has to see it."""
+        if self.below is not None or facts.is_view or not are_plain(args):
+            return NotImplemented
+        if not facts.plain and (facts.whole is None or not facts.whole(args, self.kernels, self.is_active)):
+            return NotImplemented
+        out = facts.fast(*args, **kwargs)
+        if not self.is_blocked():
+            self._record(facts, args, kwargs, out)
+        return out
+
     def _run_joined(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         """An op of tensors with a graph, in parts that torch's autograd may see as they are."""
         if not are_plain(args, joined=True) or not self.joins(args) or not self._any_active(args, None):
             return NotImplemented
         outer, self._origin = self._origin, self._origin or facts.op
         try:
-            return facts.joined_direct(self._run_part_here, *args)  # type: ignore[misc]
+            return facts.joined_direct(self._run_part_at_once, *args)  # type: ignore[misc]
         finally:
             self._origin = outer
 
@@ -391,7 +404,7 @@ class Tape(Listening):
             return NotImplemented
         outer, self._origin = self._origin, self._origin or facts.op
         try:
-            return facts.direct(self._run_part_here, *args)  # type: ignore[misc]
+            return facts.direct(self._run_part_at_once, *args)  # type: ignore[misc]
         finally:
             self._origin = outer
 

@@ -45,14 +45,6 @@ done:
     return outcome;
 }
 
-static int
-append_new(PyObject *list, PyObject *item)
-{
-    int outcome = item == NULL ? -1 : PyList_Append(list, item);
-    Py_XDECREF(item);
-    return outcome;
-}
-
 /* Write down the signature of a tensor, and the tensor among the values: 1; 0 if it is left to Python; -1 with an error set.
  * `joined` is set for one with a graph. */
 static int

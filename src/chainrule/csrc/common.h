@@ -41,7 +41,8 @@ typedef struct {
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
-    X(over) X(composites)
+    X(over) X(composites) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(put_op) X(put)  \
+    X(setitem)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -51,7 +52,9 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_joins_whole) X(_slot_or_constant) X(append_record) \
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
-    X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) X(kernels) X(is_active) X(_listen) X(_run_step) \
+    X(alias) X(links) X(roots) X(families) X(_read_slots) X(_scanned) X(has_writes) X(kept) X(reads_values) X(_note_view)      \
+    X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
+    X(_listen) X(_run_step)                                                                                                \
     X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
@@ -83,7 +86,8 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, signature, common, plain, op, is_view, fast, joining, alone, direct;
+    Py_ssize_t inner, level, value, dtype, sample, signature, common, plain, op, is_view, fast, joining, alone, direct, rewrites,
+        functional, inactive, reads, numbers, random, shaped, whole;
 } offsets;
 
 #define SLOT(object, name) (*(PyObject **)((char *)(object) + offsets.name))
@@ -154,6 +158,15 @@ holds_numbers(PyObject *item)
             return 0;
     }
     return 1;
+}
+
+/* Append an object, the reference of which is taken: 0, or -1 with an error set. */
+static int
+append_new(PyObject *list, PyObject *item)
+{
+    int outcome = item == NULL ? -1 : PyList_Append(list, item);
+    Py_XDECREF(item);
+    return outcome;
 }
 
 /* Whether an object is a tensor of one of the two classes that are taken here. */

@@ -10,7 +10,8 @@ enum { RESULT_CONSTANT, RESULT_PLACE, RESULT_SEVERAL };
 enum { IS_ACTIVE = 1, HAS_GRAPH = 2, IS_PARAMETER = 4, IS_MAPPED = 8, IS_OWN = 16 };
 
 static PyObject *
-run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs);
+run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
+           PyObject *call_kwargs);
 
 /* The vmap that a tape stands on, borrowed; NULL for none. */
 static PyObject *
@@ -293,7 +294,7 @@ run_step(Handler *self, PyObject *step, Known *known)
         return -1;
     Py_XSETREF(self->origin, Py_NewRef(PyTuple_GET_ITEM(step, STEP_ORIGIN)));
     if (SLOT(facts, plain) == Py_True)
-        out = run_common(self, facts, args, SLOT(facts, fast), args, NULL);
+        out = run_common(self, facts, args, empty, SLOT(facts, fast), args, NULL);
     else
         out = Py_NewRef(Py_NotImplemented);
     if (out == Py_NotImplemented)
@@ -397,7 +398,7 @@ static int
 takes_composites(Handler *self)
 {
     return c_composites != NULL && state.exclude != NULL && self->kind == TAPE && (self->origin == NULL || self->origin == Py_None) &&
-           (self->heard == NULL || self->heard == Py_None);
+           !is_listened(self);
 }
 
 /* A function that torch has in Python, on the innermost mode, or the facts of an op that is recorded in parts (with torch's handlers

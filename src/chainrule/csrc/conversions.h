@@ -31,6 +31,8 @@ run_conversion(Handler *self, PyObject *func, PyObject *fixed, PyObject *args, P
         return NULL;
     int changes = dtype != wanted ? PySet_Contains(c_floating, dtype) : 0;
     Py_DECREF(dtype);
+    if (dtype == wanted && !graph)
+        return Py_NewRef(tensor);
     PyObject *facts = changes > 0 && !graph ? facts_of(self, c_to_copy) : NULL;
     if (changes < 0 || (facts == NULL && PyErr_Occurred()))
         return NULL;
@@ -74,7 +76,7 @@ run_choice(Handler *self, PyObject *func, PyObject *args)
     PyObject *facts = given == NULL ? NULL : facts_of(self, c_where_op), *off = facts == NULL ? NULL : exclude_python(1);
     if (off != NULL) {
         Py_DECREF(off);
-        out = SLOT(facts, plain) == Py_True ? run_common(self, facts, given, func, given, NULL) : Py_NewRef(Py_NotImplemented);
+        out = SLOT(facts, plain) == Py_True ? run_common(self, facts, given, empty, func, given, NULL) : Py_NewRef(Py_NotImplemented);
         if (include_python() < 0)
             Py_CLEAR(out);
     }

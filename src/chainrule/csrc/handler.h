@@ -74,7 +74,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     }
     int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
     int composite = entry == NULL && PyFunction_Check(func) && takes_composites(self);
-    if (function == NULL && reading == NULL && !fresh && !composite) /* conversions are among the fresh ones */
+    int assigns = self->kind == TAPE && func == c_setitem && kwargs == NULL;
+    if (function == NULL && reading == NULL && !fresh && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
@@ -86,6 +87,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return run_composite(self, func, types, args, kwargs);
     }
     PyObject *out = Py_NewRef(Py_NotImplemented);
+    if (assigns)
+        Py_SETREF(out, run_assign(self, args));
     if (fresh)
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
@@ -181,6 +184,8 @@ static PyMethodDef handler_methods[] = {
      "Take a function of the table; whatever is not plain goes to take_function."},
     {"_run_common", (PyCFunction)(void (*)(void))handler_run_common, METH_FASTCALL,
      "Run an op of plain arguments and record it; NotImplemented, with nothing done, for others."},
+    {"_run_part_at_once", (PyCFunction)(void (*)(void))handler_run_part, METH_FASTCALL | METH_KEYWORDS,
+     "Run and record a part of an op."},
     {"_run_seen", (PyCFunction)(void (*)(void))handler_run_seen, METH_FASTCALL,
      "Call a function on tensors without a graph, as views and writes have to be."},
     {"__enter__", (PyCFunction)handler_enter, METH_NOARGS, "Enter the mode."},

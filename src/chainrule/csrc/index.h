@@ -194,7 +194,7 @@ run_part(Handler *self, PyObject *func, PyObject *tensor, Part *part, int is_fir
         PyTuple_SET_ITEM(args, 0, Py_NewRef(tensor));
         for (Py_ssize_t place = 0; place < count; place++)
             PyTuple_SET_ITEM(args, place + 1, Py_NewRef(PyTuple_GET_ITEM(part->args, place)));
-        out = run_common(self, facts, args, func, call_args, NULL);
+        out = run_common(self, facts, args, empty, func, call_args, NULL);
         if (out == Py_NotImplemented && !is_first) {
             Py_CLEAR(out);
             if (include_python() == 0) {

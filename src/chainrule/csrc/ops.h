@@ -123,9 +123,11 @@ op_joins_whole(Handler *self, PyObject *facts, PyObject *args)
 }
 
 /* Run an op that is only run and recorded, with torch's handlers off. `call` with its own arguments computes it where no other mode
- * has to know. Nothing is done where NotImplemented is returned. */
+ * has to know. `named` are pairs of names and plain values, where the tape stands alone. Nothing is done where NotImplemented is
+ * returned. */
 static PyObject *
-run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
+           PyObject *call_kwargs)
 {
     Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
     int is_view = SLOT(facts, is_view) == Py_True, alone = self->below == NULL || self->below == Py_None;
@@ -154,7 +156,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
             PyTuple_SET_ITEM(lowered, place, found);
     }
     if (seen.joined) {
-        int may = alone ? op_joins_whole(self, facts, args) : 0;
+        int may = alone && named == empty ? op_joins_whole(self, facts, args) : 0;
         if (may <= 0) {
             out = may < 0 ? NULL : Py_NewRef(Py_NotImplemented);
             goto done;
@@ -194,7 +196,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObj
         }
     }
     int blocked = note_step(self, facts, args, count, seen.joined ? Py_True : Py_False, out) < 0 ? -1 : is_blocked(self);
-    if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, fresh, fresh_count, &seen, out) < 0))
+    if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, named, fresh, fresh_count, &seen, out) < 0))
         Py_CLEAR(out);
 done:
     Py_DECREF(lowered);
@@ -241,8 +243,11 @@ is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
                 return -1;
             if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
                 touched = 1;
-            else if (slot < 0 && self->alias != NULL && self->alias != Py_None)
-                return 0; /* it may be a view of something that was written */
+            else if (slot < 0) {
+                int known = may_be_known(self, item); /* a view of something that was written */
+                if (known)
+                    return known < 0 ? -1 : 0;
+            }
         } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_numbers(item)) {
             int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
             if (plain <= 0)
@@ -269,6 +274,104 @@ run_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
     return out;
 }
 
+static PyObject *
+run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args,
+          PyObject *call_kwargs); /* in writes.h */
+
+/* A call that torch sees as one on tensors without a graph, with torch's own handlers off already. */
+static PyObject *
+call_seen(PyObject *call, PyObject *args, PyObject *kwargs)
+{
+    state.exclude(state.views, false);
+    PyObject *out = PyObject_Call(call, args, kwargs);
+    state.exclude(state.views, true);
+    return out;
+}
+
+/* An op that is a constant for differentiation, on a tape that stands alone; NotImplemented, with nothing done, leaves it to
+ * Python. */
+static PyObject *
+run_inactive(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+{
+    int is_view = SLOT(facts, is_view) == Py_True;
+    if (is_view && (!self->sees_views || state.exclude == NULL))
+        return Py_NewRef(Py_NotImplemented);
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        int plain;
+        if ((PyObject *)Py_TYPE(item) == c_tensor) {
+            int graph = 0;
+            PyObject *dtype = plain_dtype(item, &graph);
+            plain = dtype == NULL ? -1 : dtype != Py_None && !graph;
+            Py_XDECREF(dtype);
+        } else
+            plain = holds_numbers(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+        if (plain <= 0)
+            return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    }
+    PyObject *out = is_view ? call_seen(call, call_args, call_kwargs) : PyObject_Call(call, call_args, call_kwargs);
+    if (out != NULL && is_view && append_new(self->pending, PyTuple_Pack(4, SLOT(facts, op), args, Py_None, out)) < 0)
+        Py_CLEAR(out);
+    if (out != NULL && SLOT(facts, shaped) != Py_True && note_derived(self, args, out) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
+/* Whether a call of an op that has a composite form is recorded whole: 1, 0, or -1 with an error set. */
+static int
+is_whole(Handler *self, PyObject *facts, PyObject *args)
+{
+    PyObject *kernels = PyObject_GetAttr((PyObject *)self, s_kernels);
+    PyObject *asks = kernels == NULL ? NULL : PyObject_GetAttr((PyObject *)self, s_is_active);
+    int outcome = asks == NULL ? -1 : is_true_of(PyObject_CallFunctionObjArgs(SLOT(facts, whole), args, kernels, asks, NULL));
+    Py_XDECREF(kernels);
+    Py_XDECREF(asks);
+    return outcome;
+}
+
+/* An op that is a write, a constant or recorded whole, on a tape that stands alone; NotImplemented leaves it to Python. */
+static PyObject *
+run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+{
+    if ((self->below != NULL && self->below != Py_None) || is_listened(self))
+        return Py_NewRef(Py_NotImplemented);
+    if (SLOT(facts, rewrites) == Py_True)
+        return run_write(self, facts, args, call, call_args, call_kwargs);
+    if (SLOT(facts, inactive) == Py_True)
+        return run_inactive(self, facts, args, call, call_args, call_kwargs);
+    int whole = SLOT(facts, whole) == Py_None || SLOT(facts, is_view) == Py_True ? 0 : is_whole(self, facts, args);
+    if (whole <= 0)
+        return whole < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    return run_common(self, facts, args, empty, call, call_args, call_kwargs);
+}
+
+/* An op with arguments that are given by name only, on a tape that stands alone; NotImplemented leaves it to Python. */
+static PyObject *
+run_named(Handler *self, PyObject *read)
+{
+    PyObject *facts = facts_of(self, PyTuple_GET_ITEM(read, 0)), *pairs = PyTuple_GET_ITEM(read, 2), *out = NULL;
+    int plain = facts == NULL ? -1 : SLOT(facts, is_view) != Py_True && SLOT(facts, plain) == Py_True;
+    if (plain == 0 && SLOT(facts, is_view) != Py_True && SLOT(facts, whole) != Py_None)
+        plain = is_whole(self, facts, PyTuple_GET_ITEM(read, 1));
+    if (plain <= 0)
+        return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(pairs); place++) {
+        PyObject *value = PyTuple_GET_ITEM(PyTuple_GET_ITEM(pairs, place), 1);
+        if (PyFloat_CheckExact(value) && PyFloat_AS_DOUBLE(value) == 0.0)
+            return Py_NewRef(Py_NotImplemented); /* its sign is marked in the signature */
+    }
+    PyObject *kwargs = PyDict_New(), *off = NULL;
+    if (kwargs != NULL && PyDict_MergeFromSeq2(kwargs, pairs, 1) == 0 && (off = exclude_python(1)) != NULL) {
+        Py_DECREF(off);
+        PyObject *args = PyTuple_GET_ITEM(read, 1);
+        out = run_common(self, facts, args, pairs, SLOT(facts, fast), args, kwargs);
+        if (include_python() < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(kwargs);
+    return out;
+}
+
 /* A function that one reading of its arguments makes an op; NotImplemented leaves it to Python. */
 static PyObject *
 run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObject *kwargs)
@@ -279,7 +382,12 @@ run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObj
     PyObject *out = NULL, *read = read_call(reading, args, kwargs);
     if (read == NULL)
         return NULL;
-    int alone = self->below == NULL || self->below == Py_None;
+    int alone = (self->below == NULL || self->below == Py_None) && !is_listened(self);
+    if (read != Py_None && PyTuple_GET_SIZE(read) > 2) {
+        out = alone ? run_named(self, read) : Py_NewRef(Py_NotImplemented);
+        Py_DECREF(read);
+        return out;
+    }
     int named = read == Py_None || alone ? 0 : PySet_Contains(c_named, PyTuple_GET_ITEM(read, 0));
     if (named < 0) {
         Py_DECREF(read);
@@ -294,13 +402,14 @@ run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObj
     if (off != NULL) {
         PyObject *op_args = PyTuple_GET_ITEM(read, 1);
         if (SLOT(facts, plain) == Py_True)
-            out = run_common(self, facts, op_args, func, args, kwargs);
-        else if (SLOT(facts, direct) != Py_None && takes_composites(self))
-            out = run_composite(self, facts, NULL, op_args, NULL);
-        else
-            out = Py_NewRef(Py_NotImplemented);
-        if (out == Py_NotImplemented && SLOT(facts, plain) != Py_True)
-            out = PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL);
+            out = run_common(self, facts, op_args, empty, func, args, kwargs);
+        else {
+            out = run_uncommon(self, facts, op_args, func, args, kwargs);
+            if (out == Py_NotImplemented && SLOT(facts, direct) != Py_None && takes_composites(self))
+                Py_SETREF(out, run_composite(self, facts, NULL, op_args, NULL));
+            if (out == Py_NotImplemented)
+                Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL));
+        }
         Py_DECREF(off);
         if (include_python() < 0)
             Py_CLEAR(out);
@@ -315,7 +424,44 @@ handler_run_common(Handler *self, PyObject *const *args, Py_ssize_t count)
 {
     if (count != 2 || !PyTuple_CheckExact(args[1]) || self->kind != TAPE)
         return PyErr_Format(PyExc_TypeError, "_run_common: facts and a tuple are expected, on a tape");
-    return run_common(self, args[0], args[1], SLOT(args[0], fast), args[1], NULL);
+    return run_common(self, args[0], args[1], empty, SLOT(args[0], fast), args[1], NULL);
+}
+
+/* A part of an op without named arguments, with torch's handlers off; NotImplemented leaves it to Python. */
+static PyObject *
+run_part_plainly(Handler *self, PyObject *op, PyObject *const *given, Py_ssize_t count)
+{
+    int autocast = autocast_is_on();
+    if (autocast)
+        return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *facts = facts_of(self, op), *args = facts == NULL ? NULL : PyTuple_New(count);
+    if (args == NULL)
+        return NULL;
+    for (Py_ssize_t place = 0; place < count; place++)
+        PyTuple_SET_ITEM(args, place, Py_NewRef(given[place]));
+    PyObject *fast = SLOT(facts, fast), *out;
+    if (SLOT(facts, plain) == Py_True)
+        out = run_common(self, facts, args, empty, fast, args, NULL);
+    else
+        out = run_uncommon(self, facts, args, fast, args, NULL);
+    Py_DECREF(args);
+    return out;
+}
+
+/* _run_part_at_once(op, *args, **kwargs): what Tape._run_part_here does, which has all that is not plain. */
+static PyObject *
+handler_run_part(Handler *self, PyObject *const *given, Py_ssize_t count, PyObject *names)
+{
+    if (count < 1 || self->kind != TAPE)
+        return PyErr_Format(PyExc_TypeError, "_run_part_at_once: an op and its arguments are expected, on a tape");
+    PyObject *out = names == NULL ? run_part_plainly(self, given[0], given + 1, count - 1) : Py_NewRef(Py_NotImplemented);
+    if (out != Py_NotImplemented)
+        return out;
+    Py_DECREF(out);
+    PyObject *method = PyObject_GetAttr((PyObject *)self, s__run_part_here);
+    out = method == NULL ? NULL : PyObject_Vectorcall(method, given, count, names);
+    Py_XDECREF(method);
+    return out;
 }
 
 /* _run_seen(call, args): a call on tensors without a graph, of which torch keeps track of views and writes. */

@@ -25,6 +25,7 @@
 #include "composites.h"
 #include "ops.h"
 #include "index.h"
+#include "writes.h"
 #include "conversions.h"
 #include "entry.h"
 #include "handler.h"
@@ -89,7 +90,12 @@ use_facts(PyObject *module, PyObject *type)
     if ((offsets.common = slot_offset(type, "common")) < 0 || (offsets.plain = slot_offset(type, "plain")) < 0 ||
         (offsets.op = slot_offset(type, "op")) < 0 || (offsets.is_view = slot_offset(type, "is_view")) < 0 ||
         (offsets.fast = slot_offset(type, "fast")) < 0 || (offsets.joining = slot_offset(type, "joining")) < 0 ||
-        (offsets.alone = slot_offset(type, "alone")) < 0 || (offsets.direct = slot_offset(type, "direct")) < 0)
+        (offsets.alone = slot_offset(type, "alone")) < 0 || (offsets.direct = slot_offset(type, "direct")) < 0 ||
+        (offsets.rewrites = slot_offset(type, "rewrites")) < 0 ||
+        (offsets.functional = slot_offset(type, "functional")) < 0 || (offsets.inactive = slot_offset(type, "inactive")) < 0 ||
+        (offsets.reads = slot_offset(type, "reads")) < 0 || (offsets.numbers = slot_offset(type, "numbers")) < 0 ||
+        (offsets.random = slot_offset(type, "random")) < 0 || (offsets.shaped = slot_offset(type, "shaped")) < 0 ||
+        (offsets.whole = slot_offset(type, "whole")) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

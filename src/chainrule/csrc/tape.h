@@ -50,7 +50,8 @@ tensor_key(PyObject *tensor)
     return key;
 }
 
-/* Append an op that ran with several results, plain floating-point tensors all of them: 1; 0 for others; -1 with an error. */
+/* Append an op that ran with several results, plain real tensors all of them and the first one floating-point: 1; 0 for others; -1
+ * with an error. */
 static int
 append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *results)
 {
@@ -62,10 +63,10 @@ append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *re
         if ((PyObject *)Py_TYPE(result) != c_tensor)
             return 0;
         PyObject *dtype = GET(result, dtype);
-        int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
+        int real = dtype == NULL ? -1 : PySet_Contains(place == 0 ? c_floating : c_real, dtype);
         Py_XDECREF(dtype);
-        if (floating <= 0)
-            return floating;
+        if (real <= 0)
+            return real;
     }
     int outcome = -1;
     PyObject *op = SLOT(facts, op), *record = NULL, *entry = NULL, *outputs = PyTuple_New(count), *keys = PyTuple_New(count);
@@ -90,8 +91,9 @@ append_several(Handler *self, PyObject *facts, PyObject *arguments, PyObject *re
     for (Py_ssize_t place = 0; place < count; place++) {
         PyObject *result = PySequence_Fast_GET_ITEM(results, place);
         PyObject *identity = PyLong_FromVoidPtr(result);
-        int kept = identity != NULL && PyList_Append(self->values, result) == 0 && PyList_Append(self->active, Py_True) == 0 &&
-                   PyDict_SetItem(self->slots, identity, PyTuple_GET_ITEM(outputs, place)) == 0;
+        int floating = PySet_Contains(c_floating, PyTuple_GET_ITEM(PyTuple_GET_ITEM(keys, place), 1));
+        int kept = identity != NULL && floating >= 0 && PyList_Append(self->values, result) == 0 &&
+                   PyList_Append(self->active, floating ? Py_True : Py_False) == 0 && PyDict_SetItem(self->slots, identity, PyTuple_GET_ITEM(outputs, place)) == 0;
         Py_XDECREF(identity);
         if (!kept)
             goto done;
@@ -105,12 +107,19 @@ done:
     return outcome;
 }
 
+/* Whether somebody listens to what runs: what is done here in other ways than op by op is then left to Python. */
+static int
+is_listened(Handler *self)
+{
+    return self->heard != NULL && self->heard != Py_None;
+}
+
 /* Note an op that ran, where somebody listens; 0, or -1 with an error set. `how` says whether autograd saw it; None where it was not
  * the call that the facts name. */
 static int
 note_step(Handler *self, PyObject *facts, PyObject *args, Py_ssize_t count, PyObject *how, PyObject *out)
 {
-    if (self->heard == NULL || self->heard == Py_None)
+    if (!is_listened(self))
         return 0;
     PyObject *given = PyTuple_GetSlice(args, 0, count), *origin = self->origin == NULL ? Py_None : self->origin;
     PyObject *step = given == NULL ? NULL : PyTuple_Pack(5, facts, given, out, origin, how);
@@ -170,6 +179,9 @@ is_derived(Handler *self, PyObject *tensor)
     return found;
 }
 
+static int
+may_be_known(Handler *self, PyObject *tensor); /* in writes.h */
+
 /* Note a result without a derivative, if it depends on the inputs all the same; 0, or -1 with an error set. */
 static int
 note_derived(Handler *self, PyObject *args, PyObject *out)
@@ -184,9 +196,12 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
             if (slot >= 0 && PyList_GET_ITEM(self->active, slot) == Py_True)
                 noted = 1;
             /* It may be a view of something that was written. */
-            simple = slot >= 0 || noted || self->alias == NULL || self->alias == Py_None;
+            int known = slot >= 0 || noted ? 0 : may_be_known(self, item);
+            if (known < 0)
+                return -1;
+            simple = !known;
         } else
-            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None || holds_numbers(item);
+            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || PyBool_Check(item) || item == Py_None || holds_numbers(item);
     }
     if (!simple) {
         PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
@@ -237,7 +252,10 @@ slot_or_constant(Handler *self, PyObject *tensor)
     int derived = is_derived(self, tensor);
     if (derived < 0)
         return -1;
-    if (is_constant_class(tensor) && layout == c_strided && fresh && (self->alias == NULL || self->alias == Py_None) && !derived) {
+    int unknown = may_be_known(self, tensor);
+    if (unknown < 0)
+        return -1;
+    if (is_constant_class(tensor) && layout == c_strided && fresh && !unknown && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
         return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
     }
@@ -249,6 +267,15 @@ slot_or_constant(Handler *self, PyObject *tensor)
     return slot;
 }
 
+/* The slot of a number, as it stands in a record; a new reference. */
+static PyObject *
+slot_object(Py_ssize_t slot)
+{
+    if (slot < PyList_GET_SIZE(c_slot_objects))
+        return Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
+    return PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
+}
+
 /* What stands in a record for a tensor, or a list of tensors, that may become constants; a new reference. */
 static PyObject *
 lowered_fresh(Handler *self, PyObject *item)
@@ -256,11 +283,7 @@ lowered_fresh(Handler *self, PyObject *item)
     if (PyList_CheckExact(item))
         return PyObject_CallMethodOneArg((PyObject *)self, s_lower, item);
     Py_ssize_t slot = slot_or_constant(self, item);
-    if (slot < 0)
-        return NULL;
-    if (slot < PyList_GET_SIZE(c_slot_objects))
-        return Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot));
-    return PyObject_CallFunction((PyObject *)Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)), "n", slot);
+    return slot < 0 ? NULL : slot_object(slot);
 }
 
 /* Whether torch's gradients are off, so that what runs is a constant: 1, 0, or -1 with an error set. */
@@ -284,12 +307,19 @@ typedef struct {
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of
  * lists with such tensors), which become constants. */
 static int
-record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, const Py_ssize_t *fresh, int fresh_count,
-            const Found *seen, PyObject *out)
+record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, PyObject *named, const Py_ssize_t *fresh,
+            int fresh_count, const Found *seen, PyObject *out)
 {
     int touched = seen->touched;
     /* Those that have no graph depend on nothing, where nothing was written. */
-    if (fresh_count && !touched && (seen->joined || (self->alias != NULL && self->alias != Py_None))) {
+    int looks = fresh_count && !touched && seen->joined;
+    for (int number = 0; !looks && !touched && number < fresh_count; number++) {
+        PyObject *item = PyTuple_GET_ITEM(args, fresh[number]);
+        looks = PyList_CheckExact(item) ? self->alias != NULL && self->alias != Py_None : may_be_known(self, item);
+    }
+    if (looks < 0)
+        return -1;
+    if (looks) {
         PyObject *any = PyObject_CallMethodObjArgs((PyObject *)self, s__any_active, args, Py_None, NULL);
         if (any == NULL)
             return -1;
@@ -304,7 +334,7 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
             return -1;
         PyTuple_SET_ITEM(lowered, fresh[number], found);
     }
-    if (PyTuple_Check(out) || PyList_CheckExact(out)) {
+    if (named == empty && (PyTuple_Check(out) || PyList_CheckExact(out))) {
         int appended = append_several(self, facts, lowered, out);
         if (appended)
             return appended < 0 ? -1 : 0;
@@ -318,9 +348,9 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, c
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
     if (outcome > 0)
-        outcome = append_record(self, facts, lowered, empty, out, dtype);
+        outcome = append_record(self, facts, lowered, named, out, dtype);
     else if (outcome == 0) {
-        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s_append_record, facts, lowered, empty, out, NULL);
+        PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s_append_record, facts, lowered, named, out, NULL);
         outcome = done == NULL ? -1 : 0;
         Py_XDECREF(done);
     }
@@ -490,7 +520,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             Py_CLEAR(out);
         goto done;
     }
-    if (record_call(self, facts, args, lowered, fresh, fresh_count, &seen, out) < 0)
+    if (record_call(self, facts, args, lowered, empty, fresh, fresh_count, &seen, out) < 0)
         Py_CLEAR(out);
     goto done;
 refuse:

@@ -23,7 +23,12 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 def _dropout(run: Run, input: Tensor, p: float, train: bool) -> Any:
-    return input if not train or p == 0 else NotImplemented
+    if not train or p == 0:
+        return input
+    if not input.is_cpu or not 0 < p < 1:  # accelerators have one kernel for it
+        return NotImplemented
+    noise = run(aten.bernoulli_.float, run(aten.empty_like.default, input), 1 - p)
+    return run(aten.mul.Tensor, input, run(aten.div_.Tensor, noise, 1 - p))
 
 
 def _layer_norm(

@@ -35,6 +35,7 @@ from chainrule.rules import (
 from chainrule.rules.base import Rule
 from chainrule.rules.decompositions import DECOMPOSITIONS, JOINED, LATE_DECOMPOSITIONS, composite
 from chainrule.rules.direct import DIRECT, JOINED_DIRECT
+from chainrule.rules.direct_algebra import DIRECT_ALGEBRA
 from chainrule.rules.direct_losses import DIRECT_LOSSES
 from chainrule.rules.opaque import opaque_rule
 
@@ -113,7 +114,7 @@ class Rules:
 
     def direct(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form whose parts are run one by one, without a way through torch's dispatcher for each of them."""
-        return DIRECT.get(op) or DIRECT_LOSSES.get(op)
+        return DIRECT.get(op) or DIRECT_LOSSES.get(op) or DIRECT_ALGEBRA.get(op)
 
     def joined_expansion(self, op: OpOverload) -> Callable[..., Any] | None:
         """A composite form to record instead of the op when one of its arguments requires grad."""

@@ -1,0 +1,636 @@
+/* Writes on a tape that stands alone, and assignments to what an index chooses: what chainrule.capture.aliasing and
+ * chainrule.capture.assignments do for plain tensors. Part of shortcuts.c. */
+
+/* Fields of chainrule.capture.aliasing.Link, which is a tuple. */
+enum { LINK_VIEW, LINK_PARENT, LINK_OP, LINK_ARGS, LINK_KWARGS, LINK_FIELDS };
+
+/* The tables of a tape's AliasTracker. */
+typedef struct {
+    PyObject *alias, *links, *roots, *families, *reads;
+} Memory;
+
+static void
+let_go(Memory *memory)
+{
+    Py_CLEAR(memory->alias);
+    Py_CLEAR(memory->links);
+    Py_CLEAR(memory->roots);
+    Py_CLEAR(memory->families);
+    Py_CLEAR(memory->reads);
+}
+
+/* Those tables, made if there are none: 0, or -1 with an error set. */
+static int
+memory_of(Handler *self, Memory *memory)
+{
+    memset(memory, 0, sizeof(*memory));
+    if ((memory->alias = PyObject_GetAttr((PyObject *)self, s_alias)) != NULL &&
+        (memory->links = PyObject_GetAttr(memory->alias, s_links)) != NULL &&
+        (memory->roots = PyObject_GetAttr(memory->alias, s_roots)) != NULL &&
+        (memory->families = PyObject_GetAttr(memory->alias, s_families)) != NULL &&
+        (memory->reads = PyObject_GetAttr(memory->alias, s__read_slots)) != NULL)
+        return 0;
+    let_go(memory);
+    return -1;
+}
+
+/* What a table has for the identity of an object, borrowed; NULL for nothing, or with an error set. */
+static PyObject *
+found_for(PyObject *table, PyObject *object)
+{
+    PyObject *identity = PyLong_FromVoidPtr(object);
+    PyObject *found = identity == NULL ? NULL : PyDict_GetItemWithError(table, identity);
+    Py_XDECREF(identity);
+    return found;
+}
+
+static int
+put_for(PyObject *table, PyObject *object, PyObject *value)
+{
+    PyObject *identity = PyLong_FromVoidPtr(object);
+    int outcome = identity == NULL ? -1 : PyDict_SetItem(table, identity, value);
+    Py_XDECREF(identity);
+    return outcome;
+}
+
+/* Whether a tensor is torch's own and has its elements at their places: 1, 0, or -1 with an error set. */
+static int
+is_own_strided(PyObject *tensor)
+{
+    if ((PyObject *)Py_TYPE(tensor) != c_tensor)
+        return 0;
+    PyObject *layout = GET(tensor, layout);
+    Py_XDECREF(layout);
+    return layout == NULL ? -1 : layout == c_strided;
+}
+
+/* Remember how a view was made: 1; 0 if Python has to look at it; -1 with an error set. */
+static int
+link_view(Memory *memory, PyObject *pending)
+{
+    PyObject *op = PyTuple_GET_ITEM(pending, 0), *args = PyTuple_GET_ITEM(pending, 1), *kwargs = PyTuple_GET_ITEM(pending, 2);
+    PyObject *view = PyTuple_GET_ITEM(pending, 3), *parent = PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : Py_None;
+    if (kwargs != Py_None && !(PyDict_CheckExact(kwargs) && PyDict_GET_SIZE(kwargs) == 0))
+        return 0;
+    int fits = found_for(c_always_views, op) != NULL;
+    if (!fits)
+        return PyErr_Occurred() ? -1 : 0;
+    if ((fits = is_own_strided(view)) <= 0 || (fits = is_own_strided(parent)) <= 0)
+        return fits;
+    if (view == parent)
+        return 1;
+    PyObject *link = ((PyTypeObject *)c_link)->tp_alloc((PyTypeObject *)c_link, LINK_FIELDS);
+    PyObject *rest = PyTuple_GetSlice(args, 1, PyTuple_GET_SIZE(args)), *none = PyDict_New();
+    int outcome = -1;
+    if (link == NULL || rest == NULL || none == NULL) {
+        Py_XDECREF(rest);
+        Py_XDECREF(none);
+        Py_XDECREF(link);
+        return -1;
+    }
+    PyTuple_SET_ITEM(link, LINK_VIEW, Py_NewRef(view));
+    PyTuple_SET_ITEM(link, LINK_PARENT, Py_NewRef(parent));
+    PyTuple_SET_ITEM(link, LINK_OP, Py_NewRef(op));
+    PyTuple_SET_ITEM(link, LINK_ARGS, rest);
+    PyTuple_SET_ITEM(link, LINK_KWARGS, none);
+    PyObject *root = found_for(memory->roots, parent);
+    root = root != NULL || PyErr_Occurred() ? root : parent;
+    PyObject *family = root == NULL ? NULL : found_for(memory->families, root), *made = NULL;
+    if (root != NULL && family == NULL && !PyErr_Occurred() && (made = PyList_New(0)) != NULL &&
+        put_for(memory->families, root, made) == 0)
+        family = made;
+    if (family != NULL && PyList_CheckExact(family) && put_for(memory->links, view, link) == 0 &&
+        put_for(memory->roots, view, root) == 0 && PyList_Append(family, view) == 0)
+        outcome = 1;
+    Py_XDECREF(made);
+    Py_DECREF(link);
+    return outcome;
+}
+
+/* Look at the views that were made since (AliasTracker._settle_views): 0, or -1 with an error set. */
+static int
+settle_views(Handler *self, Memory *memory)
+{
+    PyObject *pending = self->pending;
+    if (pending == NULL || !PyList_CheckExact(pending))
+        return 0;
+    for (Py_ssize_t place = 0; place < PyList_GET_SIZE(pending); place++) {
+        PyObject *item = PyList_GET_ITEM(pending, place);
+        int linked = link_view(memory, item);
+        if (linked < 0)
+            return -1;
+        if (linked)
+            continue;
+        PyObject *named = PyTuple_GET_ITEM(item, 2) == Py_None ? PyDict_New() : Py_NewRef(PyTuple_GET_ITEM(item, 2));
+        PyObject *done = named == NULL ? NULL
+                                       : PyObject_CallMethodObjArgs(memory->alias, s__note_view, PyTuple_GET_ITEM(item, 0),
+                                                                    PyTuple_GET_ITEM(item, 1), named, PyTuple_GET_ITEM(item, 3), NULL);
+        Py_XDECREF(named);
+        Py_XDECREF(done);
+        if (done == NULL)
+            return -1;
+    }
+    return PyList_SetSlice(pending, 0, PyList_GET_SIZE(pending), NULL);
+}
+
+/* Whether a tensor without a slot may stand for values of the tape all the same, a view of something that was written: 1, 0, or -1
+ * with an error set. */
+static int
+may_be_known(Handler *self, PyObject *tensor)
+{
+    if (self->alias == NULL || self->alias == Py_None)
+        return 0;
+    if (self->meets_saved || (PyObject *)Py_TYPE(tensor) != c_tensor || (self->below != NULL && self->below != Py_None))
+        return 1;
+    Memory memory;
+    if (memory_of(self, &memory) < 0)
+        return -1;
+    int outcome = settle_views(self, &memory);
+    PyObject *link = outcome < 0 ? NULL : found_for(memory.links, tensor);
+    while (link != NULL && !outcome) { /* what it is a view of, and so on */
+        PyObject *parent = PyTuple_GET_ITEM(link, LINK_PARENT);
+        outcome = found_for(self->slots, parent) != NULL;
+        link = found_for(memory.links, parent);
+    }
+    if (PyErr_Occurred())
+        outcome = -1;
+    let_go(&memory);
+    return outcome;
+}
+
+/* Add the slots that stand in the arguments of a record to a set: 0, or -1 with an error set. */
+static int
+collect_slots(PyObject *tree, PyObject *into)
+{
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(tree); place++) {
+        PyObject *item = PyTuple_GET_ITEM(tree, place);
+        int outcome = 0;
+        if (Py_TYPE(item) == Py_TYPE(PyList_GET_ITEM(c_slot_objects, 0)))
+            outcome = PySet_Add(into, PyTuple_GET_ITEM(item, 0));
+        else if (PyTuple_CheckExact(item))
+            outcome = collect_slots(item, into);
+        if (outcome < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Whether the derivative of an op reads values: 1, 0, or -1 with an error set. */
+static int
+reads_values(Handler *self, PyObject *facts)
+{
+    PyObject *reads = SLOT(facts, reads);
+    if (reads == Py_True || reads == Py_False)
+        return reads == Py_True;
+    return is_true_of(PyObject_CallMethodOneArg((PyObject *)self, s_reads_values, SLOT(facts, op)));
+}
+
+/* Fields of a record. */
+enum { RECORD_OP, RECORD_ARGS, RECORD_KWARGS, RECORD_OUTPUTS };
+
+/* Add what the records since then read (AliasTracker._scan_reads): 1; 0 if that is left to Python; -1 with an error set. */
+static int
+scan_reads(Handler *self, Memory *memory)
+{
+    PyObject *number = PyObject_GetAttr(memory->alias, s__scanned);
+    Py_ssize_t place = number == NULL ? -1 : PyLong_AsSsize_t(number), count = PyList_GET_SIZE(self->records);
+    Py_XDECREF(number);
+    if (place < 0)
+        return -1;
+    int begun = place < count;
+    for (; place < count; place++) {
+        PyObject *record = PyList_GET_ITEM(self->records, place), *facts = found_for(self->facts, PyTuple_GET_ITEM(record, RECORD_OP));
+        if (facts == NULL || PyTuple_GET_SIZE(PyTuple_GET_ITEM(record, RECORD_KWARGS)))
+            return PyErr_Occurred() ? -1 : 0; /* what was added is added once more */
+        int reads = reads_values(self, facts);
+        if (reads < 0)
+            return -1;
+        PyObject *outputs = PyTuple_GET_ITEM(record, RECORD_OUTPUTS);
+        for (Py_ssize_t output = 0; reads && output < PyTuple_GET_SIZE(outputs); output++)
+            if (PySet_Add(memory->reads, PyTuple_GET_ITEM(outputs, output)) < 0)
+                return -1;
+        if (reads && collect_slots(PyTuple_GET_ITEM(record, RECORD_ARGS), memory->reads) < 0)
+            return -1;
+    }
+    if (begun) {
+        number = PyLong_FromSsize_t(count);
+        int set = number == NULL ? -1 : PyObject_SetAttr(memory->alias, s__scanned, number);
+        Py_XDECREF(number);
+        if (set < 0)
+            return -1;
+    }
+    return 1;
+}
+
+/* Let a copy hold the value of a tensor that is about to be written, if some derivative reads it: 1; 0 if that is left to Python; -1
+ * with an error set. */
+static int
+save_one(Handler *self, Memory *memory, PyObject *member)
+{
+    PyObject *slot = found_for(self->slots, member);
+    if (slot == NULL)
+        return PyErr_Occurred() ? -1 : 1;
+    int read = PySet_Contains(memory->reads, slot);
+    Py_ssize_t number = PyLong_AsSsize_t(slot);
+    if (read <= 0 || PyList_GET_ITEM(self->values, number) != member)
+        return read < 0 ? -1 : 1;
+    if ((PyObject *)Py_TYPE(member) != c_tensor)
+        return 0;
+    int graph = is_true_of(GET(member, requires_grad));
+    if (graph)
+        return graph < 0 ? -1 : 0;
+    PyObject *kept = PyObject_GetAttr((PyObject *)self, s_kept), *args = kept == NULL ? NULL : PyTuple_Pack(1, member);
+    PyObject *clone = args == NULL ? NULL : call_seen(c_clone, args, NULL);
+    Py_INCREF(slot);
+    /* The list of kept tensors holds the member from here on, whose place the copy takes. */
+    int outcome = clone != NULL && PyList_Append(kept, member) == 0 && put_for(self->slots, clone, slot) == 0 ? 1 : -1;
+    if (outcome > 0 && PyList_SetItem(self->values, number, Py_NewRef(clone)) < 0)
+        outcome = -1;
+    Py_DECREF(slot);
+    Py_XDECREF(kept);
+    Py_XDECREF(args);
+    Py_XDECREF(clone);
+    return outcome;
+}
+
+/* The tensor that owns the memory of a tensor and the views of that memory, both borrowed; `members` may be NULL. 0, or -1. */
+static int
+family_of(Memory *memory, PyObject *tensor, PyObject **root, PyObject **members)
+{
+    *root = found_for(memory->roots, tensor);
+    if (*root == NULL && !PyErr_Occurred())
+        *root = tensor;
+    *members = *root == NULL ? NULL : found_for(memory->families, *root);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* AliasTracker._save_old: 0, or -1 with an error set. */
+static int
+save_old(Handler *self, Memory *memory, PyObject *target)
+{
+    PyObject *root, *members;
+    int outcome = scan_reads(self, memory);
+    if (outcome > 0 && family_of(memory, target, &root, &members) < 0)
+        outcome = -1;
+    if (outcome > 0)
+        outcome = save_one(self, memory, root);
+    for (Py_ssize_t place = 0; outcome > 0 && members != NULL && place < PyList_GET_SIZE(members); place++)
+        outcome = save_one(self, memory, PyList_GET_ITEM(members, place));
+    if (outcome)
+        return outcome < 0 ? -1 : 0;
+    PyObject *done = PyObject_CallMethodOneArg(memory->alias, s__save_old, target);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* The op that writes a view's new value back into its parent, borrowed, if that can be recorded here; NULL if it cannot, or with an
+ * error set. */
+static PyObject *
+scatter_of(Handler *self, PyObject *link)
+{
+    PyObject *parent = PyTuple_GET_ITEM(link, LINK_PARENT), *args = PyTuple_GET_ITEM(link, LINK_ARGS);
+    PyObject *scatter = found_for(c_scatters, PyTuple_GET_ITEM(link, LINK_OP));
+    if (scatter == NULL || PyDict_GET_SIZE(PyTuple_GET_ITEM(link, LINK_KWARGS)) || is_own_strided(parent) <= 0)
+        return NULL;
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++)
+        if (!PyLong_CheckExact(PyTuple_GET_ITEM(args, place)))
+            return NULL;
+    if (found_for(self->slots, parent) != NULL)
+        return scatter;
+    return PyErr_Occurred() || may_be_known(self, parent) ? NULL : scatter;
+}
+
+/* Record the new value of what a view is a view of, given the view's: 0, or -1 with an error set. */
+static int
+write_back(Handler *self, PyObject *link, PyObject *scatter, PyObject *dtype)
+{
+    PyObject *parent = PyTuple_GET_ITEM(link, LINK_PARENT), *args = PyTuple_GET_ITEM(link, LINK_ARGS);
+    Py_ssize_t count = PyTuple_GET_SIZE(args), latest = PyList_GET_SIZE(self->values) - 1, old = known_slot(self, parent);
+    if (old == -1)
+        old = slot_or_constant(self, parent);
+    PyObject *facts = facts_of(self, scatter), *lowered = facts == NULL ? NULL : PyTuple_New(count + 2);
+    PyObject *slot = lowered == NULL ? NULL : slot_object(latest), *before = slot == NULL || old < 0 ? NULL : slot_object(old);
+    int outcome = -1;
+    if (before != NULL) {
+        PyTuple_SET_ITEM(lowered, 0, before);
+        PyTuple_SET_ITEM(lowered, 1, slot);
+        for (Py_ssize_t place = 0; place < count; place++)
+            PyTuple_SET_ITEM(lowered, place + 2, Py_NewRef(PyTuple_GET_ITEM(args, place)));
+        outcome = append_record(self, facts, lowered, empty, parent, dtype);
+    } else
+        Py_XDECREF(slot);
+    Py_XDECREF(lowered);
+    return outcome;
+}
+
+/* Make all views of a memory stale but those on the way up from the one that was written: 0, or -1 with an error set. */
+static int
+make_stale(Handler *self, Memory *memory, PyObject *target, PyObject *root, PyObject *members)
+{
+    PyObject *fresh = PyList_New(0), *kept = fresh == NULL ? NULL : PyObject_GetAttr((PyObject *)self, s_kept);
+    int outcome = kept == NULL ? -1 : 0;
+    for (Py_ssize_t place = 0; outcome == 0 && place < PyList_GET_SIZE(members); place++) {
+        PyObject *member = PyList_GET_ITEM(members, place), *above = target, *link;
+        while (above != member && (link = found_for(memory->links, above)) != NULL)
+            above = PyTuple_GET_ITEM(link, LINK_PARENT);
+        if (PyErr_Occurred())
+            outcome = -1;
+        else if (above == member)
+            outcome = PyList_Append(fresh, member);
+        else {
+            PyObject *identity = PyLong_FromVoidPtr(member);
+            outcome = identity == NULL || PyList_Append(kept, member) < 0 ? -1 : PyDict_Contains(self->slots, identity);
+            if (outcome > 0)
+                outcome = PyDict_DelItem(self->slots, identity);
+            Py_XDECREF(identity);
+        }
+    }
+    if (outcome == 0)
+        outcome = put_for(memory->families, root, fresh);
+    Py_XDECREF(fresh);
+    Py_XDECREF(kept);
+    return outcome;
+}
+
+/* AliasTracker._climb, from the value that was recorded last: 0, or -1 with an error set. */
+static int
+climb(Handler *self, Memory *memory, PyObject *target, PyObject *dtype)
+{
+    PyObject *root, *members, *scatters[MOST_ARGUMENTS], *above = target, *link;
+    int steps = 0, known = 1;
+    while (known && (link = found_for(memory->links, above)) != NULL) {
+        known = steps < MOST_ARGUMENTS && (scatters[steps++] = scatter_of(self, link)) != NULL;
+        above = PyTuple_GET_ITEM(link, LINK_PARENT);
+    }
+    if (PyErr_Occurred())
+        return -1;
+    if (!known) {
+        PyObject *slot = PyLong_FromSsize_t(PyList_GET_SIZE(self->values) - 1);
+        PyObject *done = slot == NULL ? NULL : PyObject_CallMethodObjArgs(memory->alias, s__climb, target, slot, NULL);
+        Py_XDECREF(slot);
+        Py_XDECREF(done);
+        return done == NULL ? -1 : 0;
+    }
+    above = target;
+    for (int step = 0; step < steps; step++) {
+        link = found_for(memory->links, above);
+        if (link == NULL || write_back(self, link, scatters[step], dtype) < 0)
+            return -1;
+        above = PyTuple_GET_ITEM(link, LINK_PARENT);
+    }
+    if (family_of(memory, target, &root, &members) < 0)
+        return -1;
+    return members == NULL || PyList_GET_SIZE(members) == 0 ? 0 : make_stale(self, memory, target, root, members);
+}
+
+/* What stands for the arguments of a write in its record, but for those that are no values of the tape yet: 1, 0 if they are left
+ * to Python, or -1 with an error set. */
+static int
+lowered_of_write(Handler *self, PyObject *args, PyObject *lowered, Py_ssize_t *fresh, int *fresh_count, Found *seen)
+{
+    int known = 0;
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *found, *item = PyTuple_GET_ITEM(args, place);
+        int taken = lowered_argument(self, item, seen, &found);
+        if (taken <= 0)
+            return taken;
+        if (found != NULL) {
+            PyTuple_SET_ITEM(lowered, place, found);
+            continue;
+        }
+        fresh[(*fresh_count)++] = place;
+        if (!PyList_CheckExact(item))
+            known = may_be_known(self, item);
+        for (Py_ssize_t number = 0; known == 0 && PyList_CheckExact(item) && number < PyList_GET_SIZE(item); number++)
+            if (PyList_GET_ITEM(item, number) != Py_None)
+                known = may_be_known(self, PyList_GET_ITEM(item, number));
+        if (known)
+            return known < 0 ? -1 : 0;
+    }
+    return !seen->joined;
+}
+
+/* Whether nothing is known of the memory of a tensor: 1, 0, or -1 with an error set. */
+static int
+is_unknown(Handler *self, Memory *memory, PyObject *tensor)
+{
+    int known = found_for(self->slots, tensor) != NULL || found_for(memory->links, tensor) != NULL ||
+                found_for(memory->families, tensor) != NULL;
+    return PyErr_Occurred() ? -1 : !known;
+}
+
+/* A number beside the target of a write as a constant, where that is the same: a new reference to the arguments. */
+static PyObject *
+with_constant(PyObject *facts, PyObject *args, PyObject *dtype)
+{
+    PyObject *number = PyTuple_GET_SIZE(args) == 2 ? PyTuple_GET_ITEM(args, 1) : NULL;
+    if (number == NULL || !is_number(number) || SLOT(facts, numbers) != Py_True)
+        return Py_NewRef(args);
+    PyObject *constant = constant_for(number, dtype), *changed = constant == NULL ? NULL : PyTuple_Pack(2, PyTuple_GET_ITEM(args, 0), constant);
+    Py_XDECREF(constant);
+    return changed;
+}
+
+/* A write: what is known of the op, its arguments, and what computes it with arguments of its own. */
+typedef struct {
+    PyObject *facts, *args, *call, *call_args, *call_kwargs;
+} Write;
+
+/* The write itself, once its arguments are looked at; the written tensor. */
+static PyObject *
+written(Handler *self, Memory *memory, const Write *write, PyObject *twin, PyObject *lowered, const Py_ssize_t *fresh,
+        int fresh_count, PyObject *dtype)
+{
+    PyObject *args = write->args, *target = PyTuple_GET_ITEM(args, 0);
+    for (int number = 0; number < fresh_count; number++) {
+        PyObject *found = lowered_fresh(self, PyTuple_GET_ITEM(args, fresh[number]));
+        if (found == NULL)
+            return NULL;
+        PyTuple_SET_ITEM(lowered, fresh[number], found);
+    }
+    int reads = reads_values(self, twin);
+    if (reads < 0 || (reads && collect_slots(lowered, memory->reads) < 0) || save_old(self, memory, target) < 0)
+        return NULL;
+    PyObject *run = with_constant(write->facts, args, dtype), *out = NULL;
+    if (run != NULL)
+        out = run != args ? call_seen(SLOT(write->facts, fast), run, NULL) : call_seen(write->call, write->call_args, write->call_kwargs);
+    Py_XDECREF(run);
+    if (out == NULL)
+        return NULL;
+    Py_DECREF(out);
+    if (PyObject_SetAttr(memory->alias, s_has_writes, Py_True) < 0 || append_record(self, twin, lowered, empty, target, dtype) < 0 ||
+        climb(self, memory, target, dtype) < 0)
+        return NULL;
+    return Py_NewRef(target);
+}
+
+/* AliasTracker.write_plainly, with torch's handlers off; NotImplemented, with nothing written, leaves it to that. */
+static PyObject *
+run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+{
+    Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
+    PyObject *target = count ? PyTuple_GET_ITEM(args, 0) : Py_None, *twin;
+    if (state.exclude == NULL || !self->sees_views || self->meets_saved || (self->below != NULL && self->below != Py_None) ||
+        count > MOST_ARGUMENTS || SLOT(facts, rewrites) != Py_True || SLOT(facts, functional) == Py_None)
+        return Py_NewRef(Py_NotImplemented);
+    int fits = is_own_strided(target);
+    if (fits <= 0)
+        return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    if ((twin = facts_of(self, SLOT(facts, functional))) == NULL)
+        return NULL;
+    PyObject *out = NULL, *dtype = GET(target, dtype), *lowered = PyTuple_New(count);
+    int fresh_count = 0;
+    Found seen = {0, 0};
+    Memory memory = {NULL};
+    const Write write = {facts, args, call, call_args, call_kwargs};
+    if (dtype == NULL || lowered == NULL || memory_of(self, &memory) < 0 || settle_views(self, &memory) < 0)
+        goto done;
+    if ((fits = PySet_Contains(c_floating, dtype)) > 0)
+        fits = lowered_of_write(self, args, lowered, fresh, &fresh_count, &seen);
+    if (fits > 0 && !seen.touched) {
+        if ((fits = is_unknown(self, &memory, target)) > 0)
+            out = call_seen(call, call_args, call_kwargs);
+        else if (fits == 0)
+            out = Py_NewRef(Py_NotImplemented);
+        goto done;
+    }
+    if (fits > 0 && (SLOT(facts, random) == Py_True || SLOT(twin, inactive) == Py_True))
+        fits = 0;
+    if (fits > 0 && self->respect_no_grad)
+        fits = grad_is_enabled();
+    if (fits >= 0)
+        out = fits ? written(self, &memory, &write, twin, lowered, fresh, fresh_count, dtype) : Py_NewRef(Py_NotImplemented);
+done:
+    let_go(&memory);
+    Py_XDECREF(dtype);
+    Py_XDECREF(lowered);
+    return out;
+}
+
+/* Whether the shapes of two tensors are the same, and whether the second one has more dimensions: 0, or -1 with an error set. */
+static int
+compare_shapes(PyObject *one, PyObject *other, int *same, int *deeper)
+{
+    PyObject *first = GET(one, shape), *second = first == NULL ? NULL : GET(other, shape);
+    *same = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_EQ);
+    *deeper = second != NULL && PyTuple_GET_SIZE(second) > PyTuple_GET_SIZE(first);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return *same < 0 ? -1 : 0;
+}
+
+/* A value as wide as the view that it is written to; a new reference, NotImplemented where torch has to see to it. */
+static PyObject *
+widened(Handler *self, PyObject *view, PyObject *value)
+{
+    int same, deeper;
+    if (compare_shapes(view, value, &same, &deeper) < 0)
+        return NULL;
+    if (same || deeper)
+        return Py_NewRef(same ? value : Py_NotImplemented);
+    PyObject *shape = GET(view, shape), *sizes = shape == NULL ? NULL : PySequence_List(shape);
+    PyObject *args = sizes == NULL ? NULL : PyTuple_Pack(2, value, sizes), *facts = args == NULL ? NULL : facts_of(self, c_expand_op);
+    PyObject *out = facts == NULL ? NULL : run_common(self, facts, args, empty, SLOT(facts, fast), args, NULL);
+    Py_XDECREF(shape);
+    Py_XDECREF(sizes);
+    Py_XDECREF(args);
+    return out;
+}
+
+/* view[...] = value, with torch's handlers off; NotImplemented leaves it to Python. */
+static PyObject *
+write_to_view(Handler *self, PyObject *view, PyObject *value)
+{
+    int number = is_number(value);
+    PyObject *given = number ? Py_NewRef(value) : widened(self, view, value);
+    if (given == NULL || given == Py_NotImplemented)
+        return given;
+    PyObject *facts = facts_of(self, number ? c_fill_op : c_copy_op), *args = facts == NULL ? NULL : PyTuple_Pack(2, view, given);
+    PyObject *out = args == NULL ? NULL : run_write(self, facts, args, SLOT(facts, fast), args, NULL);
+    Py_XDECREF(args);
+    Py_DECREF(given);
+    return out;
+}
+
+/* Whether an index is numbers, slices, None and dots alone. */
+static int
+chooses_view(PyObject *index)
+{
+    PyObject *single[] = {index};
+    PyObject **parts = PyTuple_CheckExact(index) ? &PyTuple_GET_ITEM(index, 0) : single;
+    Py_ssize_t count = PyTuple_CheckExact(index) ? PyTuple_GET_SIZE(index) : 1;
+    for (Py_ssize_t place = 0; place < count; place++)
+        if (!PyLong_CheckExact(parts[place]) && !PySlice_Check(parts[place]) && parts[place] != Py_None && parts[place] != Py_Ellipsis)
+            return 0;
+    return count > 0;
+}
+
+/* tensor[index] = value at places that one tensor names, with torch's handlers off; NotImplemented leaves it to Python. */
+static PyObject *
+write_to_places(Handler *self, PyObject *tensor, PyObject *index, PyObject *value)
+{
+    PyObject *beside[] = {value, tensor}, *out = NULL, *list = NULL, *args = NULL, *facts;
+    PyObject *given = is_number(value) ? PyObject_Vectorcall(c_constant_beside, beside, 2, NULL) : Py_NewRef(value);
+    PyObject *own = given == NULL ? NULL : GET(tensor, dtype), *dtype = own == NULL ? NULL : GET(index, dtype), *other = NULL;
+    PyObject *ranks[] = {GET(tensor, ndim), GET(index, ndim), NULL};
+    if (dtype == NULL || ranks[0] == NULL || ranks[1] == NULL)
+        goto done;
+    long room = PyLong_AsLong(ranks[0]);
+    room += dtype == c_bool ? 1 - PyLong_AsLong(ranks[1]) : PyLong_AsLong(ranks[1]) - 1;
+    if (given == Py_None || (dtype != c_bool && dtype != c_long))
+        out = Py_NewRef(Py_NotImplemented);
+    else if ((other = GET(given, dtype)) == NULL || (ranks[2] = GET(given, ndim)) == NULL)
+        goto done;
+    else if (other != own || PyLong_AsLong(ranks[2]) > room)
+        out = Py_NewRef(Py_NotImplemented);
+    else if ((list = PyList_New(1)) != NULL) {
+        PyList_SET_ITEM(list, 0, Py_NewRef(index));
+        if ((args = PyTuple_Pack(3, tensor, list, given)) != NULL && (facts = facts_of(self, c_put_op)) != NULL)
+            out = run_write(self, facts, args, c_put, args, NULL);
+    }
+done:
+    Py_XDECREF(given);
+    Py_XDECREF(own);
+    Py_XDECREF(dtype);
+    Py_XDECREF(other);
+    for (int number = 0; number < 3; number++)
+        Py_XDECREF(ranks[number]);
+    Py_XDECREF(list);
+    Py_XDECREF(args);
+    return out;
+}
+
+/* tensor[index] = value; NotImplemented leaves it to Python, with nothing written. */
+static PyObject *
+run_assign(Handler *self, PyObject *args)
+{
+    if (PyTuple_GET_SIZE(args) != 3 || (self->below != NULL && self->below != Py_None) || state.exclude == NULL || is_listened(self))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *tensor = PyTuple_GET_ITEM(args, 0), *index = PyTuple_GET_ITEM(args, 1), *value = PyTuple_GET_ITEM(args, 2);
+    if ((PyObject *)Py_TYPE(tensor) != c_tensor || !(is_number(value) || (PyObject *)Py_TYPE(value) == c_tensor))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *dtype = GET(tensor, dtype);
+    int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
+    Py_XDECREF(dtype);
+    if (floating <= 0)
+        return floating < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    int autocast = autocast_is_on(), views = chooses_view(index);
+    if (autocast || (!views && (PyObject *)Py_TYPE(index) != c_tensor))
+        return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *chosen = views ? PyTuple_Pack(2, tensor, index) : NULL;
+    PyObject *view = chosen == NULL ? NULL : run_index(self, c_getitem, chosen);
+    Py_XDECREF(chosen);
+    if ((views && view == NULL) || view == Py_NotImplemented)
+        return view;
+    PyObject *off = exclude_python(1), *out = NULL;
+    if (off != NULL) {
+        Py_DECREF(off);
+        out = views ? write_to_view(self, view, value) : write_to_places(self, tensor, index, value);
+        if (include_python() < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(view);
+    if (out != NULL && out != Py_NotImplemented)
+        Py_SETREF(out, Py_NewRef(Py_None));
+    return out;
+}
