@@ -113,34 +113,32 @@ def _composed(
     for item in heard:
         if item is None or not _BY_VALUE.isdisjoint(item[0].op.tags):
             raise _OtherwiseError
-        results = [item[2]] if isinstance(item[2], torch.Tensor) else item[2]
+        facts, args, out, origin, how = item
+        results = [out] if isinstance(out, torch.Tensor) else out
         if not isinstance(results, (list, tuple)) or not all([isinstance(one, torch.Tensor) for one in results]):
             raise _OtherwiseError
         recorded = [_is_recorded(tape, one) for one in results]
         added += sum(recorded)
         others = [id(one) for one, was in zip(results, recorded, strict=True) if not was]
         constants.update([one for one in others if tape.slots.get(one, -1) >= first])
-        if item[0].is_view and item[0].inactive and id(item[1][0]) not in known:
+        if facts.is_view and facts.inactive and id(args[0]) not in known:
             continue  # torch's autograd keeps a result inside of the call that makes it
-        steps.append(_step(*item, results, known, torch.is_grad_enabled() and all(recorded)))
+        if not (facts.plain and torch.is_grad_enabled() and results and all(recorded)):
+            how = None
+        steps.append(_step(facts, args, origin, how, None if results is not out else len(results), known))
         for one in results:
             known[id(one)] = places
             places += 1
     return Composite(tuple(steps), _result(result, known), places, next(_NUMBERS)), added + len(constants)
 
 
-def _step(
-    facts: OpFacts, args: tuple[Any, ...], out: Any, origin: Any, how: bool | None, results: Sequence[Any], known: dict[int, int],
-    recorded: bool,
-) -> Step:  # fmt: skip
+def _step(facts: OpFacts, args: tuple[Any, ...], origin: Any, how: bool | None, results: int | None, known: dict[int, int]) -> Step:
     given = [_argument(arg, known) for arg in args]
     spots = tuple([spot for spot, (_, place) in enumerate(given) if place is not None])
+    places = tuple([given[spot][1] for spot in spots])
     static = tuple([item for item, _ in given])
-    return Step(
-        facts, static, spots, tuple([given[spot][1] for spot in spots]), origin, None if results is not out else len(results),
-        how if facts.plain and recorded and results else None, _called(facts, args, static),
-        tuple([tuple(item) if item.__class__ is list else item for item in static]),
-    )  # fmt: skip
+    lowered = tuple([tuple(item) if item.__class__ is list else item for item in static])
+    return Step(facts, static, spots, places, origin, results, how, _called(facts, args, static), lowered)
 
 
 def _is_recorded(tape: Slots, tensor: torch.Tensor) -> bool:
