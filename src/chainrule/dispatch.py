@@ -11,6 +11,7 @@ from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as modes
 from torch.utils._device import DeviceContext
@@ -33,7 +34,7 @@ from chainrule.functions import (
     TABLE,
 )
 from chainrule.functions import Function as TorchFunction
-from chainrule.shortcuts import FLOATING, REAL, Handler, configure, set_excluded
+from chainrule.shortcuts import AUTOCAST_KEYS, FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
 from chainrule.uncompiled import hide_code, refusal_of_operators, run_uncompiled
 
@@ -137,6 +138,9 @@ configure(
     where=torch.where, where_op=aten.where.self, to_copy=aten._to_copy.default, to_op=aten.to.dtype, conversions=CONVERSIONS,
     constant_beside=constant_beside, clone=torch.clone, expand_op=aten.expand.default, fill_op=aten.fill_.Scalar,
     copy_op=aten.copy_.default, put_op=aten.index_put_.default, put=torch.Tensor.index_put_, setitem=torch.Tensor.__setitem__,
+    included_keys=torch._C._dispatch_tls_local_include_set,
+    excluded_keys=torch._C._dispatch_tls_local_exclude_set, autocast_keys=AUTOCAST_KEYS, forward_mode=vars(forward_ad),
+    set_grad=torch._C._set_grad_enabled,
 )  # fmt: skip
 
 

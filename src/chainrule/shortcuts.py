@@ -5,6 +5,7 @@ Setting ``CHAINRULE_PURE_PYTHON=1`` in the environment before the import chooses
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,15 @@ import torch
 #: Dtypes of tensors that take no way of their own, and those among them that have derivatives.
 FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 REAL = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+#: The keys of torch's dispatcher that stand for autocast.
+AUTOCAST_KEYS = functools.reduce(
+    torch._C.DispatchKeySet.__or__,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, "Autocast" + device))
+        for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1")
+    ),
+)
 
 #: What a mode is to the base class.
 NO_KIND, VMAP, TAPE = 0, 1, 2
@@ -52,16 +62,34 @@ class Handler:
         """Leave the mode; given by the modes."""
         raise NotImplementedError
 
-    def _begin(self, facts: dict[int, Any], respect_no_grad: bool) -> None:
-        """Make the tables of a tape."""
+    def _begin(self, facts: dict[int, Any], policy: Any, respect_no_grad: bool, kernels: bool) -> None:
+        """Make the tables of a tape, which takes what is active now for what lies outside of it."""
         tape: Any = self
         tape.values, tape.active, tape.key, tape.records, tape.pending, tape._entered = [], [], [], [], [], []
-        tape.slots, tape._derived = {}, {}
+        tape.inputs, tape.kept, tape.derived = [], [], set()
+        tape.slots, tape._derived, tape.prepared, tape.hooks, tape.sources = {}, {}, {}, {}, {}
         tape._alias = tape._origin = None
-        tape._facts = facts
+        tape._facts, tape.policy = facts, policy
+        tape._outside = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         tape.respect_no_grad = respect_no_grad
+        tape.kernels = kernels
         tape.kind = TAPE
         tape.meets_saved = False
+
+    def _begin_level(self, size: int, randomness: str, calls: Any, nested: bool, guarded: bool) -> None:
+        """Begin a level of vmap, which takes what is active now for what lies outside of it."""
+        level: Any = self
+        level._entered, level.fallbacks = [], []
+        level._include = torch._C._dispatch_tls_local_include_set()
+        level._exclude = torch._C._dispatch_tls_local_exclude_set() | AUTOCAST_KEYS
+        level.size, level.randomness, level._calls = size, randomness, calls
+        level.kind = VMAP
+        level._records = torch.is_grad_enabled()
+        level._nested, level._always_guard = nested, guarded
+
+    def _run_recorded(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function below autograd with this tape on, in C where the dispatcher's state is known."""
+        raise NotImplementedError
 
     def _run_common(self, facts: Any, args: tuple[Any, ...]) -> Any:
         """Run an op of plain arguments and record it, in C; NotImplemented, with nothing done, for others."""
@@ -105,6 +133,21 @@ def set_excluded(excluded: bool) -> None:
 def set_functions(disabled: int) -> int:
     """Hide torch's functions from classes (1), from modes as well (2), or not (0); returns what it was."""
     raise NotImplementedError
+
+
+def call_alone(route: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a transform that nothing is around by its route, and replay the plan that is known for the run.
+
+    Returns:
+        ``(True, result, output of the function)``; ``(False, None, tape, leaf, output, whether gradients are on, arguments)``
+        where the plan is left to Python; NotImplemented, with nothing done, where all is. In Python that is always so.
+    """
+    return NotImplemented
+
+
+def call_mapped(route: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As :func:`call_alone` for a vmap of a transform; a run has its level in the place of None, and the mapped arguments."""
+    return NotImplemented
 
 
 class Method:
@@ -162,6 +205,8 @@ if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0
             Handler,
             Method,
             Watch,
+            call_alone,
+            call_mapped,
             configure,
             read_state,
             set_excluded,

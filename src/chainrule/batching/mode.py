@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from chainrule.calls import shared_constant
 from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, again
 from chainrule.functions import FACTS, Function, methods
 from chainrule.rules.batching_base import Batched, any_batched
-from chainrule.shortcuts import VMAP, Method, configure, use_classes
+from chainrule.shortcuts import AUTOCAST_KEYS, Method, configure, use_classes
 from chainrule.subclasses import is_foreign
 
 _make_wrapper = Tensor._make_wrapper_subclass
@@ -33,14 +32,6 @@ if KNOWS_STATE:
         setattr(BatchTensor, _name, Method(_function, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _WITH_GRAPHS = (Tensor, torch.nn.Parameter)
-_AUTOCAST = functools.reduce(
-    torch._C.DispatchKeySet.__or__,
-    (
-        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, "Autocast" + device))
-        for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1")
-    ),
-)
-
 
 class VmapMode(Level):
     """One active vmap: every op on a `BatchTensor` of this level runs once, on the stored tensors.
@@ -66,23 +57,22 @@ class VmapMode(Level):
     reads_data = True
     supports_higher_order_operators = True
 
+    randomness: str
+    _calls: Any
+    _include: Any
+    _exclude: Any
+    _nested: bool
+    _records: bool
+    _always_guard: bool
+
     def __init__(self, size: int, randomness: str = "error", calls: Any = None) -> None:
-        super().__init__()
-        self._calls = calls
-        self.kind = VMAP
-        self.size = size
-        self.randomness = randomness
-        self.fallbacks: list[str] = []
         # Modes run below autograd, and below the lazy conjugation of complex tensors. The inner ops must be seen by
         # autograd when an inner tensor requires a gradient, and complex kernels rely on the conjugation.
         # Autocast has acted on the outer op already, so it stays off.
-        self._include = torch._C._dispatch_tls_local_include_set()
-        self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
         # With an outer mode, the inner ops pass by autograd too, which splits composite ops before that mode sees them.
-        self._nested = torch._C._len_torch_dispatch_stack() > 0
-        self._records = torch.is_grad_enabled()
+        nested = torch._C._len_torch_dispatch_stack() > 0
         # Tangents of torch's own forward mode are carried on by autograd only.
-        self._always_guard = self._nested or size == 0 or forward_ad._current_level >= 0
+        self._begin_level(size, randomness, calls, nested, nested or size == 0 or forward_ad._current_level >= 0)
 
     def unwrapped(self, tensor: Any) -> Any:
         """The stored tensor of one of this level."""
@@ -357,7 +347,7 @@ class VmapMode(Level):
     def _moved(self) -> Iterator[None]:
         before = self._include, self._exclude
         self._include = torch._C._dispatch_tls_local_include_set()
-        self._exclude = torch._C._dispatch_tls_local_exclude_set() | _AUTOCAST
+        self._exclude = torch._C._dispatch_tls_local_exclude_set() | AUTOCAST_KEYS
         try:
             yield
         finally:
@@ -411,3 +401,6 @@ class VmapMode(Level):
             if result is not NotImplemented:
                 return self._wrap(result)
         return self._fall_back(entry, func, args, kwargs, inner, named)
+
+
+configure(vmap_mode=VmapMode)

@@ -17,6 +17,7 @@ from chainrule.calls import REAL, fits, number_constant
 from chainrule.capture.schema import OpFacts
 from chainrule.capture.slots import Slot, slot_object
 from chainrule.capture.tape import Tape
+from chainrule.shortcuts import configure
 
 aten = torch.ops.aten
 
@@ -38,6 +39,7 @@ _met: dict[Any, set[tuple[float, ...]]] = {}
 #: For a record, which of its numbers are values (by their place among them), and how many ops such records have.
 _varying: dict[Any, frozenset[int]] = {}
 _lengths: set[int] = set()
+configure(lengths=_lengths)
 
 
 def _stands_for_value(facts: Any, args: Any, kwargs: Any) -> bool:

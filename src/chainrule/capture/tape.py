@@ -18,7 +18,7 @@ from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_else
 from chainrule.capture.records import Record
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
-from chainrule.dispatch import DATA_UNDER_VMAP, TAKEN, again, without_handlers, without_mode
+from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
@@ -49,6 +49,11 @@ use_facts(OpFacts)
 TAKEN[torch.Tensor.__setitem__] = assign
 
 
+def facts_of(policy: Policy) -> dict[int, OpFacts]:
+    """What is known of ops under a policy, by the identity of the op."""
+    return _FACTS.get(policy) or _FACTS.setdefault(policy, {})
+
+
 class Tape(Listening):
     """Records the ATen ops that touch the inputs while it is active.
 
@@ -68,6 +73,11 @@ class Tape(Listening):
     supports_higher_order_operators = True
 
     respect_no_grad: bool
+    kernels: bool
+    #: What plans computed on this tape that serves further seeds.
+    prepared: dict[Any, Any]
+    #: By slot, what acts on the cotangents that arrive there.
+    hooks: dict[int, Any]
     #: View calls that were not looked at yet: they matter only once something is written.
     pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
     #: Whether an op was taken for a constant because of torch.no_grad().
@@ -77,21 +87,8 @@ class Tape(Listening):
     _others: OtherObjects | None = None
 
     def __init__(self, policy: Policy, *, respect_no_grad: bool = True, kernels: bool = False) -> None:
-        self._begin(_FACTS.get(policy) or _FACTS.setdefault(policy, {}), respect_no_grad)
-        self.kernels = kernels
-        self.policy = policy
-        self.inputs: list[int] = []
-        # Tensors whose id stands in a table although no slot holds them any more: an id must not be used again.
-        self.kept: list[Any] = []
-        # Those constants for differentiation that are computed from what depends on the inputs and have a slot.
-        self.derived: set[int] = set()
-        # What plans computed on this tape that serves further seeds.
-        self.prepared: dict[Any, Any] = {}
-        # By slot, what acts on the cotangents that arrive there.
-        self.hooks: dict[int, Any] = {}
-        # The slots in which those values are before that.
-        self.sources: dict[int, int] = {}
-        self.settle()
+        self._begin(facts_of(policy), policy, respect_no_grad, kernels)
+        self._sees_views = not _excludes(_VIEWS)
         if count := _count_modes():
             self._begun = {id(mode): len(mode.values) for n in range(count) if isinstance(mode := _mode_at(n), Tape)}
 
@@ -181,6 +178,13 @@ class Tape(Listening):
         """Record what runs inside."""
         with BelowAutograd(), self:
             yield
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function with what it runs recorded."""
+        if KNOWS_STATE:
+            return self._run_recorded(function, args, kwargs)
+        with BelowAutograd(), self:
+            return function(*args, **kwargs)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -31,7 +31,29 @@ typedef struct {
     char sees_views;
     char meets_saved;
     PyObject *entered;
+    char kernels;
+    PyObject *policy;
+    PyObject *inputs;
+    PyObject *kept;
+    PyObject *derived_slots;
+    PyObject *prepared;
+    PyObject *hooks;
+    PyObject *sources;
+    PyObject *outside;
+    char nested;
+    PyObject *calls;
+    PyObject *size;
+    PyObject *randomness;
+    PyObject *fallbacks;
+    PyObject *include;
+    PyObject *exclude;
 } Handler;
+
+/* The fields of a handler that are objects. */
+#define OBJECTS(X)                                                                                                     \
+    X(below) X(values) X(active) X(slots) X(key) X(records) X(facts) X(origin) X(alias) X(derived) X(pending) X(heard) X(entered) \
+    X(policy) X(inputs) X(kept) X(derived_slots) X(prepared) X(hooks) X(sources) X(outside) X(calls) X(size) X(randomness)  \
+    X(fallbacks) X(include) X(exclude)
 
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
@@ -42,7 +64,8 @@ typedef struct {
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(put_op) X(put)  \
-    X(setitem)
+    X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(spent)        \
+    X(set_grad) X(vmap_mode) X(unflatten)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -54,7 +77,8 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
     X(alias) X(links) X(roots) X(families) X(_read_slots) X(_scanned) X(has_writes) X(kept) X(reads_values) X(_note_view)      \
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
-    X(_listen) X(_run_step)                                                                                                \
+    X(_listen) X(_run_step) X(detach) X(is_neg) X(used) X(quick) X(plain) X(batched) X(extra) \
+    X(_current_level) X(reverse) \
     X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;

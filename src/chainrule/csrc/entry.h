@@ -2,6 +2,17 @@
 
 static PyTypeObject handler_type;
 
+static PyObject *
+handler_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Handler *self = (Handler *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->depth = -1;
+        self->origin = Py_NewRef(Py_None);
+    }
+    return (PyObject *)self;
+}
+
 static int
 is_handler(PyObject *object)
 {
@@ -58,9 +69,10 @@ may_stand(Handler *self, int64_t depth, PyObject **under, int *replaces)
     return stands;
 }
 
-/* __enter__: what LightMode._enter does, where the state of the dispatcher is known and `data` need not be watched. */
+/* What LightMode._enter does, where the state of the dispatcher is known and `data` need not be watched. Functions are not
+ * shown to a mode that another one is entered over at once (`covered`). */
 static PyObject *
-handler_enter(Handler *self, PyObject *unused)
+enter_mode(Handler *self, int covered)
 {
     if (state.exclude == NULL)
         return PyObject_CallMethodNoArgs((PyObject *)self, s__enter);
@@ -87,9 +99,9 @@ handler_enter(Handler *self, PyObject *unused)
     if (replaces && (taken = PyObject_CallNoArgs(c_pop_function)) == NULL)
         goto done;
     entry = Py_BuildValue("(OOOnOO)", inside, real, taken == NULL ? Py_None : taken, self->depth,
-                          self->below == NULL ? Py_None : self->below, stands ? Py_True : Py_False);
+                          self->below == NULL ? Py_None : self->below, stands && !covered ? Py_True : Py_False);
     if (entry == NULL || PyList_Append(self->entered, entry) < 0 || call_and_drop(c_push, (PyObject *)self) < 0 ||
-        (stands && call_and_drop(c_push_function, (PyObject *)self) < 0) ||
+        (stands && !covered && call_and_drop(c_push_function, (PyObject *)self) < 0) ||
         PyDict_SetItem(c_flags, s__is_in_torch_dispatch_mode, Py_True) < 0 ||
         PyDict_SetItem(c_flags, s__is_in_non_infra_torch_dispatch_mode, Py_True) < 0)
         goto done;
@@ -102,6 +114,12 @@ done:
     Py_XDECREF(taken);
     Py_XDECREF(entry);
     return result;
+}
+
+static PyObject *
+handler_enter(Handler *self, PyObject *unused)
+{
+    return enter_mode(self, 0);
 }
 
 /* __exit__(kind, error, traceback): back to what was noted on entry. */
@@ -129,28 +147,108 @@ done:
     return result;
 }
 
-/* _begin(facts, respect_no_grad): the tables of a tape. */
-static PyObject *
-handler_begin(Handler *self, PyObject *const *args, Py_ssize_t count)
+/* The keys that torch's dispatcher includes and excludes here; 0, or -1 with an error set. */
+static int
+read_keys(PyObject **included, PyObject **excluded)
 {
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "_begin: facts and a flag are expected");
-    PyObject **lists[] = {&self->values, &self->active, &self->key, &self->records, &self->pending, &self->entered};
-    PyObject **tables[] = {&self->slots, &self->derived};
+    *excluded = NULL;
+    *included = PyObject_CallNoArgs(c_included_keys);
+    if (*included != NULL && (*excluded = PyObject_CallNoArgs(c_excluded_keys)) != NULL)
+        return 0;
+    Py_CLEAR(*included);
+    return -1;
+}
+
+/* What a tape holds when it begins (chainrule.shortcuts.Handler._begin); 0, or -1 with an error set. */
+static int
+begin_tape(Handler *self, PyObject *facts, PyObject *policy, int respect_no_grad, int kernels)
+{
+    PyObject **lists[] = {&self->values, &self->active, &self->key, &self->records, &self->pending, &self->entered,
+                          &self->inputs, &self->kept};
+    PyObject **tables[] = {&self->slots, &self->derived, &self->prepared, &self->hooks, &self->sources};
     for (size_t number = 0; number < sizeof(lists) / sizeof(*lists); number++) {
         PyObject *made = PyList_New(0);
         if (made == NULL)
-            return NULL;
+            return -1;
         Py_XSETREF(*lists[number], made);
     }
     for (size_t number = 0; number < sizeof(tables) / sizeof(*tables); number++) {
         PyObject *made = PyDict_New();
         if (made == NULL)
-            return NULL;
+            return -1;
         Py_XSETREF(*tables[number], made);
     }
-    Py_XSETREF(self->facts, Py_NewRef(args[0]));
-    self->respect_no_grad = args[1] == Py_True;
+    PyObject *included, *excluded, *derived = PySet_New(NULL);
+    if (derived == NULL)
+        return -1;
+    Py_XSETREF(self->derived_slots, derived);
+    if (read_keys(&included, &excluded) < 0)
+        return -1;
+    PyObject *outside = PyTuple_Pack(2, included, excluded);
+    Py_DECREF(included);
+    Py_DECREF(excluded);
+    if (outside == NULL)
+        return -1;
+    Py_XSETREF(self->outside, outside);
+    Py_XSETREF(self->facts, Py_NewRef(facts));
+    Py_XSETREF(self->policy, Py_NewRef(policy));
+    self->respect_no_grad = respect_no_grad;
+    self->kernels = kernels;
     self->kind = TAPE;
+    return 0;
+}
+
+/* _begin(facts, policy, respect_no_grad, kernels) */
+static PyObject *
+handler_begin(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "_begin: facts, a policy and two flags are expected");
+    if (begin_tape(self, args[0], args[1], args[2] == Py_True, args[3] == Py_True) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* A level of vmap that begins (chainrule.shortcuts.Handler._begin_level), where it is known whether another mode is on and
+ * whether it has to be guarded; 0, or -1 with an error set. */
+static int
+begin_level(Handler *self, PyObject *size, PyObject *randomness, PyObject *calls, int nested, int guarded)
+{
+    PyObject *included, *excluded, *fallbacks = PyList_New(0), *entered = fallbacks == NULL ? NULL : PyList_New(0);
+    if (entered == NULL) {
+        Py_XDECREF(fallbacks);
+        return -1;
+    }
+    Py_XSETREF(self->fallbacks, fallbacks);
+    Py_XSETREF(self->entered, entered);
+    if (read_keys(&included, &excluded) < 0)
+        return -1;
+    Py_XSETREF(self->include, included);
+    /* Autocast has acted on the outer op already. */
+    Py_SETREF(excluded, PyNumber_Or(excluded, c_autocast_keys));
+    if (excluded == NULL)
+        return -1;
+    Py_XSETREF(self->exclude, excluded);
+    Py_XSETREF(self->size, Py_NewRef(size));
+    Py_XSETREF(self->randomness, Py_NewRef(randomness));
+    Py_XSETREF(self->calls, Py_NewRef(calls));
+    int graphs = grad_is_enabled();
+    if (graphs < 0)
+        return -1;
+    self->kind = VMAP;
+    self->makes_graphs = graphs;
+    self->nested = nested;
+    self->guarded = guarded;
+    return 0;
+}
+
+/* _begin_level(size, randomness, calls, nested, guarded) */
+static PyObject *
+handler_begin_level(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 5)
+        return PyErr_Format(PyExc_TypeError, "_begin_level: a size, a randomness, calls and two flags are expected");
+    if (begin_level(self, args[0], args[1], args[2], args[3] == Py_True, args[4] == Py_True) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }

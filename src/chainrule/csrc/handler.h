@@ -125,38 +125,16 @@ torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject 
 static int
 handler_traverse(Handler *self, visitproc visit, void *arg)
 {
-    Py_VISIT(self->below);
-    Py_VISIT(self->values);
-    Py_VISIT(self->active);
-    Py_VISIT(self->slots);
-    Py_VISIT(self->key);
-    Py_VISIT(self->records);
-    Py_VISIT(self->facts);
-    Py_VISIT(self->origin);
-    Py_VISIT(self->alias);
-    Py_VISIT(self->derived);
-    Py_VISIT(self->pending);
-    Py_VISIT(self->heard);
-    Py_VISIT(self->entered);
+#define VISIT_FIELD(name) Py_VISIT(self->name);
+    OBJECTS(VISIT_FIELD)
     return 0;
 }
 
 static int
 handler_clear(Handler *self)
 {
-    Py_CLEAR(self->below);
-    Py_CLEAR(self->values);
-    Py_CLEAR(self->active);
-    Py_CLEAR(self->slots);
-    Py_CLEAR(self->key);
-    Py_CLEAR(self->records);
-    Py_CLEAR(self->facts);
-    Py_CLEAR(self->origin);
-    Py_CLEAR(self->alias);
-    Py_CLEAR(self->derived);
-    Py_CLEAR(self->pending);
-    Py_CLEAR(self->heard);
-    Py_CLEAR(self->entered);
+#define CLEAR_FIELD(name) Py_CLEAR(self->name);
+    OBJECTS(CLEAR_FIELD)
     return 0;
 }
 
@@ -166,17 +144,6 @@ handler_dealloc(Handler *self)
     PyObject_GC_UnTrack(self);
     handler_clear(self);
     Py_TYPE(self)->tp_free((PyObject *)self);
-}
-
-static PyObject *
-handler_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
-{
-    Handler *self = (Handler *)type->tp_alloc(type, 0);
-    if (self != NULL) {
-        self->depth = -1;
-        self->origin = Py_NewRef(Py_None);
-    }
-    return (PyObject *)self;
 }
 
 static PyMethodDef handler_methods[] = {
@@ -191,6 +158,8 @@ static PyMethodDef handler_methods[] = {
     {"__enter__", (PyCFunction)handler_enter, METH_NOARGS, "Enter the mode."},
     {"__exit__", (PyCFunction)(void (*)(void))handler_exit, METH_FASTCALL, "Leave the mode."},
     {"_begin", (PyCFunction)(void (*)(void))handler_begin, METH_FASTCALL, "Make the tables of a tape."},
+    {"_begin_level", (PyCFunction)(void (*)(void))handler_begin_level, METH_FASTCALL, "Begin a level of vmap."},
+    {"_run_recorded", (PyCFunction)(void (*)(void))handler_run, METH_FASTCALL, "Call a function below autograd with this tape on."},
     {NULL},
 };
 
@@ -216,6 +185,22 @@ static PyMemberDef handler_members[] = {
     {"_entered", T_OBJECT, offsetof(Handler, entered), 0, NULL},
     {"_sees_views", T_BOOL, offsetof(Handler, sees_views), 0, NULL},
     {"meets_saved", T_BOOL, offsetof(Handler, meets_saved), 0, NULL},
+    {"kernels", T_BOOL, offsetof(Handler, kernels), 0, NULL},
+    {"policy", T_OBJECT, offsetof(Handler, policy), 0, NULL},
+    {"inputs", T_OBJECT, offsetof(Handler, inputs), 0, NULL},
+    {"kept", T_OBJECT, offsetof(Handler, kept), 0, NULL},
+    {"derived", T_OBJECT, offsetof(Handler, derived_slots), 0, NULL},
+    {"prepared", T_OBJECT, offsetof(Handler, prepared), 0, NULL},
+    {"hooks", T_OBJECT, offsetof(Handler, hooks), 0, NULL},
+    {"sources", T_OBJECT, offsetof(Handler, sources), 0, NULL},
+    {"_outside", T_OBJECT, offsetof(Handler, outside), 0, NULL},
+    {"_nested", T_BOOL, offsetof(Handler, nested), 0, NULL},
+    {"_calls", T_OBJECT, offsetof(Handler, calls), 0, NULL},
+    {"size", T_OBJECT, offsetof(Handler, size), 0, NULL},
+    {"randomness", T_OBJECT, offsetof(Handler, randomness), 0, NULL},
+    {"fallbacks", T_OBJECT, offsetof(Handler, fallbacks), 0, NULL},
+    {"_include", T_OBJECT, offsetof(Handler, include), 0, NULL},
+    {"_exclude", T_OBJECT, offsetof(Handler, exclude), 0, NULL},
     {NULL},
 };
 

@@ -28,6 +28,7 @@
 #include "writes.h"
 #include "conversions.h"
 #include "entry.h"
+#include "runs.h"
 #include "handler.h"
 #include "methods.h"
 #include "watch.h"
@@ -167,6 +168,8 @@ static PyMethodDef module_methods[] = {
     {"set_functions", set_functions, METH_O,
      "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
     {"read", (PyCFunction)(void (*)(void))read_given, METH_FASTCALL, "What a reading of a call's arguments says."},
+    {"call_alone", (PyCFunction)(void (*)(void))call_alone, METH_FASTCALL, "Run a transform that nothing is around."},
+    {"call_mapped", (PyCFunction)(void (*)(void))call_mapped, METH_FASTCALL, "Run a vmap of a transform that nothing is around."},
     {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from chainrule.shortcuts import configure
+
 
 @dataclass
 class Account:
@@ -66,6 +68,7 @@ class Ledger:
 
 
 _LEDGER: ContextVar[Ledger | None] = ContextVar("chainrule_ledger", default=None)
+configure(ledger=_LEDGER)
 
 
 #: In place of a ledger: plans are made anew, and nothing is written down.

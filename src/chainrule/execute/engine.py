@@ -63,6 +63,13 @@ class CachedPlan:
     batched: dict[Any, tuple[Runner | None, list[bool]]] = field(default_factory=dict)
     staged: bool = False
     stages: Stages | None = None
+    #: For the compiled handlers, where the plan reads a run and nothing else: what replays it on plain tensors, the slots that it
+    #: reads, and the structure of its results (None for one result).
+    quick: tuple[Callable[..., Any], tuple[int, ...], Any] | None = None
+
+    def structure(self) -> Any:
+        """The structure of the results for `quick`; NotImplemented where they are put together otherwise."""
+        return None if len(self.keys) == 1 else NotImplemented
 
     def compile(self) -> None:
         """Make the functions that replay the plan."""
@@ -72,7 +79,11 @@ class CachedPlan:
                 if self.staged:
                     self.stages = compile_stages(*self.recorded)
                 self.runner = compile_program(*self.recorded)
+                whole = all([staged is not None for staged in self.recorded[1]])
                 self.recorded = None
+                if whole and not self.staged and all([key.__class__ is int for key in self.needs]):
+                    if (structure := self.structure()) is not NotImplemented:
+                        self.quick = self.runner.plain, tuple(self.needs), structure  # type: ignore[attr-defined]
 
     def compile_for(self, recorder: WholeRecorder) -> None:
         """As :meth:`compile`, for a plan that was made while a whole call is recorded, and is replayed in it now.
@@ -264,6 +275,11 @@ class PlanCache:
         self.limit = limit
         self._plans: dict[Any, CachedPlan] = {}
         self._lock = threading.Lock()
+
+    @property
+    def plans(self) -> dict[Any, CachedPlan]:
+        """The plans themselves, for the compiled handlers, which look them up."""
+        return self._plans
 
     def get(self, key: Any) -> CachedPlan | None:
         """The plan for a key, if it is there."""

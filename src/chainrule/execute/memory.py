@@ -19,6 +19,7 @@ from chainrule.capture.tape import Tape
 from chainrule.execute.reuse import scattered, written_over
 from chainrule.execute.workspace import Saved, Space, free, observable, observe, of_run, saved_by_run
 from chainrule.maps.staging import Instruction, Program, Ref, reads
+from chainrule.shortcuts import configure
 
 _convolution = torch.ops.aten.convolution.default
 _CONVOLUTIONS = frozenset(
@@ -328,6 +329,7 @@ def storage_of(tensor: torch.Tensor) -> tuple[int, int]:
 _WATCH: ContextVar[Watch | None] = ContextVar("chainrule_memory", default=None)
 
 current_watch = _WATCH.get
+configure(watch=_WATCH)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from chainrule.execute.reuse import reusing
 from chainrule.execute.simplify import root, shared_results, simplify
 from chainrule.execute.workspace import Saved, Space, observable, of_instructions, saved_by_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
+from chainrule.shortcuts import configure
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[Any, ...]]
 
@@ -45,6 +46,9 @@ _NEAR = 8
 
 class Spent(list[Any]):
     """Values that nobody needs any more once a plan has taken them from the list."""
+
+
+configure(spent=Spent)
 
 
 def owned(program: Program, results: Sequence[Staged | None]) -> list[Staged | None]:

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
+from chainrule.shortcuts import configure
 from chainrule.subclasses import refuse_foreign
 
 Argnums = int | Sequence[int]
@@ -57,6 +58,9 @@ def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     if len(leaves) != spec.num_leaves:
         return pytree.tree_unflatten(leaves, spec)  # which says what is wrong
     return _built(iter(leaves), spec)
+
+
+configure(unflatten=tree_unflatten)
 
 
 def _built(leaves: Iterator[Any], spec: TreeSpec) -> Any:

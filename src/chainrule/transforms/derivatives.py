@@ -12,6 +12,7 @@ from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.levels import Level, Linearized, mark_of
 from chainrule.transforms.nest import NO_NEST, run_level, run_linearized, run_nest
+from chainrule.transforms.routes import GRADIENT, jacobian_route, run_route
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -46,6 +47,9 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
     level = Level(func, "grad_and_value", argnums, has_aux, finish, ("grad_and_value",))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if (found := _routed(level, args, kwargs)) is not NotImplemented:
+            gradient, value = found
+            return gradient, value if value.requires_grad is False or torch.is_grad_enabled() else value.detach()
         (gradient, value), aux = run_level(level, args, kwargs)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
@@ -81,12 +85,34 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     level = Level(func, "grad", argnums, has_aux, finish, ("grad",))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if (found := _routed(level, args, kwargs)) is not NotImplemented:
+            return found[0]
         gradient, aux = run_level(level, args, kwargs)
         return (gradient, aux) if has_aux else gradient
 
     wrapper = entry_point(wrapper, func)
     level.mark(wrapper)
     return wrapper
+
+
+def _routed(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The gradient and the value of a function that is no transform's, by its route; NotImplemented where there is none."""
+    if (route := level.route) is None:
+        made = None
+        if not level.has_aux and mark_of(level.func) is None:
+            made = jacobian_route(level.func, level.argnums, "reverse", "input", scalar=True)
+        elif mark_of(level.func) is not None:
+            return NotImplemented  # the route is that of the nest
+        route = level.route = made or False
+    if route is False or route.kind != GRADIENT:
+        return NotImplemented
+    traced, gradient, value = run_route(route, args, kwargs, level.name)
+    if traced is None:
+        return gradient, value
+    if traced is NotImplemented:
+        return NotImplemented
+    traced.alone = True
+    return _finish_gradient(traced, True, level.func, level.name)
 
 
 def _finish_gradient(traced: Traced, single: bool, func: Callable[..., Any], name: str) -> tuple[Any, torch.Tensor]:

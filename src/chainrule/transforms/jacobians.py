@@ -28,6 +28,7 @@ from chainrule.transforms.hessian_map import hessian_transform
 from chainrule.transforms.jacobian_map import operator_transform
 from chainrule.transforms.levels import Level, mark_of
 from chainrule.transforms.nest import NO_NEST, run_nest
+from chainrule.transforms.routes import jacobian_route, run_route
 from chainrule.transforms.sparse import SPARSE, sparse_hessian, sparse_jacobian
 from chainrule.transforms.trace import Block, Traced, trace
 
@@ -357,15 +358,27 @@ def _jacobian_transform(
             result = _joined(result, args, argnums)
         return (result, aux) if has_aux else result
 
+    plain = mark_of(func) is None
+
     def computed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if not chunks.given and mark_of(func) is not None:
+        if not chunks.given and not plain:
             result, aux = run_nest(level, args, kwargs)
             if result is not NO_NEST:
                 return result, aux
+        traced: Any = NotImplemented
+        if plain and not chunks.given and not has_aux:
+            if (route := level.route) is None:
+                made = jacobian_route(func, argnums, order, cast, respect_no_grad=respect_no_grad)
+                route = level.route = made or False
+            if route:
+                traced, result, _ = run_route(route, args, kwargs, name)
+                if traced is None:
+                    return result, None
         positions, single = resolve_argnums(argnums, len(args), name)
-        traced = trace(
-            func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad, column_block=column_block
-        )
+        if traced is NotImplemented:
+            traced = trace(
+                func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=respect_no_grad, column_block=column_block
+            )
         if single and not chunks.given and (block := _known(traced, order, cast)) is not None:
             return tree_unflatten([block], traced.out_spec), traced.aux
         sizes = [1] if column_block is not None else chunks.sizes(traced, order, cast)

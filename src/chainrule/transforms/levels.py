@@ -15,7 +15,7 @@ from chainrule.execute import engine
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import compile_stages
-from chainrule.transforms.arguments import Argnums
+from chainrule.transforms.arguments import LEAF, Argnums
 from chainrule.transforms.trace import Traced
 from chainrule.transforms.vmap import Mapping
 
@@ -39,6 +39,7 @@ class Level:
         by_itself: whether a vmap of this level runs it alone, as an earlier call has shown that it must.
         chain: what stands inside of this level where it is part of a nest, once that was asked for (not the level itself: no
             cycle holds a user's function).
+        route: the level's :class:`~chainrule.transforms.routes.Route`, once that was asked for; False where it has none.
     """
 
     func: Callable[..., Any]
@@ -52,6 +53,7 @@ class Level:
     apart: Callable[[Traced], bool] | None = None
     by_itself: bool = False
     chain: Chain | None = None
+    route: Any = None
 
     def mark(self, wrapper: Callable[..., Any]) -> None:
         """Put this level on the function that the transform returns."""
@@ -176,6 +178,12 @@ class NestPlan(CachedPlan):
 
     spec: Any = None
     sources: list[int | None] = field(default_factory=list)
+
+    def structure(self) -> Any:
+        """As for every plan; a result may be a value of the run."""
+        if any([source is not None for source in self.sources]):
+            return NotImplemented
+        return None if self.spec is LEAF else self.spec
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ from chainrule.execute.accounts import current_ledger
 from chainrule.execute.batched import wrap
 from chainrule.transforms.arguments import tree_unflatten
 from chainrule.transforms.levels import Chain, Level, NestPlan, Run, chain_of, mark_of
-from chainrule.transforms.nest import finish_run, run_innermost
+from chainrule.transforms.nest import finish_run, nest_route, run_innermost, run_of
+from chainrule.transforms.routes import run_route
 from chainrule.transforms.vmap import Mapping
 
 
@@ -33,6 +34,15 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Returns:
         The result; NotImplemented, with nothing done, where the vmap has to go its usual way.
     """
+    if (found := mapping.route) is None:
+        found = mapping.route = _route_of(mapping)
+    if found is not False and not found[1].by_itself:
+        route, level, chain = found
+        traced, result, mode = run_route(route, args, kwargs, chain.levels[0][0].name)
+        if traced is None:
+            return result
+        if traced is not NotImplemented:
+            return _finished(run_of(chain, traced), mapping, mode, level)
     level = mark_of(mapping.func)
     if level.__class__ is not Level or level.has_aux or level.by_itself or mapping.out_dims.__class__ is not int:
         return NotImplemented
@@ -46,7 +56,25 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     entered = mapping.enter_plain(lambda mapped: run_innermost(chain, mapped, kwargs, owned=True), args)
     if entered is None:
         return NotImplemented
-    run, mode = entered
+    return _finished(entered[0], mapping, entered[1], level)
+
+
+def _route_of(mapping: Mapping) -> Any:
+    """The route of a vmap of a derivative transform, with its level and its nest; False where it has none."""
+    level, dims = mark_of(mapping.func), mapping.in_dims
+    if level.__class__ is not Level or level.has_aux or mapping.out_dims.__class__ is not int or mapping.out_dims != 0:
+        return False
+    if mapping.randomness != "error":
+        return False
+    if not all([dim is None or dim.__class__ is int for dim in (dims if dims.__class__ is tuple else (dims,))]):
+        return False
+    chain = _chain(level)
+    route = nest_route(chain, dims)
+    return False if route is None else (route, level, chain)
+
+
+def _finished(run: Run | None, mapping: Mapping, mode: VmapMode, level: Level) -> Any:
+    """The results of a run in the level of a mapping, which was left."""
     if run is None or _needs_itself(run):
         # Another run does all of it, and so do later calls.
         level.by_itself = True

@@ -35,6 +35,8 @@ from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
+    LEAF,
+    PLAIN_ARGUMENT,
     flatten_inputs,
     resolve_argnums,
     structure_key,
@@ -53,6 +55,7 @@ from chainrule.transforms.levels import (
     mark_of,
 )  # fmt: skip
 from chainrule.transforms.nest_parts import run_parts
+from chainrule.transforms.routes import NEST, Route, route_of, run_route
 from chainrule.transforms.trace import PLAIN_CLASSES, Traced, trace
 from chainrule.transforms.vmap import Mapping
 
@@ -77,9 +80,53 @@ def run_nest(
     Returns:
         The result and the auxiliary output; ``(NO_NEST, None)`` when the caller has to go its usual way.
     """
+    if not seeds and (found := _routed(outer, args, kwargs)) is not NotImplemented:
+        return found, None
     if current_ledger() is not None or functions_are_replaced() or (chain := chain_of(outer)) is None:
         return NO_NEST, None
     return _run_whole(chain, args, kwargs, seeds)
+
+
+def _routed(outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a nest by its route; NotImplemented, with nothing done, where it has none or this call does not fit."""
+    route = outer.route
+    if route is None:
+        route = outer.route = nest_route(chain_of(outer)) or False
+    if route is False:
+        return NotImplemented
+    traced, result, _ = run_route(route, args, kwargs, outer.name)
+    if traced is None or traced is NotImplemented:
+        return result if traced is None else traced
+    chain = chain_of(outer)
+    assert chain is not None
+    run = run_of(chain, traced)
+    return NotImplemented if run is None else finish_run(run, last=True)
+
+
+def nest_route(chain: Chain | None, dims: Any = None) -> Route | None:
+    """The route of a nest without mappings inside, whose levels all differentiate one argument; with ``dims`` in a vmap."""
+    if chain is None or len(chain.levels) > 1 or chain.has_aux is not False:
+        return None
+    levels = chain.levels[0]
+    first = levels[0]
+    if any([level.argnums.__class__ is not int or level.argnums != first.argnums for level in levels]):
+        return None
+    places = tuple([(level.key, (first.argnums,), True) for level in levels])
+
+    def extra(slot: int, grad_enabled: bool) -> Any:
+        return (places, structure_key(PLAIN_ARGUMENT), structure_key(LEAF), (slot,), (), grad_enabled, False)
+
+    return route_of(first.func, first.argnums, NEST, extra, respect_no_grad=len(levels) > 1 or first.respect_no_grad, dims=dims)
+
+
+def run_of(chain: Chain, traced: Traced) -> Run | None:
+    """A run by the route of a nest, as it goes on; None where it cannot run as a whole."""
+    levels = chain.levels[0]
+    if (traced.tape.saw_blocked or traced.tape.hooks) and len(levels) > 1:
+        return None
+    traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
+    wanted: Any = [((levels[0].argnums,), True)] * len(levels)
+    return Run([Part(levels, wanted, traced)], traced.tape.values, *_cached(_key_of(levels, wanted, traced, ()), [traced.tape]))
 
 
 def run_planned(

@@ -145,7 +145,7 @@ class Traced:
         slot = self.out_slots[0]
         if slot is None:
             return None
-        request = _block_request(self.in_slots[0], slot, order, cast, not torch._C._len_torch_dispatch_stack())
+        request = block_request(self.in_slots[0], slot, order, cast, not torch._C._len_torch_dispatch_stack())
         found = execute_known(self.tape, request)
         return None if found is None else found[0]
 
@@ -161,7 +161,8 @@ class Traced:
 
 
 @lru_cache(maxsize=1024)
-def _block_request(source: int, slot: int, order: str, cast: str, alone: bool) -> Request:
+def block_request(source: int, slot: int, order: str, cast: str, alone: bool) -> Request:
+    """The request for the Jacobian of one value with respect to another one."""
     return Request("jacobian", (source,), (slot,), order, (), cast, alone)
 
 
@@ -259,15 +260,33 @@ def _trace(
             for number, value in zip(argnums, values, strict=True):
                 called[number] = value
         steps = HiddenSteps(tape) if noted else None
-        with BelowAutograd(), tape:
-            if steps is None:
+        if steps is None:
+            output = tape.run(function, tuple(called), kwargs)
+        else:
+            with BelowAutograd(), tape, steps:
                 output = function(*called, **kwargs)
-            else:
-                with steps:
-                    output = function(*called, **kwargs)
     finally:
         if not grad_enabled:
             torch._C._set_grad_enabled(False)
+    traced = traced_run(tape, output, in_leaves, in_spec, in_slots, columns, function, transform, grad_enabled, has_aux=has_aux)
+    traced.steps = steps
+    return traced
+
+
+def traced_run(
+    tape: Tape,
+    output: Any,
+    in_leaves: list[torch.Tensor],
+    in_spec: TreeSpec,
+    in_slots: list[int],
+    columns: list[Block | None],
+    function: Callable[..., Any],
+    transform: str,
+    grad_enabled: bool,
+    *,
+    has_aux: bool = False,
+) -> Traced:
+    """A run that is over, from its tape and what the function returned."""
     if tape.hooks:
         if transform not in HEEDING:
             refuse_hooks(tape, transform)
@@ -284,9 +303,7 @@ def _trace(
     if (watch := current_watch()) is not None:
         watch.add_run(tape)
     out_slots = [active_slot(tape, out) for out in out_leaves]
-    traced = Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
-    traced.steps = steps
-    return traced
+    return Traced(tape, in_leaves, in_spec, in_slots, out_leaves, out_spec, out_slots, aux, grad_enabled, columns)
 
 
 def _in_blocks(tape: Tape, tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, Block]:

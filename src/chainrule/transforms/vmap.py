@@ -90,12 +90,13 @@ class Mapping:
         owner: the function that carries this mapping, where the mapped function is a transform's.
         made: the mapped function.
         inner: the mapping that this one is directly around, if both may be run as one.
+        route: of a mapping of a derivative transform, how it is run as a whole, once that was asked for.
         whole: runs a mapping of a derivative transform as a whole, or returns NotImplemented. A layer above gives it.
     """
 
     whole: ClassVar[Callable[[Mapping, tuple[Any, ...], dict[str, Any]], Any]]
 
-    __slots__ = ("func", "in_dims", "inner", "made", "name", "out_dims", "owner", "randomness")
+    __slots__ = ("func", "in_dims", "inner", "made", "name", "out_dims", "owner", "randomness", "route")
 
     def __init__(self, func: Callable[..., Any], in_dims: Any, out_dims: Any, randomness: str, name: str) -> None:
         self.func = func
@@ -106,6 +107,7 @@ class Mapping:
         self.owner: Callable[[], Any] | None = None
         self.made: Callable[[], Any] | None = None
         self.inner: Mapping | None = None
+        self.route: Any = None
         inner: Mapping | None = getattr(func, "_chainrule_mapping", None)
         # Whoever wraps a function copies its attributes.
         if inner is not None and inner.made is not None and inner.made() is func and self._merges() and inner._merges():

@@ -1,0 +1,633 @@
+/* A run of a function under a tape, and the replay of the plan that is known for it: the calls of a transform that nothing is
+ * around (chainrule.transforms.routes). Part of shortcuts.c. */
+
+/* Leave a mode that was entered; takes the reference of `out`, which is returned. An error that is on its way stays. */
+static PyObject *
+leave_mode(Handler *mode, PyObject *out)
+{
+    PyObject *kind, *error, *trace;
+    PyErr_Fetch(&kind, &error, &trace);
+    PyObject *done = handler_exit(mode, NULL, 0);
+    if (done == NULL) {
+        Py_XDECREF(out);
+        Py_XDECREF(kind);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        return NULL;
+    }
+    Py_DECREF(done);
+    PyErr_Restore(kind, error, trace);
+    return out;
+}
+
+/* Call a function below torch's autograd, with a tape on. The dispatcher's state is known. */
+static PyObject *
+run_recorded(Handler *tape, PyObject *function, PyObject *args, PyObject *kwargs)
+{
+    bool before[AUTOGRAD_KEYS];
+    for (int number = 0; number < AUTOGRAD_KEYS; number++) {
+        before[number] = state.excluded(state.autograd[number]);
+        state.exclude(state.autograd[number], true);
+    }
+    PyObject *out = NULL, *entered = enter_mode(tape, 0);
+    if (entered != NULL) {
+        Py_DECREF(entered);
+        out = leave_mode(tape, PyObject_Call(function, args, kwargs));
+    }
+    for (int number = 0; number < AUTOGRAD_KEYS; number++)
+        state.exclude(state.autograd[number], before[number]);
+    return out;
+}
+
+/* _run_recorded(function, args, kwargs) */
+static PyObject *
+handler_run(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 3 || !PyTuple_CheckExact(args[1]) || !PyDict_CheckExact(args[2]))
+        return PyErr_Format(PyExc_TypeError, "_run_recorded: a function, a tuple and a dictionary are expected");
+    if (state.exclude == NULL)
+        return PyErr_Format(PyExc_RuntimeError, "_run_recorded: the state of torch's dispatcher is not known");
+    return run_recorded(self, args[0], args[1], PyDict_GET_SIZE(args[2]) ? args[2] : NULL);
+}
+
+/* Fields of a route (chainrule.transforms.routes.Route), which is a tuple. */
+enum { R_FUNCTION, R_TYPE, R_FACTS, R_POLICY, R_RESPECT, R_REVERSE, R_KERNELS, R_NUMBER, R_KIND, R_EXTRAS, R_PLANS, R_EXTRA, R_DIMS,
+       R_CALLS, ROUTE_FIELDS };
+/* R_KIND: a Jacobian by a request of its own, a gradient, a nest. */
+enum { JACOBIAN, GRADIENT, NEST };
+/* Fields of a plan that is replayed here (CachedPlan.quick). */
+enum { Q_RUN, Q_NEEDS, Q_SPEC };
+/* From so many elements on a Jacobian may have to be computed in blocks (chainrule.transforms.jacobians). */
+static const Py_ssize_t LARGE = (1 << 28) / 8;
+
+/* Whether a variable of the context is None: 1, 0, or -1 with an error set. */
+static int
+is_unset(PyObject *variable)
+{
+    PyObject *found;
+    if (PyContextVar_Get(variable, Py_None, &found) < 0)
+        return -1;
+    Py_XDECREF(found);
+    return found == Py_None;
+}
+
+/* Whether nothing is around a transform: no mode, no torch.func, no dual level, and nobody who wants an account: likewise. */
+static int
+stands_alone(void)
+{
+    if (state.exclude == NULL || state.dispatch_modes() || state.function_modes() || state.included(state.functorch))
+        return 0;
+    PyObject *level = PyDict_GetItemWithError(c_forward_mode, s__current_level);
+    if (level == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    if (PyLong_AsLong(level) >= 0)
+        return 0;
+    int unset = is_unset(c_ledger);
+    return unset <= 0 ? unset : is_unset(c_watch);
+}
+
+/* Whether a tensor is plain, floating-point, and without a graph: likewise. */
+static int
+is_plain_floating(PyObject *tensor)
+{
+    if ((PyObject *)Py_TYPE(tensor) != c_tensor)
+        return 0;
+    int graph = is_true_of(GET(tensor, requires_grad));
+    if (graph)
+        return graph < 0 ? -1 : 0;
+    PyObject *layout = GET(tensor, layout), *dtype = layout == NULL ? NULL : GET(tensor, dtype);
+    int plain = dtype == NULL ? -1 : layout != c_strided ? 0 : PySet_Contains(c_floating, dtype);
+    Py_XDECREF(layout);
+    Py_XDECREF(dtype);
+    return plain;
+}
+
+/* A tape for a route whose input is given, with what the key says of that; takes the reference of `key`. */
+static Handler *
+tape_of(PyObject *route, PyObject *input, PyObject *key)
+{
+    Handler *tape = key == NULL ? NULL : (Handler *)handler_new((PyTypeObject *)PyTuple_GET_ITEM(route, R_TYPE), NULL, NULL);
+    PyObject *slot = NULL, *identity = NULL;
+    if (tape == NULL ||
+        begin_tape(tape, PyTuple_GET_ITEM(route, R_FACTS), PyTuple_GET_ITEM(route, R_POLICY),
+                   PyTuple_GET_ITEM(route, R_RESPECT) == Py_True, PyTuple_GET_ITEM(route, R_KERNELS) == Py_True) < 0)
+        goto failed;
+    tape->sees_views = !state.excluded(state.views);
+    if (PyTuple_GET_ITEM(route, R_REVERSE) == Py_True && PyObject_SetAttr((PyObject *)tape, s_reverse, Py_True) < 0)
+        goto failed;
+    if ((slot = PyLong_FromLong(0)) == NULL || (identity = PyLong_FromVoidPtr(input)) == NULL ||
+        PyList_Append(tape->values, input) < 0 || PyList_Append(tape->active, Py_True) < 0 ||
+        PyDict_SetItem(tape->slots, identity, slot) < 0 || PyList_Append(tape->inputs, slot) < 0 ||
+        PyList_Append(tape->key, key) < 0)
+        goto failed;
+    Py_DECREF(slot);
+    Py_DECREF(identity);
+    Py_DECREF(key);
+    return tape;
+failed:
+    Py_XDECREF(slot);
+    Py_XDECREF(identity);
+    Py_XDECREF(key);
+    Py_XDECREF(tape);
+    return NULL;
+}
+
+/* The slot of an output that is one tensor and depends on the inputs, where nothing else happened that has to be looked at: -1 if
+ * it is left to Python, -2 with an error set. */
+static Py_ssize_t
+plain_output(Handler *tape, PyObject *out)
+{
+    if (!is_tensor(out) || PyDict_GET_SIZE(tape->hooks))
+        return -1;
+    int blocked = attribute_is_true((PyObject *)tape, s_saw_blocked);
+    if (blocked)
+        return blocked < 0 ? -2 : -1;
+    if (PySet_GET_SIZE(c_lengths)) { /* numbers of such records are known to change */
+        PyObject *length = PyLong_FromSsize_t(PyList_GET_SIZE(tape->records));
+        int change = length == NULL ? -1 : PySet_Contains(c_lengths, length);
+        Py_XDECREF(length);
+        if (change)
+            return change < 0 ? -2 : -1;
+    }
+    Py_ssize_t slot = known_slot(tape, out);
+    return slot < 0 || PyList_GET_ITEM(tape->active, slot) == Py_True ? slot : -1;
+}
+
+/* What the key of a route's plan holds beside the run, borrowed. */
+static PyObject *
+extra_of(PyObject *route, Py_ssize_t slot, int grad)
+{
+    PyObject *extras = PyTuple_GET_ITEM(route, R_EXTRAS), *number = PyLong_FromSsize_t(2 * slot + grad);
+    if (number == NULL)
+        return NULL;
+    PyObject *extra = PyDict_GetItemWithError(extras, number);
+    if (extra == NULL && !PyErr_Occurred()) {
+        PyObject *made = PyObject_CallFunction(PyTuple_GET_ITEM(route, R_EXTRA), "nO", slot, grad ? Py_True : Py_False);
+        if (made != NULL && PyDict_SetItem(extras, number, made) == 0)
+            extra = made;
+        Py_XDECREF(made); /* the table keeps it */
+    }
+    Py_DECREF(number);
+    return extra;
+}
+
+/* The plan of a run, as it is replayed here (a new reference): 1; 0 if there is none; -1 with an error set. */
+static int
+find_plan(PyObject *route, Handler *tape, PyObject *out, int grad, PyObject **plan, PyObject **quick)
+{
+    *plan = *quick = NULL;
+    Py_ssize_t slot = plain_output(tape, out);
+    if (slot < 0)
+        return slot == -2 ? -1 : 0;
+    int found = -1;
+    PyObject *key = NULL, *inputs = NULL, *extra = extra_of(route, slot, grad), *known = extra == NULL ? NULL : PyList_AsTuple(tape->key);
+    if (known == NULL || (inputs = PyList_AsTuple(tape->inputs)) == NULL || (key = PyTuple_Pack(3, known, inputs, extra)) == NULL)
+        goto done;
+    if (PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)) != NEST) {
+        Py_SETREF(key, PyTuple_Pack(2, key, empty));
+        if (key == NULL)
+            goto done;
+    }
+    *plan = PyDict_GetItemWithError(PyTuple_GET_ITEM(route, R_PLANS), key);
+    if (*plan == NULL) {
+        if (PyErr_Occurred()) {
+            if (!PyErr_ExceptionMatches(PyExc_TypeError))
+                goto done;
+            PyErr_Clear(); /* an argument that has no hash */
+        }
+        found = 0;
+        goto done;
+    }
+    Py_INCREF(*plan);
+    *quick = PyObject_GetAttr(*plan, s_quick);
+    if (*quick == NULL && PyErr_ExceptionMatches(PyExc_AttributeError))
+        PyErr_Clear();
+    else if (*quick == NULL || PyObject_SetAttr(*plan, s_used, Py_True) < 0)
+        goto done;
+    found = *quick != NULL && PyTuple_Check(*quick);
+done:
+    if (found <= 0) {
+        Py_CLEAR(*plan);
+        Py_CLEAR(*quick);
+    }
+    Py_XDECREF(known);
+    Py_XDECREF(inputs);
+    Py_XDECREF(key);
+    return found;
+}
+
+/* The results of a replay, of which the reference is taken, in their structure. */
+static PyObject *
+assembled(PyObject *found, PyObject *quick)
+{
+    if (found == NULL)
+        return NULL;
+    PyObject *result = NULL, *spec = PyTuple_GET_ITEM(quick, Q_SPEC);
+    if (!PyTuple_CheckExact(found) || PyTuple_GET_SIZE(found) == 0)
+        PyErr_SetString(PyExc_TypeError, "a replay returns a tuple of its results");
+    else if (spec == Py_None)
+        result = Py_NewRef(PyTuple_GET_ITEM(found, 0));
+    else {
+        PyObject *leaves = PySequence_List(found);
+        PyObject *args[] = {leaves, spec};
+        result = leaves == NULL ? NULL : PyObject_Vectorcall(c_unflatten, args, 2, NULL);
+        Py_XDECREF(leaves);
+    }
+    Py_DECREF(found);
+    return result;
+}
+
+/* Whether a Jacobian is small enough to be computed at once, or a gradient is one of a scalar: 1, 0, or -1 with an error set. */
+static int
+fits_kind(long kind, PyObject *leaf, PyObject *out)
+{
+    if (kind == NEST || !is_tensor(out))
+        return kind == NEST;
+    PyObject *dtype = GET(out, dtype);
+    int fits = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
+    Py_XDECREF(dtype);
+    if (fits > 0 && kind == GRADIENT)
+        return rank_is(out, 0);
+    Py_ssize_t elements = 1;
+    PyObject *tensors[] = {leaf, out};
+    for (int number = 0; fits > 0 && number < 2; number++) {
+        PyObject *shape = GET(tensors[number], shape);
+        if (shape == NULL)
+            return -1;
+        for (Py_ssize_t place = 0; fits && place < PyTuple_GET_SIZE(shape); place++) {
+            Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape, place));
+            elements *= size;
+            fits = size < LARGE && elements < LARGE; /* neither factor nor product overflows */
+        }
+        Py_DECREF(shape);
+    }
+    return fits;
+}
+
+/* Replay the plan of a run that nothing is around: 1 with the result; 0, with nothing done, if it is left to Python; -1 with an
+ * error set. */
+static int
+replay_run(PyObject *route, Handler *tape, PyObject *leaf, PyObject *out, int grad, PyObject **result)
+{
+    PyObject *plan, *quick;
+    int fits = fits_kind(PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)), leaf, out);
+    if (fits <= 0)
+        return fits;
+    int found = find_plan(route, tape, out, grad, &plan, &quick);
+    if (found <= 0)
+        return found;
+    PyObject *needs = PyTuple_GET_ITEM(quick, Q_NEEDS);
+    for (Py_ssize_t place = 0; found > 0 && place < PyTuple_GET_SIZE(needs); place++) {
+        PyObject *value = PyList_GetItem(tape->values, PyLong_AsSsize_t(PyTuple_GET_ITEM(needs, place)));
+        int graph = value == NULL ? -1 : (PyObject *)Py_TYPE(value) != c_tensor ? 1 : is_true_of(GET(value, requires_grad));
+        found = graph < 0 ? -1 : !graph;
+    }
+    if (found > 0) {
+        /* The values are let go as the plan has read them. */
+        PyObject *spent = PyObject_CallOneArg(c_spent, tape->values);
+        PyObject *args[] = {spent, empty};
+        found = spent == NULL || PyList_SetSlice(tape->values, 0, PyList_GET_SIZE(tape->values), NULL) < 0 ? -1 : 1;
+        if (found > 0) {
+            Py_CLEAR(tape->alias);
+            Py_CLEAR(tape->pending);
+            Py_CLEAR(tape->derived);
+            Py_CLEAR(tape->kept);
+            *result = assembled(PyObject_Vectorcall(PyTuple_GET_ITEM(quick, Q_RUN), args, 2, NULL), quick);
+            found = *result == NULL ? -1 : 1;
+        }
+        Py_XDECREF(spent);
+    }
+    Py_DECREF(plan);
+    Py_DECREF(quick);
+    return found;
+}
+
+/* Switch torch's gradients on or off; an error that is on its way stays. */
+static int
+switch_grad(PyObject *enabled)
+{
+    PyObject *kind, *error, *trace;
+    PyErr_Fetch(&kind, &error, &trace);
+    int outcome = call_and_drop(c_set_grad, enabled);
+    if (outcome < 0) {
+        Py_XDECREF(kind);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        return -1;
+    }
+    PyErr_Restore(kind, error, trace);
+    return 0;
+}
+
+/* The place of the argument that a route differentiates; -1 if the arguments are left to Python. */
+static Py_ssize_t
+place_of(PyObject *route, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 3 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != ROUTE_FIELDS || !PyTuple_CheckExact(args[1]) ||
+        !PyDict_CheckExact(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "a route, a tuple and a dictionary are expected");
+        return -2;
+    }
+    Py_ssize_t place = PyLong_AsSsize_t(PyTuple_GET_ITEM(route, R_NUMBER));
+    return place >= 0 && place < PyTuple_GET_SIZE(args[1]) ? place : -1;
+}
+
+/* Arguments with another one at a place. */
+static PyObject *
+replaced(PyObject *args, Py_ssize_t place, PyObject *item)
+{
+    PyObject *given = PyTuple_New(PyTuple_GET_SIZE(args));
+    for (Py_ssize_t number = 0; given != NULL && number < PyTuple_GET_SIZE(args); number++)
+        PyTuple_SET_ITEM(given, number, Py_NewRef(number == place ? item : PyTuple_GET_ITEM(args, number)));
+    return given;
+}
+
+/* What a call returns to Python: whether the result is there, and it or the run. */
+static PyObject *
+outcome_of(int found, PyObject *result, PyObject *mode, Handler *tape, PyObject *leaf, PyObject *out, int grad, PyObject *given)
+{
+    if (found < 0)
+        return NULL;
+    if (found)
+        return Py_BuildValue("(ONO)", Py_True, result, out);
+    return Py_BuildValue("(OOOOOOO)", Py_False, mode, (PyObject *)tape, leaf, out, grad ? Py_True : Py_False, given);
+}
+
+/* call_alone(route, args, kwargs): (True, result, output of the function), (False, None, tape, leaf, output, whether gradients are
+ * on, arguments) where the plan is left to Python, or NotImplemented with nothing done. */
+static PyObject *
+call_alone(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *route = args[0], *leaf, *alias = NULL, *given = NULL, *out = NULL, *result = NULL, *made = NULL;
+    Handler *tape = NULL;
+    Py_ssize_t place = place_of(route, args, count);
+    if (place < 0)
+        return place == -2 ? NULL : Py_NewRef(Py_NotImplemented);
+    leaf = PyTuple_GET_ITEM(args[1], place);
+    int fits = stands_alone();
+    if (fits > 0)
+        fits = is_plain_floating(leaf);
+    if (fits <= 0)
+        return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    int grad = grad_is_enabled();
+    if (grad < 0 || (!grad && call_and_drop(c_set_grad, Py_True) < 0))
+        return NULL;
+    if ((alias = PyObject_CallMethodNoArgs(leaf, s_detach)) != NULL && (given = replaced(args[1], place, alias)) != NULL &&
+        (tape = tape_of(route, alias, tensor_key(alias))) != NULL)
+        out = run_recorded(tape, PyTuple_GET_ITEM(route, R_FUNCTION), given, PyDict_GET_SIZE(args[2]) ? args[2] : NULL);
+    if (!grad && switch_grad(Py_False) < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(given);
+    Py_XDECREF(alias);
+    if (out != NULL) {
+        int found = replay_run(route, tape, leaf, out, grad, &result);
+        made = outcome_of(found, result, Py_None, tape, leaf, out, grad, args[1]);
+    }
+    Py_XDECREF(tape);
+    Py_XDECREF(out);
+    return made;
+}
+
+/* The dimension that an argument is mapped over, borrowed; NULL, without an error, if it has none that fits. */
+static PyObject *
+dimension_of(PyObject *dims, Py_ssize_t place, Py_ssize_t count)
+{
+    PyObject *dim = dims;
+    if (PyTuple_CheckExact(dims))
+        dim = PyTuple_GET_SIZE(dims) == count ? PyTuple_GET_ITEM(dims, place) : NULL;
+    return dim == Py_None || (dim != NULL && PyLong_CheckExact(dim)) ? dim : NULL;
+}
+
+/* A mapped argument whose first dimension is the batch and of the given size (-1 for any, then set): 1; 0 if it is left to
+ * Python; -1 with an error set. */
+static int
+is_mapped_plainly(PyObject *item, long dim, long *size)
+{
+    if (!is_constant_class(item))
+        return 0;
+    PyObject *dtype = GET(item, dtype), *layout = dtype == NULL ? NULL : GET(item, layout);
+    int plain = layout == NULL ? -1 : layout != c_strided ? 0 : PySet_Contains(c_real, dtype);
+    Py_XDECREF(dtype);
+    Py_XDECREF(layout);
+    if (plain > 0)
+        plain = is_true_of(PyObject_CallMethodNoArgs(item, s_is_neg)) ? 0 : PyErr_Occurred() ? -1 : 1;
+    PyObject *shape = plain <= 0 ? NULL : GET(item, shape);
+    if (shape == NULL)
+        return plain > 0 ? -1 : plain;
+    Py_ssize_t rank = PyTuple_GET_SIZE(shape);
+    plain = rank > 0 && (dim == 0 || dim == -rank);
+    if (plain) {
+        long first = PyLong_AsLong(PyTuple_GET_ITEM(shape, 0));
+        plain = first > 0 && (*size < 0 || *size == first);
+        *size = first;
+    }
+    Py_DECREF(shape);
+    return plain;
+}
+
+/* An argument as a tensor of a level. */
+static PyObject *
+mapped_argument(Handler *mode, PyObject *item)
+{
+    PyObject *offset = PyObject_CallMethodNoArgs(item, s_storage_offset);
+    long start = offset == NULL ? -1 : PyLong_AsLong(offset);
+    Py_XDECREF(offset);
+    if (start < 0)
+        return NULL;
+    if (start == 0)
+        return wrapped(mode, Py_NewRef(item), NULL);
+    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
+    if (batch == NULL)
+        return NULL;
+    SLOT(batch, value) = Py_NewRef(item);
+    PyObject *args[] = {batch, (PyObject *)mode};
+    PyObject *tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+    Py_DECREF(batch);
+    return tensor;
+}
+
+/* The arguments of a mapped function: 1 with new references to them and to the size; 0 if they are left to Python; -1 with an error. */
+static int
+mapped_arguments(PyObject *route, PyObject *args, Handler **mode, PyObject **given)
+{
+    PyObject *dims = PyTuple_GET_ITEM(route, R_DIMS);
+    Py_ssize_t count = PyTuple_GET_SIZE(args);
+    long size = -1;
+    int fits = 1;
+    for (Py_ssize_t place = 0; fits > 0 && place < count; place++) {
+        PyObject *dim = dimension_of(dims, place, count);
+        fits = dim == NULL ? 0 : dim == Py_None ? 1 : is_mapped_plainly(PyTuple_GET_ITEM(args, place), PyLong_AsLong(dim), &size);
+    }
+    if (fits <= 0 || size < 0)
+        return fits < 0 ? -1 : 0;
+    PyObject *number = PyLong_FromLong(size), *randomness = number == NULL ? NULL : PyUnicode_InternFromString("error");
+    *given = NULL;
+    *mode = randomness == NULL ? NULL : (Handler *)handler_new((PyTypeObject *)c_vmap_mode, NULL, NULL);
+    if (*mode != NULL && begin_level(*mode, number, randomness, PyTuple_GET_ITEM(route, R_CALLS), 0, 0) == 0)
+        *given = PyTuple_New(count);
+    Py_XDECREF(number);
+    Py_XDECREF(randomness);
+    for (Py_ssize_t place = 0; *given != NULL && place < count; place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        item = dimension_of(dims, place, count) == Py_None ? Py_NewRef(item) : mapped_argument(*mode, item);
+        PyTuple_SET_ITEM(*given, place, item);
+        if (item == NULL)
+            Py_CLEAR(*given);
+    }
+    if (*given == NULL)
+        Py_CLEAR(*mode);
+    return *given == NULL ? -1 : 1;
+}
+
+/* Add a value as the replay on stored tensors reads it, and what the key says of it (chainrule.execute.batched.stored_values): 1;
+ * 0 if it is left to Python; -1 with an error set. */
+static int
+read_stored(Handler *mode, PyObject *value, PyObject *tensors, PyObject *parts)
+{
+    if ((PyObject *)Py_TYPE(value) == c_batch_tensor) {
+        if (SLOT(value, level) != (PyObject *)mode)
+            return 0;
+        int graph = known_batch(value) != NULL ? 0 : is_true_of(GET(value, requires_grad));
+        if (graph)
+            return graph < 0 ? -1 : 0;
+        value = SLOT(value, inner);
+        if (value != NULL && (PyObject *)Py_TYPE(value) == c_batched) {
+            value = SLOT(value, value);
+            if (PyList_Append(parts, Py_True) < 0)
+                return -1;
+        }
+    }
+    if (value == NULL || !is_constant_class(value))
+        return 0;
+    int joined = 0;
+    PyObject *dtype = plain_dtype(value, &joined);
+    if (dtype == NULL)
+        return -1;
+    Py_DECREF(dtype);
+    if (dtype == Py_None || joined)
+        return 0;
+    PyObject *layout = GET(value, layout);
+    if (layout == NULL)
+        return -1;
+    if (layout == c_strided)
+        Py_SETREF(layout, PyObject_CallMethodNoArgs(value, s_stride));
+    PyObject *shape = layout == NULL ? NULL : GET(value, shape);
+    int outcome = shape != NULL && PyList_Append(tensors, value) == 0 && PyList_Append(parts, shape) == 0 && PyList_Append(parts, layout) == 0;
+    Py_XDECREF(shape);
+    Py_XDECREF(layout);
+    return outcome ? 1 : -1;
+}
+
+/* The replay on stored tensors that is known for these values, and the tensors: 1 with new references; 0 if it is left to Python;
+ * -1 with an error set. */
+static int
+find_stored(Handler *mode, Handler *tape, PyObject *plan, PyObject *needs, PyObject **run, PyObject **tensors)
+{
+    PyObject *parts = PyList_New(0), *key = NULL, *batched = NULL, *known;
+    int found = -1;
+    *run = NULL;
+    *tensors = PyList_New(0);
+    if (parts == NULL || *tensors == NULL || PyList_Append(parts, mode->size) < 0)
+        goto done;
+    found = 1;
+    for (Py_ssize_t place = 0; found > 0 && place < PyTuple_GET_SIZE(needs); place++) {
+        PyObject *value = PyList_GetItem(tape->values, PyLong_AsSsize_t(PyTuple_GET_ITEM(needs, place)));
+        found = value == NULL ? -1 : read_stored(mode, value, *tensors, parts);
+    }
+    if (found <= 0)
+        goto done;
+    found = -1;
+    if ((key = PyList_AsTuple(parts)) == NULL || (batched = PyObject_GetAttr(plan, s_batched)) == NULL)
+        goto done;
+    known = PyDict_GetItemWithError(batched, key);
+    if (known == NULL || PyTuple_GET_ITEM(known, 0) == Py_None) {
+        found = PyErr_Occurred() ? -1 : 0;
+        goto done;
+    }
+    found = 1;
+    PyObject *flags = PyTuple_GET_ITEM(known, 1); /* a list: which of the results have the batch dimension */
+    for (Py_ssize_t place = 0; found && place < PyList_GET_SIZE(flags); place++)
+        found = PyList_GET_ITEM(flags, place) == Py_True;
+    if (found && (*run = PyObject_GetAttr(PyTuple_GET_ITEM(known, 0), s_plain)) == NULL)
+        found = -1;
+done:
+    Py_XDECREF(parts);
+    Py_XDECREF(key);
+    Py_XDECREF(batched);
+    if (found <= 0)
+        Py_CLEAR(*tensors);
+    return found;
+}
+
+/* The same under a vmap that was left. */
+static int
+replay_mapped(PyObject *route, Handler *mode, Handler *tape, PyObject *out, int grad, PyObject **result)
+{
+    PyObject *plan, *quick, *run, *tensors;
+    int found = find_plan(route, tape, out, grad, &plan, &quick);
+    if (found <= 0)
+        return found;
+    found = find_stored(mode, tape, plan, PyTuple_GET_ITEM(quick, Q_NEEDS), &run, &tensors);
+    if (found > 0) {
+        PyObject *args[] = {tensors, empty};
+        *result = assembled(PyObject_Vectorcall(run, args, 2, NULL), quick);
+        found = *result == NULL ? -1 : 1;
+        Py_CLEAR(tape->alias); /* which knows the tape */
+        Py_DECREF(run);
+        Py_DECREF(tensors);
+    }
+    Py_DECREF(plan);
+    Py_DECREF(quick);
+    return found;
+}
+
+/* call_mapped(route, args, kwargs): as call_alone, for a vmap of a transform; the run has the level in the place of None. */
+static PyObject *
+call_mapped(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *route = args[0], *leaf, *given, *out = NULL, *result = NULL, *made = NULL;
+    Handler *tape = NULL, *mode;
+    Py_ssize_t place = place_of(route, args, count);
+    if (place < 0)
+        return place == -2 ? NULL : Py_NewRef(Py_NotImplemented);
+    int fits = stands_alone();
+    if (fits > 0)
+        fits = is_plain_floating(PyTuple_GET_ITEM(args[1], place));
+    if (fits > 0 && dimension_of(PyTuple_GET_ITEM(route, R_DIMS), place, PyTuple_GET_SIZE(args[1])) == Py_None)
+        fits = 0; /* the same for all samples: its alias is made under the level */
+    if (fits > 0)
+        fits = mapped_arguments(route, args[1], &mode, &given);
+    if (fits <= 0)
+        return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    leaf = PyTuple_GET_ITEM(given, place);
+    PyObject *key = NULL, *shape = GET(leaf, shape), *dtype = shape == NULL ? NULL : GET(leaf, dtype);
+    PyObject *device = dtype == NULL ? NULL : GET(leaf, device);
+    if (device != NULL)
+        key = PyTuple_Pack(4, shape, dtype, device, Py_True);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    Py_XDECREF(device);
+    int grad = grad_is_enabled();
+    if (key != NULL && grad >= 0 && (grad || call_and_drop(c_set_grad, Py_True) == 0)) {
+        PyObject *entered = enter_mode(mode, 1);
+        if (entered != NULL) {
+            Py_DECREF(entered);
+            tape = tape_of(route, leaf, Py_NewRef(key));
+            if (tape != NULL)
+                out = run_recorded(tape, PyTuple_GET_ITEM(route, R_FUNCTION), given, PyDict_GET_SIZE(args[2]) ? args[2] : NULL);
+            out = leave_mode(mode, out);
+        }
+        if (!grad && switch_grad(Py_False) < 0)
+            Py_CLEAR(out);
+    }
+    if (out != NULL) {
+        int found = replay_mapped(route, mode, tape, out, grad, &result);
+        made = outcome_of(found, result, (PyObject *)mode, tape, leaf, out, grad, given);
+    }
+    Py_XDECREF(key);
+    Py_XDECREF(tape);
+    Py_XDECREF(out);
+    Py_DECREF(given);
+    Py_DECREF(mode);
+    return made;
+}

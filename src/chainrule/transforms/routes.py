@@ -1,0 +1,113 @@
+"""The way of a transform that nothing is around: run, key, look-up and replay in one call, where the handlers are compiled.
+
+A transform of a plain function of one tensor always does the same around the run of that function. What it needs for that is
+kept in a `Route`, with which the compiled handlers do all of it (``csrc/runs.h``). Where they leave something to Python, the run
+goes on as every other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from chainrule.capture.tape import Tape, facts_of
+from chainrule.dispatch import KNOWS_STATE
+from chainrule.execute import engine
+from chainrule.execute.mapped_calls import CALLS
+from chainrule.rules.table import POLICY
+from chainrule.shortcuts import call_alone, call_mapped
+from chainrule.transforms.arguments import PLAIN_ARGUMENT
+from chainrule.transforms.trace import block_request, traced_run
+
+#: What the plan of a route belongs to, as the compiled handlers number it.
+JACOBIAN, GRADIENT, NEST = range(3)
+
+
+class Route(NamedTuple):
+    """What is always the same for one transform of one function.
+
+    Attributes:
+        function: the innermost function, which returns no aux.
+        tape: the class of the tape.
+        facts: what is known of ops.
+        policy: the policy of the tape.
+        respect_no_grad: as for a tape.
+        reverse: likewise.
+        kernels: likewise.
+        number: which argument is differentiated.
+        kind: ``JACOBIAN``, ``GRADIENT`` (both by one request), or ``NEST``.
+        extras: what the key of a plan holds beside the run: by twice the slot of the output, and one more with gradients on.
+        plans: the plans that are known, by their keys.
+        extra: makes an entry of ``extras`` of the slot and of whether gradients are on.
+        dims: the dimension that each argument is mapped over (or all), for a vmap.
+        calls: what a level of vmap knows of earlier calls.
+    """
+
+    function: Callable[..., Any]
+    tape: type[Tape]
+    facts: dict[int, Any]
+    policy: Any
+    respect_no_grad: bool
+    reverse: bool
+    kernels: bool
+    number: int
+    kind: int
+    extras: dict[int, Any]
+    plans: dict[Any, Any]
+    extra: Callable[[int, bool], Any]
+    dims: Any = None
+    calls: Any = None
+
+
+def route_of(
+    function: Callable[..., Any],
+    number: Any,
+    kind: int,
+    extra: Callable[[int, bool], Any],
+    *,
+    respect_no_grad: bool = True,
+    kernels: bool = False,
+    dims: Any = None,
+) -> Route | None:
+    """The route of a transform, see there; None where it has none: it differentiates more than one argument, by one number."""
+    if not KNOWS_STATE or number.__class__ is not int or number < 0:
+        return None
+    return Route(
+        function, Tape, facts_of(POLICY), POLICY, respect_no_grad, respect_no_grad, kernels, number, kind, {}, engine.CACHE.plans,
+        extra, dims, CALLS,
+    )  # fmt: skip
+
+
+def jacobian_route(
+    function: Callable[..., Any], number: Any, order: str, cast: str, *, respect_no_grad: bool = True, scalar: bool = False
+) -> Route | None:
+    """The route of a Jacobian, or of the gradient of a scalar, of a function that is no transform's."""
+
+    def extra(slot: int, grad_enabled: bool) -> Any:
+        return block_request(0, slot, order, cast, True)
+
+    kind = GRADIENT if scalar else JACOBIAN
+    return route_of(function, number, kind, extra, respect_no_grad=respect_no_grad, kernels=scalar)
+
+
+def run_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, Any, Any]:
+    """Run a transform.
+
+    Args:
+        route: its route.
+        args: the user's arguments.
+        kwargs: the user's keyword arguments.
+        name: the transform's name, for messages.
+
+    Returns:
+        The run, where it has to go on in Python, None, and the level of vmap that it belongs to; None, the result, and the output
+        of the function; NotImplemented in the place of the run, with nothing done, where it has to go its usual way.
+    """
+    found = (call_alone if route.dims is None else call_mapped)(route, args, kwargs)
+    if found is NotImplemented:
+        return NotImplemented, None, None
+    if found[0]:
+        return None, found[1], found[2]
+    _, mode, tape, leaf, output, grad_enabled, _ = found
+    traced = traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], route.function, name, grad_enabled)
+    return traced, None, mode
