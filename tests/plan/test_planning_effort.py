@@ -178,6 +178,22 @@ def test_calls_until_a_plan_is_replayed_are_linear_in_the_length_of_a_loop(loop:
     assert 0 < second <= 1.05 * first, found
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_calls_until_a_laplacian_is_replayed_are_linear_in_the_length_of_a_loop(mapped: bool) -> None:
+    """With memory that is written to for its slices; under vmap the calls are recorded a second time."""
+
+    def several(steps: int) -> None:
+        function = chainrule.laplacian(predator_prey(steps))
+        function = chainrule.vmap(function) if mapped else function
+        for _ in range(2):
+            function(PARAMETERS.expand(3, 6).clone() if mapped else PARAMETERS)
+
+    several(2)  # what is made once and for all
+    found = {steps: python_calls(lambda s=steps: several(s)) for steps in (12, 16, 20)}
+    first, second = found[16] - found[12], found[20] - found[16]
+    assert 0 < second <= 1.05 * first, found
+
+
 def test_a_sparse_plan_lists_no_places_that_its_entries_leave_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stencil's terms share a diagonal; the dense block beside it has as many places as a row has, times the grid."""
     listed: list[int] = []

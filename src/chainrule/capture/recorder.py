@@ -72,6 +72,9 @@ class Recorder(LightMode):
         # The constants by their memory, as far as they were looked at.
         self._in_memory: dict[int, list[int]] = {}
         self._placed = 0
+        # The identities of the tensors that are constants, by slot, as far as ``known`` was looked at.
+        self._identities: dict[int, list[int]] = {}
+        self._identified = 0
         # The identities in ``known`` must stay taken.
         self._alive: list[Any] = []
 
@@ -200,7 +203,18 @@ class Recorder(LightMode):
             constants[slot] = kept = constants[slot].clone()
             self._alive.append(kept)
         del self._in_memory[memory]
-        self.known.update([(n, copies[staged.slot]) for n, staged in self.known.items() if staged.slot in copies])
+        self._rename(copies)
+
+    def _rename(self, copies: dict[int, Staged]) -> None:
+        """Tensors that were constants are something else from here on, by the slots that they had."""
+        for identity, staged in islice(self.known.items(), self._identified, None):
+            if staged.slot in self.program.constants:
+                self._identities.setdefault(staged.slot, []).append(identity)
+        self._identified = len(self.known)
+        for slot, copy in copies.items():
+            for identity in self._identities.pop(slot, ()):
+                if self.known[identity].slot == slot:
+                    self.known[identity] = copy
 
     def _append(
         self,

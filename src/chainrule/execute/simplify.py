@@ -84,18 +84,27 @@ class _Memory:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.producers = {slot: i for i in program.instructions for slot in i.outputs} if program.writes else {}
+        self._known: dict[int, int] = {}
         self.written = {self.root(slot) for i in program.instructions for slot in i.writes}
 
     def root(self, slot: int) -> int:
         """The value whose memory a value uses; inputs may share theirs, and count as one."""
-        found = root(self.program, self.producers, slot)
-        return found if found in self.producers or found in self.program.constants else -1
+        known = self._known.get(slot)
+        if known is None:
+            found = root(self.program, self.producers, slot)
+            known = self._known[slot] = found if found in self.producers or found in self.program.constants else -1
+        return known
 
     def touched(self, instruction: Instruction) -> bool:
         """Whether an instruction reads or makes something that is written to."""
-        if not self.written:
+        written, known = self.written, self._known
+        if not written:
             return False
-        return not self.roots(instruction).isdisjoint(self.written)
+        for slot in (*instruction.outputs, *reads(instruction)):
+            place = known.get(slot)
+            if (self.root(slot) if place is None else place) in written:
+                return True
+        return False
 
     def roots(self, instruction: Instruction, *, reading: bool = True) -> set[int]:
         """The memory that an instruction makes and, where ``reading``, the memory that it is given."""
@@ -431,13 +440,16 @@ def _share(
 def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: _Memory) -> list[Instruction]:
     """The instructions that the results need, and those that write to what is seen outside or needed later."""
     needed = set(wanted)
+    # The memory of what is needed, with that of inputs always among it.
+    held = {-1, *map(memory.root, needed)} if memory.written else set[int]()
     kept = []
     for instruction in reversed(instructions):
         use = instruction.keep or not needed.isdisjoint(instruction.outputs)
         if not use and instruction.writes:
-            roots = {memory.root(slot) for slot in instruction.writes}
-            use = -1 in roots or any(memory.root(slot) in roots for slot in needed)
+            use = not held.isdisjoint(map(memory.root, instruction.writes))
         if use:
-            needed.update(reads(instruction))
+            needed.update(read := reads(instruction))
+            if memory.written:
+                held.update(map(memory.root, read))
             kept.append(instruction)
     return kept[::-1]

@@ -11,7 +11,6 @@ Source: Griewank and Walther, *Evaluating Derivatives*, 2nd ed., chapter 3.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
-from chainrule.capture.slots import Slot, slot_object
 from chainrule.dispatch import functions_aside, undispatched
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.replay import Runner, bare, compile_program, without_values
@@ -28,6 +26,7 @@ from chainrule.maps.entries import without_writes
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.graph import argument_slots, between
 from chainrule.plan.planner import Request, plan
+from chainrule.plan.single_ops import OneOp, described
 
 Tensor = torch.Tensor
 
@@ -74,15 +73,6 @@ class Seen:
 
     runs: int = 0
     used: bool = False
-
-
-class _Part:
-    """One op as a tape of its own."""
-
-    def __init__(self, record: Any, values: list[Any], active: list[bool]) -> None:
-        self.records = [record]
-        self.values = values
-        self.active = active
 
 
 @dataclass(slots=True)
@@ -209,7 +199,7 @@ class _Sweep:
             The slots that get something, with what.
         """
         pulls = self.request.kind == "pull"
-        slots, parts = self._described(record, frozenset(wanted if pulls else given))
+        slots, parts = described(record, self.values, frozenset(wanted if pulls else given))
         outputs = record.outputs
         for slot in outputs:
             if slot >= 0:
@@ -235,35 +225,6 @@ class _Sweep:
         self.entries.append(Entry(step, local, given, targets, dropped))
         return list(zip(targets, results, strict=True))
 
-    def _described(self, record: Any, active: frozenset[int]) -> tuple[list[int], list[Any]]:
-        """The slots of the arguments, each once, and what a plan of the op depends on."""
-        values, slots = self.values, list[int]()
-        parts: list[Any] = [id(record.op), record.is_tuple]
-
-        def describe(items: Sequence[Any]) -> None:
-            for item in items:
-                kind = item.__class__
-                if kind is Slot:
-                    index = item.index
-                    if index in slots:
-                        parts.append((slots.index(index),))
-                        continue
-                    slots.append(index)
-                    value = values[index]
-                    parts.append((value.shape, value.dtype, value.device, index in active))
-                elif kind is tuple:
-                    parts.append(len(item))
-                    describe(item)
-                else:
-                    # Numbers of different types, and zeros of either sign, are equal.
-                    parts.append((kind, item, math.copysign(1.0, item) if kind is float else None))
-
-        describe(record.args)
-        for name, item in record.kwargs:
-            parts.append(name)
-            describe((item,))
-        return slots, parts
-
     def _planned(
         self,
         record: Any,
@@ -272,17 +233,11 @@ class _Sweep:
         sides: tuple[Sequence[int], Sequence[int]],
         seeds: Sequence[Tensor],
     ) -> tuple[Step, list[Tensor]]:
-        numbers = {slot: number for number, slot in enumerate(local)}
-        given, wanted = (tuple([numbers[slot] for slot in side]) for side in sides)
         pulls = self.request.kind == "pull"
-        active = {*(wanted if pulls else given)}
-        alone = record._replace(
-            args=_renumbered(record.args, numbers),
-            kwargs=tuple([(name, _renumbered(item, numbers)) for name, item in record.kwargs]),
-            outputs=tuple([numbers[slot] if slot >= 0 else slot for slot in record.outputs]),
-        )
-        flags = [number in active or number >= len(slots) for number in range(len(local))]
-        part = _Part(alone, [self.values[slot] for slot in local], flags)
+        active = {*(sides[1] if pulls else sides[0])}
+        flags = [slot in active or number >= len(slots) for number, slot in enumerate(local)]
+        part = OneOp(record, local, self.values, flags)
+        given, wanted = (tuple([part.numbers[slot] for slot in side]) for side in sides)
         inputs, outputs = (wanted, given) if pulls else (given, wanted)
         request = self.request._replace(inputs=inputs, outputs=outputs, order="auto", seeds=given, leading=pulls)
         with postponed_collection(), functions_aside():
@@ -293,14 +248,6 @@ class _Sweep:
         program.instructions = [without_writes(instruction) for instruction in program.instructions]
         recorded = (program, [bare(result) for _, result in found])
         return Step(record.op, [key for key, _ in found], recorded), results
-
-
-def _renumbered(tree: Any, numbers: dict[int, int]) -> Any:
-    if tree.__class__ is Slot:
-        return slot_object(numbers[tree.index])
-    if tree.__class__ is tuple:
-        return tuple([_renumbered(item, numbers) for item in tree])
-    return tree
 
 
 class _Way:

@@ -22,13 +22,14 @@ import torch
 
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, add_maps, compose, densify
-from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Factor, Term, dims_of, identity, new_axes
+from chainrule.maps.terms import Term, dims_of, identity, new_axes
 from chainrule.plan import elimination
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, argument_slots, build_graph, records_between
 from chainrule.plan.planner import make_workspace
+from chainrule.plan.single_ops import Pullbacks
 
 
 class Curvature(NamedTuple):
@@ -68,12 +69,13 @@ def curvatures(
     kept, reachable = records_between(records, inputs, [output])
     bars: dict[int, torch.Tensor] = {output: seed}
     found: list[Curvature] = []
+    pullbacks = Pullbacks(tape)
     for record in reversed(kept):
         given = [slot for slot in record.outputs if slot in bars]
         if not given:
             continue
         start = len(tape.records)
-        pulled = _pull(tape, record, reachable, {slot: bars[slot] for slot in given}, recording)
+        pulled = _pull(pullbacks, tape, record, reachable, {slot: bars[slot] for slot in given}, recording)
         found.extend(_curvatures_of(tape, record, tape.records[start:], pulled, workspace))
         with recording():
             for slot, value in pulled.items():
@@ -82,25 +84,12 @@ def curvatures(
 
 
 def _pull(
-    tape: Any, record: Any, reachable: set[int], bars: dict[int, torch.Tensor], recording: Recording
+    pullbacks: Pullbacks, tape: Any, record: Any, reachable: set[int], bars: dict[int, torch.Tensor], recording: Recording
 ) -> dict[int, torch.Tensor]:
     """The cotangents that one op gives to its arguments."""
-    sources = [slot for slot in dict.fromkeys(argument_slots(record)) if slot in reachable]
-    outputs = list(bars)
-    workspace = make_workspace(tape, (*sources, *outputs))
-    graph = build_graph(_Part(tape, [record]), sources, outputs, workspace)
-    seeds: dict[int, LinearMap] = {}
-    for number, slot in enumerate(outputs):
-        shape = tuple(tape.values[slot].shape)
-        axes = new_axes(shape)
-        node = leaf(shape, lambda program, n=number, s=slot: program.input(("bar", n), bars[s]), label="cotangent")
-        seeds[slot] = LinearMap(shape, (), (Term(dims_of(axes), (), (Factor(node, axes),)),)).transpose()
+    sources = [slot for slot in dict.fromkeys(argument_slots(record)) if slot in reachable and tape.active[slot]]
     with recording():
-        maps = elimination.sweep_back(graph, seeds, sources, workspace)
-        program = Program()
-        values = {slot: densify(m, workspace).force(program).value for slot, m in maps.items()}
-    workspace.memo.clear()
-    return values
+        return pullbacks.pull(record, sources, bars)
 
 
 def _curvatures_of(
