@@ -11,6 +11,7 @@ import torch
 from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nonzeros import count_entries
+from chainrule.maps.row_form import in_rows
 from chainrule.maps.sparse import SparseWorkspace
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import Term, identity
@@ -34,6 +35,8 @@ from chainrule.plan.patterns import (
 from chainrule.plan.planner import make_workspace
 from chainrule.rules.zeros import static_zeros
 
+#: From so many vertices on between inputs and outputs, local Jacobians are held by rows.
+_CHAIN = 3
 #: With more entries than this the second order is not tried: it would take longer than it could save.
 _LARGE = 1 << 22
 
@@ -207,7 +210,15 @@ def _condensed(tape: Any, graph: Graph, request: SparseRequest | Jacobian, works
     workspace.stacks = False
     found = condensed(graph, *_slots(request), _shapes(tape), workspace)
     workspace.stacks = True
-    return found
+    if len(elimination.inner_slots(found, *_slots(request))) < _CHAIN:
+        return found
+    # What is multiplied many times is held by rows.
+    workspace.by_rows = True
+    rows = Graph(order=found.order, steps=found.steps)
+    for target, incoming in found.into.items():
+        for source, local in incoming:
+            rows.add(source, target, in_rows(local, workspace))
+    return rows
 
 
 def _shapes(tape: Any) -> Callable[[int], tuple[int, ...]]:
