@@ -54,20 +54,21 @@ def join_lines(dims: Sequence[Lines]) -> Joined:
     lines = [torch.cat(own.parts) if len(own.parts) > 1 else own.parts[0] for own in dims]
     valid = [own >= 0 for own in lines]
     whole = all(map(_is_true, valid))
-    exact = _sum_of([_fingerprints(number, own) for number, own in enumerate(lines)])
-    label = exact
+    joined = None
     if not whole:
-        kinds = [_distances(n, l, v, own) for n, (l, v, own) in enumerate(zip(lines, valid, dims, strict=True))]
-        label = _sum_of([torch.where(found, far, fingerprints) for found, far, fingerprints in kinds])
-    joined = _joined(lines, label)
-    bad = _contradicting(lines, valid, joined, whole=whole)
-    if bad is not None:
-        label = torch.where(bad.index_select(0, joined[2]), exact, label)
+        label = _sum_of([_distances(number, l, v, d) for number, (l, v, d) in enumerate(zip(lines, valid, dims, strict=True))])
         joined = _joined(lines, label)
-        if _contradicting(lines, valid, joined, whole=whole) is not None:
+        bad = _contradicting(lines, valid, joined, whole=False)
+        if bad is not None:
+            label = torch.where(bad.index_select(0, joined[2]), _exact(lines), label)
+            joined = _joined(lines, label)
+            joined = joined if _contradicting(lines, valid, joined, whole=False) is None else None
+    if joined is None:
+        joined = _joined(lines, _exact(lines))
+        if _contradicting(lines, valid, joined, whole=True) is not None:
             # Two different lines with one fingerprint: each tap stays by itself.
-            count = label.numel()
-            joined = count, lines, torch.arange(count, device=label.device)
+            count = lines[0].shape[0]
+            joined = count, lines, torch.arange(count, device=lines[0].device)
     count, places, place = joined
     missing: list[list[torch.Tensor] | None] = [None] * len(dims[0].parts)
     if not whole and count < place.numel():
@@ -95,23 +96,20 @@ def _fingerprints(number: int, lines: torch.Tensor) -> torch.Tensor:
     return torch.mv(lines, weights) if lines.device.type == "cpu" else (lines * weights).sum(1)
 
 
-def _distances(
-    number: int, lines: torch.Tensor, valid: torch.Tensor, dim: Lines
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which lines keep the same distance from their rows, around the ends; a number for each distance; for the others, one each.
+def _exact(lines: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _sum_of([_fingerprints(number, own) for number, own in enumerate(lines)])
 
-    Places at the same distance are the same: there is one within the dimension at most.
+
+def _distances(number: int, lines: torch.Tensor, valid: torch.Tensor, dim: Lines) -> torch.Tensor:
+    """A number for how far from its row each line first leads, counted around the ends: it says what other rows read, if all
+    of them do at the same distance. Where rows are not counted along one dimension, a number for each line.
     """
-    weights = random_integers(-number - 1 + 2**20, -(2**62), 2**62, 2)
-    exact = _fingerprints(number, lines) * 2 + 1
     if not dim.counted:
-        whole = valid.any(1) & False
-        return whole, exact, exact
-    size = max(dim.size, 1)
-    far = torch.remainder(lines - torch.arange(lines.shape[1], device=lines.device), size)
-    least, most = (torch.where(valid, far, other) for other in (size, -1))
-    least, most = least.amin(1), most.amax(1)
-    return least == most, least * int(weights[0]) + int(weights[1]), exact
+        return _fingerprints(number, lines)
+    first = valid.to(torch.uint8).argmax(1, keepdim=True)
+    far = torch.remainder(lines.gather(1, first) - first, max(dim.size, 1)).squeeze(1)
+    weights = random_integers(2**20 + number, -(2**62), 2**62, 2)
+    return far * int(weights[0]) + int(weights[1])
 
 
 def _joined(lines: Sequence[torch.Tensor], label: torch.Tensor) -> tuple[int, list[torch.Tensor], torch.Tensor]:
