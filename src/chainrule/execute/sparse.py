@@ -357,7 +357,7 @@ def _execute_accounted(
 ) -> Found:
     """Plan anew, run, and put the account of it into the ledger."""
     with planning(tape):
-        planned = plan_sparse(tape, request, seeds=seeds)
+        planned = plan_sparse(tape, request, seeds=seeds, compare=True)
         plan = make_plan(planned)
     asked = Request("sparse", request.inputs, request.outputs, request.order)
     source = plan.values.runner.source_of  # type: ignore[union-attr]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from chainrule.maps.contract import expand_to, permute
@@ -53,37 +53,30 @@ def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Ter
         return term.having(onehots=(*rest, two), scale=scale)
     if not solutions:
         return None
-    positions, _, kept, unknown = min(solutions, key=lambda found: any(p < 0 for p in found[0]))
-    if all(p < 0 for p in positions):
+    positions, _, kept, unknown = min(solutions, key=lambda found: bool((found[0] < 0).any()))
+    if (positions < 0).all():
         return term.having(onehots=(*rest, kept), scale=0.0)
     return term.having(onehots=(*rest, kept, _listed(positions, kept.sources, unknown, space)))
 
 
-def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> list[int]:
+def _positions(solved: OneHot, kept: OneHot, unknown: Axis) -> numpy.ndarray:
     """For each position of the kept relation's source: where the solved one's source has the same target, or -1."""
     assert solved.affine is not None
     assert kept.affine is not None
     start, step = solved.affine
     first, stride = kept.affine[0] - start, kept.affine[1]
     count = kept.sources[0].size if kept.sources else 1
-    if stride and first % step == 0 and stride % step == 0:
-        places = range(first // step, first // step + stride // step * count, stride // step)
-        inside = range(unknown.size)
-        return [place if place in inside else -1 for place in places]
-    positions = []
-    for k in range(count):
-        place, left = divmod(first + stride * k, step)
-        positions.append(place if left == 0 and 0 <= place < unknown.size else -1)
-    return positions
+    places, left = numpy.divmod(first + stride * numpy.arange(count), step)
+    return numpy.where((left == 0) & (places >= 0) & (places < unknown.size), places, -1)
 
 
-def _listed(positions: Sequence[int], sources: tuple[Axis, ...], target: Axis, space: IndexSpace) -> OneHot:
+def _listed(positions: numpy.ndarray, sources: tuple[Axis, ...], target: Axis, space: IndexSpace) -> OneHot:
     if not sources:
-        return fixed_index(target, positions[0], space)
+        return fixed_index(target, int(positions[0]), space)
     index = listed_index(positions, space.device)
-    steps = {b - a for a, b in zip(positions, positions[1:], strict=False)} or {1}
-    partial = any(p < 0 for p in positions)
-    affine = (positions[0], steps.pop()) if not partial and len(steps) == 1 else None
+    steps = set(numpy.diff(positions).tolist()) or {1}
+    partial = bool((positions < 0).any())
+    affine = (int(positions[0]), steps.pop()) if not partial and len(steps) == 1 else None
     return OneHot(index, sources, target, partial, affine)
 
 

@@ -40,6 +40,10 @@ def inverse(permutation: torch.Tensor) -> torch.Tensor:
 
 def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
+    if 4 * left.numel() < right.numel():
+        # The shorter one is sorted.
+        second, first = join_equal(right, left)
+        return first, second
     order = torch.argsort(right, stable=True)
     ordered = right.index_select(0, order)
     low, high = torch.searchsorted(ordered, left), torch.searchsorted(ordered, left, right=True)

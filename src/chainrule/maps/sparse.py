@@ -47,6 +47,8 @@ _SOME = 3
 _DENSE = 4
 #: Arrays of up to so many elements, and triangles, are listed without the zeros that are known.
 _LITTLE = 1 << 10
+#: Where at most one entry in so many is not in a term by rows, such entries are one term.
+_FEW = 4
 #: Never more terms than this at one vertex.
 _MOST = 64
 
@@ -63,6 +65,7 @@ class SparseWorkspace(Workspace):
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
         everywhere: whether what ops choose by value is any element.
         limit: ops with more entries than this are not listed; None for any number.
+        by_rows: whether terms are kept by rows, some of which have no entries (see :mod:`chainrule.maps.row_form`).
         stacks: whether many terms become one over taps; not those of local Jacobians, whose products would multiply taps.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
@@ -89,6 +92,7 @@ class SparseWorkspace(Workspace):
         self.limit: int | None = None
         self.everywhere = False
         self.stacks = True
+        self.by_rows = False
         self._choices: set[int] = set()
         self.values: Sequence[Any] = ()
         self.zeros: dict[int, Places] | None = None
@@ -334,7 +338,7 @@ class SparseWorkspace(Workspace):
         for h in term.onehots:
             read = [s for s in h.sources if s in by_target]
             if read and all(s in final for s in read):
-                return term.having(onehots=tuple(self._chained(h, final) if o is h else o for o in term.onehots))
+                return term.having(onehots=tuple(self.chained(h, final) if o is h else o for o in term.onehots))
         if len(relations) < len(by_target):
             # Among those at the ends of chains, those that meet in most sources come first: all of their targets meet at once.
             twins = [several[:2] for several in by_target.values() if len(several) > 1]
@@ -342,30 +346,42 @@ class SparseWorkspace(Workspace):
             one, two = max(ends or twins, key=lambda pair: min(h.index.numel for h in pair))
             return self.coincide(term, one, two)
         outer = term.outer_axes()
-        factors = tuple(self._gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
+        factors = tuple(self.gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
         if not inner:
             return term.having(factors=factors) if factors != term.factors else None
+        kept = tuple(h for h in term.onehots if h.target in outer)
         for h in inner:
             if not self._concrete(h).partial:
                 continue
             index = self.read(h.index)
+            if self.by_rows and any(self._implies(o, h) for o in kept):
+                continue
             if len(h.sources) == 1 and h.sources[0].size > 1:
                 # The places that lead somewhere are all that is left of the source.
                 left = torch.nonzero(index >= 0).squeeze(1)
-                kept = Axis(left.numel())
-                here = OneHot(self.index(left), (kept,), h.sources[0])
-                inside = OneHot(self.index(index.index_select(0, left)), (kept,), h.target)
+                some = Axis(left.numel())
+                here = OneHot(self.index(left), (some,), h.sources[0])
+                inside = OneHot(self.index(index.index_select(0, left)), (some,), h.target)
                 others = tuple(o for o in term.onehots if o is not h)
-                if kept.size == 0:
+                if some.size == 0:
                     return term.having(onehots=others, scale=0.0)
                 return term.having(onehots=(*others, here, inside))
             factors = (*factors, mask_factor(h, self.dtype, self.memo))
-        kept = tuple(h for h in term.onehots if h.target in outer)
         sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
         return keep_count(term.having(factors=factors, onehots=kept), sources)
 
-    def _chained(self, outer: OneHot, final: dict[Axis, OneHot]) -> OneHot:
+    def _implies(self, outer: OneHot, inner: OneHot) -> bool:
+        """Whether the first relation has no target wherever the second has none, which is not often."""
+        if not set(inner.sources).issubset(outer.sources):
+            return False
+        names = {axis: number for number, axis in enumerate(outer.sources)}
+        missing = over_grid(inner, self, names) < 0
+        if 2 * int(missing.sum()) > missing.numel():
+            return False
+        return not bool((missing & (over_grid(outer, self, names) >= 0)).any())
+
+    def chained(self, outer: OneHot, final: dict[Axis, OneHot]) -> OneHot:
         """A relation whose sources are targets of others, as one from their sources."""
         grid, places, valid = self._places(outer.sources, final)
         index = self.read(outer.index).reshape(-1)
@@ -402,7 +418,7 @@ class SparseWorkspace(Workspace):
             stride *= axis.size
         return grid, places.expand(sizes), None if valid is None else valid.expand(sizes)
 
-    def _gathered(self, factor: Factor, final: dict[Axis, OneHot]) -> Factor:
+    def gathered(self, factor: Factor, final: dict[Axis, OneHot]) -> Factor:
         """A factor read at the sources of all targets that it carries; zero where there is no target."""
         targets = [axis for axis in factor.axes if axis in final]
         if len(targets) == 1 and not set(final[targets[0]].sources).intersection(factor.axes):
@@ -515,10 +531,24 @@ class SparseWorkspace(Workspace):
             terms = stacked(terms, self, _MANY)
         if len(terms) < _SOME:
             return tuple(terms)
+        if self.by_rows and (apart := self._few_apart(terms)) is not None:
+            return apart
         bare, restore = without_shared(terms)
         done = self._compress(bare)
         # A sum may be tied to what the shared relations have for sources: they are chained.
         return tuple(terms) if len(done) == len(terms) else tuple(settle(restore(term), self) for term in done)
+
+    def _few_apart(self, terms: Sequence[Term]) -> tuple[Term, ...] | None:
+        """Terms by rows as they are, and all others as one term; None where these are none, or more than a few entries."""
+        others = [term for term in terms if any(h.target in dim for h in term.onehots for dim in term.out_dims)]
+        few, count = sum(map(count_entries, others)), sum(map(count_entries, terms))
+        if len(others) == len(terms) or _FEW * few > count:
+            return None
+        if len(others) < 2:
+            return tuple(terms)
+        entries = [entries_of(term, self) for term in others]
+        added = summed(others[0].out_dims, others[0].in_dims, entries, listed(entries), self)
+        return (*(term for term in terms if not any(term is other for other in others)), added)
 
     def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         block = block_size(terms)

@@ -7,17 +7,16 @@ product, and not one for each term. Taps that lead all rows to the same places a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy
 import torch
 
 from chainrule.maps.compose import dense_factor
 from chainrule.maps.contract import expand_to
+from chainrule.maps.lines import Lines, join_lines, random_integers
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import entries_of, listed, summed
 from chainrule.maps.staging import Program, Staged
@@ -126,13 +125,14 @@ def _as_one(group: Sequence[_Taps], workspace: SparseWorkspace, many: int) -> Te
     if not open_dims:
         return None
     needed = [sorted({n for t in group for n in _rows_read(t, d)}) for d in open_dims]
-    read = list(zip(open_dims, needed, strict=True))
-    places = [[_places(t, d, own, workspace).reshape(t.number, -1) for d, own in read] for t in group]
-    kept, place = _distinct(places)
-    count = sum(lines.numel() for lines in kept)
-    if len(group) < many and count > _SAVING * place.numel():
+    lines = [
+        Lines([_places(t, d, own, workspace).reshape(t.number, -1) for t in group], _size(group, d), len(own) == 1)
+        for d, own in zip(open_dims, needed, strict=True)
+    ]
+    joined = join_lines(lines)
+    if len(group) < many and joined.count > _SAVING * joined.place.numel():
         return None
-    tap = Axis(count)
+    tap = Axis(joined.count)
     onehots: list[OneHot] = []
     in_dims: list[tuple[Axis, ...]] = []
     for d in dims:
@@ -141,21 +141,48 @@ def _as_one(group: Sequence[_Taps], workspace: SparseWorkspace, many: int) -> Te
             in_dims.append((rows[number],) if number >= 0 else ())
             continue
         number, target = open_dims.index(d), Axis(_size(group, d))
-        index = _chosen([own[number] for own in places], kept)
         own_rows = tuple(rows[n] for n in needed[number])
-        onehots.append(workspace.relation(index.reshape(count, *(a.size for a in own_rows)), (tap, *own_rows), target))
+        index = joined.places[number].reshape(tap.size, *(a.size for a in own_rows))
+        onehots.append(workspace.relation(index, (tap, *own_rows), target))
         in_dims.append((target,))
     taken = iter(rows)
     out_dims = tuple((next(taken),) if dim and dim[0].size != 1 else () for dim in group[0].term.out_dims)
-    factor = _values(group, rows, tap, place, workspace)
+    masks = [_mask(own, needed, rows) for own in joined.missing]
+    factor = _values(group, rows, tap, joined.place, masks, workspace)
     return workspace.canonical(Term(out_dims, tuple(in_dims), (factor,), tuple(onehots)))
+
+
+class _Mask(NamedTuple):
+    """Which taps have an entry in which rows.
+
+    Attributes:
+        rows: the numbers of the row axes on which it depends.
+        valid: truth values over taps and these.
+    """
+
+    rows: tuple[int, ...]
+    valid: torch.Tensor
+
+
+def _mask(
+    valid: Sequence[torch.Tensor] | None, needed: Sequence[Sequence[int]], rows: Sequence[Axis]
+) -> _Mask | None:
+    """The entries that are there, of those that are where they are along each dimension of the input."""
+    if valid is None:
+        return None
+    some = [(own, read) for own, read in zip(valid, needed, strict=True) if not bool(own.all())]
+    every = sorted({n for _, read in some for n in read})
+    whole = torch.ones((), dtype=torch.bool, device=valid[0].device)
+    for own, read in some:
+        whole = whole & own.reshape(-1, *(rows[n].size if n in read else 1 for n in every))
+    return _Mask(tuple(every), whole)
 
 
 def _meets_itself(term: Term, workspace: SparseWorkspace) -> bool:
     """Whether different taps lead many rows to the same places, by some of the rows."""
     tap = term.factors[0].axes[0]
     sizes = {axis: axis.size for h in term.onehots for axis in h.sources if axis is not tap}
-    chosen = {axis: _random(number, 0, size, _SAMPLE) for number, (axis, size) in enumerate(sizes.items())}
+    chosen = {axis: random_integers(number, 0, size, _SAMPLE) for number, (axis, size) in enumerate(sizes.items())}
     keys = torch.zeros((tap.size, _SAMPLE), dtype=torch.long, device=workspace.device)
     valid = torch.ones_like(keys, dtype=torch.bool)
     for onehot in term.onehots:
@@ -202,69 +229,15 @@ def _places(taps: _Taps, d: int, needed: Sequence[int], workspace: SparseWorkspa
     return index.reshape(shape).expand([axis.size for axis in axes]).reshape(taps.number, *sizes)
 
 
-def _distinct(places: Sequence[Sequence[torch.Tensor]]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Taps that lead to the same places as one.
-
-    Args:
-        places: for each term and each dimension of the input, the places over taps and rows.
-
-    Returns:
-        For each term, which of its taps are the first that lead where they lead; for every tap of all terms in order, which
-        of those it is.
-    """
-    label = torch.cat([sum(map(_fingerprint, range(len(own)), own), torch.zeros((), dtype=torch.long)) for own in places])
-    _, label = torch.unique(label, return_inverse=True)
-    first, place = _first_of(label)
-    starts = [0]
-    for own in places:
-        starts.append(starts[-1] + own[0].shape[0])
-    kept = [first[(first >= start) & (first < stop)] - start for start, stop in itertools.pairwise(starts)]
-    alike = all(
-        torch.equal(_chosen([own[d] for own in places], kept).index_select(0, place[start:stop]), places[number][d])
-        for d in range(len(places[0]))
-        for number, (start, stop) in enumerate(itertools.pairwise(starts))
-        if kept[number].numel() < stop - start
-    )
-    if alike:
-        return kept, place
-    # Two different lines with one fingerprint: each tap stays by itself.
-    every = [torch.arange(stop - start, device=place.device) for start, stop in itertools.pairwise(starts)]
-    return every, torch.arange(starts[-1], device=place.device)
-
-
-def _fingerprint(number: int, lines: torch.Tensor) -> torch.Tensor:
-    """A number for each line of a matrix, the same for the same line: a sum with random weights that wraps around."""
-    weights = _random(number, -(2**62), 2**62, lines.shape[1]).to(lines.device)
-    return torch.mv(lines, weights) if lines.device.type == "cpu" else (lines * weights).sum(1)
-
-
-def _random(seed: int, low: int, high: int, count: int) -> torch.Tensor:
-    """The same integers each time; a vmap around knows nothing of them."""
-    return torch.from_numpy(numpy.random.default_rng(seed).integers(low, high, count))
-
-
-def _chosen(lines: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Some lines of each of several matrices as one matrix."""
-    pairs = [(own, chosen) for own, chosen in zip(lines, kept, strict=True) if chosen.numel()]
-    return torch.cat([own if chosen.numel() == own.shape[0] else own.index_select(0, chosen) for own, chosen in pairs])
-
-
-def _first_of(label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The position of the first of each label, ascending; for each position, which of them has its label."""
-    count = int(label.max()) + 1
-    positions = torch.arange(label.numel(), device=label.device)
-    first = torch.full((count,), label.numel(), device=label.device).scatter_reduce_(0, label, positions, "amin")
-    first, order = first.sort()
-    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(count, device=label.device))
-    return first, rank.index_select(0, label)
-
-
 def _values(
-    group: Sequence[_Taps], rows: Sequence[Axis], tap: Axis, place: torch.Tensor, workspace: SparseWorkspace
+    group: Sequence[_Taps], rows: Sequence[Axis], tap: Axis, place: torch.Tensor, masks: Sequence[_Mask | None],
+    workspace: SparseWorkspace,
 ) -> Factor:
-    """The values of the sum over taps and those rows on which some term's values depend."""
+    """The values of the sum over taps and those rows on which some term's values depend; zero where masks are false."""
     factors = [_own_values(taps, workspace) for taps in group]
-    carried = sorted({taps.rows.index(a) for taps, f in zip(group, factors, strict=True) for a in f.axes if a in taps.rows})
+    read = {taps.rows.index(a) for taps, f in zip(group, factors, strict=True) for a in f.axes if a in taps.rows}
+    carried = sorted(read.union(*(mask.rows for mask in masks if mask is not None)))
+    valid = [None if m is None else m.valid.reshape(-1, *(rows[n].size if n in m.rows else 1 for n in carried)) for m in masks]
     orders, shapes = [], []
     for taps, factor in zip(group, factors, strict=True):
         axes = [*taps.taps, *(taps.rows[n] for n in carried)]
@@ -280,11 +253,13 @@ def _values(
 
     def compute(program: Program, *values: Staged) -> Staged:
         parts = []
-        for value, (have, want), shape, taps in zip(values, orders, shapes, group, strict=True):
+        for value, (have, want), shape, taps, kept in zip(values, orders, shapes, group, valid, strict=True):
             value = expand_to(value, have, want)
             if tuple(value.shape) != tuple(shape):
                 value = torch.broadcast_to(value, shape)
             value = torch.reshape(value, (taps.number, *sizes[1:]))
+            if kept is not None:
+                value = torch.where(program.constant(kept), value, 0.0)
             parts.append(value if value.dtype == workspace.dtype else value.to(workspace.dtype))
         if tap.size == place.numel():
             return program.call(torch.cat, parts)

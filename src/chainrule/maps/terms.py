@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy
 import torch
 
 from chainrule.maps.nodes import Node, reshaped
@@ -205,13 +206,17 @@ def constant_index(sizes: Iterable[int], make: Callable[[torch.device], torch.Te
 
 def listed_index(positions: Sequence[int], device: torch.device) -> Node:
     """The index node of a list of places."""
-    runs: list[list[int]] = []
-    for place in positions:
-        if runs and (runs[-1][2] == 1 or place == runs[-1][0] + runs[-1][1] * runs[-1][2]):
-            run = runs[-1]
-            run[1], run[2] = (place - run[0] if run[2] == 1 else run[1]), run[2] + 1
-        else:
-            runs.append([place, 0, 1])
+    places = numpy.asarray(positions, dtype=numpy.int64)
+    steps = numpy.diff(places)
+    changes = (numpy.flatnonzero(steps[1:] != steps[:-1]) + 1).tolist()
+    runs: list[tuple[int, int, int]] = []
+    first = 0
+    for change in [*changes, len(places) - 1]:
+        # The step at a change leads from one run to the next: that run may begin with it only.
+        if change >= first:
+            step = int(steps[first]) if change > first else 0
+            runs.append((int(places[first]), step, change - first + 1))
+            first = change + 1
 
     def make(wanted: torch.device) -> torch.Tensor:
         # Not torch.tensor, which puts a tensor of unknown origin into the record of a nest.

@@ -22,8 +22,11 @@ from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import build_graph
 from chainrule.plan.patterns import Key, read_node
 
-#: Where entries cost less than this each, colours are not tried: they would cost more to find than they could save.
-_LEAST_COST = 50.0
+#: What it costs to colour a matrix, for each of its entries, and to plan a compressed run, for each op, in multiply-adds: both
+#: are done once.
+_COLOURED, _TRACED = 1600.0, 4e6
+#: For so many runs what is done once pays.
+_RUNS = 32
 
 
 class Compression:
@@ -44,6 +47,7 @@ class Compression:
         self._shapes = {slot: tuple(tape.values[slot].shape) for slot in (*sources, *outputs)}
         self._sources, self._outputs = list(sources), list(outputs)
         self._graph = build_graph(tape, self._sources, self._outputs, self._workspace)
+        self.ops = len(self._graph.steps)
         self.rows = sum(math.prod(self._shapes[slot]) for slot in outputs)
         self.columns = sum(math.prod(self._shapes[slot]) for slot in sources)
 
@@ -99,11 +103,12 @@ def by_columns(
     Args:
         tape: the tape.
         keys: by slots of output and input, row times the number of columns plus column of the entries.
-        least: what they cost otherwise.
+        least: what they cost otherwise; infinite where colours are wanted in any case.
         dtype: the dtype of the maps.
         device: their device.
     """
-    if least < _LEAST_COST * sum(places.numel() for places in keys.values()):
+    least -= _COLOURED / _RUNS * sum(places.numel() for places in keys.values())
+    if least < 0:
         return None
     nodes: dict[Key, Node] = {}
     for source in dict.fromkeys(slot for _, slot in keys):
@@ -139,11 +144,12 @@ def by_stars(
         keys: by slots of output and input, row times the number of columns plus column of the entries.
         numbers: by the slots of outputs, the number of the input that they are derivatives with respect to.
         sources: the slots of the inputs.
-        least: what they cost otherwise.
+        least: what they cost otherwise; infinite where colours are wanted in any case.
         dtype: the dtype of the maps.
         device: their device.
     """
-    if not keys or least < _LEAST_COST * sum(places.numel() for places in keys.values()):
+    least -= _COLOURED / _RUNS * sum(places.numel() for places in keys.values())
+    if not keys or least < 0:
         return None
     outputs = sorted(numbers, key=lambda slot: numbers[slot])
     if [numbers[slot] for slot in outputs] != list(range(len(sources))):
@@ -210,10 +216,16 @@ def _stacked(tape: Any, keys: dict[int, torch.Tensor], columns: int) -> tuple[to
 
 def _most(work: Compression, fewest: int, least: float) -> int | None:
     """How many colours there may be at most for the compressed Jacobian to cost less; None if even the fewest cost more."""
-    costs = [elimination.measure(Candidate("colours", {(0, 0): work.compressed(n)})).cost for n in (fewest, fewest + 1)]
-    if costs[0] >= least:
+    if math.isinf(least):
+        return work.columns
+    least -= _TRACED / _RUNS * work.ops
+    if least < 0:
         return None
-    return fewest + int((least - costs[0]) / max(costs[1] - costs[0], 1.0))
+    cost = elimination.measure(Candidate("colours", {(0, 0): work.compressed(fewest)})).cost
+    if cost >= least:
+        return None
+    further = elimination.measure(Candidate("colours", {(0, 0): work.compressed(fewest + 1)})).cost
+    return fewest + int((least - cost) / max(further - cost, 1.0))
 
 
 __all__ = ["Compression", "by_columns", "by_stars", "star_places"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nonzeros import count_entries
+from chainrule.maps.row_form import in_rows
 from chainrule.maps.sparse import SparseWorkspace
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import Term, identity
@@ -34,6 +36,12 @@ from chainrule.plan.patterns import (
 from chainrule.plan.planner import make_workspace
 from chainrule.rules.zeros import static_zeros
 
+#: From so many vertices on between inputs and outputs, local Jacobians are held by rows.
+_CHAIN = 3
+#: Up to so many entries ``explain`` looks at what colours would cost.
+_SHOWN = 1 << 17
+#: Maps of a chain have about as many entries where none has more than this many times those of another.
+_EVEN = 1.5
 #: With more entries than this the second order is not tried: it would take longer than it could save.
 _LARGE = 1 << 22
 
@@ -207,7 +215,15 @@ def _condensed(tape: Any, graph: Graph, request: SparseRequest | Jacobian, works
     workspace.stacks = False
     found = condensed(graph, *_slots(request), _shapes(tape), workspace)
     workspace.stacks = True
-    return found
+    if len(elimination.inner_slots(found, *_slots(request))) < _CHAIN:
+        return found
+    # What is multiplied many times is held by rows.
+    workspace.by_rows = True
+    rows = Graph(order=found.order, steps=found.steps)
+    for target, incoming in found.into.items():
+        for source, local in incoming:
+            rows.add(source, target, in_rows(local, workspace))
+    return rows
 
 
 def _shapes(tape: Any) -> Callable[[int], tuple[int, ...]]:
@@ -221,6 +237,7 @@ def plan_sparse(
     seeds: Sequence[torch.Tensor] = (),
     *,
     masked: bool = True,
+    compare: bool = False,
 ) -> PlannedSparse:
     """Plan sparse maps on a finished tape (or several that are joined) and compute them once.
 
@@ -230,6 +247,7 @@ def plan_sparse(
         program: a program that made some of the tape's values, which the plan continues.
         seeds: the factors that an expression names.
         masked: whether the zeros of masks are left out of the pattern (see :class:`~chainrule.maps.sparse.SparseWorkspace`).
+        compare: whether ways that will not be taken are costed, too (for ``explain``).
     """
     if isinstance(request, SparseExpression):
         if isinstance(request.expression, Jacobian):
@@ -253,13 +271,27 @@ def plan_sparse(
         return request.numbers[request.outputs.index(key[0])], request.inputs.index(key[1])
 
     orders = ("reverse", "forward") if request.order == "auto" else (request.order,)
+    if request.order == "auto" and not compare and _is_even_chain(short):
+        orders = ("reverse",)
     candidates = _compared(orders, find, workspace)
     if request.symmetric and request.triangle is None:
         candidates.append(_one_triangle(candidates, position, workspace))
     if request.order == "auto":
         _add_coloured(tape, request, candidates, workspace)
+    others = _others(tape, request, candidates, workspace) if compare else []
     dtypes = {"input": lambda key: tape.values[key[1]].dtype, "output": lambda key: tape.values[key[0]].dtype}
-    return _settled(candidates, graph, workspace, dtypes.get(request.cast, lambda key: workspace.dtype))
+    planned = _settled(candidates, graph, workspace, dtypes.get(request.cast, lambda key: workspace.dtype))
+    planned.candidates.extend(others)
+    return planned
+
+
+def _is_even_chain(graph: Graph) -> bool:
+    """Whether the graph is a long chain of maps with about as many entries each: then both orders take the same products."""
+    into = [incoming[0][1] for incoming in graph.into.values() if len(incoming) == 1]
+    if len(into) < max(len(graph.into), _CHAIN) or any(len(outgoing) > 1 for outgoing in graph.out_of.values()):
+        return False
+    counts = [sum(map(count_entries, local.terms)) for local in into]
+    return max(counts) <= _EVEN * min(counts)
 
 
 Candidates = list[tuple[Candidate, Found]]
@@ -289,15 +321,35 @@ def _add_coloured(tape: Any, request: SparseRequest, candidates: Candidates, wor
     """Add the same entries from compressed columns, where that could cost less."""
     for kind in ("star colours", "colours"):
         best, found = min(candidates, key=lambda c: c[0].cost)
-        keys = {key: block.pattern.keys for key, block in found.items()}
-        nodes = None
-        if kind == "star colours" and request.symmetric:
-            numbers = dict(zip(request.outputs, request.numbers, strict=True))
-            nodes = by_stars(tape, keys, numbers, request.inputs, best.cost, workspace.dtype, workspace.device)
-        elif kind == "colours" and request.triangle is None:
-            nodes = by_columns(tape, keys, best.cost, workspace.dtype, workspace.device)
+        nodes = _coloured(kind, tape, request, found, best.cost, workspace)
         if nodes:
             candidates.append((elimination.measure(Candidate(kind, nodes)), found))
+
+
+def _coloured(
+    kind: str, tape: Any, request: SparseRequest, found: Found, least: float, workspace: SparseWorkspace
+) -> dict[Key, Node] | None:
+    """The entries from compressed columns; None where they are not told apart by these colours, or cost more."""
+    keys = {key: block.pattern.keys for key, block in found.items()}
+    if kind == "star colours" and request.symmetric:
+        numbers = dict(zip(request.outputs, request.numbers, strict=True))
+        return by_stars(tape, keys, numbers, request.inputs, least, workspace.dtype, workspace.device)
+    if kind == "colours" and request.triangle is None:
+        return by_columns(tape, keys, least, workspace.dtype, workspace.device)
+    return None
+
+
+def _others(tape: Any, request: SparseRequest, candidates: Candidates, workspace: SparseWorkspace) -> list[Candidate]:
+    """What compressed columns would cost, where they are not among the candidates."""
+    found = candidates[0][1]
+    if request.order != "auto" or sum(block.pattern.keys.numel() for block in found.values()) > _SHOWN:
+        return []
+    known = {candidate.name for candidate, _ in candidates}
+    made = {
+        kind: _coloured(kind, tape, request, found, math.inf, workspace)
+        for kind in ("star colours", "colours") if kind not in known
+    }  # fmt: skip
+    return [elimination.measure(Candidate(kind, nodes)) for kind, nodes in made.items() if nodes]
 
 
 def _settled(
