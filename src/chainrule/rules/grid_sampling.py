@@ -1,8 +1,9 @@
-"""``grid_sample``: each output mixes the inputs next to a place, which the grid names; linear and cubic interpolation, nearest places.
+"""``grid_sample``: each output mixes the inputs next to a place, which the grid names; linear, cubic and nearest interpolation.
 
-Along each dimension of space an output reads two taps (four for cubic interpolation, one for nearest places). So the local Jacobian with respect to the input
-has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid is dense over coordinates alone.
-Source of coordinates, paddings and their one-sided derivatives: ``aten/src/ATen/native/GridSamplerUtils.h``.
+Along each dimension of space an output reads two taps (four for cubic interpolation, one for nearest places). So the local
+Jacobian with respect to the input has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid
+is dense over coordinates alone. Source of coordinates, paddings and their one-sided derivatives:
+``aten/src/ATen/native/GridSamplerUtils.h``.
 """
 
 from __future__ import annotations
