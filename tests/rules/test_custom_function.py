@@ -209,3 +209,47 @@ def test_rows_of_an_action() -> None:
     for count in (0, 1, 3):
         torch.testing.assert_close(rows.through(lambda row: row.sin(), values[:count], (2,)), values[:count].sin())
     assert rows.is_mappable
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.int32, torch.float64])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_gradients_of_another_dtype_are_of_the_inputs(kept: torch.dtype, mapped: bool) -> None:
+    """As torch.autograd does, which converts what a backward returns; the values are whole numbers, exact in each dtype."""
+
+    class Doubled(torch.autograd.Function):
+        generate_vmap_rule = mapped
+
+        @staticmethod
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+            return (2 * cotangent).to(kept)
+
+    x = torch.tensor([1.0, -3.0, 2.0], **DOUBLE)
+    for transform in (chainrule.jacrev, chainrule.jacfwd, chainrule.jacobian):
+        for _ in range(2):
+            torch.testing.assert_close(transform(Doubled.apply)(x), 2 * torch.eye(3, **DOUBLE))
+    torch.testing.assert_close(chainrule.jvp(Doubled.apply, (x,), (x,))[1], 2 * x)
+    torch.testing.assert_close(chainrule.grad(lambda x: Doubled.apply(x).sum())(x), torch.full((3,), 2.0, **DOUBLE))
+    torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(Doubled.apply))(x[:, None]), torch.full((3, 1, 1), 2.0, **DOUBLE))
+
+
+def test_complex_gradients_of_real_inputs_are_refused() -> None:
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+            return torch.complex(cotangent, cotangent)
+
+    for transform in (chainrule.jacrev, chainrule.jacfwd):
+        with pytest.raises(RuntimeError, match="returned a complex gradient at index 0"):
+            transform(Turned.apply)(torch.ones(2, **DOUBLE))

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from chainrule.calls import FUNCTIONS, WITH_NUMBERS
 from chainrule.rules.batching import BATCHING, DATA_DEPENDENT, INPLACE
-from chainrule.rules.batching_base import BatchStrategy, is_composite
+from chainrule.rules.batching_base import BatchStrategy, checked_write, is_composite
 from chainrule.rules.batching_pointwise import align, align_inplace, align_kwargs
 from chainrule.rules.decompositions import DECOMPOSITIONS, LATE_DECOMPOSITIONS
 from chainrule.uncompiled import refusal_of_operators
@@ -96,7 +96,7 @@ class OpEntry:
             found: BatchStrategy | None = INPLACE.get(func)
             if found is None and pointwise and func._schema.arguments[0].is_write:
                 found = align_inplace
-            return found
+            return None if found is None else checked_write(found)
         strategy = BATCHING.get(func)
         if strategy is None and pointwise and self.kind == FUNCTIONAL:
             by_keyword = any(a.kwarg_only and "Tensor" in str(a.type) for a in func._schema.arguments)

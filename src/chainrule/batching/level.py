@@ -14,7 +14,7 @@ from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
 from chainrule.dispatch import LightMode, again, undispatched
 from chainrule.rules.batching import METADATA_INPLACE
-from chainrule.rules.batching_base import Batched, any_batched, logical_shape
+from chainrule.rules.batching_base import Batched, any_batched, logical_shape, refuse_lost_write
 
 
 class Level(LightMode):
@@ -150,6 +150,7 @@ class Level(LightMode):
             self.fallbacks.append(str(func))
             return self._wrap(loop_over_samples(func, inner, named, self.size))
         inner[0] = self.upgrade(args[0], func)
+        refuse_lost_write(func, inner[0].value)
         if entry.strategy is not None:
             entry.strategy(func, inner, named, self.size)
         elif entry.functional is not None:

@@ -335,11 +335,15 @@ class AliasTracker:
         chain = [tensor]
         link = self.links.get(id(tensor))
         while link is not None:
-            parent = link.parent
+            path = self._overlapping_path(link)
+            parent = path[-1].parent
             old = self.resolve(parent)
             if old is None:
                 old = tape.constant(parent)
-            slot = self._write_back(link, old, slot, parent)
+            if path[-1] is link and path[-1].op not in OVERLAPPING:
+                slot = self._write_back(link, old, slot, parent)
+            else:
+                slot = self._write_places(path, old, slot)
             chain.append(parent)
             link = self.links.get(id(parent))
         root, members = self._family(tensor)
@@ -351,6 +355,34 @@ class AliasTracker:
             tape.kept.append(member)
             tape.slots.pop(id(member), None)
         self.families[id(root)] = [m for m in members if id(m) in on_chain]
+
+    def _overlapping_path(self, link: Link) -> list[Link]:
+        """The link alone, or the links up to the last one above it whose view shows one place of memory several times."""
+        path, last = [link], 0
+        while (above := self.links.get(id(path[-1].parent))) is not None:
+            path.append(above)
+            if above.op in OVERLAPPING:
+                last = len(path) - 1
+        return path[: last + 1]
+
+    def _write_places(self, path: list[Link], old: int, slot: int) -> int:
+        """Record a tensor's new value where views between it and the written one show one place of memory several times.
+
+        Those between are read anew from it later: a write to one row of ``x.expand(3, n)`` is seen in all of them.
+        """
+        tape, parent = self.tape, path[-1].parent
+        if parent.ndim == 0:
+            return tape.record_value(aten.view.default, (slot,), ((),), {}, parent)
+        places = tape.outside(torch.arange, parent.numel(), device=parent.device).view(parent.shape)
+        for link in reversed(path):
+            if link.op in _OTHER_NUMBERS:
+                raise RuntimeError(f"chainrule: in-place write through views by {path[-1].op} and {link.op} is not supported")
+            places = tape.outside(link.op, places, *link.args, **link.kwargs)
+        indices = tuple(slot_object(tape.constant(i)) for i in torch.unravel_index(places, tuple(parent.shape)))
+        if not (tape.active[old] or tape.active[slot]):
+            return tape.constant(parent)
+        lowered = slot_object(old), indices, slot_object(slot)
+        return tape.record_lowered(aten.index_put.default, lowered, (), [parent])[0]
 
     def _write_back(self, link: Link, parent_slot: int, slot: int, parent: torch.Tensor) -> int:
         """Record the parent's new value: its old one with the view's new value written into it."""
@@ -439,6 +471,14 @@ SCATTERS: dict[Any, Any] = {
     aten.diagonal.default: aten.diagonal_scatter.default,
     aten.as_strided.default: aten.as_strided_scatter.default,
 }
+
+#: Views in which one place of memory may stand several times: a write to a part of one is seen in others.
+OVERLAPPING = frozenset({aten.expand.default, aten.unfold.default})
+
+#: Views of numbers as others, through which places cannot be followed.
+_OTHER_NUMBERS = frozenset({
+    aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default, aten.view.dtype, aten.detach.default,
+})  # fmt: skip
 
 #: By the identity of the op, whose own hash is slow.
 _SCATTERS = {id(op): scatter for op, scatter in SCATTERS.items()}

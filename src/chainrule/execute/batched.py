@@ -68,7 +68,7 @@ def stored_values(values: Sequence[Any], mode: VmapMode) -> Stored | None:
                 return None
         elif not isinstance(value, torch.Tensor):
             return None
-        if value.is_complex():
+        if value.is_complex() and value.is_conj():
             return None
         joined = joined or value.requires_grad
         tensors.append(value)

@@ -26,7 +26,7 @@ from chainrule.dispatch import undispatched, without_handlers, without_innermost
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
-from chainrule.rules.batching_base import Batched
+from chainrule.rules.batching_base import Batched, stands_for_view
 from chainrule.shortcuts import REAL, configure
 
 #: Calls with a signature before it is recorded, which takes as long as some tens of calls.
@@ -52,6 +52,8 @@ _OTHERS = frozenset(
 #: Numbers for what a signature says of a tensor: shape, dtype, strides, device.
 _NUMBERS: dict[Any, int] = {}
 _FREE_NUMBERS = itertools.count()
+
+_NUMERIC = (*REAL, torch.complex64, torch.complex128)
 
 #: Signatures of tensors with a graph are recorded on copies of them; of what is larger than this, in bytes, none are made.
 _LARGEST_COPY = 1 << 24
@@ -351,7 +353,7 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
 def _signature_number(value: Tensor) -> int | None:
     """The number of what a signature says of a tensor; None for one that is left to its own way."""
     dtype = value.dtype
-    if value.__class__ not in _TENSORS or dtype not in REAL or value.layout is not _strided:
+    if value.__class__ not in _TENSORS or dtype not in _NUMERIC or value.layout is not _strided or value.is_conj():
         return None
     key = (value.shape, dtype, value.stride(), value.device)
     found = _NUMBERS.get(key)
@@ -457,6 +459,8 @@ def _replay(
         if source in program.constants or source in inputs and found.slot == source:
             return None
         value, batched = leaf.value, leaf.batched
+        if stands_for_view(value):
+            return None
         shares = found.slot in program.views or found.slot in program.shares
         if not batched and (shares or joined or value.__class__ is not Tensor or value.requires_grad):
             return None

@@ -15,8 +15,57 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 BatchStrategy = Callable[[Any, Sequence[Any], dict[str, Any], int], Any]
+
+
+#: The memory of results that are copies where torch has views, by its address, as long as it lives.
+_COPIES: dict[int, StorageWeakRef] = {}
+_MOST_COPIES = 4096
+
+
+def stand_for_views(copy: Tensor) -> Tensor:
+    """Note that a tensor is a copy where torch has a view: what is written to it would be lost."""
+    if len(_COPIES) > _MOST_COPIES:
+        for key in [key for key, known in _COPIES.items() if known.expired()]:
+            del _COPIES[key]
+    if copy.__class__ is Tensor and copy.layout is torch.strided:
+        storage = copy.untyped_storage()
+        _COPIES[storage._cdata] = StorageWeakRef(storage)
+    return copy
+
+
+def stands_for_view(value: Tensor) -> bool:
+    """Whether a tensor shares the memory of such a copy."""
+    if not _COPIES or value.__class__ is not Tensor or value.layout is not torch.strided:
+        return False
+    known = _COPIES.get(value.untyped_storage()._cdata)
+    return known is not None and not known.expired()
+
+
+def refuse_lost_write(func: Any, value: Tensor) -> None:
+    """Raise where a write to a tensor would be to such a copy.
+
+    Raises:
+        RuntimeError: if the tensor shares its memory.
+    """
+    if stands_for_view(value):
+        raise RuntimeError(
+            f"vmap: {func} writes through a conjugated view (`conj()`, `mH`, or a part), which under chainrule.vmap is a copy. "
+            "Write to the tensor itself, or call `conj_physical()` in the place of `conj()`."
+        )
+
+
+def checked_write(strategy: BatchStrategy) -> BatchStrategy:
+    """A strategy of an op that writes to its first argument, which refuses what would be lost."""
+
+    def write(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+        if _COPIES and args and args[0].__class__ is Batched:
+            refuse_lost_write(func, args[0].value)
+        return strategy(func, args, kwargs, size)
+
+    return write
 
 
 class Batched:

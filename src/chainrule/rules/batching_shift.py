@@ -19,6 +19,7 @@ from chainrule.rules.batching_base import (
     mark,
     pad_rank,
     physical,
+    stand_for_views,
     wrap_dim,
 )
 
@@ -128,12 +129,12 @@ def identity_view(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: 
 
 def conjugate(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
     """_conj, at once: the wrapper could not show the lazy bit of the stored tensor."""
-    return Batched(aten.conj_physical.default(args[0].value))
+    return Batched(stand_for_views(aten.conj_physical.default(args[0].value)))
 
 
 def negate(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
     """_neg_view, at once."""
-    return Batched(aten.neg.default(args[0].value))
+    return Batched(stand_for_views(aten.neg.default(args[0].value)))
 
 
 def select(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:

@@ -132,8 +132,15 @@ class FunctionAction:
         return self._of_number(self.function.backward(context, *cotangents), like)
 
     def _of_number(self, result: Any, like: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of this input; of a shape that the input broadcasts to, it is summed, as torch.autograd does."""
+        """This gradient in its input's dtype; of a shape that the input broadcasts to, it is summed: as torch.autograd does."""
         found: torch.Tensor | None = result[self.number] if isinstance(result, (tuple, list)) else result
+        if found is not None and found.dtype != like.dtype:
+            if found.is_complex():
+                raise RuntimeError(
+                    f"chainrule: the backward of autograd.Function {self.function.__name__} returned a complex gradient at index "
+                    f"{self.number}, for an input of {like.dtype}"
+                )
+            found = found.to(like.dtype)
         if found is None or found.shape == like.shape:
             return found
         have, want = tuple(found.shape), tuple(like.shape)

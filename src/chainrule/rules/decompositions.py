@@ -197,7 +197,7 @@ def _margin_loss(parts: Callable[..., Any], otherwise: Callable[..., Any]) -> Ca
 
 _FROM_TORCH = """
     multi_margin_loss multilabel_margin_loss_forward binary_cross_entropy
-    binary_cross_entropy_with_logits soft_margin_loss grid_sampler_2d
+    binary_cross_entropy_with_logits soft_margin_loss
     addr renorm reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
     pixel_shuffle pixel_unshuffle channel_shuffle
 """.split()

@@ -1,8 +1,9 @@
-"""``grid_sample``: each output mixes the inputs next to a place, which the grid names; linear interpolation and nearest places.
+"""``grid_sample``: each output mixes the inputs next to a place, which the grid names; linear, cubic and nearest interpolation.
 
-Along each dimension of space an output reads two taps (one for nearest places). So the local Jacobian with respect to the input
-has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid is dense over coordinates alone.
-Source of coordinates, paddings and their one-sided derivatives: ``aten/src/ATen/native/GridSamplerUtils.h``.
+Along each dimension of space an output reads two taps (four for cubic interpolation, one for nearest places). So the local
+Jacobian with respect to the input has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid
+is dense over coordinates alone. Source of coordinates, paddings and their one-sided derivatives:
+``aten/src/ATen/native/GridSamplerUtils.h``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from chainrule.rules.base import Call, Edge, Rule, formula_node, single
 
 aten = torch.ops.aten
 
-_BILINEAR, _NEAREST = 0, 1
+_BILINEAR, _NEAREST, _BICUBIC = 0, 1, 2
+_TAPS = {_BILINEAR: 2, _NEAREST: 1, _BICUBIC: 4}
 _BORDER, _REFLECTION = 1, 2
 
 
@@ -44,6 +46,35 @@ def _reflected(place: Any, low: float, span: float) -> tuple[Any, Any]:
     return torch.where(is_even, rest + low, span + low - rest), torch.where(is_even, sign, -sign)
 
 
+def _cubic(share: Any) -> tuple[Any, Any]:
+    """Weights of the four taps next to a place (Keys' kernel, 1981, with a = -3/4, as in torch), and their derivatives."""
+    a = -0.75
+
+    def outer(x: Any) -> tuple[Any, Any]:
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a, (3 * a * x - 10 * a) * x + 8 * a
+
+    def inner(x: Any) -> tuple[Any, Any]:
+        return ((a + 2) * x - (a + 3)) * x * x + 1, (3 * (a + 2) * x - 2 * (a + 3)) * x
+
+    found = outer(share + 1), inner(share), inner(1 - share), outer(2 - share)
+    weights = torch.stack([weight for weight, _ in found], -1)
+    return weights, torch.stack([found[0][1], found[1][1], -found[2][1], -found[3][1]], -1)
+
+
+def _cubic_taps(place: Any, size: int, padding: int, align: bool, stretch: float) -> _Taps:
+    """Each tap is padded by itself: beyond a border it reads the border, or the reflected place."""
+    first = torch.floor(place)
+    weights, slopes = _cubic(place - first)
+    places: Any = torch.stack([first - 1, first, first + 1, first + 2], -1)
+    if padding == _REFLECTION:
+        places = _reflected(places, *((0.0, size - 1.0) if align else (-0.5, float(size))))[0]
+    if padding in (_BORDER, _REFLECTION):
+        return _Taps(torch.clamp(places, 0, size - 1).to(torch.long), weights, slopes * stretch)
+    inside = torch.logical_and(places >= 0, places < size)
+    found = torch.where(inside, places, 0.0).to(torch.long)
+    return _Taps(found, torch.where(inside, weights, 0.0), torch.where(inside, slopes * stretch, 0.0))
+
+
 def _taps(call: Call, program: Program, dim: int) -> _Taps:
     """The taps along a dimension of the input's space, the first of which is 0; the grid names the last one first."""
     item, grid, mode, padding, align = call.args[:5]
@@ -52,6 +83,8 @@ def _taps(call: Call, program: Program, dim: int) -> _Taps:
     place = torch.select(call.stage(program, grid), -1, len(space) - 1 - dim)
     stretch = (size - 1) / 2 if align else size / 2
     place = place * stretch + (size - 1) / 2
+    if mode == _BICUBIC:
+        return _cubic_taps(place, size, padding, align, stretch)
     slope: Any = None
     if padding == _REFLECTION:
         place, slope = _reflected(place, *((0.0, size - 1.0) if align else (-0.5, float(size))))
@@ -78,7 +111,7 @@ def _taps(call: Call, program: Program, dim: int) -> _Taps:
 def _input_term(call: Call) -> Term:
     out, whole = new_axes(call.out_shape), new_axes(call.shape(call.args[0]))
     samples, channels, *outputs = out
-    count = 1 if call.args[2] == _NEAREST else 2
+    count = _TAPS[call.args[2]]
     factors, relations = [], []
     for dim, target in enumerate(whole[2:]):
         axes = (samples, *outputs, Axis(count))
@@ -94,22 +127,22 @@ def _input_term(call: Call) -> Term:
 def _by_grid(call: Call, program: Program) -> Staged:
     """The derivative by the coordinates: an array ``(N, C, *out, dimensions of space)``."""
     samples, channels, *space = call.shape(call.args[0])
-    outputs, rank = call.out_shape[2:], len(space)
+    outputs, rank, count = call.out_shape[2:], len(space), _TAPS[call.args[2]]
     taps = [_taps(call, program, dim) for dim in range(rank)]
 
     def spread(array: Any, dim: int) -> Any:
         shape = [1] * rank
-        shape[dim] = 2
+        shape[dim] = count
         return torch.reshape(array, (samples, 1, *outputs, *shape))
 
     place: Any = None
     for dim, tap in enumerate(taps):
         own = spread(tap.places, dim)
         place = own if place is None else place * space[dim] + own
-    full = (samples, channels, math.prod(outputs) * 2**rank)
+    full = (samples, channels, math.prod(outputs) * count**rank)
     place = torch.broadcast_to(torch.reshape(place, (samples, 1, full[2])), full)
     values = torch.reshape(call.stage(program, call.args[0]), (samples, channels, math.prod(space)))
-    values = torch.reshape(torch.gather(values, 2, place), (samples, channels, *outputs, *([2] * rank)))
+    values = torch.reshape(torch.gather(values, 2, place), (samples, channels, *outputs, *([count] * rank)))
     found = []
     for coordinate in reversed(range(rank)):
         mixed = values
@@ -126,22 +159,17 @@ def _grid_sampler(call: Call) -> Iterable[Edge]:
         return
     if call.is_active(item):
         yield single(call, item, [_input_term(call)])
-    if call.is_active(grid) and mode == _BILINEAR:
+    if call.is_active(grid) and mode != _NEAREST:
         out, coordinates = new_axes(call.out_shape), Axis(len(call.out_shape) - 2)
         axes = (*out, coordinates)
         sizes = tuple(axis.size for axis in axes)
-        node = formula_node(call, sizes, lambda program: _by_grid(call, program), flops=math.prod(sizes) * 4)
+        node = formula_node(call, sizes, lambda program: _by_grid(call, program), flops=math.prod(sizes) * _TAPS[mode] ** 2)
         in_dims = ((out[0],), *((axis,) for axis in out[2:]), (coordinates,))
         yield single(call, grid, [Term(dims_of(out), in_dims, (Factor(node, axes),))])
 
 
 _RULE = Rule("resampling", _grid_sampler)
 
-#: Bicubic interpolation is recorded in its parts.
-WHOLE: dict[Any, Any] = {
-    aten.grid_sampler_2d.default: lambda args, kernels, is_active: args[2] in (_BILINEAR, _NEAREST)
-}
-
 RULES: dict[Any, Rule] = {aten.grid_sampler_2d.default: _RULE, aten.grid_sampler_3d.default: _RULE}
 
-__all__ = ["RULES", "WHOLE"]
+__all__ = ["RULES"]

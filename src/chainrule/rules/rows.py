@@ -100,7 +100,7 @@ def _grid_sampler(op: Any) -> Kernel:
             found: Sequence[Staged] = program.call(op, row, x, places, mode, padding, align, wanted)
             return found
 
-        return _several(call, ("input", "grid") if mode == 0 else ("input",), run)
+        return _several(call, ("input",) if mode == 1 else ("input", "grid"), run)
 
     return kernel
 

@@ -76,7 +76,7 @@ RULES: dict[Any, Rule] = _merged(FAMILIES)
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
 WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
-    **products.WHOLE, **layers.WHOLE, **losses.WHOLE, **grid_sampling.WHOLE
+    **products.WHOLE, **layers.WHOLE, **losses.WHOLE
 }
 
 

@@ -118,9 +118,7 @@ class Traced:
 
     def release(self, leaf: torch.Tensor) -> torch.Tensor:
         """An output as it leaves the transform: without a graph when gradients are off around it."""
-        if not self.grad_enabled and leaf.requires_grad:
-            return leaf.detach()
-        return leaf
+        return leaf if self.grad_enabled else _without_graph(leaf)
 
     def run(self, kind: str, order: str = "auto", seeds: tuple[int, ...] = (), tensors: tuple[torch.Tensor, ...] = (),
             cast: str = "input", outputs: list[int] | None = None,
@@ -164,6 +162,26 @@ class Traced:
 def block_request(source: int, slot: int, order: str, cast: str, alone: bool) -> Request:
     """The request for the Jacobian of one value with respect to another one."""
     return Request("jacobian", (source,), (slot,), order, (), cast, alone)
+
+
+def _without_graph(leaf: torch.Tensor) -> torch.Tensor:
+    """The same value without a graph, on its own or on the tensors that mappings have stored, and constant for reverse tapes.
+
+    A forward transform around this one sees through ``no_grad``, but not through ``detach``, which is not called for that reason.
+    """
+    if leaf.requires_grad:
+        with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
+            return aten.alias.default(leaf)
+    stored: Any = leaf
+    while stored.__class__ is BatchTensor:
+        stored = stored.value
+        if stored.requires_grad:
+            with torch.no_grad():  # autograd sees views of mappings there, too
+                return aten.clone.default(leaf)
+    if not torch._C._len_torch_dispatch_stack():
+        return leaf
+    with torch.no_grad():
+        return aten.alias.default(leaf)
 
 
 def fresh_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -295,9 +313,7 @@ def traced_run(
     if has_aux:
         output, aux = split_aux(output, transform, function)
         if not grad_enabled:
-            aux = tree_map(
-                lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf, aux
-            )
+            aux = tree_map(lambda leaf: _without_graph(leaf) if isinstance(leaf, torch.Tensor) else leaf, aux)
     numbers_to_values(tape)
     out_leaves, out_spec = ([output], LEAF) if output.__class__ is torch.Tensor else flatten_outputs(output, transform, function)
     if (watch := current_watch()) is not None:
