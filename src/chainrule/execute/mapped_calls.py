@@ -40,9 +40,12 @@ _UNRECORDED = 2
 _MOST = 4096
 
 #: The kinds of functions that are calls of torch. Of those in Python only torch's own are: others are entered.
-_CALLS = frozenset({
-    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.FunctionType,
-})  # fmt: skip
+_CALLS = frozenset(
+    {
+        types.BuiltinFunctionType, types.FunctionType, types.MethodDescriptorType, types.MethodWrapperType,
+        types.WrapperDescriptorType,
+    }
+)  # fmt: skip
 
 #: What stands for itself in a signature.
 _CONSTANTS = frozenset({bool, int, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -511,7 +514,7 @@ def _replay(
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
-    several = None if isinstance(result, BatchTensor) else type(result)
+    several: Any = None if isinstance(result, BatchTensor) else type(result)
     if several is not None and len(leaves) < len(result):
         several = _Missing(several, tuple([leaf is None for leaf in result]))
     return Replay(runner if joined else plain, tuple(kinds), several)
