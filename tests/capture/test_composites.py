@@ -97,6 +97,7 @@ TRANSFORMS = {
     "grad": lambda library, f, x: library.grad(lambda x: f(x).sin().sum())(x),
     "vjp": lambda library, f, x: library.vjp(f, x)[1](f(x).detach().cos()),
     "jvp": lambda library, f, x: library.jvp(f, (x,), (x.cos(),)),
+    "vmap": lambda library, f, x: _mapped(library, lambda x: f(x[None])[0], x),
     "vmap of grad": lambda library, f, x: _mapped(library, library.grad(lambda x: f(x[None]).sin().sum()), x),
     "grad of grad": lambda library, f, x: library.grad(lambda x: library.grad(lambda x: f(x).sin().sum())(x).cos().sum())(x),
 }
@@ -108,7 +109,7 @@ TRANSFORMS = {
 def test_every_call_is_right(name, transform, graph):
     module, x = _made(name)
     module.requires_grad_(graph)
-    for call in range(3):
+    for call in range(5 if transform == "vmap" else 3):  # the third one is recorded there
         found = TRANSFORMS[transform](chainrule, module, x)
         with oracle() as library:
             expected = TRANSFORMS[transform](library, module, x)
@@ -188,11 +189,14 @@ def test_dropout_draws_anew():
 
 
 def test_warnings_are_given_in_every_call():
-    y = torch.randn(3, 1, dtype=torch.float64)
-    for _ in range(3):
+    x, y = torch.ones(2, 3, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)
+    for _ in range(5):
         with pytest.warns(UserWarning, match="target size"):
-            found = chainrule.grad(lambda x: F.mse_loss(x, y))(torch.ones(3, dtype=torch.float64))
+            found = chainrule.grad(lambda x: F.mse_loss(x, y))(x[0])
         torch.testing.assert_close(found, 2 * (1 - y).mean().expand(3) / 3, **CLOSE)
+        with pytest.warns(UserWarning, match="target size"):
+            found = chainrule.vmap(lambda x: F.mse_loss(x, y))(x)
+        torch.testing.assert_close(found, (1 - y).square().mean().expand(2), **CLOSE)
 
 
 def test_writes_to_arguments_happen_in_every_call():

@@ -132,7 +132,9 @@ def _composed(
     return Composite(tuple(steps), _result(result, known), places, next(_NUMBERS)), added + len(constants)
 
 
-def _step(facts: OpFacts, args: tuple[Any, ...], origin: Any, how: bool | None, results: int | None, known: dict[int, int]) -> Step:
+def _step(
+    facts: OpFacts, args: tuple[Any, ...], origin: Any, how: bool | None, results: int | None, known: dict[int, int]
+) -> Step:
     given = [_argument(arg, known) for arg in args]
     spots = tuple([spot for spot, (_, place) in enumerate(given) if place is not None])
     places = tuple([given[spot][1] for spot in spots])

@@ -117,6 +117,8 @@ op_joins_whole(Handler *self, PyObject *facts, PyObject *args)
     int may = may_join();
     if (may > 0)
         may = joins_whole(self, facts, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args));
+    if (self->below != NULL && self->below != Py_None) /* the vmap below shows it to autograd */
+        return may;
     if (may > 0 && PyLong_AsLong(SLOT(facts, joining)) == LINEAR)
         may = !rank_is(PyTuple_GET_ITEM(args, 0), 1); /* see call_joined */
     return may;
@@ -156,7 +158,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             PyTuple_SET_ITEM(lowered, place, found);
     }
     if (seen.joined) {
-        int may = alone && named == empty ? op_joins_whole(self, facts, args) : 0;
+        int may = named == empty && (alone || stands_on_vmap(self)) ? op_joins_whole(self, facts, args) : 0;
         if (may <= 0) {
             out = may < 0 ? NULL : Py_NewRef(Py_NotImplemented);
             goto done;

@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import sys
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor
 from chainrule.batching.entries import OpEntry
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
+from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
 from chainrule.dispatch import undispatched, without_handlers, without_innermost, without_modes
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
+from chainrule.function_bodies import body_of
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.batching_base import Batched, stands_for_view
 from chainrule.shortcuts import REAL, configure
@@ -35,8 +39,13 @@ _UNRECORDED = 2
 #: Signatures that are kept; then all are forgotten.
 _MOST = 4096
 
-#: The kinds of functions that are calls of torch; what is written in Python is entered, so that the calls in it are taken.
-_CALLS = frozenset({types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType})
+#: The kinds of functions that are calls of torch. Of those in Python only torch's own are: others are entered.
+_CALLS = frozenset(
+    {
+        types.BuiltinFunctionType, types.FunctionType, types.MethodDescriptorType, types.MethodWrapperType,
+        types.WrapperDescriptorType,
+    }
+)  # fmt: skip
 
 #: What stands for itself in a signature.
 _CONSTANTS = frozenset({bool, int, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -116,6 +125,27 @@ class Replay(NamedTuple):
     several: Any
 
 
+class _Missing(NamedTuple):
+    """Makes the results of a list of tensors, with None where no tensor is.
+
+    Attributes:
+        kind: their class.
+        missing: where None stands.
+    """
+
+    kind: Any
+    missing: tuple[bool, ...]
+
+    def __call__(self, found: list[Any]) -> Any:
+        given = iter(found)
+        return self.kind([None if missing else next(given) for missing in self.missing])
+
+
+def _noting(function: Any, warned: list[bool]) -> Any:
+    """Note whether a function that is written in Python gives a warning."""
+    return warnings_noted(lambda: warned.append(True)) if function.__class__ is types.FunctionType else nullcontext()
+
+
 class MappedCalls:
     """The calls that are known, for all levels of vmap."""
 
@@ -136,6 +166,8 @@ class MappedCalls:
         """
         kind: Any = function.__class__
         if kind not in _CALLS or function in self._never or mode.graphs or _any_autocast():
+            return NotImplemented
+        if kind is types.FunctionType and (body_of(function) is None or sys.getprofile() is not None):
             return NotImplemented
         if kwargs and kwargs.get("out") is not None:  # a target that is the same for all samples gets other memory
             return NotImplemented
@@ -163,8 +195,11 @@ class MappedCalls:
             return self._record_joined(key, mode, function, args, kwargs, values)
         loops = len(mode.fallbacks)
         recorder = _recorder(values)
-        with without_innermost(), recorder, mode.resumed(guarded=True):
+        warned: list[bool] = []
+        with without_innermost(), recorder, mode.resumed(guarded=True), _noting(function, warned):
             result = function(*args, **(kwargs or {}))
+        if warned:  # which a replay would leave out
+            return result
         if result.__class__ is not BatchTensor and not _is_tensors(result) or _writes(function):
             self._never.add(function)
         elif len(mode.fallbacks) == loops:
@@ -187,9 +222,10 @@ class MappedCalls:
         named = {name: _bare(item, mode, copies) for name, item in (kwargs or {}).items()}
         loops = len(mode.fallbacks)
         recorder = _recorder([copies[id(value)] for value in values])
-        with without_innermost(), _same_random_numbers(values), recorder, mode.resumed(guarded=True):
+        warned: list[bool] = []
+        with without_innermost(), _same_random_numbers(values), recorder, mode.resumed(guarded=True), _noting(function, warned):
             found = function(*bare, **named)
-        if len(mode.fallbacks) > loops:
+        if len(mode.fallbacks) > loops or warned:
             del mode.fallbacks[loops:]
             return NotImplemented
         return self._keep_joined(key, _replay(function, recorder, found, mode, bare, kwargs, joined=True), mode, values)
@@ -200,7 +236,7 @@ class MappedCalls:
             self.known[key] = replay
             return NotImplemented
         result = _replayed(replay, mode, values)
-        leaves = [result] if isinstance(result, BatchTensor) else result
+        leaves = [result] if isinstance(result, BatchTensor) else [leaf for leaf in result if leaf is not None]
         if not all([leaf.value.requires_grad or not leaf.value.is_floating_point() for leaf in leaves]):
             return NotImplemented
         self.known[key] = replay
@@ -427,7 +463,9 @@ def _replay(
     """What was recorded as something that can be run again, if it can; where ``joined``, on tensors with a graph."""
     if not (isinstance(result, BatchTensor) or _is_tensors(result)):
         return None
-    leaves: list[Any] = [result] if isinstance(result, Tensor) else list(result)
+    leaves: list[Any] = [result] if isinstance(result, Tensor) else [leaf for leaf in result if leaf is not None]
+    if not leaves and len(result):
+        return None
     if not recorder.pure and not (leaves and function is torch.tensor):  # the recorder has not seen where its values come from
         return None
     if leaves and all([leaf.__class__ in _TENSORS for leaf in leaves]):
@@ -480,7 +518,10 @@ def _replay(
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
-    return Replay(runner if joined else plain, tuple(kinds), None if isinstance(result, BatchTensor) else type(result))
+    several: Any = None if isinstance(result, BatchTensor) else type(result)
+    if several is not None and len(leaves) < len(result):
+        several = _Missing(several, tuple([leaf is None for leaf in result]))
+    return Replay(runner if joined else plain, tuple(kinds), several)
 
 
 def _of_its_own(recorder: Recorder, leaf: BatchTensor) -> Staged | None:

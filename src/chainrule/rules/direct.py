@@ -27,8 +27,16 @@ def _dropout(run: Run, input: Tensor, p: float, train: bool) -> Any:
         return input
     if not input.is_cpu or not 0 < p < 1:  # accelerators have one kernel for it
         return NotImplemented
-    noise = run(aten.bernoulli_.float, run(aten.empty_like.default, input), 1 - p)
-    return run(aten.mul.Tensor, input, run(aten.div_.Tensor, noise, 1 - p))
+    noise = run(aten.empty_like.default, input)
+    if not _may_draw(input) or not input.is_contiguous():
+        return run(aten.mul.Tensor, input, run(aten.div_.Tensor, run(aten.bernoulli_.float, noise, 1 - p), 1 - p))
+    # Torch's own draw, which is in place, without a write: it gives memory in the order of the dimensions.
+    return run(aten.mul.Tensor, input, run(aten.div.Tensor, run(aten.bernoulli.p, noise, 1 - p), 1 - p))
+
+
+def _may_draw(input: Tensor) -> bool:
+    """Whether random numbers for a tensor are drawn as torch's composite kernels do, and by no vmap."""
+    return input.__class__ is Tensor and input.is_cpu and input.dtype.is_floating_point and input.numel() > 0
 
 
 def _layer_norm(
@@ -258,14 +266,16 @@ def _attention(
     run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    if mask is not None or dropout or enable_gqa:
+    draws = 0 < dropout < 1 and _may_draw(query) and query.dim() == key.dim() and key.numel() > 0
+    if mask is not None or enable_gqa or (dropout and not draws):
         return NotImplemented
     query = run(aten.mul.Tensor, query, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = run(aten.matmul.default, query, run(aten.transpose.int, key, -2, -1))
     if causal:
         keep = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool, device=query.device).tril()
         scores = run(aten.where.self, keep, scores, torch.full((), -math.inf, dtype=scores.dtype, device=query.device))
-    return run(aten.matmul.default, run(aten._softmax.default, scores, -1, False), value)
+    weights = _dropout(run, run(aten._softmax.default, scores, -1, False), dropout, True)
+    return run(aten.matmul.default, weights, value)
 
 
 def _flatten(run: Run, input: Tensor, start: int = 0, end: int = -1) -> Any:
