@@ -52,9 +52,9 @@ handler_run(Handler *self, PyObject *const *args, Py_ssize_t count)
 
 /* Fields of a route (chainrule.transforms.routes.Route), which is a tuple. */
 enum { R_FUNCTION, R_TYPE, R_FACTS, R_POLICY, R_RESPECT, R_REVERSE, R_KERNELS, R_NUMBER, R_KIND, R_EXTRAS, R_PLANS, R_EXTRA, R_DIMS,
-       R_CALLS, ROUTE_FIELDS };
-/* R_KIND: a Jacobian by a request of its own, a gradient, a nest. */
-enum { JACOBIAN, GRADIENT, NEST };
+       R_CALLS, R_SEEDS, R_NAME, ROUTE_FIELDS };
+/* R_KIND: a Jacobian by a request of its own, a gradient, a nest, a nest whose linear function is asked for. */
+enum { JACOBIAN, GRADIENT, NEST, LINEARIZED };
 /* Fields of a plan that is replayed here (CachedPlan.quick). */
 enum { Q_RUN, Q_NEEDS, Q_SPEC };
 /* From so many elements on a Jacobian may have to be computed in blocks (chainrule.transforms.jacobians). */
@@ -183,7 +183,7 @@ find_plan(PyObject *route, Handler *tape, PyObject *out, int grad, PyObject **pl
     PyObject *key = NULL, *inputs = NULL, *extra = extra_of(route, slot, grad), *known = extra == NULL ? NULL : PyList_AsTuple(tape->key);
     if (known == NULL || (inputs = PyList_AsTuple(tape->inputs)) == NULL || (key = PyTuple_Pack(3, known, inputs, extra)) == NULL)
         goto done;
-    if (PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)) != NEST) {
+    if (PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)) < NEST) {
         Py_SETREF(key, PyTuple_Pack(2, key, empty));
         if (key == NULL)
             goto done;
@@ -241,8 +241,8 @@ assembled(PyObject *found, PyObject *quick)
 static int
 fits_kind(long kind, PyObject *leaf, PyObject *out)
 {
-    if (kind == NEST || !is_tensor(out))
-        return kind == NEST;
+    if (kind >= NEST || !is_tensor(out))
+        return kind >= NEST;
     PyObject *dtype = GET(out, dtype);
     int fits = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
     Py_XDECREF(dtype);
@@ -264,6 +264,15 @@ fits_kind(long kind, PyObject *leaf, PyObject *out)
     return fits;
 }
 
+/* What a replay reads: a value of the tape, or a seed, of which the key is a pair; borrowed. */
+static PyObject *
+needed(Handler *tape, PyObject *seeds, PyObject *key)
+{
+    if (PyLong_CheckExact(key))
+        return PyList_GetItem(tape->values, PyLong_AsSsize_t(key));
+    return PyTuple_GetItem(seeds, PyLong_AsSsize_t(PyTuple_GET_ITEM(key, 1)));
+}
+
 /* Replay the plan of a run that nothing is around: 1 with the result; 0, with nothing done, if it is left to Python; -1 with an
  * error set. */
 static int
@@ -276,16 +285,16 @@ replay_run(PyObject *route, Handler *tape, PyObject *leaf, PyObject *out, int gr
     int found = find_plan(route, tape, out, grad, &plan, &quick);
     if (found <= 0)
         return found;
-    PyObject *needs = PyTuple_GET_ITEM(quick, Q_NEEDS);
+    PyObject *needs = PyTuple_GET_ITEM(quick, Q_NEEDS), *seeds = PyTuple_GET_ITEM(route, R_SEEDS);
     for (Py_ssize_t place = 0; found > 0 && place < PyTuple_GET_SIZE(needs); place++) {
-        PyObject *value = PyList_GetItem(tape->values, PyLong_AsSsize_t(PyTuple_GET_ITEM(needs, place)));
+        PyObject *value = needed(tape, seeds, PyTuple_GET_ITEM(needs, place));
         int graph = value == NULL ? -1 : (PyObject *)Py_TYPE(value) != c_tensor ? 1 : is_true_of(GET(value, requires_grad));
         found = graph < 0 ? -1 : !graph;
     }
     if (found > 0) {
         /* The values are let go as the plan has read them. */
         PyObject *spent = PyObject_CallOneArg(c_spent, tape->values);
-        PyObject *args[] = {spent, empty};
+        PyObject *args[] = {spent, seeds};
         found = spent == NULL || PyList_SetSlice(tape->values, 0, PyList_GET_SIZE(tape->values), NULL) < 0 ? -1 : 1;
         if (found > 0) {
             Py_CLEAR(tape->alias);
@@ -353,7 +362,8 @@ outcome_of(int found, PyObject *result, PyObject *mode, Handler *tape, PyObject 
     return Py_BuildValue("(OOOOOOO)", Py_False, mode, (PyObject *)tape, leaf, out, grad ? Py_True : Py_False, given);
 }
 
-/* call_alone(route, args, kwargs): (True, result, output of the function), (False, None, tape, leaf, output, whether gradients are
+/* call_alone(route, args, kwargs): (tape, leaf, output, whether gradients are on, plan or None, its `quick` or None) where the
+ * linear function of a nest is asked for. Of others (True, result, output of the function), (False, None, tape, leaf, output, whether gradients are
  * on, arguments) where the plan is left to Python, or NotImplemented with nothing done. */
 static PyObject *
 call_alone(PyObject *module, PyObject *const *args, Py_ssize_t count)
@@ -379,7 +389,15 @@ call_alone(PyObject *module, PyObject *const *args, Py_ssize_t count)
         Py_CLEAR(out);
     Py_XDECREF(given);
     Py_XDECREF(alias);
-    if (out != NULL) {
+    if (out != NULL && PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)) == LINEARIZED) {
+        PyObject *plan = NULL, *quick = NULL;
+        int found = find_plan(route, tape, out, grad, &plan, &quick);
+        if (found >= 0)
+            made = Py_BuildValue("(OOOOOO)", (PyObject *)tape, leaf, out, grad ? Py_True : Py_False, plan == NULL ? Py_None : plan,
+                                 quick == NULL ? Py_None : quick);
+        Py_XDECREF(plan);
+        Py_XDECREF(quick);
+    } else if (out != NULL) {
         int found = replay_run(route, tape, leaf, out, grad, &result);
         made = outcome_of(found, result, Py_None, tape, leaf, out, grad, args[1]);
     }
@@ -531,7 +549,7 @@ find_stored(Handler *mode, Handler *tape, PyObject *plan, PyObject *needs, PyObj
         goto done;
     found = 1;
     for (Py_ssize_t place = 0; found > 0 && place < PyTuple_GET_SIZE(needs); place++) {
-        PyObject *value = PyList_GetItem(tape->values, PyLong_AsSsize_t(PyTuple_GET_ITEM(needs, place)));
+        PyObject *value = needed(tape, empty, PyTuple_GET_ITEM(needs, place));
         found = value == NULL ? -1 : read_stored(mode, value, *tensors, parts);
     }
     if (found <= 0)

@@ -63,9 +63,9 @@ class CachedPlan:
     batched: dict[Any, tuple[Runner | None, list[bool]]] = field(default_factory=dict)
     staged: bool = False
     stages: Stages | None = None
-    #: For the compiled handlers, where the plan reads a run and nothing else: what replays it on plain tensors, the slots that it
-    #: reads, and the structure of its results (None for one result).
-    quick: tuple[Callable[..., Any], tuple[int, ...], Any] | None = None
+    #: For the compiled handlers: what replays the plan on plain tensors, what it reads, and the structure of its results (None
+    #: for one result); where it is in parts, its own.
+    quick: tuple[Any, ...] | None = None
 
     def structure(self) -> Any:
         """The structure of the results for `quick`; NotImplemented where they are put together otherwise."""
@@ -81,7 +81,7 @@ class CachedPlan:
                 self.runner = compile_program(*self.recorded)
                 whole = all([staged is not None for staged in self.recorded[1]])
                 self.recorded = None
-                if whole and not self.staged and all([key.__class__ is int for key in self.needs]):
+                if whole and not self.staged:
                     if (structure := self.structure()) is not NotImplemented:
                         self.quick = self.runner.plain, tuple(self.needs), structure  # type: ignore[attr-defined]
 

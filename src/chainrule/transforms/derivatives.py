@@ -100,13 +100,13 @@ def _routed(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (route := level.route) is None:
         made = None
         if not level.has_aux and mark_of(level.func) is None:
-            made = jacobian_route(level.func, level.argnums, "reverse", "input", scalar=True)
+            made = jacobian_route(level.func, level.name, level.argnums, "reverse", "input", scalar=True)
         elif mark_of(level.func) is not None:
             return NotImplemented  # the route is that of the nest
         route = level.route = made or False
     if route is False or route.kind != GRADIENT:
         return NotImplemented
-    traced, gradient, value = run_route(route, args, kwargs, level.name)
+    traced, gradient, value = run_route(route, args, kwargs)
     if traced is None:
         return gradient, value
     if traced is NotImplemented:

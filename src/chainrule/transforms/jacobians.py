@@ -368,10 +368,10 @@ def _jacobian_transform(
         traced: Any = NotImplemented
         if plain and not chunks.given and not has_aux:
             if (route := level.route) is None:
-                made = jacobian_route(func, argnums, order, cast, respect_no_grad=respect_no_grad)
+                made = jacobian_route(func, name, argnums, order, cast, respect_no_grad=respect_no_grad)
                 route = level.route = made or False
             if route:
-                traced, result, _ = run_route(route, args, kwargs, name)
+                traced, result, _ = run_route(route, args, kwargs)
                 if traced is None:
                     return result, None
         positions, single = resolve_argnums(argnums, len(args), name)

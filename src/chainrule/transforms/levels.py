@@ -233,3 +233,4 @@ class LinearPlan(NestPlan):
                     source = self.stages.source
                     read = [key for key, slot in source.program.inputs.items() if slot in source.used and key.__class__ is int]
                     self.kept = frozenset(read) | frozenset([place for place in self.sources if place is not None])
+                    self.quick = (self.stages,)

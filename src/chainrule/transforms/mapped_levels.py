@@ -38,7 +38,7 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         found = mapping.route = _route_of(mapping)
     if found is not False and not found[1].by_itself:
         route, level, chain = found
-        traced, result, mode = run_route(route, args, kwargs, chain.levels[0][0].name)
+        traced, result, mode = run_route(route, args, kwargs)
         if traced is None:
             return result
         if traced is not NotImplemented:

@@ -55,7 +55,7 @@ from chainrule.transforms.levels import (
     mark_of,
 )  # fmt: skip
 from chainrule.transforms.nest_parts import run_parts
-from chainrule.transforms.routes import NEST, Route, route_of, run_route
+from chainrule.transforms.routes import LINEARIZED, NEST, Route, route_of, run_linearized_route, run_route
 from chainrule.transforms.trace import PLAIN_CLASSES, Traced, trace
 from chainrule.transforms.vmap import Mapping
 
@@ -80,53 +80,90 @@ def run_nest(
     Returns:
         The result and the auxiliary output; ``(NO_NEST, None)`` when the caller has to go its usual way.
     """
-    if not seeds and (found := _routed(outer, args, kwargs)) is not NotImplemented:
+    if (found := _routed(outer, args, kwargs, seeds)) is not NotImplemented:
         return found, None
+    return _run_nest(outer, args, kwargs, seeds)
+
+
+def _run_nest(
+    outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+) -> tuple[Any, Any]:
     if current_ledger() is not None or functions_are_replaced() or (chain := chain_of(outer)) is None:
         return NO_NEST, None
     return _run_whole(chain, args, kwargs, seeds)
 
 
-def _routed(outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a nest by its route; NotImplemented, with nothing done, where it has none or this call does not fit."""
-    route = outer.route
-    if route is None:
-        route = outer.route = nest_route(chain_of(outer)) or False
+def _routed(
+    outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...], *, alone: bool = False
+) -> Any:
+    """The result of a nest by its route; NotImplemented, with nothing done, where it has none or this call does not fit.
+
+    It is NO_NEST where a run has shown that the levels have to be run one by one. With ``alone``, a transform of a plain function
+    is a nest of itself.
+    """
+    route = None if seeds else outer.route
     if route is False:
         return NotImplemented
-    traced, result, _ = run_route(route, args, kwargs, outer.name)
+    chain = None
+    if route is None:
+        chain = chain_of(outer)
+        if chain is None and alone and mark_of(outer.func) is None:
+            chain = Chain([[outer]], [], outer.has_aux)
+        route = nest_route(chain, count=len(args), seeds=seeds)
+        if outer.argnums is not None and not seeds:
+            outer.route = route or False
+        if route is None:
+            return NotImplemented
+    traced, result, _ = run_route(route, args, kwargs)
     if traced is None or traced is NotImplemented:
         return result if traced is None else traced
-    chain = chain_of(outer)
-    assert chain is not None
-    run = run_of(chain, traced)
-    return NotImplemented if run is None else finish_run(run, last=True)
+    if chain is None:
+        chain = chain_of(outer) or Chain([[outer]], [], outer.has_aux)
+    run = run_of(chain, traced, seeds)
+    return NO_NEST if run is None else finish_run(run, seeds, last=True)
 
 
-def nest_route(chain: Chain | None, dims: Any = None) -> Route | None:
-    """The route of a nest without mappings inside, whose levels all differentiate one argument; with ``dims`` in a vmap."""
+def nest_route(
+    chain: Chain | None, dims: Any = None, *, count: int | None = None, seeds: tuple[torch.Tensor, ...] = (), kind: int = NEST
+) -> Route | None:
+    """The route of a nest without mappings inside, whose levels all differentiate one argument; with ``dims`` in a vmap.
+
+    Args:
+        chain: the nest.
+        dims: the dimensions that the arguments are mapped over.
+        count: how many arguments there are, where levels may differentiate all of them; the route is for so many.
+        seeds: tangents that the outermost level reads; the route is for them.
+        kind: the kind of route.
+    """
     if chain is None or len(chain.levels) > 1 or chain.has_aux is not False:
         return None
     levels = chain.levels[0]
-    first = levels[0]
-    if any([level.argnums.__class__ is not int or level.argnums != first.argnums for level in levels]):
-        return None
-    places = tuple([(level.key, (first.argnums,), True) for level in levels])
+    number = 0 if levels[0].argnums is None else levels[0].argnums
+    for level in levels:
+        if level.argnums.__class__ is not int if level.argnums is not None else count != 1:
+            return None
+        if level.argnums is not None and level.argnums != number:
+            return None
+    places = tuple([(level.key, (number,), level.argnums is not None) for level in levels])
 
     def extra(slot: int, grad_enabled: bool) -> Any:
-        return (places, structure_key(PLAIN_ARGUMENT), structure_key(LEAF), (slot,), (), grad_enabled, False)
+        given = tuple([(seed.shape, seed.dtype) for seed in seeds])
+        return (places, *_PLAIN_KEYS, (slot,), given, grad_enabled, False)
 
-    return route_of(first.func, first.argnums, NEST, extra, respect_no_grad=len(levels) > 1 or first.respect_no_grad, dims=dims)
+    respects = len(levels) > 1 or levels[0].respect_no_grad
+    return route_of(levels[0].func, levels[0].name, number, kind, extra, respect_no_grad=respects, dims=dims, seeds=seeds)
 
 
-def run_of(chain: Chain, traced: Traced) -> Run | None:
+def run_of(chain: Chain, traced: Traced, seeds: tuple[torch.Tensor, ...] = ()) -> Run | None:
     """A run by the route of a nest, as it goes on; None where it cannot run as a whole."""
     levels = chain.levels[0]
     if (traced.tape.saw_blocked or traced.tape.hooks) and len(levels) > 1:
         return None
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
-    wanted: Any = [((levels[0].argnums,), True)] * len(levels)
-    return Run([Part(levels, wanted, traced)], traced.tape.values, *_cached(_key_of(levels, wanted, traced, ()), [traced.tape]))
+    number: Any = 0 if levels[0].argnums is None else levels[0].argnums
+    wanted = [((number,), level.argnums is not None) for level in levels]
+    key, cached = _cached(_key_of(levels, wanted, traced, seeds), [traced.tape])
+    return Run([Part(levels, wanted, traced)], traced.tape.values, key, cached)
 
 
 def run_planned(
@@ -137,7 +174,9 @@ def run_planned(
     Returns:
         The result and the auxiliary output.
     """
-    found = run_nest(level, args, kwargs, seeds)
+    found = _routed(level, args, kwargs, seeds, alone=True), None
+    if found[0] is NotImplemented:
+        found = _run_nest(level, args, kwargs, seeds)
     if found[0] is NO_NEST and current_ledger() is None and not functions_are_replaced():
         found = _run_whole(Chain([[level]], [], level.has_aux), args, kwargs, seeds)
     if found[0] is not NO_NEST:
@@ -166,6 +205,10 @@ def run_level(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     traced = trace(level.func, args, positions, kwargs, level.name, has_aux=level.has_aux, single=True)
     traced.alone = True
     return level.finish(traced, single), traced.aux
+
+
+#: What stands for the structures of one tensor as the argument and of one as the output in a key.
+_PLAIN_KEYS = structure_key(PLAIN_ARGUMENT), structure_key(LEAF)
 
 
 class _NotWhole(Exception):  # noqa: N818 - never leaves this module
@@ -452,6 +495,13 @@ def run_linearized(
         return None
     if (chain := chain_of(outer)) is None:
         return None
+    run = None
+    if (route := nest_route(chain, count=len(args), kind=LINEARIZED)) is not None:
+        traced, linear_plan = run_linearized_route(route, args, kwargs)
+        if linear_plan.__class__ is LinearPlan:
+            return _replayed(linear_plan, traced.tape.values, traced, [traced.tape])
+        if traced is not None and (run := run_of(chain, traced)) is None:
+            return None
 
     def finish(traced: Traced, single: bool) -> Any:
         found = linear(traced)
@@ -464,8 +514,7 @@ def run_linearized(
         return [*found.leaves], found.call(tuple(seeds)), found
 
     chain.levels[-1][-1] = Level(outer.func, outer.name, None, outer.has_aux, finish, outer.key)
-    run = run_innermost(chain, args, kwargs, ())
-    if run is None:
+    if run is None and (run := run_innermost(chain, args, kwargs, ())) is None:
         return None
     plan = run.cached
     if plan is None or plan.__class__ is Seen:
@@ -482,25 +531,26 @@ def run_linearized(
     if plan is _BY_LEVELS:
         whole: Linearized = run_parts(run.parts, ())
         return whole
-    return _replayed(plan, run)
+    values, run.values = run.values, []
+    return _replayed(plan, values, run.traced, [part.traced.tape for part in run.parts])
 
 
-def _replayed(plan: LinearPlan, run: Run) -> Linearized:
+def _replayed(plan: LinearPlan, found: list[Any], traced: Traced, tapes: Sequence[Tape]) -> Linearized:
+    """The output and the linear function of a run, whose values and tapes are given, by its plan."""
     if plan.stages is None:
         plan.compile()
     assert plan.stages is not None
     # Of the values of the run only those stay that the plan reads: the run serves nothing else.
     stages = plan.stages
-    values: list[Any] = [None] * len(run.values)
+    values: list[Any] = [None] * len(found)
     for slot in plan.kept:
-        values[slot] = run.values[slot]
-    traced = run.traced
+        values[slot] = found[slot]
     if (watch := current_watch()) is not None:
-        watch.let_go(run.values, {id(value) for value in values if value is not None})
-    run.values = []
-    for part in run.parts:
-        part.traced.tape.values = []
-        part.traced.tape.forget()
+        watch.let_go(found, {id(value) for value in values if value is not None})
+    for tape in tapes:
+        tape.values = []
+        tape.forget()
+    found.clear()
     prepared: dict[Any, tuple[Any, Any]] = {}
 
     def prepare() -> tuple[Any, Any]:

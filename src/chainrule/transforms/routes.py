@@ -16,11 +16,11 @@ from chainrule.execute import engine
 from chainrule.execute.mapped_calls import CALLS
 from chainrule.rules.table import POLICY
 from chainrule.shortcuts import call_alone, call_mapped
-from chainrule.transforms.arguments import PLAIN_ARGUMENT
-from chainrule.transforms.trace import block_request, traced_run
+from chainrule.transforms.arguments import LEAF, PLAIN_ARGUMENT
+from chainrule.transforms.trace import Traced, block_request, traced_run
 
 #: What the plan of a route belongs to, as the compiled handlers number it.
-JACOBIAN, GRADIENT, NEST = range(3)
+JACOBIAN, GRADIENT, NEST, LINEARIZED = range(4)
 
 
 class Route(NamedTuple):
@@ -35,12 +35,14 @@ class Route(NamedTuple):
         reverse: likewise.
         kernels: likewise.
         number: which argument is differentiated.
-        kind: ``JACOBIAN``, ``GRADIENT`` (both by one request), or ``NEST``.
+        kind: ``JACOBIAN``, ``GRADIENT`` (both by one request), ``NEST``, or ``LINEARIZED`` (under ``vjp`` or ``linearize``).
         extras: what the key of a plan holds beside the run: by twice the slot of the output, and one more with gradients on.
         plans: the plans that are known, by their keys.
         extra: makes an entry of ``extras`` of the slot and of whether gradients are on.
         dims: the dimension that each argument is mapped over (or all), for a vmap.
         calls: what a level of vmap knows of earlier calls.
+        seeds: the tangents that the outermost transform was given; such a route serves one call.
+        name: the name of the innermost transform, for messages.
     """
 
     function: Callable[..., Any]
@@ -57,10 +59,13 @@ class Route(NamedTuple):
     extra: Callable[[int, bool], Any]
     dims: Any = None
     calls: Any = None
+    seeds: tuple[Any, ...] = ()
+    name: str = ""
 
 
 def route_of(
     function: Callable[..., Any],
+    name: str,
     number: Any,
     kind: int,
     extra: Callable[[int, bool], Any],
@@ -68,18 +73,26 @@ def route_of(
     respect_no_grad: bool = True,
     kernels: bool = False,
     dims: Any = None,
+    seeds: tuple[Any, ...] = (),
 ) -> Route | None:
     """The route of a transform, see there; None where it has none: it differentiates more than one argument, by one number."""
     if not KNOWS_STATE or number.__class__ is not int or number < 0:
         return None
     return Route(
         function, Tape, facts_of(POLICY), POLICY, respect_no_grad, respect_no_grad, kernels, number, kind, {}, engine.CACHE.plans,
-        extra, dims, CALLS,
+        extra, dims, CALLS, seeds, name,
     )  # fmt: skip
 
 
 def jacobian_route(
-    function: Callable[..., Any], number: Any, order: str, cast: str, *, respect_no_grad: bool = True, scalar: bool = False
+    function: Callable[..., Any],
+    name: str,
+    number: Any,
+    order: str,
+    cast: str,
+    *,
+    respect_no_grad: bool = True,
+    scalar: bool = False,
 ) -> Route | None:
     """The route of a Jacobian, or of the gradient of a scalar, of a function that is no transform's."""
 
@@ -87,17 +100,16 @@ def jacobian_route(
         return block_request(0, slot, order, cast, True)
 
     kind = GRADIENT if scalar else JACOBIAN
-    return route_of(function, number, kind, extra, respect_no_grad=respect_no_grad, kernels=scalar)
+    return route_of(function, name, number, kind, extra, respect_no_grad=respect_no_grad, kernels=scalar)
 
 
-def run_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, Any, Any]:
+def run_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Run a transform.
 
     Args:
         route: its route.
         args: the user's arguments.
         kwargs: the user's keyword arguments.
-        name: the transform's name, for messages.
 
     Returns:
         The run, where it has to go on in Python, None, and the level of vmap that it belongs to; None, the result, and the output
@@ -109,5 +121,20 @@ def run_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], name:
     if found[0]:
         return None, found[1], found[2]
     _, mode, tape, leaf, output, grad_enabled, _ = found
-    traced = traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], route.function, name, grad_enabled)
+    traced = traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], route.function, route.name, grad_enabled)
     return traced, None, mode
+
+
+def run_linearized_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Run a nest under ``vjp`` or ``linearize``, as :func:`run_route`.
+
+    Returns:
+        The run and its plan, if that is known; two Nones, with nothing done, where it has to go its usual way.
+    """
+    found = call_alone(route, args, kwargs)
+    if found is NotImplemented:
+        return None, None
+    tape, leaf, output, grad_enabled, plan, _ = found
+    if plan is None:
+        return traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], route.function, route.name, grad_enabled), None
+    return Traced(tape, [leaf], PLAIN_ARGUMENT, [0], [output], LEAF, [tape.slots[id(output)]], None, grad_enabled, [None]), plan
