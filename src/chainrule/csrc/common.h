@@ -6,7 +6,7 @@ enum { NO_KIND = 0, VMAP = 1, TAPE = 2 };
 /* OpFacts.joining. */
 enum { PARTS, WHOLE, LINEAR, MATMUL };
 
-enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, KEEPS, FIELDS };
+enum { CALL, OP, NUMBER_OP, FEWEST, MOST, NUMBERS, POINTWISE, MAPPED, KEEPS, WRITES, FIELDS };
 
 typedef struct {
     PyObject_HEAD
@@ -40,7 +40,7 @@ typedef struct {
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
-    X(over) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(put_op) X(put) X(setitem)
+    X(over) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(put_op) X(written) X(put) X(setitem)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)

@@ -24,6 +24,7 @@
 #include "calls.h"
 #include "ops.h"
 #include "index.h"
+#include "memory.h"
 #include "writes.h"
 #include "conversions.h"
 #include "entry.h"

@@ -25,6 +25,8 @@ from chainrule.capture.recorder import Recorder
 from chainrule.dispatch import undispatched, without_handlers, without_innermost, without_modes
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
+from chainrule.function_arguments import READINGS
+from chainrule.function_bodies import body_of
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.batching_base import Batched
 from chainrule.shortcuts import REAL, configure
@@ -35,7 +37,7 @@ _UNRECORDED = 2
 #: Signatures that are kept; then all are forgotten.
 _MOST = 4096
 
-#: The kinds of functions that are calls of torch; what is written in Python is entered, so that the calls in it are taken.
+#: The kinds of functions that are calls of torch. What torch has in Python is one call, too; other functions are entered.
 _CALLS = frozenset({types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType})
 
 #: What stands for itself in a signature.
@@ -122,6 +124,8 @@ class MappedCalls:
         self.known: dict[Any, Replay | int | None] = {}
         # Functions that return no tensors, or write.
         self._never: set[Any] = set(_OTHERS)
+        # Torch's functions that are written in Python, which the compiled handlers replay as well once they are known.
+        self.written: set[Any] = set()
 
     def __call__(self, mode: VmapMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """Call a function of mapped tensors; NotImplemented, with nothing done, leaves it to its own way.
@@ -133,7 +137,8 @@ class MappedCalls:
             kwargs: its keyword arguments.
         """
         kind: Any = function.__class__
-        if kind not in _CALLS or function in self._never or mode.graphs or _any_autocast():
+        written = kind is types.FunctionType and (function in READINGS or body_of(function) is not None)
+        if not (written or kind in _CALLS) or function in self._never or mode.graphs or _any_autocast():
             return NotImplemented
         if kwargs and kwargs.get("out") is not None:  # a target that is the same for all samples gets other memory
             return NotImplemented
@@ -142,7 +147,7 @@ class MappedCalls:
         if key is None:
             return NotImplemented
         joined = _have_graphs(values)
-        if joined and not _grad_enabled():
+        if joined and (written or not _grad_enabled()):  # what stops derivatives inside of Python is not known
             return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
@@ -169,6 +174,8 @@ class MappedCalls:
             after: list[Tensor] = []
             _signature(function, mode, args, kwargs, after)
             same = len(after) == len(values) and all(map(operator.is_, after, values))  # else an argument was written
+            if written:
+                self.written.add(function)
             self.known[key] = _replay(function, recorder, result, mode, args, kwargs, joined=False) if same else None
         return result
 
@@ -521,5 +528,5 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
 CALLS = MappedCalls()
 configure(
     wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size,
-    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype,
+    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype, written=CALLS.written,
 )
