@@ -32,6 +32,7 @@ from chainrule.functions import (
     REQUIRES_GRAD,
     SHAPED,
     TABLE,
+    WRITERS,
 )
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import AUTOCAST_KEYS, FLOATING, REAL, Handler, configure, set_excluded
@@ -115,12 +116,12 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[at
 _QUERY, _MAKES_NEW = 1, 2
 
 
-def _entries() -> dict[Any, tuple[Any, Any, int]]:
-    """What is known of each function in one place: its entry in the table and its reading, or None, and the sorts it is of."""
+def _entries() -> dict[Any, tuple[Any, Any, int, Any]]:
+    """What is known of each function in one place: its entries in the tables, or None, and the sorts it is of."""
     queries = FACTS - {REQUIRES_GRAD}
     return {
-        func: (TABLE.get(func), READINGS.get(func), _QUERY * (func in queries) + _MAKES_NEW * (func in FRESH))
-        for func in {*TABLE, *READINGS, *queries, *FRESH}
+        func: (TABLE.get(func), READINGS.get(func), _QUERY * (func in queries) + _MAKES_NEW * (func in FRESH), WRITERS.get(func))
+        for func in {*TABLE, *READINGS, *queries, *FRESH, *WRITERS}
     }
 
 

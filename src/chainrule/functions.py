@@ -33,6 +33,7 @@ class Function(NamedTuple):
             dimension of its first argument.
         keeps: whether the result has the dtype, the shape and the layout of the arguments where these are of one
             floating-point dtype, one shape and contiguous (a number beside them changes nothing).
+        writes: whether it writes its result to the first argument, which it returns.
     """
 
     call: Callable[..., Any]
@@ -44,6 +45,7 @@ class Function(NamedTuple):
     pointwise: bool = True
     mapped: bool = True
     keeps: bool = False
+    writes: bool = False
 
 
 _UNARY = (
@@ -58,6 +60,9 @@ _ACTIVATIONS: dict[Any, Any] = {
     F.relu: aten.relu.default,
     F.silu: aten.silu.default,
 }
+
+#: Operators in place.
+_IN_PLACE = {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div"}
 
 _BINARY = ("add", "sub", "mul", "div")
 
@@ -98,8 +103,22 @@ def _table() -> dict[Any, Function]:
     return found
 
 
+def _writers() -> dict[Any, Function]:
+    found: dict[Any, Function] = {}
+    for name in _UNARY:
+        if (method := getattr(torch.Tensor, f"{name}_", None)) is not None:
+            found[method] = Function(method, getattr(aten, f"{name}_").default, writes=True)
+    for name in _BINARY:
+        method, op = getattr(torch.Tensor, f"{name}_"), getattr(aten, f"{name}_").Tensor
+        found[method] = Function(method, op, op, 2, 2, numbers=True, writes=True)
+    return found
+
+
 #: By the function as torch shows it to a function mode.
 TABLE = _table()
+
+#: Those that write to their first argument, element by element; a vmap calls them on stored tensors.
+WRITERS = _writers()
 
 def methods() -> dict[str, Function]:
     """The element-by-element functions that tensors have as methods, the operators among them, by name."""
@@ -110,6 +129,8 @@ def methods() -> dict[str, Function]:
         "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div", "__pow__": "pow",
     }  # fmt: skip
     operators |= {f"__{name}__": name for name in _COMPARISONS}
+    found |= {function.__name__: entry for function, entry in WRITERS.items()}
+    found |= {f"__i{name}__": WRITERS[getattr(torch.Tensor, f"{function}_")] for name, function in _IN_PLACE.items()}
     return found | {operator: TABLE[getattr(torch, name)] for operator, name in operators.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +211,28 @@ def test_stale_saved_tensor_is_noticed() -> None:
 def test_in_place_shape_is_that_of_the_sample() -> None:
     with pytest.raises(RuntimeError, match="shape"):
         vmap(lambda x: x.clone().add_(torch.ones(1, 3)))(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("other", ["number", "vector", "batched", "itself", "short"])
+def test_arithmetic_in_place(other: str) -> None:
+    """The tensor that was written is returned, and the memory of the caller changes where torch's does."""
+    vector = torch.rand(4)
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        beside: Any = {"number": 1.5, "vector": vector, "batched": y, "itself": x, "short": y[0]}[other]
+        z = x.clone()
+        part = z[0]
+        assert z.add_(beside) is z
+        z *= 2
+        assert z.sub_(beside).sqrt_() is z
+        z /= 3.0
+        x.mul_(beside)
+        return z, part, x + 1
+
+    for _ in range(4):
+        x, y = torch.rand(3, 2, 4) + 1, torch.rand(3, 2, 4) / 4
+        own, torchs = x.clone(), x.clone()
+        found, expected = vmap(function)(own, y), torch.vmap(function)(torchs, y)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, equal_nan=True)
+        torch.testing.assert_close(own, torchs)

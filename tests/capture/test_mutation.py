@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 import chainrule
 
@@ -531,3 +532,41 @@ def test_a_masked_write_per_sample():
         torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(masked))(batch), torch.diag_embed(slope))
         found = chainrule.vmap(chainrule.hessian(lambda x: masked(x).sum()))(batch)
         torch.testing.assert_close(found, torch.diag_embed(curvature))
+
+
+@pytest.mark.parametrize("inplace", [lambda x: F.dropout(x, 0.5, inplace=True), lambda x: F.alpha_dropout(x, 0.4, True, inplace=True)])
+def test_values_dropped_in_place(inplace):
+    """What dropout keeps of a tensor that it writes to has a derivative."""
+
+    def loss(x):
+        return (inplace(x * 1.0) ** 2).sum()
+
+    for seed in range(3):
+        x = torch.rand(6, dtype=torch.float64)
+        torch.manual_seed(seed)
+        expected = torch.func.grad(loss)(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(chainrule.grad(loss)(x), expected)
+
+
+@pytest.mark.parametrize("made", [torch.zeros, torch.ones, lambda *shape, dtype: torch.rand(5, 3, dtype=dtype).t()[:, :4].t()])
+def test_rows_of_a_constant_assigned(made):
+    """Memory that was no value of the run becomes one with the first write through a view, and constants beside it stay constants."""
+    weights = torch.rand(4, 3, dtype=torch.float64)
+
+    def loss(x):
+        kept = made(4, 3, dtype=torch.float64) * 1
+        part = kept[1:]
+        kept[0] = x[1] * weights[0]
+        part[1, 2] = x.sum()
+        part[2] = 1.5
+        weights[1:].sum()
+        kept[:, 1] += weights[:, 1]
+        return (kept**2).sum() + (part**3).sum() + (kept[0] * weights[1]).sum()
+
+    for _ in range(3):
+        x = torch.rand(3, 3, dtype=torch.float64)
+        torch.manual_seed(1)
+        expected = torch.func.grad(loss)(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(chainrule.grad(loss)(x), expected)

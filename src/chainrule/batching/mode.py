@@ -15,7 +15,7 @@ from chainrule.batching.arguments import Stored, needs_guard, refuse_hidden_back
 from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.level import Level
-from chainrule.batching.random import run_random
+from chainrule.batching.random import drop, run_random
 from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.calls import shared_constant
 from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, again
@@ -31,6 +31,7 @@ if KNOWS_STATE:
     for _name, _function in methods().items():
         setattr(BatchTensor, _name, Method(_function, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
+_DROPOUT = torch.ops.aten.dropout.default
 _WITH_GRAPHS = (Tensor, torch.nn.Parameter)
 
 class VmapMode(Level):
@@ -249,6 +250,10 @@ class VmapMode(Level):
             return NotImplemented
         entry = _ENTRIES.get(id(op)) or entry_of(op)
         strategy = entry.strategy
+        if op is _DROPOUT and self.below is None and not (self._always_guard or self.graphs):
+            out = drop(self, *args) if len(args) == 3 else NotImplemented
+            if out is not NotImplemented:
+                return out
         if strategy is None or entry.random or self._always_guard or self.graphs:
             return NotImplemented
         stored = Stored(self)

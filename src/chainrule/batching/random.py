@@ -46,6 +46,29 @@ def run_random(
     return mode._wrap(_different(mode, func, inner, named))
 
 
+def drop(mode: Any, tensor: Any, share: float, training: bool) -> Any:
+    """Dropout as the parts that torch has it in, on the stored tensor; NotImplemented, with nothing drawn, for what is not plain.
+
+    Args:
+        mode: the level, the only mode.
+        tensor: a tensor of it.
+        share: of the values that are dropped.
+        training: whether any are.
+    """
+    inner = getattr(tensor, "inner", None)
+    if inner.__class__ is not Batched or tensor.level is not mode:
+        return NotImplemented
+    if not training or share == 0:
+        return tensor
+    value = inner.value
+    plain = value.__class__ is Tensor and value.is_cpu and value.is_contiguous() and value.is_floating_point()
+    if not plain or value.requires_grad or not 0 < share < 1 or mode.randomness not in ("same", "different"):
+        return NotImplemented
+    shape = value.shape if mode.randomness == "different" else value.shape[1:]
+    noise = torch.empty(shape, dtype=value.dtype).bernoulli_(1 - share).div_(1 - share)
+    return mode._wrap(Batched(value * noise))
+
+
 def _draws_nothing(func: Any, inner: Sequence[Any], named: dict[str, Any]) -> bool:
     """Dropout outside training, attention without dropout."""
     bound = bind(func, inner, named)

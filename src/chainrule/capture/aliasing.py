@@ -134,6 +134,9 @@ class AliasTracker:
         if op in EXPANDED_WRITES:
             with again(tape):
                 return EXPANDED_WRITES[op](*args, **kwargs)
+        if facts.functional is None and touched and facts.random and op._can_decompose():
+            with again(tape):  # dropout keeps a part of the values
+                return op.decompose(*args, **kwargs)
         constant = tape.is_blocked() or not touched or tape.facts(facts.functional).inactive if facts.functional else True
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")

@@ -218,7 +218,7 @@ static PyObject *
 run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 {
     PyObject *replay, *values;
-    int joined, taken = PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
+    int joined, taken = PyFunction_Check(func) ? PySet_Contains(c_written, func) : PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
     if (taken > 0) {
         int autocast = autocast_is_on();
         taken = autocast < 0 ? -1 : !autocast;

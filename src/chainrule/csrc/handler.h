@@ -40,7 +40,7 @@ is_neutral(PyObject *kwargs)
 }
 
 /* What is known of a function that is shown to a mode: its entry in the table and its reading, or None, and what sorts it is of. */
-enum { FUNCTION, READING, SORTS };
+enum { FUNCTION, READING, SORTS, WRITER };
 enum { QUERY = 1, MAKES_NEW = 2 };
 
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
@@ -66,6 +66,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         if (innermost <= 0)
             return innermost < 0 ? NULL : Py_NewRef(Py_NotImplemented);
         PyObject *out = Py_NewRef(Py_NotImplemented);
+        if (entry != NULL && kwargs == NULL && PyTuple_GET_ITEM(entry, WRITER) != Py_None)
+            function = PyTuple_GET_ITEM(entry, WRITER);
         if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
             Py_SETREF(out, run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
         if (out == Py_NotImplemented)

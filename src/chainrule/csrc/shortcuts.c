@@ -25,6 +25,7 @@
 #include "composites.h"
 #include "ops.h"
 #include "index.h"
+#include "memory.h"
 #include "writes.h"
 #include "conversions.h"
 #include "entry.h"

@@ -180,7 +180,7 @@ is_derived(Handler *self, PyObject *tensor)
 }
 
 static int
-may_be_known(Handler *self, PyObject *tensor); /* in writes.h */
+may_be_known(Handler *self, PyObject *tensor); /* in memory.h */
 
 /* Note a result without a derivative, if it depends on the inputs all the same; 0, or -1 with an error set. */
 static int

@@ -180,6 +180,7 @@ given(PyObject *function, PyObject *const *args, Py_ssize_t count)
 static PyObject *
 run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count, int below_autograd)
 {
+    int writes = PyTuple_GET_ITEM(function, WRITES) == Py_True;
     count = given(function, args, count);
     if (self->guarded || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
         return Py_NewRef(Py_NotImplemented);
@@ -199,6 +200,8 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     }
     for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
         fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
+    if (writes && joined)
+        fits = fits < 0 ? -1 : 0; /* autograd has to see it */
     if (fits > 0 && joined) {
         fits = may_join();
         if (fits == 0 && !self->makes_graphs && !below_autograd) { /* no graphs are made where this level runs */
@@ -208,7 +211,9 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     }
     if (fits > 0) {
         out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined && below_autograd);
-        if (out != NULL)
+        if (out != NULL && writes)
+            Py_SETREF(out, Py_NewRef(args[0]));
+        else if (out != NULL)
             out = wrapped(self, out, keeps ? first : NULL);
     } else if (fits == 0)
         out = Py_NewRef(Py_NotImplemented);

@@ -28,6 +28,7 @@ from chainrule.capture.recorder import Recorder
 from chainrule.dispatch import undispatched, without_handlers, without_innermost, without_modes
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
+from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.batching_base import Batched, stands_for_view
@@ -39,13 +40,8 @@ _UNRECORDED = 2
 #: Signatures that are kept; then all are forgotten.
 _MOST = 4096
 
-#: The kinds of functions that are calls of torch. Of those in Python only torch's own are: others are entered.
-_CALLS = frozenset(
-    {
-        types.BuiltinFunctionType, types.FunctionType, types.MethodDescriptorType, types.MethodWrapperType,
-        types.WrapperDescriptorType,
-    }
-)  # fmt: skip
+#: The kinds of functions that are calls of torch. What torch has in Python is one call, too; other functions are entered.
+_CALLS = frozenset({types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType})
 
 #: What stands for itself in a signature.
 _CONSTANTS = frozenset({bool, int, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -154,6 +150,8 @@ class MappedCalls:
         self.known: dict[Any, Replay | int | None] = {}
         # Functions that return no tensors, or write.
         self._never: set[Any] = set(_OTHERS)
+        # Torch's functions that are written in Python, which the compiled handlers replay as well once they are known.
+        self.written: set[Any] = set()
 
     def __call__(self, mode: VmapMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """Call a function of mapped tensors; NotImplemented, with nothing done, leaves it to its own way.
@@ -165,9 +163,9 @@ class MappedCalls:
             kwargs: its keyword arguments.
         """
         kind: Any = function.__class__
-        if kind not in _CALLS or function in self._never or mode.graphs or _any_autocast():
-            return NotImplemented
-        if kind is types.FunctionType and (body_of(function) is None or sys.getprofile() is not None):
+        composed = kind is types.FunctionType and body_of(function) is not None
+        written = (composed or (kind is types.FunctionType and function in READINGS)) and sys.getprofile() is None
+        if not (written or kind in _CALLS) or function in self._never or mode.graphs or _any_autocast():
             return NotImplemented
         if kwargs and kwargs.get("out") is not None:  # a target that is the same for all samples gets other memory
             return NotImplemented
@@ -176,7 +174,7 @@ class MappedCalls:
         if key is None:
             return NotImplemented
         joined = _have_graphs(values)
-        if joined and not _grad_enabled():
+        if joined and ((written and not composed) or not _grad_enabled()):
             return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
@@ -206,6 +204,8 @@ class MappedCalls:
             after: list[Tensor] = []
             _signature(function, mode, args, kwargs, after)
             same = len(after) == len(values) and all(map(operator.is_, after, values))  # else an argument was written
+            if written:
+                self.written.add(function)
             self.known[key] = _replay(function, recorder, result, mode, args, kwargs, joined=False) if same else None
         return result
 
@@ -228,6 +228,8 @@ class MappedCalls:
         if len(mode.fallbacks) > loops or warned:
             del mode.fallbacks[loops:]
             return NotImplemented
+        if function.__class__ is types.FunctionType:
+            self.written.add(function)
         return self._keep_joined(key, _replay(function, recorder, found, mode, bare, kwargs, joined=True), mode, values)
 
     def _keep_joined(self, key: Any, replay: Replay | None, mode: VmapMode, values: list[Tensor]) -> Any:
@@ -566,5 +568,5 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
 CALLS = MappedCalls()
 configure(
     wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size,
-    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype,
+    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype, written=CALLS.written,
 )
