@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from chainrule.calls import number_constant
 from chainrule.dispatch import undispatched
 from chainrule.execute.destinations import with_destinations
 from chainrule.execute.renaming import renamed
+from chainrule.execute.sharing import TRANSPOSES, share
 from chainrule.execute.spelling import spell
 from chainrule.execute.turning import turned
 from chainrule.execute.view_chains import with_short_chains
-from chainrule.maps.staging import Instruction, Program, Ref, freeze, reads
+from chainrule.maps.staging import Instruction, Program, Ref, reads
 
 aten = torch.ops.aten
 
-_TRANSPOSES = (torch.t, aten.t.default._op, torch.transpose, aten.transpose.int._op)
 _SHAPINGS = (torch.reshape, torch.broadcast_to, aten.reshape.default._op, aten.expand.default._op)
 _ADDED_PRODUCT = (torch.addmm, aten.addmm.default._op)
 _ALIAS = aten.alias.default._op
@@ -63,15 +64,23 @@ def simplify(
         kept = _needed(kept, wanted, memory)
         return spell(program, kept) if spelled else (kept, {})
     if program.recorded:
+        # Without the calls that made a plan: its replay follows them.
+        kept = _needed(kept, wanted, memory)
         own = _roots(program, kept, wanted)
-        kept = _share(kept, own, program.copies, memory)
+        unwritten = {slot: value for slot, value in constants.items() if slot not in memory.written}
+        kept = share(program, kept, own, unwritten, memory.touched)
         if (again := turned(program, kept, own, memory.touched)) is not None:
-            kept = _share(again, own, program.copies, memory)
+            kept = share(program, again, own, unwritten, memory.touched)
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
     kept = with_short_chains(program, kept, _roots(program, kept, wanted), memory.touched)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
-    kept, made = _fuse(program, _with_layers(program, kept, wanted, memory), wanted, memory)
+    layered = _with_layers(program, kept, wanted, memory)
+    kept, made = _fuse(program, layered, wanted, memory)
+    if program.recorded and len(kept) < len(layered):
+        # Plans that were made before have fused their calls already: only now are others equal to these.
+        unwritten = {slot: value for slot, value in constants.items() if slot not in memory.written}
+        kept = share(program, kept, _roots(program, kept, wanted), {**unwritten, **made}, memory.touched)
     kept = with_destinations(program, _needed(kept, wanted, memory), wanted)
     kept = [_as_view(program, i) if memory.touched(i) else i for i in kept]
     cheapest, numbers = spell(program, kept) if spelled else (kept, {})
@@ -280,7 +289,7 @@ def _with_layers(program: Program, kept: list[Instruction], wanted: Sequence[int
     uses.update(wanted)
     transposed = {
         i.outputs[0]: i.args[0] for i in kept
-        if i.function in _TRANSPOSES and (set(i.args[1:]) in (set(), {0, 1})) and not i.kwargs and uses[i.outputs[0]] == 1
+        if i.function in TRANSPOSES and (set(i.args[1:]) in (set(), {0, 1})) and not i.kwargs and uses[i.outputs[0]] == 1
         and isinstance(i.args[0], Ref) and not memory.touched(i)
     }  # fmt: skip
     gone: set[int] = set()
@@ -318,8 +327,7 @@ def _fuse(
         slot = ones.get((dtype, device))
         if slot is None:
             slot = ones[dtype, device] = program.new_slot()
-            with torch.inference_mode(False), undispatched():
-                made[slot] = torch.ones((), dtype=dtype, device=device)
+            made[slot] = number_constant(1, dtype, device)
         return slot
 
     def same_kind(slots: Sequence[int]) -> bool:
@@ -397,44 +405,6 @@ def _roots(program: Program, kept: Sequence[Instruction], wanted: Sequence[int])
             slot = first.slot
             found.add(slot)
     return found
-
-
-def _share(
-    instructions: Sequence[Instruction], own: set[int], copies: dict[int, int], memory: _Memory
-) -> list[Instruction]:
-    """Run equal calls once, and no call that copies. Those in ``own`` give results that must not share their memory."""
-    names: dict[int, int] = {}
-    known: dict[Any, tuple[int, ...]] = {}
-    transposed: dict[tuple[int, frozenset[Any]], int] = {}
-    kept: list[Instruction] = []
-    for instruction in instructions:
-        instruction = renamed(instruction, names)
-        args, kwargs = instruction.args, instruction.kwargs
-        if not own.isdisjoint(instruction.outputs) or instruction.keep or not instruction.outputs or memory.touched(instruction):
-            kept.append(instruction)
-            continue
-        if len(instruction.outputs) == 1 and (source := copies.get(instruction.outputs[0])) is not None:
-            names[instruction.outputs[0]] = names.get(source, source)
-            continue
-        if instruction.function in _TRANSPOSES and isinstance(args[0], Ref) and not kwargs:
-            # A matrix transposed twice is the matrix.
-            dimensions = frozenset(args[1:])
-            if (source := transposed.get((args[0].slot, dimensions))) is not None:
-                names[instruction.outputs[0]] = source
-                continue
-            transposed[instruction.outputs[0], dimensions] = args[0].slot
-        try:
-            key = (instruction.function, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items())))
-            earlier = known.get(key)
-        except TypeError:
-            kept.append(instruction)
-            continue
-        if earlier is None:
-            known[key] = instruction.outputs
-            kept.append(instruction)
-        else:
-            names.update(zip(instruction.outputs, earlier, strict=True))
-    return kept
 
 
 def _needed(instructions: Sequence[Instruction], wanted: Sequence[int], memory: _Memory) -> list[Instruction]:
