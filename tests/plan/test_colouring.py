@@ -52,7 +52,7 @@ def test_nothing_to_colour():
 
 def test_the_planner_takes_colours_where_products_fill_in():
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(4, 4, 3, dtype=torch.float64, generator=generator) for _ in range(4)]
+    weights = [torch.randn(4, 4, 3, dtype=torch.float64, generator=generator) for _ in range(6)]
 
     def function(x):
         for weight in weights:
@@ -181,7 +181,7 @@ def by_stars(monkeypatch):
 
     engine.CACHE.clear()
     monkeypatch.setattr(sparse, "_settled", only_stars)
-    monkeypatch.setattr(compression, "_LEAST_COST", 0.0)
+    monkeypatch.setattr(compression, "_COLOURED", 0.0)
     monkeypatch.setattr(compression, "_most", lambda *args: 10**6)
     yield count
     engine.CACHE.clear()
@@ -200,7 +200,8 @@ def test_hessians_by_stars(name, by_stars):
 
 def test_the_planner_takes_stars_where_products_fill_in():
     """In all layouts and triangles; they equal the dense Hessian."""
-    function = lambda x: (mixing(x.reshape(1, 4, -1), WEIGHTS) ** 2).sum()  # noqa: E731
+    weights = convolution_weights(*[(4, 4, 3)] * 4)
+    function = lambda x: (mixing(x.reshape(1, 4, -1), weights) ** 2).sum()  # noqa: E731
     x = torch.randn(160, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.3
     expected = torch.func.hessian(function)(x)
     account = chainrule.explain(chainrule.hessian(function, layout="sparse_coo"))(x).accounts[-1]

@@ -24,9 +24,9 @@ from chainrule.plan.patterns import Key, read_node
 
 #: What it costs to colour a matrix, for each of its entries, and to plan a compressed run, for each op, in multiply-adds: both
 #: are done once.
-_COLOURED, _TRACED = 1600.0, 4e6
+_COLOURED, _TRACED = 1600.0, 1e6
 #: For so many runs what is done once pays.
-_RUNS = 32
+_RUNS = 100
 
 
 class Compression:

@@ -141,7 +141,7 @@ def root(
             raise ValueError(f"{where} must return shape {(size,)}, got {tuple(found.shape)}")
         return found if found.dim() == 1 else found.reshape(-1)
 
-    value, derivative = _both(function, vector) if method == "lm" else _apart(function, vector, size)
+    value, derivative = _both(function, vector) if method == "lm" else _apart(function, vector, size, method == "hybr")
     if method in ("hybr", "lm"):
         options["jac"] = derivative
     return optimize.root(value, x0, args=args, method=method, **options)
@@ -150,24 +150,37 @@ def root(
 Callback = Callable[..., np.ndarray]
 
 
-def _apart(function: TorchFunction, vector: Callable[..., Any], size: int) -> tuple[Callback, Callback]:
-    """Values and Jacobians for a method that asks for many values and few Jacobians, as Broyden's updates do."""
+def _apart(
+    function: TorchFunction, vector: Callable[..., Any], size: int, is_derived: bool
+) -> tuple[Callback, Callback]:
+    """Values and Jacobians for a method that asks for many values and few Jacobians, as Broyden's updates do.
+
+    Args:
+        function: the user's function.
+        vector: the same with its value checked.
+        size: the number of unknowns.
+        is_derived: whether the method asks for a Jacobian where it asks for its first value.
+    """
     values = function.values(size, vector)
-    jacobians = function.derived(("jacobian", size), lambda: jacobian(vector), vector)
+    linearise = Linearisation(function, vector, size, "dense")
+    is_first = is_derived
+
+    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
+        found: Linearised = function.once("run", (x, *rest), lambda: linearise(function.tensor(x), *function.extra(rest)))
+        return found
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
+        nonlocal is_first
+        # SciPy looks at the first point before MINPACK asks for value and Jacobian there again.
+        if is_first or function.is_known("run", (x, *rest)):
+            is_first = False
+            return at(x, rest).value.copy()
         with function.named():
             return function.array(values(function.tensor(x), *function.extra(rest)))
 
     def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
-        def compute() -> np.ndarray:
-            found = jacobians(function.tensor(x), *function.extra(rest))
-            made: np.ndarray = matrix(function, found, found.shape, "Jacobian")
-            return made
-
-        # SciPy looks at the shape of the first one before MINPACK asks for it again, and writes to it.
-        kept: np.ndarray = function.once("jacobian", (x, *rest), compute)
-        return kept.copy()
+        found: np.ndarray = at(x, rest).jacobian()
+        return found
 
     return value, derivative
 

@@ -138,6 +138,10 @@ class TorchFunction:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
         return Named(self.where)
 
+    def is_known(self, key: str, at: tuple[Any, ...]) -> bool:
+        """Whether :meth:`once` remembers something under a key for a point."""
+        return key in self._known and tuple([_value(item) for item in at]) == self._at
+
     def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any], reader: str | None = None) -> Any:
         """What ``compute`` returns, remembered under ``key`` as long as the point stays the same.
 
