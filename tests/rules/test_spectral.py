@@ -80,3 +80,28 @@ def test_short_time_transforms_that_torch_refuses():
     for options in ({"n_fft": 40, "center": False}, {"n_fft": 8, "hop_length": 0}, {"n_fft": 8, "win_length": 9}):
         with pytest.raises(RuntimeError):
             chainrule.jacrev(lambda x, o=options: torch.stft(x, return_complex=True, window=torch.ones(8), **o).abs())(torch.ones(16))
+
+
+@pytest.mark.parametrize("sizes", [((3,), (3,)), ((3, 1), (2,)), ((), (3,)), ((2,), ()), ((), ())], ids=str)
+def test_polar(sizes):
+    """Lengths of either sign and zero, by their parts: torch's own formula takes negative lengths for positive ones."""
+    torch.manual_seed(0)
+    length, angle = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    length = torch.where(length > 1, 0.0, length)
+
+    def parts(length, angle):
+        return torch.stack([length * angle.cos(), length * angle.sin()], -1)
+
+    def polar(length, angle):
+        return torch.view_as_real(torch.polar(length, angle))
+
+    for argnum in (0, 1):
+        expected = torch.func.jacrev(parts, argnum)(length, angle)
+        for transform in (chainrule.jacrev, chainrule.jacfwd):
+            torch.testing.assert_close(transform(polar, argnum)(length, angle), expected)
+        for _ in range(3):
+            mapped = chainrule.vmap(chainrule.jacrev(polar, argnum))(length[None], angle[None])
+            torch.testing.assert_close(mapped, expected[None])
+        second = torch.func.hessian(lambda *args: parts(*args).sin().sum(), argnum)(length, angle)
+        found = chainrule.hessian(lambda *args: polar(*args).sin().sum(), argnum)(length, angle)
+        torch.testing.assert_close(found, second)
