@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import chainrule
 from tests.rules.test_layers import check, randn
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
@@ -35,3 +36,72 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
 def test_spectral(name: str) -> None:
     """Every mode agrees with torch.func."""
     check(*CASES[name])
+
+
+STFT = [
+    {"n_fft": 8}, {"n_fft": 5, "hop_length": 3, "center": False}, {"n_fft": 8, "win_length": 5, "normalized": True},
+    {"n_fft": 8, "hop_length": 20}, {"n_fft": 4, "onesided": False, "pad_mode": "constant"}, {"n_fft": 17, "center": False},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:A window was not provided")
+@pytest.mark.parametrize("options", STFT, ids=str)
+@pytest.mark.parametrize("window", [None, torch.float64, torch.complex128])
+@pytest.mark.parametrize("shape", [(17,), (2, 17), (1, 17)])
+def test_short_time_transforms(options, window, shape):
+    """Signals and batches of them, windows shorter than the transform, hops longer than it; against torch's own autograd."""
+    if window is torch.complex128:
+        options = {**options, "onesided": False}
+    width = options.get("win_length", options["n_fft"])
+    torch.manual_seed(0)
+    given = None if window is None else torch.randn(width, dtype=window)
+
+    def spectrum(x):
+        return torch.view_as_real(torch.stft(x, window=given, return_complex=True, **options))
+
+    def power(x):
+        return spectrum(x).square().sum().sin()
+
+    for _ in range(3):
+        x = torch.randn(shape, dtype=torch.float64)
+        expected = torch.autograd.functional.jacobian(spectrum, x)
+        for transform in (chainrule.jacrev, chainrule.jacfwd):
+            torch.testing.assert_close(transform(spectrum)(x), expected, rtol=1e-10, atol=1e-11)
+        gradient = torch.autograd.functional.jacobian(power, x)
+        torch.testing.assert_close(chainrule.grad(power)(x), gradient, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(power))(x[None]), gradient[None], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(chainrule.vmap(spectrum)(x[None]), spectrum(x)[None], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        chainrule.hessian(power)(x), torch.autograd.functional.hessian(power, x), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_short_time_transforms_that_torch_refuses():
+    for options in ({"n_fft": 40, "center": False}, {"n_fft": 8, "hop_length": 0}, {"n_fft": 8, "win_length": 9}):
+        with pytest.raises(RuntimeError):
+            chainrule.jacrev(lambda x, o=options: torch.stft(x, return_complex=True, window=torch.ones(8), **o).abs())(torch.ones(16))
+
+
+@pytest.mark.parametrize("sizes", [((3,), (3,)), ((3, 1), (2,)), ((), (3,)), ((2,), ()), ((), ())], ids=str)
+def test_polar(sizes):
+    """Lengths of either sign and zero, by their parts: torch's own formula takes negative lengths for positive ones."""
+    torch.manual_seed(0)
+    length, angle = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    length = torch.where(length > 1, 0.0, length)
+
+    def parts(length, angle):
+        return torch.stack([length * angle.cos(), length * angle.sin()], -1)
+
+    def polar(length, angle):
+        return torch.view_as_real(torch.polar(length, angle))
+
+    for argnum in (0, 1):
+        expected = torch.func.jacrev(parts, argnum)(length, angle)
+        for transform in (chainrule.jacrev, chainrule.jacfwd):
+            torch.testing.assert_close(transform(polar, argnum)(length, angle), expected)
+        for _ in range(3):
+            mapped = chainrule.vmap(chainrule.jacrev(polar, argnum))(length[None], angle[None])
+            torch.testing.assert_close(mapped, expected[None])
+        second = torch.func.hessian(lambda *args: parts(*args).sin().sum(), argnum)(length, angle)
+        found = chainrule.hessian(lambda *args: polar(*args).sin().sum(), argnum)(length, angle)
+        torch.testing.assert_close(found, second)

@@ -208,6 +208,36 @@ def _of_parts(call: Call) -> Iterable[Edge]:
     return found
 
 
+def _of_length_and_angle(call: Call) -> Iterable[Edge]:
+    """``length * exp(i angle)``: also where the length is zero or below, as torch's own formula does not have it."""
+    made = call.out_shape
+    length, angle = call.args
+
+    def by_length(program: Program) -> Staged:
+        turn = call.stage(program, angle)
+        return torch.complex(torch.cos(turn), torch.sin(turn))
+
+    def by_angle(program: Program) -> Staged:
+        return torch.mul(call.stage_output(program), 1j)
+
+    found = []
+    for item, rate in ((length, by_length), (angle, by_angle)):
+        if not call.is_active(item):
+            continue
+        like = call.tensor(item)
+
+        def push(program: Program, rows: Staged, rate: Callable[[Program], Staged] = rate) -> Staged:
+            return _spread(torch.mul(aligned(rows, len(made)), rate(program)), made)
+
+        def pull(
+            program: Program, rows: Staged, rate: Callable[[Program], Staged] = rate, like: torch.Tensor = like
+        ) -> Staged:
+            return summed_to(torch.real(torch.mul(rows, torch.conj_physical(rate(program)))), like)
+
+        found.append(complex_edge(call, item, (push, pull)))
+    return found
+
+
 def _converted(call: Call) -> Iterable[Edge]:
     """Another dtype: what is real is a complex number without an imaginary part, and the other way round."""
     item = call.args[0]
@@ -244,6 +274,7 @@ FUNCTIONS: dict[Any, Callable[[Call], Iterable[Edge] | None]] = {
     aten.abs.default: _magnitude,
     aten.div.Tensor: _quotient,
     aten.complex.default: _of_parts,
+    aten.polar.default: _of_length_and_angle,
     aten._to_copy.default: _converted,
 }
 

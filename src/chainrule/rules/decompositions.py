@@ -103,6 +103,35 @@ def _cross(input: Tensor, other: Tensor, dim: int = -1) -> Tensor:
     return input.roll(-1, dim) * other.roll(-2, dim) - input.roll(-2, dim) * other.roll(-1, dim)
 
 
+def _stft(
+    self: Tensor, n_fft: int, hop_length: int | None = None, win_length: int | None = None, window: Tensor | None = None,
+    normalized: bool = False, onesided: bool | None = None, return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """A transform of each window, cut out by ``unfold``; torch's own parts for what it refuses or warns of."""
+    hop, width = n_fft // 4 if hop_length is None else hop_length, n_fft if win_length is None else win_length
+    known = self.dim() in (1, 2) and self.numel() and 0 < n_fft <= self.shape[-1] and hop > 0 and 0 < width <= n_fft
+    numbers = self.is_floating_point() or self.is_complex()
+    fits = window is not None and tuple(window.shape) == (width,) and window.device == self.device
+    half = onesided and (self.is_complex() or (window is not None and window.is_complex()))  # an error
+    if not (known and numbers and fits and return_complex and align_to_window is None) or half:
+        full: Tensor = _COMPOSITE_STFT(
+            self, n_fft, hop_length, win_length, window, normalized, onesided, return_complex, align_to_window
+        )
+        return full
+    assert window is not None
+    if width < n_fft:
+        before = (n_fft - width) // 2
+        window = torch.constant_pad_nd(window, (before, n_fft - width - before))
+    frames = self.unfold(-1, n_fft, hop) * window
+    scaling = 1 if normalized else 0
+    if frames.is_complex():
+        found: Tensor = aten._fft_c2c.default(frames, [frames.dim() - 1], scaling, True)
+    else:
+        found = aten._fft_r2c.default(frames, [frames.dim() - 1], scaling, True if onesided is None else onesided)
+    return found.transpose(-2, -1)
+
+
 def _index_reduce(self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Tensor:
     """``scatter_reduce`` with the index along one dimension."""
     if self.dim() == 0:
@@ -216,6 +245,7 @@ def _torch_table() -> dict[Any, Callable[..., Any]]:
 
 _TORCH_NLL = core_aten_decompositions().get(aten.nll_loss_forward.default) or decomposition_table[aten.nll_loss_forward.default]
 _COMPOSITE_NLL: Any = composite(aten.nll_loss_nd.default)
+_COMPOSITE_STFT: Any = composite(aten.stft.default)
 _COMPOSITE_CROSS_ENTROPY: Any = composite(aten.cross_entropy_loss.default)
 
 _IN_TORCH = _torch_table()
@@ -248,6 +278,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten._cdist_forward.default: _cdist,
     aten._pdist_forward.default: _pdist,
     aten.linalg_cross.default: _cross,
+    aten.stft.default: _stft,
     aten.index_reduce.default: _index_reduce,
 }
 
