@@ -104,6 +104,24 @@ def test_predicted_peak(name: str) -> None:
     check_predicted_peak(*CASES[name])
 
 
+OVER_SAMPLES = {
+    "laplacian": lambda f: chainrule.laplacian(f, in_dims=0),
+    "hessian diagonal": lambda f: chainrule.vmap(chainrule.hessian_diagonal(f)),
+    "jacrev": lambda f: chainrule.vmap(chainrule.jacrev(f)),
+    "hessian": lambda f: chainrule.vmap(chainrule.hessian(f)),
+    "grad": lambda f: chainrule.vmap(chainrule.grad(f)),
+    "grad of grad": lambda f: chainrule.vmap(chainrule.grad(lambda x: chainrule.grad(f)(x).square().sum())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVER_SAMPLES)
+def test_gradients_over_derivatives_per_sample_count_what_the_outer_tape_holds_once(name: str) -> None:
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return OVER_SAMPLES[name](lambda x: by_parameters(p, x).sum())(x).square().mean()
+
+    check_predicted_peak(chainrule.grad(loss), (PARAMETERS, torch.randn(40, 12)))
+
+
 def test_values_of_a_run_that_has_ended_are_held_no_longer() -> None:
     """Of a derivative computed before only its result counts, and of a nest no values that its pullback does not read."""
 

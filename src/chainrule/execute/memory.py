@@ -205,6 +205,7 @@ class Watch:
         storages: the memory that is counted, or is not to be.
         made: of the runs' own memory the bytes, and what tells whether it is still there.
         joined: the memory that autograd keeps for graphs of runs.
+        recorded: by the identity of a tape, what calls left on it that counts as long as the tape's run lasts.
     """
 
     held: int = 0
@@ -213,10 +214,14 @@ class Watch:
     storages: set[int] = field(default_factory=set)
     made: dict[int, tuple[int, StorageWeakRef]] = field(default_factory=dict)
     joined: set[int] = field(default_factory=set)
+    recorded: dict[int, list[tuple[int, Any]]] = field(default_factory=dict)
 
     def add_run(self, tape: Tape) -> None:
         """A run has ended whose values its tape holds."""
         self._let_go()
+        for number, entry in self.recorded.pop(id(tape), ()):  # from here on its values count one by one
+            if self.made.get(number) is entry:
+                self.held -= self.made.pop(number)[0]
         spaces = of_run(tape) if observable() else [0] * len(tape.records)
         outputs = {slot for record in tape.records for slot in record.outputs}
         known = [n for n in range(len(tape.values)) if n not in outputs and not (tape.active[n] or _is_held_here(tape, n))]
@@ -238,10 +243,13 @@ class Watch:
         self.peak = max(self.peak, self.held)
 
     def _beside(self, value: torch.Tensor, size: int) -> None:
-        """So many bytes are held as long as a value is."""
+        """So many bytes are held as long as a value is, or until the tape that records it has its values counted."""
         if size:
             self.held += size
-            self.made[min((0, *self.made)) - 1] = size, StorageWeakRef(_plain(value).untyped_storage())
+            number = min((0, *self.made)) - 1
+            self.made[number] = entry = size, StorageWeakRef(_plain(value).untyped_storage())
+            if (tape := _recording_tape()) is not None:
+                self.recorded.setdefault(id(tape), []).append((number, entry))
 
     def _add(self, value: Any) -> None:
         if _is_tensor(value):
@@ -294,6 +302,12 @@ class Watch:
         # Where the tape of a transform around this one holds them all the same, its run adds them again.
         self.storages -= gone
         return found
+
+
+def _recording_tape() -> Tape | None:
+    """The innermost tape that is recording."""
+    modes = (torch._C._get_dispatch_stack_at(n) for n in reversed(range(torch._C._len_torch_dispatch_stack())))
+    return next((mode for mode in modes if isinstance(mode, Tape)), None)
 
 
 def _is_tensor(value: Any) -> bool:
