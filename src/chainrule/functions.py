@@ -138,8 +138,8 @@ def methods() -> dict[str, Function]:
 REPLAYED = (
     "__getitem__", "amax", "amin", "chunk", "clamp", "clone", "cumsum", "diagonal", "dot", "expand", "expand_as", "flatten",
     "flip", "gather", "index_select", "logsumexp", "max", "mean", "min", "mm", "mv", "narrow", "permute", "prod", "repeat",
-    "reshape", "select", "softmax", "split", "squeeze", "std", "sum", "swapaxes", "t", "transpose", "tril", "triu", "unbind", "unflatten",
-    "unsqueeze", "var", "view", "float", "double",
+    "reshape", "select", "softmax", "split", "squeeze", "std", "sum", "swapaxes", "t", "transpose", "tril", "triu", "unbind",
+    "unflatten", "unsqueeze", "var", "view", "float", "double",
 )  # fmt: skip
 
 #: Named arguments that change nothing.
