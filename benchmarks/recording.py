@@ -20,6 +20,7 @@ _OPS, _RUNS = 20, 10
 _INDEX = torch.tensor([2, 0, 1])
 _MASK = torch.eye(4, dtype=torch.bool)
 _SQUARE, _VECTOR, _SCALE = torch.full((4, 4), 0.5), torch.full((4,), 0.25), torch.ones(4)
+_EYE = 4.0 * torch.eye(4)
 _KERNEL = torch.full((1, 1, 3, 3), 0.5)
 
 #: One op each, of a matrix x of shape (4, 4).
@@ -85,6 +86,37 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
     "embedding": lambda x: F.embedding(_INDEX, x),
     "dropout off": lambda x: F.dropout(x, 0.5, False),
     "add_": lambda x: x.add_(1.0),
+    "mul_": lambda x: x.mul_(_SQUARE),
+    "copy_": lambda x: x.copy_(_SQUARE),
+    "clamp_": lambda x: x.clamp_(0.0, 1.0),
+    "masked_fill_": lambda x: x.masked_fill_(_MASK, 0.5),
+    "index_put_": lambda x: x.index_put_((_INDEX,), _VECTOR),
+    "x[0] = number (three ops)": lambda x: x.__setitem__(0, 0.5),
+    "x[1:, 2] = vector (five ops)": lambda x: x.__setitem__((slice(1, None), 2), _VECTOR[1:]),
+    "x[mask] = number": lambda x: x.__setitem__(_MASK, 0.5),
+    "x[1:].add_ (three ops)": lambda x: x[1:].add_(0.5),
+    "std": lambda x: x.std(dim=1, correction=0),
+    "norm(dim=1)": lambda x: x.norm(dim=1),
+    "torch.linalg.norm": lambda x: torch.linalg.norm(x),
+    "where beside a number": lambda x: torch.where(_MASK, x, 0.0),
+    "1 / x": lambda x: 1 / x,
+    "2 ** x": lambda x: 2**x,
+    "remainder": lambda x: x % 0.3,
+    "add with a factor": lambda x: torch.add(x, _SQUARE, alpha=2),
+    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tensordot": lambda x: torch.tensordot(x, _SQUARE, 1),
+    "topk": lambda x: x.topk(2),
+    "sort": lambda x: x.sort(1),
+    "F.mse_loss": lambda x: F.mse_loss(x, _SQUARE),
+    "F.normalize (four ops)": lambda x: F.normalize(x, dim=-1),
+    "cosine_similarity (seven ops)": lambda x: F.cosine_similarity(x, _SQUARE, -1),
+    "dropout (one op, and the draw)": lambda x: F.dropout(x, 0.5),
+    "cdist (seven ops)": lambda x: torch.cdist(x, _SQUARE),
+    "linalg.cross (nine ops)": lambda x: torch.linalg.cross(x[:, :3], _SQUARE[:, :3]),
+    "kron (three ops)": lambda x: torch.kron(x, _SQUARE),
+    "meshgrid (three ops)": lambda x: torch.meshgrid(x[0], _VECTOR, indexing="ij"),
+    "linalg.det": lambda x: torch.linalg.det(x),
+    "linalg.solve": lambda x: torch.linalg.solve(x + _EYE, _SQUARE),
     "x.shape": lambda x: x.shape,
 }  # fmt: skip
 

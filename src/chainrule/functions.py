@@ -134,6 +134,14 @@ def methods() -> dict[str, Function]:
     return found | {operator: TABLE[getattr(torch, name)] for operator, name in operators.items()}
 
 
+#: Methods of tensors that are replayed under a vmap where a call like them was made before.
+REPLAYED = (
+    "__getitem__", "amax", "amin", "chunk", "clamp", "clone", "cumsum", "diagonal", "dot", "expand", "expand_as", "flatten",
+    "flip", "gather", "index_select", "logsumexp", "max", "mean", "min", "mm", "mv", "narrow", "permute", "prod", "repeat",
+    "reshape", "select", "softmax", "split", "squeeze", "std", "sum", "swapaxes", "t", "transpose", "tril", "triu", "unbind",
+    "unflatten", "unsqueeze", "var", "view", "float", "double",
+)  # fmt: skip
+
 #: Named arguments that change nothing.
 NEUTRAL: tuple[dict[str, Any], ...] = ({"inplace": False},)
 

@@ -19,7 +19,7 @@ from chainrule.batching.random import drop, run_random
 from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.calls import shared_constant
 from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, again
-from chainrule.functions import FACTS, Function, methods
+from chainrule.functions import FACTS, REPLAYED, Function, methods
 from chainrule.rules.batching_base import Batched, any_batched
 from chainrule.shortcuts import AUTOCAST_KEYS, Method, configure, use_classes
 from chainrule.subclasses import is_foreign
@@ -30,6 +30,8 @@ use_classes(BatchTensor, Batched)
 if KNOWS_STATE:
     for _name, _function in methods().items():
         setattr(BatchTensor, _name, Method(_function, getattr(Tensor, _name)))
+    for _name in REPLAYED:
+        setattr(BatchTensor, _name, Method(None, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _DROPOUT = torch.ops.aten.dropout.default
 _WITH_GRAPHS = (Tensor, torch.nn.Parameter)

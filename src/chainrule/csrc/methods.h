@@ -1,7 +1,7 @@
 /* Methods of BatchTensor. Part of shortcuts.c. */
 
 /* Method(function, otherwise): a function of the table as a method of BatchTensor, which needs no function mode under its own
- * level. Every other call goes to `otherwise`, torch's own method. */
+ * level; with None for the function, calls that are known are replayed. Every other call goes to `otherwise`, torch's own method. */
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
@@ -9,12 +9,34 @@ typedef struct {
     PyObject *otherwise;
 } Method;
 
+/* A call that was made before; NotImplemented, with nothing done, for others. */
+static PyObject *
+replay_method(Handler *handler, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    if (handler->guarded || handler->graphs || c_known == NULL)
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *given = PyTuple_New(count), *kwargs = names == NULL ? NULL : PyDict_New(), *out = NULL;
+    if (given == NULL || (names != NULL && kwargs == NULL))
+        goto done;
+    for (Py_ssize_t place = 0; place < count; place++)
+        PyTuple_SET_ITEM(given, place, Py_NewRef(args[place]));
+    for (Py_ssize_t place = 0; names != NULL && place < PyTuple_GET_SIZE(names); place++)
+        if (PyDict_SetItem(kwargs, PyTuple_GET_ITEM(names, place), args[count + place]) < 0)
+            goto done;
+    out = run_known(handler, func, given, kwargs);
+done:
+    Py_XDECREF(given);
+    Py_XDECREF(kwargs);
+    return out;
+}
+
 static PyObject *
 method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject *names)
 {
     Method *self = (Method *)callable;
     Py_ssize_t count = PyVectorcall_NARGS(flagged);
-    if (names == NULL && count >= 1 && count <= 2 && (PyObject *)Py_TYPE(args[0]) == c_batch_tensor) {
+    int replayed = self->function == Py_None;
+    if (count >= 1 && (replayed || (names == NULL && count <= 2)) && (PyObject *)Py_TYPE(args[0]) == c_batch_tensor) {
         Handler *handler = (Handler *)SLOT(args[0], level);
         /* A mode that stands among the functions stands there alone, unless another was entered inside of it. */
         if (handler != NULL && PyObject_TypeCheck(handler, &handler_type) && handler->kind == VMAP &&
@@ -22,7 +44,8 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
             state.functions_shown() && stands_innermost(handler)) {
             int disabled = state.get_functions();
             state.set_functions(2);
-            PyObject *out = run_under_vmap(handler, self->function, args, count, 0);
+            PyObject *out = replayed ? replay_method(handler, self->otherwise, args, count, names)
+                                     : run_under_vmap(handler, self->function, args, count, 0);
             state.set_functions(disabled);
             if (out != Py_NotImplemented)
                 return out;
@@ -63,9 +86,9 @@ static PyObject *
 method_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     PyObject *function, *otherwise;
-    if (!PyArg_ParseTuple(args, "O!O", &PyTuple_Type, &function, &otherwise))
+    if (!PyArg_ParseTuple(args, "OO", &function, &otherwise))
         return NULL;
-    if (PyTuple_GET_SIZE(function) != FIELDS)
+    if (function != Py_None && (!PyTuple_Check(function) || PyTuple_GET_SIZE(function) != FIELDS))
         return PyErr_Format(PyExc_TypeError, "Method: a function of the table has %d fields", FIELDS);
     Method *self = (Method *)type->tp_alloc(type, 0);
     if (self != NULL) {

@@ -70,13 +70,18 @@ def _padded(value: Tensor, rank: int) -> Tensor:
     return value
 
 
+#: Losses whose kernels broadcast the second tensor themselves.
+_BROADCASTING = frozenset({aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default})
+
+
 def loss(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
     """A pointwise loss with a reduction over the sample (0 none, 1 mean, 2 sum)."""
     bound = bind(func, args, kwargs)
     reduction = bound["reduction"]
     bound["reduction"] = 0
-    names = list(bound)
-    elementwise = broadcast_all(func, [bound[name] for name in names], {}, size).value
+    # The kernels take their results' shape from the first tensor.
+    whole = func in _BROADCASTING and is_batched(bound["self"]) and logical_shape(bound["self"]) == logical_shape(bound["target"])
+    elementwise = (align if whole else broadcast_all)(func, [*bound.values()], {}, size).value
     if reduction == 0:
         return Batched(elementwise)
     flat = elementwise.reshape(size, elementwise.shape[1:].numel())
