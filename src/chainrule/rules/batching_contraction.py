@@ -204,7 +204,7 @@ def addmm_activation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], siz
 
 
 def linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
-    """``linear`` that arrives whole: its input is batched, or its weight is a stack of matrices, else it is split into its parts."""
+    """``linear`` that arrives whole: its input is batched, or its weight is a stack of matrices; others are split into parts."""
     item, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else None
     if not kwargs and is_batched(weight) and weight.rank == 2:
