@@ -62,13 +62,11 @@ LIMITS: dict[str, str] = {
     "B9": "by hand three products and two passes; of a plain call a third is recording three layers through a tape and a "
     "vmap, and the entry. Kept: the trace contracted as by hand, replays on the stored tensors with no mode active (a tenth). "
     "Compiled it is faster than by hand.",
-    "B20f": "recording in Python: 34 records (62 before norms, products over sequences and chains of views were one each), most "
-    "of their time in torch's Python functions around them, which pass the mode again, and in composites (dropout, "
-    "attention). With parameters that require no grad it is 1.15 of torch.func: the rest is their graph, made op by "
-    "op, most of it in the recording. Kept: values are looked up by their graph nodes only where autograd may bring what it "
-    "has kept. Tried and dropped: one node for the replay, whose graph is made on backward; it takes 220 us in place of 280 "
-    "here, 3 % of the call, and makes small networks slower (290 us in place of 230). Not tried: one node for the recording, "
-    "too, which would leave tensors that a function stores elsewhere without their graph.",
+    "B20f": "recording: 34 records, whose graph is made op by op where parameters require grad, and the Python of torch's "
+    "modules and of its door for functions (some 8 us each, seven times), which passes the mode. Kept: what a composite runs is "
+    "found once per signature, and its ops are run and recorded in C (a third less), values are looked up by their graph nodes "
+    "only where autograd may bring what it has kept. Tried and dropped: one node for the replay, whose graph is made on "
+    "backward; it takes 220 us in place of 280 here and makes small networks slower.",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by hand.",
     "B11": "as B2: the formula by hand is itself only 2.4 to 3 times faster than torch.func. The planner's search compares "
     "the orders of the products and takes the one of the formula.",

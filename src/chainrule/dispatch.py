@@ -574,6 +574,26 @@ class without_mode:  # noqa: N801 - used like torch.no_grad
             _push(mode)
 
 
+class modes_inside_off:  # noqa: N801 - used like torch.no_grad
+    """Run a block without the modes inside of a mode."""
+
+    __slots__ = ("_mode", "_taken")
+
+    def __init__(self, mode: LightMode) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._taken: list[Any] = []
+        while _at(_count() - 1) is not self._mode:
+            self._taken.append(_pop(None))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for mode in reversed(self._taken):
+            _push(mode)
+
+
 class without_innermost:  # noqa: N801 - used like torch.no_grad
     """Run a block without the innermost mode."""
 

@@ -91,3 +91,23 @@ def test_nothing_goes_through_torchs_dispatcher(name: str, monkeypatch: pytest.M
     layer = LAYERS[name]().to(DOUBLE)
     chainrule.grad(lambda x: layer(x).sum())(torch.randn(2, 3, 8, dtype=DOUBLE))
     assert arrived == []
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 2, 4, 5), (3, 5)])
+def test_a_layer_that_a_vmap_hands_on(shape, bias):
+    """Weights with a graph that are differentiated: the layer is recorded in parts, by the tape around the vmap."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    added = torch.randn(2, dtype=torch.float64, requires_grad=True) if bias else None
+
+    def layer(x, weight):
+        return torch.nn.functional.linear(x, weight, added)
+
+    for _ in range(3):
+        ways = []
+        for library in (chainrule, torch.func):
+            found = library.grad(lambda x, w: library.vmap(layer, in_dims=(0, None))(x, w).sin().sum(), (0, 1))(x, weight)  # noqa: B023
+            ways.append((found, torch.autograd.grad(sum(one.square().sum() for one in found), weight)))
+        torch.testing.assert_close(*ways, rtol=1e-12, atol=1e-12)

@@ -18,7 +18,7 @@ from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_else
 from chainrule.capture.records import Record
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
-from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, without_handlers, without_mode
+from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, modes_inside_off, without_handlers, without_mode
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
@@ -425,7 +425,10 @@ class Tape(Listening):
             return out
         without_handlers(False)
         try:
-            return op._op(*args, **kwargs)
+            if not any([_mode_at(place) is self for place in range(_count_modes())]):  # torch has called this tape's own handler
+                return self.__torch_dispatch__(op, (), args, kwargs)
+            with modes_inside_off(self):  # a vmap inside of this tape has handed the call on
+                return op._op(*args, **kwargs)
         finally:
             without_handlers(True)
 

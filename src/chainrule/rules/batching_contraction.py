@@ -204,9 +204,16 @@ def addmm_activation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], siz
 
 
 def linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
-    """``linear`` that arrives whole: only its input is batched, else it is split into its parts."""
+    """``linear`` that arrives whole: its input is batched, or its weight is a stack of matrices; others are split into parts."""
     item, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else None
+    if not kwargs and is_batched(weight) and weight.rank == 2:
+        rank = item.rank if is_batched(item) else item.dim()
+        if rank not in (1, 2):
+            return NotImplemented
+        turned = Batched(weight.value.transpose(1, 2))
+        product = matrix_matrix(item, turned, size) if rank == 2 else matrix_vector(weight, item, size)
+        return Batched(product) if bias is None else align(aten.add.Tensor, [Batched(product), bias], {}, size)
     if kwargs or not is_batched(item) or is_batched(weight) or is_batched(bias) or weight.dim() != 2:
         return NotImplemented
     return Batched(torch._C._nn.linear(item.value, weight, bias))
