@@ -171,7 +171,7 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
             /* It may be a view of something that was written. */
             simple = slot >= 0 || noted || self->alias == NULL || self->alias == Py_None;
         } else
-            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None || holds_numbers(item);
+            simple = holds_numbers(item) || PySet_Contains(c_plain, (PyObject *)Py_TYPE(item)) > 0;
     }
     if (!simple) {
         PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
