@@ -201,7 +201,7 @@ note_derived(Handler *self, PyObject *args, PyObject *out)
                 return -1;
             simple = !known;
         } else
-            simple = PyLong_CheckExact(item) || PyFloat_CheckExact(item) || PyBool_Check(item) || item == Py_None || holds_numbers(item);
+            simple = holds_numbers(item) || PySet_Contains(c_plain, (PyObject *)Py_TYPE(item)) > 0;
     }
     if (!simple) {
         PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_derived, args, Py_None, out, NULL);
