@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ Tensor = torch.Tensor
 
 #: Rows of enough float64 numbers to be worth it.
 N = 4 * SMALLEST // 8 // 64
+TALL = torch.randn(400, 300)
 X, W, V = (torch.randn(size, 64, dtype=torch.float64) for size in (N, 64, 64))
 IMAGES, KERNEL = torch.randn(4, 3, 40, 40, dtype=torch.float64), torch.randn(8, 3, 3, 3, dtype=torch.float64)
 
@@ -165,3 +167,28 @@ def test_scattered_terms_are_added_where_they_stand() -> None:
     result = derivative(x)
     assert not result._is_view()
     assert peak_bytes(lambda: derivative(x)) < 1.3 * result.nbytes
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (lambda x: x.cumsum(0), (300,)),
+        (lambda x: x.sin().cumsum(0), (300,)),
+        (lambda x: x.cumsum(0).exp(), (300,)),
+        (lambda x: x.flip(0).cumsum(0), (300,)),
+        (lambda x: x.sort().values.cumsum(0), (300,)),
+        (lambda x: x.cumsum(1), (3, 90)),
+        (lambda x: torch.stack([TALL @ x, TALL @ x.sin()]), (300,)),
+    ],
+)
+def test_scans_triangles_and_stacks_hold_little_beside_the_result(function: Callable[[Tensor], Tensor], sizes: Any) -> None:
+    """A triangle is cut out of ones, a running sum is made over its operand, and a product in its place of a stack."""
+    transformed = chainrule.jacobian(function)
+    for _ in range(3):
+        x = torch.randn(sizes)
+        expected = torch.autograd.functional.jacobian(function, x)
+        torch.testing.assert_close(transformed(x), expected, rtol=1e-4, atol=1e-4)
+    with watching() as watch:
+        transformed(x)
+    # A mask of a byte an element, where there is one.
+    assert watch.peak <= 1.3 * expected.numel() * expected.element_size()

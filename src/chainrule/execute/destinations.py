@@ -54,13 +54,19 @@ def _made_in_place(
         kinds = [program.kinds.get(slot) for slot in (item.slot, *(reads(product) if product is not None else ()))]
         fits = product is not None and all(kind is not None and kind[1] is plan.dtype for kind in kinds)
         # A value that is spread over its part is made once and copied.
-        if product is None or not fits or tuple(kinds[0][0]) != write.layout.shape():  # type: ignore[index]
+        if product is None or not fits or not _covers(tuple(kinds[0][0]), write.layout.shape()):  # type: ignore[index]
             writes.append(write)
             operands.append(item)
             continue
         writes.append(replace(write, call=_NAMES[product.function], order=order))
         operands.extend(product.args)
     return instruction._replace(args=(replace(plan, writes=tuple(writes)), instruction.args[1], *operands))
+
+
+def _covers(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether a value has the shape of a part, which may have dimensions of one place in front."""
+    front = len(part) - len(shape)
+    return front >= 0 and part[front:] == shape and all([size == 1 for size in part[:front]])
 
 
 def _product(

@@ -38,7 +38,10 @@ _WRITING = {
     aten.threshold_backward.default._op: (aten.threshold_backward.grad_input, "grad_input"),
 }
 
-#: With the argument ``out``; the first operand may be written over.
+#: With the argument ``out``; the first operand may be written over, and the result is memory that nothing else uses.
+_THROUGH = frozenset({torch.tril, torch.triu, torch.cumsum})
+
+#: The same, of calls that add to what is there or put it in places.
 _ON_FIRST = frozenset({torch.scatter_add, torch.scatter, torch.index_add})
 
 #: Functions (beside those above) whose results are memory that nothing else uses.
@@ -90,7 +93,7 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
     kept = list(kept)
     cheaper = _in_shape(program, [_scattered(program, instruction) for instruction in instructions], kept)
     changed = len(cheaper) < len(instructions) or any(map(operator.is_not, cheaper, instructions))
-    instructions, lives = cheaper, _Lives(cheaper, kept)
+    instructions, lives = cheaper, _Lives(program, cheaper, kept)
     found: list[Instruction] = []
     for number, instruction in enumerate(instructions):
         place = _place(program, lives, number, instruction)
@@ -176,7 +179,7 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
         return None  # with numbers it has no argument ``out``
     if instruction.function in _POINTWISE or instruction.function in _WRITING:
         operands = instruction.args
-    elif instruction.function in _ON_FIRST:
+    elif instruction.function in _ON_FIRST or instruction.function in _THROUGH:
         operands = instruction.args[:1]
     elif instruction.function is assembled:
         operands = instruction.args[1:2]
@@ -201,8 +204,10 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
 class _Lives:
     """Which values of a block share memory, and until when it is read."""
 
-    def __init__(self, instructions: Sequence[Instruction], kept: Iterable[int | None]) -> None:
+    def __init__(self, program: Program, instructions: Sequence[Instruction], kept: Iterable[int | None]) -> None:
         self.instructions = instructions
+        fresh = [i for i in instructions if _is_fresh(i.function) or _converts(program, i)]
+        self.fresh = {slot for instruction in fresh for slot in instruction.outputs}
         self.producers = {slot: i for i in instructions for slot in i.outputs}
         self.joined: dict[int, int] = {}
         self.last: dict[int, int] = {}
@@ -212,7 +217,7 @@ class _Lives:
         self.kept = {slot for slot in kept if slot is not None}
         self.last.update((self.root(slot), len(instructions)) for slot in self.kept)
         # A result that may be a view of an argument behind the first one: that argument's memory is left alone.
-        unknown = [i for i in instructions if not _is_fresh(i.function) and i.function not in _WHOLE_VIEWS]
+        unknown = [i for i in instructions if self.fresh.isdisjoint(i.outputs) and i.function not in _WHOLE_VIEWS]
         behind = [slot for i in unknown for slot in refs((i.args[1:], tuple(i.kwargs.values())))]
         self.last.update((self.root(slot), len(instructions)) for slot in behind)
 
@@ -223,7 +228,7 @@ class _Lives:
                 slot = self.joined[slot]
                 continue
             producer = self.producers.get(slot)
-            if producer is None or _is_fresh(producer.function) or not producer.args:
+            if producer is None or slot in self.fresh or not producer.args:
                 return slot
             first = producer.args[0]
             if not isinstance(first, Ref):
@@ -251,7 +256,7 @@ class _Lives:
         if readers.count(slot) > 1 and instruction.function not in _POINTWISE:
             return False
         producer = self.producers.get(root)
-        if producer is None or not _is_fresh(producer.function) or self.last.get(root) != number:
+        if producer is None or root not in self.fresh or self.last.get(root) != number:
             return False
         while slot != root:
             if slot in self.joined:
@@ -269,9 +274,18 @@ class _Lives:
         self.last[self.root(place)] = self.last.get(out, -1)
 
 
+def _converts(program: Program, instruction: Instruction) -> bool:
+    """Whether a call makes a value of another dtype, which is no view."""
+    if instruction.function is not torch.Tensor.to or instruction.kwargs or not isinstance(instruction.args[0], Ref):
+        return False
+    one, two = program.kinds.get(instruction.args[0].slot), program.kinds.get(instruction.outputs[0])
+    return one is not None and two is not None and one[1] is not two[1]
+
+
 def _is_fresh(function: Callable[..., Any]) -> bool:
     return (
         function is scattered or function in _FRESH_OPS or function in _POINTWISE or function in _ON_FIRST or function in _FRESH
+        or function in _THROUGH
         or function in _WRITING
     )
 

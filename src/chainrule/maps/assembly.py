@@ -163,10 +163,11 @@ def assembled(plan: Assembly, base: torch.Tensor | None, *operands: torch.Tensor
             else:
                 view.copy_(value)
             continue
-        if write.order:
-            view = view.permute([write.order.index(place) for place in range(len(write.order))])
         x, y = operands[number], operands[number + 1]
         number += 2
+        view = view[(0,) * (view.dim() - max(x.dim(), y.dim()))]  # a part of one place in the dimensions in front
+        if write.order:
+            view = view.permute([write.order.index(place) for place in range(len(write.order))])
         if plain:
             _written(write, view, x, y)
         elif write.adds:
