@@ -129,5 +129,4 @@ def test_one_jacobian_at_the_first_point(method):
     found = solvers.root(function, np.ones(2), method=method)
     assert np.allclose(found.x, [2, 4])
     first = sum(bool((run == 1).all()) for run in runs)
-    # hybr: SciPy's and MINPACK's values, and one Jacobian; lm: values and Jacobian from one run.
-    assert first == (4 if method == "hybr" else 1)
+    assert first == 1  # values and Jacobian are from one run

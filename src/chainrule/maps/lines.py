@@ -56,13 +56,19 @@ def join_lines(dims: Sequence[Lines]) -> Joined:
     whole = all(map(_is_true, valid))
     joined = None
     if not whole:
-        label = _sum_of([_distances(number, l, v, d) for number, (l, v, d) in enumerate(zip(lines, valid, dims, strict=True))])
+        label = _sum_of([_distances(n, *one) for n, one in enumerate(zip(lines, valid, dims, strict=True))])
         joined = _joined(lines, label)
         bad = _contradicting(lines, valid, joined, whole=False)
         if bad is not None:
-            label = torch.where(bad.index_select(0, joined[2]), _exact(lines), label)
+            # First those that keep no distance are told by all of their places, then whatever still is in a wrong company.
+            exact = _exact(lines)
+            even = torch.stack([_is_even(*one) for one in zip(lines, valid, dims, strict=True)]).all(0)
+            label = torch.where(even, label, exact)
             joined = _joined(lines, label)
-            joined = joined if _contradicting(lines, valid, joined, whole=False) is None else None
+            bad = _contradicting(lines, valid, joined, whole=False)
+            if bad is not None:
+                joined = _joined(lines, torch.where(bad.index_select(0, joined[2]), exact, label))
+                joined = joined if _contradicting(lines, valid, joined, whole=False) is None else None
     if joined is None:
         joined = _joined(lines, _exact(lines))
         if _contradicting(lines, valid, joined, whole=True) is not None:
@@ -101,8 +107,9 @@ def _exact(lines: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _distances(number: int, lines: torch.Tensor, valid: torch.Tensor, dim: Lines) -> torch.Tensor:
-    """A number for how far from its row each line first leads, counted around the ends: it says what other rows read, if all
-    of them do at the same distance. Where rows are not counted along one dimension, a number for each line.
+    """A number for how far from its row each line first leads, counted around the ends; it says what other rows read, if evenly.
+
+    Where rows are not counted along one dimension, it is a number for the whole line.
     """
     if not dim.counted:
         return _fingerprints(number, lines)
@@ -110,6 +117,15 @@ def _distances(number: int, lines: torch.Tensor, valid: torch.Tensor, dim: Lines
     far = torch.remainder(lines.gather(1, first) - first, max(dim.size, 1)).squeeze(1)
     weights = random_integers(2**20 + number, -(2**62), 2**62, 2)
     return far * int(weights[0]) + int(weights[1])
+
+
+def _is_even(lines: torch.Tensor, valid: torch.Tensor, dim: Lines) -> torch.Tensor:
+    """Which lines keep the same distance from their rows, counted around the ends."""
+    if not dim.counted:
+        return torch.ones(lines.shape[0], dtype=torch.bool, device=lines.device)
+    size = max(dim.size, 1)
+    far = torch.remainder(lines - torch.arange(lines.shape[1], device=lines.device), size)
+    return torch.where(valid, far, size).amin(1) >= torch.where(valid, far, -1).amax(1)
 
 
 def _joined(lines: Sequence[torch.Tensor], label: torch.Tensor) -> tuple[int, list[torch.Tensor], torch.Tensor]:

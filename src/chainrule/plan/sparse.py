@@ -11,6 +11,7 @@ import torch
 
 from chainrule.maps.compose import settle
 from chainrule.maps.linear_map import LinearMap, compose
+from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.row_form import in_rows
 from chainrule.maps.sparse import SparseWorkspace

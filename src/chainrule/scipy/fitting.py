@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout, matrix
+from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout
 from chainrule.scipy.lengths import Length
-from chainrule.transforms.jacobians import jacobian
 
 
 def least_squares(
@@ -163,18 +162,23 @@ def _apart(
     """
     values = function.values(size, vector)
     linearise = Linearisation(function, vector, size, "dense")
-    is_first = is_derived
+    # SciPy looks at the first point, and MINPACK asks there twice: once for the number of values.
+    first = 3 if is_derived else 0
 
     def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        found: Linearised = function.once("run", (x, *rest), lambda: linearise(function.tensor(x), *function.extra(rest)))
+        def compute() -> Linearised:
+            return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
+
+        found: Linearised = function.once("run", (x, *rest), compute)
         return found
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        nonlocal is_first
-        # SciPy looks at the first point before MINPACK asks for value and Jacobian there again.
-        if is_first or function.is_known("run", (x, *rest)):
-            is_first = False
+        nonlocal first
+        if first:
+            first -= 1
             return at(x, rest).value.copy()
+        if not rest:
+            return function.at(values, (x,))
         with function.named():
             return function.array(values(function.tensor(x), *function.extra(rest)))
 
@@ -190,7 +194,10 @@ def _both(function: TorchFunction, vector: Callable[..., Any]) -> tuple[Callback
     linearise = Linearisation(function, vector, "residuals", "dense")
 
     def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        found: Linearised = function.once("run", (x, *rest), lambda: linearise(function.tensor(x), *function.extra(rest)))
+        def compute() -> Linearised:
+            return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
+
+        found: Linearised = function.once("run", (x, *rest), compute)
         return found
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
@@ -257,8 +264,9 @@ def curve_fit(
 
     def at(data: Any, parameters: tuple[Any, ...]) -> Linearised:
         def compute() -> Linearised:
-            given = function.tensor(data) if isinstance(data, np.ndarray) else data
-            return linearise(given, function.tensor(parameters))
+            if isinstance(data, np.ndarray):
+                return linearise.at((data, np.array(parameters, dtype=np.float64)))
+            return linearise(data, function.tensor(parameters))
 
         found: Linearised = function.once("run", (data, *parameters), compute)
         return found

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from chainrule.scipy.replays import CALLS, VALUES, replayed
+from chainrule.scipy.replays import CALLS, VALUES, Replayed, replayed
 from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import jacobian
 
 Device = torch.device | str | None
 
+_FLOAT64 = np.dtype(np.float64)
+
 LAYOUTS = ("dense", "sparse", "operator")
 
 #: Up to so many numbers go through a list of Python's, which takes fewer calls than an array that is copied and checked.
-_FEW = 16
+_FEW = 64
 
 
 class TorchFunction:
@@ -138,9 +140,31 @@ class TorchFunction:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
         return Named(self.where)
 
-    def is_known(self, key: str, at: tuple[Any, ...]) -> bool:
-        """Whether :meth:`once` remembers something under a key for a point."""
-        return key in self._known and tuple([_value(item) for item in at]) == self._at
+    def run(self, values: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """What a function made of this one gives for arguments of SciPy's."""
+        if values.__class__ is Replayed and self.device is None:
+            tensors = [torch.from_numpy(a.copy()) for a in args if a.__class__ is np.ndarray and a.dtype is _FLOAT64]
+            if len(tensors) == len(args):
+                return values.usual(tensors)  # type: ignore[attr-defined]
+        return values(*map(self.tensor, args))
+
+    def at(self, values: Callable[..., torch.Tensor], args: Sequence[Any], shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """The same as an array, for callbacks that are called many times.
+
+        Args:
+            values: the function of tensors.
+            args: the arguments, arrays.
+            shape: the shape that the array must have; None for any.
+        """
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return self.array(self.run(values, args), shape)
+        except Exception as error:
+            self.named().note(error)
+            raise
+        finally:
+            torch._C._set_grad_enabled(enabled)
 
     def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any], reader: str | None = None) -> Any:
         """What ``compute`` returns, remembered under ``key`` as long as the point stays the same.
@@ -175,7 +199,12 @@ class Named:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         torch._C._set_grad_enabled(self._enabled)
-        if isinstance(error, Exception) and self._where not in str(error):
+        if isinstance(error, Exception):
+            self.note(error)
+
+    def note(self, error: Exception) -> None:
+        """Add the note to an exception that does not name the function."""
+        if self._where not in str(error):
             error.add_note(f"(raised in {self._where})")
 
 
@@ -255,6 +284,8 @@ class Linearised:
         with self._function.named():
             if self._layout == "operator":
                 return self._found.scipy()
+            if self._layout == "dense" and self._found.__class__ is torch.Tensor and self._found.dim() == 2:
+                return self._function.array(self._found, what="Jacobian")
             found = self._found if isinstance(self._found, torch.Tensor) else self._found.dense(flat=True)
             return matrix(self._function, found, tuple(found.shape), "Jacobian")
 
@@ -281,6 +312,14 @@ class Linearisation:
             self._both = function.derived(
                 ("jacobian", key, layout), lambda: jacobian(twice(vector), argnum, has_aux=True, layout=kind), vector
             )
+
+    def at(self, args: Sequence[Any]) -> Linearised:
+        """The function at a point that is given by arrays."""
+        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
+            found, output = self._function.run(self._both, args)
+            self._entries = found.numel()
+            return Linearised(self._function, found, output, self._layout)
+        return self(*map(self._function.tensor, args))
 
     def __call__(self, *args: Any) -> Linearised:
         """The function at a point."""

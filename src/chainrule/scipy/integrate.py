@@ -145,9 +145,10 @@ def solve_bvp(
     columns = right.derived(("columns", given), lambda: jacobian(shifted, argnums=(2, 3)[: len(given) - 1]), shifted)
     jacobians = ends.derived(("ends", given), lambda: jacobian(ends.checked, argnums=given))
 
+    values, both_ends = right.values(given, right.checked), ends.values(given, ends.checked)
+
     def value(*args: np.ndarray) -> np.ndarray:
-        with right.named():
-            return right.array(right.checked(*map(right.tensor, args)), args[1].shape)
+        return right.at(values, args, args[1].shape)
 
     def derivative(*args: np.ndarray) -> Any:
         with right.named():
@@ -158,12 +159,11 @@ def solve_bvp(
             return blocks if rest else blocks[0]
 
     def conditions(*args: np.ndarray) -> np.ndarray:
-        with ends.named():
-            return ends.array(ends.checked(*map(ends.tensor, args)), (states + parameters,))
+        return ends.at(both_ends, args, (states + parameters,))
 
     def conditions_derivative(*args: np.ndarray) -> Any:
         with ends.named():
-            return tuple(ends.array(block, what="Jacobian") for block in jacobians(*map(ends.tensor, args)))
+            return tuple(ends.array(block, what="Jacobian") for block in ends.run(jacobians, args))
 
     return integrate.solve_bvp(
         value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=conditions_derivative, **options
