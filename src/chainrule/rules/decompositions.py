@@ -291,16 +291,33 @@ LATE_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
 __all__ = ["DECOMPOSITIONS", "JOINED", "LATE_DECOMPOSITIONS", "composite"]
 
 
+_TORCH_BATCH_NORM = decomposition_table[aten.native_batch_norm.default]
+
+
+def _batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Batch normalisation whose running statistics are updated by the kernel, as constants: torch's parts write their graph."""
+    if not training or (running_mean is None and running_var is None):
+        parts: tuple[Tensor, Tensor, Tensor] = _TORCH_BATCH_NORM(
+            input, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        return parts
+    aten.native_batch_norm.default(input.detach(), None, None, running_mean, running_var, True, momentum, eps)
+    found: tuple[Tensor, Tensor, Tensor] = _TORCH_BATCH_NORM(input, weight, bias, None, None, True, 0.0, eps)
+    return found
+
+
 #: Ops whose rules read results that torch's autograd takes for constants (saved means, ``rstd``). When torch's own
 #: graph has to reach through a derivative (an argument requires grad), they are recorded in parts instead.
 JOINED: dict[Any, Callable[..., Any]] = {
     op: decomposition_table[op]
     for op in (
         aten.native_layer_norm.default,
-        aten.native_batch_norm.default,
         aten._native_batch_norm_legit.no_stats,
         aten._native_batch_norm_legit_functional.default,
         aten._fused_rms_norm.default,
     )
     if op in decomposition_table
-}
+} | {aten.native_batch_norm.default: _batch_norm}
