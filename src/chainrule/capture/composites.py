@@ -249,11 +249,10 @@ class Listening(Records, LightMode):
         """Run an op of a composite that the compiled handlers leave to Python; torch's are off."""
         return self._run_part_here(facts.op, *args)
 
-    def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """As for every mode, and note a call that may be more than the ops that it runs."""
-        if self.heard is not None and not is_heard(func):
+    def hear_function(self, function: Any) -> None:
+        """Note a call that may be more than the ops that it runs."""
+        if self.heard is not None and not is_heard(function):
             self.heard.append(None)
-        return super().take_function(func, types, args, kwargs)
 
     def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
         raise NotImplementedError
