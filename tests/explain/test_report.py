@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -198,3 +200,29 @@ def test_blocks_of_a_jacobian_are_explained_by_the_first() -> None:
 def test_a_plain_vmap_has_a_peak() -> None:
     found = chainrule.explain(chainrule.vmap(torch.sin))(torch.randn(100, 3))
     assert found.peak >= 1200 and "nothing was differentiated" in str(found) and "at the peak" in str(found)
+
+
+def _map(x: torch.Tensor) -> chainrule.LinearMap:
+    return chainrule.linear_map(MLP, x)
+
+
+LINEAR_MAPS = {
+    "dense": (lambda x: _map(x).dense(), "blocks of the Jacobian"),
+    "rows": (lambda x: _map(x)[0], "blocks of the Jacobian"),
+    "diagonal": (lambda x: chainrule.linear_map(torch.sin, x).diagonal(), "diagonal of the Jacobian"),
+    "product": (lambda x: (_map(x) @ _map(x).T).dense(), "blocks of the Jacobian"),
+    "sum": (lambda x: (_map(x) + _map(x)).dense(), "blocks of the Jacobian"),
+    "trace of a product": (lambda x: (_map(x) @ _map(x).T).trace(), "trace of the Jacobian"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_MAPS)
+def test_linear_maps_are_explained(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    function, title = LINEAR_MAPS[name]
+    x = torch.randn(5)
+    found = chainrule.explain(function)(x)
+    torch.testing.assert_close(found.result, function(x))
+    assert title in str(found) and found.peak > 0 and "<svg" in found._repr_html_()
+    found.save(tmp_path / "plan.svg")
+    assert (tmp_path / "plan.svg").stat().st_size > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,48 @@ def test_writes_between_blocks_are_refused(what: str) -> None:
 def test_rows_have_to_be_whole(rows: Any) -> None:
     with pytest.raises(TypeError, match="jacobian_blocks: rows should be an int greater than 0"):
         jacobian_blocks(field, rows=rows)
+
+
+REVERSE: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Any]]] = {
+    "grad": chainrule.grad,
+    "jacrev": chainrule.jacrev,
+    "vjp": lambda f: lambda x: chainrule.vjp(f, x)[1](torch.ones((), dtype=torch.float64)),
+    "hessian": chainrule.hessian,
+    "grad of vmap": lambda f: chainrule.grad(lambda x: chainrule.vmap(f)(x.expand(2, -1)).sum()),
+    "vmap of grad": lambda f: lambda x: chainrule.vmap(chainrule.grad(f))(x.expand(2, -1)),
+    "compiled": lambda f: chainrule.compile(chainrule.grad(f)),
+}
+
+
+def _of_argument(x: Tensor) -> Tensor:
+    return torch.stack([block.jacobian.sum() for block in jacobian_blocks(lambda y: y**3, rows=1)(x)]).sum()
+
+
+def _of_closed_over(x: Tensor) -> Tensor:
+    fixed = torch.ones(3, dtype=torch.float64)
+    return torch.stack([block.jacobian.sum() for block in jacobian_blocks(lambda y: x * y, rows=1)(fixed)]).sum()
+
+
+@pytest.mark.parametrize("function", [_of_argument, _of_closed_over])
+@pytest.mark.parametrize("transform", REVERSE)
+def test_gradients_through_blocks_are_refused(transform: str, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, dtype=torch.float64)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="blocks are constants"):
+            REVERSE[transform](function)(x)
+
+
+def test_blocks_of_constants_and_tangents_of_blocks() -> None:
+    for _ in range(3):
+        x = torch.randn(3, dtype=torch.float64)
+        share = 3 * x.square().sum()
+        detached = chainrule.grad(lambda y: y.square().sum() * _of_argument(y.detach()))(x)
+        torch.testing.assert_close(detached, 2 * x * share)
+
+        def without_grad(y: Tensor) -> Tensor:
+            with torch.no_grad():
+                constant = _of_argument(y)
+            return y.square().sum() * constant
+
+        torch.testing.assert_close(chainrule.grad(without_grad)(x), 2 * x * share)
+        torch.testing.assert_close(chainrule.jacfwd(_of_argument)(x), 6 * x)

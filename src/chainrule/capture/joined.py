@@ -25,6 +25,7 @@ class JoinedTape:
         inputs: the inputs of all.
         derived: the constants that are computed from what depends on inputs.
         prepared: as on a tape.
+        pending: as on the tapes.
     """
 
     def __init__(self, tapes: Sequence[Tape]) -> None:
@@ -36,6 +37,7 @@ class JoinedTape:
         self.inputs: list[int] = []
         self.derived: set[int] = set()
         self.prepared: dict[Any, Any] = {}
+        self.pending = [item for tape in tapes for item in tape.pending]
         for tape in tapes:
             offset = len(self.values)
             self.offsets.append(offset)

@@ -26,7 +26,11 @@ class NoReads(FunctionWatch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch, if it leaves the values where they are."""
-        if func in _HIDDEN_CALLS or (func in _CONVERSIONS and any(map(self._recorder.depends, _tensors(_read_by(func, args))))):
+        if func in _NUMBERS and any(map(self._recorder.depends, _tensors(args[:1]))):
+            self._recorder.refuse_read(func.__name__)
+        if func in _HIDDEN_CALLS or (
+            func in _CONVERSIONS and any(map(self._recorder.depends, _tensors(_read_by(func, args, kwargs or {}))))
+        ):
             name = getattr(func, "__name__", func)
             self._recorder.refuse(
                 f"{name} took the values of a tensor out of torch, or put others in; what Python or NumPy "
@@ -61,14 +65,25 @@ class NoReads(FunctionWatch):
 _GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 
 #: Read the values of tensors (in lists of tensors, too) where the dispatcher does not see it.
-_MAKERS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})
+_MAKERS = frozenset(
+    {
+        torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor, torch.Tensor.new, torch.sparse_coo_tensor,
+        torch.sparse_compressed_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_bsr_tensor,
+        torch.sparse_bsc_tensor,
+    }
+)  # fmt: skip
+_INDEXED = frozenset({torch.Tensor.__getitem__, torch.Tensor.__setitem__})
 _SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
 _CONVERSIONS = frozenset(
     {
         torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.__deepcopy__,
         torch.Tensor.__reduce_ex__, torch.Tensor.__repr__, torch.Tensor.__format__, *_MAKERS, *_SPLITS,
+        *_INDEXED,
     }
 )  # fmt: skip
+
+#: Read one value, for Python or for torch's constructors by type (``torch.Tensor([x[0]])``), which the dispatcher does not see.
+_NUMBERS = frozenset(getattr(torch.Tensor, f"__{name}__") for name in ("float", "int", "index", "complex", "bool"))
 
 #: Where a tensor lies in memory.
 _PLACES = frozenset(
@@ -93,13 +108,16 @@ def _asked_by_chainrule() -> bool:
     return caller.startswith("chainrule.")
 
 
-def _read_by(func: Any, args: tuple[Any, ...]) -> Any:
+def _read_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a conversion reads."""
     if func in _SPLITS:
-        return args[1:2]
+        return [*args[1:2], *kwargs.values()]
     if func in _MAKERS:
         # A tensor itself is copied by an op; what is inside of a list is read.
-        return [item for item in args if isinstance(item, (list, tuple))]
+        return [item for item in (*args, *kwargs.values()) if isinstance(item, (list, tuple))]
+    if func in _INDEXED:
+        index = args[1]
+        return [item for item in index if isinstance(item, (list, tuple))] if isinstance(index, (list, tuple)) else []
     return args[:1]
 
 

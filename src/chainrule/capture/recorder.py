@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.calls import is_number_constant
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import LightMode, again
 from chainrule.functions import Function
 from chainrule.maps.staging import Program, Staged
 
@@ -126,7 +126,9 @@ class Recorder(LightMode):
         written: Sequence[torch.Tensor] = (),
     ) -> None:  # fmt: skip
         """Write down an op that ran: as a call, or its result as a constant."""
-        keep = _is_kept(func) and not (_is_gather(func, args) or _draws_nothing(func, args))
+        keep = _is_kept(func) and not (
+            _is_gather(func, args) or _draws_nothing(func, args) or self._has_fixed_shape(func, lowered, named)
+        )
         if keep:
             self._on_unrepeatable(func)
         keep = keep or (out is None and not written)
@@ -246,6 +248,12 @@ class Recorder(LightMode):
                     program.copies[self.known[id(out)].slot] = other.slot
                     break
 
+    def _has_fixed_shape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an op whose result's shape depends on values has constants only (a mask that was made of shapes)."""
+        if torch.Tag.dynamic_output_shape not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        return all(staged.slot in self.program.constants for staged in _staged_in((args, tuple(kwargs.values()))))
+
     def _is_fixed(self, out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a result is an index, a mask or a small number that is the same in every run: it is kept."""
         constants = self.program.constants
@@ -338,6 +346,21 @@ def _all_tensors(items: Sequence[Any]) -> bool:
     return all(item is None or isinstance(item, torch.Tensor) for item in items)
 
 
+#: Compositions of ops of which some read values, or have results whose shape depends on values: recorded in parts, which say so.
+_BY_VALUE = frozenset(
+    {
+        aten.where.default, aten.nonzero_numpy.default, aten.argwhere.default, aten.one_hot.default,
+        aten.repeat_interleave.self_Tensor, aten.tensor_split.tensor_indices_or_sections, aten.narrow.Tensor,
+        aten.ctc_loss.Tensor, aten.histogramdd.default, aten.histogramdd.int_bins, aten.histogramdd.TensorList_bins,
+        aten._pad_packed_sequence.default,
+    }
+)  # fmt: skip
+
+#: Ops that read some of their arguments' values in their kernels, though no tag says so, and where those stand.
+_READING = {
+    aten._pack_padded_sequence.default: 1, aten.lstm.data: 1, aten.gru.data: 1, aten.rnn_tanh.data: 1, aten.rnn_relu.data: 1,
+}  # fmt: skip
+
 #: What sparse tensors have beside a shape.
 _SPARSE_SHAPES = frozenset({aten._nnz.default, aten.dense_dim.default, aten.sparse_dim.default})
 
@@ -352,6 +375,7 @@ class WholeRecorder(Recorder):
     Args:
         leaves: the tensors that the call is given.
         generators: the generators of random numbers that were there before the call, beside torch's own.
+        closed: the tensors that are closed over, as far as they are known before the call.
 
     Attributes:
         found: the other tensors that were met, in the order of their inputs.
@@ -366,7 +390,9 @@ class WholeRecorder(Recorder):
     supports_higher_order_operators = True
     takes_functions = False
 
-    def __init__(self, leaves: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = ()) -> None:
+    def __init__(
+        self, leaves: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = (), closed: Sequence[torch.Tensor] = ()
+    ) -> None:
         super().__init__(self._input)
         self.found: list[torch.Tensor] = []
         self.random = False
@@ -375,6 +401,8 @@ class WholeRecorder(Recorder):
         # By address: torch hands generators over as other Python objects.
         self._states = {_address_of(g): (g, g.get_state()) for g in (torch.default_generator, *generators)}
         self._memory: set[int] = set()
+        self._given_memory = {_address(leaf) for leaf in leaves if leaf.layout is torch.strided} - {0}
+        self._closed = {id(tensor): tensor for tensor in closed}
         self.conditions: list[tuple[Staged, torch.Tensor]] = []
         self.joined = any(leaf.requires_grad for leaf in leaves)
         self.asked: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -390,6 +418,11 @@ class WholeRecorder(Recorder):
                 f"torch's operator {func} on functions (torch.cond, torch.while_loop, scan ...) cannot be recorded. Use "
                 "torch.where, or call the function without compile."
             )
+        if func in _BY_VALUE:
+            with again(self):
+                return func.decompose(*args, **(kwargs or {}))
+        if func in _READING:
+            self._on_read(func, [*self._staged((args[_READING[func]],))])
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random:
             self._check_states((*args, *(kwargs or {}).values()))
@@ -463,6 +496,11 @@ class WholeRecorder(Recorder):
             if tensor.__class__ is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter):
                 name = type(tensor).__name__
                 self.refuse(f"a tensor of type {name} was used; only plain ones can be")
+            if id(tensor) not in self._closed and tensor.layout is torch.strided and _address(tensor) in self._given_memory:
+                self.obstacle = (
+                    "the values of an argument were taken to another tensor in a way that torch does not show "
+                    "(nn.Parameter(...), as_subclass, to_dlpack)"
+                )
             number = self._numbers[id(tensor)] = self._count + len(self.found)
             self.found.append(tensor)
             self.joined = self.joined or tensor.requires_grad
@@ -482,10 +520,18 @@ class WholeRecorder(Recorder):
         if func in _SPARSE_SHAPES and all(staged.slot in self.program.inputs.values() for staged in read):
             return  # compared as shapes are
         if any(staged.slot not in self.program.constants for staged in read):
-            self.refuse(
-                f"{func} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "
-                "cannot depend on values: use torch.where, or call the function without compile."
-            )
+            self.refuse_read(func)
+
+    def refuse_read(self, reader: Any) -> NoReturn:
+        """Refuse what a graph cannot depend on.
+
+        Raises:
+            CompileError: always.
+        """
+        self.refuse(
+            f"{reader} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "
+            "cannot depend on values: use torch.where, or call the function without compile."
+        )
 
     def _on_unrepeatable(self, func: Any) -> None:
         if func is aten.as_strided.default:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from chainrule.capture.joined import JoinedTape
 from chainrule.capture.tape import Tape
 from chainrule.execute.reuse import scattered, written_over
 from chainrule.execute.workspace import Saved, Space, free, observable, observe, of_run, saved_by_run
@@ -314,12 +315,13 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _is_held_here(tape: Tape, slot: int) -> bool:
+def _is_held_here(tape: Tape | JoinedTape, slot: int) -> bool:
     """Whether a constant of a run is held by its tape alone: then the run has made it."""
     value = tape.values[slot]
     mine = sum(item is value for _, args, _, out in tape.pending for item in (*args, out))
-    # The tape's list, `value`, and the argument of the call.
-    if not _is_tensor(value) or sys.getrefcount(value) > 3 + mine or value.__class__ is not torch.Tensor:
+    # The tape's list (and that of the tape that is read with others as one), `value`, and the argument of the call.
+    lists = 2 if isinstance(tape, JoinedTape) else 1
+    if not _is_tensor(value) or sys.getrefcount(value) > 2 + lists + mine or value.__class__ is not torch.Tensor:
         return False
     # Its tensor's, and that of the object that was asked.
     return torch._C._storage_Use_Count(value.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]

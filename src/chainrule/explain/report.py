@@ -36,6 +36,8 @@ _TITLES = {
     "sparse": "sparse Jacobian",
     "pull": "pullback (vjp)",
     "push": "pushforward (jvp)",
+    "blocks": "blocks of the Jacobian",
+    "diagonal": "diagonal of the Jacobian",
     "trace": "trace of the Jacobian",
     "gram": "Jacobian times its transpose",
     "laplacian": "Laplacian",

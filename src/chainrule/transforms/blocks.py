@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from chainrule.dispatch import entry_point
+from chainrule.dispatch import LightMode, entry_point
 from chainrule.transforms.arguments import Argnums, check_whole, function_name, resolve_argnums, tree_unflatten
 from chainrule.transforms.budget import rows_within
 from chainrule.transforms.jacobians import Chunks, check_real, row_blocks
@@ -38,6 +39,21 @@ def _check_versions(
                 f"closes over), of shape {tuple(value.shape)}, was written to between two blocks; the blocks to come would mix "
                 "old and new values. Write to it after the last block, or give copies (x.clone())."
             )
+
+
+def _check_constant(traced: Traced, func: Callable[..., Any], name: str) -> None:
+    for tensor in (*traced.in_leaves, *traced.tape.values):
+        found = tensor
+        for mode in reversed(_get_current_dispatch_mode_stack()):
+            if not isinstance(mode, LightMode) or not isinstance(found, torch.Tensor):
+                continue
+            if mode.reverse and mode.is_active(found):
+                raise RuntimeError(
+                    f"{name}({function_name(func)}): a transform around it differentiates with respect to what the blocks depend "
+                    "on, but blocks are constants for it. Use jacrev or jacobian there, or, where they are to be constants, "
+                    "x.detach() or torch.no_grad()."
+                )
+            found = mode.unwrapped(found)
 
 
 class RowBlock(NamedTuple):
@@ -80,7 +96,8 @@ def jacobian_blocks(
 
     Returns:
         A function with the arguments of ``func`` that returns an iterator of :class:`RowBlock`; with ``callback`` it
-        returns None. The last block of an output may be smaller. Blocks are not part of autograd's graph.
+        returns None. The last block of an output may be smaller. Blocks are not part of autograd's graph, and inside of a
+        reverse transform (``grad``, ``vjp``, ``jacrev``) they are computed of constants only.
 
         ``func`` runs when the first block is asked for, and later blocks read the values of that run. Between two blocks
         nothing may be written into a tensor that it reads (an argument, a parameter, what it closes over): the next block is
@@ -91,7 +108,7 @@ def jacobian_blocks(
         ValueError: if ``rows`` or ``max_memory`` is not positive, or both are given.
         MemoryError: if ``max_memory`` is too little for a single row.
         RuntimeError: if arguments or outputs cannot be differentiated; when the next block is asked for after a tensor that
-            ``func`` reads was written to.
+            ``func`` reads was written to; if a reverse transform around it differentiates with respect to what they depend on.
 
     Example:
         >>> import torch, chainrule
@@ -113,8 +130,11 @@ def jacobian_blocks(
 
     def iterate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[RowBlock]:
         positions, single = resolve_argnums(argnums, len(args), name)
+        graded = torch.is_grad_enabled()
         with torch.no_grad():
             traced = trace(func, args, positions, kwargs, name)
+            if graded:
+                _check_constant(traced, func, name)
             check_real(traced, func, name, "input")
             assert chunks.budget is not None
             sizes = [

@@ -309,8 +309,7 @@ class _Compiled:
     def _record(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Graph]:
         """Run the function and make a graph of the run."""
         surroundings = Surroundings([self.function, *(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))])
-        generators = surroundings.generators
-        result, recorder, given = self._run_recorded(args, kwargs, generators)
+        result, recorder, given = self._run_recorded(args, kwargs, surroundings)
         out_leaves, spec = tree_flatten(result)
         statics = [(n, leaf) for n, leaf in enumerate(out_leaves) if not isinstance(leaf, torch.Tensor)]
         tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
@@ -345,7 +344,7 @@ class _Compiled:
         return result, Graph(run, surroundings, closed, kinds, spec, statics, flat, expected=expected, asked=asked)
 
     def _run_recorded(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Sequence[torch.Generator]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], surroundings: Surroundings
     ) -> tuple[Any, WholeRecorder, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Run the function on aliases of its arguments; they are returned with what they stand for."""
         leaves, spec = tree_flatten((args, kwargs))
@@ -359,7 +358,7 @@ class _Compiled:
                 leaves[number] = alias
                 given.append((alias, leaf))
         called, named = tree_unflatten(leaves, spec)
-        recorder = WholeRecorder([alias for alias, _ in given], generators)
+        recorder = WholeRecorder([alias for alias, _ in given], surroundings.generators, surroundings.tensors)
         try:
             with NoReads(recorder), recorder:
                 result = self.function(*called, **named)
