@@ -80,7 +80,7 @@ def test_chunk_size(transform: Any, size: int) -> None:
 
 
 @pytest.mark.parametrize("transform", [*JACOBIANS, chainrule.vmap])
-@pytest.mark.parametrize("size", [1.5, "x", [2]])
+@pytest.mark.parametrize("size", [1.5, "x", [2], True])
 def test_chunk_size_is_whole(transform: Any, size: Any) -> None:
     raises(TypeError, lambda: transform(square, chunk_size=size), transform.__name__, "chunk_size", "int", repr(size))
 

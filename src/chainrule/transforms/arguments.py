@@ -179,11 +179,13 @@ def check_whole(value: Any, transform: str, name: str) -> None:
     """Check that an optional number of rows, columns or samples is a whole one.
 
     Raises:
-        TypeError: if it is neither an int nor None.
+        TypeError: if it is neither an int nor None; a truth value is none.
     """
     if value is None:
         return
     try:
+        if isinstance(value, bool):
+            raise TypeError
         operator.index(value)
     except TypeError:
         raise TypeError(f"{transform}: {name} should be an int greater than 0, or None, got {value!r}") from None
