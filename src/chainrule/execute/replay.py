@@ -112,13 +112,7 @@ def bare(staged: Staged | None) -> Staged | None:
 
 def without_values(program: Program) -> Program:
     """Drop the tensors of the recording run, so that a cached plan holds no memory."""
-    program._input_values.clear()
-    program._known.clear()
-    program.masks.clear()
-    program.graded.clear()
-    program.selecting.clear()
-    program.infinite_input = None
-    program.mode = None
+    program.forget_values()
     program.constants = {slot: settled(value) for slot, value in program.constants.items()}
     return program
 

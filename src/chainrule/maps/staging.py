@@ -8,7 +8,7 @@ planning (see :mod:`chainrule.execute`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -217,6 +217,23 @@ class Program:
         self._scanned = len(self.instructions)
         return is_infinite(value.slot)
 
+    def let_go(self, needed: Collection[int]) -> None:
+        """Let large values go whose slots do not stand in ``needed``: only some programs do that (see maps/first_run.py)."""
+
+    def computed_again(self, staged: Staged) -> torch.Tensor:
+        """The value of a slot that was let go."""
+        raise AttributeError(f"slot {staged.slot} has no value")
+
+    def forget_values(self) -> None:
+        """Drop the tensors of the first run, and what was known of them."""
+        self._input_values.clear()
+        self._known.clear()
+        self.masks.clear()
+        self.graded.clear()
+        self.selecting.clear()
+        self.infinite_input = None
+        self.mode = None
+
     def new_slot(self) -> int:
         """A slot that nothing uses."""
         slot = self._slots
@@ -356,45 +373,50 @@ class Staged:
     @property
     def shape(self) -> torch.Size:
         """The shape of the tensor behind this value."""
-        return self.value.shape
+        kind = self.program.kinds.get(self.slot)
+        return self.value.shape if kind is None else kind[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the tensor behind this value."""
-        return self.value.dtype
+        kind = self.program.kinds.get(self.slot)
+        return self.value.dtype if kind is None else kind[1]
 
     @property
     def device(self) -> torch.device:
         """The device of the tensor behind this value."""
-        return self.value.device
+        kind = self.program.kinds.get(self.slot)
+        return self.value.device if kind is None else kind[2]
 
     @property
     def ndim(self) -> int:
         """The number of dimensions of the tensor behind this value."""
-        return self.value.ndim
+        return len(self.shape)
 
     def dim(self) -> int:
         """The number of dimensions of the tensor behind this value."""
-        return self.value.ndim
+        return len(self.shape)
 
     def numel(self) -> int:
         """The number of elements of the tensor behind this value."""
-        return self.value.numel()
+        return self.shape.numel()
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or one entry of it, of the tensor behind this value."""
-        return self.value.shape if dim is None else self.value.shape[dim]
+        return self.shape if dim is None else self.shape[dim]
 
     def is_complex(self) -> bool:
         """Whether the tensor behind this value is complex."""
-        return self.value.is_complex()
+        return self.dtype.is_complex
 
     def is_floating_point(self) -> bool:
         """Whether the tensor behind this value is of a floating-point dtype."""
-        return self.value.is_floating_point()
+        return self.dtype.is_floating_point
 
     def __getattr__(self, name: str) -> Any:
         """Return the tensor method called ``name``, recorded when it is called."""
+        if name == "value":
+            return self.program.computed_again(self)
         method = getattr(torch.Tensor, name)
         if not callable(method):
             raise AttributeError(f"a staged tensor has no attribute {name!r}: only methods are recorded")

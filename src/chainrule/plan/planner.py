@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from chainrule.maps.compose import Workspace
+from chainrule.maps.first_run import first_run, forced
 from chainrule.maps.linear_map import LinearMap, add_maps, compose, densify
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.staging import Program, Staged
@@ -201,13 +202,13 @@ def _plan_jacobian(
     if not allowed:  # what is pinned is not among what may be chosen
         found = allowed = candidates(tape, request, graph, inputs, outputs, workspace, pinned)
     best = min(allowed, key=lambda c: c.cost)
-    program = Program()
+    program = first_run()
     keys = [(o, i) for o in outputs for i in inputs]
     results: list[Staged | None] = []
-    for output, slot in keys:
-        node = best.nodes.get((output, slot))
+    for (output, slot), made in zip(keys, forced(program, [best.nodes.get(key) for key in keys]), strict=True):
         target = tape.values[output if request.cast == "output" else slot].dtype
-        results.append(None if node is None else _cast(node.force(program), target))
+        results.append(None if made is None else _cast(made, target))
+    program.let_go({made.slot for made in results if made is not None})
     return Planned(program, keys, results, graph, best.name, found)
 
 
@@ -315,10 +316,12 @@ def _plan_sweep(
     nodes = {slot: densify(m, workspace) for slot, m in maps.items()}
     # Before they are computed: what is known already costs nothing.
     candidate = elimination.measure_nodes("forward" if forward else "reverse", nodes)
-    program = Program()
+    program = first_run()
     results = [
-        None if (node := nodes.get(slot)) is None else _cast(node.force(program), tape.values[slot].dtype) for slot in keys
+        None if made is None else _cast(made, tape.values[slot].dtype)
+        for slot, made in zip(keys, forced(program, [nodes.get(slot) for slot in keys]), strict=True)
     ]
+    program.let_go({made.slot for made in results if made is not None})
     return Planned(program, list(keys), results, graph, candidate.name, [candidate])
 
 
