@@ -18,8 +18,9 @@ from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_else
 from chainrule.capture.records import Record
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
 from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
-from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, modes_inside_off, without_handlers, without_mode
+from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, without_handlers
 from chainrule.functions import COMPARISONS, SHAPED, Function
+from chainrule.modes_off import modes_inside_off, without_mode
 from chainrule.norms import may_join
 from chainrule.shortcuts import COMPILED, configure, use_facts
 

@@ -30,6 +30,7 @@
 #include "conversions.h"
 #include "entry.h"
 #include "runs.h"
+#include "mapped_runs.h"
 #include "handler.h"
 #include "methods.h"
 #include "watch.h"

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import _get_dispatch_stack_at
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.recorder import Recorder
-from chainrule.dispatch import undispatched, without_innermost
+from chainrule.dispatch import undispatched
 from chainrule.maps.staging import Program, Staged
+from chainrule.modes_off import without_innermost
 from chainrule.rules.batching_base import Batched
 
 Runner = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]

@@ -25,12 +25,13 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
 from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
-from chainrule.dispatch import undispatched, without_handlers, without_innermost, without_modes
+from chainrule.dispatch import undispatched, without_handlers
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.maps.staging import Program, Staged
+from chainrule.modes_off import without_innermost, without_modes
 from chainrule.rules.batching_base import Batched, stands_for_view
 from chainrule.shortcuts import REAL, configure
 

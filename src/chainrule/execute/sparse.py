@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
-from chainrule.dispatch import functions_are_replaced, unseen
+from chainrule.dispatch import functions_are_replaced
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
 from chainrule.execute.replay import Runner, compile_program, owned
 from chainrule.maps.staging import Staged
 from chainrule.maps.terms import Term
 from chainrule.maps.unmapped import MappedPatternError, kept, plain, unbatched
+from chainrule.modes_off import unseen
 from chainrule.plan.patterns import Pattern, dense_parts
 from chainrule.plan.planner import Request
 from chainrule.plan.sparse import (

@@ -25,8 +25,9 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.slots import Slot
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import TAKEN, LightMode, undispatched, without_innermost
+from chainrule.dispatch import TAKEN, LightMode, undispatched
 from chainrule.execute.engine import execute
+from chainrule.modes_off import without_innermost
 from chainrule.plan.planner import Request
 from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionContext, FunctionOp, packed

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.dispatch import outside
 from chainrule.execute.accounts import uncollected
 from chainrule.execute.engine import CACHE, execute
 from chainrule.execute.sparse import mapped_slots
+from chainrule.modes_off import outside
 from chainrule.plan.algebra import AlgebraRequest, Jacobian
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import curvature_peak

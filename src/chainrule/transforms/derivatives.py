@@ -11,7 +11,8 @@ import torch
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.levels import Level, Linearized, mark_of
-from chainrule.transforms.nest import NO_NEST, run_level, run_linearized, run_nest
+from chainrule.transforms.nest import NO_NEST, run_level, run_nest
+from chainrule.transforms.nest_linearized import run_linearized
 from chainrule.transforms.routes import GRADIENT, jacobian_route, run_route
 from chainrule.transforms.trace import Traced, trace
 

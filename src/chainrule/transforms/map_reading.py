@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chainrule.dispatch import unseen
+from chainrule.modes_off import unseen
 from chainrule.transforms.map_blocks import entries_by_blocks, needs_blocks
 from chainrule.transforms.map_entries import prefers_entries, single_entries
 from chainrule.transforms.spaces import Parts, Positions, Space

@@ -11,7 +11,7 @@ values of a sample, and those outside one with the stored values: both come from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,11 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder, rehearsed
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import entry_point, functions_are_replaced, undispatched
+from chainrule.dispatch import entry_point, functions_are_replaced
 from chainrule.execute import engine
 from chainrule.execute.accounts import SWEPT, UNCACHED, collecting, current_ledger
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
-from chainrule.execute.memory import current_watch
 from chainrule.execute.replay import Spent, part_constants
 from chainrule.execute.sweeps import Seen, is_long
 from chainrule.maps.staging import Program, Staged
@@ -55,12 +54,12 @@ from chainrule.transforms.levels import (
     mark_of,
 )  # fmt: skip
 from chainrule.transforms.nest_parts import run_parts
-from chainrule.transforms.routes import LINEARIZED, NEST, Route, route_of, run_linearized_route, run_route
+from chainrule.transforms.routes import NEST, Route, route_of, run_route
 from chainrule.transforms.trace import PLAIN_CLASSES, Traced, trace
 from chainrule.transforms.vmap import Mapping
 
 #: In place of a plan: this nest is run level by level.
-_BY_LEVELS = CachedPlan([], None)
+BY_LEVELS = CachedPlan([], None)
 
 #: What :func:`run_nest` returns when there is no nest, or none that can be run as a whole.
 NO_NEST = object()
@@ -368,12 +367,12 @@ def _cached(key: Any, tapes: Sequence[Tape]) -> tuple[Any, Any]:
     try:
         cached: Any = engine.CACHE.get(key)
     except TypeError:
-        key, cached = None, _BY_LEVELS
+        key, cached = None, BY_LEVELS
     if cached is None:
         for tape in tapes:
             note_numbers(tape)
         if not all(isinstance(value, torch.Tensor) for tape in tapes for value in tape.values):
-            cached = _BY_LEVELS
+            cached = BY_LEVELS
     return key, cached
 
 
@@ -386,11 +385,11 @@ def run_recorded(level: Level, traced: Traced) -> Any:
     """
     wanted = [(tuple(range(len(traced.in_slots))), False)]
     key: Any = None
-    cached: Any = _BY_LEVELS
+    cached: Any = BY_LEVELS
     if current_ledger() is None:
         key, cached = _cached(_key_of([level], wanted, traced, ()), [traced.tape])
     values = traced.tape.values
-    if cached is None or cached is _BY_LEVELS or cached.__class__ is Seen:
+    if cached is None or cached is BY_LEVELS or cached.__class__ is Seen:
         traced = replace(traced, tape=traced.tape.fork())
         values = traced.tape.values
     return finish_run(Run([Part([level], wanted, traced)], values, key, cached))
@@ -412,19 +411,19 @@ def finish_run(run: Run, seeds: tuple[torch.Tensor, ...] = (), *, last: bool = F
         refuse_duals(seeds, run.parts[-1].levels[-1].name)
     values, cached = run.values, run.cached
     if cached is None and _is_apart(run):
-        cached = _BY_LEVELS
+        cached = BY_LEVELS
         if run.key is not None:
             engine.CACHE.put(run.key, cached)
-    if cached is _BY_LEVELS:
+    if cached is BY_LEVELS:
         return run_parts(run.parts, seeds)
     if cached is None or cached.__class__ is Seen:
-        if (soon := _swept(run, seeds)) is not None:
+        if (soon := swept(run, seeds)) is not None:
             return soon
         with rehearsed() as recorder:
-            result, cached = _record_parts(run, seeds)
+            result, cached = record_parts(run, seeds)
         if run.key is not None:
             engine.CACHE.put(run.key, cached)
-        if cached is _BY_LEVELS or recorder is None:
+        if cached is BY_LEVELS or recorder is None:
             return result
         cached.compile_for(recorder)
         last = False
@@ -451,7 +450,7 @@ def _given_away(run: Run) -> Spent:
 _SWEEPABLE = frozenset({"grad", "grad_and_value", "vjp", "jvp", "linearize", "jacobian"})
 
 
-def _swept(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
+def swept(run: Run, seeds: tuple[torch.Tensor, ...]) -> Any:
     """The result of one of the first runs of a nest on a long tape, level by level; None where a plan is to be made."""
     part = run.parts[0]
     if len(run.parts) > 1 or not is_long(part.traced.tape.records, len(part.levels)):
@@ -477,112 +476,7 @@ def _is_apart(run: Run) -> bool:
     return level.apart(part.traced)
 
 
-def run_linearized(
-    outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any], linear: Callable[[Traced], Linearized]
-) -> Linearized | None:
-    """Run a nest under ``vjp`` or ``linearize``: the innermost function once, what does not depend on the seeds once.
-
-    Args:
-        outer: the level of ``vjp`` or ``linearize``.
-        args: the user's arguments.
-        kwargs: the user's keyword arguments.
-        linear: linearizes a run on its tape.
-
-    Returns:
-        The output and the linear function; None when there is no nest, or none that can be run as a whole.
-    """
-    if current_ledger() is not None or torch._C._len_torch_dispatch_stack() or functions_are_replaced():
-        return None
-    if (chain := chain_of(outer)) is None:
-        return None
-    run = None
-    if (route := nest_route(chain, count=len(args), kind=LINEARIZED)) is not None:
-        traced, linear_plan = run_linearized_route(route, args, kwargs)
-        if linear_plan.__class__ is LinearPlan:
-            return _replayed(linear_plan, traced.tape.values, traced, [traced.tape])
-        if traced is not None and (run := run_of(chain, traced)) is None:
-            return None
-
-    def finish(traced: Traced, single: bool) -> Any:
-        found = linear(traced)
-        if traced.made is None:
-            return found
-        leaves = traced.in_leaves if outer.name == "linearize" else [found.leaves[n] for n in found.active]
-        with undispatched():
-            seeds = [torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
-        traced.made.extend(seeds)
-        return [*found.leaves], found.call(tuple(seeds)), found
-
-    chain.levels[-1][-1] = Level(outer.func, outer.name, None, outer.has_aux, finish, outer.key)
-    if run is None and (run := run_innermost(chain, args, kwargs, ())) is None:
-        return None
-    plan = run.cached
-    if plan is None or plan.__class__ is Seen:
-        if (soon := _swept(run, ())) is not None:
-            first: Linearized = soon
-            return first
-        made: list[torch.Tensor] = []
-        result, plan = _record_parts(run, (), made)
-        if run.key is not None:
-            engine.CACHE.put(run.key, plan)
-        if plan is _BY_LEVELS:
-            found: Linearized = result[2]
-            return found
-    if plan is _BY_LEVELS:
-        whole: Linearized = run_parts(run.parts, ())
-        return whole
-    values, run.values = run.values, []
-    return _replayed(plan, values, run.traced, [part.traced.tape for part in run.parts])
-
-
-def _replayed(plan: LinearPlan, found: list[Any], traced: Traced, tapes: Sequence[Tape]) -> Linearized:
-    """The output and the linear function of a run, whose values and tapes are given, by its plan."""
-    if plan.stages is None:
-        plan.compile()
-    assert plan.stages is not None
-    # Of the values of the run only those stay that the plan reads: the run serves nothing else.
-    stages = plan.stages
-    values: list[Any] = [None] * len(found)
-    for slot in plan.kept:
-        values[slot] = found[slot]
-    if (watch := current_watch()) is not None:
-        watch.let_go(found, {id(value) for value in values if value is not None})
-    for tape in tapes:
-        tape.values = []
-        tape.forget()
-    found.clear()
-    prepared: dict[Any, tuple[Any, Any]] = {}
-
-    def prepare() -> tuple[Any, Any]:
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        found = prepared.get(key)
-        if found is None:
-            found = prepared[key] = stages.prepare(values)
-            if (watch := current_watch()) is not None:
-                watch.add_program(memory := stages.memory(0, values, ()))
-                watch.add_results([*found[0], *found[1]], memory)
-        return found
-
-    def call(seeds: tuple[torch.Tensor, ...]) -> Any:
-        if forward_ad._current_level >= 0:
-            refuse_duals(seeds, "a linear function")
-        found = stages.apply(values, prepare()[1], seeds)
-        if (watch := current_watch()) is not None:
-            watch.add_program(memory := stages.memory(1, values, seeds))
-            watch.add_results(found, memory)
-        later = plan.sources[plan.first :]
-        leaves = [values[source] if source is not None else leaf for leaf, source in zip(found, later, strict=True)]
-        return tree_unflatten(leaves, plan.spec)
-
-    first = prepare()[0]
-    leaves = [
-        traced.release(values[source]) if source is not None else leaf
-        for leaf, source in zip(first, plan.sources[: plan.first], strict=True)
-    ]
-    return Linearized(leaves, plan.out_spec, plan.active, call, traced, tree_unflatten(leaves, plan.out_spec))
-
-
-def _record_parts(
+def record_parts(
     run: Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
 ) -> tuple[Any, Any]:
     """Run the levels and write down what they compute as one program."""
@@ -615,7 +509,7 @@ def _record_parts(
     program = recorder.program
     program._input_values.clear()  # a cycle that would hold the tensors of this run
     if not (recorder.pure and whole) or (linear is not None and program.writes):
-        return result, _BY_LEVELS
+        return result, BY_LEVELS
     part_constants(program, leaves)
     bare = [None if s is None else Staged(program, s.slot, None) for s in staged]  # type: ignore[arg-type]
     keys = list(range(len(leaves)))
