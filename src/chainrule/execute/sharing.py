@@ -122,7 +122,7 @@ def _equal_constants(
     with undispatched():
         for slot, value in constants.items():
             if value.__class__ is torch.Tensor and value.is_cpu and value.layout is torch.strided and value.numel() <= _SMALL:
-                if not (value.requires_grad or value.is_quantized):
+                if not (value.requires_grad or value.is_quantized or value._is_zerotensor()):
                     # By their digits: 0.0 and -0.0 are equal, and nan is not.
                     digits = repr(value.tolist())
                     if not value.shape:
