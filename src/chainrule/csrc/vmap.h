@@ -200,8 +200,8 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     }
     for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
         fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
-    if (writes && joined)
-        fits = fits < 0 ? -1 : 0; /* autograd has to see it */
+    if (writes && (joined || PyDict_GET_SIZE(c_copies)))
+        fits = fits < 0 ? -1 : 0; /* autograd has to see it, or it may be lost in a copy that stands for a view */
     if (fits > 0 && joined) {
         fits = may_join();
         if (fits == 0 && !self->makes_graphs && !below_autograd) { /* no graphs are made where this level runs */

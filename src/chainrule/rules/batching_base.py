@@ -17,19 +17,27 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from chainrule.shortcuts import configure
+
 BatchStrategy = Callable[[Any, Sequence[Any], dict[str, Any], int], Any]
 
 
 #: The memory of results that are copies where torch has views, by its address, as long as it lives.
 _COPIES: dict[int, StorageWeakRef] = {}
 _MOST_COPIES = 4096
+_FEW_COPIES = 16
+configure(copies=_COPIES)
+
+
+def _forget_expired() -> None:
+    for key in [key for key, known in _COPIES.items() if known.expired()]:
+        del _COPIES[key]
 
 
 def stand_for_views(copy: Tensor) -> Tensor:
     """Note that a tensor is a copy where torch has a view: what is written to it would be lost."""
     if len(_COPIES) > _MOST_COPIES:
-        for key in [key for key, known in _COPIES.items() if known.expired()]:
-            del _COPIES[key]
+        _forget_expired()
     if copy.__class__ is Tensor and copy.layout is torch.strided:
         storage = copy.untyped_storage()
         _COPIES[storage._cdata] = StorageWeakRef(storage)
@@ -63,6 +71,8 @@ def checked_write(strategy: BatchStrategy) -> BatchStrategy:
     def write(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
         if _COPIES and args and args[0].__class__ is Batched:
             refuse_lost_write(func, args[0].value)
+            if len(_COPIES) <= _FEW_COPIES:
+                _forget_expired()  # writes are quicker where there are none
         return strategy(func, args, kwargs, size)
 
     return write
