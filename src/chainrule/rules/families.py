@@ -289,11 +289,12 @@ def operator_edge(
     whole: bool = False,
 ) -> Edge:
     """An edge with one operator; ``push`` and ``pull`` get ``(call, program, rows, number of rows)``."""
+    into, out = call.tensor(item).dtype, call.tensor(call.outputs[output]).dtype
     made = Operator(
         call.shape(call.outputs[output]),
         call.shape(item),
-        lambda program, rows: push(call, program, rows, rows.shape[0]),
-        lambda program, rows: pull(call, program, rows, rows.shape[0]),
+        lambda program, rows: push(call, program, _in_dtype(rows, into), rows.shape[0]),
+        lambda program, rows: pull(call, program, _in_dtype(rows, out), rows.shape[0]),
         diagonal,
         flops,
         call.op.name(),
@@ -302,6 +303,12 @@ def operator_edge(
         whole,
     )
     return single(call, item, (), (made,), output)
+
+
+def _in_dtype(rows: Staged, dtype: torch.dtype) -> Staged:
+    """Rows as a kernel takes them: where a function converts, they have the dtype of another of its values."""
+    same = rows.dtype == dtype or not (rows.dtype.is_floating_point and dtype.is_floating_point)
+    return rows if same else rows.to(dtype)
 
 
 __all__ = [

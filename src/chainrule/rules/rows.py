@@ -165,7 +165,13 @@ def rows_of(call: Call) -> dict[int, Row]:
     tensors = [call.tensor(item) for item in (*used, call.outputs[0]) if call.is_active(item) or not call.is_slot(item)]
     if len(set(used)) < len(used) or any(t.dtype not in _DTYPES or t.dtype != tensors[0].dtype or not t.numel() for t in tensors):
         return {}
-    return {call.argument(name).index: Row(pull, call.op.name()) for name, pull in kernel(call).items()}
+    dtype = call.tensor(call.outputs[0]).dtype
+    return {call.argument(name).index: Row(_in_dtype(pull, dtype), call.op.name()) for name, pull in kernel(call).items()}
+
+
+def _in_dtype(pull: Callable[[Program, Staged], Staged], dtype: torch.dtype) -> Callable[[Program, Staged], Staged]:
+    """The same for rows of any dtype: behind a conversion, they have that of what was converted to."""
+    return lambda program, row: pull(program, row if row.dtype == dtype else row.to(dtype))
 
 
 __all__ = ["KERNELS", "rows_of"]

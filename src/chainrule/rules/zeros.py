@@ -165,7 +165,7 @@ class _Finder:
     def _ones(self, slot: int, known: dict[int, Places | None], device: torch.device) -> torch.Tensor:
         place = known[slot]
         shape = tuple(self._values[slot].shape)
-        return torch.ones(shape, device=device) if place is None else place(device).to(torch.float32)
+        return torch.ones(shape, device=device, dtype=torch.float32) if place is None else place(device).to(torch.float32)
 
 
 def _part(run: Callable[[torch.device], Any], number: int | None, shape: tuple[int, ...], reads: frozenset[int]) -> Places:
