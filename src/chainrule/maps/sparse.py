@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 
-from chainrule.maps.coincidence import solve_affine
+from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
 from chainrule.maps.nodes import Node
@@ -184,7 +184,8 @@ class SparseWorkspace(Workspace):
         read = [] if place is None else [self.program.input(slot, self.values[slot]) for slot in sorted(place.reads)]
         if place is None or not all(map(self._is_settled, read)):
             return None
-        return place(self.device).reshape(node.sizes), read
+        found = place(self.device)
+        return found.reshape(node.sizes) if found.numel() == node.numel else found.expand(node.sizes), read
 
     def is_readable(self, slot: int) -> bool:
         """Whether a value is a constant that may be read now, and is compared later: nothing outside sees it otherwise."""
@@ -298,7 +299,7 @@ class SparseWorkspace(Workspace):
             solved = solve_affine(term, one, two, self)
             if solved is not None:
                 return solved
-        tied = _meeting(term, one, two)
+        tied = meeting(term, one, two)
         shared = tuple(axis for axis in one.sources if axis in two.sources)
         left, right = (
             self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
@@ -591,23 +592,6 @@ def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
     if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
         return None
     return start, step
-
-
-def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]]:
-    """All pairs of relations of one target between the sources of two relations: they meet where all of these targets agree."""
-    by_target: dict[Axis, list[OneHot]] = {}
-    for onehot in term.onehots:
-        by_target.setdefault(onehot.target, []).append(onehot)
-    left, right = set(one.sources), set(two.sources)
-    tied = [(one, two)]
-    for target, several in by_target.items():
-        if target is one.target or len(several) < 2:
-            continue
-        ones = [h for h in several if left.issuperset(h.sources)]
-        others = [h for h in several if right.issuperset(h.sources)]
-        if (found := next(((a, b) for a in ones for b in others if a is not b), None)) is not None:
-            tied.append(found)
-    return tied
 
 
 __all__ = ["SparseWorkspace"]
