@@ -18,7 +18,7 @@ from scipy import integrate, optimize  # noqa: E402
 
 from chainrule import scipy as solvers  # noqa: E402
 from chainrule.scipy.plain_code import only_computes  # noqa: E402
-from chainrule.scipy.replays import ATTRIBUTE, CALLS  # noqa: E402
+from chainrule.scipy.replays import ATTRIBUTE, CALLS, replayed  # noqa: E402
 from tests.scipy.problems import bratu, bratu_ends, decay, numpy_of, robertson, rosenbrock, rosenbrock_residuals  # noqa: E402
 
 SCALE, LIST, WEIGHT = 2.0, [1.0], torch.ones(3, dtype=torch.float64)
@@ -444,3 +444,26 @@ def test_fewer_evaluations_than_finite_differences():
     ):  # fmt: skip
         # Both stop within their tolerances: SciPy's default steps leave about 1e-5 of an optimum by differences.
         assert np.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_calls_of_several_shapes_in_turn(after: int) -> None:
+    """Graphs, and calls that stay plain, are told apart by shapes: the values are those of the function itself."""
+    scale = torch.tensor(2.0, dtype=torch.float64)
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x * scale).sin().sum() + y.exp().sum() * x.square().sum() - (y * y).sum()
+
+    def short(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sum() * scale + y.sum()
+
+    for function in (f, short):
+        made = replayed(function, "turn", lambda function=function: function, function, is_forced=False, after=after)
+        for number in range(24):
+            x, y = torch.rand(2 + number % 3, dtype=torch.float64), torch.rand(1 + number % 2, dtype=torch.float64)
+            if number == 18:
+                scale.mul_(1.5)
+            torch.testing.assert_close(made.usual([x, y]), function(x, y), rtol=1e-14, atol=0)
+        scale = torch.tensor(3.0, dtype=torch.float64)
+        for _ in range(3):
+            torch.testing.assert_close(made.usual([x, y]), function(x, y), rtol=1e-14, atol=0)

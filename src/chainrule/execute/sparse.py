@@ -151,6 +151,22 @@ class Guard:
         return True
 
 
+def _has_chosen(tape: Any, guard: Guard) -> bool:
+    """Whether ops choose what they chose when a plan was made; derivatives see nothing of it."""
+    if guard.computed is None:
+        return True
+    with planning(tape):
+        found = guard.computed(tape.values, ())
+        return all(torch.equal(one, two) for one, two in zip(found, guard.expected, strict=True))
+
+
+def _may_choose(tape: Any) -> bool:
+    """Whether choices by value may be looked at: they are those of one run, and the same for all samples of a vmap."""
+    if not torch._C._len_torch_dispatch_stack():
+        return True
+    return not _recorded() and all(value.__class__ is not BatchTensor for value in tape.values)
+
+
 def _recorded() -> bool:
     """Whether the run is recorded to be replayed with other values: then none may be looked at that is not an index."""
     if not torch._C._len_torch_dispatch_stack():
@@ -179,16 +195,20 @@ class SparsePlan:
     Attributes:
         relations: the index tensors.
         masks: the masks whose zeros are left out.
+        choices: what ops chose by value, where only that is in the pattern.
         values: computes the values of the entries.
         layouts: per block, where they stand.
         masked: whether zeros of masks would have been left out, had there been some.
+        chosen: the same of what ops do not choose.
     """
 
     relations: Guard
     masks: Guard
+    choices: Guard
     values: CachedPlan
     layouts: dict[tuple[int, int], Layouts]
     masked: bool = True
+    chosen: bool = True
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
         """The values of a run."""
@@ -215,12 +235,12 @@ class SparsePlans:
     def find(self, tape: Any) -> SparsePlan | None:
         """The plan for the index tensors of a run."""
         others, recorded = False, _recorded()
-        masked = self.other_masks < _MASKS and not recorded
+        masked, chosen = self.other_masks < _MASKS and not recorded, _may_choose(tape)
         for number, plan in enumerate(self.plans):
             # What was planned for a record holds more zeros than plain calls have.
-            if (masked and not plan.masked) or not plan.relations.fits(tape):
+            if (masked and not plan.masked) or chosen != plan.chosen or not plan.relations.fits(tape):
                 continue
-            if recorded and plan.masks.reads:
+            if (recorded and plan.masks.reads) or not _has_chosen(tape, plan.choices):
                 continue
             if plan.masks.fits(tape):
                 if number:
@@ -273,7 +293,7 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
-            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked))
+            plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked, chosen=_may_choose(tape)))
         plans.add(plan)
         if whole_recorder() is not None:
             plan.relations.fits(tape)  # the recorder notes what the plan depends on
@@ -358,7 +378,7 @@ def _execute_accounted(
 ) -> Found:
     """Plan anew, run, and put the account of it into the ledger."""
     with planning(tape):
-        planned = plan_sparse(tape, request, seeds=seeds, compare=True)
+        planned = plan_sparse(tape, request, seeds=seeds, chosen=_may_choose(tape), compare=True)
         plan = make_plan(planned)
     asked = Request("sparse", request.inputs, request.outputs, request.order)
     source = plan.values.runner.source_of  # type: ignore[union-attr]
@@ -385,7 +405,8 @@ def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
 def make_plan(planned: PlannedSparse) -> SparsePlan:
     """A plan without the tensors of the run that made it, but for its indices."""
     program, workspace = planned.program, planned.workspace
-    relations, masks = (_guard(planned, staged) for staged in (workspace.relations, workspace.masks))
+    guarded = (workspace.relations, workspace.masks, workspace.choices)
+    relations, masks, choices = (_guard(planned, staged) for staged in guarded)
     freeze(program, workspace, list(planned.results.values()))
     results = owned(program, list(planned.results.values()))  # entries that are constants of the plan, too, are copied
     bare: list[Staged | None] = [Staged(program, r.slot, None) for r in results if r is not None]  # type: ignore[arg-type]
@@ -397,7 +418,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
     layouts = {key: Layouts(pattern) for key, pattern in planned.patterns.items()}
-    return SparsePlan(relations, masks, cached, layouts, workspace.masked)
+    return SparsePlan(relations, masks, choices, cached, layouts, workspace.masked, workspace.chosen)
 
 
 __all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan", "mapped_slots", "terms_described"]

@@ -101,4 +101,21 @@ def _equality(dropped: OneHot, kept: OneHot, workspace: Workspace) -> Factor:
     return Factor(node, axes)
 
 
-__all__ = ["coincide", "solve_affine"]
+def meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]]:
+    """All pairs of relations of one target between the sources of two relations: they meet where all of these targets agree."""
+    by_target: dict[Axis, list[OneHot]] = {}
+    for onehot in term.onehots:
+        by_target.setdefault(onehot.target, []).append(onehot)
+    left, right = set(one.sources), set(two.sources)
+    tied = [(one, two)]
+    for target, several in by_target.items():
+        if target is one.target or len(several) < 2:
+            continue
+        ones = [h for h in several if left.issuperset(h.sources)]
+        others = [h for h in several if right.issuperset(h.sources)]
+        if (found := next(((a, b) for a in ones for b in others if a is not b), None)) is not None:
+            tied.append(found)
+    return tied
+
+
+__all__ = ["coincide", "meeting", "solve_affine"]

@@ -41,7 +41,7 @@ class Node:
         mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
         zeros: which of its dimensions a constant mask stands over, outside of which it is zero, and what makes that on a
             device; None where nothing is known.
-        slot: for a value of the tape, its slot.
+        slot: for a value of the tape, and what is zero where that is, its slot.
         facts: for an index with a known value, ``(start, step)`` if it is affine, and whether some of it is negative.
     """
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 
-from chainrule.maps.coincidence import solve_affine
+from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
 from chainrule.maps.nodes import Node
@@ -69,6 +69,7 @@ class SparseWorkspace(Workspace):
         stacks: whether many terms become one over taps; not those of local Jacobians, whose products would multiply taps.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
+        chosen: whether what ops choose by value has the places of this run, which the pattern is for then.
     """
 
     sparse = True
@@ -81,6 +82,7 @@ class SparseWorkspace(Workspace):
         program: Program | None = None,
         derived: frozenset[int] = frozenset(),
         masked: bool = True,
+        chosen: bool = True,
     ) -> None:
         super().__init__(dtype, device)
         self.program = Program() if program is None else program
@@ -89,11 +91,11 @@ class SparseWorkspace(Workspace):
         self.widened = widened
         self.derived = derived
         self.masked = masked
+        self.chosen = chosen
         self.limit: int | None = None
         self.everywhere = False
         self.stacks = True
         self.by_rows = False
-        self._choices: set[int] = set()
         self.values: Sequence[Any] = ()
         self.zeros: dict[int, Places] | None = None
         self.constants: frozenset[int] = frozenset()
@@ -102,6 +104,7 @@ class SparseWorkspace(Workspace):
         self._known: dict[int, tuple[Node, Node]] = {}
         self._leaves: list[Staged] = []
         self._masks: list[Staged] = []
+        self._choices: list[Staged] = []
         self._settled: set[int] = set()
         self._settled_inputs = self._settled_scanned = 0
         self._fixed: set[int] = set()
@@ -149,7 +152,7 @@ class SparseWorkspace(Workspace):
                     if count == 0:
                         return term.having(scale=0.0)
                     term = term.having(onehots=(*term.onehots, *self._listed(torch.nonzero(found), factor.axes)))
-            choice = factor.node.is_choice and self.masked and not self.everywhere
+            choice = factor.node.is_choice and self.chosen and not self.everywhere
             if not choice and not factor.node.mask:
                 continue
             staged = factor.node.force(self.program)
@@ -164,9 +167,7 @@ class SparseWorkspace(Workspace):
             # A few taps that much else runs over, as those of a kernel, or a sparse array; others are dense all the same.
             if not ones and not choice and count * _DENSE > total and total * _DENSE > count_entries(term):
                 continue
-            self._masks.append(staged)
-            if choice:
-                self._choices.add(staged.slot)
+            (self._choices if choice else self._masks).append(staged)
             if count == 0:
                 return term.having(scale=0.0)
             listed = self._listed(places, factor.axes)
@@ -183,7 +184,8 @@ class SparseWorkspace(Workspace):
         read = [] if place is None else [self.program.input(slot, self.values[slot]) for slot in sorted(place.reads)]
         if place is None or not all(map(self._is_settled, read)):
             return None
-        return place(self.device).reshape(node.sizes), read
+        found = place(self.device)
+        return found.reshape(node.sizes) if found.numel() == node.numel else found.expand(node.sizes), read
 
     def is_readable(self, slot: int) -> bool:
         """Whether a value is a constant that may be read now, and is compared later: nothing outside sees it otherwise."""
@@ -297,7 +299,7 @@ class SparseWorkspace(Workspace):
             solved = solve_affine(term, one, two, self)
             if solved is not None:
                 return solved
-        tied = _meeting(term, one, two)
+        tied = meeting(term, one, two)
         shared = tuple(axis for axis in one.sources if axis in two.sources)
         left, right = (
             self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
@@ -483,8 +485,9 @@ class SparseWorkspace(Workspace):
         computed: list[Staged] = []
         inputs, _ = self._sources(staged)
         if staged is self._masks:
-            settled = [mask for mask in staged if mask.slot not in self._choices]
-            return self._sources(settled)[0], [mask for mask in staged if mask.slot in self._choices]
+            return dict(inputs), []
+        if staged is self._choices:
+            return {}, list(staged)
         if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
             return dict(inputs), []
         for index in staged:
@@ -508,6 +511,11 @@ class SparseWorkspace(Workspace):
     def masks(self) -> list[Staged]:
         """The masks whose zeros were left out."""
         return self._masks
+
+    @property
+    def choices(self) -> list[Staged]:
+        """What ops chose, where only that is in the pattern."""
+        return self._choices
 
     def is_fixed(self, staged: Staged) -> bool:
         """Whether a value is the same in every run with these indices."""
@@ -584,23 +592,6 @@ def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
     if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
         return None
     return start, step
-
-
-def _meeting(term: Term, one: OneHot, two: OneHot) -> list[tuple[OneHot, OneHot]]:
-    """All pairs of relations of one target between the sources of two relations: they meet where all of these targets agree."""
-    by_target: dict[Axis, list[OneHot]] = {}
-    for onehot in term.onehots:
-        by_target.setdefault(onehot.target, []).append(onehot)
-    left, right = set(one.sources), set(two.sources)
-    tied = [(one, two)]
-    for target, several in by_target.items():
-        if target is one.target or len(several) < 2:
-            continue
-        ones = [h for h in several if left.issuperset(h.sources)]
-        others = [h for h in several if right.issuperset(h.sources)]
-        if (found := next(((a, b) for a in ones for b in others if a is not b), None)) is not None:
-            tied.append(found)
-    return tied
 
 
 __all__ = ["SparseWorkspace"]

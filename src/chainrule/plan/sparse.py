@@ -114,11 +114,12 @@ class PlannedSparse:
 
 
 def sparse_workspace(
-    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None, masked: bool = True
+    tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None,
+    masked: bool = True, chosen: bool = True,
 ) -> SparseWorkspace:
     """A workspace for maps between these slots."""
     plainly = make_workspace(tape, slots)
-    workspace = SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked)
+    workspace = SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked, chosen)
     workspace.values = tape.values
     if masked and not torch._C._len_torch_dispatch_stack():
         workspace.constants = frozenset(
@@ -238,6 +239,7 @@ def plan_sparse(
     seeds: Sequence[torch.Tensor] = (),
     *,
     masked: bool = True,
+    chosen: bool = True,
     compare: bool = False,
 ) -> PlannedSparse:
     """Plan sparse maps on a finished tape (or several that are joined) and compute them once.
@@ -248,17 +250,18 @@ def plan_sparse(
         program: a program that made some of the tape's values, which the plan continues.
         seeds: the factors that an expression names.
         masked: whether the zeros of masks are left out of the pattern (see :class:`~chainrule.maps.sparse.SparseWorkspace`).
+        chosen: whether what ops choose by value has the places of this run alone.
         compare: whether ways that will not be taken are costed, too (for ``explain``).
     """
     if isinstance(request, SparseExpression):
         if isinstance(request.expression, Jacobian):
-            planned = plan_sparse(tape, _as_request(request, request.expression), masked=masked)
+            planned = plan_sparse(tape, _as_request(request, request.expression), masked=masked, chosen=chosen)
             planned = _renamed(planned, request.expression)
         else:
-            planned = _plan_expression(tape, request, seeds, masked)
+            planned = _plan_expression(tape, request, seeds, masked, chosen)
         return planned if request.sizes is None else _joined(planned, request.sizes)
     inputs, outputs = _slots(request)
-    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked)
+    workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked, chosen=chosen)
     workspace.forward = request.cast == "output"
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
@@ -400,9 +403,9 @@ def _renamed(planned: PlannedSparse, jacobian: Jacobian) -> PlannedSparse:
 
 
 def _plan_expression(
-    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], masked: bool
+    tape: Any, request: SparseExpression, seeds: Sequence[torch.Tensor], masked: bool, chosen: bool
 ) -> PlannedSparse:
-    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), masked=masked)
+    workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), masked=masked, chosen=chosen)
     whole = Graph()
     graphs = {jacobian: structured_graph(tape, *_slots(jacobian), workspace) for jacobian in jacobians(request.expression)}
     for graph in graphs.values():

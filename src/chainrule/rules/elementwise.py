@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from chainrule.maps.staging import Staged
-from chainrule.rules.base import Rule
-from chainrule.rules.elementwise_named import Over, elementwise
+from chainrule.rules.base import Call, Rule
+from chainrule.rules.elementwise_named import Over, ZeroWith, elementwise
 from chainrule.rules.families import Number, Other, pointwise
 
 aten = torch.ops.aten
@@ -31,6 +31,11 @@ def _pow_scalar(x: Any, exponent: float, out: Any) -> Any:
     if exponent == 2:
         return 2 * x
     return exponent * torch.pow(x, exponent - 1)
+
+
+def _is_above_one(call: Call) -> bool:
+    exponent = call.argument("exponent")
+    return isinstance(exponent, int | float) and exponent > 1
 
 
 def _pow_base(x: Any, exponent: Any, out: Any) -> Any:
@@ -118,16 +123,18 @@ RULES: dict[Any, Rule] = {
     aten.copy.default: pointwise(None, 1.0),
     aten.mul.Tensor: pointwise(Other(1), Other(0)),
     aten.mul.Scalar: pointwise(Other(1)),
-    aten.div.Tensor: elementwise(self_=Over("other", _reciprocal), other=lambda a: -a.out / a.other),
+    aten.div.Tensor: elementwise(self_=Over("other", _reciprocal), other=ZeroWith("out", lambda a: -a.out / a.other)),
     aten.div.Scalar: pointwise(Number(lambda x, y: _reciprocal(y))),
     aten.div.Tensor_mode: pointwise(_div_mode_first, _div_mode_second),
     aten.div.Scalar_mode: pointwise(_div_mode_first),
     aten.reciprocal.default: pointwise(lambda x, out: -(out * out)),
     # powers, exponentials, logarithms
-    aten.pow.Tensor_Scalar: pointwise(_pow_scalar),
+    aten.pow.Tensor_Scalar: elementwise(
+        self_=ZeroWith("self", lambda a: _pow_scalar(a.self, a.exponent, None), _is_above_one)
+    ),
     aten.pow.Tensor_Tensor: pointwise(_pow_base, _pow_exponent),
     aten.pow.Scalar: pointwise(None, _pow_scalar_base),
-    aten.square.default: pointwise(lambda x, out: 2 * x),
+    aten.square.default: elementwise(self_=ZeroWith("self", lambda a: 2 * a.self)),
     aten.sqrt.default: pointwise(lambda x, out: 0.5 / out),
     aten.rsqrt.default: pointwise(lambda x, out: -0.5 * out * out * out),
     aten.exp.default: pointwise(lambda x, out: out),

@@ -76,6 +76,32 @@ class Over:
         self.function = function
 
 
+class ZeroWith:
+    """A derivative that is zero where an argument, or the output, is.
+
+    Args:
+        name: the name of what it is zero with; ``out`` for the output.
+        function: the derivative over the output's shape.
+        holds: whether that is so for a call.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[[Arguments], Any], holds: Callable[[Call], bool] = lambda call: True
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.holds = holds
+
+    def slot(self, call: Call) -> int | None:
+        """The slot of what it is zero with; None where it is not."""
+        if not self.holds(call):
+            return None
+        if self.name == "out":
+            return call.outputs[0]
+        item = call.argument(self.name)
+        return item.index if call.is_slot(item) else None
+
+
 class Static:
     """A derivative that is a number made from the static arguments."""
 
@@ -83,7 +109,7 @@ class Static:
         self.function = function
 
 
-Derivative = float | Over | Static | Callable[[Arguments], Any]
+Derivative = float | Over | ZeroWith | Static | Callable[[Arguments], Any]
 
 #: The op by which a product with a mask of numbers is computed: it lets pass what the mask keeps.
 _SELECTS = torch.ops.aten.threshold_backward.default
@@ -118,8 +144,9 @@ def _term(call: Call, item: Any, derivative: Derivative) -> Term:
         return multiple_term(call, shape, axes, float(derivative.function(call)))
     if isinstance(derivative, Over):
         return _over(call, shape, derivative)
-    function = derivative
+    function = derivative.function if isinstance(derivative, ZeroWith) else derivative
     node = formula_node(call, call.out_shape, lambda program: function(Arguments(call, program)))
+    node.slot = derivative.slot(call) if isinstance(derivative, ZeroWith) else None
     node.mask = call.op is _SELECTS
     return diagonal_term(shape, axes, [Factor(node, axes)])
 
@@ -197,4 +224,4 @@ def loss_scale(call: Call) -> float:
     return 1.0 / max(count, 1) if call.argument("reduction", MEAN) == MEAN else 1.0
 
 
-__all__ = ["Arguments", "Over", "Static", "broadcast_shape", "elementwise", "loss", "loss_scale"]
+__all__ = ["Arguments", "Over", "Static", "ZeroWith", "broadcast_shape", "elementwise", "loss", "loss_scale"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from chainrule.rules.base import Call, Rule
-from chainrule.rules.elementwise_named import Arguments, Over, Static, elementwise, loss
+from chainrule.rules.elementwise_named import Arguments, Over, Static, ZeroWith, elementwise, loss
 
 aten = torch.ops.aten
 
@@ -182,12 +182,14 @@ _OPERANDS: dict[Any, Rule] = {
         self_=Over("weight", lambda w: 1 - w), end=Over("weight", lambda w: w), weight=lambda a: a.end - a.self
     ),
     aten.addcmul.default: elementwise(
-        self_=1.0, tensor1=lambda a: a.tensor2 * a.value, tensor2=lambda a: a.tensor1 * a.value
+        self_=1.0,
+        tensor1=ZeroWith("tensor2", lambda a: a.tensor2 * a.value),
+        tensor2=ZeroWith("tensor1", lambda a: a.tensor1 * a.value),
     ),
     aten.addcdiv.default: elementwise(
         self_=1.0,
         tensor1=lambda a: torch.reciprocal(a.tensor2) * a.value,
-        tensor2=lambda a: -a.tensor1 / (a.tensor2 * a.tensor2) * a.value,
+        tensor2=ZeroWith("tensor1", lambda a: -a.tensor1 / (a.tensor2 * a.tensor2) * a.value),
     ),
     aten.clamp.Tensor: elementwise(self_=_clamp_self, min=_clamp_low, max=_clamp_high),
     aten.clamp_min.Tensor: elementwise(

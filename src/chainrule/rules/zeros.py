@@ -39,7 +39,7 @@ _KEEP = frozenset(
         aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default, aten.masked_scatter.default,
         aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.matmul.default, aten.sum.default,
         aten.sum.dim_IntList, aten.cumsum.default, aten.add.Tensor, aten.mul.Tensor, aten.split.Tensor,
-        aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+        aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.addcmul.default, aten.addcdiv.default,
     }
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ _FIXED = frozenset(
         aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.sin.default, aten.tanh.default, aten.square.default,
         aten.abs.default, aten.relu.default, aten.sinh.default, aten.tan.default, aten.asin.default, aten.atan.default,
         aten.erf.default, aten.expm1.default, aten.log1p.default, aten.sqrt.default, aten.gelu.default, aten.silu.default,
-        aten.div.Tensor,
+        aten.div.Tensor, aten.pow.Tensor_Scalar,
     }
 )  # fmt: skip
 
@@ -108,6 +108,8 @@ class _Finder:
         """Note what is known of the results of an op."""
         op, args = record.op, record.args
         fills = op in _FILLED and _is_zero(args[_FILLED[op]])
+        if op is aten.pow.Tensor_Scalar and not (isinstance(args[1], int | float) and args[1] > 0):
+            return
         makes = fills or (op in _MAKE and (op is not aten.constant_pad_nd.default or not any(args[2:])))
         if not makes and op not in _PASSING:
             return

@@ -145,17 +145,17 @@ def solve_bvp(
     columns = right.derived(("columns", given), lambda: jacobian(shifted, argnums=(2, 3)[: len(given) - 1]), shifted)
     jacobians = ends.derived(("ends", given), lambda: jacobian(ends.checked, argnums=given))
 
+    unshifted = np.zeros(states)
     values, both_ends = right.values(given, right.checked), ends.values(given, ends.checked)
 
     def value(*args: np.ndarray) -> np.ndarray:
         return right.at(values, args, args[1].shape)
 
     def derivative(*args: np.ndarray) -> Any:
+        x, y, *rest = args
         with right.named():
-            x, y, *rest = map(right.tensor, args)
-            blocks = tuple(
-                right.array(block.movedim(2, 1), what="Jacobian") for block in columns(x, y, y.new_zeros(states), *rest)
-            )
+            found = right.run(columns, (x, y, unshifted, *rest))
+            blocks = tuple([right.array(block.movedim(2, 1), what="Jacobian") for block in found])
             return blocks if rest else blocks[0]
 
     def conditions(*args: np.ndarray) -> np.ndarray:

@@ -69,17 +69,21 @@ class Replayed:
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
         self._graphs: dict[Any, Graph] = {}
-        #: The graph that was replayed last, where all arguments were usual tensors; their shapes, and the modes.
-        self._last: tuple[list[torch.Size], Any, Graph] | None = None
+        #: For usual tensors, by their shapes: the modes and the graph; None where calls stay plain.
+        self._usual: dict[tuple[torch.Size, ...], tuple[Any, Graph | None]] = {}
 
     def usual(self, tensors: list[torch.Tensor]) -> Any:
         """Call or replay it, in fewer steps, with different float64 tensors: contiguous, on the CPU and without a graph."""
-        last = self._last
-        if last is not None and [t.shape for t in tensors] == last[0] and modes() == last[1] and last[2].holds():
-            try:
-                return last[2].replay(tensors)
-            except OtherValues:
-                pass
+        last = self._usual.get(tuple([t.shape for t in tensors]))
+        if last is not None and modes() == last[0]:
+            graph = last[1]
+            if graph is None:
+                return self._plain(*tensors)
+            if graph.holds():
+                try:
+                    return graph.replay(tensors)
+                except OtherValues:
+                    pass
         return self(*tensors)
 
     def __call__(self, *args: Any) -> Any:
@@ -92,15 +96,15 @@ class Replayed:
                     found = graph.replay([a for a in args if a.__class__ is torch.Tensor])
                     if self._wasted:
                         self._wasted.pop(key, None)
-                    if all(map(_is_usual, args)):
-                        self._last = [a.shape for a in args], key[1], graph
+                    self._note_usual(args, key, graph)
                     return found
                 except OtherValues:
                     pass
             del self._graphs[key]
-            self._last = None
+            self._usual.clear()
         calls = self._counts.get(key, 0)
         if calls < 0:
+            self._note_usual(args, key, None)
             return self._plain(*args)
         if not self._is_forced:
             if None in key:
@@ -112,6 +116,13 @@ class Replayed:
                 return self._never(key, args)
             self._counts[key] = self._after + 1
         return self._recorded(key, args)
+
+    def _note_usual(self, args: tuple[Any, ...], key: Any, graph: Graph | None) -> None:
+        if None in key or not all(map(_is_usual, args)):
+            return
+        if len(self._usual) >= _KEPT:
+            self._usual.clear()
+        self._usual[tuple([a.shape for a in args])] = key[1], graph
 
     def _pays(self, args: tuple[Any, ...]) -> bool:
         """Whether the function may be recorded unasked, and a run is short enough."""
