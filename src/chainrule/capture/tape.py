@@ -81,7 +81,7 @@ class Tape(Listening):
     hooks: dict[int, Any]
     #: View calls that were not looked at yet: they matter only once something is written.
     pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
-    #: Whether an op was taken for a constant because of torch.no_grad().
+    #: Whether an op on something active was taken for a constant because of torch.no_grad().
     saw_blocked = False
     #: How many values the tapes around this one had when it began.
     _begun: Mapping[int, int] = MappingProxyType({})
@@ -126,12 +126,19 @@ class Tape(Listening):
         self.key.append(meta(tensor))
         return slot
 
-    def is_blocked(self) -> bool:
-        """Whether what runs now is a constant by ``torch.no_grad()``."""
+    def is_blocked(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> bool:
+        """Whether what runs now, on these arguments, is a constant by ``torch.no_grad()``.
+
+        That is noted where it would not be one by itself: levels of a nest agree on all else.
+        """
         if self.respect_no_grad and not torch.is_grad_enabled():
-            self.saw_blocked = True
+            self._note_blocked(args, kwargs)
             return True
         return False
+
+    def _note_blocked(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
+        if not self.saw_blocked and self._any_active(args, kwargs):
+            self.saw_blocked = True
 
     def forget(self) -> None:
         """Let go of the tensors that views and writes were tracked by."""
@@ -208,7 +215,7 @@ class Tape(Listening):
             else:
                 out = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
             self._hear(facts, args, kwargs, out)
-            if not self.is_blocked():
+            if not self.is_blocked(args, kwargs):
                 self._record(facts, args, kwargs, out)
             return out
         if facts.writes:
@@ -246,7 +253,7 @@ class Tape(Listening):
         if facts.inactive:
             if not facts.shaped:
                 self._note_derived(args, kwargs, out)
-        elif not self.is_blocked():
+        elif not self.is_blocked(args, kwargs):
             self._record(facts, args, kwargs, out)
         return out
 
@@ -361,7 +368,7 @@ class Tape(Listening):
         if not facts.plain and (facts.whole is None or not facts.whole(args, self.kernels, self.is_active)):
             return NotImplemented
         out = facts.fast(*args, **kwargs)
-        if not self.is_blocked():
+        if not self.is_blocked(args, kwargs):
             self._record(facts, args, kwargs, out)
         return out
 
@@ -528,7 +535,7 @@ class Tape(Listening):
         if self.heard is not None:
             self._hear(facts, args, None, out)
         if self.respect_no_grad and not _is_grad_enabled():
-            self.saw_blocked = True
+            self._note_blocked(args, None)
             return out
         if new is not None:
             touched = touched or self._any_active(args, None)

@@ -78,7 +78,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(alias) X(links) X(roots) X(families) X(_read_slots) X(_scanned) X(has_writes) X(kept) X(reads_values) X(_note_view)      \
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
     X(_listen) X(_run_step) X(detach) X(is_neg) X(used) X(quick) X(plain) X(batched) X(extra) \
-    X(_current_level) X(reverse) \
+    X(_current_level) X(reverse) X(_note_blocked) \
     X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;

@@ -39,7 +39,7 @@ run_conversion(Handler *self, PyObject *func, PyObject *fixed, PyObject *args, P
     if (facts == NULL || SLOT(facts, common) != Py_True)
         return Py_NewRef(Py_NotImplemented);
     PyObject *out = call_given_below(func, args, kwargs);
-    int blocked = out == NULL ? 1 : is_blocked(self);
+    int blocked = out == NULL ? 1 : is_blocked(self, args, 1);
     if (blocked) {
         if (blocked < 0)
             Py_CLEAR(out);

@@ -197,7 +197,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             goto done;
         }
     }
-    int blocked = note_step(self, facts, args, count, seen.joined ? Py_True : Py_False, out) < 0 ? -1 : is_blocked(self);
+    int blocked = note_step(self, facts, args, count, seen.joined ? Py_True : Py_False, out) < 0 ? -1 : is_blocked(self, args, seen.touched);
     if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, named, fresh, fresh_count, &seen, out) < 0))
         Py_CLEAR(out);
 done:

@@ -286,16 +286,21 @@ lowered_fresh(Handler *self, PyObject *item)
     return slot < 0 ? NULL : slot_object(slot);
 }
 
-/* Whether torch's gradients are off, so that what runs is a constant: 1, 0, or -1 with an error set. */
+/* Whether torch's gradients are off, so that what runs is a constant: 1, 0, or -1 with an error set. That is noted where an
+ * argument is active: `touched` says so of those with a slot. */
 static int
-is_blocked(Handler *self)
+is_blocked(Handler *self, PyObject *args, int touched)
 {
     if (!self->respect_no_grad)
         return 0;
     int enabled = grad_is_enabled();
     if (enabled)
         return enabled < 0 ? -1 : 0;
-    return PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 1;
+    if (touched)
+        return PyObject_SetAttr((PyObject *)self, s_saw_blocked, Py_True) < 0 ? -1 : 1;
+    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__note_blocked, args, Py_None, NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 1;
 }
 
 /* What is found out of the arguments of a call: whether one depends on the inputs, and whether one has a graph. */
@@ -514,7 +519,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         goto done;
     int vector = seen.joined && PyLong_AsLong(SLOT(facts, joining)) == LINEAR ? rank_is(stored[0], 1) : 0; /* see call_joined */
     PyObject *how = vector ? Py_None : seen.joined ? Py_True : Py_False;
-    int blocked = vector < 0 || note_step(self, facts, args, count, how, out) < 0 ? -1 : is_blocked(self);
+    int blocked = vector < 0 || note_step(self, facts, args, count, how, out) < 0 ? -1 : is_blocked(self, args, seen.touched);
     if (blocked) {
         if (blocked < 0)
             Py_CLEAR(out);

@@ -246,7 +246,7 @@ def _apply_under_tape(
     original: Callable[..., Any], function: Any, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     refuse_duals(args, f"autograd.Function {function.__name__} inside of a transform")
-    touched = tape.touches(args) and not tape.is_blocked()
+    touched = tape.touches(args) and not tape.is_blocked(args)
     if not touched:
         with without_innermost():
             return _apply_function(original, function, args, kwargs)
@@ -305,7 +305,7 @@ def _forward_and_record_outer(
         outputs, context = _run_forward(original, function, args, kwargs)
     several = isinstance(outputs, (tuple, list))
     flat = list(outputs) if several else [outputs]
-    if not outer.is_blocked():
+    if not outer.is_blocked(args, kwargs):
         _record_function(outer, function, args, kwargs, context, flat)
     return outputs, context
 
