@@ -137,7 +137,8 @@ class AliasTracker:
         if facts.functional is None and touched and facts.random and op._can_decompose():
             with again(tape):  # dropout keeps a part of the values
                 return op.decompose(*args, **kwargs)
-        constant = not touched or tape.is_blocked(args, kwargs) or tape.facts(facts.functional).inactive if facts.functional else True
+        blocked = not touched or tape.is_blocked(args, kwargs)
+        constant = facts.functional is None or blocked or tape.facts(facts.functional).inactive
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
         lowered = None if constant else (tape.lower(inputs), tape.lower_kwargs(kwargs_in))

@@ -296,13 +296,14 @@ class PlanCache:
         if functions_are_replaced():
             return
         with self._lock:
+            if key not in self._plans:  # the new one is no candidate: it has had no time to be used
+                while len(self._plans) >= self.limit:
+                    oldest = next(iter(self._plans))
+                    plan = self._plans.pop(oldest)
+                    if plan.used:
+                        plan.used = False
+                        self._plans[oldest] = plan
             self._plans[key] = value
-            while len(self._plans) > self.limit:
-                oldest = next(iter(self._plans))
-                plan = self._plans.pop(oldest)
-                if plan.used:
-                    plan.used = False
-                    self._plans[oldest] = plan
 
     def __len__(self) -> int:
         """The number of plans kept."""
