@@ -157,7 +157,8 @@ class AliasTracker:
         kept = [self.resolve(root) if hidden and tape.is_active(root) else None for root in roots]
         if op is aten.detach_.default:
             # For the transforms around this one the tensor stays what it is.
-            tape.saw_blocked, result = True, args[0]
+            tape.saw_blocked = tape.saw_cut = True
+            result = args[0]
         else:
             result = tape.outside(op, *args, **kwargs)
         self.has_writes = True

@@ -83,6 +83,8 @@ class Tape(Listening):
     pending: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any] | None, Any]]
     #: Whether an op on something active was taken for a constant because of torch.no_grad().
     saw_blocked = False
+    #: Whether something was made a constant that tapes around this one see (by ``data`` or ``detach_``).
+    saw_cut = False
     #: How many values the tapes around this one had when it began.
     _begun: Mapping[int, int] = MappingProxyType({})
     _others: OtherObjects | None = None
@@ -286,7 +288,7 @@ class Tape(Listening):
                     raise RuntimeError(DATA_UNDER_VMAP)
                 return holder.read_data(tensor)
         else:
-            self.saw_blocked = True
+            self.saw_blocked = self.saw_cut = True
         with without_mode(self):
             out: torch.Tensor = self.outside(torch.ops.aten.alias.default, tensor)
         self.pending.append((torch.ops.aten.detach.default, (tensor,), None, out))

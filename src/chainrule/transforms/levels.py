@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec
 
 from chainrule.batching.mode import VmapMode
+from chainrule.capture.tape import Tape
 from chainrule.execute import engine
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
@@ -100,6 +103,48 @@ class Run:
         return self.parts[-1].traced
 
 
+#: The transforms whose levels are derivatives in reverse mode.
+_REVERSE = frozenset({"grad", "grad_and_value", "vjp"})
+
+
+def agree(levels: Sequence[Level], tape: Tape) -> bool:
+    """Whether some levels take the same steps of a run for constants.
+
+    Those under ``torch.no_grad()`` are constants for all levels of reverse mode, and forward mode sees them.
+    """
+    if not tape.saw_blocked:
+        return True
+    if tape.saw_cut:
+        return False
+    return all([level.key[0] in _REVERSE or (level.key[0] == "jacobian" and level.respect_no_grad) for level in levels])
+
+
+#: Functions with a run that showed that their levels have to be run one by one: later nests do not try again.
+_APART: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def note_apart(levels: Sequence[Level]) -> None:
+    """Have the levels of a function, the innermost of which is given first, run one by one from now on."""
+    for level in levels:
+        level.route = None
+    func = levels[0].func
+    func = getattr(func, "__func__", func)  # a bound method is made anew each time
+    if func.__class__ in _WITH_IDENTITY or isinstance(func, torch.nn.Module):
+        _APART.add(func)
+
+
+def is_apart(func: Any) -> bool:
+    """Whether the levels of a function have to be run one by one."""
+    if not _APART:
+        return False
+    func = getattr(func, "__func__", func)
+    return (func.__class__ in _WITH_IDENTITY or isinstance(func, torch.nn.Module)) and func in _APART
+
+
+#: Classes of functions that are compared by identity.
+_WITH_IDENTITY = frozenset({FunctionType, partial})
+
+
 def mark_of(func: Any) -> Level | Mapping | None:
     """What a transform left on a function. A decorator that copies attributes does not make its function carry a mark."""
     mark = getattr(func, "_chainrule_level", None)
@@ -138,6 +183,11 @@ class Chain:
 
 def chain_of(outer: Level) -> Chain | None:
     """The nest whose outermost level is given; None where it is no nest, or none that can run as a whole."""
+    found = _chain_of(outer)
+    return None if found is None or is_apart(found.levels[0][0].func) else found
+
+
+def _chain_of(outer: Level) -> Chain | None:
     inner = level_of(outer.func)
     if inner is None:
         found = _whole_chain(outer)

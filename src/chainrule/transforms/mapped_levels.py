@@ -17,7 +17,7 @@ from chainrule.dispatch import unasked
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.batched import wrap
 from chainrule.transforms.arguments import tree_unflatten
-from chainrule.transforms.levels import Chain, Level, NestPlan, Run, chain_of, mark_of
+from chainrule.transforms.levels import Chain, Level, NestPlan, Run, agree, chain_of, is_apart, mark_of, note_apart
 from chainrule.transforms.nest import finish_run, nest_route, run_innermost, run_of
 from chainrule.transforms.routes import run_route
 from chainrule.transforms.vmap import Mapping
@@ -78,6 +78,8 @@ def _finished(run: Run | None, mapping: Mapping, mode: VmapMode, level: Level) -
     if run is None or _needs_itself(run):
         # Another run does all of it, and so do later calls.
         level.by_itself = True
+        if run is not None:
+            note_apart(run.parts[0].levels)
         return NotImplemented
     if run.cached.__class__ is NestPlan and (results := _replayed(run, run.cached, mapping, mode)) is not NotImplemented:
         return results
@@ -89,13 +91,16 @@ def _finished(run: Run | None, mapping: Mapping, mode: VmapMode, level: Level) -
 def _chain(level: Level) -> Chain | None:
     """The nest that a level is the outermost of, which may be the level alone; None where it cannot run as a whole."""
     if mark_of(level.func) is None:
+        if is_apart(level.func):
+            return None
         return Chain([[level]], [], level.has_aux)
     return chain_of(level)
 
 
 def _needs_itself(run: Run) -> bool:
     """Whether the function did what a level alone treats in ways of its own: steps under ``torch.no_grad()``, hooks."""
-    return any([part.traced.tape.saw_blocked or part.traced.tape.hooks or part.traced.steps for part in run.parts])
+    levels = [level for part in run.parts for level in part.levels]
+    return any([part.traced.tape.hooks or part.traced.steps or not agree(levels, part.traced.tape) for part in run.parts])
 
 
 def _replayed(run: Run, plan: NestPlan, mapping: Mapping, mode: VmapMode) -> Any:

@@ -50,8 +50,10 @@ from chainrule.transforms.levels import (
     NestPlan,
     Part,
     Run,
+    agree,
     chain_of,
     mark_of,
+    note_apart,
 )  # fmt: skip
 from chainrule.transforms.nest_parts import run_parts
 from chainrule.transforms.routes import NEST, Route, route_of, run_route
@@ -156,7 +158,8 @@ def nest_route(
 def run_of(chain: Chain, traced: Traced, seeds: tuple[torch.Tensor, ...] = ()) -> Run | None:
     """A run by the route of a nest, as it goes on; None where it cannot run as a whole."""
     levels = chain.levels[0]
-    if (traced.tape.saw_blocked or traced.tape.hooks) and len(levels) > 1:
+    if len(levels) > 1 and (traced.tape.hooks or not agree(levels, traced.tape)):
+        note_apart(levels)
         return None
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
     number: Any = 0 if levels[0].argnums is None else levels[0].argnums
@@ -248,8 +251,9 @@ def _run_part(
     traced = trace(
         func, args, union, kwargs, first.name, has_aux=has_aux, respect_no_grad=several or first.respect_no_grad, owned=owned
     )
-    if traced.hidden or ((traced.tape.saw_blocked or traced.tape.hooks) and several):
-        # Under no_grad the levels may differ in what they count as constant; hooks are those of the innermost level alone.
+    if traced.hidden or (several and (traced.tape.hooks or not agree([n for part in chain.levels for n in part], traced.tape))):
+        # Hooks are those of the innermost level alone.
+        note_apart(chain.levels[0])
         raise _NotWhole
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
     parts.append(Part(levels, wanted, traced, around))
