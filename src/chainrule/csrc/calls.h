@@ -213,12 +213,30 @@ done:
     return taken;
 }
 
+/* function_globals.calls_torch: 1, 0, or -1 with an error set. */
+static int
+calls_torch(PyObject *function)
+{
+    PyObject *places = c_places == NULL ? Py_NewRef(Py_None) : PyObject_GetItem(c_places, function);
+    if (places == NULL)
+        return -1;
+    int own = places != Py_None;
+    for (Py_ssize_t place = 0; own > 0 && place < PyTuple_GET_SIZE(places); place += 3) {
+        PyObject *found = PyDict_GetItemWithError(PyTuple_GET_ITEM(places, place), PyTuple_GET_ITEM(places, place + 1));
+        own = found == NULL && PyErr_Occurred() ? -1 : (found == NULL ? Py_Ellipsis : found) == PyTuple_GET_ITEM(places, place + 2);
+    }
+    Py_DECREF(places);
+    return own;
+}
+
 /* A call under the only mode that is on; NotImplemented, with nothing done, leaves it to Python. */
 static PyObject *
 run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 {
     PyObject *replay, *values;
     int joined, taken = PyFunction_Check(func) ? PySet_Contains(c_written, func) : PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
+    if (taken > 0 && PyFunction_Check(func))
+        taken = calls_torch(func);
     if (taken > 0) {
         int autocast = autocast_is_on();
         taken = autocast < 0 ? -1 : !autocast;

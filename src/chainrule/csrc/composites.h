@@ -406,6 +406,9 @@ takes_composites(Handler *self)
 static PyObject *
 run_composite(Handler *self, PyObject *callee, PyObject *types, PyObject *args, PyObject *kwargs)
 {
+    int own = PyFunction_Check(callee) ? calls_torch(callee) : 1;
+    if (own <= 0)
+        return own < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *key = NULL, *out = NULL, *values = PyList_New(0);
     int taken = values == NULL ? -1 : composite_key(self, callee, args, kwargs, values, &key);
     if (taken <= 0) {

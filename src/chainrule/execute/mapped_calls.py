@@ -30,6 +30,7 @@ from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
+from chainrule.function_globals import calls_torch
 from chainrule.maps.staging import Program, Staged
 from chainrule.modes_off import without_innermost, without_modes
 from chainrule.rules.batching_base import Batched, stands_for_view
@@ -176,6 +177,8 @@ class MappedCalls:
             return NotImplemented
         joined = _have_graphs(values)
         if joined and ((written and not composed) or not _grad_enabled()):
+            return NotImplemented
+        if written and self.known.get(key, 0) is not None and not calls_torch(function):
             return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
