@@ -142,8 +142,6 @@ def test_steps_under_no_grad_on_what_is_differentiated(name: str, function: Call
         runs += 1
         return function(x)
 
-    if name == "jacrev(vmap(grad))" and function is data:
-        pytest.skip("data of a mapped tensor inside of another transform is refused")
     for call in range(3):
         x, runs = real(4), 0
         found = ALL[name](chainrule, counted, x)

@@ -137,8 +137,8 @@ class AliasTracker:
         if facts.functional is None and touched and facts.random and op._can_decompose():
             with again(tape):  # dropout keeps a part of the values
                 return op.decompose(*args, **kwargs)
-        blocked = not touched or tape.is_blocked(args, kwargs)
-        constant = facts.functional is None or blocked or tape.facts(facts.functional).inactive
+        blocked = tape.is_blocked(args, kwargs)
+        constant = facts.functional is None or blocked or not touched or tape.facts(facts.functional).inactive
         if facts.functional is None and touched and any(tape.is_active(t) for t in written) and not _is_random(op):
             raise RuntimeError(f"chainrule: {op} writes to a tensor that depends on the inputs and has no functional form")
         lowered = None if constant else (tape.lower(inputs), tape.lower_kwargs(kwargs_in))
@@ -152,7 +152,7 @@ class AliasTracker:
             else:
                 self._save_old(tensor)
         # As in torch, a write under no_grad changes the memory and not the derivative.
-        hidden = tape.is_blocked(tuple(written)) and not reshaping and not facts.is_out
+        hidden = blocked and not reshaping and not facts.is_out
         roots = [self.roots.get(id(tensor), tensor) for tensor in written]
         kept = [self.resolve(root) if hidden and tape.is_active(root) else None for root in roots]
         if op is aten.detach_.default:
