@@ -8,28 +8,25 @@ LIMITS: dict[str, str] = {
     "beside the kernels), looking the plan up and putting the result together. Kept: handlers, records and constants "
     "in C, torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards, and a call "
     "takes as long as by hand.",
-    "A2": "a plain call makes a tape, records two ops (3 to 5 µs each beside the kernels), looks the plan up and puts the "
-    "result together: most of what is not kernels is some 30 small functions of Python. Kept: modes entered and left "
-    "in C, a tape's tables made there, one look-up for a tensor in and a tensor out (a fifth of the call less), one "
-    "product written straight into the result. Compiled it is as fast as by hand.",
+    "A2": "beside the kernels a plain call records two ops (3 to 5 µs each). Kept: everything from the arguments to the "
+    "result in one call in C (half of the time beside the kernels), one product written straight into the result. Compiled "
+    "it is as fast as by hand.",
     "A3": "as A2, whose text says what was tried.",
     "A7": "bound by writing the result, most of which are zeros: the formula by hand is itself 11 to 14 times faster than "
     "torch.func. Kept: the blocks are written onto the diagonal of fresh zeros without a temporary; the two calls of "
     "the row are made one after the other, each with its entry.",
-    "A5": "a quarter of the call is arithmetic; of the rest two thirds are running the layer under a tape and a vmap. A "
-    "further op there costs 5 to 9 µs beside its kernel, the first one of a call 10 to 15 more: its code is not in the "
-    "processor's cache any more. The rest is some 60 small functions of Python. Tried: replay on the stored tensors "
-    "with no mode active, by one look-up for the nest, and a mapped input as its own alias (kept, together 12 %), fewer "
-    "calls by `addcmul` (kept). Compiled it takes as long as by hand, which jax.jit does, too; the inductor backend is "
-    "no faster.",
+    "A5": "a third of the call is arithmetic; most of the rest is running the layer under a tape and a vmap, whose first op "
+    "in a call costs 10 to 15 µs more than a further one: its code is not in the processor's cache any more. Kept: alias, "
+    "tape, level, key, look-up and replay in one call in C (half of the time beside the kernels), replay on the stored "
+    "tensors with no mode active, fewer calls by `addcmul`. Compiled it takes as long as by hand, which jax.jit does, too; "
+    "the inductor backend is no faster.",
     "A6": "the kernels are those by hand (one product of the size of the result is 90 % of them); the rest of an eager call "
     "is recording through a tape and a vmap. Tried: the other order of the operands of that product (no difference). "
     "Compiled it takes no longer than by hand, that is to write 8.7 MB; the best compiled peer is bound by the same.",
-    "A8f": "a plain call of 2 ops takes ten times the compiled one: recording, checks of the tangent, the nest's key and "
-    "look-up, some 60 small functions of Python; 3 calls are arithmetic. The nest runs as one program. Kept: what a "
-    "nest is made of is found once per function, modes entered in C (a tenth less).",
-    "A8r": "as A8f, in two parts (what does not depend on the cotangent first); the same was tried. Kept: what of a run the plan "
-    "reads is found once (a twentieth).",
+    "A8f": "half of a plain call of 2 ops is the recorded function and 3 calls of arithmetic; the rest are checks of the "
+    "tangent, the nest's key and look-up. Kept: tape, run, key and look-up in one call in C (a third less), what a nest is "
+    "made of is found once per function.",
+    "A8r": "as A8f, in two parts (what does not depend on the cotangent first). Kept: what of a run the plan reads is found once.",
     "A9": "bound by writing the zeros of the 256³ block. Kept: zeros of more than 32 MB are written past the caches, half "
     "of the time that torch's own take.",
     "B1": "bound by one matrix product; the formula by hand is itself only 2.4 to 3 times faster than the best torch.func "
@@ -63,10 +60,10 @@ LIMITS: dict[str, str] = {
     "vmap, and the entry. Kept: the trace contracted as by hand, replays on the stored tensors with no mode active (a tenth). "
     "Compiled it is faster than by hand.",
     "B20f": "recording: 34 records, whose graph is made op by op where parameters require grad, and the Python of torch's "
-    "modules and of its door for functions (some 8 us each, seven times), which passes the mode. Kept: what a composite runs is "
+    "modules and of its door for functions (some 8 µs each, seven times), which passes the mode. Kept: what a composite runs is "
     "found once per signature, and its ops are run and recorded in C (a third less), values are looked up by their graph nodes "
     "only where autograd may bring what it has kept. Tried and dropped: one node for the replay, whose graph is made on "
-    "backward; it takes 220 us in place of 280 here and makes small networks slower.",
+    "backward; it takes 220 µs in place of 280 here and makes small networks slower.",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by hand.",
     "B11": "as B2: the formula by hand is itself only 2.4 to 3 times faster than torch.func. The planner's search compares "
     "the orders of the products and takes the one of the formula.",
