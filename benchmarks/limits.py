@@ -26,7 +26,7 @@ LIMITS: dict[str, str] = {
     "A8f": "half of a plain call of 2 ops is the recorded function and 3 calls of arithmetic; the rest are checks of the "
     "tangent, the nest's key and look-up. Kept: tape, run, key and look-up in one call in C (a third less), what a nest is "
     "made of is found once per function.",
-    "A8r": "as A8f, in two parts (what does not depend on the cotangent first). Kept: what of a run the plan reads is found once.",
+    "A8r": "as A8f, in two parts (first what does not depend on the cotangent). Kept: what of a run is read is found once.",
     "A9": "bound by writing the zeros of the 256³ block. Kept: zeros of more than 32 MB are written past the caches, half "
     "of the time that torch's own take.",
     "B1": "bound by one matrix product; the formula by hand is itself only 2.4 to 3 times faster than the best torch.func "
