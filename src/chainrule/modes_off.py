@@ -38,26 +38,6 @@ def outside() -> Iterator[None]:
             _push_function(mode)
 
 
-class without_mode:  # noqa: N801 - used like torch.no_grad
-    """Run a block without a mode and those inside of it."""
-
-    __slots__ = ("_mode", "_taken")
-
-    def __init__(self, mode: LightMode) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        self._taken = [_pop(None)]
-        while self._taken[-1] is not self._mode:
-            self._taken.append(_pop(None))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for mode in reversed(self._taken):
-            _push(mode)
-
-
 class modes_inside_off:  # noqa: N801 - used like torch.no_grad
     """Run a block without the modes inside of a mode."""
 
@@ -76,6 +56,16 @@ class modes_inside_off:  # noqa: N801 - used like torch.no_grad
     ) -> None:
         for mode in reversed(self._taken):
             _push(mode)
+
+
+class without_mode(modes_inside_off):  # noqa: N801 - used like torch.no_grad
+    """Run a block without a mode and those inside of it."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._taken.append(_pop(None))
 
 
 class without_innermost:  # noqa: N801 - used like torch.no_grad

@@ -39,7 +39,7 @@ _met: dict[Any, set[tuple[float, ...]]] = {}
 #: For a record, which of its numbers are values (by their place among them), and how many ops such records have.
 _varying: dict[Any, frozenset[int]] = {}
 _lengths: set[int] = set()
-configure(lengths=_lengths)
+configure(lengths=_lengths, numbered=frozenset(_OPS))
 
 
 def _stands_for_value(facts: Any, args: Any, kwargs: Any) -> bool:

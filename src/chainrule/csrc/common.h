@@ -64,7 +64,7 @@ typedef struct {
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(put_op) X(put)  \
-    X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(spent)        \
+    X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
     X(set_grad) X(vmap_mode) X(unflatten) X(written) X(copies) X(places)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;

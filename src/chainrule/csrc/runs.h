@@ -132,6 +132,20 @@ failed:
     return NULL;
 }
 
+/* Whether a record holds a number that may stand for a value (chainrule.capture.numbers): 1, 0, or -1 with an error set. */
+static int
+has_numbers(Handler *tape)
+{
+    int found = 0;
+    for (Py_ssize_t place = 0; !found && place < PyList_GET_SIZE(tape->records); place++) {
+        PyObject *record = PyList_GET_ITEM(tape->records, place), *args = PyTuple_GET_ITEM(record, RECORD_ARGS);
+        PyObject *second = PyTuple_Check(args) && PyTuple_GET_SIZE(args) == 2 ? PyTuple_GET_ITEM(args, 1) : NULL;
+        if (second != NULL && (PyFloat_CheckExact(second) || PyLong_CheckExact(second)))
+            found = PySet_Contains(c_numbered, PyTuple_GET_ITEM(record, RECORD_OP));
+    }
+    return found;
+}
+
 /* The slot of an output that is one tensor and depends on the inputs, where nothing else happened that has to be looked at: -1 if
  * it is left to Python, -2 with an error set. */
 static Py_ssize_t
@@ -146,6 +160,8 @@ plain_output(Handler *tape, PyObject *out)
         PyObject *length = PyLong_FromSsize_t(PyList_GET_SIZE(tape->records));
         int change = length == NULL ? -1 : PySet_Contains(c_lengths, length);
         Py_XDECREF(length);
+        if (change > 0)
+            change = has_numbers(tape);
         if (change)
             return change < 0 ? -2 : -1;
     }
