@@ -119,3 +119,26 @@ def test_patches_are_found(function, owner, name):
     with mock.patch.object(owner, name, tripled(getattr(owner, name))):
         assert not calls_torch(function)
     assert calls_torch(function)
+
+
+@pytest.mark.parametrize("name", ["softmax", "relu", "layer_norm", "normalize"])
+def test_a_replacement_that_calls_the_original_is_applied_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original's door shows a mode the replacement."""
+    arguments: dict[str, tuple[object, ...]] = {"softmax": (-1,), "layer_norm": ((4,),)}
+    original = getattr(F, name)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = getattr(F, name)(x, *arguments.get(name, ()))
+        return out
+
+    for factor in (1.0, 3.0, 1.0):
+        with monkeypatch.context() as patch:
+            if factor != 1.0:
+                patch.setattr(F, name, lambda *args, **kwargs: factor * original(*args, **kwargs))
+            for _ in range(4):
+                x = torch.randn(3, 4, dtype=torch.float64)
+                expected = torch.autograd.functional.jacobian(function, x)
+                for transform in (chainrule.jacrev, chainrule.jacfwd):
+                    torch.testing.assert_close(transform(function)(x), expected, rtol=1e-10, atol=1e-12)
+                mapped = chainrule.vmap(lambda row: function(row[None]))(x)
+                torch.testing.assert_close(mapped, torch.stack([function(row[None]) for row in x]), rtol=1e-12, atol=1e-12)

@@ -20,6 +20,7 @@ from chainrule.calls import CONSTANTS, constant_beside, shared_constant
 from chainrule.dispatcher_state import find_state
 from chainrule.function_arguments import READINGS, Joined, Over
 from chainrule.function_bodies import body_of
+from chainrule.function_globals import original_of
 from chainrule.function_schemas import NAMED, BySchema, Required
 from chainrule.functions import (
     COMPARISONS,
@@ -354,6 +355,8 @@ class LightMode(Handler, TorchDispatchMode):
                 while mode is not None:
                     mode.graphs, mode = True, mode.below
                 return func(*args, **kwargs) if kwargs else func(*args)
+            if (original := original_of(func)) is not None:  # its replacement has called it
+                return self.take_function(original, types, args, kwargs)
             return self._run_body(func, types, args, kwargs)
         if self._takes(types):
             without_handlers(True)

@@ -33,6 +33,11 @@ _MODULES: tuple[Any, ...] = (
     torch.nn._reduction, math,
 )  # fmt: skip
 
+#: Kinds of functions that nobody writes in Python.
+_BUILTIN = frozenset(
+    (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+)
+
 _Place = tuple[dict[str, Any], str, Any]
 
 
@@ -114,4 +119,23 @@ def calls_torch(function: types.FunctionType) -> bool:
     return all([names.get(name, _ABSENT) is content for names, name, content in zip(rest, rest, rest, strict=True)])
 
 
-__all__ = ["PLACES", "calls_torch"]
+def original_of(function: Any) -> Any:
+    """Torch's own function where another one stands in its place now; None for any other function.
+
+    The door of a function of torch in Python tells modes its name's content, which is the replacement if that is what called it.
+    """
+    if function.__class__ in _BUILTIN or function.__class__ is types.FunctionType and _is_torch(function):
+        return None
+    for _, now, then in _SPACES.values():
+        for name, content in now.items():
+            if content is function and (original := then.get(name)) is not None and original is not function:
+                return original
+    return None
+
+
+def _is_torch(function: types.FunctionType) -> bool:
+    name: str = function.__globals__.get("__name__", "")
+    return name == "torch" or name.startswith("torch.")
+
+
+__all__ = ["PLACES", "calls_torch", "original_of"]
