@@ -45,23 +45,30 @@ done:
     return outcome;
 }
 
+/* The stored tensor behind one, and its batch where it is mapped (else NULL), both borrowed: 1; 0 if it is of another level. */
+static int
+find_stored_tensor(PyObject *item, PyObject *level, PyObject **value, PyObject **batch)
+{
+    *value = item, *batch = NULL;
+    if ((PyObject *)Py_TYPE(item) != c_batch_tensor)
+        return 1;
+    if (SLOT(item, level) != level || (*value = SLOT(item, inner)) == NULL)
+        return 0;
+    if ((PyObject *)Py_TYPE(*value) == c_batched) {
+        *batch = *value;
+        *value = SLOT(*batch, value);
+    }
+    return *value != NULL;
+}
+
 /* Write down the signature of a tensor, and the tensor among the values: 1; 0 if it is left to Python; -1 with an error set.
  * `joined` is set for one with a graph. */
 static int
 read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values, int *joined)
 {
-    PyObject *value = item, *batch = NULL, *number = NULL;
-    if ((PyObject *)Py_TYPE(item) == c_batch_tensor) {
-        if (SLOT(item, level) != (PyObject *)self || SLOT(item, inner) == NULL)
-            return 0;
-        value = SLOT(item, inner);
-        if ((PyObject *)Py_TYPE(value) == c_batched) {
-            batch = value;
-            value = SLOT(batch, value);
-            if (value == NULL)
-                return 0;
-        }
-    }
+    PyObject *value, *batch, *number = NULL;
+    if (!find_stored_tensor(item, (PyObject *)self, &value, &batch))
+        return 0;
     int graph = is_true_of(GET(value, requires_grad));
     /* What is the same for all samples is of the level nevertheless, where the function made it: its views are. */
     int own = batch == NULL && value != item;

@@ -39,20 +39,12 @@ read_taped(Handler *self, PyObject *item, PyObject *signature, PyObject *values,
     for (Py_ssize_t place = 0; place < PyList_GET_SIZE(values); place++)
         if (PyList_GET_ITEM(values, place) == item)
             return append_new(signature, PyLong_FromSsize_t(-1 - place)) < 0 ? -1 : 1;
-    PyObject *value = item, *batch = NULL, *number = NULL;
+    PyObject *value, *batch, *number = NULL;
     int facts = (PyObject *)Py_TYPE(item) == c_parameter ? IS_PARAMETER : 0;
-    if ((PyObject *)Py_TYPE(item) == c_batch_tensor) {
-        if (SLOT(item, level) != vmap_below(self) || SLOT(item, inner) == NULL)
-            return 0;
-        value = SLOT(item, inner);
-        if ((PyObject *)Py_TYPE(value) == c_batched) {
-            batch = value;
-            value = SLOT(batch, value);
-            if (value == NULL)
-                return 0;
-        }
+    if (!find_stored_tensor(item, vmap_below(self), &value, &batch))
+        return 0;
+    if (value != item)
         facts |= batch != NULL ? IS_MAPPED : IS_OWN;
-    }
     int graph = is_true_of(GET(value, requires_grad)), active = graph < 0 ? -1 : depends_on_inputs(self, item);
     if (active < 0)
         return -1;
