@@ -135,8 +135,12 @@ def set_functions(disabled: int) -> int:
     raise NotImplementedError
 
 
-def call_alone(route: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_alone(
+    route: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[Any, ...] = (), function: Any = None
+) -> Any:
     """Run a transform that nothing is around by its route, and replay the plan that is known for the run.
+
+    With a function in the place of the route's own, seeds have to be plain and as the argument that is differentiated.
 
     Returns:
         ``(True, result, output of the function)``; ``(False, None, tape, leaf, output, whether gradients are on, arguments)``

@@ -53,6 +53,7 @@ TRANSFORMS: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
     "grad_and_value": lambda m: m.grad_and_value(energy),
     "hessian": lambda m: m.hessian(energy),
     "three levels": lambda m: m.jacfwd(m.jacrev(m.grad(energy))),
+    "jvp": lambda m: lambda x: m.jvp(field, (x,), (x.cos(),)),
     "vjp of grad": pulled,
     "jvp of grad": pushed,
     "vmap of jacrev": lambda m: lambda x: m.vmap(m.jacrev(field))(torch.stack([x, -x])),
@@ -122,6 +123,79 @@ def test_errors_leave_nothing_behind(mapped: bool) -> None:
     assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
     assert torch.is_grad_enabled()
     assert torch.ones(2, requires_grad=True).sin().grad_fn is not None
+
+
+#: Transforms with seeds, of a function of one tensor and a seed.
+SEEDED: dict[str, Callable[[Any, Callable[..., Any], Tensor, Tensor], Any]] = {
+    "jvp": lambda m, f, x, t: m.jvp(f, (x,), (t,)),
+    "jvp of grad": lambda m, f, x, t: m.jvp(m.grad(lambda x: f(x).square().sum()), (x,), (t,)),
+    "jvp of jacrev": lambda m, f, x, t: m.jvp(m.jacrev(f), (x,), (t,)),
+    "vjp": lambda m, f, x, t: m.vjp(f, x)[1](t),
+    "vjp of grad": lambda m, f, x, t: m.vjp(m.grad(lambda x: f(x).square().sum()), x)[1](t),
+    "linearize": lambda m, f, x, t: (m.linearize(f, x)[1](t) if m is chainrule else m.jvp(f, (x,), (t,))[1]),
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeds(name: str) -> None:
+    # The same function with other seeds in turn: of another dtype or memory layout, with a graph, of other sizes.
+    made = SEEDED[name]
+    for _ in range(4):
+        for size in (3, 1, 0, 3):
+            x, t = real(size), real(size)
+            compare(made(chainrule, field, x, t), made(torch.func, field, x, t))
+            with torch.no_grad():
+                compare(made(chainrule, field, x, t), made(torch.func, field, x, t))
+        x, t = real(3), real(6)[::2]
+        compare(made(chainrule, field, x, t), made(torch.func, field, x, t))
+        if name != "linearize":  # which refuses other dtypes, as torch's does
+            compare(made(chainrule, field, x, t.float()), made(chainrule, field, x, t.float().double()))
+        for shape in ((2,), (3, 1), ()):
+            with pytest.raises(RuntimeError, match="mismatch in shape"):
+                made(chainrule, field, x, real(*shape))
+        with pytest.raises(RuntimeError, match="mismatch in dtype|is complex|and the primal is"):
+            made(chainrule, field, x, torch.randn(3, dtype=torch.complex128))
+        gradients = []
+        t = t.clone().requires_grad_()
+        for m in (chainrule, torch.func):
+            leaves = torch.utils._pytree.tree_leaves(made(m, field, x, t))
+            total = torch.stack([leaf.sin().sum() for leaf in leaves if leaf.requires_grad]).sum()
+            gradients.append(torch.autograd.grad(total, t)[0])
+        compare(*gradients)
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeds_beside_parameters(name: str) -> None:
+    weight = real(3).requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return (x * weight).tanh() + x.sin()
+
+    for _ in range(4):
+        x, t = real(3), real(3)
+        gradients = []
+        for m in (chainrule, torch.func):
+            leaves = torch.utils._pytree.tree_leaves(SEEDED[name](m, layer, x, t))
+            total = torch.stack([leaf.sin().sum() for leaf in leaves if leaf.requires_grad]).sum()
+            gradients.append(torch.autograd.grad(total, weight)[0])
+        compare(*gradients)
+        with torch.no_grad():
+            assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(SEEDED[name](chainrule, layer, x, t)))
+
+
+def test_functions_share_the_route_of_a_nest(monkeypatch: pytest.MonkeyPatch) -> None:
+    CACHE.clear()
+    found = counted(monkeypatch)
+    for number in range(6):  # other functions in each call, which record the same
+
+        def scaled(x: Tensor, number: int = number % 2) -> Tensor:
+            return (x.sin() if number else x.cos()).sum()
+
+        x, t = real(3), real(3)
+        compare(*(m.jvp(m.grad(scaled), (x,), (t,)) for m in (chainrule, torch.func)))
+        compare(*(m.vjp(m.grad(scaled), x)[1](t) for m in (chainrule, torch.func)))
+        compare(*(m.jvp(scaled, (x,), (t,)) for m in (chainrule, torch.func)))
+    assert (found[-3:] == [True] * 3) is KNOWS_STATE
 
 
 def test_what_a_function_does_between_calls() -> None:

@@ -52,9 +52,10 @@ handler_run(Handler *self, PyObject *const *args, Py_ssize_t count)
 
 /* Fields of a route (chainrule.transforms.routes.Route), which is a tuple. */
 enum { R_FUNCTION, R_TYPE, R_FACTS, R_POLICY, R_RESPECT, R_REVERSE, R_KERNELS, R_NUMBER, R_KIND, R_EXTRAS, R_PLANS, R_EXTRA, R_DIMS,
-       R_CALLS, R_SEEDS, R_NAME, ROUTE_FIELDS };
-/* R_KIND: a Jacobian by a request of its own, a gradient, a nest, a nest whose linear function is asked for. */
-enum { JACOBIAN, GRADIENT, NEST, LINEARIZED };
+       R_CALLS, R_NAME, ROUTE_FIELDS };
+/* R_KIND: a Jacobian by a request of its own, a gradient, a pushed tangent, a nest, a nest whose linear function is asked for, a run
+ * of which nothing is asked yet. */
+enum { JACOBIAN, GRADIENT, PUSHED, NEST, LINEARIZED, RECORDED };
 /* Fields of a plan that is replayed here (CachedPlan.quick). */
 enum { Q_RUN, Q_NEEDS, Q_SPEC };
 /* From so many elements on a Jacobian may have to be computed in blocks (chainrule.transforms.jacobians). */
@@ -187,9 +188,27 @@ extra_of(PyObject *route, Py_ssize_t slot, int grad)
     return extra;
 }
 
+/* What the key of a request says of seeds. */
+static PyObject *
+seeds_key(PyObject *seeds)
+{
+    PyObject *key = PyTuple_New(PyTuple_GET_SIZE(seeds));
+    for (Py_ssize_t place = 0; key != NULL && place < PyTuple_GET_SIZE(seeds); place++) {
+        PyObject *seed = PyTuple_GET_ITEM(seeds, place), *shape = GET(seed, shape), *dtype = shape == NULL ? NULL : GET(seed, dtype);
+        PyObject *one = dtype == NULL ? NULL : PyTuple_Pack(2, shape, dtype);
+        Py_XDECREF(shape);
+        Py_XDECREF(dtype);
+        if (one == NULL)
+            Py_CLEAR(key);
+        else
+            PyTuple_SET_ITEM(key, place, one);
+    }
+    return key;
+}
+
 /* The plan of a run, as it is replayed here (a new reference): 1; 0 if there is none; -1 with an error set. */
 static int
-find_plan(PyObject *route, Handler *tape, PyObject *out, int grad, PyObject **plan, PyObject **quick)
+find_seeded_plan(PyObject *route, Handler *tape, PyObject *out, PyObject *seeds, int grad, PyObject **plan, PyObject **quick)
 {
     *plan = *quick = NULL;
     Py_ssize_t slot = plain_output(tape, out);
@@ -200,7 +219,9 @@ find_plan(PyObject *route, Handler *tape, PyObject *out, int grad, PyObject **pl
     if (known == NULL || (inputs = PyList_AsTuple(tape->inputs)) == NULL || (key = PyTuple_Pack(3, known, inputs, extra)) == NULL)
         goto done;
     if (PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)) < NEST) {
-        Py_SETREF(key, PyTuple_Pack(2, key, empty));
+        PyObject *given = seeds_key(seeds);
+        Py_SETREF(key, given == NULL ? NULL : PyTuple_Pack(2, key, given));
+        Py_XDECREF(given);
         if (key == NULL)
             goto done;
     }
@@ -232,6 +253,13 @@ done:
     return found;
 }
 
+/* The same without seeds. */
+static int
+find_plan(PyObject *route, Handler *tape, PyObject *out, int grad, PyObject **plan, PyObject **quick)
+{
+    return find_seeded_plan(route, tape, out, empty, grad, plan, quick);
+}
+
 /* The results of a replay, of which the reference is taken, in their structure. */
 static PyObject *
 assembled(PyObject *found, PyObject *quick)
@@ -243,6 +271,8 @@ assembled(PyObject *found, PyObject *quick)
         PyErr_SetString(PyExc_TypeError, "a replay returns a tuple of its results");
     else if (spec == Py_None)
         result = Py_NewRef(PyTuple_GET_ITEM(found, 0));
+    else if (spec == Py_True) /* a tuple of tensors */
+        result = Py_NewRef(found);
     else {
         PyObject *leaves = PySequence_List(found);
         PyObject *args[] = {leaves, spec};
@@ -257,8 +287,8 @@ assembled(PyObject *found, PyObject *quick)
 static int
 fits_kind(long kind, PyObject *leaf, PyObject *out)
 {
-    if (kind >= NEST || !is_tensor(out))
-        return kind >= NEST;
+    if (kind >= PUSHED || !is_tensor(out))
+        return kind >= PUSHED;
     PyObject *dtype = GET(out, dtype);
     int fits = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
     Py_XDECREF(dtype);
@@ -292,16 +322,16 @@ needed(Handler *tape, PyObject *seeds, PyObject *key)
 /* Replay the plan of a run that nothing is around: 1 with the result; 0, with nothing done, if it is left to Python; -1 with an
  * error set. */
 static int
-replay_run(PyObject *route, Handler *tape, PyObject *leaf, PyObject *out, int grad, PyObject **result)
+replay_run(PyObject *route, Handler *tape, PyObject *leaf, PyObject *out, PyObject *seeds, int grad, PyObject **result)
 {
     PyObject *plan, *quick;
     int fits = fits_kind(PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)), leaf, out);
     if (fits <= 0)
         return fits;
-    int found = find_plan(route, tape, out, grad, &plan, &quick);
+    int found = find_seeded_plan(route, tape, out, seeds, grad, &plan, &quick);
     if (found <= 0)
         return found;
-    PyObject *needs = PyTuple_GET_ITEM(quick, Q_NEEDS), *seeds = PyTuple_GET_ITEM(route, R_SEEDS);
+    PyObject *needs = PyTuple_GET_ITEM(quick, Q_NEEDS);
     for (Py_ssize_t place = 0; found > 0 && place < PyTuple_GET_SIZE(needs); place++) {
         PyObject *value = needed(tape, seeds, PyTuple_GET_ITEM(needs, place));
         int graph = value == NULL ? -1 : (PyObject *)Py_TYPE(value) != c_tensor ? 1 : is_true_of(GET(value, requires_grad));
@@ -378,21 +408,55 @@ outcome_of(int found, PyObject *result, PyObject *mode, Handler *tape, PyObject 
     return Py_BuildValue("(OOOOOOO)", Py_False, mode, (PyObject *)tape, leaf, out, grad ? Py_True : Py_False, given);
 }
 
-/* call_alone(route, args, kwargs): (tape, leaf, output, whether gradients are on, plan or None, its `quick` or None) where the
- * linear function of a nest is asked for. Of others (True, result, output of the function), (False, None, tape, leaf, output, whether gradients are
+/* Whether a seed is plain, without a graph, and as the tensor it belongs to: 1, 0, or -1 with an error set. */
+static int
+is_alike(PyObject *seed, PyObject *leaf)
+{
+    int alike = is_plain_floating(seed);
+    PyObject *dtype = NULL, *other = NULL;
+    if (alike <= 0)
+        return alike;
+    if ((dtype = GET(seed, dtype)) == NULL || (other = GET(leaf, dtype)) == NULL)
+        alike = -1;
+    else
+        alike = dtype == other;
+    Py_XDECREF(dtype);
+    Py_XDECREF(other);
+    if (alike > 0) {
+        PyObject *shape = GET(seed, shape), *wanted = shape == NULL ? NULL : GET(leaf, shape);
+        alike = wanted == NULL ? -1 : PyObject_RichCompareBool(shape, wanted, Py_EQ);
+        Py_XDECREF(shape);
+        Py_XDECREF(wanted);
+    }
+    if (alike > 0) {
+        PyObject *device = GET(seed, device), *wanted = device == NULL ? NULL : GET(leaf, device);
+        alike = wanted == NULL ? -1 : PyObject_RichCompareBool(device, wanted, Py_EQ);
+        Py_XDECREF(device);
+        Py_XDECREF(wanted);
+    }
+    return alike;
+}
+
+/* call_alone(route, args, kwargs, seeds=(), function=None): (tape, leaf, output, whether gradients are on, plan or None, its `quick` or None) where the
+ * linear function of a nest is asked for. With a function in the place of the route's, seeds have to be as the argument. Of others (True, result, output of the function), (False, None, tape, leaf, output, whether gradients are
  * on, arguments) where the plan is left to Python, or NotImplemented with nothing done. */
 static PyObject *
 call_alone(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     PyObject *route = args[0], *leaf, *alias = NULL, *given = NULL, *out = NULL, *result = NULL, *made = NULL;
     Handler *tape = NULL;
-    Py_ssize_t place = place_of(route, args, count);
+    Py_ssize_t place = place_of(route, args, count >= 3 && count <= 5 ? 3 : 0);
     if (place < 0)
         return place == -2 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *seeds = count > 3 ? args[3] : empty, *function = count > 4 ? args[4] : PyTuple_GET_ITEM(route, R_FUNCTION);
+    if (!PyTuple_CheckExact(seeds))
+        return PyErr_Format(PyExc_TypeError, "call_alone: seeds are expected in a tuple");
     leaf = PyTuple_GET_ITEM(args[1], place);
     int fits = stands_alone();
     if (fits > 0)
         fits = is_plain_floating(leaf);
+    for (Py_ssize_t number = 0; count > 4 && fits > 0 && number < PyTuple_GET_SIZE(seeds); number++)
+        fits = is_alike(PyTuple_GET_ITEM(seeds, number), leaf);
     if (fits <= 0)
         return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int grad = grad_is_enabled();
@@ -400,21 +464,22 @@ call_alone(PyObject *module, PyObject *const *args, Py_ssize_t count)
         return NULL;
     if ((alias = PyObject_CallMethodNoArgs(leaf, s_detach)) != NULL && (given = replaced(args[1], place, alias)) != NULL &&
         (tape = tape_of(route, alias, tensor_key(alias))) != NULL)
-        out = run_recorded(tape, PyTuple_GET_ITEM(route, R_FUNCTION), given, PyDict_GET_SIZE(args[2]) ? args[2] : NULL);
+        out = run_recorded(tape, function, given, PyDict_GET_SIZE(args[2]) ? args[2] : NULL);
     if (!grad && switch_grad(Py_False) < 0)
         Py_CLEAR(out);
     Py_XDECREF(given);
     Py_XDECREF(alias);
-    if (out != NULL && PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND)) == LINEARIZED) {
+    long kind = PyLong_AsLong(PyTuple_GET_ITEM(route, R_KIND));
+    if (out != NULL && kind >= LINEARIZED) {
         PyObject *plan = NULL, *quick = NULL;
-        int found = find_plan(route, tape, out, grad, &plan, &quick);
+        int found = kind == RECORDED ? 0 : find_seeded_plan(route, tape, out, seeds, grad, &plan, &quick);
         if (found >= 0)
             made = Py_BuildValue("(OOOOOO)", (PyObject *)tape, leaf, out, grad ? Py_True : Py_False, plan == NULL ? Py_None : plan,
                                  quick == NULL ? Py_None : quick);
         Py_XDECREF(plan);
         Py_XDECREF(quick);
     } else if (out != NULL) {
-        int found = replay_run(route, tape, leaf, out, grad, &result);
+        int found = replay_run(route, tape, leaf, out, seeds, grad, &result);
         made = outcome_of(found, result, Py_None, tape, leaf, out, grad, args[1]);
     }
     Py_XDECREF(tape);

@@ -64,7 +64,7 @@ class CachedPlan:
     staged: bool = False
     stages: Stages | None = None
     #: For the compiled handlers: what replays the plan on plain tensors, what it reads, and the structure of its results (None
-    #: for one result); where it is in parts, its own.
+    #: for one result, True for a tuple of them); where it is in parts, its own.
     quick: tuple[Any, ...] | None = None
 
     def structure(self) -> Any:
@@ -81,7 +81,7 @@ class CachedPlan:
                 self.runner = compile_program(*self.recorded)
                 whole = all([staged is not None for staged in self.recorded[1]])
                 self.recorded = None
-                if whole and not self.staged:
+                if whole:
                     if (structure := self.structure()) is not NotImplemented:
                         self.quick = self.runner.plain, tuple(self.needs), structure  # type: ignore[attr-defined]
 

@@ -49,6 +49,11 @@ def structure_key(spec: TreeSpec) -> Any:
     return _KEYS.get(id(spec), spec)
 
 
+def is_tuple(spec: TreeSpec) -> bool:
+    """Whether a structure is a short tuple of leaves."""
+    return any([spec is known for known in _TUPLES])
+
+
 def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     """``torch.utils._pytree.tree_unflatten``, with the same short cuts."""
     if spec is LEAF:

@@ -11,9 +11,16 @@ import torch
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
 from chainrule.transforms.levels import Level, Linearized, mark_of
-from chainrule.transforms.nest import NO_NEST, run_level, run_nest
+from chainrule.transforms.nest import NO_NEST, run_level, run_nest, run_pushed_nest
 from chainrule.transforms.nest_linearized import run_linearized
-from chainrule.transforms.routes import GRADIENT, jacobian_route, run_route
+from chainrule.transforms.routes import (
+    GRADIENT,
+    jacobian_route,
+    pushed_route,
+    recorded_route,
+    run_linearized_route,
+    run_route,
+)
 from chainrule.transforms.trace import Traced, trace
 
 
@@ -170,7 +177,11 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     if mark_of(func) is not None:
         found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
     if found is None:
-        traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux, single=True)
+        traced = None
+        if _PULLED is not None and len(primals) == 1 and not has_aux:
+            traced = run_linearized_route(_PULLED, primals, kwargs, func)[0]
+        if traced is None:
+            traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux, single=True)
         for leaf in traced.out_leaves:
             if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
                 raise RuntimeError(
@@ -285,13 +296,22 @@ def jvp(
 def _jvp(
     func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, kwargs: dict[str, Any], name: str
 ) -> Any:
+
+    def finish(traced: Traced, single: bool) -> Any:
+        return traced.output(), push_forward(traced, list(traced.seeds), name)
+
+    nested = not strict and mark_of(func) is not None
+    level = Level(func, name, None, has_aux, finish, ("jvp",)) if nested else None
+    if not strict and not has_aux and primals.__class__ is tuple is tangents.__class__ and len(primals) == len(tangents) == 1:
+        if level is None:
+            found = _pushed_alone(func, primals, tangents, kwargs, name)
+        else:
+            found = run_pushed_nest(level, primals, kwargs, tangents)
+        if found is not NotImplemented:
+            return found
     leaves = check_tangents(primals, tangents, name, "tangents")
-    if not strict and mark_of(func) is not None and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-
-        def finish(traced: Traced, single: bool) -> Any:
-            return traced.output(), push_forward(traced, list(traced.seeds), name)
-
-        result, aux = run_nest(Level(func, name, None, has_aux, finish, ("jvp",)), primals, kwargs, tuple(leaves))
+    if level is not None and all([isinstance(leaf, torch.Tensor) for leaf in leaves]):
+        result, aux = run_nest(level, primals, kwargs, tuple(leaves))
         if result is not NO_NEST:
             return (*result, aux) if has_aux else result
     traced = trace(func, primals, tuple(range(len(primals))), kwargs, name, has_aux=has_aux, respect_no_grad=False)
@@ -303,6 +323,24 @@ def _jvp(
         )
     output = traced.output()
     return (output, pushed, traced.aux) if has_aux else (output, pushed)
+
+
+_PUSHED, _PULLED, _LINEARIZED = pushed_route(), recorded_route(reverse=True), recorded_route(reverse=False)
+
+
+def _pushed_alone(
+    func: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> Any:
+    """The output and the tangent of a plain function of one tensor, where nothing is around; else NotImplemented."""
+    if _PUSHED is None:
+        return NotImplemented
+    traced, pushed, output = run_route(_PUSHED, primals, kwargs, tangents, func, name)
+    if traced is None:
+        return (output if output.requires_grad is False or torch.is_grad_enabled() else output.detach()), pushed
+    if traced is NotImplemented:
+        return NotImplemented
+    pushed = push_forward(traced, [*tangents], name)
+    return traced.output(), pushed
 
 
 def check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[torch.Tensor]:
@@ -395,9 +433,13 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         level = Level(func, "linearize", None, has_aux, _no_finish, ("linearize",))
         found = run_linearized(level, primals, kwargs, _pushforward)
     if found is None:
-        traced = trace(
-            func, primals, tuple(range(len(primals))), kwargs, "linearize", has_aux=has_aux, respect_no_grad=False
-        )
+        traced = None
+        if _LINEARIZED is not None and len(primals) == 1 and not has_aux:
+            traced = run_linearized_route(_LINEARIZED, primals, kwargs, func)[0]
+        if traced is None:
+            traced = trace(
+                func, primals, tuple(range(len(primals))), kwargs, "linearize", has_aux=has_aux, respect_no_grad=False
+            )
         found = _pushforward(traced)
     traced, push = found.traced, found.call
 

@@ -18,7 +18,7 @@ from chainrule.execute import engine
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import compile_stages
-from chainrule.transforms.arguments import LEAF, Argnums
+from chainrule.transforms.arguments import LEAF, Argnums, is_tuple
 from chainrule.transforms.trace import Traced
 from chainrule.transforms.vmap import Mapping
 
@@ -233,7 +233,7 @@ class NestPlan(CachedPlan):
         """As for every plan; a result may be a value of the run."""
         if any([source is not None for source in self.sources]):
             return NotImplemented
-        return None if self.spec is LEAF else self.spec
+        return None if self.spec is LEAF else is_tuple(self.spec) or self.spec
 
 
 @dataclass(slots=True)

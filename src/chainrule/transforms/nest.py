@@ -11,7 +11,7 @@ values of a sample, and those outside one with the stored values: both come from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,7 @@ from chainrule.transforms.levels import (
     Run,
     agree,
     chain_of,
+    is_apart,
     mark_of,
     note_apart,
 )  # fmt: skip
@@ -110,12 +111,12 @@ def _routed(
         chain = chain_of(outer)
         if chain is None and alone and mark_of(outer.func) is None:
             chain = Chain([[outer]], [], outer.has_aux)
-        route = nest_route(chain, count=len(args), seeds=seeds)
+        route = nest_route(chain, count=len(args), given=_given(seeds, args))
         if outer.argnums is not None and not seeds:
             outer.route = route or False
         if route is None:
             return NotImplemented
-    traced, result, _ = run_route(route, args, kwargs)
+    traced, result, _ = run_route(route, args, kwargs, seeds)
     if traced is None or traced is NotImplemented:
         return result if traced is None else traced
     if chain is None:
@@ -125,7 +126,7 @@ def _routed(
 
 
 def nest_route(
-    chain: Chain | None, dims: Any = None, *, count: int | None = None, seeds: tuple[torch.Tensor, ...] = (), kind: int = NEST
+    chain: Chain | None, dims: Any = None, *, count: int | None = None, given: Any = (), kind: int = NEST
 ) -> Route | None:
     """The route of a nest without mappings inside, whose levels all differentiate one argument; with ``dims`` in a vmap.
 
@@ -133,7 +134,7 @@ def nest_route(
         chain: the nest.
         dims: the dimensions that the arguments are mapped over.
         count: how many arguments there are, where levels may differentiate all of them; the route is for so many.
-        seeds: tangents that the outermost level reads; the route is for them.
+        given: what the key of a plan says of tangents that the outermost level reads.
         kind: the kind of route.
     """
     if chain is None or len(chain.levels) > 1 or chain.has_aux is not False:
@@ -148,12 +149,78 @@ def nest_route(
     places = tuple([(level.key, (number,), level.argnums is not None) for level in levels])
 
     def extra(slot: int, grad_enabled: bool) -> Any:
-        given = tuple([(seed.shape, seed.dtype) for seed in seeds])
         return (places, *_PLAIN_KEYS, (slot,), given, grad_enabled, False)
 
     respects = len(levels) > 1 or levels[0].respect_no_grad
-    return route_of(levels[0].func, levels[0].name, number, kind, extra, respect_no_grad=respects, dims=dims, seeds=seeds)
+    return route_of(levels[0].func, levels[0].name, number, kind, extra, respect_no_grad=respects, dims=dims)
 
+
+#: What a key says of one seed that is as the argument.
+_ALIKE = "alike"
+
+
+def _given(seeds: Sequence[torch.Tensor], leaves: Sequence[Any]) -> Any:
+    """What a key says of seeds."""
+    if len(seeds) == len(leaves) == 1 and isinstance(leaves[0], torch.Tensor):
+        if seeds[0].shape == leaves[0].shape and seeds[0].dtype == leaves[0].dtype:
+            return _ALIKE
+    return tuple([(seed.shape, seed.dtype) for seed in seeds])
+
+
+#: Routes of two levels of any plain function of one tensor.
+_SHARED: dict[Any, Route | None] = {}
+
+
+def shared_route(func: Callable[..., Any], outer: str, kind: int = NEST) -> tuple[Route | None, Callable[..., Any] | None]:
+    """The route of a transform of all arguments over one level of a plain function, which the route does not know.
+
+    It is for one argument, with a seed like it where the kind is a nest's.
+
+    Args:
+        func: the function that is transformed.
+        outer: the key of the transform.
+        kind: the kind of route.
+
+    Returns:
+        The route and the innermost function; None for both where there is none.
+    """
+    level = mark_of(func)
+    if level.__class__ is not Level or level.has_aux or level.argnums.__class__ is not int or level.argnums:
+        return None, None
+    inner = level.func
+    if mark_of(inner) is not None or is_apart(inner):
+        return None, None
+    key = level.name, level.key, outer, kind
+    if key not in _SHARED:
+        given = _ALIKE if kind == NEST else ()
+        chain = Chain([[level, Level(func, outer, None, False, level.finish, (outer,))]], [], False)
+        route = nest_route(chain, count=1, given=given, kind=kind)
+        if len(_SHARED) >= _MOST_SHARED:
+            _SHARED.clear()
+        _SHARED[key] = None if route is None else route._replace(function=None)
+    return _SHARED[key], inner
+
+
+#: So many of them are kept.
+_MOST_SHARED = 256
+
+
+def run_pushed_nest(
+    outer: Level, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[torch.Tensor, ...]
+) -> Any:
+    """The result of a nest whose outermost level pushes one tangent through a level of a plain function.
+
+    NotImplemented, with nothing done, where it is another nest, or one that cannot run as a whole.
+    """
+    route, inner = shared_route(outer.func, outer.key[0])
+    if route is None:
+        return NotImplemented
+    traced, result, _ = run_route(route, args, kwargs, seeds, inner)
+    if traced is None or traced is NotImplemented:
+        return result if traced is None else traced
+    chain = chain_of(outer)
+    run = None if chain is None else run_of(chain, traced, seeds)
+    return NotImplemented if run is None else finish_run(run, seeds, last=True)
 
 def run_of(chain: Chain, traced: Traced, seeds: tuple[torch.Tensor, ...] = ()) -> Run | None:
     """A run by the route of a nest, as it goes on; None where it cannot run as a whole."""
@@ -358,7 +425,7 @@ def _key_of(
                 (leaf.shape, leaf.dtype, leaf.device) if slot is None else slot
                 for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)
             ]),
-            tuple([(seed.shape, seed.dtype) for seed in seeds]),
+            _given(seeds, traced.in_leaves),
             traced.grad_enabled,
             # Steps that one level takes for constants look like constants for all of them, which another run may have.
             traced.tape.saw_blocked,

@@ -24,7 +24,7 @@ from chainrule.transforms.levels import (
     LinearPlan,
     chain_of,
 )  # fmt: skip
-from chainrule.transforms.nest import BY_LEVELS, nest_route, record_parts, run_innermost, run_of, swept
+from chainrule.transforms.nest import BY_LEVELS, nest_route, record_parts, run_innermost, run_of, shared_route, swept
 from chainrule.transforms.nest_parts import run_parts
 from chainrule.transforms.routes import LINEARIZED, run_linearized_route
 from chainrule.transforms.trace import Traced
@@ -46,15 +46,20 @@ def run_linearized(
     """
     if current_ledger() is not None or torch._C._len_torch_dispatch_stack() or functions_are_replaced():
         return None
-    if (chain := chain_of(outer)) is None:
-        return None
-    run = None
-    if (route := nest_route(chain, count=len(args), kind=LINEARIZED)) is not None:
-        traced, linear_plan = run_linearized_route(route, args, kwargs)
+    run, chain = None, None
+    route, inner = shared_route(outer.func, outer.name, LINEARIZED) if len(args) == 1 and not outer.has_aux else (None, None)
+    if route is None:
+        if (chain := chain_of(outer)) is None:
+            return None
+        route = nest_route(chain, count=len(args), kind=LINEARIZED)
+        inner = None if route is None else route.function
+    if route is not None and inner is not None:
+        traced, linear_plan = run_linearized_route(route, args, kwargs, inner)
         if linear_plan.__class__ is LinearPlan:
             return _replayed(linear_plan, traced.tape.values, traced, [traced.tape])
-        if traced is not None and (run := run_of(chain, traced)) is None:
+        if (chain := chain or chain_of(outer)) is None or (traced is not None and (run := run_of(chain, traced)) is None):
             return None
+    assert chain is not None
 
     def finish(traced: Traced, single: bool) -> Any:
         found = linear(traced)

@@ -14,20 +14,21 @@ from chainrule.capture.tape import Tape, facts_of
 from chainrule.dispatch import KNOWS_STATE
 from chainrule.execute import engine
 from chainrule.execute.mapped_calls import CALLS
+from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
 from chainrule.shortcuts import call_alone, call_mapped
 from chainrule.transforms.arguments import LEAF, PLAIN_ARGUMENT
 from chainrule.transforms.trace import Traced, block_request, traced_run
 
 #: What the plan of a route belongs to, as the compiled handlers number it.
-JACOBIAN, GRADIENT, NEST, LINEARIZED = range(4)
+JACOBIAN, GRADIENT, PUSHED, NEST, LINEARIZED, RECORDED = range(6)
 
 
 class Route(NamedTuple):
     """What is always the same for one transform of one function.
 
     Attributes:
-        function: the innermost function, which returns no aux.
+        function: the innermost function, which returns no aux; None where the route is for any.
         tape: the class of the tape.
         facts: what is known of ops.
         policy: the policy of the tape.
@@ -35,17 +36,17 @@ class Route(NamedTuple):
         reverse: likewise.
         kernels: likewise.
         number: which argument is differentiated.
-        kind: ``JACOBIAN``, ``GRADIENT`` (both by one request), ``NEST``, or ``LINEARIZED`` (under ``vjp`` or ``linearize``).
+        kind: ``JACOBIAN``, ``GRADIENT``, ``PUSHED`` (a tangent; all three by one request), ``NEST``, ``LINEARIZED`` (a nest
+            under ``vjp`` or ``linearize``), or ``RECORDED`` (the run alone).
         extras: what the key of a plan holds beside the run: by twice the slot of the output, and one more with gradients on.
         plans: the plans that are known, by their keys.
         extra: makes an entry of ``extras`` of the slot and of whether gradients are on.
         dims: the dimension that each argument is mapped over (or all), for a vmap.
         calls: what a level of vmap knows of earlier calls.
-        seeds: the tangents that the outermost transform was given; such a route serves one call.
         name: the name of the innermost transform, for messages.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., Any] | None
     tape: type[Tape]
     facts: dict[int, Any]
     policy: Any
@@ -59,12 +60,11 @@ class Route(NamedTuple):
     extra: Callable[[int, bool], Any]
     dims: Any = None
     calls: Any = None
-    seeds: tuple[Any, ...] = ()
     name: str = ""
 
 
 def route_of(
-    function: Callable[..., Any],
+    function: Callable[..., Any] | None,
     name: str,
     number: Any,
     kind: int,
@@ -73,14 +73,13 @@ def route_of(
     respect_no_grad: bool = True,
     kernels: bool = False,
     dims: Any = None,
-    seeds: tuple[Any, ...] = (),
 ) -> Route | None:
     """The route of a transform, see there; None where it has none: it differentiates more than one argument, by one number."""
     if not KNOWS_STATE or number.__class__ is not int or number < 0:
         return None
     return Route(
         function, Tape, facts_of(POLICY), POLICY, respect_no_grad, respect_no_grad, kernels, number, kind, {}, engine.CACHE.plans,
-        extra, dims, CALLS, seeds, name,
+        extra, dims, CALLS, name,
     )  # fmt: skip
 
 
@@ -103,38 +102,68 @@ def jacobian_route(
     return route_of(function, name, number, kind, extra, respect_no_grad=respect_no_grad, kernels=scalar)
 
 
-def run_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+def pushed_route() -> Route | None:
+    """The route of the push of one tangent through any function."""
+
+    def extra(slot: int, grad_enabled: bool) -> Any:
+        return Request("push", (0,), (slot,), "auto", (0,), "output", True)
+
+    return route_of(None, "jvp", 0, PUSHED, extra, respect_no_grad=False)
+
+
+def recorded_route(*, reverse: bool) -> Route | None:
+    """The route of a run of any function, of which one cotangent (in reverse mode) or any tangents are asked later."""
+
+    def extra(slot: int, grad_enabled: bool) -> Any:
+        raise NotImplementedError
+
+    return route_of(None, "vjp" if reverse else "linearize", 0, RECORDED, extra, respect_no_grad=reverse, kernels=reverse)
+
+
+def run_route(
+    route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], seeds: tuple[Any, ...] = (), function: Any = None,
+    name: str | None = None,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """Run a transform.
 
     Args:
         route: its route.
         args: the user's arguments.
         kwargs: the user's keyword arguments.
+        seeds: the tangents that the outermost transform was given.
+        function: the function, where the route is for any.
+        name: the transform's name, likewise.
 
     Returns:
         The run, where it has to go on in Python, None, and the level of vmap that it belongs to; None, the result, and the output
         of the function; NotImplemented in the place of the run, with nothing done, where it has to go its usual way.
     """
-    found = (call_alone if route.dims is None else call_mapped)(route, args, kwargs)
+    if function is not None:
+        found = call_alone(route, args, kwargs, seeds, function)
+    else:
+        function = route.function
+        found = call_alone(route, args, kwargs, seeds) if route.dims is None else call_mapped(route, args, kwargs)
     if found is NotImplemented:
         return NotImplemented, None, None
     if found[0]:
         return None, found[1], found[2]
     _, mode, tape, leaf, output, grad_enabled, _ = found
-    traced = traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], route.function, route.name, grad_enabled)
+    traced = traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], function, name or route.name, grad_enabled)
     return traced, None, mode
 
 
-def run_linearized_route(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def run_linearized_route(
+    route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[..., Any]
+) -> tuple[Any, Any]:
     """Run a nest under ``vjp`` or ``linearize``, as :func:`run_route`.
 
     Returns:
         The run and its plan, if that is known; two Nones, with nothing done, where it has to go its usual way.
     """
-    found = call_alone(route, args, kwargs)
+    found = call_alone(route, args, kwargs, (), function)
     if found is NotImplemented:
         return None, None
     tape, leaf, output, grad_enabled, plan, _ = found
     if plan is None:
-        return traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], route.function, route.name, grad_enabled), None
+        return traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], function, route.name, grad_enabled), None
     return Traced(tape, [leaf], PLAIN_ARGUMENT, [0], [output], LEAF, [tape.slots[id(output)]], None, grad_enabled, [None]), plan
