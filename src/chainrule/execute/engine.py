@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -36,6 +39,7 @@ from chainrule.execute.replay import (
 )
 from chainrule.execute.sweeps import RUNS, NotFiniteError, Seen, is_long, swept
 from chainrule.execute.workspace import free, observe
+from chainrule.maps.dry_run import DryRun, NotDryError, dry, is_complete
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
 from chainrule.plan.elimination import Candidate
@@ -44,6 +48,23 @@ from chainrule.plan.planner import Planned, Request, plan
 
 #: Plans are compiled by one thread at a time.
 COMPILING = threading.Lock()
+
+
+#: From so many entries on, a Jacobian is planned without being run.
+_LARGE = 1 << 17
+
+#: Whether all plans are made so.
+_FRUGAL: ContextVar[bool] = ContextVar("chainrule_frugal", default=False)
+
+
+@contextmanager
+def frugal() -> Iterator[None]:
+    """Plans that are made inside need no more memory than their later runs."""
+    token = _FRUGAL.set(True)
+    try:
+        yield
+    finally:
+        _FRUGAL.reset(token)
 
 
 @dataclass
@@ -356,7 +377,7 @@ def execute(
     except TypeError:  # an unhashable static argument: such a plan is not kept
         key = None
     if cached is None or cached.__class__ is Seen:
-        return _executed_first(tape, request, seeds, key, cached)
+        return _executed_first(tape, request, seeds, key, cached, last=last)
     if cached.staged:
         tape.prepared[again] = cached
         return cached.run_on(tape, seeds)
@@ -368,7 +389,7 @@ def execute(
 
 
 def _executed_first(
-    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], key: Any, known: Any
+    tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor], key: Any, known: Any, *, last: bool
 ) -> dict[Any, torch.Tensor | None]:
     """As :func:`execute`, where there is no plan yet."""
     note_numbers(tape)
@@ -376,6 +397,13 @@ def _executed_first(
         soon: dict[Any, torch.Tensor | None] | None = first_runs(key, known, lambda: swept(tape, request, seeds))
         if soon is not None:
             return soon
+    if key is not None and _is_large(tape, request) and (made := _planned_dry(tape, request, seeds)) is not None:
+        CACHE.put(key, made)
+        if last and not made.staged:
+            values, tape.values = Spent(tape.values), []
+            tape.forget()
+            return made.run(values, seeds)
+        return made.run_on(tape, seeds)
     with rehearsed() as recorder:
         planned = _planned(tape, request, seeds)
         results = owned(planned.program, planned.results)
@@ -442,12 +470,36 @@ def first_runs(key: Any, known: Any, sweep: Callable[[], Any], levels: int = 1) 
     return found
 
 
-def predicted(tape: Any, request: Request) -> Memory:
-    """The memory of the plan of a request, which is made (and run) if it is not known."""
+def predicted(tape: Any, request: Request, limit: float = math.inf) -> Memory:
+    """The memory of the plan of a request, which is made if it is not known, and run unless it needs more than `limit`.
+
+    A run tells the work space of its calls, too. A plan that cannot be made without running it is run in any case.
+    """
+    if current_ledger() is None and (known := _known_plan(tape, request)) is not None:
+        known.compile()
+        source = known.runner.source_of  # type: ignore[union-attr]
+        memory: Memory = source.memory()
+        if memory.peak > limit:
+            return memory
     with watching() as watch, uncollected():
         for _ in range(2):  # the first time plans
             execute(tape, request)
     return Memory(watch.results, watch.peak)
+
+
+def _known_plan(tape: Any, request: Request) -> CachedPlan | None:
+    """The plan of a Jacobian, made without being run if it is not known; None where that is not possible."""
+    key: Any = _key(tape, request, ())
+    try:
+        cached: Any = CACHE.get(key)
+    except TypeError:  # an unhashable static argument
+        return None
+    if cached is None or cached.__class__ is Seen:
+        note_numbers(tape)
+        cached = _planned_dry(tape, request, ())
+        if cached is not None:
+            CACHE.put(key, cached)
+    return cached if cached.__class__ is CachedPlan and not cached.staged else None
 
 
 @dataclass
@@ -480,6 +532,35 @@ def peak_elements(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tens
         known = KnownPeak(predicted_peak(tape, request, seeds))
         CACHE.put(key, known)
     return int(known.elements)
+
+
+def _is_large(tape: Any, request: Request | AlgebraRequest) -> bool:
+    """Whether the first run of a plan is to hold no more than later ones do."""
+    if not isinstance(request, Request) or request.kind not in ("jacobian", "pull", "push"):
+        return False
+    if _FRUGAL.get():
+        return True
+    outputs, inputs = ([tape.values[slot].numel() for slot in set(slots)] for slots in (request.outputs, request.inputs))
+    return request.kind == "jacobian" and sum(outputs) * sum(inputs) >= _LARGE
+
+
+def _planned_dry(tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor]) -> CachedPlan | None:
+    """The plan of a request, which nothing is run for; None where it can be made by running it only."""
+    modes = range(torch._C._len_torch_dispatch_stack())
+    if forward_ad._current_level >= 0 or any(torch._C._get_dispatch_stack_at(place).__class__ is not Tape for place in modes):
+        return None
+    if torch._C._are_functorch_transforms_active() or functions_are_replaced():
+        return None
+    try:
+        with dry():
+            planned = _planned(tape, request, seeds)
+            results = owned(planned.program, planned.results)
+    except (NotDryError, NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return None  # what is wrong with the request itself is said by the run
+    if not isinstance(planned.program, DryRun) or not is_complete(planned.program):
+        return None
+    recorded = (without_values(planned.program), [bare(r) for r in results])
+    return CachedPlan(planned.keys, recorded, staged=request.kind in ("pull", "push"))
 
 
 def _planned(

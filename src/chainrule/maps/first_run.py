@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from chainrule.maps.dry_run import DryRun, is_dry
 from chainrule.maps.nodes import Node, postorder
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 
@@ -104,7 +105,12 @@ def _filled(tree: Any, values: Mapping[int, Any]) -> Any:
 
 
 def first_run() -> Program:
-    """A program to be recorded: one that lets large values go, where nothing follows its calls that would hold them."""
+    """A program to be recorded: one that lets large values go, where nothing follows its calls that would hold them.
+
+    Where nothing is to be run (see :mod:`chainrule.maps.dry_run`), it is one without values.
+    """
+    if is_dry():
+        return DryRun()
     followed = torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
     program = Program()
     return program if followed or program.mode is not None else FirstRun()

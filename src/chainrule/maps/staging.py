@@ -275,10 +275,7 @@ class Program:
             return known
         real = [item.value if item.__class__ is Staged else _real(item) for item in args]
         named_real = {name: _real(item) for name, item in kwargs.items()} if kwargs else {}
-        if self.mode is not None:
-            result = seen_by(self.mode, function, real, named_real)
-        else:
-            result = function(*real, **named_real)
+        result = self._run(function, real, named_real)
         staged = self._record(function, lowered, lowered_kwargs, result)
         if function not in _FRESH:
             self._note_memory(staged, args)
@@ -288,6 +285,11 @@ class Program:
             real = staged.dtype.is_floating_point
             self.masks[staged.slot] = staged if real else args[0]
         return staged
+
+    def _run(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if self.mode is not None:
+            return seen_by(self.mode, function, args, kwargs)
+        return function(*args, **kwargs)
 
     def append(
         self,

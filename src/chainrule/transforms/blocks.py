@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.dispatch import LightMode, entry_point
+from chainrule.execute.engine import frugal
 from chainrule.transforms.arguments import Argnums, check_whole, function_name, resolve_argnums, tree_unflatten
 from chainrule.transforms.budget import rows_within
 from chainrule.transforms.jacobians import Chunks, check_real, row_blocks
@@ -131,7 +132,7 @@ def jacobian_blocks(
     def iterate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[RowBlock]:
         positions, single = resolve_argnums(argnums, len(args), name)
         graded = torch.is_grad_enabled()
-        with torch.no_grad():
+        with torch.no_grad(), frugal():
             traced = trace(func, args, positions, kwargs, name)
             if graded:
                 _check_constant(traced, func, name)

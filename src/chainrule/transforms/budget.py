@@ -83,23 +83,21 @@ class _Trials:
         watch.add_run(traced.tape)
         self.held = watch.held
 
-    def needed(self, rows: int) -> float:
-        """The bytes that a block of so many rows needs, the record of the run included."""
+    def needed(self, rows: int, budget: int) -> float:
+        """The bytes that a block of so many rows needs, the record of the run included; it is run if that is in the budget."""
         # Apart, so that the tape is as it would be without the trial, and the plan serves the real block.
         traced = replace(self.traced, tape=self.traced.tape.fork())
         all_at_once = rows == self.total and self.whole
         assert (slot := traced.out_slots[self.number]) is not None
         wanted = slot if all_at_once else traced.rows(self.number, rows).slot
         request = Request("jacobian", tuple(traced.in_slots), (wanted,), self.order, (), self.cast)
-        peak = predicted(traced.tape, request).peak
-        if all_at_once:
-            return self.held + peak - self.size
         # The caller holds a block while the next one is computed; in a whole result it is copied at once.
-        return self.held + peak + (0 if self.whole else self.size * rows / self.total)
+        beside = self.held - self.size if all_at_once else self.held + (0 if self.whole else self.size * rows / self.total)
+        return beside + predicted(traced.tape, request, budget - beside).peak
 
     def most(self, budget: int, name: str) -> int:
         """The most rows that fit, as far as trials tell."""
-        fits, need = 1, self.needed(1)
+        fits, need = 1, self.needed(1, budget)
         if need > budget:
             raise MemoryError(
                 f"{name}: one row of the Jacobian needs about {int(need)} bytes ({self.held} of them for the record of the "
@@ -107,19 +105,19 @@ class _Trials:
             )
         rows = min(2, self.total)
         while rows > fits:
-            found = self.needed(rows)
+            found = self.needed(rows, budget)
             each = max((found - need) / (rows - fits), 1.0)
             if found > budget:
                 # Between the two there may be a jump; what fits for sure is known.
                 further = fits + int((budget - need) / each)
-                if further <= fits or self.needed(further) > budget:
+                if further <= fits or self.needed(further, budget) > budget:
                     return fits
                 return further
             fits, need = rows, found
             everything = need + each * (self.total - fits)
             if everything <= budget * _SURE:
                 return self.total
-            if self.whole and everything - self.size <= budget and self.needed(self.total) <= budget:
+            if self.whole and everything - self.size <= budget and self.needed(self.total, budget) <= budget:
                 return self.total
             rows = min(self.total, fits + int((budget - need) / each), _GROWTH * fits)
         return fits

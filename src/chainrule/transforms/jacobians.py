@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from chainrule.capture.recorder import whole_recorder
 from chainrule.dispatch import entry_point
+from chainrule.execute.engine import frugal
 from chainrule.execute.memory import current_watch, free_memory, parse_bytes
 from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
@@ -353,7 +354,11 @@ def _jacobian_transform(
     forward = order == "forward" or name == "hessian"
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        result, aux = computed(args, kwargs)
+        if chunks.budget is None:
+            result, aux = computed(args, kwargs)
+        else:
+            with frugal():
+                result, aux = computed(args, kwargs)
         if forward and torch.is_grad_enabled() and _is_outermost():
             result = _joined(result, args, argnums)
         return (result, aux) if has_aux else result
