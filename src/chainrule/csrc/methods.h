@@ -91,11 +91,25 @@ batch_to_write(Handler *self, PyObject *tensor, PyObject *value)
     return done == NULL ? NULL : batch_of(self, tensor);
 }
 
+/* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
+static int
+may_be_copy(PyObject *tensor)
+{
+    if (PyDict_GET_SIZE(c_copies) == 0)
+        return 0;
+    PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
+    PyObject *place = storage == NULL ? NULL : PyObject_GetAttrString(storage, "_cdata");
+    int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
+    Py_XDECREF(storage);
+    Py_XDECREF(place);
+    return known;
+}
+
 /* tensor[index] = value where the index chooses a view of a mapped tensor; NotImplemented, with nothing written, for others. */
 static PyObject *
 assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 3 || self->guarded || self->graphs || state.exclude == NULL || PyDict_GET_SIZE(c_copies) || !chooses_view(args[1]))
+    if (count != 3 || self->guarded || self->graphs || state.exclude == NULL || !chooses_view(args[1]))
         return Py_NewRef(Py_NotImplemented);
     PyObject *batch = batch_to_write(self, args[0], args[2]), *dtype = NULL, *stored = NULL, *index = NULL, *out = NULL;
     if (batch == NULL)
@@ -108,8 +122,8 @@ assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     if (fits > 0)
         fits = ndim == NULL ? -1 : rank >= 0 && !joined;
     Py_XDECREF(ndim);
-    if (fits > 0)
-        fits = stored_value(self, args[2], rank, &stored);
+    if (fits > 0 && (fits = may_be_copy(whole)) >= 0)
+        fits = fits ? 0 : stored_value(self, args[2], rank, &stored);
     if (fits > 0) {
         Py_ssize_t parts = PyTuple_CheckExact(chosen) ? PyTuple_GET_SIZE(chosen) : 1;
         index = PyTuple_New(parts + 1);
