@@ -481,6 +481,28 @@ class unasked:  # noqa: N801 - used like torch.no_grad
         _push_function(self._mode)
 
 
+class functions_seen:  # noqa: N801 - used like torch.no_grad
+    """Run a block of this package's own with the innermost mode as a function mode, where no function mode is on.
+
+    The mode then takes the block's calls before torch's dispatcher does.
+    """
+
+    __slots__ = ("_pushed",)
+
+    def __enter__(self) -> None:
+        depth = _count()
+        mode = _at(depth - 1) if depth and not _count_functions() else None
+        self._pushed = isinstance(mode, LightMode) and mode.takes_functions and mode._depth == depth
+        if self._pushed:
+            _push_function(mode)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pushed:
+            _pop_function()
+
+
 def mode_aside() -> LightMode | None:
     """The mode whose look at functions is off in this block (:class:`functions_aside`)."""
     return _ASIDE.mode

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import chainrule
+from chainrule.batching.mode import VmapMode
+from chainrule.dispatch import KNOWS_STATE
+from chainrule.shortcuts import COMPILED
 
 Tensor = torch.Tensor
 
@@ -81,3 +84,89 @@ def test_a_factor_with_a_graph() -> None:
     x = torch.rand(4, 3)
     found = chainrule.vmap(lambda x: (x * 1.0).mul_(factor))(x)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), factor)[0], x.sum(0))
+
+
+def _put(index: Any, value: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def write(matrix: Tensor, row: Tensor) -> Tensor:
+        made = matrix.clone()
+        made[index] = value(matrix, row)
+        return made
+
+    return write
+
+
+ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a component": _put((0, -1), lambda m, r: r[1]),
+    "one from all": _put(1, lambda m, r: r[0]),
+    "a row": _put(-1, lambda m, r: r),
+    "a column": _put((..., 2), lambda m, r: r),
+    "with a new dimension": _put((slice(1, 3), None, 2), lambda m, r: r[2]),
+    "every other row": _put(slice(None, None, 2), lambda m, r: r),
+    "all": _put(..., lambda m, r: m * 2),
+    "a number": _put((2, slice(1, None)), lambda m, r: 2.5),
+    "a truth value": _put((2, 2), lambda m, r: True),
+    "the same for all samples": _put((slice(0, 2), 1), lambda m, r: torch.tensor([1.0, 2.0], dtype=m.dtype)),
+    "another dtype": _put((0, 0), lambda m, r: r[1].float()),
+    "more dimensions than there are": _put((0, 0), lambda m, r: r[:1]),
+    "nothing": _put((0, slice(2, 2)), lambda m, r: r[:0]),
+    "a part of itself": _put(0, lambda m, r: m[1]),
+}
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_assignments_are_those_of_torch_func(name: str) -> None:
+    write = ASSIGNMENTS[name]
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        matrix = torch.randn(5, 4, 4, dtype=torch.float64, generator=generator)
+        row = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+        expected = torch.func.vmap(write)(matrix, row)
+        assert torch.equal(chainrule.vmap(write)(matrix, row), expected)
+        assert torch.equal(chainrule.vmap(write, in_dims=(2, 1))(matrix.movedim(0, 2), row.t()), expected)
+
+
+def test_an_assignment_to_what_was_the_same_for_all_samples_reaches_its_views() -> None:
+    def write(x: Tensor) -> tuple[Tensor, ...]:
+        matrix = torch.zeros_like(x.expand(3, 3)).clone()
+        row, turned = matrix[1], matrix.t()
+        matrix[0, 0] = x
+        row[2] = x * 2
+        matrix[2] = 1.5
+        turned[0, 2] = x
+        return matrix, row, turned
+
+    for seed in range(3):
+        x = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        for mine, theirs in zip(chainrule.vmap(write)(x), torch.func.vmap(write)(x), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("index", [(9,), (0, 0, 0), (0, 9)])
+def test_an_assignment_that_does_not_fit_raises_what_torch_says_of_a_sample(index: Any) -> None:
+    def write(matrix: Tensor, x: Tensor) -> Tensor:
+        matrix = matrix.clone()
+        matrix[index] = x
+        return matrix
+
+    with pytest.raises(IndexError) as expected:
+        torch.func.vmap(write)(torch.randn(5, 4, 4), torch.randn(5))
+    with pytest.raises(IndexError) as found:
+        chainrule.vmap(write)(torch.randn(5, 4, 4), torch.randn(5))
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.skipif(not (COMPILED and KNOWS_STATE), reason="the short cuts are not compiled here")
+def test_assignments_do_not_pass_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("an op came through the dispatcher")
+
+    def write(matrix: Tensor, x: Tensor) -> Tensor:
+        matrix[0, 1] = x
+        matrix[1] = x
+        matrix[2, 1:] = 3.0
+        return matrix
+
+    monkeypatch.setattr(VmapMode, "__torch_dispatch__", never)
+    matrix, x = torch.zeros(5, 3, 3), torch.arange(5.0)
+    chainrule.vmap(write)(matrix, x)
+    assert torch.equal(matrix[:, 1], x[:, None].expand(5, 3))

@@ -386,6 +386,18 @@ is_near_torch(Handler *self)
     return self->kind != NO_KIND;
 }
 
+/* Whether all modes from this one to torch are tapes and levels of vmap. */
+static int
+stands_among_handlers(Handler *self)
+{
+    while (self->kind != NO_KIND && self->below != NULL && self->below != Py_None) {
+        if (!PyObject_TypeCheck(self->below, &handler_type))
+            return 0;
+        self = (Handler *)self->below;
+    }
+    return self->kind != NO_KIND;
+}
+
 /* Whether the next mode is the outermost vmap. */
 static int
 stands_on_vmap(Handler *self)

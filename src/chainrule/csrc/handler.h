@@ -53,7 +53,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     long sorts = entry == NULL ? 0 : PyLong_AsLong(PyTuple_GET_ITEM(entry, SORTS));
     if (sorts & QUERY)
         return PyObject_Call(func, args, kwargs);
-    if (!is_near_torch(self) || !are_plain(types))
+    int near = is_near_torch(self); /* with a level between two modes, functions and ops of the table alone are taken */
+    if (!(near || stands_among_handlers(self)) || !are_plain(types))
         return Py_NewRef(Py_NotImplemented);
     PyObject *function = NULL, *reading = NULL;
     if (entry != NULL && PyTuple_GET_ITEM(entry, FUNCTION) != Py_None && (kwargs == NULL || is_neutral(kwargs)))
@@ -75,8 +76,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
-    int composite = entry == NULL && PyFunction_Check(func) && takes_composites(self);
-    int assigns = self->kind == TAPE && func == c_setitem && kwargs == NULL;
+    int composite = near && entry == NULL && PyFunction_Check(func) && takes_composites(self);
+    int assigns = near && self->kind == TAPE && func == c_setitem && kwargs == NULL;
     if (function == NULL && reading == NULL && !fresh && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);

@@ -9,6 +9,142 @@ typedef struct {
     PyObject *otherwise;
 } Method;
 
+/* How many dimensions what an index of numbers, slices, None and dots chooses has; -1 if it does not fit. */
+static long
+chosen_rank(PyObject *index, long rank)
+{
+    PyObject *single[] = {index};
+    PyObject **parts = PyTuple_CheckExact(index) ? &PyTuple_GET_ITEM(index, 0) : single;
+    Py_ssize_t count = PyTuple_CheckExact(index) ? PyTuple_GET_SIZE(index) : 1;
+    long numbers = 0, slices = 0, added = 0, dots = 0;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        numbers += PyLong_CheckExact(parts[place]);
+        slices += PySlice_Check(parts[place]);
+        added += parts[place] == Py_None;
+        dots += parts[place] == Py_Ellipsis;
+    }
+    return dots > 1 || numbers + slices > rank ? -1 : rank - numbers + added;
+}
+
+/* A value as it is assigned to stored tensors whose samples have `rank` dimensions: 1 with a new reference; 0 if it is left to Python;
+ * -1 with an error set. */
+static int
+stored_value(Handler *self, PyObject *value, long rank, PyObject **stored)
+{
+    if (is_number(value)) {
+        *stored = Py_NewRef(value);
+        return 1;
+    }
+    PyObject *batch = batch_of(self, value), *own = value, *dtype = NULL;
+    int joined = 0, fits;
+    if (batch != NULL)
+        own = SLOT(batch, value);
+    else if ((PyObject *)Py_TYPE(value) == c_batch_tensor && SLOT(value, level) == (PyObject *)self && SLOT(value, inner) != NULL)
+        own = SLOT(value, inner);
+    if (!is_constant_class(own))
+        return 0;
+    dtype = plain_dtype(own, &joined);
+    PyObject *layout = dtype == NULL ? NULL : GET(own, layout), *ndim = layout == NULL ? NULL : GET(own, ndim);
+    fits = ndim == NULL ? -1 : dtype != Py_None && !joined && layout == c_strided;
+    long missing = ndim == NULL ? 0 : rank - PyLong_AsLong(ndim) + (batch != NULL);
+    Py_XDECREF(dtype);
+    Py_XDECREF(layout);
+    Py_XDECREF(ndim);
+    if (fits <= 0 || missing < 0)
+        return fits < 0 ? -1 : 0;
+    if (batch == NULL || missing == 0) {
+        *stored = Py_NewRef(own);
+        return 1;
+    }
+    /* The dimensions that a sample lacks come after the batch. */
+    PyObject *parts = PyTuple_New(missing + 1);
+    if (parts == NULL || (PyTuple_SET_ITEM(parts, 0, PySlice_New(NULL, NULL, NULL)), PyTuple_GET_ITEM(parts, 0) == NULL)) {
+        Py_XDECREF(parts);
+        return -1;
+    }
+    for (long place = 1; place <= missing; place++)
+        PyTuple_SET_ITEM(parts, place, Py_NewRef(Py_None));
+    PyObject *args[] = {own, parts};
+    *stored = call_below(c_getitem, args, 2, 0);
+    Py_DECREF(parts);
+    return *stored == NULL ? -1 : 1;
+}
+
+/* The `Batched` of a tensor that a value is written to, borrowed. One that was the same for all samples carries the batch from here
+ * on if the value does. NULL, maybe with an error set, for others. */
+static PyObject *
+batch_to_write(Handler *self, PyObject *tensor, PyObject *value)
+{
+    PyObject *batch = batch_of(self, tensor);
+    if (batch != NULL || (PyObject *)Py_TYPE(tensor) != c_batch_tensor || SLOT(tensor, level) != (PyObject *)self ||
+        SLOT(tensor, inner) == NULL || !is_constant_class(SLOT(tensor, inner)) || batch_of(self, value) == NULL)
+        return batch;
+    int graph = is_true_of(GET(SLOT(tensor, inner), requires_grad));
+    PyObject *off = graph ? NULL : exclude_python(1);
+    if (off == NULL)
+        return NULL;
+    Py_DECREF(off);
+    PyObject *done = PyObject_CallMethod((PyObject *)self, "upgrade", "OO", tensor, c_setitem);
+    if (include_python() < 0)
+        Py_CLEAR(done);
+    Py_XDECREF(done);
+    return done == NULL ? NULL : batch_of(self, tensor);
+}
+
+/* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
+static int
+may_be_copy(PyObject *tensor)
+{
+    if (PyDict_GET_SIZE(c_copies) == 0)
+        return 0;
+    PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
+    PyObject *place = storage == NULL ? NULL : PyObject_GetAttrString(storage, "_cdata");
+    int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
+    Py_XDECREF(storage);
+    Py_XDECREF(place);
+    return known;
+}
+
+/* tensor[index] = value where the index chooses a view of a mapped tensor; NotImplemented, with nothing written, for others. */
+static PyObject *
+assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 3 || self->guarded || self->graphs || state.exclude == NULL || !chooses_view(args[1]))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *batch = batch_to_write(self, args[0], args[2]), *dtype = NULL, *stored = NULL, *index = NULL, *out = NULL;
+    if (batch == NULL)
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *whole = Py_NewRef(SLOT(batch, value)), *chosen = args[1];
+    int joined = 0, fits = is_constant_class(whole) ? stored_dtype(batch, &dtype, &joined) : 0;
+    Py_XDECREF(dtype);
+    PyObject *ndim = fits > 0 ? GET(whole, ndim) : NULL;
+    long rank = ndim == NULL ? -1 : chosen_rank(chosen, PyLong_AsLong(ndim) - 1);
+    if (fits > 0)
+        fits = ndim == NULL ? -1 : rank >= 0 && !joined;
+    Py_XDECREF(ndim);
+    if (fits > 0 && (fits = may_be_copy(whole)) >= 0)
+        fits = fits ? 0 : stored_value(self, args[2], rank, &stored);
+    if (fits > 0) {
+        Py_ssize_t parts = PyTuple_CheckExact(chosen) ? PyTuple_GET_SIZE(chosen) : 1;
+        index = PyTuple_New(parts + 1);
+        if (index != NULL)
+            PyTuple_SET_ITEM(index, 0, PySlice_New(NULL, NULL, NULL));
+        for (Py_ssize_t place = 0; index != NULL && place < parts; place++)
+            PyTuple_SET_ITEM(index, place + 1, Py_NewRef(PyTuple_CheckExact(chosen) ? PyTuple_GET_ITEM(chosen, place) : chosen));
+        PyObject *given[] = {whole, index, stored};
+        if (index != NULL && PyTuple_GET_ITEM(index, 0) != NULL)
+            out = call_below(c_setitem, given, 3, 0);
+        if (out == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+            PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
+            fits = 0;
+        }
+    }
+    Py_DECREF(whole);
+    Py_XDECREF(stored);
+    Py_XDECREF(index);
+    return fits == 0 ? Py_NewRef(Py_NotImplemented) : out;
+}
+
 /* A call that was made before; NotImplemented, with nothing done, for others. */
 static PyObject *
 replay_method(Handler *handler, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *names)
@@ -44,7 +180,9 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
             state.functions_shown() && stands_innermost(handler)) {
             int disabled = state.get_functions();
             state.set_functions(2);
-            PyObject *out = replayed ? replay_method(handler, self->otherwise, args, count, names)
+            PyObject *out = self->otherwise == c_setitem && names == NULL
+                                ? assign_mapped(handler, args, count)
+                            : replayed ? replay_method(handler, self->otherwise, args, count, names)
                                      : run_under_vmap(handler, self->function, args, count, 0);
             state.set_functions(disabled);
             if (out != Py_NotImplemented)

@@ -223,7 +223,8 @@ may_be_constant(Handler *self, PyObject *tensor)
     if (is_constant_class(tensor))
         return 1;
     return (PyObject *)Py_TYPE(tensor) == c_batch_tensor && self->below != NULL && self->below != Py_None &&
-           SLOT(tensor, level) == self->below && stands_on_vmap(self);
+           SLOT(tensor, level) == self->below && PyObject_TypeCheck(self->below, &handler_type) &&
+           ((Handler *)self->below)->kind == VMAP;
 }
 
 /* Whether a tensor without a slot is one that the tape cannot know by its graph: 1, 0, or -1 with an error set. */

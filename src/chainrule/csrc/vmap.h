@@ -120,6 +120,16 @@ is_plain_matrix(PyObject *tensor)
     return layout == c_strided ? rank_is(tensor, 2) : 0;
 }
 
+/* The mode below, if it is a tape or another level; NULL for none. */
+static Handler *
+mode_below(Handler *self)
+{
+    if (self->below == NULL || self->below == Py_None || !PyObject_TypeCheck(self->below, &handler_type))
+        return NULL;
+    Handler *below = (Handler *)self->below;
+    return below->kind == TAPE || below->kind == VMAP ? below : NULL;
+}
+
 /* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
  * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph. */
 static int
@@ -131,7 +141,8 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
     if (is_number(item)) {
         if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
             return 0;
-        *stored = PyTuple_GET_ITEM(function, NUMBERS) == Py_True ? constant_for(item, dtype) : Py_NewRef(item);
+        int constant = PyTuple_GET_ITEM(function, NUMBERS) == Py_True && mode_below(self) == NULL;
+        *stored = constant ? constant_for(item, dtype) : Py_NewRef(item);
         return *stored == NULL ? -1 : 1;
     }
     PyObject *other = NULL;
@@ -150,7 +161,9 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         }
         Py_DECREF(batch);
     } else {
-        if (!is_constant_class(item))
+        Handler *below = mode_below(self);
+        int around = below != NULL && (PyObject *)Py_TYPE(item) == c_batch_tensor && SLOT(item, level) == (PyObject *)below;
+        if (!around && !is_constant_class(item))
             return 0;
         *keeps = 0;
         *stored = Py_NewRef(item);
@@ -176,13 +189,37 @@ given(PyObject *function, PyObject *const *args, Py_ssize_t count)
     return count >= fewest && count <= most && count <= 3 ? count : 0;
 }
 
+static PyObject *
+run_on_tape(Handler *self, PyObject *function, PyObject *args);
+
+static PyObject *
+run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count, int below_autograd);
+
+/* A function of stored tensors as the mode below a level runs it. */
+static PyObject *
+run_stored(Handler *below, PyObject *function, PyObject *const *stored, Py_ssize_t count, int below_autograd)
+{
+    if (below->kind == VMAP)
+        return run_under_vmap(below, function, stored, count, below_autograd);
+    PyObject *args = PyTuple_New(count);
+    if (args == NULL)
+        return NULL;
+    for (Py_ssize_t place = 0; place < count; place++)
+        PyTuple_SET_ITEM(args, place, Py_NewRef(stored[place]));
+    PyObject *out = run_on_tape(below, function, args);
+    Py_DECREF(args);
+    return out;
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. `below_autograd`: whether autograd is off here. */
 static PyObject *
 run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count, int below_autograd)
 {
     int writes = PyTuple_GET_ITEM(function, WRITES) == Py_True;
+    Handler *below = mode_below(self);
+    int refused = below == NULL ? self->guarded : writes || PyObject_IsTrue(self->size) <= 0;
     count = given(function, args, count);
-    if (self->guarded || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
+    if (refused || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
         return Py_NewRef(Py_NotImplemented);
     PyObject *first = batch_of(self, args[0]);
     if (first == NULL)
@@ -202,7 +239,7 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
     if (writes && (joined || PyDict_GET_SIZE(c_copies)))
         fits = fits < 0 ? -1 : 0; /* autograd has to see it, or it may be lost in a copy that stands for a view */
-    if (fits > 0 && joined) {
+    if (fits > 0 && joined && below == NULL) { /* the mode below shows it to autograd */
         fits = may_join();
         if (fits == 0 && !self->makes_graphs && !below_autograd) { /* no graphs are made where this level runs */
             fits = 1;
@@ -210,8 +247,11 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         }
     }
     if (fits > 0) {
-        out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined && below_autograd);
-        if (out != NULL && writes)
+        out = below != NULL ? run_stored(below, function, stored, count, below_autograd)
+                            : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, joined && below_autograd);
+        if (out == Py_NotImplemented)
+            ;
+        else if (out != NULL && writes)
             Py_SETREF(out, Py_NewRef(args[0]));
         else if (out != NULL)
             out = wrapped(self, out, keeps ? first : NULL);

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import _get_dispatch_stack_at
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.recorder import Recorder
-from chainrule.dispatch import undispatched
+from chainrule.dispatch import again, undispatched
+from chainrule.execute.replay import part_constants
 from chainrule.maps.staging import Program, Staged
-from chainrule.modes_off import without_innermost
+from chainrule.modes_off import outside, without_innermost
 from chainrule.rules.batching_base import Batched
 
-Runner = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+Runner = Callable[[Any, Any], tuple[Any, ...]]
 Key = tuple[Any, ...]
 
 _strided = torch.strided
@@ -52,20 +53,24 @@ def stored_under_vmap(values: Sequence[Any]) -> Stored | None:
     return None if mode.__class__ is not VmapMode or mode.size == 0 else stored_values(values, mode)
 
 
-def stored_values(values: Sequence[Any], mode: VmapMode) -> Stored | None:
-    """What a replay on the stored tensors of a vmap needs; None as for :func:`stored_under_vmap`."""
+def stored_values(values: Sequence[Any], mode: VmapMode, *, nested: bool = False) -> Stored | None:
+    """What a replay on the stored tensors of a vmap needs; None as for :func:`stored_under_vmap`.
+
+    With ``nested`` the stored tensors may be those of a vmap around this one, and the key says which of them are the same.
+    """
     tensors: list[torch.Tensor] = []
     parts: list[Any] = [mode.size]
     joined = False
     for value in values:
         if value.__class__ is BatchTensor:
-            if value.level is not mode or value.requires_grad:
+            if value.requires_grad:
                 return None
-            value = value.inner
-            if value.__class__ is Batched:
-                value = value.value
-                parts.append(True)
-            if value.__class__ is BatchTensor:
+            if value.level is mode:
+                value = value.inner
+                if value.__class__ is Batched:
+                    value = value.value
+                    parts.append(True)
+            if value.__class__ is BatchTensor and not nested:
                 return None
         elif not isinstance(value, torch.Tensor):
             return None
@@ -77,31 +82,107 @@ def stored_values(values: Sequence[Any], mode: VmapMode) -> Stored | None:
         parts.append(value.stride() if (layout := value.layout) is _strided else layout)
     if joined and mode._records and not torch.is_grad_enabled():
         return None
+    if nested and len(places := {id(tensor): place for place, tensor in enumerate(tensors)}) < len(tensors):
+        parts.append(tuple([places[id(tensor)] for tensor in tensors]))
     return Stored(mode, tensors, tuple(parts), joined)
+
+
+def nested_values(values: Sequence[Any], modes: int) -> Stored | None:
+    """What a replay on stored tensors needs under a vmap that stands in other modes; None as for :func:`stored_under_vmap`.
+
+    Args:
+        values: what the plan reads.
+        modes: how many modes are on.
+    """
+    mode = _get_dispatch_stack_at(modes - 1)
+    if mode.__class__ is not VmapMode or mode.size == 0 or torch._C._len_torch_function_stack():
+        return None
+    return stored_values(values, mode, nested=True)
+
+
+def record_apart(
+    runner: Runner, needs: Sequence[Any], stored: Stored, values: Sequence[Any]
+) -> tuple[Program, list[Staged | None], list[bool]] | None:
+    """Record what a program does to stored tensors on others like them, of one sample of the vmaps around, outside of all modes.
+
+    Args:
+        runner: runs the program.
+        needs: what it reads: numbers of tape values, and ``("seed", number)``.
+        stored: the tensors.
+        values: the values that they stand behind, in the order of ``needs``.
+
+    Returns:
+        The batched program, its results, and which of them are batched; None where it cannot be recorded.
+    """
+    made: dict[int, torch.Tensor] = {}
+    with undispatched():
+        for tensor in stored.tensors:
+            if id(tensor) not in made:
+                sample = _sample_of(tensor)
+                if sample is None:
+                    return None
+                made[id(tensor)] = sample.detach()
+    tensors = [made[id(tensor)] for tensor in stored.tensors]
+    mode = stored.mode
+    given = _in_place_of(values, tensors, mode)
+    tape, seeds = dict[Any, Any](), dict[Any, Any]()
+    for key, value in zip(needs, given, strict=True):
+        if key.__class__ is int:
+            tape[key] = value
+        else:
+            seeds[key[1]] = value
+    with outside(), mode.outside(), again(mode):
+        outcome = record_batched(lambda: runner(tape, seeds), mode, tensors, runner.constants)  # type: ignore[attr-defined]
+    assert outcome is not None
+    results, program, staged, flags = outcome
+    if not staged:
+        return None
+    part_constants(program, results)
+    return program, staged, flags
+
+
+def _sample_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The plain tensor of one sample of the vmaps around; None where there is no sample."""
+    if not isinstance(tensor, BatchTensor):
+        return tensor
+    inner = tensor.inner
+    if inner.__class__ is not Batched:
+        return _sample_of(inner)
+    whole = _sample_of(inner.value)
+    return whole[0] if whole is not None and len(whole) else None
+
+
+def _in_place_of(values: Sequence[Any], tensors: Sequence[torch.Tensor], mode: VmapMode) -> list[Any]:
+    """Values with other tensors behind them."""
+    made: list[Any] = []
+    for value, tensor in zip(values, tensors, strict=True):
+        if value.__class__ is not BatchTensor or value.level is not mode:
+            made.append(tensor)
+        elif value.inner.__class__ is Batched:
+            made.append(wrap_batched(Batched(tensor), mode))
+        else:
+            made.append(wrap_constant(tensor, mode))
+    return made
 
 
 def without_graphs(stored: Stored, values: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
     """The same values and stored tensors without their graphs: what autograd makes of views is not known to a recorder."""
     with undispatched():
         tensors = [tensor.detach() for tensor in stored.tensors]
-    bare: list[Any] = []
-    for value, tensor in zip(values, tensors, strict=True):
-        if value.__class__ is not BatchTensor:
-            bare.append(tensor)
-        elif value.inner.__class__ is Batched:
-            bare.append(wrap_batched(Batched(tensor), stored.mode))
-        else:
-            bare.append(wrap_constant(tensor, stored.mode))
-    return bare, tensors
+    return _in_place_of(values, tensors, stored.mode), tensors
 
 
 def same_stored(tensor: BatchTensor) -> BatchTensor | None:
-    """A new tensor object over the same stored tensor, when no outer mode and no autograd has to see an alias."""
+    """A new tensor object over the same stored tensor, when no autograd has to see an alias.
+
+    Modes around the level have one value and need no other name for it.
+    """
     mode = tensor.level
     inner = tensor.inner
     if inner.__class__ is not Batched or inner.value.requires_grad or tensor.requires_grad or inner.value.is_complex():
         return None
-    if torch._C._len_torch_dispatch_stack() != 1 or _get_dispatch_stack_at(0) is not mode:
+    depth = torch._C._len_torch_dispatch_stack()
+    if not depth or _get_dispatch_stack_at(depth - 1) is not mode:
         return None
     return wrap_batched(inner, mode)
 

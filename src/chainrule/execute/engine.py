@@ -20,9 +20,18 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import WholeRecorder, rehearsed
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import functions_are_replaced, functions_aside, undispatched
+from chainrule.dispatch import functions_are_replaced, functions_aside, functions_seen, undispatched
 from chainrule.execute.accounts import SWEPT, UNCACHED, Account, Ledger, current_ledger, uncollected
-from chainrule.execute.batched import Stored, record_batched, stored_under_vmap, stored_values, without_graphs, wrap
+from chainrule.execute.batched import (
+    Stored,
+    nested_values,
+    record_apart,
+    record_batched,
+    stored_under_vmap,
+    stored_values,
+    without_graphs,
+    wrap,
+)
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.memory import Memory, Watch, current_watch, storage_of, watching
 from chainrule.execute.replay import (
@@ -41,6 +50,7 @@ from chainrule.execute.sweeps import RUNS, NotFiniteError, Seen, is_long, swept
 from chainrule.execute.workspace import free, observe
 from chainrule.maps.dry_run import DryRun, NotDryError, dry, is_complete
 from chainrule.maps.staging import Instruction, Program, Staged
+from chainrule.modes_off import without_innermost
 from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
@@ -82,6 +92,10 @@ class CachedPlan:
     used: bool = False
     needs: list[Any] = field(default_factory=list)
     batched: dict[Any, tuple[Runner | None, list[bool]]] = field(default_factory=dict)
+    #: As ``batched``, under a vmap that stands in other modes: plans of their own.
+    nested: dict[Any, tuple[CachedPlan | None, list[bool]]] = field(default_factory=dict)
+    #: Whether it is such a plan, whose calls the mode below takes as functions.
+    stored: bool = False
     staged: bool = False
     stages: Stages | None = None
     #: For the compiled handlers: what replays the plan on plain tensors, what it reads, and the structure of its results (None
@@ -153,6 +167,8 @@ class CachedPlan:
             under = stored_under_vmap(given)
             if under is not None and not (under.joined and self._differentiates()):
                 return self._run_batched(values, seeds, under)
+        elif modes and (found := self._run_nested(values, seeds, modes)) is not None:
+            return found
         if (watch := current_watch()) is not None:
             source = self.runner.source_of  # type: ignore[attr-defined]
             batched = any(value.__class__ is BatchTensor for value in (*values, *seeds))
@@ -165,7 +181,11 @@ class CachedPlan:
             watch.add_program(memory := source.memory(spent, saved))
         if not modes and runner.plain is not runner and self._is_plain(values, seeds):  # type: ignore[attr-defined]
             runner = runner.plain  # type: ignore[attr-defined]
-        results = runner(values, seeds)
+        if modes and self.stored:
+            with functions_seen():
+                results = runner(values, seeds)
+        else:
+            results = runner(values, seeds)
         if watch is not None:
             watch.add_results(results, memory)
         return results
@@ -262,6 +282,39 @@ class CachedPlan:
             else:
                 beside[key[1]] = value
         return (given, beside), tensors
+
+
+    def _run_nested(self, values: Sequence[Any], seeds: Sequence[Any], modes: int) -> Sequence[Any] | None:
+        """Replay on the stored tensors of a vmap inside of other modes, which see the calls; None for the usual way."""
+        given = [values[key] if key.__class__ is int else seeds[key[1]] for key in self.needs]
+        stored = nested_values(given, modes)
+        if stored is None or current_watch() is not None or forward_ad._current_level >= 0:
+            return None
+        if (found := self.nested.get(stored.key)) is None:
+            plan, flags = None, list[bool]()
+            if not self._differentiates() and (recorded := self._record_nested(given, stored)) is not None:
+                plan, flags = recorded
+            found = plan, flags
+            if len(self.nested) < 64:
+                self.nested[stored.key] = found
+        plan, flags = found
+        if plan is None:
+            return None
+        with without_innermost(), stored.mode.outside():
+            results = plan.results(stored.tensors, ())
+        return wrap(results, flags, stored.mode)
+
+    def _record_nested(self, given: list[Any], stored: Stored) -> tuple[CachedPlan, list[bool]] | None:
+        """The plan on stored tensors, and which of its results are batched; None where it cannot be recorded."""
+        assert self.runner is not None
+        found = record_apart(self.runner, self.needs, stored, given)
+        if found is None:
+            return None
+        program, staged, flags = found
+        program.forget_values()
+        plan = CachedPlan(list(range(len(flags))), None, compile_program(program, [bare(item) for item in staged]))
+        plan.needs, plan.stored = list(program.inputs), True
+        return plan, flags
 
 
 def _observed(
