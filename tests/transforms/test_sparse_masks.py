@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import chainrule
+from chainrule.execute.engine import CACHE
+from chainrule.maps.nonzeros import _turn_of
 
 DOUBLE = torch.float64
 #: Sums of at most a few hundred products of numbers of size below about 100, in float64.
@@ -403,3 +407,98 @@ def test_zeros_that_change(name, seed):
         energy = lambda x, *given: function(x, *given).pow(2).sum()  # noqa: E731
         found = chainrule.hessian(energy, layout="sparse_coo")(x, *given)
         torch.testing.assert_close(found.to_dense(), torch.autograd.functional.hessian(lambda x: energy(x, *given), x), **CLOSE)  # noqa: B023
+
+
+def squares(left, right, target, mask):
+    return (mask * (target - left @ right.t()) ** 2).sum()
+
+
+def drawn(rows, columns, rank, share):
+    mask = (torch.rand(rows, columns, generator=GENERATOR) < share).to(DOUBLE)
+    shapes = (rows, rank), (columns, rank), (rows, columns)
+    return *(torch.randn(shape, dtype=DOUBLE, generator=GENERATOR) for shape in shapes), mask
+
+
+def masked_plans():
+    return [plan for plans in CACHE.plans.values() for plan in getattr(plans, "plans", ()) if plan.masks.reads]
+
+
+def test_a_sum_over_a_mask_is_a_product_where_all_places_are_taken():
+    hessian = chainrule.hessian(squares, layout="sparse_coo")
+    CACHE.clear()
+    for _ in range(4):
+        given = drawn(40, 40, 3, 0.2)
+        expected = torch.func.hessian(squares)(*given)
+        found = hessian(*given)
+        torch.testing.assert_close(found.to_dense(), expected, **CLOSE)
+        assert found.values().numel() == 40 * 3 * 3
+    assert not masked_plans()  # one plan serves all masks
+
+
+def test_a_mask_that_leaves_places_out_is_listed():
+    hessian = chainrule.hessian(squares, layout="sparse_coo")
+    for _ in range(3):
+        CACHE.clear()
+        given = drawn(40, 40, 3, 0.2)
+        given[-1][:30] = 0
+        found = hessian(*given)
+        torch.testing.assert_close(found.to_dense(), torch.func.hessian(squares)(*given), **CLOSE)
+        assert found.values().numel() == 10 * 3 * 3
+        assert masked_plans()
+
+
+def test_few_entries_of_a_large_mask_are_listed():
+    hessian = chainrule.hessian(squares, layout="sparse_coo")
+    CACHE.clear()
+    given = drawn(100, 4000, 3, 0.001)
+    given[-1][:, 0] = 1
+    found = hessian(*given)
+    torch.testing.assert_close(found.to_dense(), torch.func.hessian(squares)(*given), **CLOSE)
+    assert masked_plans()
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: torch.einsum("ij,kj->ki", x.sin(), MATRIX[:, : x.shape[1]]), (5, 3)),
+        (lambda x: torch.einsum("bij,kj->kbi", x.tanh(), MATRIX[:, : x.shape[-1]]), (2, 5, 4)),
+        (lambda x: x.permute(2, 0, 1).sin(), (2, 3, 4)),
+        (lambda x: x.expand(3, *x.shape).permute(2, 0, 1) * x.t()[:, None], (4, 5)),
+        (lambda x: x.permute(1, 2, 0).sin().sum(1), (2, 3, 4)),
+        (lambda x: x.t() * 2, (1, 4)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_entries_come_to_stand_in_line(function, shape, layout):
+    jacobian = chainrule.jacobian(function, layout=layout)
+    earlier = []
+    for number in range(4):
+        x = torch.randn(shape, dtype=DOUBLE, generator=GENERATOR)
+        if number == 3:
+            x = torch.randn(shape[::-1], dtype=DOUBLE, generator=GENERATOR).permute(*reversed(range(len(shape))))
+        expected = torch.func.jacrev(function)(x)
+        found = jacobian(x)
+        torch.testing.assert_close(found.to_dense().reshape(expected.shape), expected, **CLOSE)
+        assert found.values().is_contiguous()
+        earlier.append((found.values(), found.values().clone()))
+    assert all(torch.equal(values, copy) for values, copy in earlier)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dims"), [((3, 4), (1, 0)), ((2, 3, 4), (2, 0, 1)), ((2, 3, 4), (0, 2, 1)), ((2, 2, 2, 2), (3, 1, 0, 2))]
+)
+def test_turns(sizes, dims):
+    places = torch.empty(math.prod(sizes), dtype=torch.long)
+    lined = torch.arange(places.numel()).reshape(sizes).permute(dims).reshape(-1)
+    places[lined] = torch.arange(places.numel())
+    shape, turned = _turn_of(places)
+    values = torch.randn(places.numel(), generator=GENERATOR)
+    expected = torch.empty_like(values)
+    expected[places] = values
+    assert torch.equal(values.reshape(shape).permute(turned).reshape(-1), expected)
+
+
+@pytest.mark.parametrize("places", [[1, 0], [0, 2, 1, 3, 5, 4], [0, 3, 1, 4, 2, 6, 5, 7], [2, 1, 0], [0, 1, 3, 2]])
+def test_other_orders_are_no_turns(places):
+    assert _turn_of(torch.tensor(places)) is None

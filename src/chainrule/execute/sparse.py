@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,6 +210,11 @@ class SparsePlan:
     masked: bool = True
     chosen: bool = True
 
+    @property
+    def is_general(self) -> bool:
+        """Whether it serves every run of its signature, whatever the values."""
+        return self.masked and self.chosen and not (self.relations.reads or self.masks.reads or self.choices.reads)
+
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
         """The values of a run."""
         values = self.values.run(tape.values, seeds)
@@ -263,6 +268,50 @@ class SparsePlans:
         del self.plans[_PATTERNS:]
 
 
+@dataclass
+class ShortPlan:
+    """A plan that serves every run of its signature, for the compiled handlers, which make its result, too.
+
+    Attributes:
+        quick: as for :class:`~chainrule.execute.engine.CachedPlan`.
+        used: for the cache.
+    """
+
+    quick: tuple[Any, ...]
+    used: bool = False
+
+
+def keep_short(tape: Any, extra: Any, plan: SparsePlan, maker: Callable[[Layouts], Callable[[torch.Tensor], Any]]) -> None:
+    """Keep a plan for the compiled handlers, if it serves every run of its signature and has one block.
+
+    Args:
+        tape: the tape of a run that nothing is around.
+        extra: what the key of the plan holds beside the run.
+        plan: the plan.
+        maker: of where the values of the block stand, what makes the result of them.
+    """
+    quick = plan.values.quick
+    if quick is None or len(plan.layouts) != 1 or not plan.is_general:
+        return
+    replay, needs, _ = quick
+    (layouts,) = plan.layouts.values()
+    made = maker(layouts)
+
+    def run(values: Sequence[Any], seeds: Sequence[torch.Tensor]) -> tuple[Any]:
+        return (made(replay(values, seeds)[0]),)
+
+    key: Any = tape.signature(extra)
+    with suppress(TypeError):  # an unhashable static argument
+        if CACHE.get(key) is None:
+            short: Any = ShortPlan((run, needs, None))
+            CACHE.put(key, short)
+
+
+def sparse_key(request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()) -> Any:
+    """What the key of the plans of a request holds beside the run."""
+    return request, tuple([seed.dtype for seed in seeds])
+
+
 def plans_of(tape: Any, extra: Any) -> SparsePlans:
     """The plans of a tape's signature."""
     key: Any = tape.signature(("sparse", extra))
@@ -289,7 +338,12 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
     ledger = current_ledger()
     if ledger is not None and ledger is not UNCACHED:
         return _execute_accounted(tape, request, seeds, ledger)
-    plans = plans_of(tape, (request, tuple([seed.dtype for seed in seeds])))
+    return find_plan(tape, request, seeds).run(tape, seeds)
+
+
+def find_plan(tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()) -> SparsePlan:
+    """The plan of a request for the values of a run; it is made where there is none."""
+    plans = plans_of(tape, sparse_key(request, seeds))
     plan = plans.find(tape)
     if plan is None:
         with planning(tape):
@@ -297,7 +351,7 @@ def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: 
         plans.add(plan)
         if whole_recorder() is not None:
             plan.relations.fits(tape)  # the recorder notes what the plan depends on
-    return plan.run(tape, seeds)
+    return plan
 
 
 @dataclass
@@ -421,4 +475,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     return SparsePlan(relations, masks, choices, cached, layouts, workspace.masked, workspace.chosen)
 
 
-__all__ = ["Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "make_plan", "mapped_slots", "terms_described"]
+__all__ = [
+    "Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "find_plan", "keep_short", "make_plan", "mapped_slots",
+    "sparse_key", "terms_described",
+]  # fmt: skip

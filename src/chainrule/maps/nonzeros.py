@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from chainrule.maps.sparse import SparseWorkspace
 
 
+#: Entries are put in line by turning at most so many dimensions.
+_MOST_TURNED = 6
+
+
 class Entries(NamedTuple):
     """The entries of one term.
 
@@ -311,6 +315,10 @@ def values_node(
         flat, kept = parts[0]
         if order is not None and len(parts) == 1 and kept is not None:
             return torch.index_select(flat, 0, program.constant(kept.index_select(0, order)))
+        if order is not None and len(parts) == 1 and read is None and 0 not in flat.value.stride():
+            turn = _turn_of(where)
+            if turn is not None and len(turn[1]) > 1:  # a copy of a view in place of reading one by one
+                return torch.reshape(torch.permute(torch.reshape(flat, turn[0]), turn[1]), (-1,))
         chosen = [f if k is None else torch.index_select(f, 0, program.constant(k)) for f, k in parts]
         joined = program.call(torch.cat, chosen) if len(chosen) > 1 else chosen[0]
         if order is None:
@@ -333,6 +341,30 @@ def _order_of(places: torch.Tensor, total: int) -> torch.Tensor | None:
     order = torch.full((total,), -1, dtype=torch.long, device=places.device)
     order.index_copy_(0, places, torch.arange(total, device=places.device))
     return None if bool((order < 0).any()) else order
+
+
+def _turn_of(places: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The shape and the order of its dimensions by which entries at these places come to stand in line; None for no such order.
+
+    Args:
+        places: for each entry its place; all places are taken once.
+    """
+    sizes: list[int] = []
+    steps: list[int] = []
+    rest = places
+    while rest.numel() > 1:  # the places along the last dimension keep their distance
+        step = int(rest[1]) - int(rest[0])
+        breaks = torch.nonzero(rest.diff() != step)
+        size = int(breaks[0]) + 1 if breaks.numel() else rest.numel()
+        if step <= 0 or rest.numel() % size or len(sizes) >= _MOST_TURNED:
+            return None
+        sizes.insert(0, size)
+        steps.insert(0, step)
+        rest = rest[::size]
+    dims = tuple(sorted(range(len(sizes)), key=lambda n: -steps[n]))
+    found = torch.arange(places.numel(), device=places.device).reshape([sizes[n] for n in dims])
+    found = found.permute([dims.index(n) for n in range(len(dims))]).reshape(-1)
+    return (tuple(sizes), dims) if torch.equal(found, places) else None
 
 
 def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged, torch.Tensor | None, torch.Tensor]:

@@ -45,6 +45,9 @@ _SHOWN = 1 << 17
 _EVEN = 1.5
 #: With more entries than this the second order is not tried: it would take longer than it could save.
 _LARGE = 1 << 22
+#: Masks of up to so many elements are taken for any others, to see what costs less, where more than so many entries are summed
+#: at one place.
+_LITTLE, _SUMMED = 1 << 20, 4
 
 
 class SparseRequest(NamedTuple):
@@ -111,6 +114,11 @@ class PlannedSparse:
     candidates: list[Candidate] = field(default_factory=list)
     chosen: str = ""
     blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float:
+        """The predicted cost of a run."""
+        return min(candidate.cost for candidate in self.candidates)
 
 
 def sparse_workspace(
@@ -260,6 +268,34 @@ def plan_sparse(
         else:
             planned = _plan_expression(tape, request, seeds, masked, chosen)
         return planned if request.sizes is None else _joined(planned, request.sizes)
+    planned = _plan_request(tape, request, program, masked, chosen, compare)
+    if not (masked and _sums_over_masks(planned)):
+        return planned
+    # Where a sum runs over the zeros of a mask, and all places are taken all the same, its kernel may be quicker than a list.
+    other = _plan_request(tape, request, program, False, chosen, compare)
+    return other if _is_better(other, planned) else planned
+
+
+def _sums_over_masks(planned: PlannedSparse) -> bool:
+    """Whether many entries for which the zeros of masks were left out are summed at few places."""
+    masks = sum(mask.numel() for mask in planned.workspace.masks)
+    terms = sum(keys.numel() for block in planned.blocks for keys in block["keys"])
+    return 0 < masks <= _LITTLE and terms > _SUMMED * sum(block["entries"] for block in planned.blocks)
+
+
+def _is_better(other: PlannedSparse, planned: PlannedSparse) -> bool:
+    """Whether a plan that knows nothing of masks has the same pattern, and costs less."""
+    if other.patterns.keys() != planned.patterns.keys() or other.cost >= planned.cost:
+        return False
+    if any(not torch.equal(other.patterns[key].keys, pattern.keys) for key, pattern in planned.patterns.items()):
+        return False
+    other.workspace.masked = True  # zeros of masks would have been left out
+    return True
+
+
+def _plan_request(
+    tape: Any, request: SparseRequest, program: Program | None, masked: bool, chosen: bool, compare: bool
+) -> PlannedSparse:
     inputs, outputs = _slots(request)
     workspace = sparse_workspace(tape, (*inputs, *outputs), program=program, masked=masked, chosen=chosen)
     workspace.forward = request.cast == "output"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,27 @@ from chainrule.capture.tape import Tape
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import execute
-from chainrule.execute.sparse import Found, Layouts, SparsePlan, execute_sparse, make_plan, planning, plans_of
+from chainrule.execute.sparse import (
+    Found,
+    Layouts,
+    SparsePlan,
+    execute_sparse,
+    find_plan,
+    keep_short,
+    make_plan,
+    planning,
+    plans_of,
+    sparse_key,
+)
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
 from chainrule.plan.sparse import SparseRequest, plan_sparse
 from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionOp
-from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_unflatten
+from chainrule.transforms.arguments import LEAF, Argnums, resolve_argnums, tree_unflatten
 from chainrule.transforms.derivatives import grad
+from chainrule.transforms.routes import NEST, route_of, run_route
 from chainrule.transforms.steps import refuse_hidden
 from chainrule.transforms.tensor_hooks import refuse_hooks
 from chainrule.transforms.trace import Traced, recording_on, trace
@@ -49,14 +62,34 @@ def sparse_jacobian(
         check: refuses runs that have no Jacobian.
     """
 
+    def extra(slot: int, grad_enabled: bool) -> Any:
+        return (layout, *sparse_key(SparseRequest((0,), (slot,), order, cast)))
+
+    route = None if has_aux else route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward")
+
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        traced: Any = NotImplemented
+        if route is not None:
+            traced, result, _ = run_route(route, args, kwargs)
+            if traced is None:
+                return result
         positions, single = resolve_argnums(argnums, len(args), name)
-        traced = trace(func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward")
+        alone = traced is not NotImplemented
+        if not alone:
+            traced = trace(func, args, positions, kwargs, name, has_aux=has_aux, respect_no_grad=order != "forward")
         check(traced)
         refuse_hidden(traced.hidden, name)
         refuse_hooks(traced.tape, f"{name} with a sparse layout")
         outputs = tuple(slot for slot in traced.out_slots if slot is not None)
-        found = execute_sparse(traced.tape, SparseRequest(tuple(traced.in_slots), outputs, order, cast)) if outputs else {}
+        found: Found = {}
+        if outputs:
+            request = SparseRequest(tuple(traced.in_slots), outputs, order, cast)
+            if alone:
+                plan = find_plan(traced.tape, request)
+                _shorten(traced, extra, layout, plan)
+                found = plan.run(traced.tape)
+            else:
+                found = execute_sparse(traced.tape, request)
         blocks = []
         for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
             row = []
@@ -90,9 +123,21 @@ def sparse_hessian(
         grad(func, argnums, has_aux), argnums, has_aux, layout, "hessian", "forward", "output", lambda traced: None
     )
 
+    def extra(slot: int, grad_enabled: bool) -> Any:
+        return layout, "hessian", (0,), slot, triangular, grad_enabled
+
+    route = None if has_aux else route_of(func, "hessian", argnums, NEST, extra)
+
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        traced: Any = NotImplemented
+        if route is not None:
+            traced, result, _ = run_route(route, args, kwargs)
+            if traced is None:
+                return result
         positions, single = resolve_argnums(argnums, len(args), "hessian")
-        traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
+        alone = traced is not NotImplemented
+        if not alone:
+            traced = trace(func, args, positions, kwargs, "hessian", has_aux=has_aux)
         check(traced)
         refuse_hooks(traced.tape, "hessian with a sparse layout")
         if traced.tape.saw_blocked:
@@ -108,7 +153,7 @@ def sparse_hessian(
             if slot is None:
                 found: Found = {}
             elif out.numel() == 1:
-                found = _curvature(traced, slot, triangular)
+                found = _curvature(traced, slot, triangular, partial(_shorten, traced, extra, layout) if alone else None)
             else:
                 found = _curvatures(traced, slot, triangular)
             rows = []
@@ -128,12 +173,41 @@ def sparse_hessian(
     return entry_point(wrapper, func)
 
 
-def _curvature(traced: Traced, slot: int, triangular: str | None) -> Found:
-    """The blocks of the Hessian of one number, by the numbers of the inputs."""
+def _shorten(traced: Traced, extra: Callable[[int, bool], Any], layout: str, plan: SparsePlan) -> None:
+    """Let the compiled handlers do the next calls of a transform that nothing is around, where one plan serves all of them.
+
+    Args:
+        traced: the run.
+        extra: what the key of the plan holds beside the run.
+        layout: of the result.
+        plan: its plan.
+    """
+    (slot, *others) = traced.out_slots
+    if traced.out_spec is LEAF and slot is not None and not others:
+        keep_short(traced.tape, extra(slot, traced.grad_enabled), plan, partial(_maker, layout))
+
+
+def _maker(layout: str, layouts: Layouts) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes a sparse tensor of the values of a block, where nothing is around."""
+    pattern = layouts.pattern
+    shape, size = (*pattern.out_shape, *pattern.in_shape), (pattern.rows, pattern.columns)
+    if layout == "sparse_coo":
+        indices = layouts.coo
+        return lambda values: torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
+    starts, columns = layouts.csr
+    return lambda values: torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+
+
+def _curvature(
+    traced: Traced, slot: int, triangular: str | None, shorten: Callable[[SparsePlan], None] | None = None
+) -> Found:
+    """The blocks of the Hessian of one number, by the numbers of the inputs; `shorten` is told of a plan that is known."""
     tape, sources = traced.tape, tuple(traced.in_slots)
     plans = plans_of(tape, ("hessian", sources, slot, triangular, traced.grad_enabled))
     by_levels = plans.by_levels or current_ledger() is not None
     plan = None if by_levels else plans.find(tape)
+    if plan is not None and shorten is not None:
+        shorten(plan)  # not where it is made: the tape has further records then
     if plan is None and not by_levels:
         plan = _plan_curvature(traced, slot, triangular, plans.masked)
         if plan is None:
