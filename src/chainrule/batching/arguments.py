@@ -48,7 +48,11 @@ class Stored:
         return inner
 
 
-_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+# The code of torch's own `torch.autograd.Function.apply`, a Python function up to torch 2.13. Later it is one in C, and
+# `autograd_bridge` adds the function that calls it.
+APPLY_CODES: list[Any] = [
+    method.__func__.__code__ for method in (torch.autograd.Function.__dict__["apply"],) if isinstance(method, classmethod)
+]
 
 
 def refuse_hidden_backward(func: Any, inner: Sequence[Any]) -> None:
@@ -66,7 +70,7 @@ def refuse_hidden_backward(func: Any, inner: Sequence[Any]) -> None:
         return
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code is _FUNCTION_APPLY:
+        if frame.f_code in APPLY_CODES:
             raise RuntimeError(
                 f"vmap: a torch.autograd.Function was applied (it ran {func}) to a tensor that requires a gradient "
                 "outside of vmap. Its backward would not be used, and the gradient would be lost. Take the gradient "

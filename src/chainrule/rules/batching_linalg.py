@@ -135,7 +135,7 @@ _ONE_MATRIX = [
     aten._linalg_eigvals.default,
     aten._linalg_slogdet.default,
     aten._linalg_svd.default,
-    aten.cholesky.default,
+    *([aten.cholesky.default] if hasattr(aten, "cholesky") else []),  # up to torch 2.13
     aten.cholesky_inverse.default,
     aten.geqrf.default,
     aten.linalg_cholesky_ex.default,

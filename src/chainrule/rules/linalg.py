@@ -171,5 +171,5 @@ RULES: dict[Any, Rule] = {
     aten.linalg_inv_ex.default: Rule("linear algebra", _inverse),
     aten._linalg_slogdet.default: Rule("linear algebra", _log_determinant),
     aten.linalg_cholesky_ex.default: Rule("linear algebra", _cholesky),
-    aten.cholesky.default: Rule("linear algebra", _cholesky),
+    **({aten.cholesky.default: Rule("linear algebra", _cholesky)} if hasattr(aten, "cholesky") else {}),  # up to torch 2.13
 }

@@ -20,6 +20,7 @@ from torch.autograd.variable import Variable
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from chainrule.batching.arguments import APPLY_CODES
 from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
@@ -417,13 +418,26 @@ def _apply_per_sample(
     return tuple(wrapped) if several else wrapped[0]
 
 
+def _plain_apply() -> Callable[..., Any]:
+    """Torch's own `Function.apply` as a function of the class: a Python function up to torch 2.13, then one in C."""
+    method = torch.autograd.Function.__dict__["apply"]
+    if isinstance(method, classmethod):
+        return method.__func__
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return method.__get__(None, cls)(*args, **kwargs)
+
+    APPLY_CODES.append(apply.__code__)
+    return apply
+
+
 def install() -> None:
     """Wrap torch's two entry points (once)."""
     engine = Variable._execution_engine  # type: ignore[attr-defined]
     if isinstance(engine, EngineBridge):
         return
     Variable._execution_engine = EngineBridge(engine)  # type: ignore[attr-defined,assignment]
-    plain = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    plain = _plain_apply()
 
     @wraps(plain)
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
