@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -346,3 +347,26 @@ def test_numbers_of_dropout_are_drawn_in_the_same_order():
             torch.manual_seed(seed)
             found.append(library.vjp(lambda x: F.dropout(F.dropout(x, 0.3).sin(), 0.5) * torch.rand(64), x)[1](x)[0])
         torch.testing.assert_close(*found, **CLOSE)
+
+
+def test_a_profiler_stays():
+    seen = []
+
+    def profiler(frame, event, called):
+        seen.append(event)
+
+    def product(x):
+        return torch.linalg.multi_dot([x, _OTHER, x]).sum() + F.normalize(x).sum()
+
+    for _ in range(2):
+        COMPOSITES.clear()
+        before = sys.getprofile()
+        sys.setprofile(profiler)
+        try:
+            chainrule.grad(product)(torch.randn(4, 4, dtype=torch.float64))
+            assert sys.getprofile() is profiler
+        finally:
+            sys.setprofile(before)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    torch.testing.assert_close(chainrule.grad(product)(x), torch.func.grad(product)(x), **CLOSE)
+    assert seen

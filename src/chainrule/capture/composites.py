@@ -262,7 +262,9 @@ class Listening(Records, LightMode):
         NotImplemented, with nothing done, leaves the call to its own way.
         """
         is_function = callee.__class__ is not OpFacts
-        if is_function and (sys.getprofile() is not None or not is_heard(callee) or not self._takes(types)):
+        if sys.getprofile() is not None and (is_function or callee.direct is None):  # warnings are found by a profiler
+            return NotImplemented
+        if is_function and not (is_heard(callee) and self._takes(types)):
             return NotImplemented
         heard: list[Any] = []
         self.heard = heard
@@ -273,7 +275,7 @@ class Listening(Records, LightMode):
                     out = self._run_body(callee, types, args, kwargs)
             else:
                 out = self._run_uncommon(callee, args)
-                if out is NotImplemented and callee.expansion is not None and self.below is None:
+                if out is NotImplemented and callee.expansion is not None and self.below is None and sys.getprofile() is None:
                     if not any([value.requires_grad for value in values]):
                         with warnings_noted(lambda: heard.append(None)):
                             out = self._run_part_here(callee.op, *args)
