@@ -63,7 +63,7 @@ class Step(NamedTuple):
             constant whatever the values of the inputs are; None for others.
         call: the arguments as the cheapest call takes them, as `args`.
         lowered: the arguments as they stand in a record, likewise.
-        named: of a check, which returns nothing and is no matter of the tape, what it gets by name; None for others.
+        named: what is given by name, where something is, to an op that is not recorded, or to a check (which returns nothing).
     """
 
     facts: OpFacts
@@ -130,8 +130,9 @@ def _composed(
         if item is None or _is_by_value(*item[:2]):
             raise _OtherwiseError
         facts, args, out, origin, how = item[:5]
-        if len(item) > 5:
-            steps.append(_check(tape, facts, args, origin, item[5], known))
+        named = item[5] if len(item) > 5 else None
+        if out is None:
+            steps.append(_check(tape, facts, args, origin, named or {}, known))
             continue
         results = [out] if isinstance(out, torch.Tensor) else out
         if not isinstance(results, (list, tuple)) or not all([isinstance(one, torch.Tensor) for one in results]):
@@ -139,6 +140,8 @@ def _composed(
         recorded = [_is_recorded(tape, one) for one in results]
         added += sum(recorded)
         others = [id(one) for one, was in zip(results, recorded, strict=True) if not was]
+        if named is not None and (any(recorded) or results is out or not _are_plain(named)):
+            raise _OtherwiseError
         constants.update([one for one in others if tape.slots.get(one, -1) >= first])
         if facts.is_view and facts.inactive and id(args[0]) not in known:
             continue  # torch's autograd keeps a result inside of the call that makes it
@@ -147,11 +150,17 @@ def _composed(
             how = ...
         elif not (facts.plain and torch.is_grad_enabled() and results and all(recorded)):
             how = None
-        steps.append(_step(facts, args, origin, how, None if results is not out else len(results), known))
+        how = None if named is not None else how
+        step = _step(facts, args, origin, how, None if results is not out else len(results), known)
+        steps.append(step._replace(named=named))
         for one in results:
             known[id(one)] = places
             places += 1
     return Composite(tuple(steps), _result(result, known), places, next(_NUMBERS)), added + len(constants)
+
+
+def _are_plain(named: dict[str, Any]) -> bool:
+    return all([value.__class__ in PLAIN for value in named.values()])
 
 
 def _is_constant(
@@ -184,7 +193,7 @@ def _check(
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if not facts.inactive or any([arg.__class__ is not torch.Tensor or _is_recorded(tape, arg) for arg in tensors]):
         raise _OtherwiseError
-    if not all([value.__class__ in PLAIN for value in kwargs.values()]):
+    if not _are_plain(kwargs):
         raise _OtherwiseError
     return _step(facts, args, origin, None, 0, known)._replace(named=kwargs)
 
@@ -296,11 +305,11 @@ class Listening(Records, LightMode):
         """Note an op that ran, where somebody listens."""
         if self.heard is not None:
             step = (facts, args, out, self._origin, None)
-            self.heard.append((*step, kwargs or {}) if out is None else None if kwargs else step)
+            self.heard.append((*step, kwargs) if kwargs else step)
 
-    def _run_step(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+    def _run_step(self, facts: OpFacts, args: tuple[Any, ...], named: dict[str, Any] | None) -> Any:
         """Run an op of a composite that the compiled handlers leave to Python; torch's are off."""
-        return self._run_part_here(facts.op, *args)
+        return self._run_part_here(facts.op, *args, **(named or {}))
 
     def hear_function(self, function: Any) -> None:
         """Note a call that may be more than the ops that it runs."""

@@ -305,12 +305,18 @@ run_step(Handler *self, PyObject *step, Known *known)
     if (args == NULL)
         return -1;
     Py_XSETREF(self->origin, Py_NewRef(PyTuple_GET_ITEM(step, STEP_ORIGIN)));
-    if (SLOT(facts, plain) == Py_True)
+    PyObject *named = PyTuple_GET_ITEM(step, STEP_NAMED);
+    if (SLOT(facts, plain) == Py_True && named == Py_None)
         out = run_common(self, facts, args, empty, SLOT(facts, fast), args, NULL);
-    else
+    else if (SLOT(facts, plain) == Py_True && (self->below == NULL || self->below == Py_None)) {
+        PyObject *items = PyDict_Items(named), *pairs = items == NULL ? NULL : PyList_AsTuple(items);
+        out = pairs == NULL ? NULL : run_common(self, facts, args, pairs, SLOT(facts, fast), args, named);
+        Py_XDECREF(items);
+        Py_XDECREF(pairs);
+    } else
         out = Py_NewRef(Py_NotImplemented);
     if (out == Py_NotImplemented)
-        Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_step, facts, args, NULL));
+        Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_step, facts, args, named, NULL));
     Py_DECREF(args);
     if (out == NULL)
         return -1;
@@ -406,7 +412,7 @@ replay_composite(Handler *self, PyObject *composite, PyObject *values)
     for (Py_ssize_t number = 0; done == 0 && number < PyTuple_GET_SIZE(steps); number++) {
         PyObject *step = PyTuple_GET_ITEM(steps, number);
         int is_known = alone && PyTuple_GET_ITEM(step, STEP_HOW) != Py_None;
-        if (PyTuple_GET_ITEM(step, STEP_NAMED) != Py_None)
+        if (PyTuple_GET_ITEM(step, STEP_NAMED) != Py_None && PyTuple_GET_ITEM(step, STEP_RESULTS) != Py_None)
             done = run_check(self, step, &known);
         else if (is_known && PyTuple_GET_ITEM(step, STEP_HOW) == Py_Ellipsis)
             done = run_constant_step(self, step, &known);

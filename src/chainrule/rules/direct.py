@@ -155,7 +155,7 @@ def nll_loss(
     if reduction not in (_MEAN, _SUM):
         return run(aten.neg.default, run(aten.where.self, kept, picked, nothing)), nothing
     if weight is None:
-        total = run(aten.sum.default, run(aten.where.self, kept, _number(run, input, 1.0), nothing))
+        total = run(aten.sum.default, kept, dtype=input.dtype)
     else:
         total = run(aten.sum.default, run(aten.where.self, kept, shares, nothing))
     if reduction == _SUM or not target.numel():
