@@ -170,6 +170,8 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "linalg_cross": lambda x: torch.linalg.cross(x[:, :3], OTHER[:, 1:]) + torch.linalg.cross(x[:, :2], OTHER[:, :2], dim=0).sum(),
     "linalg_det": lambda x: torch.linalg.det(x[:, :3]) + x[:, 1:].det() + torch.det(torch.stack([x[:, 1:], x[:, :3]])),
     "linalg_inv": lambda x: torch.linalg.inv(x[:, :3] + 3 * SQUARE[:3, :3]) + torch.inverse(x[:, 1:] + 4 * torch.eye(3)),
+    "linalg_cholesky": lambda x: torch.linalg.cholesky(x[:, :3] @ x[:, :3].mT + 3 * torch.eye(3))
+    + torch.linalg.cholesky(x[:, 1:] @ x[:, 1:].mT + 4 * torch.eye(3), upper=True),
     "linalg_multi_dot": lambda x: torch.linalg.multi_dot([x, SQUARE, x.t()]) + torch.linalg.multi_dot((x, OTHER.t())),
     "linalg_solve": lambda x: torch.linalg.solve(x[:, :3] + 4 * torch.eye(3), OTHER[:, 0])
     + torch.linalg.solve(x[:, 1:] + 4 * torch.eye(3), OTHER)[:, 1]

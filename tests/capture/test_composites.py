@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -260,3 +261,112 @@ def test_gradients_inside_of_the_function():
         found = chainrule.grad(lambda x: function(x.requires_grad_()))(x)
         with oracle():
             torch.testing.assert_close(found, torch.func.grad(same)(x), **CLOSE)
+
+
+_TARGET = torch.tensor([0, 2, 1, 3])
+_EYE = 3 * torch.eye(4, dtype=torch.float64)
+_OTHER = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(4, 4)
+
+#: Functions of a matrix of four rows, which are many ops, look at values, or make numbers of their own.
+FUNCTIONS = {
+    "solve": lambda x: torch.linalg.solve(_EYE + x.tanh(), _OTHER),
+    "solve, vector": lambda x: torch.linalg.solve(_EYE, x[0]),
+    "inverse": lambda x: torch.inverse(_EYE + x.tanh()),
+    "cholesky": lambda x: torch.linalg.cholesky(_EYE + x.tanh() @ x.tanh().mT),
+    "multi_dot": lambda x: torch.linalg.multi_dot([x[:2], _OTHER, x, _OTHER[0]]),
+    "cross-entropy": lambda x: F.cross_entropy(x, _TARGET),
+    "cross-entropy, summed": lambda x: F.cross_entropy(x, _TARGET, reduction="sum"),
+    "cross-entropy, weights": lambda x: F.cross_entropy(x, _TARGET, _OTHER[3]),
+    "cross-entropy, some ignored": lambda x: F.cross_entropy(x, _TARGET, ignore_index=2, label_smoothing=0.1),
+    "cross-entropy, all ignored": lambda x: F.cross_entropy(x, torch.full((4,), -100), reduction="sum"),
+    "cross-entropy of pixels": lambda x: F.cross_entropy(x.reshape(2, 2, 2, 2), _TARGET.reshape(1, 2, 2).repeat(2, 1, 1) % 2),
+    "log-likelihood": lambda x: F.nll_loss(x, _TARGET, reduction="none"),
+    "pooling": lambda x: F.max_pool2d(x[None], 2),
+    "upsampling": lambda x: F.interpolate(x[None, None], scale_factor=2, mode="bilinear"),
+    "nearest": lambda x: F.interpolate(x[None], scale_factor=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_in_every_call(name):
+    f = FUNCTIONS[name]
+    for _ in range(4):
+        x = torch.randn(4, 4, dtype=torch.float64)
+        t = x.cos()
+        for made in (
+            lambda m: m.jacrev(f)(x),
+            lambda m: m.jvp(f, (x,), (t,)),
+            lambda m: m.vjp(f, x)[1](f(x).detach().cos())[0],
+            lambda m: m.grad(lambda x: f(x).sin().sum())(x),
+            lambda m: m.jvp(m.grad(lambda x: f(x).sin().sum()), (x,), (t,)),
+            lambda m: m.vmap(m.grad(lambda x: f(x).sin().sum()))(torch.stack([x, t])),
+        ):
+            torch.testing.assert_close(made(chainrule), made(torch.func), **CLOSE)
+
+
+@replayed_only
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_replayed(name):
+    f = FUNCTIONS[name]
+    COMPOSITES.clear()
+    for _ in range(2):
+        chainrule.jacrev(f)(torch.randn(4, 4, dtype=torch.float64))
+    assert COMPOSITES
+    assert any(kept is not None for kept in COMPOSITES.values())
+
+
+@pytest.mark.parametrize(
+    "function", [torch.linalg.inv, lambda x: torch.linalg.solve(x, _OTHER), torch.linalg.cholesky], ids=["inv", "solve", "cholesky"]
+)
+def test_singular_matrices_are_refused_in_every_call(function):
+    for _ in range(3):
+        chainrule.jacrev(function)(_EYE + torch.randn(4, 4, dtype=torch.float64).tanh())
+        with pytest.raises(torch.linalg.LinAlgError, match="singular|not positive-definite"):
+            chainrule.jacrev(function)(torch.zeros(4, 4, dtype=torch.float64))
+        assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+        with pytest.raises(torch.linalg.LinAlgError, match="Batch element 1"):
+            chainrule.vmap(chainrule.jacrev(function))(torch.stack([_EYE, 0 * _EYE]))
+
+
+def test_what_an_expansion_reads_of_a_result():
+    # The steps that a mask leads to are those of this call's mask.
+    def chosen(x):
+        mask = torch.nn.functional.one_hot(x.argmax(-1), 4)
+        return F.cross_entropy(x, x.argmax(-1)) + (torch.linalg.multi_dot([x, _OTHER, x]) * mask).sum()
+
+    for _ in range(4):
+        x = torch.randn(4, 4, dtype=torch.float64)
+        torch.testing.assert_close(chainrule.grad(chosen)(x), torch.func.grad(chosen)(x), **CLOSE)
+
+
+def test_numbers_of_dropout_are_drawn_in_the_same_order():
+    x = torch.randn(64, dtype=torch.float64)
+    for seed in range(4):
+        found = []
+        for library in (chainrule, torch.func):
+            torch.manual_seed(seed)
+            found.append(library.vjp(lambda x: F.dropout(F.dropout(x, 0.3).sin(), 0.5) * torch.rand(64), x)[1](x)[0])
+        torch.testing.assert_close(*found, **CLOSE)
+
+
+def test_a_profiler_stays():
+    seen = []
+
+    def profiler(frame, event, called):
+        seen.append(event)
+
+    def product(x):
+        return torch.linalg.multi_dot([x, _OTHER, x]).sum() + F.normalize(x).sum()
+
+    for _ in range(2):
+        COMPOSITES.clear()
+        before = sys.getprofile()
+        sys.setprofile(profiler)
+        try:
+            chainrule.grad(product)(torch.randn(4, 4, dtype=torch.float64))
+            assert sys.getprofile() is profiler
+        finally:
+            sys.setprofile(before)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    torch.testing.assert_close(chainrule.grad(product)(x), torch.func.grad(product)(x), **CLOSE)
+    assert seen

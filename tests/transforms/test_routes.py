@@ -183,6 +183,39 @@ def test_seeds_beside_parameters(name: str) -> None:
             assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(SEEDED[name](chainrule, layer, x, t)))
 
 
+def mixed(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return (x.sin() * y).sum(0) + z.exp()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_several_arguments(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    CACHE.clear()
+    found = counted(monkeypatch)
+    for _ in range(4):
+        primals = real(2, 3), real(3), real(1)
+        tangents = real(2, 3), real(3), real(1)
+        cotangent = real(3)
+        if graph:
+            primals[1].requires_grad_()
+            tangents[0].requires_grad_()
+        compare(*(m.jvp(mixed, primals, tangents) for m in (chainrule, torch.func)))
+        compare(chainrule.linearize(mixed, *primals)[1](*tangents), torch.func.jvp(mixed, primals, tangents)[1])
+        compare(*(m.vjp(mixed, *primals)[1](cotangent) for m in (chainrule, torch.func)))
+        with torch.no_grad():
+            compare(*(m.jvp(mixed, primals, tangents) for m in (chainrule, torch.func)))
+        same = real(2, 2)
+        compare(*(m.jvp(torch.matmul, (same, same), (same, same.cos())) for m in (chainrule, torch.func)))
+        compare(*(m.vjp(torch.matmul, same, same)[1](same) for m in (chainrule, torch.func)))
+        compare(*(m.jvp(lambda x, y: x * 2, (same, same), (same, same)) for m in (chainrule, torch.func)))
+        compare(*(m.vjp(lambda x, y: x * 2, same, same)[1](same) for m in (chainrule, torch.func)))
+        compare(*(m.jvp(lambda x, y: y, (same, same), (same, same.sin())) for m in (chainrule, torch.func)))
+        compare(*(m.jvp(lambda x, y: (x * y, [y.sin()]), (same, same), (same, same.sin())) for m in (chainrule, torch.func)))
+    for seeds in ((real(2, 3), real(3)), (real(2, 3), real(2), real(1)), ()):
+        with pytest.raises(RuntimeError, match="structure|mismatch in shape"):
+            chainrule.jvp(mixed, (real(2, 3), real(3), real(1)), seeds)
+    assert any(found) is KNOWS_STATE
+
+
 def test_functions_share_the_route_of_a_nest(monkeypatch: pytest.MonkeyPatch) -> None:
     CACHE.clear()
     found = counted(monkeypatch)

@@ -37,6 +37,17 @@ _BY_VALUE = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_
 _CONSTANT, _PLACE, _SEVERAL = range(3)
 
 
+#: Dtypes of tensors that are masks where they stand in an index.
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _is_by_value(facts: OpFacts, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of what an op returns depends on values."""
+    if facts.op is torch.ops.aten.index.Tensor:  # only where it is given a mask
+        return any([item is not None and item.dtype in _MASKS for item in args[1]])
+    return not _BY_VALUE.isdisjoint(facts.op.tags)
+
+
 class Step(NamedTuple):
     """An op of a composite; the fields are known to the compiled handlers.
 
@@ -48,9 +59,11 @@ class Step(NamedTuple):
             such numbers for a list of tensors (None for one that is missing).
         origin: the op of which it is a part, or None.
         results: how many results it has; None for one that is no tuple.
-        how: of an op that is run and recorded, and nothing else, whether torch's autograd sees it; None for others.
+        how: of an op that is run and recorded, and nothing else, whether torch's autograd sees it; an ellipsis for one that is a
+            constant whatever the values of the inputs are; None for others.
         call: the arguments as the cheapest call takes them, as `args`.
         lowered: the arguments as they stand in a record, likewise.
+        named: what is given by name, where something is, to an op that is not recorded, or to a check (which returns nothing).
     """
 
     facts: OpFacts
@@ -59,9 +72,10 @@ class Step(NamedTuple):
     places: tuple[Any, ...]
     origin: Any
     results: int | None
-    how: bool | None
+    how: Any
     call: tuple[Any, ...]
     lowered: tuple[Any, ...]
+    named: dict[str, Any] | None
 
 
 class Composite(NamedTuple):
@@ -98,7 +112,8 @@ def _composed(
     Args:
         tape: the tape.
         values: the tensors among the arguments.
-        heard: what was run: ``(facts, args, result, origin, how)`` each, or None for something that cannot be run so again.
+        heard: what was run: ``(facts, args, result, origin, how)`` each, and what it gets by name of an op without results;
+            or None for something that cannot be run so again.
         result: what the call returned.
         first: how many slots there were before.
 
@@ -109,27 +124,55 @@ def _composed(
     places = len(values)
     steps: list[Step] = []
     added = 0
+    made: set[int] = set()
     constants = {id(value) for value in values if tape.slots.get(id(value), -1) >= first}
     for item in heard:
-        if item is None or not _BY_VALUE.isdisjoint(item[0].op.tags):
+        if item is None or _is_by_value(*item[:2]):
             raise _OtherwiseError
-        facts, args, out, origin, how = item
+        facts, args, out, origin, how = item[:5]
+        named = item[5] if len(item) > 5 else None
+        if out is None:
+            steps.append(_check(tape, facts, args, origin, named or {}, known))
+            continue
         results = [out] if isinstance(out, torch.Tensor) else out
         if not isinstance(results, (list, tuple)) or not all([isinstance(one, torch.Tensor) for one in results]):
             raise _OtherwiseError
         recorded = [_is_recorded(tape, one) for one in results]
         added += sum(recorded)
         others = [id(one) for one, was in zip(results, recorded, strict=True) if not was]
+        if named is not None and (any(recorded) or results is out or not _are_plain(named)):
+            raise _OtherwiseError
         constants.update([one for one in others if tape.slots.get(one, -1) >= first])
         if facts.is_view and facts.inactive and id(args[0]) not in known:
             continue  # torch's autograd keeps a result inside of the call that makes it
-        if not (facts.plain and torch.is_grad_enabled() and results and all(recorded)):
+        if _is_constant(facts, args, results, results is out, recorded, made):
+            made.add(id(out))
+            how = ...
+        elif not (facts.plain and torch.is_grad_enabled() and results and all(recorded)):
             how = None
-        steps.append(_step(facts, args, origin, how, None if results is not out else len(results), known))
+        how = None if named is not None else how
+        step = _step(facts, args, origin, how, None if results is not out else len(results), known)
+        steps.append(step._replace(named=named))
         for one in results:
             known[id(one)] = places
             places += 1
     return Composite(tuple(steps), _result(result, known), places, next(_NUMBERS)), added + len(constants)
+
+
+def _are_plain(named: dict[str, Any]) -> bool:
+    return all([value.__class__ in PLAIN for value in named.values()])
+
+
+def _is_constant(
+    facts: OpFacts, args: tuple[Any, ...], results: Sequence[Any], several: bool, recorded: Sequence[bool], made: set[int]
+) -> bool:
+    """Whether a step depends on nothing but the shapes of tensors, and on what such steps have `made` (and on random numbers)."""
+    if several or any(recorded) or facts.is_view or facts.writes or results[0].__class__ is not torch.Tensor:
+        return False
+    if results[0].requires_grad or any([isinstance(arg, (list, tuple)) and any(
+        [isinstance(one, torch.Tensor) for one in arg]) for arg in args]):  # fmt: skip
+        return False
+    return facts.shaped or all([id(arg) in made for arg in args if isinstance(arg, torch.Tensor)])
 
 
 def _step(
@@ -140,7 +183,19 @@ def _step(
     places = tuple([given[spot][1] for spot in spots])
     static = tuple([item for item, _ in given])
     lowered = tuple([tuple(item) if item.__class__ is list else item for item in static])
-    return Step(facts, static, spots, places, origin, results, how, _called(facts, args, static), lowered)
+    return Step(facts, static, spots, places, origin, results, how, _called(facts, args, static), lowered, None)
+
+
+def _check(
+    tape: Slots, facts: OpFacts, args: tuple[Any, ...], origin: Any, kwargs: dict[str, Any], known: dict[int, int]
+) -> Step:
+    """A step that returns nothing: it looks at values, and raises."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if not facts.inactive or any([arg.__class__ is not torch.Tensor or _is_recorded(tape, arg) for arg in tensors]):
+        raise _OtherwiseError
+    if not _are_plain(kwargs):
+        raise _OtherwiseError
+    return _step(facts, args, origin, None, 0, known)._replace(named=kwargs)
 
 
 def _is_recorded(tape: Slots, tensor: torch.Tensor) -> bool:
@@ -216,7 +271,9 @@ class Listening(Records, LightMode):
         NotImplemented, with nothing done, leaves the call to its own way.
         """
         is_function = callee.__class__ is not OpFacts
-        if is_function and (sys.getprofile() is not None or not is_heard(callee) or not self._takes(types)):
+        if sys.getprofile() is not None and (is_function or callee.direct is None):  # warnings are found by a profiler
+            return NotImplemented
+        if is_function and not (is_heard(callee) and self._takes(types)):
             return NotImplemented
         heard: list[Any] = []
         self.heard = heard
@@ -227,6 +284,10 @@ class Listening(Records, LightMode):
                     out = self._run_body(callee, types, args, kwargs)
             else:
                 out = self._run_uncommon(callee, args)
+                if out is NotImplemented and callee.expansion is not None and self.below is None and sys.getprofile() is None:
+                    if not any([value.requires_grad for value in values]):
+                        with warnings_noted(lambda: heard.append(None)):
+                            out = self._run_part_here(callee.op, *args)
         finally:
             self.heard = None
         if len(COMPOSITES) >= _MOST:
@@ -243,11 +304,12 @@ class Listening(Records, LightMode):
     def _hear(self, facts: OpFacts, args: Any, kwargs: dict[str, Any] | None, out: Any) -> None:
         """Note an op that ran, where somebody listens."""
         if self.heard is not None:
-            self.heard.append(None if kwargs else (facts, args, out, self._origin, None))
+            step = (facts, args, out, self._origin, None)
+            self.heard.append((*step, kwargs) if kwargs else step)
 
-    def _run_step(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
+    def _run_step(self, facts: OpFacts, args: tuple[Any, ...], named: dict[str, Any] | None) -> Any:
         """Run an op of a composite that the compiled handlers leave to Python; torch's are off."""
-        return self._run_part_here(facts.op, *args)
+        return self._run_part_here(facts.op, *args, **(named or {}))
 
     def hear_function(self, function: Any) -> None:
         """Note a call that may be more than the ops that it runs."""
@@ -265,7 +327,9 @@ def _heard_functions() -> frozenset[Any]:
     names = (
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
         "broadcast_tensors", "celu", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "expand_as", "group_norm",
-        "hardsigmoid", "instance_norm", "kl_div", "log_sigmoid", "norm", "prelu", "rms_norm", "selu", "type_as",
+        "hardsigmoid", "instance_norm", "kl_div", "log_sigmoid", "max_pool1d", "max_pool2d", "max_pool3d", "norm", "prelu",
+        "rms_norm", "selu", "type_as", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest1d",
+        "upsample_nearest2d", "upsample_nearest3d", "upsample_trilinear3d",
     )  # fmt: skip
     places = (torch, torch.Tensor, torch._C._nn, torch._C._VariableFunctions)  # type: ignore[attr-defined]
     return frozenset(getattr(place, name) for name in names for place in places if hasattr(place, name))

@@ -2,7 +2,8 @@
 
 /* Fields of a composite, of one of its steps, and of what is said of its results, which are tuples. */
 enum { STEPS, RESULT, PLACES, COMPOSITE_NUMBER };
-enum { STEP_FACTS, STEP_ARGS, STEP_SPOTS, STEP_PLACES, STEP_ORIGIN, STEP_RESULTS, STEP_HOW, STEP_CALL, STEP_LOWERED };
+enum { STEP_FACTS, STEP_ARGS, STEP_SPOTS, STEP_PLACES, STEP_ORIGIN, STEP_RESULTS, STEP_HOW, STEP_CALL, STEP_LOWERED,
+       STEP_NAMED };
 enum { RESULT_SORT, RESULT_CONTENT };
 enum { RESULT_CONSTANT, RESULT_PLACE, RESULT_SEVERAL };
 
@@ -277,6 +278,25 @@ done:
     return outcome;
 }
 
+/* Run a step of which it is known that it is a constant, whatever the tensors of the call are, with the same outcome. */
+static int
+run_constant_step(Handler *self, PyObject *step, Known *known)
+{
+    PyObject *args = filled(self, step, STEP_CALL, known), *several = PyTuple_GET_ITEM(step, STEP_RESULTS);
+    if (args == NULL)
+        return -1;
+    PyObject *call = SLOT(PyTuple_GET_ITEM(step, STEP_FACTS), fast);
+    PyObject *out = PyObject_Vectorcall(call, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), NULL);
+    Py_DECREF(args);
+    if (out == NULL)
+        return -1;
+    if (several == Py_None && has_results(out, several))
+        return keep_known(self, known, out, -1);
+    Py_DECREF(out);
+    PyErr_SetString(PyExc_SystemError, "a step of a composite has other results than it had");
+    return -1;
+}
+
 /* Run any other step, and keep its results, with the same outcome. Torch's handlers are off. */
 static int
 run_step(Handler *self, PyObject *step, Known *known)
@@ -285,12 +305,18 @@ run_step(Handler *self, PyObject *step, Known *known)
     if (args == NULL)
         return -1;
     Py_XSETREF(self->origin, Py_NewRef(PyTuple_GET_ITEM(step, STEP_ORIGIN)));
-    if (SLOT(facts, plain) == Py_True)
+    PyObject *named = PyTuple_GET_ITEM(step, STEP_NAMED);
+    if (SLOT(facts, plain) == Py_True && named == Py_None)
         out = run_common(self, facts, args, empty, SLOT(facts, fast), args, NULL);
-    else
+    else if (SLOT(facts, plain) == Py_True && (self->below == NULL || self->below == Py_None)) {
+        PyObject *items = PyDict_Items(named), *pairs = items == NULL ? NULL : PyList_AsTuple(items);
+        out = pairs == NULL ? NULL : run_common(self, facts, args, pairs, SLOT(facts, fast), args, named);
+        Py_XDECREF(items);
+        Py_XDECREF(pairs);
+    } else
         out = Py_NewRef(Py_NotImplemented);
     if (out == Py_NotImplemented)
-        Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_step, facts, args, NULL));
+        Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_step, facts, args, named, NULL));
     Py_DECREF(args);
     if (out == NULL)
         return -1;
@@ -306,6 +332,19 @@ run_step(Handler *self, PyObject *step, Known *known)
     }
     Py_DECREF(out);
     return fits ? 0 : -1;
+}
+
+/* Run a check: a step that returns nothing, which is no matter of the tape; 0, or -1 with an error set. */
+static int
+run_check(Handler *self, PyObject *step, Known *known)
+{
+    PyObject *args = filled(self, step, STEP_ARGS, known);
+    if (args == NULL)
+        return -1;
+    PyObject *out = PyObject_Call(SLOT(PyTuple_GET_ITEM(step, STEP_FACTS), fast), args, PyTuple_GET_ITEM(step, STEP_NAMED));
+    Py_DECREF(args);
+    Py_XDECREF(out);
+    return out == NULL ? -1 : 0;
 }
 
 /* The result of a composite; a new reference. */
@@ -373,7 +412,12 @@ replay_composite(Handler *self, PyObject *composite, PyObject *values)
     for (Py_ssize_t number = 0; done == 0 && number < PyTuple_GET_SIZE(steps); number++) {
         PyObject *step = PyTuple_GET_ITEM(steps, number);
         int is_known = alone && PyTuple_GET_ITEM(step, STEP_HOW) != Py_None;
-        done = is_known ? run_known_step(self, step, &known) : run_step(self, step, &known);
+        if (PyTuple_GET_ITEM(step, STEP_NAMED) != Py_None && PyTuple_GET_ITEM(step, STEP_RESULTS) != Py_None)
+            done = run_check(self, step, &known);
+        else if (is_known && PyTuple_GET_ITEM(step, STEP_HOW) == Py_Ellipsis)
+            done = run_constant_step(self, step, &known);
+        else
+            done = is_known ? run_known_step(self, step, &known) : run_step(self, step, &known);
     }
     Py_XSETREF(self->origin, outer);
     if (done == 0 && note_composite(self, composite, values, first, said) == 0)

@@ -407,7 +407,8 @@ run_read(Handler *self, PyObject *func, PyObject *reading, PyObject *args, PyObj
             out = run_common(self, facts, op_args, empty, func, args, kwargs);
         else {
             out = run_uncommon(self, facts, op_args, func, args, kwargs);
-            if (out == Py_NotImplemented && SLOT(facts, direct) != Py_None && takes_composites(self))
+            int parts = SLOT(facts, inactive) != Py_True && SLOT(facts, rewrites) != Py_True && SLOT(facts, is_view) != Py_True;
+            if (out == Py_NotImplemented && (parts || SLOT(facts, direct) != Py_None) && takes_composites(self))
                 Py_SETREF(out, run_composite(self, facts, NULL, op_args, NULL));
             if (out == Py_NotImplemented)
                 Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_uncommon, facts, op_args, NULL));

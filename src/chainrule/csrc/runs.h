@@ -103,12 +103,27 @@ is_plain_floating(PyObject *tensor)
     return plain;
 }
 
-/* A tape for a route whose input is given, with what the key says of that; takes the reference of `key`. */
-static Handler *
-tape_of(PyObject *route, PyObject *input, PyObject *key)
+/* Give a tape an input, with what the key says of that, the reference of which is taken; 0, or -1 with an error set. */
+static int
+append_input(Handler *tape, PyObject *input, PyObject *key)
 {
-    Handler *tape = key == NULL ? NULL : (Handler *)handler_new((PyTypeObject *)PyTuple_GET_ITEM(route, R_TYPE), NULL, NULL);
-    PyObject *slot = NULL, *identity = NULL;
+    int outcome = -1;
+    PyObject *identity = NULL, *slot = key == NULL ? NULL : PyLong_FromSsize_t(PyList_GET_SIZE(tape->values));
+    if (slot != NULL && (identity = PyLong_FromVoidPtr(input)) != NULL && PyList_Append(tape->values, input) == 0 &&
+        PyList_Append(tape->active, Py_True) == 0 && PyDict_SetItem(tape->slots, identity, slot) == 0 &&
+        PyList_Append(tape->inputs, slot) == 0 && PyList_Append(tape->key, key) == 0)
+        outcome = 0;
+    Py_XDECREF(slot);
+    Py_XDECREF(identity);
+    Py_XDECREF(key);
+    return outcome;
+}
+
+/* A tape for a route, without inputs. */
+static Handler *
+bare_tape(PyObject *route)
+{
+    Handler *tape = (Handler *)handler_new((PyTypeObject *)PyTuple_GET_ITEM(route, R_TYPE), NULL, NULL);
     if (tape == NULL ||
         begin_tape(tape, PyTuple_GET_ITEM(route, R_FACTS), PyTuple_GET_ITEM(route, R_POLICY),
                    PyTuple_GET_ITEM(route, R_RESPECT) == Py_True, PyTuple_GET_ITEM(route, R_KERNELS) == Py_True) < 0)
@@ -116,21 +131,22 @@ tape_of(PyObject *route, PyObject *input, PyObject *key)
     tape->sees_views = !state.excluded(state.views);
     if (PyTuple_GET_ITEM(route, R_REVERSE) == Py_True && PyObject_SetAttr((PyObject *)tape, s_reverse, Py_True) < 0)
         goto failed;
-    if ((slot = PyLong_FromLong(0)) == NULL || (identity = PyLong_FromVoidPtr(input)) == NULL ||
-        PyList_Append(tape->values, input) < 0 || PyList_Append(tape->active, Py_True) < 0 ||
-        PyDict_SetItem(tape->slots, identity, slot) < 0 || PyList_Append(tape->inputs, slot) < 0 ||
-        PyList_Append(tape->key, key) < 0)
-        goto failed;
-    Py_DECREF(slot);
-    Py_DECREF(identity);
-    Py_DECREF(key);
     return tape;
 failed:
-    Py_XDECREF(slot);
-    Py_XDECREF(identity);
-    Py_XDECREF(key);
     Py_XDECREF(tape);
     return NULL;
+}
+
+/* A tape for a route whose input is given, with what the key says of that; takes the reference of `key`. */
+static Handler *
+tape_of(PyObject *route, PyObject *input, PyObject *key)
+{
+    Handler *tape = key == NULL ? NULL : bare_tape(route);
+    if (tape == NULL)
+        Py_XDECREF(key);
+    else if (append_input(tape, input, key) < 0)
+        Py_CLEAR(tape);
+    return tape;
 }
 
 /* Whether a record holds a number that may stand for a value (chainrule.capture.numbers): 1, 0, or -1 with an error set. */
@@ -383,8 +399,29 @@ place_of(PyObject *route, PyObject *const *args, Py_ssize_t count)
         PyErr_SetString(PyExc_TypeError, "a route, a tuple and a dictionary are expected");
         return -2;
     }
+    if (PyTuple_GET_ITEM(route, R_NUMBER) == Py_None) /* all of them */
+        return PyTuple_GET_SIZE(args[1]) ? 0 : -1;
     Py_ssize_t place = PyLong_AsSsize_t(PyTuple_GET_ITEM(route, R_NUMBER));
     return place >= 0 && place < PyTuple_GET_SIZE(args[1]) ? place : -1;
+}
+
+/* Aliases of some tensors, the inputs of a new tape. */
+static Handler *
+tape_of_all(PyObject *route, PyObject *leaves, PyObject **given)
+{
+    Handler *tape = bare_tape(route);
+    *given = tape == NULL ? NULL : PyTuple_New(PyTuple_GET_SIZE(leaves));
+    for (Py_ssize_t number = 0; *given != NULL && number < PyTuple_GET_SIZE(leaves); number++) {
+        PyObject *alias = PyObject_CallMethodNoArgs(PyTuple_GET_ITEM(leaves, number), s_detach);
+        if (alias == NULL || append_input(tape, alias, tensor_key(alias)) < 0) {
+            Py_XDECREF(alias);
+            Py_CLEAR(*given);
+        } else
+            PyTuple_SET_ITEM(*given, number, alias);
+    }
+    if (*given == NULL)
+        Py_CLEAR(tape);
+    return tape;
 }
 
 /* Arguments with another one at a place. */
@@ -451,19 +488,24 @@ call_alone(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyObject *seeds = count > 3 ? args[3] : empty, *function = count > 4 ? args[4] : PyTuple_GET_ITEM(route, R_FUNCTION);
     if (!PyTuple_CheckExact(seeds))
         return PyErr_Format(PyExc_TypeError, "call_alone: seeds are expected in a tuple");
-    leaf = PyTuple_GET_ITEM(args[1], place);
-    int fits = stands_alone();
-    if (fits > 0)
-        fits = is_plain_floating(leaf);
+    int all = PyTuple_GET_ITEM(route, R_NUMBER) == Py_None, fits = stands_alone();
+    leaf = all ? args[1] : PyTuple_GET_ITEM(args[1], place);
+    if (fits > 0 && all && PyTuple_GET_SIZE(seeds) && PyTuple_GET_SIZE(seeds) != PyTuple_GET_SIZE(leaf))
+        fits = 0;
+    for (Py_ssize_t number = 0; fits > 0 && number < (all ? PyTuple_GET_SIZE(leaf) : 1); number++)
+        fits = is_plain_floating(all ? PyTuple_GET_ITEM(leaf, number) : leaf);
     for (Py_ssize_t number = 0; count > 4 && fits > 0 && number < PyTuple_GET_SIZE(seeds); number++)
-        fits = is_alike(PyTuple_GET_ITEM(seeds, number), leaf);
+        fits = is_alike(PyTuple_GET_ITEM(seeds, number), all ? PyTuple_GET_ITEM(leaf, number) : leaf);
     if (fits <= 0)
         return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int grad = grad_is_enabled();
     if (grad < 0 || (!grad && call_and_drop(c_set_grad, Py_True) < 0))
         return NULL;
-    if ((alias = PyObject_CallMethodNoArgs(leaf, s_detach)) != NULL && (given = replaced(args[1], place, alias)) != NULL &&
-        (tape = tape_of(route, alias, tensor_key(alias))) != NULL)
+    if (all)
+        tape = tape_of_all(route, leaf, &given);
+    else if ((alias = PyObject_CallMethodNoArgs(leaf, s_detach)) != NULL && (given = replaced(args[1], place, alias)) != NULL)
+        tape = tape_of(route, alias, tensor_key(alias));
+    if (tape != NULL)
         out = run_recorded(tape, function, given, PyDict_GET_SIZE(args[2]) ? args[2] : NULL);
     if (!grad && switch_grad(Py_False) < 0)
         Py_CLEAR(out);

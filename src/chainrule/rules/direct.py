@@ -126,6 +126,14 @@ def is_plain_nll(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     )
 
 
+def _number(run: Run, like: Tensor, number: float) -> Tensor:
+    """A number as a tensor without dimensions, made by a part where that can be heard (:mod:`chainrule.capture.composites`)."""
+    if like.__class__ is Tensor:
+        found: Tensor = run(aten.new_full.default, like, [], number)
+        return found
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
 def nll_loss(
     run: Run, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignored: int
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +145,7 @@ def nll_loss(
     # What depends on the targets alone is a constant: it is run, but not recorded.
     kept = run(aten.ne.Scalar, target, ignored)
     place = run(aten.mul.Tensor, target, kept)
-    nothing = torch.zeros((), dtype=input.dtype, device=input.device)
+    nothing = _number(run, input, 0.0)
     picked = run(aten.gather.default, input, classes, run(aten.unsqueeze.default, place, classes))
     picked = run(aten.squeeze.dim, picked, classes)
     if weight is not None:
@@ -158,8 +166,8 @@ def nll_loss(
         scale, rest = run(aten.clamp.default, run(aten.neg.default, total), None, -1), run(aten.div.Tensor, nothing, total)
     else:
         some = run(aten.any.default, kept)
-        scale = run(aten.where.self, some, run(aten.neg.default, total), nothing - 1)
-        rest = run(aten.where.self, some, nothing, nothing + math.nan)
+        scale = run(aten.where.self, some, run(aten.neg.default, total), _number(run, input, -1.0))
+        rest = run(aten.where.self, some, nothing, _number(run, input, math.nan))
     picked = run(aten.where.self, kept, picked, rest)
     return run(aten.div.Tensor, run(aten.sum.default, picked), scale), total
 
@@ -218,7 +226,7 @@ def smoothed(
     """
     classes = 0 if logarithms.dim() == 1 else 1
     kept = run(aten.ne.Scalar, target, ignored)
-    nothing = torch.zeros((), dtype=loss.dtype, device=loss.device)
+    nothing = _number(run, logarithms, 0.0)
     share = -smoothing / logarithms.shape[classes]
     if weight is not None:
         shape = [-1 if dim == classes else 1 for dim in range(logarithms.dim())]
@@ -228,7 +236,7 @@ def smoothed(
         rest = run(aten.sum.default, rest)
     if reduction == _MEAN:
         # Without a target that counts the loss is NaN already.
-        rest = run(aten.div.Tensor, rest, run(aten.where.self, run(aten.any.default, kept), total, nothing + 1))
+        rest = run(aten.div.Tensor, rest, run(aten.where.self, run(aten.any.default, kept), total, _number(run, logarithms, 1.0)))
     rest = run(aten.mul.Tensor, rest, share)
     found: Tensor = run(aten.add.Tensor, run(aten.mul.Tensor, loss, 1 - smoothing), rest)
     return found

@@ -83,6 +83,14 @@ def _inverse(run: Run, matrix: Tensor) -> Any:
     return inverse
 
 
+def _cholesky(run: Run, matrix: Tensor, *, upper: bool = False) -> Any:
+    if upper:
+        return NotImplemented
+    factor, info = run(aten.linalg_cholesky_ex.default, matrix)
+    run(aten._linalg_check_errors.default, info, "linalg.cholesky", is_matrix=matrix.dim() == 2)
+    return factor
+
+
 def _solve(run: Run, matrix: Tensor, right: Tensor, *, left: bool = True) -> Any:
     if not left:
         return NotImplemented
@@ -101,6 +109,7 @@ DIRECT_ALGEBRA: dict[Any, Callable[..., Any]] = {
     aten.diag.default: _diag,
     aten.linalg_det.default: _det,
     aten.linalg_inv.default: _inverse,
+    aten.linalg_cholesky.default: _cholesky,
     aten.linalg_solve.default: _solve,
 }
 

@@ -178,7 +178,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
     if found is None:
         traced = None
-        if _PULLED is not None and len(primals) == 1 and not has_aux:
+        if _PULLED is not None and primals and not has_aux:
             traced = run_linearized_route(_PULLED, primals, kwargs, func)[0]
         if traced is None:
             traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux, single=True)
@@ -302,10 +302,11 @@ def _jvp(
 
     nested = not strict and mark_of(func) is not None
     level = Level(func, name, None, has_aux, finish, ("jvp",)) if nested else None
-    if not strict and not has_aux and primals.__class__ is tuple is tangents.__class__ and len(primals) == len(tangents) == 1:
+    if not strict and not has_aux and primals.__class__ is tuple is tangents.__class__ and 0 < len(primals) == len(tangents):
+        found = NotImplemented
         if level is None:
             found = _pushed_alone(func, primals, tangents, kwargs, name)
-        else:
+        elif len(primals) == 1:
             found = run_pushed_nest(level, primals, kwargs, tangents)
         if found is not NotImplemented:
             return found
@@ -325,16 +326,16 @@ def _jvp(
     return (output, pushed, traced.aux) if has_aux else (output, pushed)
 
 
-_PUSHED, _PULLED, _LINEARIZED = pushed_route(), recorded_route(reverse=True), recorded_route(reverse=False)
+_PULLED, _LINEARIZED = recorded_route(reverse=True), recorded_route(reverse=False)
 
 
 def _pushed_alone(
     func: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> Any:
-    """The output and the tangent of a plain function of one tensor, where nothing is around; else NotImplemented."""
-    if _PUSHED is None:
+    """The output and the tangent of a plain function of tensors, where nothing is around; else NotImplemented."""
+    if (route := pushed_route(len(primals))) is None:
         return NotImplemented
-    traced, pushed, output = run_route(_PUSHED, primals, kwargs, tangents, func, name)
+    traced, pushed, output = run_route(route, primals, kwargs, tangents, func, name)
     if traced is None:
         return (output if output.requires_grad is False or torch.is_grad_enabled() else output.detach()), pushed
     if traced is NotImplemented:
@@ -434,7 +435,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         found = run_linearized(level, primals, kwargs, _pushforward)
     if found is None:
         traced = None
-        if _LINEARIZED is not None and len(primals) == 1 and not has_aux:
+        if _LINEARIZED is not None and primals and not has_aux:
             traced = run_linearized_route(_LINEARIZED, primals, kwargs, func)[0]
         if traced is None:
             traced = trace(

@@ -8,6 +8,7 @@ goes on as every other one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from chainrule.capture.tape import Tape, facts_of
@@ -17,7 +18,7 @@ from chainrule.execute.mapped_calls import CALLS
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
 from chainrule.shortcuts import call_alone, call_mapped
-from chainrule.transforms.arguments import LEAF, PLAIN_ARGUMENT
+from chainrule.transforms.arguments import LEAF, PLAIN_ARGUMENT, tree_flatten
 from chainrule.transforms.trace import Traced, block_request, traced_run
 
 #: What the plan of a route belongs to, as the compiled handlers number it.
@@ -35,7 +36,7 @@ class Route(NamedTuple):
         respect_no_grad: as for a tape.
         reverse: likewise.
         kernels: likewise.
-        number: which argument is differentiated.
+        number: which argument is differentiated; None for all of them.
         kind: ``JACOBIAN``, ``GRADIENT``, ``PUSHED`` (a tangent; all three by one request), ``NEST``, ``LINEARIZED`` (a nest
             under ``vjp`` or ``linearize``), or ``RECORDED`` (the run alone).
         extras: what the key of a plan holds beside the run: by twice the slot of the output, and one more with gradients on.
@@ -53,7 +54,7 @@ class Route(NamedTuple):
     respect_no_grad: bool
     reverse: bool
     kernels: bool
-    number: int
+    number: int | None
     kind: int
     extras: dict[int, Any]
     plans: dict[Any, Any]
@@ -75,7 +76,7 @@ def route_of(
     dims: Any = None,
 ) -> Route | None:
     """The route of a transform, see there; None where it has none: it differentiates more than one argument, by one number."""
-    if not KNOWS_STATE or number.__class__ is not int or number < 0:
+    if not KNOWS_STATE or (number is not None and (number.__class__ is not int or number < 0)):
         return None
     return Route(
         function, Tape, facts_of(POLICY), POLICY, respect_no_grad, respect_no_grad, kernels, number, kind, {}, engine.CACHE.plans,
@@ -102,22 +103,24 @@ def jacobian_route(
     return route_of(function, name, number, kind, extra, respect_no_grad=respect_no_grad, kernels=scalar)
 
 
-def pushed_route() -> Route | None:
-    """The route of the push of one tangent through any function."""
+@lru_cache(maxsize=256)
+def pushed_route(count: int) -> Route | None:
+    """The route of the push of tangents of so many arguments through any function."""
+    slots = tuple(range(count))
 
     def extra(slot: int, grad_enabled: bool) -> Any:
-        return Request("push", (0,), (slot,), "auto", (0,), "output", True)
+        return Request("push", slots, (slot,), "auto", slots, "output", True)
 
-    return route_of(None, "jvp", 0, PUSHED, extra, respect_no_grad=False)
+    return route_of(None, "jvp", None, PUSHED, extra, respect_no_grad=False)
 
 
 def recorded_route(*, reverse: bool) -> Route | None:
-    """The route of a run of any function, of which one cotangent (in reverse mode) or any tangents are asked later."""
+    """The route of a run of any function of tensors, of which cotangents (in reverse mode) or tangents are asked later."""
 
     def extra(slot: int, grad_enabled: bool) -> Any:
         raise NotImplementedError
 
-    return route_of(None, "vjp" if reverse else "linearize", 0, RECORDED, extra, respect_no_grad=reverse, kernels=reverse)
+    return route_of(None, "vjp" if reverse else "linearize", None, RECORDED, extra, respect_no_grad=reverse, kernels=reverse)
 
 
 def run_route(
@@ -148,8 +151,14 @@ def run_route(
     if found[0]:
         return None, found[1], found[2]
     _, mode, tape, leaf, output, grad_enabled, _ = found
-    traced = traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], function, name or route.name, grad_enabled)
-    return traced, None, mode
+    return _traced(tape, output, leaf, function, name or route.name, grad_enabled), None, mode
+
+
+def _traced(tape: Tape, output: Any, leaf: Any, function: Any, name: str, grad_enabled: bool) -> Traced:
+    """A run that goes on in Python, from its input, or a tuple of all of them."""
+    leaves = [*leaf] if leaf.__class__ is tuple else [leaf]
+    spec = tree_flatten(tuple(leaves))[1]
+    return traced_run(tape, output, leaves, spec, [*range(len(leaves))], [None] * len(leaves), function, name, grad_enabled)
 
 
 def run_linearized_route(
@@ -165,5 +174,5 @@ def run_linearized_route(
         return None, None
     tape, leaf, output, grad_enabled, plan, _ = found
     if plan is None:
-        return traced_run(tape, output, [leaf], PLAIN_ARGUMENT, [0], [None], function, route.name, grad_enabled), None
+        return _traced(tape, output, leaf, function, route.name, grad_enabled), None
     return Traced(tape, [leaf], PLAIN_ARGUMENT, [0], [output], LEAF, [tape.slots[id(output)]], None, grad_enabled, [None]), plan
