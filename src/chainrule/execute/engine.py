@@ -114,6 +114,8 @@ class CachedPlan:
                 if self.staged:
                     self.stages = compile_stages(*self.recorded)
                 self.runner = compile_program(*self.recorded)
+                if not self.staged:  # those that no call reads
+                    self.runner.constants = self.runner.source_of.let_go()  # type: ignore[attr-defined]
                 whole = all([staged is not None for staged in self.recorded[1]])
                 self.recorded = None
                 if whole:
@@ -379,6 +381,11 @@ class PlanCache:
                         self._plans[oldest] = plan
             self._plans[key] = value
 
+    def drop(self, key: Any) -> None:
+        """Forget a plan, if it is there."""
+        with self._lock:
+            self._plans.pop(key, None)
+
     def __len__(self) -> int:
         """The number of plans kept."""
         return len(self._plans)
@@ -538,6 +545,14 @@ def predicted(tape: Any, request: Request, limit: float = math.inf) -> Memory:
         for _ in range(2):  # the first time plans
             execute(tape, request)
     return Memory(watch.results, watch.peak)
+
+
+def forget(tape: Any, request: Request) -> None:
+    """Forget the plan of a request, and the constants that it keeps."""
+    try:
+        CACHE.drop(_key(tape, request, ()))
+    except TypeError:  # an unhashable static argument: it was not kept
+        return
 
 
 def _known_plan(tape: Any, request: Request) -> CachedPlan | None:

@@ -341,6 +341,12 @@ class Source:
             self.saved[key] = saved_by_instructions(self.kept if calls is None else calls, {**given, **self.constants})
         return self.saved[key]
 
+    def let_go(self) -> list[torch.Tensor]:
+        """Let go of the constants that no call reads; returns the others."""
+        self.constants = {slot: value for slot, value in self.constants.items() if slot in self.used}
+        self.program.constants = {slot: value for slot, value in self.program.constants.items() if slot in self.used}
+        return list(self.constants.values())
+
     def of_inputs(self) -> set[int]:
         """The results (by number) that are inputs or views of them."""
         producers = {slot: instruction for instruction in self.program.instructions for slot in instruction.outputs}

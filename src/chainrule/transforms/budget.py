@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from chainrule.execute.engine import CACHE, predicted
+from chainrule.capture.tape import Tape
+from chainrule.execute.engine import CACHE, forget, predicted
 from chainrule.execute.memory import Watch
 from chainrule.plan.planner import Request
 from chainrule.transforms.trace import Traced
@@ -61,7 +62,9 @@ def rows_within(traced: Traced, number: int, order: str, cast: str, budget: int,
     except TypeError:
         key = known = None
     if known is None:
-        known = _Count(_Trials(traced, number, order, cast, whole).most(budget, name))
+        trials = _Trials(traced, number, order, cast, whole)
+        known = _Count(trials.most(budget, name))
+        trials.forget_but(known.rows)
         if key is not None:
             CACHE.put(key, known)
     found: int = known.rows
@@ -82,6 +85,7 @@ class _Trials:
         watch = Watch()
         watch.add_run(traced.tape)
         self.held = watch.held
+        self.tried: dict[int, tuple[Tape, Request]] = {}
 
     def needed(self, rows: int, budget: int) -> float:
         """The bytes that a block of so many rows needs, the record of the run included; it is run if that is in the budget."""
@@ -92,8 +96,15 @@ class _Trials:
         wanted = slot if all_at_once else traced.rows(self.number, rows).slot
         request = Request("jacobian", tuple(traced.in_slots), (wanted,), self.order, (), self.cast)
         # The caller holds a block while the next one is computed; in a whole result it is copied at once.
+        self.tried[rows] = traced.tape, request
         beside = self.held - self.size if all_at_once else self.held + (0 if self.whole else self.size * rows / self.total)
         return beside + predicted(traced.tape, request, budget - beside).peak
+
+    def forget_but(self, rows: int) -> None:
+        """Forget the plans that were made but the one for so many rows: they keep constants."""
+        for number, (tape, request) in self.tried.items():
+            if number != rows:
+                forget(tape, request)
 
     def most(self, budget: int, name: str) -> int:
         """The most rows that fit, as far as trials tell."""
