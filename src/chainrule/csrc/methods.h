@@ -180,8 +180,8 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
             state.functions_shown() && stands_innermost(handler)) {
             int disabled = state.get_functions();
             state.set_functions(2);
-            PyObject *out = PyFunction_Check(self->otherwise) /* an assignment: torch's other methods are not written in Python */
-                                ? assign_mapped(handler, args, names == NULL ? count : 0)
+            PyObject *out = self->otherwise == c_setitem && names == NULL
+                                ? assign_mapped(handler, args, count)
                             : replayed ? replay_method(handler, self->otherwise, args, count, names)
                                      : run_under_vmap(handler, self->function, args, count, 0);
             state.set_functions(disabled);
