@@ -312,6 +312,10 @@ class LightMode(Handler, TorchDispatchMode):
         """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""
         return False
 
+    def make_shaped(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """What a function among :data:`chainrule.functions.SHAPED` makes, where the next mode makes it; else NotImplemented."""
+        return NotImplemented
+
     def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Take notice of the result of a function that was ignored."""
 
@@ -343,6 +347,10 @@ class LightMode(Handler, TorchDispatchMode):
             if func not in SHAPED:
                 self.note_ignored(args, kwargs, out)
             return out
+        if func in SHAPED and not kwargs and self.below is not None and self._takes(types):
+            out = self.make_shaped(func, args)
+            if out is not NotImplemented:
+                return out
         function = TABLE.get(func)
         reading = READINGS.get(func)
         if function is None and reading is None:

@@ -156,3 +156,18 @@ def test_writing_into_a_table_from_outside_is_refused() -> None:
     with pytest.raises(RuntimeError, match="came from outside"):
         chainrule.vmap(write)(POSITIONS)
     assert torch.equal(table, _table(3, 3))
+
+
+def test_an_index_that_is_mapped_may_be_assigned_to() -> None:
+    def write(row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        row = row.clone()
+        row[place] = 7.0
+        torch.Tensor.__setitem__(row, place - 1, row[place] * 2)
+        return row
+
+    rows, places = torch.zeros(3, 4), torch.tensor([1, 3, 2])
+    expected = torch.zeros(3, 4)
+    expected[torch.arange(3), places] = 7.0
+    expected[torch.arange(3), places - 1] = 14.0
+    for _ in range(4):
+        assert torch.equal(chainrule.vmap(write)(rows, places), expected)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from chainrule.batching import indexing as _indexing  # noqa: F401 - indices with mapped integers are taken there
 from chainrule.batching.arguments import Stored, needs_guard, refuse_hidden_backward
-from chainrule.batching.entries import _ENTRIES, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
+from chainrule.batching.entries import _ENTRIES, FUNCTIONAL, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.level import Level
 from chainrule.batching.random import drop, run_random
@@ -198,6 +198,12 @@ class VmapMode(Level):
                 return out
         return super().take_function(func, types, args, kwargs)
 
+    def replays_calls(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Replay a call that was made before, of a tape that stands on this level and was taken off; else NotImplemented."""
+        if self._calls is None or self.below is not None or self._always_guard or self._depth != 1:
+            return NotImplemented
+        return self._calls(self, func, args, None)
+
     def run_function(self, function: Function, args: tuple[Any, ...]) -> Any:
         """Run a function that is one op on the stored tensors, where nothing has to be aligned first."""
         first = args[0] if args else None
@@ -272,6 +278,8 @@ class VmapMode(Level):
         batched, joined = stored.batched, stored.joined
         if joined and self._records and not torch.is_grad_enabled():
             return NotImplemented
+        if not batched and not joined and self.below is None and not entry.composite:
+            return self._run_constant(op, entry, args, inner)
         if not batched:
             if not joined or entry.aliases or self.below is not None:
                 return NotImplemented
@@ -296,6 +304,15 @@ class VmapMode(Level):
         if result.__class__ is Batched:
             return wrap_batched(result, self)
         return result if result is NotImplemented else self._wrap(result)
+
+    def _run_constant(self, op: Any, entry: OpEntry, args: tuple[Any, ...], inner: list[Any]) -> Any:
+        """Run an op of tensors that are the same for all samples and have no graph, where no other mode has to see it."""
+        if entry.kind == FUNCTIONAL:
+            return self._wrap(op._op(*inner))
+        if entry.kind != VIEW or not args or args[0].__class__ is BatchTensor:
+            return NotImplemented
+        with _ForceDispatchKeyGuard(self._include, self._exclude):  # autograd has to see views
+            return op._op(*inner)
 
     def _stored_beside(self, value: Tensor, items: tuple[Any, ...], function: Function) -> list[Any] | None:
         """The other arguments of a function as they stand beside the stored tensor of the first; None for its own way."""

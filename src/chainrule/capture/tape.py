@@ -323,6 +323,15 @@ class Tape(Listening):
         out = self._run_plain(facts, args, below.run_function, function)
         return out if out is not NotImplemented else self._run_plain(facts, args, self._run_below)
 
+    def make_shaped(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Have the vmap below replay what it has made before: nothing of it is recorded."""
+        below = self.below
+        calls = getattr(below, "replays_calls", None)
+        if below is None or calls is None or self.heard is not None:
+            return NotImplemented
+        with modes_inside_off(below):
+            return calls(func, args)
+
     def ignores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether a result has no derivative: of a comparison, or of constants without a graph."""
         if kwargs and ("out" in kwargs or "requires_grad" in kwargs):

@@ -76,9 +76,14 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
+    int makes_shape = !fresh && sorts & MAKES_NEW && kwargs == NULL && vmap_below(self) != NULL && !is_listened(self) &&
+                      c_known != NULL && !((Handler *)self->below)->guarded && !((Handler *)self->below)->graphs
+                          ? PySet_Contains(c_shaped, func) : 0;
+    if (makes_shape < 0)
+        return NULL;
     int composite = near && entry == NULL && PyFunction_Check(func) && takes_composites(self);
     int assigns = near && self->kind == TAPE && func == c_setitem && kwargs == NULL;
-    if (function == NULL && reading == NULL && !fresh && !composite && !assigns) /* conversions are among the fresh ones */
+    if (function == NULL && reading == NULL && !fresh && !makes_shape && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
@@ -94,6 +99,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         Py_SETREF(out, run_assign(self, args));
     if (fresh)
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
+    else if (makes_shape) /* that of another tensor: nothing of it is recorded */
+        Py_SETREF(out, run_known((Handler *)self->below, func, args, NULL));
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
