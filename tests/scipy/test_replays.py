@@ -18,7 +18,7 @@ from scipy import integrate, optimize  # noqa: E402
 
 from chainrule import scipy as solvers  # noqa: E402
 from chainrule.scipy.plain_code import only_computes  # noqa: E402
-from chainrule.scipy.replays import ATTRIBUTE, CALLS, replayed  # noqa: E402
+from chainrule.scipy.replays import ATTRIBUTE, CALLS, Replayed, replayed  # noqa: E402
 from tests.scipy.problems import bratu, bratu_ends, decay, numpy_of, robertson, rosenbrock, rosenbrock_residuals  # noqa: E402
 
 SCALE, LIST, WEIGHT = 2.0, [1.0], torch.ones(3, dtype=torch.float64)
@@ -467,3 +467,40 @@ def test_calls_of_several_shapes_in_turn(after: int) -> None:
         scale = torch.tensor(3.0, dtype=torch.float64)
         for _ in range(3):
             torch.testing.assert_close(made.usual([x, y]), function(x, y), rtol=1e-14, atol=0)
+
+
+def two_values(x):
+    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+SHORT = {
+    "least_squares": lambda: solvers.least_squares(two_values, np.array([-1.2, 1.0])).x,
+    "root": lambda: solvers.root(two_values, np.array([-1.2, 1.0]), method="lm").x,
+    "solve_ivp": lambda: solvers.solve_ivp(lambda t, y: -t * y, (0, 1), np.ones(2), method="BDF").y[:, -1],
+    "minimize": lambda: solvers.minimize(lambda x: (two_values(x) ** 2).sum(), np.array([-1.2, 1.0]), method="BFGS").x,
+    "nonlinear_constraint": lambda: solvers.minimize(
+        lambda x: x.sum(), np.array([-1.0, -0.5]), method="trust-constr",
+        constraints=solvers.nonlinear_constraint(lambda x: (x**2).sum(), 2.0, 2.0),
+    ).x,
+}  # fmt: skip
+EXPECTED = {"solve_ivp": np.exp([-0.5, -0.5]), "nonlinear_constraint": [-1.0, -1.0]}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_calls_without_further_arguments_are_short(name, monkeypatch):
+    short, long, usual = [], [], Replayed.usual
+
+    def noted(self, tensors):
+        short.append(tensors)
+        count = len(long)
+        found = usual(self, tensors)
+        del long[count:]
+        return found
+
+    called = Replayed.__call__
+    monkeypatch.setattr(Replayed, "usual", noted)
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *args: [long.append(args), called(self, *args)][1])
+    # BFGS and trust-constr stop at gradients of 1e-5 and radii of 1e-8, BDF at relative errors of 1e-3 a step.
+    np.testing.assert_allclose(SHORT[name](), EXPECTED.get(name, [1.0, 1.0]), rtol=1e-2 if name == "solve_ivp" else 1e-4)
+    assert short
+    assert not long

@@ -76,7 +76,7 @@ def least_squares(
 
     def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
         def compute() -> Linearised:
-            return linearise(function.tensor(x), *function.extra(rest))
+            return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
 
         found: Linearised = function.once("run", (x, *rest), compute)
         return found

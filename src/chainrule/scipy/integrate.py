@@ -71,12 +71,17 @@ def solve_ivp(
     jacobians = function.derived(("jacobian", shape, kind), lambda: jacobian(vector, argnums=1, layout=kind), vector)
 
     def value(t: float, y: np.ndarray, *rest: Any) -> np.ndarray:
+        if not rest:
+            return function.at(values, (np.array(t), y))
         with function.named():
             return function.array(values(function.tensor(t), function.tensor(y), *function.extra(rest)))
 
     def derivative(t: float, y: np.ndarray, *rest: Any) -> Any:
         with function.named():
-            found = jacobians(function.tensor(t), function.tensor(y), *function.extra(rest))
+            if rest:
+                found = jacobians(function.tensor(t), function.tensor(y), *function.extra(rest))
+            else:
+                found = function.run(jacobians, (np.array(t), y))
             return matrix(function, found, (shape[0], shape[0]), "Jacobian")
 
     solver = {"radau": integrate.Radau, "bdf": integrate.BDF, "lsoda": integrate.LSODA}.get(str(method).lower(), method)

@@ -40,15 +40,20 @@ class _Objective:
 
     def _run(self, x: np.ndarray, args: tuple[Any, ...]) -> tuple[float, np.ndarray]:
         def compute() -> tuple[float, np.ndarray]:
-            gradient, value = self._both(self.function.tensor(x), *self.function.extra(args))
+            gradient, value = self._call(self._both, x, args)
             return float(self.function.array(value)), self.function.array(gradient, what="gradient")
 
         found: tuple[float, np.ndarray] = self.function.once("run", (x, *args), compute)
         return found
 
+    def _call(self, values: Callable[..., Any], x: np.ndarray, args: tuple[Any, ...]) -> Any:
+        if not args:
+            return self.function.run(values, (x,))
+        return values(self.function.tensor(x), *self.function.extra(args))
+
     def plain(self, x: np.ndarray, *args: Any) -> float:
         with self.function.named():
-            value = self._values(self.function.tensor(x), *self.function.extra(args))
+            value = self._call(self._values, x, args)
             return float(self.function.array(value))
 
     def value(self, x: np.ndarray, *args: Any) -> float:
@@ -75,7 +80,7 @@ class _Objective:
             return self._operator(x, args)
 
         def compute() -> Any:
-            found = self._hessian(self.function.tensor(x), *self.function.extra(args))
+            found = self._call(self._hessian, x, args)
             return matrix(self.function, found, (x.size, x.size), "Hessian")
 
         return self.function.once("hessian", (x, *args), compute).copy()
@@ -248,7 +253,7 @@ def nonlinear_constraint(
     curvatures = function.derived(("hessian", kind), lambda: hessian(weighted, layout=kind), weighted)
 
     def at(x: np.ndarray, reader: str) -> Linearised:
-        found: Linearised = function.once("run", (x,), lambda: linearise(function.tensor(x)), reader)
+        found: Linearised = function.once("run", (x,), lambda: linearise.at((x,)), reader)
         return found
 
     def value(x: np.ndarray) -> np.ndarray:
@@ -261,7 +266,7 @@ def nonlinear_constraint(
 
     def curvature(x: np.ndarray, weights: np.ndarray) -> Any:
         with function.named():
-            found = curvatures(function.tensor(x), function.tensor(weights))
+            found = function.run(curvatures, (x, weights))
             return matrix(function, found, (x.size, x.size), "Hessian")
 
     made = _Constraint(value, lb, ub, jac=jacobian, hess=curvature, keep_feasible=keep_feasible)

@@ -37,12 +37,21 @@ from chainrule.rules.batching_base import Batched
 from chainrule.rules.custom_function import FunctionOp
 from chainrule.transforms.arguments import LEAF, Argnums, resolve_argnums, tree_unflatten
 from chainrule.transforms.derivatives import grad
-from chainrule.transforms.routes import NEST, route_of, run_route
+from chainrule.transforms.routes import NEST, Route, route_of, run_route
 from chainrule.transforms.steps import refuse_hidden
 from chainrule.transforms.tensor_hooks import refuse_hooks
 from chainrule.transforms.trace import Traced, recording_on, trace
 
 SPARSE = ("sparse_coo", "sparse_csr")
+
+
+class _Way:
+    """Holds a route, which knows of plans: for compiled functions, a transform that was called before is the same one."""
+
+    __slots__ = ("route",)
+
+    def __init__(self, route: Route | None) -> None:
+        self.route = route
 
 
 def sparse_jacobian(
@@ -65,12 +74,12 @@ def sparse_jacobian(
     def extra(slot: int, grad_enabled: bool) -> Any:
         return (layout, *sparse_key(SparseRequest((0,), (slot,), order, cast)))
 
-    route = None if has_aux else route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward")
+    way = _Way(None if has_aux else route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward"))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         traced: Any = NotImplemented
-        if route is not None:
-            traced, result, _ = run_route(route, args, kwargs)
+        if way.route is not None:
+            traced, result, _ = run_route(way.route, args, kwargs)
             if traced is None:
                 return result
         positions, single = resolve_argnums(argnums, len(args), name)
@@ -126,12 +135,12 @@ def sparse_hessian(
     def extra(slot: int, grad_enabled: bool) -> Any:
         return layout, "hessian", (0,), slot, triangular, grad_enabled
 
-    route = None if has_aux else route_of(func, "hessian", argnums, NEST, extra)
+    way = _Way(None if has_aux else route_of(func, "hessian", argnums, NEST, extra))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         traced: Any = NotImplemented
-        if route is not None:
-            traced, result, _ = run_route(route, args, kwargs)
+        if way.route is not None:
+            traced, result, _ = run_route(way.route, args, kwargs)
             if traced is None:
                 return result
         positions, single = resolve_argnums(argnums, len(args), "hessian")
