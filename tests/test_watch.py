@@ -17,7 +17,7 @@ import pytest
 
 import chainrule.shortcuts
 from chainrule.capture.surroundings import same
-from chainrule.shortcuts import ATTRIBUTE, CELL, EQUAL, ITEM, SIZE
+from chainrule.shortcuts import ATTRIBUTE, CELL, EMPTY, EQUAL, ITEM, LACKS, SIZE, TABLE, TYPE
 
 
 def _in_python() -> Any:
@@ -52,6 +52,14 @@ def _changes() -> list[tuple[str, tuple[Any, ...], Callable[[], Any], bool]]:
     cell, emptied, table, items, holder, ordered = _cell(one), _cell(one), {"a": one, 3: one}, [one, one], Holder(one), collections.OrderedDict(a=one)
     numbers, size, double, texts, flag = {"a": 1.5, "n": NAN, "z": 0.0}, {1: 1}, Holder(10**20), {"s": "ab" * 40}, _cell(True)
 
+    whole, listed, counted, kept = {"a": one, "n": 1.5}, [one, 1.5], {"a": one}, {"a": one, "b": one}
+    kind, base, plain = type("Kind", (), {"scale": one}), type("Base", (Holder,), {}), Holder(one)
+    names, members = tuple(vars(kind)), tuple(v if k == "scale" else NotImplemented for k, v in vars(kind).items())
+    lacking, hooks, many = {"a": one}, collections.OrderedDict[str, Any](), [one] * 3
+
+    def turned() -> None:
+        kept["a"] = kept.pop("a")
+
     def empty() -> None:
         del emptied.cell_contents
 
@@ -75,6 +83,20 @@ def _changes() -> list[tuple[str, tuple[Any, ...], Callable[[], Any], bool]]:
         ("other zero", (ITEM, numbers, "z", 0.0, True), lambda: numbers.update(z=-0.0), False),
         ("same long number", (ATTRIBUTE, double, "value", 10**20, True), lambda: setattr(double, "value", int("1" + "0" * 20)), True),
         ("same text", (ITEM, texts, "s", texts["s"], True), lambda: texts.update(s="".join(["ab"] * 40)), True),
+        ("table", (TABLE, whole, ("a", "n"), (one, 1.5), (False, True)), lambda: whole.update(a=other), False),
+        ("table of same numbers", (TABLE, {"n": float("1.5")}, ("n",), (1.5,), (True,)), lambda: None, True),
+        ("table of other numbers", (TABLE, whole, ("a", "n"), (NotImplemented, 1.5), (False, True)), lambda: whole.update(n=2), False),
+        ("any value", (TABLE, counted, ("a",), (NotImplemented,), False), lambda: counted.update(a=other), True),
+        ("larger table", (TABLE, counted, ("a",), (NotImplemented,), False), lambda: counted.update(b=other), False),
+        ("other key", (TABLE, {"b": one}, ("a",), (one,), False), lambda: None, False),
+        ("table in another order", (TABLE, kept, ("a", "b"), (one, one), False), turned, True),
+        ("list", (TABLE, listed, (0, 1), (one, 1.5), (False, True)), lambda: listed.__setitem__(0, other), False),
+        ("list that is shorter", (TABLE, many, (0, 1, 2), (one,) * 3, False), many.clear, False),
+        ("class", (TABLE, kind, names, members, False), lambda: setattr(kind, "scale", other), False),
+        ("type", (TYPE, plain, None, Holder, False), lambda: setattr(plain, "__class__", base), False),
+        ("lacking", (LACKS, lacking, None, ("b", "c"), False), lambda: lacking.update(c=one), False),
+        ("lacking still", (LACKS, {"a": one}, None, ("b", "c"), False), lambda: None, True),
+        ("empty", (EMPTY, None, None, ({}, hooks), False), lambda: hooks.update(a=one), False),
         ("not by value", (CELL, flag, None, True, False), lambda: setattr(flag, "cell_contents", 1), False),
     ]  # fmt: skip
 
@@ -83,7 +105,7 @@ def _changes() -> list[tuple[str, tuple[Any, ...], Callable[[], Any], bool]]:
 def test_changes_are_seen(watch: Any) -> None:
     for name, place, change, holds in _changes():
         made = watch(same, (place,))
-        gone = any(word in name for word in ("gone", "shorter", "no attribute", "not equal"))
+        gone = any(word in name for word in ("gone", "shorter list", "no attribute", "not equal", "other key"))
         assert made() is not gone, name
         change()
         assert made() is holds, name
@@ -107,6 +129,21 @@ def test_all_places_count_and_errors_pass(watch: Any) -> None:
         watch(same, ((EQUAL, fails, 1, 2, False),))()
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        (TABLE, (1, 2), (0, 1), (1, 2), False), (TABLE, {}, [], (), False), (TABLE, {"a": 1}, ("a",), (), False),
+        (TABLE, {"a": 1}, ("a",), (1,), (True, True)), (LACKS, [], None, ("a",), False), (LACKS, {}, None, ["a"], False),
+        (EMPTY, None, None, [{}], False), (EMPTY, None, None, ((),), False), (ITEM, {}, "a", 1), ("item", {}, "a", 1, False),
+    ],
+)  # fmt: skip
+def test_places_are_checked(place: Any) -> None:
+    if not chainrule.shortcuts.COMPILED:
+        pytest.skip("the class in C reads their memory")
+    with pytest.raises(TypeError, match="Watch"):
+        chainrule.shortcuts.Watch(same, (place,))
+
+
 @pytest.mark.parametrize("watch", WATCHES)
 def test_nothing_is_left_behind(watch: Any) -> None:
     holder = Holder(None)
@@ -118,7 +155,14 @@ def test_nothing_is_left_behind(watch: Any) -> None:
     assert gone() is None
     value = object()
     table = {"a": value}
-    made = watch(same, ((ITEM, table, "a", value, False), (CELL, _cell(value), None, value, False)))
+    made = watch(
+        same,
+        (
+            (ITEM, table, "a", value, False), (CELL, _cell(value), None, value, False), (TABLE, [value], (0,), (value,), False),
+            (TABLE, table, ("a",), (value,), False), (TYPE, value, None, object, False), (LACKS, table, None, ("b",), False),
+            (TABLE, {"a": 1.5}, ("a",), (float("1.5"),), (True,)), (EMPTY, None, None, ({},), False),
+        ),
+    )  # fmt: skip
     before = sys.getrefcount(value)
     for _ in range(100):
         assert made()

@@ -166,7 +166,21 @@ def use_classes(batch_tensor: type, batched: type) -> None:
 
 
 #: How a :class:`Watch` reads a place.
-CELL, ITEM, ATTRIBUTE, SIZE, EQUAL = range(5)
+CELL, ITEM, ATTRIBUTE, SIZE, EQUAL, TABLE, TYPE, LACKS, EMPTY = range(9)
+
+
+def _same_table(container: Any, keys: tuple[Any, ...], values: tuple[Any, ...], by_value: Any, same: Any) -> bool:
+    """Whether a dictionary, a list or a class has these entries; NotImplemented stands for any value."""
+    table = vars(container) if isinstance(container, type) else container
+    if len(table) != len(keys):
+        return False
+    found = list(table) if isinstance(table, list) else [table[key] for key in keys] if not isinstance(table, dict) else [
+        dict.__getitem__(table, key) for key in keys
+    ]
+    return all(
+        value is NotImplemented or one is value or (bool(by_value) and by_value[number] and same(one, value))
+        for number, (one, value) in enumerate(zip(found, values, strict=True))
+    )
 
 
 class Watch:
@@ -175,19 +189,26 @@ class Watch:
     Args:
         same: whether two plain values are the same.
         places: each is ``(kind, container, key, value, by_value)``: the content of a cell, an item, an attribute has to be
-            ``value`` itself, or the same by value; the size of the container has to be ``value``; or, for ``EQUAL``, the
-            container is a function that is given key and value.
+            ``value`` itself, or the same by value; the size or the class of the container has to be ``value``; for ``EQUAL``, the
+            container is a function that is given key and value; for ``TABLE`` it is a dictionary, a list or a class, with a tuple
+            of all keys and one of their values (NotImplemented where it may be any), and ``by_value`` is False or says it of each
+            entry; for ``LACKS`` it is a dictionary that has none of the names in ``value``; for ``EMPTY`` the value is a tuple of
+            dictionaries without entries.
     """
 
-    def __init__(self, same: Callable[[Any, Any], bool], places: tuple[tuple[int, Any, Any, Any, bool], ...]) -> None:
-        names: dict[str, Any] = {"same": same}
+    def __init__(self, same: Callable[[Any, Any], bool], places: tuple[tuple[int, Any, Any, Any, Any], ...]) -> None:
+        names: dict[str, Any] = {"same": same, "same_table": _same_table}
         conditions = []
         for number, (kind, container, key, value, by_value) in enumerate(places):
             c, k, v = (f"{letter}{number}" for letter in "ckv")
             names.update({c: container, k: key, v: value})
             found = {CELL: f"{c}.cell_contents", ITEM: f"{c}[{k}]", ATTRIBUTE: f"getattr({c}, {k})"}.get(kind, "")
-            one = f"len({c}) == {v}" if kind == SIZE else f"{c}({k}, {v})" if kind == EQUAL else f"{found} is {v}"
-            conditions.append(f"({one} or same({found}, {v}))" if by_value else one)
+            one = {
+                SIZE: f"len({c}) == {v}", EQUAL: f"{c}({k}, {v})", TABLE: f"same_table({c}, {k}, {v}, {by_value!r}, same)",
+                TYPE: f"type({c}) is {v}", LACKS: f"{c}.keys().isdisjoint({v})",
+                EMPTY: f"not any({v})",
+            }.get(kind, f"{found} is {v}")  # fmt: skip
+            conditions.append(f"({one} or same({found}, {v}))" if found and by_value else one)
         text = f"def holds():\n    return bool({' and '.join(conditions) or True})\n"
         exec(compile(text, "<chainrule guard>", "exec"), names)  # noqa: S102 - our own generated source
         self._holds: Callable[[], bool] = names["holds"]

@@ -439,6 +439,7 @@ class WholeRecorder(Recorder):
         for made in out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(made, torch.Tensor) and not func.is_view and made.layout is torch.strided and made.numel():
                 self._memory.add(_address(made))
+        self._memory.discard(0)
         return out
 
     def refuse(self, why: str) -> NoReturn:
@@ -580,7 +581,8 @@ def rehearsed() -> Iterator[WholeRecorder | None]:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Where the values of a tensor are; 0 for torch's zeros without memory, of which backward formulas make some."""
+    return 0 if tensor._is_zerotensor() else tensor.untyped_storage().data_ptr()
 
 
 def _address_of(generator: torch.Generator) -> int:

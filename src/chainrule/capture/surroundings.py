@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import builtins
 import collections
 import enum
 import functools
@@ -20,7 +19,7 @@ from torch.nn.modules import module as torch_module
 
 from chainrule.capture.code_reading import code_globals, code_imports, code_names, code_strings
 from chainrule.capture.recorder import CompileError
-from chainrule.shortcuts import ATTRIBUTE, CELL, EQUAL, ITEM, SIZE, Watch
+from chainrule.shortcuts import ATTRIBUTE, CELL, EMPTY, EQUAL, ITEM, LACKS, SIZE, TABLE, TYPE, Watch
 
 #: Values that are compared, where everything else is told apart by identity.
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, range)
@@ -47,17 +46,22 @@ _OF_MODULES = frozenset(
     }
 )  # fmt: skip
 
+#: Hooks that a module keeps under other names.
+_HOOKS_OF_MODULES = frozenset(
+    {"_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"}
+)
+
 #: Arrays of NumPy with more elements are not compared.
 _ARRAY = 1 << 16
+
+#: Containers with more entries are named as a whole.
+_MANY = 64
 
 #: Hooks that run for all modules.
 _HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 #: More values than these cannot be watched.
 _LIMIT = 20_000
-
-#: Containers with more entries are compared as a whole.
-_MANY = 64
 
 #: How code reads the environment of the process.
 _ENVIRONMENT = frozenset({"environ", "getenv", "environb", "getenvb"})
@@ -86,17 +90,18 @@ class Surroundings:
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self._seen: dict[Any, Any] = {}
-        self._conditions: list[tuple[int, Any, Any, Any, bool]] = []
+        self._conditions: list[tuple[int, Any, Any, Any, Any]] = []
         self._places: list[tuple[str, Callable[[], Any], Any]] = []
         self.changed = ""
         self.tensors: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
         self.iterators: list[str] = []
-        # What the code may name attributes by.
+        # What the code may name attributes by, and modules of Python that are kept in objects.
         self._words: set[str] = set()
+        self._kept_modules: list[tuple[types.ModuleType, str]] = []
         asked = 0
         pending = [(root, "the function") for root in roots]
-        while pending or asked < len(self.tensors):
+        while pending or asked < len(self.tensors) or (pending := self._of_kept_modules()):
             if not pending:
                 pending.extend(self._attributes(self.tensors[asked]))
                 asked += 1
@@ -108,7 +113,7 @@ class Surroundings:
                     f"stopped: {where}). Each of them would have to be compared in each call: give them as arguments, put "
                     "numbers into tensors, or call the function without compile."
                 )
-            if id(item) in self._seen or isinstance(item, _PLAIN):
+            if id(item) in self._seen or _is_plain(item):
                 continue
             self._seen[id(item)] = item
             if isinstance(item, torch.Tensor):
@@ -128,23 +133,40 @@ class Surroundings:
         return False
 
     def _watch(self, kind: int, container: Any, key: Any, value: Any, where: str, read: Callable[[], Any]) -> None:
-        plain = isinstance(value, _PLAIN) and not isinstance(value, (bool, type(None)))
-        self._conditions.append((kind, container, key, value, plain))
+        self._conditions.append((kind, container, key, value, _by_value(value)))
         self._places.append((where, read, value))
 
     def _entries(self, table: Any, keys: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
-        keys = list(keys)
-        if len(keys) > _MANY and len(keys) == len(table):
-            mapping = hasattr(table, "values")
-            kept = (tuple(table), tuple(table.values())) if mapping else tuple(table)
-            self._equal(table, kept, where, _same_entries if mapping else _same_items)
-            yield from ((table[key], f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]") for key in keys)
-            return
+        """Watch some entries of a dictionary."""
         for key in keys:
             value = table[key]
-            name = f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
+            name = _named_entry(where, key)
             self._watch(ITEM, table, key, value, name, functools.partial(table.__getitem__, key))
             yield value, name
+
+    def _table(self, container: Any, where: str, apart: Iterable[Any] = ()) -> Iterator[tuple[Any, str]]:
+        """Watch all entries of a dictionary, a list or a class, but for the values of those apart."""
+        apart = frozenset(apart)
+        table = vars(container) if isinstance(container, type) else container
+        if isinstance(table, dict):
+            keys, values = tuple(table), list(dict.values(table))
+        elif isinstance(table, types.MappingProxyType):
+            keys, values = tuple(table), list(table.values())
+        else:
+            keys, values = tuple(range(len(table))), list(table)
+        kept = tuple([NotImplemented if key in apart else value for key, value in zip(keys, values, strict=True)])
+        flags = tuple(map(_by_value, kept))
+        condition = (TABLE, container, keys, kept, flags if any(flags) else False)
+        self._conditions.append(condition)
+        whole = len(keys) > _MANY
+        if whole:
+            self._places.append((where, Watch(same, (condition,)), True))
+        for key, value in zip(keys, values, strict=True):
+            if key not in apart:
+                name = _named_entry(where, key)
+                if not whole:
+                    self._places.append((name, functools.partial(_entry, table, key), value))
+                yield value, name
 
     def _equal(self, container: Any, kept: Any, where: str, equal: Callable[[Any, Any], bool]) -> None:
         """Watch a container that is compared as a whole."""
@@ -158,9 +180,11 @@ class Surroundings:
             yield item.__func__, where
             yield item.__self__, type(item.__self__).__name__
         elif isinstance(item, functools.partial):
-            yield item.func, where
-            yield item.args, f"{where}'s arguments"
-            yield item.keywords, f"{where}'s arguments"
+            for part in ("func", "args", "keywords"):
+                value = getattr(item, part)
+                self._watch(ATTRIBUTE, item, part, value, f"{where}'s arguments", functools.partial(getattr, item, part))
+                yield value, where if part == "func" else f"{where}'s arguments"
+            yield from self._own(item, where)
         elif isinstance(item, (staticmethod, classmethod, property, functools.cached_property)):
             yield getattr(item, "fget" if isinstance(item, property) else "func" if hasattr(item, "func") else "__func__"), where
         elif isinstance(item, functools._lru_cache_wrapper):
@@ -176,15 +200,19 @@ class Surroundings:
             yield from self._class(item, where)
         elif isinstance(item, type(os.environ)):
             self._environment(where)
-        elif not isinstance(item, (types.ModuleType, types.BuiltinFunctionType)):
+        elif isinstance(item, types.ModuleType):
+            self._kept_modules.append((item, where))
+        elif not isinstance(item, types.BuiltinFunctionType):
             yield from self._object(item, where)
 
     def _object(self, item: Any, where: str) -> Iterator[tuple[Any, str]]:
         """A container, or an object with attributes."""
-        if isinstance(item, (dict, types.MappingProxyType)):
+        if isinstance(item, (dict, list)):
+            yield from self._table(item, where)
+        elif isinstance(item, types.MappingProxyType):
             self._size(item)
             yield from self._entries(item, list(item), where)
-        elif isinstance(item, (list, collections.deque)):
+        elif isinstance(item, collections.deque):
             self._size(item)
             yield from self._entries(item, range(len(item)), where)
         elif isinstance(item, tuple):
@@ -198,17 +226,29 @@ class Surroundings:
             self.iterators.append(where)
         if _from_library(type(item)) and not type(item).__module__.startswith(_RECORDS):
             return
-        table = getattr(item, "__dict__", None)
-        if isinstance(table, dict):
-            self._size(table)
-            yield from self._entries(table, list(table), where)
+        yield from self._own(item, where)
         yield from self._class(type(item), where)
         for base in type(item).__mro__:
             for key, member in vars(base).items():
-                if isinstance(member, types.MemberDescriptorType) and hasattr(item, key):
-                    value = getattr(item, key)
-                    self._watch(ATTRIBUTE, item, key, value, f"{where}.{key}", functools.partial(getattr, item, key))
-                    yield value, f"{where}.{key}"
+                if not isinstance(member, types.MemberDescriptorType) or _from_library(base):
+                    continue
+                try:
+                    value = member.__get__(item)
+                except AttributeError:
+                    self._equal(item, member, f"{where}.{key}", _is_unset)
+                    continue
+                self._watch(ATTRIBUTE, item, key, value, f"{where}.{key}", functools.partial(getattr, item, key))
+                yield value, f"{where}.{key}"
+
+    def _own(self, item: Any, where: str, apart: Iterable[str] = ()) -> Iterator[tuple[Any, str]]:
+        """The class of an object, and what it keeps under names."""
+        self._conditions.append((TYPE, item, None, type(item), False))
+        self._places.append((f"the class of {where}", functools.partial(type, item), type(item)))
+        table = getattr(item, "__dict__", None)
+        if isinstance(table, dict):
+            read = functools.partial(getattr, item, "__dict__")
+            self._watch(ATTRIBUTE, item, "__dict__", table, f"__dict__ of {where}", read)
+            yield from self._table(table, where, apart)
 
     def _environment(self, where: str) -> None:
         """Watch the variables of the process's environment."""
@@ -249,12 +289,12 @@ class Surroundings:
             value, read = getattr(function, part), functools.partial(getattr, function, part)
             self._watch(ATTRIBUTE, function, part, value, f"{part} of {function.__name__}", read)
         own = function.__dict__
-        self._size(own)
-        yield from self._entries(own, [key for key in own if key not in _OF_FUNCTIONS], function.__name__)
+        self._watch(ATTRIBUTE, function, "__dict__", own, f"__dict__ of {function.__name__}", lambda: function.__dict__)
+        yield from self._table(own, function.__name__, _OF_FUNCTIONS)
         self._words |= {*names, *code_strings(function.__code__)}
         yield from self._globals(function.__globals__, names)
-        for name in set(code_globals(function.__code__)) - function.__globals__.keys() - vars(builtins).keys():
-            self._equal(function.__globals__, name, f"the global `{name}`", _lacks)
+        absent = set(code_globals(function.__code__)) - function.__globals__.keys()
+        self._absent(function.__globals__, absent, "the global `{}`")
         yield from self._imports(function, names)
 
     def _imports(self, function: types.FunctionType, names: set[str]) -> Iterator[tuple[Any, str]]:
@@ -262,7 +302,7 @@ class Surroundings:
         for name in sorted(filter(_is_of_user, code_imports(function))):
             module = sys.modules.get(name)
             if module is None:
-                self._equal(sys.modules, name, f"the module `{name}`", _lacks)
+                self._absent(sys.modules, [name], "the module `{}`")
                 continue
             self._watch(ITEM, sys.modules, name, module, f"the module `{name}`", functools.partial(sys.modules.__getitem__, name))
             yield from self._named(module, names, name)
@@ -284,7 +324,13 @@ class Surroundings:
             return
         self._seen[id(module), frozenset(names)] = module
         table = vars(module)
-        for key in sorted(names & table.keys()):
+        self._conditions.append((TYPE, module, None, type(module), False))
+        self._places.append((f"the class of {where}", functools.partial(type, module), type(module)))
+        yield from self._class(type(module), where)
+        # A module may answer for names that it lacks.
+        asked = {*names, "__getattr__"}
+        self._absent(table, asked - table.keys(), where + ".{}")
+        for key in sorted(asked & table.keys()):
             value = table[key]
             if isinstance(value, types.ModuleType):
                 yield from self._named(value, names, f"{where}.{key}")
@@ -294,33 +340,71 @@ class Surroundings:
 
     def _class(self, kind: type, where: str) -> Iterator[tuple[Any, str]]:
         """The methods and attributes of a class and its bases, apart from those of libraries."""
+        if (kind, "class") in self._seen:
+            return
+        if not _from_library(kind):
+            read = functools.partial(getattr, kind, "__mro__")
+            self._watch(ATTRIBUTE, kind, "__mro__", kind.__mro__, f"the bases of {kind.__name__}", read)
         for base in kind.__mro__:
             if _from_library(base) or (base, "class") in self._seen:
                 continue
             self._seen[base, "class"] = base
-            table = vars(base)
-            self._size(table)
-            slots = {key for key, value in table.items() if isinstance(value, types.MemberDescriptorType)}
-            yield from self._entries(table, [key for key in table if key not in slots and key not in _OF_CLASSES], where)
+            slots = {key for key, value in vars(base).items() if isinstance(value, types.MemberDescriptorType)}
+            yield from self._table(base, where, slots | _OF_CLASSES)
+            self._conditions.append((TYPE, base, None, type(base), False))
+            self._places.append((f"the class of {base.__name__}", functools.partial(type, base), type(base)))
+            yield from self._class(type(base), f"the class of {base.__name__}")
 
     def _module(self, module: torch.nn.Module, where: str) -> Iterator[tuple[Any, str]]:
-        table = module.__dict__
-        self._size(table)
-        for key, value in table.items():
-            if key in _OF_MODULES:
-                continue
-            if key.endswith("_hooks") or key == "_forward_hooks_with_kwargs" or key == "_forward_pre_hooks_with_kwargs":
-                if value.__class__ is not bool and hasattr(value, "__len__"):
-                    self._size(value)
-                    if value:
-                        yield from ((hook, f"a hook of {where}") for hook in value.values())
-            elif key in ("_parameters", "_buffers", "_modules"):
-                self._size(value)
-                yield from self._entries(value, list(value), where)
-            else:
-                self._watch(ITEM, table, key, value, f"{where}.{key}", functools.partial(table.__getitem__, key))
-                yield value, f"{where}.{key}"
-        yield from self._class(type(module), where)
+        empty: list[Any] = []
+        for value, name in self._own(module, where, _OF_MODULES):
+            key = name.rpartition(".")[2]
+            if key in _HOOKS_OF_MODULES or (key.endswith("_hooks") and isinstance(value, dict)):
+                if value:
+                    yield from ((hook, f"a hook of {where}") for hook, _ in self._table(value, name))
+                elif isinstance(value, dict):
+                    empty.append(value)
+            elif key not in ("_parameters", "_buffers", "_modules"):
+                yield value, name
+            elif value:
+                yield from self._table(value, where)
+            elif isinstance(value, dict):
+                empty.append(value)
+        self._conditions.append((EMPTY, None, None, tuple(empty), False))
+        kind = type(module)
+        if _from_library(kind) and (kind, "forward") not in self._seen:
+            self._seen[kind, "forward"] = kind
+            self._watch(ATTRIBUTE, kind, "forward", kind.forward, f"forward of {kind.__name__}", lambda: kind.forward)
+        yield from self._class(kind, where)
+
+    def _absent(self, table: dict[str, Any], names: Iterable[str], where: str) -> None:
+        """Watch that a dictionary has none of some names."""
+        names = tuple(sorted(names))
+        if names:
+            self._conditions.append((LACKS, table, None, names, False))
+            self._places.extend((where.format(name), functools.partial(table.get, name), None) for name in names)
+
+    def _of_kept_modules(self) -> list[tuple[Any, str]]:
+        """What the code may read of modules of Python that are kept in objects."""
+        words = set(self._words)
+        return [found for module, where in self._kept_modules for found in self._named(module, words, where)]
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether an object is its value, and has no attributes of a user's."""
+    return isinstance(item, _PLAIN) and _from_library(type(item))
+
+
+def _by_value(value: Any) -> bool:
+    return not isinstance(value, (bool, type(None))) and _is_plain(value)
+
+
+def _named_entry(where: str, key: Any) -> str:
+    return f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
+
+
+def _entry(table: Any, key: Any) -> Any:
+    return dict.__getitem__(table, key) if isinstance(table, dict) else table[key]
 
 
 def _is_of_user(name: str) -> bool:
@@ -348,24 +432,20 @@ def _same_arrays(array: Any, kept: Any) -> bool:
     return array.shape == kept.shape and array.dtype == kept.dtype and array.tobytes() == kept.tobytes()
 
 
-def _same_items(container: Any, kept: tuple[Any, ...]) -> bool:
-    return len(container) == len(kept) and all(map(operator.is_, container, kept))
-
-
-def _same_entries(table: Any, kept: tuple[tuple[Any, ...], tuple[Any, ...]]) -> bool:
-    return _same_items(table, kept[0]) and all(map(operator.is_, table.values(), kept[1]))
-
-
-def _lacks(table: Any, name: str) -> bool:
-    return name not in table
-
-
 def _is_empty(cell: Any, expected: bool) -> bool:
     try:
         cell.cell_contents  # noqa: B018 - raises where there is none
     except ValueError:
         return expected
     return not expected
+
+
+def _is_unset(item: Any, member: Any) -> bool:
+    try:
+        member.__get__(item)
+    except AttributeError:
+        return True
+    return False
 
 
 def _equal_sets(container: set[Any], kept: frozenset[Any]) -> bool:

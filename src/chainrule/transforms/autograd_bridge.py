@@ -1,12 +1,13 @@
 """torch.autograd inside a transformed function: ``autograd.grad``, ``backward`` and users' ``autograd.Function``.
 
 A tape does not ask torch to build a graph (it would cost every op), so torch's engine does not know the tape's tensors.
-Two entry points of torch are wrapped once, when chainrule is imported; outside of a chainrule transform, and for tensors
-that torch's own graph knows, both do exactly what they did before:
+Three entry points of torch are wrapped once, when chainrule is imported; outside of a chainrule transform, and for tensors
+that torch's own graph knows, they do exactly what they did before:
 
 - the backward engine: a request for gradients with respect to tensors of an active tape is answered from the tape;
 - ``autograd.Function.apply``: on tensors of an active tape the call is recorded as one op whose derivative is the
-  user's own ``backward`` (and ``jvp``).
+  user's own ``backward`` (and ``jvp``);
+- ``torch.utils.checkpoint`` without reentry: what it would run is run, and nothing is computed anew.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.variable import Variable
 from torch.nn.modules._functions import BackwardHookFunction
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.arguments import APPLY_CODES
@@ -431,8 +433,33 @@ def _plain_apply() -> Callable[..., Any]:
     return apply
 
 
+class _NoRecomputation:
+    """The context in which checkpointing packs what torch's graph saves, but inside of a transform.
+
+    What the graph saves there are tensors of the transform's levels and plans: running the function once more, after the
+    transform has ended, would not give them.
+
+    Args:
+        hooks: torch's context.
+    """
+
+    def __init__(self, hooks: Any) -> None:
+        self._hooks = hooks
+        self._entered = not any(
+            isinstance(mode, (Tape, VmapMode)) for mode in _get_current_dispatch_mode_stack()
+        )
+
+    def __enter__(self) -> None:
+        if self._entered:
+            self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._entered:
+            self._hooks.__exit__(*error)
+
+
 def install() -> None:
-    """Wrap torch's two entry points (once)."""
+    """Wrap torch's entry points (once)."""
     engine = Variable._execution_engine  # type: ignore[attr-defined]
     if isinstance(engine, EngineBridge):
         return
@@ -445,6 +472,9 @@ def install() -> None:
             return _apply_function(lambda *a, **k: plain(cls, *a, **k), cls, args, kwargs)
         return plain(cls, *args, **kwargs)
 
+    hooks = getattr(checkpoint, "_checkpoint_hook", None)
+    if hooks is not None:
+        checkpoint._checkpoint_hook = lambda *args: _NoRecomputation(hooks(*args))  # type: ignore[misc, assignment]
     TAKEN[torch.Tensor.grad_fn.__get__] = _node_of  # type: ignore[union-attr]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
 
