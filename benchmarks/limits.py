@@ -81,8 +81,8 @@ LIMITS: dict[str, str] = {
     "B14c": "by hand, with each layer's share added inside its product, 1.5 times faster than torch.func: 125 million "
     "multiply-adds in three products take some 5.2 of 5.9 ms. One with weights that all tangents share runs at 34 "
     "multiply-adds a nanosecond, those of 32 rows with 100 matrices at 19 in each of six layouts tried (2.4 to 2.8 ms "
-    "for 52 million), as they read 6.6 MB once. Kept: each layer's share is added inside its product, as by hand (a layer of 128 by "
-    "128 takes 3.65 ms of the processor in place of 4.19). Recording the network and entering the map take 0.6 to 0.8.",
+    "for 52 million), as they read 6.6 MB once. Kept: each layer's share is added inside its product, as by hand (a layer of "
+    "128 by 128 takes 3.65 ms of the processor in place of 4.19). Recording the network and entering the map take 0.6 to 0.8.",
     "B14d": "by hand 1.3 times faster than torch.func (5.2 against 6.9 ms of the processor), and the mapped pullback takes "
     "5.4 ms: 126 million multiply-adds, of which those for the weights' cotangents write 6.6 MB. One product for all "
     "samples, with these first in memory, is no faster than a product per cotangent (2.4 against 2.2 ms). Recording "
