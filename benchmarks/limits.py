@@ -14,7 +14,7 @@ LIMITS: dict[str, str] = {
     "A3": "as A2, whose text says what was tried.",
     "A7": "bound by writing the result, most of which are zeros: the formula by hand is itself 11 to 14 times faster than "
     "torch.func. Kept: the blocks are written onto the diagonal of fresh zeros without a temporary; the two calls of "
-    "the row are made one after the other, each with its entry. By the time of the processor the ratio is 15 to 18.",
+    "the row are made one after the other, each with its entry. By the time of the processor the ratio is 12 to 18.",
     "A5": "a third of the call is arithmetic; most of the rest is running the layer under a tape and a vmap, whose first op "
     "in a call costs 10 to 15 µs more than a further one: its code is not in the processor's cache any more. Kept: alias, "
     "tape, level, key, look-up and replay in one call in C (half of the time beside the kernels), replay on the stored "
