@@ -33,11 +33,11 @@ _CONVOLUTIONS = frozenset(
 #: Functions, beside element-wise ones and views, that hold nothing but their results (on contiguous arguments).
 _WITHOUT_WORKSPACE = frozenset(
     {
-        "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "matmul", "sum", "cat", "stack", "zeros", "ones", "full", "eye", "arange",
-        "empty", "zeros_like", "ones_like", "new_zeros", "new_empty", "new_full", "new_ones", "reshape", "contiguous", "to",
-        "gather", "index_select", "scatter_add", "scatter", "index_add", "where", "amax", "amin", "broadcast_to", "__getitem__",
-        "flatten", "outer", "diag_embed", "cumsum", "flip", "tril", "triu", "linear", "clone", "narrow", "embed_diagonals",
-        "assembled",
+        "mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "matmul", "sum", "cat", "stack", "zeros", "ones", "full", "eye",
+        "arange", "empty", "zeros_like", "ones_like", "new_zeros", "new_empty", "new_full", "new_ones", "reshape", "contiguous",
+        "to", "gather", "index_select", "scatter_add", "scatter", "index_add", "where", "amax", "amin", "broadcast_to",
+        "__getitem__", "flatten", "outer", "diag_embed", "cumsum", "flip", "tril", "triu", "linear", "clone", "narrow",
+        "embed_diagonals", "assembled",
     }
 )  # fmt: skip
 

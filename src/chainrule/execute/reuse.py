@@ -44,11 +44,14 @@ _THROUGH = frozenset({torch.tril, torch.triu, torch.cumsum})
 #: The same, of calls that add to what is there or put it in places.
 _ON_FIRST = frozenset({torch.scatter_add, torch.scatter, torch.index_add})
 
+#: The same, of products that add to what is there.
+_ADDED_PRODUCTS = frozenset({torch.addmm, torch.baddbmm, torch.addmv})
+
 #: Functions (beside those above) whose results are memory that nothing else uses.
 _FRESH = frozenset(
     {
-        torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.mv, torch.dot, torch.sum, torch.zeros, torch.ones, torch.clone,
-        torch.Tensor.clone, torch.cat, torch.stack, torch.gather, torch.index_select, torch.maximum, torch.minimum,
+        torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.addmv, torch.mv, torch.dot, torch.sum, torch.zeros, torch.ones,
+        torch.clone, torch.Tensor.clone, torch.cat, torch.stack, torch.gather, torch.index_select, torch.maximum, torch.minimum,
         assembled, layer_norm_backward,
     }
 )  # fmt: skip
@@ -67,7 +70,7 @@ _FRESH_OPS = frozenset(
 )  # fmt: skip
 
 #: Views of all that their first argument holds.
-_WHOLE_VIEWS = frozenset(
+WHOLE_VIEWS = frozenset(
     {
         torch.reshape, torch.permute, torch.t, torch.unsqueeze, torch.squeeze, torch.transpose, torch.movedim, torch.flatten,
         torch.swapaxes, torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.unsqueeze, torch.Tensor.squeeze,
@@ -179,7 +182,7 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
         return None  # with numbers it has no argument ``out``
     if instruction.function in _POINTWISE or instruction.function in _WRITING:
         operands = instruction.args
-    elif instruction.function in _ON_FIRST or instruction.function in _THROUGH:
+    elif instruction.function in _ON_FIRST or instruction.function in _THROUGH or instruction.function in _ADDED_PRODUCTS:
         operands = instruction.args[:1]
     elif instruction.function is assembled:
         operands = instruction.args[1:2]
@@ -217,7 +220,7 @@ class _Lives:
         self.kept = {slot for slot in kept if slot is not None}
         self.last.update((self.root(slot), len(instructions)) for slot in self.kept)
         # A result that may be a view of an argument behind the first one: that argument's memory is left alone.
-        unknown = [i for i in instructions if self.fresh.isdisjoint(i.outputs) and i.function not in _WHOLE_VIEWS]
+        unknown = [i for i in instructions if self.fresh.isdisjoint(i.outputs) and i.function not in WHOLE_VIEWS]
         behind = [slot for i in unknown for slot in refs((i.args[1:], tuple(i.kwargs.values())))]
         self.last.update((self.root(slot), len(instructions)) for slot in behind)
 
@@ -263,7 +266,7 @@ class _Lives:
                 slot = self.joined[slot]
                 continue
             view = self.producers[slot]
-            if view.function not in _WHOLE_VIEWS:
+            if view.function not in WHOLE_VIEWS:
                 return False
             slot = view.args[0].slot
         return True
@@ -290,4 +293,4 @@ def _is_fresh(function: Callable[..., Any]) -> bool:
     )
 
 
-__all__ = ["reusing", "scattered", "written_over"]
+__all__ = ["WHOLE_VIEWS", "reusing", "scattered", "written_over"]

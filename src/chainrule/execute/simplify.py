@@ -11,6 +11,7 @@ import torch
 from chainrule.calls import number_constant
 from chainrule.dispatch import undispatched
 from chainrule.execute.destinations import with_destinations
+from chainrule.execute.product_sums import with_added_products
 from chainrule.execute.renaming import renamed
 from chainrule.execute.sharing import TRANSPOSES, share
 from chainrule.execute.spelling import spell
@@ -75,13 +76,14 @@ def simplify(
     kept = with_short_chains(program, kept, _roots(program, kept, wanted), memory.touched)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
-    layered = _with_layers(program, kept, wanted, memory)
-    kept, made = _fuse(program, layered, wanted, memory)
-    if program.recorded and len(kept) < len(layered):
+    joined = with_added_products(program, kept, wanted, _roots(program, kept, wanted), memory.touched)
+    layered = _with_layers(program, joined, wanted, memory)
+    fused, made = _fuse(program, layered, wanted, memory)
+    if program.recorded and (joined is not kept or len(fused) < len(layered)):
         # Plans that were made before have fused their calls already: only now are others equal to these.
         unwritten = {slot: value for slot, value in constants.items() if slot not in memory.written}
-        kept = share(program, kept, _roots(program, kept, wanted), {**unwritten, **made}, memory.touched)
-    kept = with_destinations(program, _needed(kept, wanted, memory), wanted)
+        fused = share(program, fused, _roots(program, fused, wanted), {**unwritten, **made}, memory.touched)
+    kept = with_destinations(program, _needed(fused, wanted, memory), wanted)
     kept = [_as_view(program, i) if memory.touched(i) else i for i in kept]
     cheapest, numbers = spell(program, kept) if spelled else (kept, {})
     return cheapest, {**folded, **made, **numbers}
