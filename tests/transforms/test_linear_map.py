@@ -309,6 +309,32 @@ def test_steps_under_no_grad_are_constant_as_in_the_transform() -> None:
     close(H.diagonal(), H.dense().diagonal())
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+def test_value_and_gradient_of_a_hessian_with_steps_under_no_grad(tracked: bool) -> None:
+    calls = []
+
+    def energy(x: Tensor) -> Tensor:
+        calls.append(1)
+        return (no_grad_inside(x) * x.roll(1)).sum() * len(calls)
+
+    x = randn(3).requires_grad_(tracked)
+    H, aux = chainrule.hessian(lambda x: (energy(x), "aux"), layout="operator", has_aux=True)(x)
+    number, calls[:] = len(calls), [1] * (len(calls) - 1)
+    assert aux == "aux"
+    # All are of one run of the function.
+    plain = x.detach()
+    close(H.value.detach(), energy(plain))
+    calls[:] = [1] * (number - 1)
+    close(H.output.detach(), torch.func.grad(energy)(plain))
+    calls[:] = [1] * (number - 1)
+    whole = torch.func.hessian(energy)(plain)
+    close(H.dense().detach(), whole)
+    close(H.trace().detach(), whole.trace())
+    close((H.T @ torch.ones_like(plain)).detach(), whole.sum(0))
+    assert not torch.equal(whole, whole.T)
+    assert H.value.requires_grad == tracked
+
+
 # Nests
 
 

@@ -319,7 +319,45 @@ def test_hessians_that_are_not_symmetric_are_computed_whole():
         torch.testing.assert_close(found, dense)
     torch.testing.assert_close(chainrule.hessian(blocked)(x), torch.func.hessian(blocked)(x))
     with pytest.raises(RuntimeError, match="runs under no_grad"):
-        chainrule.hessian(blocked, layout="sparse_coo", triangular="lower")(x)
+        chainrule.hessian(lambda x: blocked(x)[None], layout="sparse_coo")(x)
+
+
+def blocked_pair(x, y):
+    with torch.no_grad():
+        fixed = x.roll(1)
+    return ((x + y) ** 2 * fixed).sum() + (y[1:] * fixed[:-1] ** 2).sum()
+
+
+def equal_gradients(x, y):
+    """One value is the gradient by both arguments."""
+    with torch.no_grad():
+        fixed = (x * 2).sum()
+    return ((x + y) ** 3).sum() + 0 * fixed
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+@pytest.mark.parametrize("function", [blocked_pair, equal_gradients])
+def test_triangles_of_hessians_that_are_not_symmetric(function, layout):
+    for seed in range(4):
+        x, y = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for argnums in (0, 1, (0, 1), (1, 0)):
+            whole = torch.func.hessian(function, argnums)(x, y)
+            for triangular, cut in (("lower", torch.tril), ("upper", torch.triu)):
+                transform = chainrule.hessian(lambda *a: (function(*a), 3), argnums, has_aux=True, layout=layout, triangular=triangular)
+                found, aux = transform(x, y)
+                assert aux == 3
+                if isinstance(argnums, int):
+                    torch.testing.assert_close(found.to_dense(), cut(whole))
+                    continue
+                for row in range(2):
+                    for column in range(2):
+                        block = found[row][column]
+                        if row == column:
+                            torch.testing.assert_close(block.to_dense(), cut(whole[row][column]))
+                        elif (row > column) == (triangular == "lower"):
+                            torch.testing.assert_close(block.to_dense(), whole[row][column])
+                        else:
+                            assert block.values().numel() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

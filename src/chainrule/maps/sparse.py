@@ -30,7 +30,7 @@ from chainrule.maps.nonzeros import (
     summed,
     without_shared,
 )
-from chainrule.maps.onehots import gather, mask_factor
+from chainrule.maps.onehots import dense_relation, gather, mask_factor
 from chainrule.maps.places import Places
 from chainrule.maps.sorted_places import join_equal
 from chainrule.maps.stacks import stacked
@@ -58,7 +58,7 @@ class SparseWorkspace(Workspace):
 
     Attributes:
         program: where indices are computed now, and values later.
-        widened: the slots of integer and boolean tensors that depend on the inputs: what they select is any element.
+        widened: the slots of tensors that depend on the inputs: what they select is any element.
         derived: the slots of constants that depend on the inputs: masks among them are values, of which nothing is known.
         values: the values of the tape.
         zeros: by slot, for values with zeros that are known, where the others are; None if nobody has looked.
@@ -123,16 +123,17 @@ class SparseWorkspace(Workspace):
 
     def from_tape(self, term: Term) -> Term:
         """The term of a rule with concrete relations."""
-        kept = []
+        kept, factors = [], term.factors
         for onehot in term.onehots:
             staged = onehot.index.force(self.program)
             if self.widened:
                 inputs, _ = self._sources([staged])
                 if not self.widened.isdisjoint(key for key in inputs if isinstance(key, int)):
+                    factors = (*factors, dense_relation(onehot, self.dtype, self.memo))
                     continue
             self._leaves.append(staged)
             kept.append(onehot)
-        return self.canonical(self._without_zeros(term.having(onehots=tuple(kept))))
+        return self.canonical(self._without_zeros(term.having(factors=factors, onehots=tuple(kept))))
 
     def _without_zeros(self, term: Term) -> Term:
         """The term with each mask, whose zeros are known, as a list of the places where it is not zero."""
@@ -189,8 +190,7 @@ class SparseWorkspace(Workspace):
 
     def is_readable(self, slot: int) -> bool:
         """Whether a value is a constant that may be read now, and is compared later: nothing outside sees it otherwise."""
-        value = self.values[slot]
-        return slot in self.constants and (value.dtype.is_floating_point or slot not in self.widened)
+        return slot in self.constants and slot not in self.widened
 
     def _listed(self, places: torch.Tensor, axes: Sequence[Axis]) -> list[OneHot]:
         """Relations from a new axis, which counts the rows of ``places``, to what stands in its columns."""

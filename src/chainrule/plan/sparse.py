@@ -35,6 +35,7 @@ from chainrule.plan.patterns import (
     triangle_of,
 )
 from chainrule.plan.planner import make_workspace
+from chainrule.plan.widening import unselected
 from chainrule.rules.zeros import static_zeros
 
 #: From so many vertices on between inputs and outputs, local Jacobians are held by rows.
@@ -191,22 +192,30 @@ def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
 
 
 def find_patterns(
-    tape: Any, request: SparseRequest, widened: frozenset[int] = frozenset(), *, everywhere: bool = False
-) -> dict[Key, Pattern]:
-    """Where every block may have non-zeros; nothing but indices is computed.
+    tape: Any,
+    request: SparseRequest,
+    widened: frozenset[int] = frozenset(),
+    sized: frozenset[int] = frozenset(),
+    *,
+    everywhere: bool = False,
+) -> tuple[dict[Key, Pattern], frozenset[int]]:
+    """Where every block may have non-zeros, and the inputs of which nothing is known; nothing but indices is computed.
 
     Args:
         tape: the finished tape.
         request: what is asked.
-        widened: slots of indices and masks that could select anything.
+        widened: slots of what depends on the inputs: indices and masks among them could select anything.
+        sized: slots of what has a shape that depends on values, and of what follows from them.
         everywhere: whether what ops choose by value is any element.
     """
     workspace = sparse_workspace(tape, (*request.inputs, *request.outputs), widened)
     workspace.everywhere = everywhere
-    graph = _condensed(tape, structured_graph(tape, *_slots(request), workspace), request, workspace)
+    local = structured_graph(tape, *_slots(request), workspace)
+    graph = _condensed(tape, local, request, workspace)
     found = find_blocks(_accumulated(tape, graph, *_slots(request), "reverse", workspace), workspace)
     workspace.memo.clear()
-    return {key: block.pattern for key, block in found.items()}
+    unknown = unselected(tape, local, request.inputs, sized) if sized else sized
+    return {key: block.pattern for key, block in found.items()}, unknown
 
 
 def _slots(request: SparseRequest | Jacobian) -> tuple[list[int], list[int]]:

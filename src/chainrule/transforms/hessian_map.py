@@ -14,7 +14,7 @@ from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.dispatch import entry_point
 from chainrule.plan.second_order import HoldsMore, second_order
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums
-from chainrule.transforms.derivatives import grad
+from chainrule.transforms.derivatives import grad_and_value
 from chainrule.transforms.jacobian_map import JacobianMap, input_space, jacobian_map
 from chainrule.transforms.levels import Level
 from chainrule.transforms.map_entries import held_by_entries
@@ -25,19 +25,25 @@ from chainrule.transforms.trace import Traced, active_slot, trace
 
 
 class HessianMap(JacobianMap):
-    """The Hessian of a scalar function: the Jacobian of its gradient, which is recorded on the tape of the function's run.
+    """The Hessian of a scalar function: the Jacobian of its gradient.
+
+    Args:
+        value: what the function returned.
+        gradient: the run that made the gradient.
+        in_space: the space of the input.
+        function: the function's run, on whose tape the gradient is recorded; None where it is not, and the map is not symmetric.
 
     Attributes:
         value: what the function returned.
         output: its gradient, in the structure of the input.
     """
 
-    def __init__(self, traced: Traced, gradient: Traced, in_space: Space) -> None:
-        super().__init__(gradient, in_space, symmetric=True)
-        self.value = traced.output()
-        self._function = traced
+    def __init__(self, value: Any, gradient: Traced, in_space: Space, function: Traced | None) -> None:
+        super().__init__(gradient, in_space, symmetric=function is not None)
+        self.value = value
         # Where values in between are complex, the curvatures of ops do not simply add up.
-        self._by_curvatures = not any(isinstance(v, torch.Tensor) and v.is_complex() for v in traced.tape.values)
+        is_complex = function and any(isinstance(v, torch.Tensor) and v.is_complex() for v in function.tape.values)
+        self._function = None if is_complex else function
 
     def diagonal(self) -> Any:
         """The diagonal, as :func:`chainrule.hessian_diagonal` computes it: the Hessian is not formed.
@@ -63,7 +69,8 @@ class HessianMap(JacobianMap):
 
     def _contracted(self, *, diagonal: bool) -> list[torch.Tensor] | None:
         """The diagonal of the block of each input with itself, or its sum; None where curvatures are not the way to it."""
-        if not self._by_curvatures:
+        run = self._function
+        if run is None:
             return None
         limit = held_by_entries(self, "diagonal" if diagonal else "trace")
 
@@ -82,14 +89,13 @@ class HessianMap(JacobianMap):
                 parts.append(part.reshape(shape).to(leaf.dtype))
             return parts
 
-        run = self._function
         whole = replace(run, in_leaves=[run.tape.values[slot] for slot in run.in_slots])
         name = "hessian_diagonal" if diagonal else "laplacian"
         level = Level(_no_function, name, None, False, finish, (name, "map", limit is None))
         try:
             found: list[torch.Tensor] = run_recorded(level, whole)
         except HoldsMore:
-            self._by_curvatures = False
+            self._function = None
             return None
         return found
 
@@ -131,8 +137,10 @@ def hessian_map(
         )
     if traced.tape.saw_blocked:
         # Only the first of the two derivatives takes what runs under no_grad for constant: not one tape, and not symmetric.
-        found = jacobian_map(grad(func, argnums, has_aux), args, argnums, has_aux, kwargs, name, respect_no_grad=False)
-        return found[0], traced.aux
+        first = grad_and_value(func, argnums, has_aux)
+        found, rest = jacobian_map(first, args, argnums, True, kwargs, name, respect_no_grad=False)
+        value, aux = rest if has_aux else (rest, None)
+        return HessianMap(value, found.run, found.in_space, None), aux
     tape, (slot,) = traced.tape, traced.out_slots
     leaves: list[torch.Tensor | None] = [None] * len(traced.in_slots)
     if slot is not None:
@@ -147,7 +155,8 @@ def hessian_map(
         torch.zeros_like(primal) if leaf is None else leaf for leaf, primal in zip(leaves, traced.in_leaves, strict=True)
     ]
     slots = [active_slot(tape, leaf) for leaf in gradient]
-    return HessianMap(traced, replace(traced, out_leaves=gradient, out_spec=space.spec, out_slots=slots), space), traced.aux
+    run = replace(traced, out_leaves=gradient, out_spec=space.spec, out_slots=slots)
+    return HessianMap(traced.output(), run, space, traced), traced.aux
 
 
 def hessian_transform(func: Callable[..., Any], argnums: Argnums, has_aux: bool) -> Callable[..., Any]:

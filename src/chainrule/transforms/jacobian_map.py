@@ -27,11 +27,11 @@ class JacobianMap(LinearMap):
 
     def __init__(self, traced: Traced, in_space: Space, *, symmetric: bool = False) -> None:
         super().__init__(Space.of(traced.out_leaves, traced.out_spec), in_space, symmetric=symmetric)
-        self._traced = traced
+        self.run = traced
         self.output = traced.output()
 
     def _expression(self, frame: Frame) -> Expression:
-        traced = self._traced
+        traced = self.run
         offset = frame.place(traced.tape)
         return Jacobian(
             tuple(slot + offset for slot in traced.in_slots),
@@ -39,7 +39,7 @@ class JacobianMap(LinearMap):
         )
 
     def _push(self, leaves: list[torch.Tensor], columns: int | None) -> list[torch.Tensor]:
-        traced, space = self._traced, self.out_space
+        traced, space = self.run, self.out_space
         after = () if columns is None else (columns,)
         found: dict[Any, torch.Tensor | None] = {}
         if any(slot is not None for slot in traced.out_slots):
@@ -48,7 +48,7 @@ class JacobianMap(LinearMap):
         return [space.zeros(n, space.dtypes[n], after=after) if r is None else r for n, r in enumerate(results)]
 
     def _pull(self, leaves: list[torch.Tensor], columns: int | None) -> list[torch.Tensor]:
-        traced, space = self._traced, self.in_space
+        traced, space = self.run, self.in_space
         after = () if columns is None else (columns,)
         pairs = [(slot, leaf) for slot, leaf in zip(traced.out_slots, leaves, strict=True) if slot is not None]
         found: dict[Any, torch.Tensor | None] = {}

@@ -56,7 +56,7 @@ class _Way:
 
 def sparse_jacobian(
     func: Callable[..., Any], argnums: Argnums, has_aux: bool, layout: str, name: str, order: str, cast: str,
-    check: Callable[[Traced], None],
+    check: Callable[[Traced], None], triangle: str | None = None,
 ) -> Callable[..., Any]:
     """The transform of a sparse Jacobian.
 
@@ -69,12 +69,13 @@ def sparse_jacobian(
         order: ``forward``, ``reverse`` or ``auto``.
         cast: whether results take the dtype of the ``input`` or of the ``output``.
         check: refuses runs that have no Jacobian.
+        triangle: of a gradient's Jacobian, ``lower`` or ``upper`` for that triangle alone.
     """
 
     def extra(slot: int, grad_enabled: bool) -> Any:
         return (layout, *sparse_key(SparseRequest((0,), (slot,), order, cast)))
 
-    way = _Way(None if has_aux else route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward"))
+    way = _Way(None if has_aux or triangle is not None else route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward"))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         traced: Any = NotImplemented
@@ -89,10 +90,10 @@ def sparse_jacobian(
         check(traced)
         refuse_hidden(traced.hidden, name)
         refuse_hooks(traced.tape, f"{name} with a sparse layout")
-        outputs = tuple(slot for slot in traced.out_slots if slot is not None)
+        sources, outputs = tuple(traced.in_slots), tuple(slot for slot in traced.out_slots if slot is not None)
         found: Found = {}
-        if outputs:
-            request = SparseRequest(tuple(traced.in_slots), outputs, order, cast)
+        if triangle is None and outputs:
+            request = SparseRequest(sources, outputs, order, cast)
             if alone:
                 plan = find_plan(traced.tape, request)
                 _shorten(traced, extra, layout, plan)
@@ -100,7 +101,10 @@ def sparse_jacobian(
             else:
                 found = execute_sparse(traced.tape, request)
         blocks = []
-        for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
+        for number, (slot, out) in enumerate(zip(traced.out_slots, traced.out_leaves, strict=True)):
+            if triangle is not None and slot is not None:
+                # One gradient may serve two inputs, and have another part in the triangle for each.
+                found = execute_sparse(traced.tape, SparseRequest(sources, (slot,), order, cast, triangle, (number,)))
             row = []
             for source, leaf in zip(traced.in_slots, traced.in_leaves, strict=True):
                 known = found.get((slot, source)) if slot is not None else None
@@ -129,7 +133,7 @@ def sparse_hessian(
         check: refuses runs that have no Hessian.
     """
     of_gradient = sparse_jacobian(
-        grad(func, argnums, has_aux), argnums, has_aux, layout, "hessian", "forward", "output", lambda traced: None
+        grad(func, argnums, has_aux), argnums, has_aux, layout, "hessian", "forward", "output", lambda traced: None, triangular
     )
 
     def extra(slot: int, grad_enabled: bool) -> Any:
@@ -151,10 +155,10 @@ def sparse_hessian(
         refuse_hooks(traced.tape, "hessian with a sparse layout")
         if traced.tape.saw_blocked:
             # Only the first of the two derivatives takes what runs under no_grad for constant: not one tape.
-            if triangular is not None or len(traced.out_leaves) != 1 or traced.out_leaves[0].dim():
+            if len(traced.out_leaves) != 1 or traced.out_leaves[0].dim():
                 raise RuntimeError(
-                    "hessian: a part of the function runs under no_grad: the sparse layouts give the Hessian of one scalar then, "
-                    "and all of it (without triangular=). Use layout='dense'"
+                    "hessian: a part of the function runs under no_grad: the sparse layouts give the Hessian of one scalar then. "
+                    "Use layout='dense'"
                 )
             return of_gradient(*args, **kwargs)
         blocks = []

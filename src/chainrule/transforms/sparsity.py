@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chainrule.plan.patterns import Pattern
 from chainrule.plan.sparse import SparseRequest, find_patterns
 from chainrule.transforms.arguments import Argnums, resolve_argnums, tree_flatten
 from chainrule.transforms.trace import Traced, trace
@@ -125,55 +126,122 @@ def sparsity(func: Callable[..., Any], *args: Any, argnums: Argnums = 0, global_
         leaves = tree_flatten(tuple(args[number] for number in positions))[0]
         with _Dependents(leaves) as dependents:
             traced = trace(func, args, positions, {}, "sparsity")
-        tape = traced.tape
-        widened = frozenset(
-            slot for slot, value in enumerate(tape.values)
-            if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and id(value) in dependents.known
-        )  # fmt: skip
+        tensors = [(slot, value) for slot, value in enumerate(traced.tape.values) if isinstance(value, torch.Tensor)]
+        widened = frozenset(slot for slot, value in tensors if dependents.has(value))
+        sized = frozenset(slot for slot, value in tensors if dependents.has_sized(value))
     else:
-        traced, widened = trace(func, args, positions, {}, "sparsity"), frozenset()
+        traced, widened, sized = trace(func, args, positions, {}, "sparsity"), frozenset(), frozenset()
     shape = sum(leaf.numel() for leaf in traced.out_leaves), sum(leaf.numel() for leaf in traced.in_leaves)
-    keys = list(_keys(traced, widened, shape[1], everywhere=global_))
+    keys = list(_keys(traced, widened, sized, shape[1], everywhere=global_))
     whole = torch.cat(keys).sort().values if keys else torch.empty(0, dtype=torch.long, device=traced.in_leaves[0].device)
     columns = max(shape[1], 1)
     return Sparsity(torch.stack([torch.div(whole, columns, rounding_mode="floor"), torch.remainder(whole, columns)]), shape)
 
 
-def _keys(traced: Traced, widened: frozenset[int], columns: int, *, everywhere: bool) -> Iterator[torch.Tensor]:
+def _keys(
+    traced: Traced, widened: frozenset[int], sized: frozenset[int], columns: int, *, everywhere: bool
+) -> Iterator[torch.Tensor]:
     """The entries of the blocks as numbers: row of the whole times ``columns`` plus column of the whole."""
     outputs = tuple(slot for slot in traced.out_slots if slot is not None)
-    if not outputs:
+    if not outputs and not sized:
         return
-    found = find_patterns(traced.tape, SparseRequest(tuple(traced.in_slots), outputs), widened, everywhere=everywhere)
+    request = SparseRequest(tuple(traced.in_slots), outputs)
+    found, unknown = find_patterns(traced.tape, request, widened, sized, everywhere=everywhere)
     row = 0
     for slot, out in zip(traced.out_slots, traced.out_leaves, strict=True):
         column = 0
         for source, leaf in zip(traced.in_slots, traced.in_leaves, strict=True):
             pattern = found.get((slot, source)) if slot is not None else None
+            if source in unknown:
+                every = torch.arange(out.numel() * leaf.numel(), device=leaf.device)
+                pattern = Pattern(tuple(out.shape), tuple(leaf.shape), every)
             if pattern is not None:
-                rows = torch.div(pattern.keys, pattern.columns, rounding_mode="floor") + row
-                yield rows * columns + torch.remainder(pattern.keys, pattern.columns) + column
+                rows = torch.div(pattern.keys, max(pattern.columns, 1), rounding_mode="floor") + row
+                yield rows * columns + torch.remainder(pattern.keys, max(pattern.columns, 1)) + column
             column += leaf.numel()
         row += out.numel()
 
 
 class _Dependents(TorchDispatchMode):
-    """Notes which tensors are computed from given ones, indices and masks included."""
+    """Notes which tensors are computed from given ones, indices and masks included.
+
+    What is written to memory is found again through every view of it.
+    """
 
     def __init__(self, given: list[torch.Tensor]) -> None:
         super().__init__()
-        self.known = {id(tensor): tensor for tensor in given}
+        self._known = {id(tensor): tensor for tensor in given}
+        self._sized: dict[int, torch.Tensor] = {}
+        self._written: dict[int, torch.UntypedStorage] = {}
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether the values of a tensor depend on the given ones."""
+        return id(tensor) in self._known or (bool(self._written) and _memory(tensor) in self._written)
+
+    def has_sized(self, tensor: torch.Tensor) -> bool:
+        """Whether its shape does, or it is computed from one of such a shape."""
+        return id(tensor) in self._sized
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        read = _tensors((args, kwargs))
+        # Values may be written over by the call.
+        depends, sized = any(map(self.has, read)), any(map(self.has_sized, read))
+        sizes = depends and self._sizes(func, args)
         out = func(*args, **kwargs)
-        read = tree_flatten((args, kwargs))[0]
-        if any(id(item) in self.known for item in read if isinstance(item, torch.Tensor)):
-            written = args[:1] if func._schema.is_mutable else ()
-            for item in tree_flatten((out, written))[0]:
-                if isinstance(item, torch.Tensor):
-                    self.known[id(item)] = item
+        if not depends:
+            return out
+        written = _tensors(_written_to(func, args, kwargs))
+        for item in written:
+            if (memory := _memory(item)) is not None:
+                self._written[memory] = item.untyped_storage()
+        for item in (*_tensors(out), *written):
+            self._known[id(item)] = item
+            if sized or sizes:
+                self._sized[id(item)] = item
         return out
+
+    def _sizes(self, func: Any, args: Any) -> bool:
+        """Whether values among the arguments say how many elements are selected."""
+        indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        masks = any(isinstance(i, torch.Tensor) and i.dtype in _MASKS and self.has(i) for i in indices)
+        if func in _BY_INDEX:
+            return masks
+        return torch.Tag.dynamic_output_shape in func.tags or func in _UNTAGGED or (masks and func.overloadpacket in _PUTS)
+
+
+_MASKS = (torch.bool, torch.uint8)
+_BY_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
+#: Made of ops whose output's shape depends on values, and not tagged as such.
+_UNTAGGED = (
+    torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.repeat_interleave.self_Tensor,
+    torch.ops.aten.tensor_split.tensor_indices_or_sections,
+)  # fmt: skip
+_PUTS = (
+    torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._unsafe_index_put, torch.ops.aten._index_put_impl,
+    torch.ops.aten._index_put_impl_,
+)  # fmt: skip
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [item for item in tree_flatten(tree)[0] if isinstance(item, torch.Tensor)]
+
+
+def _written_to(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an op writes to."""
+    if not func._schema.is_mutable:
+        return []
+    pairs = zip(func._schema.arguments, args, strict=False)
+    given = [value for argument, value in pairs if argument.is_write]
+    return given + [kwargs[a.name] for a in func._schema.arguments if a.is_write and a.name in kwargs]
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    """The memory of a tensor; None where it has none of its own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 __all__ = ["Sparsity", "sparsity"]
