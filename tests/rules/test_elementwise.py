@@ -139,7 +139,7 @@ TABLE: dict[Any, tuple[Function, tuple[tuple[float, float], ...]]] = {
 }
 
 #: Reached only inside capture of an op that writes to its noise.
-WITHOUT_ROW = {aten.rrelu_with_noise_functional.default}
+WITHOUT_ROW = {aten.rrelu_with_noise_functional.default, aten._standard_gamma.default}  # random
 
 #: Torch has no derivative of these: finite differences are their oracle.
 UNKNOWN_TO_TORCH = {

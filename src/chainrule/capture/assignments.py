@@ -46,6 +46,8 @@ def _assign_to_view(mode: LightMode, tensor: torch.Tensor, index: Any, value: An
 
 def _assign_to_places(mode: LightMode, tensor: torch.Tensor, index: torch.Tensor, value: Any, number: bool) -> bool:
     if index.dtype is torch.bool:
+        if not index.dim():  # torch gives both a dimension for it
+            return False
         room = tensor.dim() - index.dim() + 1
     elif index.dtype is torch.long:
         room = tensor.dim() + index.dim() - 1

@@ -531,7 +531,8 @@ class WholeRecorder(Recorder):
         """
         self.refuse(
             f"{reader} read the value of a tensor into Python (a branch, .item(), int(), bool()). A graph "
-            "cannot depend on values: use torch.where, or call the function without compile."
+            "cannot depend on values: use torch.where (for torch.distributions, validate_args=False), or call the function "
+            "without compile."
         )
 
     def _on_unrepeatable(self, func: Any) -> None:

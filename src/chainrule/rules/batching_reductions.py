@@ -113,6 +113,12 @@ def aminmax(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -
     return Batched(low.reshape(shape)), Batched(high.reshape(shape))
 
 
+def reduce_batch(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Tensor:
+    """_is_all_true and _is_any_true, which code asks before it branches: one answer for all samples, as in torch.func."""
+    result: Tensor = func(args[0].value)
+    return result
+
+
 def gather(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
     """gather: a scalar, as source or as index, counts as a vector of one element."""
     bound = bind(func, args, kwargs)
@@ -210,6 +216,7 @@ REDUCTIONS: dict[Any, BatchStrategy] = {
     aten.median.default: reduce_median,
     aten.nanmedian.default: reduce_median,
     aten.aminmax.default: aminmax,
+    **dict.fromkeys([aten._is_all_true.default, aten._is_any_true.default], reduce_batch),
 }
 
 SCANS: dict[Any, BatchStrategy] = {

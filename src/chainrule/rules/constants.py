@@ -14,6 +14,7 @@ _INACTIVE_NAMES = frozenset(
     detach detach_copy floor ceil round trunc fix frac_zero sign sgn_zero signbit heaviside floor_divide
     zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
     new_empty_strided empty_strided bernoulli multinomial poisson binomial _local_scalar_dense is_same_size
+    normal normal_functional exponential geometric cauchy log_normal uniform random _is_all_true _is_any_true
     eq ne lt le gt ge logical_and logical_or logical_xor logical_not isnan isinf isfinite isposinf isneginf isreal
     argmax argmin argsort nonzero nonzero_static count_nonzero searchsorted bucketize histc bincount allclose equal
     is_nonzero any all one_hot nextafter_zero isclose isin

@@ -134,6 +134,8 @@ _SPECIAL: dict[Any, Rule] = {
     aten.lgamma.default: elementwise(self_=lambda a: torch.digamma(a.self)),
     aten.digamma.default: elementwise(self_=lambda a: torch.polygamma(1, a.self)),
     aten.polygamma.default: elementwise(self_=lambda a: torch.polygamma(a.n + 1, a.self)),
+    # What was drawn stays: the derivative is that of this sample, by the implicit function of its distribution.
+    aten._standard_gamma.default: elementwise(self_=lambda a: torch._standard_gamma_grad(a.self, a.out)),
     aten.mvlgamma.default: elementwise(self_=_log_gamma_slope),
     aten.special_zeta.default: elementwise(other=lambda a: -a.self * torch.special.zeta(a.self + 1, a.other)),
     aten.special_zeta.self_scalar: elementwise(

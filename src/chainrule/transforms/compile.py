@@ -539,7 +539,7 @@ def _obstacle(
     if _writes_outside(recorder.program):
         return "autograd has to see calls that write to what was there before"
     try:
-        nodes = [value.grad_fn for value in recorder.values() if value.grad_fn is not None]
+        nodes = [value.grad_fn for value in (*recorder.values(), *tensors) if value.grad_fn is not None]
     except RuntimeError:
         return "views that torch makes several of at once were written to through another tensor, and autograd forbids their use"
     if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from torch.utils._pytree import _broadcast_to_and_flatten
 
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Finish, Level
 from chainrule.transforms.trace import Traced
 from chainrule.transforms.vmap import per_sample
@@ -50,6 +51,10 @@ def contraction(
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result, aux = run(level, args, kwargs)
+        if return_value:
+            result = with_graph(result[0], args, argnums), result[1]
+        else:
+            result = with_graph(result, args, argnums)
         if not has_aux:
             return result
         return (result[0], (result[1], aux)) if return_value else (result, aux)

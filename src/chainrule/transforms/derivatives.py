@@ -10,6 +10,7 @@ import torch
 
 from chainrule.dispatch import entry_point
 from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level, Linearized, mark_of
 from chainrule.transforms.nest import NO_NEST, run_level, run_nest, run_pushed_nest
 from chainrule.transforms.nest_linearized import run_linearized
@@ -59,6 +60,7 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
             gradient, value = found
             return gradient, value if value.requires_grad is False or torch.is_grad_enabled() else value.detach()
         (gradient, value), aux = run_level(level, args, kwargs)
+        gradient = with_graph(gradient, args, argnums)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
     wrapper = entry_point(wrapper, func)
@@ -96,6 +98,7 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         if (found := _routed(level, args, kwargs)) is not NotImplemented:
             return found[0]
         gradient, aux = run_level(level, args, kwargs)
+        gradient = with_graph(gradient, args, argnums)
         return (gradient, aux) if has_aux else gradient
 
     wrapper = entry_point(wrapper, func)
@@ -201,7 +204,8 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
             )
         for number, (leaf, out) in enumerate(zip(given, leaves, strict=True)):
             check_seed(leaf, out, f"vjp: cotangent {number}", "output")
-        return pull(tuple([_match_dtype(given[number], leaves[number]) for number in active]))
+        pulled = pull(tuple([_match_dtype(given[number], leaves[number]) for number in active]))
+        return with_graph(pulled, primals) if found.traced.grad_enabled else pulled
 
     return (found.output, vjp_fn, found.traced.aux) if has_aux else (found.output, vjp_fn)
 
@@ -314,9 +318,10 @@ def _jvp(
     if level is not None and all([isinstance(leaf, torch.Tensor) for leaf in leaves]):
         result, aux = run_nest(level, primals, kwargs, tuple(leaves))
         if result is not NO_NEST:
-            return (*result, aux) if has_aux else result
+            output, pushed = result[0], with_graph(result[1], primals)
+            return (output, pushed, aux) if has_aux else (output, pushed)
     traced = trace(func, primals, tuple(range(len(primals))), kwargs, name, has_aux=has_aux, respect_no_grad=False)
-    pushed = push_forward(traced, leaves, name)
+    pushed = with_graph(push_forward(traced, leaves, name), primals)
     if strict and any(slot is None for slot in traced.out_slots):
         raise RuntimeError(
             f"{name}({function_name(func)}, primals, tangents, strict=True): the output of {function_name(func)} is "
@@ -457,7 +462,8 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
                 raise RuntimeError(
                     f"linearize: tangent {number}: mismatch in dtype, it is {leaf.dtype} and the primal is {primal.dtype}"
                 )
-        return push(tuple(_checked(leaves, traced, "linearize")))
+        pushed = push(tuple(_checked(leaves, traced, "linearize")))
+        return with_graph(pushed, primals) if traced.grad_enabled else pushed
 
     return (found.output, jvp_fn, found.traced.aux) if has_aux else (found.output, jvp_fn)
 

@@ -8,9 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
-from chainrule.capture.recorder import whole_recorder
 from chainrule.dispatch import entry_point
 from chainrule.execute.engine import frugal
 from chainrule.execute.memory import current_watch, free_memory, parse_bytes
@@ -21,10 +19,10 @@ from chainrule.transforms.arguments import (
     check_whole,
     function_name,
     resolve_argnums,
-    tree_flatten,
     tree_unflatten,
 )
 from chainrule.transforms.budget import result_bytes, rows_within
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.hessian_map import hessian_transform
 from chainrule.transforms.jacobian_map import operator_transform
 from chainrule.transforms.levels import Level, mark_of
@@ -353,7 +351,6 @@ def _jacobian_transform(
         return tree_unflatten(_blocks(traced, found, cast, single), traced.out_spec)
 
     level = Level(func, name, argnums, has_aux, finish, ("jacobian", order, cast), respect_no_grad=respect_no_grad)
-    forward = order == "forward" or name == "hessian"
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if chunks.budget is None:
@@ -361,8 +358,7 @@ def _jacobian_transform(
         else:
             with frugal():
                 result, aux = computed(args, kwargs)
-        if forward and torch.is_grad_enabled() and _is_outermost():
-            result = _joined(result, args, argnums)
+        result = with_graph(result, args, argnums)
         return (result, aux) if has_aux else result
 
     plain = mark_of(func) is None
@@ -413,38 +409,6 @@ def _known(traced: Traced, order: str, cast: str) -> torch.Tensor | None:
     if out.dtype not in FLOATING or leaf.dtype not in FLOATING or out.numel() * leaf.numel() * _WIDEST >= _LARGE:
         return None
     return traced.known_block(order, cast)
-
-
-def _is_outermost() -> bool:
-    """Whether no transform is around this one; a recorder of a whole call is none."""
-    count = torch._C._len_torch_dispatch_stack()
-    return count == 0 or (count == 1 and whole_recorder() is not None)
-
-
-class _Constant(torch.autograd.Function):
-    """A value that is constant in tensors that require grad, as part of their graph: the gradients are zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*inputs)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        return (None, *(torch.zeros_like(leaf) for leaf in ctx.saved_tensors))
-
-
-def _joined(result: Any, args: tuple[Any, ...], argnums: Argnums) -> Any:
-    """As with torch's forward mode, a result that does not depend on its inputs is part of their graph nevertheless."""
-    numbers = (argnums,) if isinstance(argnums, int) else argnums
-    leaves: list[torch.Tensor] = []
-    for number in numbers:
-        item = args[number]
-        found = (item,) if isinstance(item, torch.Tensor) else tree_flatten(item)[0]
-        leaves.extend(leaf for leaf in found if leaf.requires_grad)
-    if not leaves:
-        return result
-    return tree_map(lambda r: r if r.requires_grad else _Constant.apply(r, *leaves), result)
 
 
 class _Assembled:

@@ -17,6 +17,7 @@ from chainrule.dispatch import unasked
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.batched import wrap
 from chainrule.transforms.arguments import tree_unflatten
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Chain, Level, NestPlan, Run, agree, chain_of, is_apart, mark_of, note_apart
 from chainrule.transforms.nest import finish_run, nest_route, run_innermost, run_of
 from chainrule.transforms.routes import run_route
@@ -42,7 +43,7 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if traced is None:
             return result
         if traced is not NotImplemented:
-            return _finished(run_of(chain, traced), mapping, mode, level)
+            return _in_graph(_finished(run_of(chain, traced), mapping, mode, level), level, args)
     level = mark_of(mapping.func)
     if level.__class__ is not Level or level.has_aux or level.by_itself or mapping.out_dims.__class__ is not int:
         return NotImplemented
@@ -56,7 +57,16 @@ def run_mapped(mapping: Mapping, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     entered = mapping.enter_plain(lambda mapped: run_innermost(chain, mapped, kwargs, owned=True), args)
     if entered is None:
         return NotImplemented
-    return _finished(entered[0], mapping, entered[1], level)
+    return _in_graph(_finished(entered[0], mapping, entered[1], level), level, args)
+
+
+def _in_graph(result: Any, level: Level, args: tuple[Any, ...]) -> Any:
+    """The results of a level with the graph of what was differentiated; the values beside the derivatives have their own."""
+    if result is NotImplemented:
+        return result
+    if level.key[0] == "grad_and_value" or level.key[1:] == (True,):
+        return with_graph(result[0], args, level.argnums), result[1]
+    return with_graph(result, args, level.argnums)
 
 
 def _route_of(mapping: Mapping) -> Any:

@@ -9,6 +9,7 @@ from chainrule.transforms.arguments import Argnums, function_name, tree_flatten,
 from chainrule.transforms.by_entries import trace_by_entries, trace_prefers_entries
 from chainrule.transforms.contractions import chosen_primals, contraction, dims_of_primals
 from chainrule.transforms.derivatives import check_tangents, hvp, pull_back, push_forward
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.hessian_map import hessian_map
 from chainrule.transforms.jacobian_map import jacobian_map
 from chainrule.transforms.linear_map import ComposedMap
@@ -219,7 +220,7 @@ def ggn(
     cotangents = tree_flatten(hvp(loss, (traced.output(),), (pushed,)))[0]
     active = [number for number, slot in enumerate(traced.out_slots) if slot is not None]
     pulled = pull_back(traced, active, tuple(cotangents[number] for number in active))
-    result = pulled[0] if alone else pulled
+    result = with_graph(pulled[0] if alone else pulled, chosen)
     return (result, traced.aux) if has_aux else result
 
 

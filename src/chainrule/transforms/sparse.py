@@ -75,7 +75,8 @@ def sparse_jacobian(
     def extra(slot: int, grad_enabled: bool) -> Any:
         return (layout, *sparse_key(SparseRequest((0,), (slot,), order, cast)))
 
-    way = _Way(None if has_aux or triangle is not None else route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward"))
+    routed = not has_aux and triangle is None
+    way = _Way(route_of(func, name, argnums, NEST, extra, respect_no_grad=order != "forward") if routed else None)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         traced: Any = NotImplemented

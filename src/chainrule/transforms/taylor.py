@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from chainrule.execute.engine import execute
 from chainrule.plan.planner import Request
 from chainrule.transforms.arguments import Argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.contractions import chosen_primals, dims_of_primals
 from chainrule.transforms.derivatives import check_floating, check_seed
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level
 from chainrule.transforms.nest import run_planned
 from chainrule.transforms.steps import refuse_hidden
@@ -80,11 +82,12 @@ def jet(
         for number, (leaf, coefficients) in enumerate(zip(traced.in_leaves, leaves, strict=True)):
             for coefficient in coefficients:
                 check_seed(coefficient, leaf, f"jet: series of primal {number}", "primal")
-        return traced.output(), _coefficients(traced, order)
+        return traced.output(), tree_map(traced.release, _coefficients(traced, order))
 
     seeds = tuple([coefficient for coefficients in leaves for coefficient in coefficients])
     level = Level(func, "jet", where, has_aux, finish, ("jet", order), respect_no_grad=False)
     (output, found), aux = run_planned(level, primals, kwargs, seeds)
+    found = with_graph(found, primals, where)
     return (output, found, aux) if has_aux else (output, found)
 
 
