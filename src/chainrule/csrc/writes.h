@@ -420,7 +420,8 @@ write_to_places(Handler *self, PyObject *tensor, PyObject *index, PyObject *valu
         goto done;
     long room = PyLong_AsLong(ranks[0]);
     room += dtype == c_bool ? 1 - PyLong_AsLong(ranks[1]) : PyLong_AsLong(ranks[1]) - 1;
-    if (given == Py_None || (dtype != c_bool && dtype != c_long))
+    /* Beside a mask without dimensions torch gives the tensor one more. */
+    if (given == Py_None || (dtype != c_bool && dtype != c_long) || (dtype == c_bool && PyLong_AsLong(ranks[1]) == 0))
         out = Py_NewRef(Py_NotImplemented);
     else if ((other = GET(given, dtype)) == NULL || (ranks[2] = GET(given, ndim)) == NULL)
         goto done;
