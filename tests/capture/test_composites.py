@@ -281,7 +281,7 @@ FUNCTIONS = {
     "cross-entropy, all ignored": lambda x: F.cross_entropy(x, torch.full((4,), -100), reduction="sum"),
     "cross-entropy of pixels": lambda x: F.cross_entropy(x.reshape(2, 2, 2, 2), _TARGET.reshape(1, 2, 2).repeat(2, 1, 1) % 2),
     "log-likelihood": lambda x: F.nll_loss(x, _TARGET, reduction="none"),
-    "pooling": lambda x: F.max_pool2d(x[None], 2),
+    "pooling": lambda x: F.max_pool3d(x[None, None], (1, 2, 2)),
     "upsampling": lambda x: F.interpolate(x[None, None], scale_factor=2, mode="bilinear"),
     "nearest": lambda x: F.interpolate(x[None], scale_factor=2),
 }  # fmt: skip

@@ -13,6 +13,12 @@ from torch.distributions import transforms as T
 import chainrule
 
 
+@pytest.fixture(autouse=True)
+def validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default validation, which torch.compile turns off for the whole process once it is used."""
+    monkeypatch.setattr(D.Distribution, "_validate_args", True)
+
+
 def positive(x: Tensor) -> Tensor:
     return F.softplus(x) + 0.1
 

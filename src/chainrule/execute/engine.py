@@ -438,7 +438,7 @@ def execute(
         key = None
     if cached is None or cached.__class__ is Seen:
         return _executed_first(tape, request, seeds, key, cached, last=last)
-    if cached.staged:
+    if cached.staged and not last:
         tape.prepared[again] = cached
         return cached.run_on(tape, seeds)
     values = tape.values

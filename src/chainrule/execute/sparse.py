@@ -16,7 +16,7 @@ from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
 from chainrule.dispatch import functions_are_replaced
 from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
 from chainrule.execute.engine import CACHE, CachedPlan, account_of
-from chainrule.execute.replay import Runner, compile_program, owned
+from chainrule.execute.replay import Runner, Spent, compile_program, owned
 from chainrule.maps.staging import Staged
 from chainrule.maps.terms import Term
 from chainrule.maps.unmapped import MappedPatternError, kept, plain, unbatched
@@ -215,9 +215,13 @@ class SparsePlan:
         """Whether it serves every run of its signature, whatever the values."""
         return self.masked and self.chosen and not (self.relations.reads or self.masks.reads or self.choices.reads)
 
-    def run(self, tape: Any, seeds: Sequence[torch.Tensor] = ()) -> Found:
-        """The values of a run."""
-        values = self.values.run(tape.values, seeds)
+    def run(self, tape: Any, seeds: Sequence[torch.Tensor] = (), *, last: bool = False) -> Found:
+        """The values of a run; the `last` thing asked of a tape lets its values go as the plan has read them."""
+        given = tape.values
+        if last:
+            given, tape.values = Spent(given), []
+            tape.forget()
+        values = self.values.run(given, seeds)
         return {block: (values[block], layout) for block, layout in self.layouts.items()}  # type: ignore[misc]
 
 
@@ -327,18 +331,21 @@ def plans_of(tape: Any, extra: Any) -> SparsePlans:
     return found
 
 
-def execute_sparse(tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()) -> Found:
+def execute_sparse(
+    tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = (), *, last: bool = False
+) -> Found:
     """The values of the entries of every block that has some, and where they stand.
 
     Args:
         tape: the finished tape, or several that are joined.
         request: what is asked.
         seeds: the factors that an expression names.
+        last: whether the tape serves nothing after this.
     """
     ledger = current_ledger()
     if ledger is not None and ledger is not UNCACHED:
         return _execute_accounted(tape, request, seeds, ledger)
-    return find_plan(tape, request, seeds).run(tape, seeds)
+    return find_plan(tape, request, seeds).run(tape, seeds, last=last)
 
 
 def find_plan(tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()) -> SparsePlan:

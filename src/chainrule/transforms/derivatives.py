@@ -302,7 +302,7 @@ def _jvp(
 ) -> Any:
 
     def finish(traced: Traced, single: bool) -> Any:
-        return traced.output(), push_forward(traced, list(traced.seeds), name)
+        return traced.output(), push_forward(traced, list(traced.seeds), name, last=True)
 
     nested = not strict and mark_of(func) is not None
     level = Level(func, name, None, has_aux, finish, ("jvp",)) if nested else None
@@ -321,7 +321,7 @@ def _jvp(
             output, pushed = result[0], with_graph(result[1], primals)
             return (output, pushed, aux) if has_aux else (output, pushed)
     traced = trace(func, primals, tuple(range(len(primals))), kwargs, name, has_aux=has_aux, respect_no_grad=False)
-    pushed = with_graph(push_forward(traced, leaves, name), primals)
+    pushed = with_graph(push_forward(traced, leaves, name, last=True), primals)
     if strict and any(slot is None for slot in traced.out_slots):
         raise RuntimeError(
             f"{name}({function_name(func)}, primals, tangents, strict=True): the output of {function_name(func)} is "
@@ -345,7 +345,7 @@ def _pushed_alone(
         return (output if output.requires_grad is False or torch.is_grad_enabled() else output.detach()), pushed
     if traced is NotImplemented:
         return NotImplemented
-    pushed = push_forward(traced, [*tangents], name)
+    pushed = push_forward(traced, [*tangents], name, last=True)
     return traced.output(), pushed
 
 
@@ -376,7 +376,7 @@ def check_tangents(primals: Any, tangents: Any, name: str, kind: str) -> list[to
     return leaves
 
 
-def push_forward(traced: Traced, tangents: list[Any], name: str, convention: str = "output") -> Any:
+def push_forward(traced: Traced, tangents: list[Any], name: str, convention: str = "output", *, last: bool = False) -> Any:
     """The tangents of the outputs, in their structure.
 
     Args:
@@ -384,12 +384,13 @@ def push_forward(traced: Traced, tangents: list[Any], name: str, convention: str
         tangents: those of the inputs.
         name: the transform's name.
         convention: the request's ``cast``.
+        last: whether nothing is asked of the run after this.
 
     Raises:
         RuntimeError: if a tangent does not match its primal.
         ValueError: if a tangent has an integer dtype.
     """
-    return _pushed(traced, tuple(_checked(tangents, traced, name)), convention)
+    return _pushed(traced, tuple(_checked(tangents, traced, name)), convention, last=last)
 
 
 def _checked(tangents: list[Any], traced: Traced, name: str) -> list[torch.Tensor]:
@@ -400,10 +401,10 @@ def _checked(tangents: list[Any], traced: Traced, name: str) -> list[torch.Tenso
     return [_match_dtype(t, primal) for t, primal in zip(tangents, traced.in_leaves, strict=True)]
 
 
-def _pushed(traced: Traced, tensors: tuple[torch.Tensor, ...], convention: str = "output") -> Any:
+def _pushed(traced: Traced, tensors: tuple[torch.Tensor, ...], convention: str = "output", *, last: bool = False) -> Any:
     found = {}
     if any(slot is not None for slot in traced.out_slots):
-        found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tensors, cast=convention)
+        found = traced.run("push", seeds=tuple(traced.in_slots), tensors=tensors, cast=convention, last=last)
     results = [
         _zeros(None if slot is None else found.get(slot), leaf)
         for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)

@@ -98,9 +98,9 @@ def sparse_jacobian(
             if alone:
                 plan = find_plan(traced.tape, request)
                 _shorten(traced, extra, layout, plan)
-                found = plan.run(traced.tape)
+                found = plan.run(traced.tape, last=True)
             else:
-                found = execute_sparse(traced.tape, request)
+                found = execute_sparse(traced.tape, request, last=True)
         blocks = []
         for number, (slot, out) in enumerate(zip(traced.out_slots, traced.out_leaves, strict=True)):
             if triangle is not None and slot is not None:
