@@ -9,6 +9,7 @@ import torch
 
 from chainrule.maps.staging import Staged
 from chainrule.rules.base import Call, Rule
+from chainrule.rules.conventions import TIES_ARE_SHARED
 from chainrule.rules.elementwise_named import Over, ZeroWith, elementwise
 from chainrule.rules.families import Number, Other, pointwise
 
@@ -77,13 +78,21 @@ def _div_mode_second(x: Any, y: Any, out: Any, rounding_mode: str | None = None)
     return _div_second(x, y, out) if rounding_mode is None else 0.0
 
 
+def _at_least(x: Any, low: Any) -> Any:
+    return x > low if TIES_ARE_SHARED else x >= low
+
+
+def _at_most(x: Any, high: Any) -> Any:
+    return x < high if TIES_ARE_SHARED else x <= high
+
+
 def _clamp(x: Any, low: Any = None, high: Any = None, out: Any = None) -> Any:
-    # Positional tail: (x, min, max, out), (x, min, out) or with keywords; torch passes gradients at the bounds.
+    # Positional tail: (x, min, max, out), (x, min, out) or with keywords.
     inside = None
     if low is not None:
-        inside = x >= low
+        inside = _at_least(x, low)
     if high is not None:
-        upper = x <= high
+        upper = _at_most(x, high)
         inside = upper if inside is None else inside & upper
     return torch.ones_like(x) if inside is None else inside.to(x.dtype)
 
@@ -162,8 +171,8 @@ RULES: dict[Any, Rule] = {
     # NaN passes, as in torch.
     aten.relu.default: pointwise(lambda x, out: _positive(out)),
     aten.clamp.default: pointwise(_clamp_rule),
-    aten.clamp_min.default: pointwise(lambda x, low, out: (x >= low).to(x.dtype)),
-    aten.clamp_max.default: pointwise(lambda x, high, out: (x <= high).to(x.dtype)),
+    aten.clamp_min.default: pointwise(lambda x, low, out: _at_least(x, low).to(x.dtype)),
+    aten.clamp_max.default: pointwise(lambda x, high, out: _at_most(x, high).to(x.dtype)),
     aten.abs.default: pointwise(lambda x, out: torch.sign(x)),
     aten.where.self: elementwise(
         self_=Over("condition", lambda c: c), other=Over("condition", lambda c: torch.logical_not(c))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chainrule.rules.base import Call, Rule
+from chainrule.rules.conventions import TIES_ARE_SHARED
 from chainrule.rules.elementwise_named import Arguments, Over, Static, ZeroWith, elementwise, loss
 
 aten = torch.ops.aten
@@ -77,6 +78,9 @@ def _first_taken(a: Arguments, larger: bool) -> Any:
 
 
 def _taken(larger: bool, first: bool) -> Any:
+    if TIES_ARE_SHARED:
+        return _larger("self", "other") if larger is first else _larger("other", "self")
+
     def slope(a: Arguments) -> Any:
         taken = _first_taken(a, larger)
         return (taken if first else torch.logical_not(taken)).to(a.out.dtype)
@@ -84,8 +88,24 @@ def _taken(larger: bool, first: bool) -> Any:
     return slope
 
 
+def _between(a: Arguments) -> Any:
+    """The derivative of a clamp between two tensors by the first: a half at a bound, one where the bounds are equal or NaN."""
+    x, low, high = a.self, a.min, a.max
+    inside = torch.logical_not((x < low) | (x > high))
+    return a.graded(torch.where(((x == low) | (x == high)) & (low < high), 0.5, inside.to(a.out.dtype)))
+
+
+def _bounded(a: Arguments, taken: Any, tie: Any) -> Any:
+    """Likewise by a bound."""
+    return a.graded(torch.where(tie & (a.min < a.max), 0.5, taken.to(a.out.dtype)))
+
+
 def _clamp_self(a: Arguments) -> Any:
     x, low, high = a.self, a.min, a.max
+    if TIES_ARE_SHARED:
+        if low is None or high is None:
+            return _larger("self", "min")(a) if high is None else _larger("max", "self")(a)
+        return _between(a)
     inside = None if low is None else x >= low
     if high is not None:
         inside = x <= high if inside is None else inside & (x <= high)
@@ -93,11 +113,19 @@ def _clamp_self(a: Arguments) -> Any:
 
 
 def _clamp_low(a: Arguments) -> Any:
+    if TIES_ARE_SHARED:
+        if a.max is None:
+            return _larger("min", "self")(a)
+        return _bounded(a, (a.self < a.min) & (a.min <= a.max), a.self == a.min)
     below = a.self < a.min
     return (below if a.max is None else below & (a.min < a.max)).to(a.out.dtype)
 
 
 def _clamp_high(a: Arguments) -> Any:
+    if TIES_ARE_SHARED:
+        if a.min is None:
+            return _larger("self", "max")(a)
+        return _bounded(a, ((a.self > a.max) & (a.min <= a.max)) | (a.max < a.min), a.self == a.max)
     above = a.self > a.max
     return (above if a.min is None else above | (a.max < a.min)).to(a.out.dtype)
 
@@ -194,12 +222,8 @@ _OPERANDS: dict[Any, Rule] = {
         tensor2=ZeroWith("tensor1", lambda a: -a.tensor1 / (a.tensor2 * a.tensor2) * a.value),
     ),
     aten.clamp.Tensor: elementwise(self_=_clamp_self, min=_clamp_low, max=_clamp_high),
-    aten.clamp_min.Tensor: elementwise(
-        self_=lambda a: (a.self >= a.min).to(a.out.dtype), min=lambda a: (a.self < a.min).to(a.out.dtype)
-    ),
-    aten.clamp_max.Tensor: elementwise(
-        self_=lambda a: (a.self <= a.max).to(a.out.dtype), max=lambda a: (a.self > a.max).to(a.out.dtype)
-    ),
+    aten.clamp_min.Tensor: elementwise(self_=_clamp_self, min=_clamp_low),
+    aten.clamp_max.Tensor: elementwise(self_=_clamp_self, max=_clamp_high),
     aten.copysign.Tensor: elementwise(self_=_copysign),
     aten.copysign.Scalar: elementwise(self_=_copysign),
     aten.logaddexp.default: elementwise(
