@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils._pytree import tree_leaves
 
 import chainrule
+from chainrule.rules import opaque
 from chainrule.rules.table import rule_for
 from tests.rules.sweep_operator_database import sweep
 from tests.rules.test_layers import assert_same, check, check_first, randn
@@ -198,3 +199,43 @@ def test_a_real_operand_beside_a_complex_one() -> None:
         torch.testing.assert_close(found, torch.stack([kept, kept]))
     hessian = chainrule.hessian(lambda x: torch.where(condition, x, other).abs().pow(2).sum())(x)
     torch.testing.assert_close(hessian, torch.diag(2 * condition.to(torch.float64)))
+
+
+def test_formula_is_differentiated_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pullback that nobody differentiates takes torch's kernel for it, which for layers of cells has no derivative of its own."""
+    layer = torch.nn.LSTM(3, 4, num_layers=2)
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def output(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return chainrule.functional_call(layer, parameters, (x,))[0]
+
+    asked: list[bool] = []
+    own = opaque.own_gradients
+
+    def gradients(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["create_graph"])
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(opaque, "own_gradients", gradients)
+    for _ in range(4):
+        x, cotangent = torch.randn(5, 2, 3), torch.randn(5, 2, 4)
+        leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}, x.clone().requires_grad_()
+        wanted = torch.autograd.grad((torch.func.functional_call(layer, leaves[0], (leaves[1],))[0] * cotangent).sum(), tree_leaves(leaves))
+        asked.clear()
+        found = chainrule.vjp(output, parameters, x)[1](cotangent)
+        assert asked
+        assert not any(asked)
+        for one, other in zip(tree_leaves(found), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # float32, sums of some tens of numbers
+
+    def penalty(transforms: Any, x: torch.Tensor) -> torch.Tensor:
+        call = torch.func.functional_call
+        total = transforms.grad(lambda x: (call(layer, parameters, (x,))[0] ** 2).sum())(x)
+        return (total * total).sum()
+
+    x = torch.randn(5, 2, 3)
+    wanted_penalty = torch.func.grad(lambda x: penalty(torch.func, x))(x)
+    torch.testing.assert_close(chainrule.grad(lambda x: penalty(chainrule, x))(x), wanted_penalty, rtol=1e-4, atol=1e-5)
+    leaf = x.clone().requires_grad_()
+    penalty(chainrule, leaf).backward()
+    torch.testing.assert_close(leaf.grad, wanted_penalty, rtol=1e-4, atol=1e-5)

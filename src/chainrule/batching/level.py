@@ -12,9 +12,9 @@ from torch import Tensor
 from chainrule.batching.entries import OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.tensor import BatchTensor, become_view, make_batched, root_of, wrap_batched, wrap_constant
-from chainrule.dispatch import LightMode, again, undispatched
+from chainrule.dispatch import LightMode, again, undispatched, without_handlers
 from chainrule.rules.batching import METADATA_INPLACE
-from chainrule.rules.batching_base import Batched, any_batched, logical_shape, refuse_lost_write
+from chainrule.rules.batching_base import Batched, any_batched, logical_shape, pad_rank, refuse_lost_write, stands_for_view
 
 
 class Level(LightMode):
@@ -27,6 +27,11 @@ class Level(LightMode):
 
     size: int
     fallbacks: list[str]
+    _always_guard: bool
+
+    def outside(self) -> Any:
+        """Run a block in the state of torch's dispatcher around the level, but for autocast."""
+        raise NotImplementedError
 
     def _unwrap(self, arg: Any) -> Any:
         if arg.__class__ is BatchTensor:
@@ -119,6 +124,67 @@ class Level(LightMode):
             make_batched(target, self.size, self._run_strategy)
         batched: Batched = target.inner
         return batched
+
+    def choose(self, target: Any, parts: Sequence[tuple[Any, tuple[int, ...]]], source: Tensor) -> Any:
+        """The views that lead to a part of a tensor of this level, and what is written there.
+
+        Args:
+            target: the tensor.
+            parts: the view ops, one on the result of the other, and their arguments after the tensor.
+            source: what is written.
+
+        Returns:
+            The views but the last, the stored tensor of the last, and the source as wide as that; None for what torch has to
+            see to, with nothing written.
+        """
+        if self.below is not None or self._always_guard or self.graphs or not self.size or target.requires_grad:
+            return None
+        inner: Any = source
+        if source.__class__ is BatchTensor:
+            if source.level is not self or source.requires_grad:
+                return None
+            inner = source.inner
+        elif source.__class__ is not Tensor:
+            return None
+        mapped = inner.__class__ is Batched
+        stored, value = inner.value if mapped else inner, target.value
+        if value.requires_grad or stored.requires_grad or stored.dtype is not value.dtype or stored.device != value.device:
+            return None
+        if value.__class__ is not Tensor or stored.layout is not torch.strided or stands_for_view(value):
+            return None
+        with self.outside():
+            without_handlers(True)
+            if mapped and not target.batched:
+                value = self.upgrade(target, "an assignment").value
+            batch = int(target.batched)
+            views: list[BatchTensor] = []
+            for op, args in parts:
+                if value is not target.value:
+                    views.append(wrap_batched(Batched(value), self) if batch else wrap_constant(value, self))
+                value = entry_of(op).fast(value, args[0] + batch, *args[1:])
+            rank, wanted = value.dim() - batch, value.shape[batch:]
+            if stored.dim() - mapped > rank:
+                return None
+            if stored.shape[int(mapped) :] == wanted:
+                return views, value, source
+            try:
+                wide = pad_rank(inner, rank).expand(value.shape if mapped else wanted)
+            except RuntimeError:  # torch says why
+                return None
+            return views, value, wrap_batched(Batched(wide), self) if mapped else self._wrap(wide)
+
+    def copy_part(self, part: Tensor, source: Tensor) -> None:
+        """Write to the last of those views."""
+        with self.outside():
+            without_handlers(True)
+            part.copy_(source.value if source.__class__ is BatchTensor else source)  # type: ignore[attr-defined]
+
+    def write_part(self, target: Any, parts: Sequence[tuple[Any, tuple[int, ...]]], source: Tensor) -> Any:
+        """Both; None, with nothing written, for what torch has to see to."""
+        found = self.choose(target, parts, source)
+        if found is not None:
+            self.copy_part(*found[1:])
+        return found
 
     def _write(
         self,

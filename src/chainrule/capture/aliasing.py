@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from chainrule.capture.schema import OpFacts
 from chainrule.capture.slots import Slot, slot_object
 from chainrule.dispatch import again
+from chainrule.modes_off import without_mode
 from chainrule.shortcuts import configure
 
 if TYPE_CHECKING:
@@ -201,6 +202,58 @@ class AliasTracker:
         tape.append_record(twin, lowered, (), target)
         self._climb(target, len(tape.values) - 1)
         return target
+
+    def assign(self, target: torch.Tensor, parts: list[tuple[OpOverload, tuple[int, ...]]], value: torch.Tensor) -> bool:
+        """Write to a part of a tensor of the vmap below the tape, which nobody sees the views of that lead there.
+
+        Args:
+            target: the tensor.
+            parts: the views, one of the other, that choose the part; with their arguments.
+            value: what is written; it may be narrower than the part.
+
+        Returns:
+            False, with nothing written, for what the level leaves to torch, where constants replace what is known, and where the
+            tensor shows one place of memory several times.
+        """
+        tape = self.tape
+        level: Any = tape.below
+        changes = tape.is_active(value)
+        if (not changes and tape._derived) or any([self.links[id(one)].op in OVERLAPPING for one in self.chain(target)[:-1]]):
+            return False
+        known = id(target) in tape.slots or id(target) in self.links or id(target) in self.families
+        if not changes and not (known and tape.is_active(target)):
+            return not known and level.write_part(target, parts, value) is not None
+        with without_mode(tape):
+            found = level.choose(target, parts, value)
+            if found is None:
+                return False
+            views, part, wide = found
+            slot = tape._slot_or_constant(value if changes else wide)
+            if changes and wide is not value:
+                slot = tape.record_value(aten.expand.default, (slot,), ([*wide.shape],), {}, wide)
+            old = self.resolve(target)
+            olds = [tape.constant(target) if old is None else old]
+            for (op, args), view in zip(parts, views, strict=False):
+                olds.append(tape.record_value(op, (olds[-1],), args, {}, view))
+            self._save_old(target)
+            level.copy_part(part, wide)
+            self.has_writes = True
+            for place in reversed(range(len(parts))):
+                op, args = parts[place]
+                parent = views[place - 1] if place else target
+                scatter = _SCATTERS.get(id(op))
+                if scatter is None:
+                    back, args = INVERSES[op](parent, args)
+                    slot = tape.record_value(back, (slot,), args, {}, parent)
+                    continue
+                lowered = slot_object(olds[place]), slot_object(slot), *args
+                if tape.active[olds[place]] or tape.active[slot]:
+                    tape.append_record(tape.facts(scatter), lowered, (), parent)
+                    slot = len(tape.values) - 1
+                else:
+                    slot = tape.constant(parent)
+            self._climb(target, slot)
+        return True
 
     def _publish(
         self,

@@ -10,6 +10,8 @@ from chainrule.calls import constant_beside
 from chainrule.dispatch import LightMode, seen_by
 from chainrule.shortcuts import TAPE
 
+aten = torch.ops.aten
+
 #: Classes of the parts of an index that chooses a view.
 _PLACES = frozenset((int, slice, type(None), type(...)))
 _PARTS: Any = (torch.Tensor.__getitem__, torch.Tensor.fill_, torch.Tensor.expand, torch.Tensor.copy_, torch.Tensor.index_put_)
@@ -28,6 +30,8 @@ def assign(mode: LightMode, tensor: Any, index: Any, value: Any) -> Any:
                 taken = index.__class__ is torch.Tensor and _assign_to_places(mode, tensor, index, value, number)
             if taken:
                 return None
+    elif mode.kind == TAPE and mode.below is not None and _assign_to_mapped(mode, tensor, index, value):
+        return None
     return torch.Tensor.__setitem__(tensor, index, value)
 
 
@@ -59,3 +63,48 @@ def _assign_to_places(mode: LightMode, tensor: torch.Tensor, index: torch.Tensor
         return False
     seen_by(mode, _PUT, (tensor, (index,), value), {})
     return True
+
+
+def _assign_to_mapped(mode: Any, tensor: torch.Tensor, index: Any, value: Any) -> bool:
+    """The same for a part of a tensor of the vmap around a tape, where nothing else is around: False leaves it to torch."""
+    if getattr(tensor, "level", None) is not mode.below or not tensor.dtype.is_floating_point or not mode.stands_on_level():
+        return False
+    if value.__class__ is float or value.__class__ is int:
+        value = constant_beside(value, tensor)
+    if not isinstance(value, torch.Tensor):
+        return False
+    parts = parts_of(tuple(tensor.shape), index if index.__class__ is tuple else (index,))
+    return bool(parts) and mode.alias.assign(tensor, parts, value)
+
+
+def parts_of(shape: tuple[int, ...], index: tuple[Any, ...]) -> list[tuple[Any, tuple[int, ...]]]:
+    """The ops, with their arguments after the tensor, that choose a view one after the other; none if torch has to see to it."""
+    if not all([item.__class__ in _PLACES for item in index]):
+        return []
+    named = sum([item is not None and item is not ... for item in index])
+    if named > len(shape) or sum([item is ... for item in index]) > 1:
+        return []
+    parts: list[tuple[Any, tuple[int, ...]]] = []
+    dim = source = 0
+    for item in index:
+        if item is ...:
+            dim, source = dim + len(shape) - named, source + len(shape) - named
+        elif item is None:
+            parts.append((aten.unsqueeze.default, (dim,)))
+            dim += 1
+        elif item.__class__ is int:
+            size = shape[source]
+            if not -size <= item < size:
+                return []
+            parts.append((aten.select.int, (dim, item)))
+            source += 1
+        else:
+            size = shape[source]
+            ends = [item.start, item.stop, item.step]
+            if not all([end is None or end.__class__ is int for end in ends]) or (item.step is not None and item.step < 1):
+                return []
+            start, stop, step = item.indices(size)
+            if (start, stop, step) != (0, size, 1):
+                parts.append((aten.slice.Tensor, (dim, start, max(start, stop), step)))
+            dim, source = dim + 1, source + 1
+    return parts

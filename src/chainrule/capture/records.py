@@ -8,7 +8,7 @@ import torch
 from torch._ops import OpOverload
 
 from chainrule.capture.schema import OpFacts, Policy
-from chainrule.capture.slots import Slot, Slots, meta
+from chainrule.capture.slots import Slot, Slots, meta, slot_object
 from chainrule.uncompiled import refusal_of_operators
 
 #: Makes a record in half the time of its own constructor.
@@ -137,10 +137,11 @@ class Records(Slots):
         self, func: Any, slots: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
     ) -> int:
         """Append an op on known slots that was not executed: ``out`` already holds its value."""
-        active = any(self.active[slot] for slot in slots)
-        lowered = (*(Slot(slot) for slot in slots), *self.lower(args))
-        if not active:
+        known = self.active
+        if not any([known[slot] for slot in slots]):
+            self.lower(args)  # its constants
             return self._append_constant(out)
+        lowered = (*[slot_object(slot) for slot in slots], *self.lower(args))
         (slot,) = self.record_lowered(func, lowered, self.lower_kwargs(kwargs), [out])
         return slot
 

@@ -372,6 +372,13 @@ class Tape(Listening):
         out = self._run_plain(facts, args, self._run_view if facts.is_view else run_alone)
         return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
 
+    def stands_on_level(self) -> bool:
+        """Whether this is the innermost mode, on a vmap that nothing is around, and what runs is recorded without more ado."""
+        return (
+            self._depth == 2 and _count_modes() == 2 and self.heard is None and not self.meets_saved
+            and not (self.respect_no_grad and not _is_grad_enabled()) and not _any_autocast()
+        )  # fmt: skip
+
     def _run_named(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op with arguments that are given by name only, where no other mode has to see it."""
         if self.below is not None or facts.is_view or not are_plain(args):

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
-from chainrule.dispatch import LightMode, undispatched
+from chainrule.dispatch import LightMode, _functorch_level, undispatched
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.complex_functions import FUNCTIONS
@@ -261,6 +262,13 @@ def apart(action: Callable[..., Any], *arguments: Any) -> Any:
     return result if joined else _strip(result)
 
 
+def _is_differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed with tensors may be recorded or differentiated; else torch may take kernels that have none."""
+    if torch._C._len_torch_dispatch_stack() or _functorch_level() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+
+
 class OpaqueAction:
     """Pullback and pushforward of one output of an op.
 
@@ -279,7 +287,8 @@ class OpaqueAction:
 
     def pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Cotangents ``(R, *out_shape)`` to cotangents ``(R, *in_shape)`` of each tensor that is differentiated."""
-        pulled: tuple[torch.Tensor, ...] = apart(self._pull, rows, *tensors)
+        again = _is_differentiated(rows, *tensors)
+        pulled: tuple[torch.Tensor, ...] = apart(self._pull, again, rows, *tensors)
         return pulled
 
     def push(self, number: int, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
@@ -297,9 +306,9 @@ class OpaqueAction:
         out = self.template.run(aliases)
         return (out if isinstance(out, torch.Tensor) else out[self.output]), leaves
 
-    def _pull(self, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _pull(self, again: bool, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out, leaves = self._run(tensors, self.numbers)
-        pulled = [_pull_one(out, leaves, row) for row in rows.unbind(0)]
+        pulled = [_pull_one(out, leaves, row, again=again) for row in rows.unbind(0)]
         if not pulled:
             return tuple(rows.new_zeros((0, *leaf.shape)) for leaf in leaves)
         return tuple(torch.stack(found) for found in zip(*pulled, strict=True))
@@ -336,12 +345,14 @@ class OpaqueAction:
         return flat.reshape(rows.shape[0], *out.shape)
 
 
-def _pull_one(out: torch.Tensor, leaves: Sequence[torch.Tensor], row: torch.Tensor) -> list[torch.Tensor]:
-    """The cotangents of the leaves from one of the output."""
+def _pull_one(
+    out: torch.Tensor, leaves: Sequence[torch.Tensor], row: torch.Tensor, *, again: bool = True
+) -> list[torch.Tensor]:
+    """The cotangents of the leaves from one of the output; `again` if they are to be differentiated themselves."""
     if not out.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     row = row if row.dtype == out.dtype else row.to(out.dtype)
-    pulled = own_gradients(out, leaves, row, retain_graph=True, create_graph=True, allow_unused=True)
+    pulled = own_gradients(out, leaves, row, retain_graph=True, create_graph=again, allow_unused=True)
     return [
         torch.zeros_like(leaf) if found is None else found.to_dense() if found.layout != torch.strided else found
         for found, leaf in zip(pulled, leaves, strict=True)
