@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import chainrule
+from chainrule.execute.engine import CACHE
 
 CONSTANT = torch.rand(4, dtype=torch.float64)
 
@@ -178,3 +179,38 @@ def test_one_power_iteration_of_a_spectral_norm() -> None:
         layer.load_state_dict(before)
         layer(real(4))
         torch.testing.assert_close(after, norm._u)
+
+
+@pytest.mark.parametrize("kind", ["jvp of grad", "jvp of hessian", "hvp"])
+def test_one_tensor_as_two_tangents_in_the_first_call(kind: str) -> None:
+    """The program that the first call makes serves calls with two tangents, too."""
+    weights = torch.rand(3, dtype=torch.float64)
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((x * y * 0.37).sigmoid() ** 2 * weights).sum()
+
+    def found(m: Any, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> Any:
+        if kind == "hvp" and m is chainrule:
+            return chainrule.hvp(f, (x, y), (t, u))
+        inner = m.hessian if kind == "jvp of hessian" else m.grad
+        result = m.jvp(inner(f, argnums=(0, 1)), (x, y), (t, u))
+        return result[1] if kind == "hvp" else result
+
+    CACHE.plans.clear()
+    for number in range(4):
+        x, y, t, u = torch.randn(4, 3, dtype=torch.float64).unbind()
+        if not number:
+            u = t
+        torch.testing.assert_close(found(chainrule, x, y, t, u), found(torch.func, x, y, t, u))
+
+
+def test_a_tangent_that_the_function_reads() -> None:
+    constant = torch.randn(3, dtype=torch.float64)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return ((x * constant).sin() ** 2).sum()
+
+    for tangent in (constant, torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)):
+        x = torch.randn(3, dtype=torch.float64)
+        expected = torch.func.jvp(torch.func.grad(f), (x,), (tangent,))
+        torch.testing.assert_close(chainrule.jvp(chainrule.grad(f), (x,), (tangent,)), expected)

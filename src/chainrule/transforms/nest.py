@@ -11,7 +11,7 @@ values of a sample, and those outside one with the stored values: both come from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -547,11 +547,23 @@ def _is_apart(run: Run) -> bool:
     return level.apart(part.traced)
 
 
+def _distinct(seeds: tuple[torch.Tensor, ...], taken: Collection[int]) -> tuple[torch.Tensor, ...]:
+    """Seeds each of which is an object of its own, by which a program that others will serve tells it from the rest."""
+    known = set(taken)
+    found = []
+    for seed in seeds:
+        one = torch.ops.aten.alias.default(seed) if id(seed) in known else seed
+        known.add(id(one))
+        found.append(one)
+    return tuple(found)
+
+
 def record_parts(
     run: Run, seeds: tuple[torch.Tensor, ...], made: list[torch.Tensor] | None = None
 ) -> tuple[Any, Any]:
     """Run the levels and write down what they compute as one program."""
     slots = {id(value): slot for slot, value in enumerate(run.values)}
+    seeds = _distinct(seeds, slots)
     numbers = {id(seed): number for number, seed in enumerate(seeds)}
 
     def find(program: Program, tensor: torch.Tensor) -> Staged | None:
