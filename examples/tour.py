@@ -1,7 +1,7 @@
 """A tour of Jacobians and Hessians: chainrule beside torch.func, one computation after another.
 
 Every step computes the same thing twice, checks that both results agree, and takes the time of both.
-Run it with ``make demo``; ``--quick`` measures for a shorter time. The exit status is 0 only if everything agrees.
+Run it with ``make demo``; ``--quick`` (or ``--small``) takes less time. The exit status is 0 only if everything agrees.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def plan_text() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tour; 0 if everything agrees."""
     parser = argparse.ArgumentParser(description="chainrule beside torch.func")
-    parser.add_argument("--quick", action="store_true", help="measure for a shorter time")
+    parser.add_argument("--quick", "--small", action="store_true", help="measure for a shorter time")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     budget = 0.02 if given.quick else 0.3

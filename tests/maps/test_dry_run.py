@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,52 @@ def test_a_large_jacobian_holds_on_the_first_call_about_what_it_holds_later(func
         torch.testing.assert_close(found, torch.func.jacrev(function)(x), rtol=1e-4, atol=1e-4)
     # Masks and indices that the plan keeps are made in the first call.
     assert peaks[0] <= peaks[2] + 0.6 * x.numel() ** 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("function", "size"),
+    [(lambda x: x.prod(), 1000), (lambda x: x.cumprod(0).sum(), 300), (lambda x: x.sin().prod() * x.norm(), 800)],
+)
+def test_a_hessian_whose_record_would_be_long_is_not_recorded_as_a_whole(
+    function: Callable[[Tensor], Tensor], size: int
+) -> None:
+    """The first call holds what the plan of its outer Jacobian predicts, not all that it computes on the way."""
+    x = (torch.rand(size, dtype=torch.float64) * 0.2 + 0.9).requires_grad_()
+    transform = chainrule.hessian(function)
+    CACHE.clear()
+    expected = torch.func.hessian(function)(x.detach())
+    peaks = []
+    for _ in range(4):
+        found, space = observe(lambda: transform(x.detach()))
+        peaks.append(space.work + space.results)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    # A record as a whole holds 5 to 20 times what later calls do.
+    assert peaks[0] <= 2 * max(peaks[1:]), (peaks, expected.nbytes)
+
+
+@pytest.mark.parametrize("transform", [chainrule.hessian, lambda f: chainrule.jacfwd(chainrule.jacrev(f))])
+def test_nests_that_are_not_recorded_as_a_whole_are_right_in_every_call(
+    transform: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chainrule.maps.first_run._LONG", 1)
+    monkeypatch.setattr("chainrule.maps.first_run._TIMES", 0)
+    weight = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return (x * weight).tanh().prod() + x.cumprod(0).sin().sum()
+
+    CACHE.clear()
+    ours = transform(function)
+    for call in range(4):
+        x = torch.rand(3, 4, dtype=torch.float64).T + 0.3 if call == 2 else torch.rand(4, 3, dtype=torch.float64) + 0.3
+        x.requires_grad_(call % 2 == 1)
+        found, expected = ours(x), torch.func.hessian(function)(x)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        of = (weight, x) if x.requires_grad else (weight,)
+        for one, two in zip(*(torch.autograd.grad(r.square().sum(), of) for r in (found, expected)), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+        with torch.no_grad():
+            assert not ours(x).requires_grad
 
 
 def _rolled(x: Tensor, steps: int) -> Tensor:

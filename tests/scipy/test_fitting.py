@@ -93,3 +93,27 @@ def test_curve_fit(options):
     assert np.allclose(ours[1], reference[1], rtol=1e-3)
     if "bounds" not in options and options.get("method") is None:
         assert ours[2]["nfev"] < reference[2]["nfev"]
+
+
+@pytest.mark.parametrize("method", ["hybr", "lm"])
+def test_jacobians_of_one_point_are_separate_arrays(method, monkeypatch):
+    """MINPACK writes its factors into the Jacobian that it is given; the next one of the same point is whole."""
+    x0, seen = np.array([0.5, 1.5]), []
+
+    def solve(value, x0, jac, **options):
+        value(x0)
+        first = jac(x0)
+        expected = first.copy()
+        first[:] = np.nan
+        seen.append((jac(x0), jac(x0), expected))
+        return solver(value, x0, jac=jac, **options)
+
+    solver = scipy_optimize.root
+    monkeypatch.setattr("chainrule.scipy.fitting.optimize.root", solve)
+    found = chainrule_scipy.root(lambda x: torch.stack([x[0] ** 2 - x[1], x[1] * x[0] - 8]), x0, method=method)
+    second, third, expected = seen[0]
+    assert second is not third
+    np.testing.assert_allclose(expected, [[1.0, -1.0], [1.5, 0.5]], rtol=1e-14)
+    np.testing.assert_array_equal(second, expected)
+    np.testing.assert_array_equal(third, expected)
+    np.testing.assert_allclose(found.x, [2.0, 4.0], rtol=NEAR)

@@ -7,7 +7,9 @@ somebody asks for all the same is computed again, by the calls that are recorded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from sys import getrefcount
 from types import MethodType
 from typing import Any
@@ -22,6 +24,11 @@ from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 #: From this size on, in bytes, a value is let go.
 LARGE = 1 << 16
 
+#: A record of so many elements, and of so many times those of the results, is not to be held as a whole where it need not be.
+_LONG = 1 << 23
+_TIMES = 10
+
+_REFUSED: ContextVar[bool] = ContextVar("chainrule_long_records_refused", default=False)
 
 #: The references to a value that nobody but its program has: those of three tables, and the one of who counts them.
 _KNOWN_HERE = 4
@@ -104,6 +111,20 @@ def _filled(tree: Any, values: Mapping[int, Any]) -> Any:
     return type(tree)(_filled(item, values) for item in tree) if type(tree) in (list, tuple) else tree
 
 
+class LongRecordError(Exception):
+    """What would be recorded here takes more memory than it should."""
+
+
+@contextmanager
+def without_long_records() -> Iterator[None]:
+    """Inside, plans whose first run would hold many times their results raise a `LongRecordError` before they are run."""
+    token = _REFUSED.set(True)
+    try:
+        yield
+    finally:
+        _REFUSED.reset(token)
+
+
 def first_run() -> Program:
     """A program to be recorded: one that lets large values go, where nothing follows its calls that would hold them.
 
@@ -117,8 +138,16 @@ def first_run() -> Program:
 
 
 def forced(program: Program, roots: Sequence[Node | None]) -> list[Staged | None]:
-    """Stage nodes and everything they need, as :meth:`Node.force` does for one; None stays None."""
+    """Stage nodes and everything they need, as :meth:`Node.force` does for one; None stays None.
+
+    Raises:
+        LongRecordError: inside :func:`without_long_records`.
+    """
     wanted = [node for node in roots if node is not None]
+    if _REFUSED.get():
+        held = sum([node.numel for node in postorder(wanted) if node.staged is None])
+        if held >= _LONG and held >= _TIMES * sum([node.numel for node in wanted]):
+            raise LongRecordError
     if isinstance(program, FirstRun):
         order = [node for node in postorder(wanted) if node.staged is None]
         last = {id(node): number for number, consumer in enumerate(order) for node in (consumer, *consumer.inputs)}
@@ -139,4 +168,4 @@ def forced(program: Program, roots: Sequence[Node | None]) -> list[Staged | None
     return [None if node is None else node.force(program) for node in roots]
 
 
-__all__ = ["FirstRun", "first_run", "forced"]
+__all__ = ["FirstRun", "LongRecordError", "first_run", "forced", "without_long_records"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ from chainrule.transforms.jacobians import jacobian
 Device = torch.device | str | None
 
 _FLOAT64 = np.dtype(np.float64)
+_from_numpy, _is_grad_enabled, _set_grad_enabled = torch.from_numpy, torch.is_grad_enabled, torch._C._set_grad_enabled
 
 LAYOUTS = ("dense", "sparse", "operator")
 
@@ -129,8 +129,9 @@ class TorchFunction:
         if self.allow_nan:
             return
         # A sum of squares is NaN where one of the numbers is, and takes a tenth of the time for a few of them.
-        flat = values.reshape(-1)
-        if math.isnan(flat.dot(flat)):
+        flat = values if values.ndim == 1 else values.reshape(-1)
+        total = flat.dot(flat)
+        if total != total:
             self._refuse_nan(what)
 
     def _refuse_nan(self, what: str) -> NoReturn:
@@ -143,8 +144,12 @@ class TorchFunction:
     def run(self, values: Callable[..., Any], args: Sequence[Any]) -> Any:
         """What a function made of this one gives for arguments of SciPy's."""
         if values.__class__ is Replayed and self.device is None:
-            tensors = [torch.from_numpy(a.copy()) for a in args if a.__class__ is np.ndarray and a.dtype is _FLOAT64]
-            if len(tensors) == len(args):
+            tensors = []
+            for array in args:
+                if array.__class__ is not np.ndarray or array.dtype is not _FLOAT64:
+                    break
+                tensors.append(_from_numpy(array.copy()))
+            else:
                 return values.usual(tensors)  # type: ignore[attr-defined]
         return values(*map(self.tensor, args))
 
@@ -156,15 +161,15 @@ class TorchFunction:
             args: the arguments, arrays.
             shape: the shape that the array must have; None for any.
         """
-        enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        enabled = _is_grad_enabled()
+        _set_grad_enabled(False)
         try:
             return self.array(self.run(values, args), shape)
         except Exception as error:
             self.named().note(error)
             raise
         finally:
-            torch._C._set_grad_enabled(enabled)
+            _set_grad_enabled(enabled)
 
     def once(self, key: str, at: tuple[Any, ...], compute: Callable[[], Any], reader: str | None = None) -> Any:
         """What ``compute`` returns, remembered under ``key`` as long as the point stays the same.
@@ -278,14 +283,20 @@ class Linearised:
     def __init__(self, function: TorchFunction, found: Any, output: torch.Tensor, layout: str) -> None:
         self._function, self._found, self._layout = function, found, layout
         self.value = function.array(output)
+        self._array: np.ndarray | None = None
 
     def jacobian(self) -> Any:
         """The Jacobian: a new array, a ``csr_array`` or a ``LinearOperator``."""
+        if self._array is not None:
+            return self._array.copy()
         with self._function.named():
             if self._layout == "operator":
                 return self._found.scipy()
             if self._layout == "dense" and self._found.__class__ is torch.Tensor and self._found.dim() == 2:
-                return self._function.array(self._found, what="Jacobian")
+                dense = self._function.array(self._found, what="Jacobian")
+                if dense.size <= _FEW:  # MINPACK asks for the first one twice
+                    self._array = dense.copy()
+                return dense
             found = self._found if isinstance(self._found, torch.Tensor) else self._found.dense(flat=True)
             return matrix(self._function, found, tuple(found.shape), "Jacobian")
 

@@ -69,21 +69,26 @@ class Replayed:
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
         self._graphs: dict[Any, Graph] = {}
-        #: For usual tensors, by their shapes: the modes and the graph; None where calls stay plain.
-        self._usual: dict[tuple[torch.Size, ...], tuple[Any, Graph | None]] = {}
+        #: For usual tensors, by their shapes: the modes and the graph, None where calls stay plain; of a graph of one result that
+        #: reads nothing beside the arguments also how to ask whether it holds, and its run.
+        self._usual: dict[tuple[torch.Size, ...], tuple[Any, Graph | None, Any, Any]] = {}
 
     def usual(self, tensors: list[torch.Tensor]) -> Any:
         """Call or replay it, in fewer steps, with different float64 tensors: contiguous, on the CPU and without a graph."""
-        last = self._usual.get(tuple([t.shape for t in tensors]))
-        if last is not None and modes() == last[0]:
-            graph = last[1]
+        last = self._usual.get((tensors[0].shape,) if len(tensors) == 1 else tuple([t.shape for t in tensors]))
+        if last is not None:
+            known, graph, holds, run = last
             if graph is None:
                 return self._plain(*tensors)
-            if graph.holds():
-                try:
-                    return graph.replay(tensors)
-                except OtherValues:
-                    pass
+            if modes() == known:
+                if run is not None:
+                    if holds():
+                        return run(tensors)[0]
+                elif graph.holds():
+                    try:
+                        return graph.replay(tensors)
+                    except OtherValues:
+                        pass
         return self(*tensors)
 
     def __call__(self, *args: Any) -> Any:
@@ -122,7 +127,8 @@ class Replayed:
             return
         if len(self._usual) >= _KEPT:
             self._usual.clear()
-        self._usual[tuple([a.shape for a in args])] = key[1], graph
+        holds, run = (None, None) if graph is None or not graph.is_alone else (graph.surroundings.is_same, graph.run)
+        self._usual[tuple([a.shape for a in args])] = key[1], graph, holds, run
 
     def _pays(self, args: tuple[Any, ...]) -> bool:
         """Whether the function may be recorded unasked, and a run is short enough."""

@@ -20,12 +20,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from chainrule.capture.reads import NoReads
 from chainrule.capture.recorder import CompileError, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
-from chainrule.execute.accounts import current_ledger
+from chainrule.execute.accounts import current_ledger, read_ledger
 from chainrule.execute.compiled import Flat, Run
 from chainrule.execute.memory import current_watch
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
-from chainrule.transforms.arguments import function_name, structure_key, tree_flatten, tree_unflatten
+from chainrule.transforms.arguments import LEAF, function_name, structure_key, tree_flatten, tree_unflatten
 from chainrule.transforms.compiled_calls import Call, call_of, gradient_kind, tensor_kind
 from chainrule.uncompiled import hide_from_dynamo
 
@@ -114,6 +114,12 @@ class Graph:
             and all(tensor.grad is grad for tensor, grad in self.grads)
             and all(gradient_kind(tensor) == kind for tensor, kind in self.asked)
         )
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is run on nothing but the arguments, depends on surroundings alone beside them, and has one result."""
+        beside = self.kinds or self.asked or self.closed or self.statics or self.expected
+        return not beside and self.spec is LEAF and self.run is not None
 
     @property
     def count(self) -> int:
@@ -439,11 +445,15 @@ def _no_casts() -> Iterator[None]:
 
 def modes() -> Any:
     """What a graph depends on beside the arguments, as part of its key; None where calls run without a graph."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or current_ledger() is not None:
+    if _dispatch_modes() or _functorch() or read_ledger() is not None or _function_modes() or _autocast():
         return None
-    if torch._C._len_torch_function_stack() or torch._C._is_any_autocast_enabled():
-        return None
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    return _grad_enabled(), _inference(), _default_dtype()
+
+
+#: Asked in every call of a solver.
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_functorch, _autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+_grad_enabled, _inference, _default_dtype = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_default_dtype
 
 
 def _key(leaves: Sequence[Any], spec: Any) -> Any:

@@ -31,6 +31,7 @@ from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import Spent, part_constants
 from chainrule.execute.sweeps import Seen, is_long
+from chainrule.maps.first_run import LongRecordError, without_long_records
 from chainrule.maps.staging import Program, Staged
 from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
@@ -490,8 +491,12 @@ def finish_run(run: Run, seeds: tuple[torch.Tensor, ...] = (), *, last: bool = F
     if cached is None or cached.__class__ is Seen:
         if (soon := swept(run, seeds)) is not None:
             return soon
-        with rehearsed() as recorder:
-            result, cached = record_parts(run, seeds)
+        try:
+            with rehearsed() as recorder:
+                result, cached = _recorded_within(run, seeds)
+        except LongRecordError:
+            engine.CACHE.put(run.key, BY_LEVELS)
+            return run_parts(run.parts, seeds)
         if run.key is not None:
             engine.CACHE.put(run.key, cached)
         if cached is BY_LEVELS or recorder is None:
@@ -556,6 +561,24 @@ def _distinct(seeds: tuple[torch.Tensor, ...], taken: Collection[int]) -> tuple[
         known.add(id(one))
         found.append(one)
     return tuple(found)
+
+
+def _recorded_within(run: Run, seeds: tuple[torch.Tensor, ...]) -> tuple[Any, Any]:
+    """As :func:`record_parts`, where the record of all levels does not have to be long.
+
+    A record holds every value until it is complete. The plan of a large Jacobian that stands alone is made without running it.
+
+    Raises:
+        LongRecordError: if it would be long, and its last level can do without.
+    """
+    part = run.parts[0]
+    alone = len(run.parts) == 1 and run.key is not None and not seeds and len(part.levels) > 1
+    if not alone or part.levels[-1].key[0] != "jacobian" or torch._C._len_torch_dispatch_stack():
+        return record_parts(run, seeds)
+    # What the levels record must not stand on the tape if they are run one by one after all.
+    here = replace(part, traced=replace(part.traced, tape=part.traced.tape.fork()))
+    with without_long_records():
+        return record_parts(replace(run, parts=[here]), seeds)
 
 
 def record_parts(
