@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from chainrule.settings import setting
 from chainrule.shortcuts import configure
 
 
@@ -98,11 +99,6 @@ def collecting(ledger: Ledger | None = None) -> Iterator[Ledger]:
         _LEDGER.reset(token)
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
+def uncollected() -> AbstractContextManager[None]:
     """Run what is inside as if nobody collected accounts."""
-    token = _LEDGER.set(None)
-    try:
-        yield
-    finally:
-        _LEDGER.reset(token)
+    return setting(_LEDGER, None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -55,6 +55,7 @@ from chainrule.plan.algebra import AlgebraRequest, plan_algebra, predicted_peak
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph
 from chainrule.plan.planner import Planned, Request, plan
+from chainrule.settings import setting
 
 #: Plans are compiled by one thread at a time.
 COMPILING = threading.Lock()
@@ -67,14 +68,9 @@ _LARGE = 1 << 17
 _FRUGAL: ContextVar[bool] = ContextVar("chainrule_frugal", default=False)
 
 
-@contextmanager
-def frugal() -> Iterator[None]:
+def frugal() -> AbstractContextManager[None]:
     """Plans that are made inside need no more memory than their later runs."""
-    token = _FRUGAL.set(True)
-    try:
-        yield
-    finally:
-        _FRUGAL.reset(token)
+    return setting(_FRUGAL, True)
 
 
 @dataclass

@@ -7,8 +7,8 @@ Only what shapes decide can be recorded so; code of a user's, and calls that loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from chainrule.dispatch import undispatched
 from chainrule.maps.staging import Program, Ref, Staged, refs
+from chainrule.settings import setting
 
 _META = torch.device("meta")
 
@@ -30,14 +31,9 @@ class NotDryError(Exception):
     """This program cannot be recorded without running it."""
 
 
-@contextmanager
-def dry() -> Iterator[None]:
+def dry() -> AbstractContextManager[None]:
     """Programs that are made inside are recorded on tensors without memory."""
-    token = _DRY.set(True)
-    try:
-        yield
-    finally:
-        _DRY.reset(token)
+    return setting(_DRY, True)
 
 
 class DryRun(Program):

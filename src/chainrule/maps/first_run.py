@@ -7,8 +7,8 @@ somebody asks for all the same is computed again, by the calls that are recorded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from sys import getrefcount
 from types import MethodType
@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from chainrule.maps.dry_run import DryRun, is_dry
 from chainrule.maps.nodes import Node, postorder
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
+from chainrule.settings import setting
 
 #: From this size on, in bytes, a value is let go.
 LARGE = 1 << 16
@@ -115,14 +116,9 @@ class LongRecordError(Exception):
     """What would be recorded here takes more memory than it should."""
 
 
-@contextmanager
-def without_long_records() -> Iterator[None]:
+def without_long_records() -> AbstractContextManager[None]:
     """Inside, plans whose first run would hold many times their results raise a `LongRecordError` before they are run."""
-    token = _REFUSED.set(True)
-    try:
-        yield
-    finally:
-        _REFUSED.reset(token)
+    return setting(_REFUSED, True)
 
 
 def first_run() -> Program:
