@@ -84,6 +84,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "attention of a batch": (chainrule.vmap(chainrule.jacobian(attention)), (torch.randn(4, 24, 8),)),
     "element-wise": (chainrule.jacobian(torch.sin), (torch.randn(300),)),
     "hvp": (lambda x, v: chainrule.jvp(chainrule.grad(logistic), (x,), (v,)), (torch.randn(40), torch.randn(40))),
+    "sparse hessian": (
+        chainrule.hessian(lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum(), layout="sparse_coo"),
+        (torch.randn(4000),),
+    ),
+    "sparse jacobian": (
+        chainrule.jacobian(lambda x: torch.roll(x, 1) * x.sin() - x**2, layout="sparse_coo"), (torch.randn(4000),),
+    ),
     "chunks": (chainrule.jacobian(predict, chunk_size=8), (torch.randn(512),)),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     runs: list[Any] = []
     for name in ("find_plan", "_curvature"):
         original = getattr(sparse, name)
-        monkeypatch.setattr(sparse, name, lambda *args, _original=original: [runs.append(args), _original(*args)][1])
+        monkeypatch.setattr(sparse, name, lambda *args, _original=original, **more: [runs.append(args), _original(*args, **more)][1])
     return runs
 
 

@@ -167,7 +167,8 @@ def sparse_hessian(
             if slot is None:
                 found: Found = {}
             elif out.numel() == 1:
-                found = _curvature(traced, slot, triangular, partial(_shorten, traced, extra, layout) if alone else None)
+                shorten = partial(_shorten, traced, extra, layout) if alone else None
+                found = _curvature(traced, slot, triangular, shorten, last=len(traced.out_slots) == 1)
             else:
                 found = _curvatures(traced, slot, triangular)
             rows = []
@@ -213,9 +214,12 @@ def _maker(layout: str, layouts: Layouts) -> Callable[[torch.Tensor], torch.Tens
 
 
 def _curvature(
-    traced: Traced, slot: int, triangular: str | None, shorten: Callable[[SparsePlan], None] | None = None
+    traced: Traced, slot: int, triangular: str | None, shorten: Callable[[SparsePlan], None] | None = None, *, last: bool = False
 ) -> Found:
-    """The blocks of the Hessian of one number, by the numbers of the inputs; `shorten` is told of a plan that is known."""
+    """The blocks of the Hessian of one number, by the numbers of the inputs; `shorten` is told of a plan that is known.
+
+    The `last` thing asked of a run lets its values go.
+    """
     tape, sources = traced.tape, tuple(traced.in_slots)
     plans = plans_of(tape, ("hessian", sources, slot, triangular, traced.grad_enabled))
     by_levels = plans.by_levels or current_ledger() is not None
@@ -229,7 +233,7 @@ def _curvature(
         else:
             plans.add(plan)
     if plan is not None:
-        return plan.run(tape)
+        return plan.run(tape, last=last)
     with recording_on(tape)():
         gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
     request, names = _of_gradient(traced, slot, gradient, triangular)
