@@ -14,6 +14,7 @@ from chainrule.execute.memory import Memory, predict
 from chainrule.execute.renaming import renamed
 from chainrule.execute.reuse import reusing
 from chainrule.execute.simplify import root, shared_results, simplify
+from chainrule.execute.symmetry import with_symmetry
 from chainrule.execute.workspace import Saved, Space, observable, of_instructions, saved_by_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 from chainrule.shortcuts import configure
@@ -142,7 +143,8 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
         return source.compiled([f"def {name}(tape, seeds):", *inputs, *block, returned], name)
 
     runner: Runner = compiled("run", source.kept)
-    source.plain = reusing(program, source.kept, source.wanted)
+    halved = with_symmetry(program, source.kept)
+    source.plain = reusing(program, halved or source.kept, source.wanted) or halved
     runner.plain = runner if source.plain is None else compiled("run_plain", source.plain)  # type: ignore[attr-defined]
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
     runner.source_of = source  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from chainrule.calls import FUNCTIONS
+from chainrule.execute.products import DistinctRows, symmetric_product
 from chainrule.maps.assembly import assembled
 from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
 from chainrule.norms import layer_norm_backward
@@ -52,7 +53,7 @@ _FRESH = frozenset(
     {
         torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.addmv, torch.mv, torch.dot, torch.sum, torch.zeros, torch.ones,
         torch.clone, torch.Tensor.clone, torch.cat, torch.stack, torch.gather, torch.index_select, torch.maximum, torch.minimum,
-        assembled, layer_norm_backward,
+        assembled, layer_norm_backward, symmetric_product,
     }
 )  # fmt: skip
 
@@ -289,6 +290,7 @@ def _is_fresh(function: Callable[..., Any]) -> bool:
     return (
         function is scattered or function in _FRESH_OPS or function in _POINTWISE or function in _ON_FIRST or function in _FRESH
         or function in _THROUGH
+        or function.__class__ is DistinctRows
         or function in _WRITING
     )
 
