@@ -33,7 +33,7 @@ _PATIENCE = 4000
 
 _TURNS = frozenset({torch.permute, torch.t, torch.transpose, torch.Tensor.transpose, torch.Tensor.permute, torch.swapaxes})
 _ORDERED = WHOLE_VIEWS - _TURNS - {torch.movedim}
-_COPIES: frozenset[Any] = frozenset({torch.clone, torch.Tensor.clone, torch.Tensor.contiguous})
+_COPIES: tuple[Any, ...] = (torch.clone, torch.Tensor.clone, torch.Tensor.contiguous)
 _SPREADS = frozenset({torch.broadcast_to, torch.Tensor.expand, aten.expand.default._op})
 _PRODUCTS = frozenset({torch.mm, torch.bmm})
 
