@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import chainrule
 from benchmarks import jax_peers
@@ -51,8 +52,8 @@ def _split(architecture: Architecture, both: Sequence[Tensor]) -> tuple[dict[str
     return architecture.named(both[:half]), architecture.named(both[half:])
 
 
-def _tangents(library: Any, way: str, architecture: Architecture, x: Tensor, *both: Tensor) -> Tensor:
-    """The derivatives along many tangents of the parameters. Shape (tangents, batch, outputs)."""
+def _tangents(library: Any, way: str, architecture: Architecture, x: Tensor, *both: Tensor) -> Any:
+    """The derivatives along many tangents of the parameters, of shape (batch, outputs): a list, or with a leading dimension."""
     parameters, tangents = _split(architecture, both)
     call = architecture.calling(library)
     if "linearize" in way:
@@ -66,17 +67,22 @@ def _tangents(library: Any, way: str, architecture: Architecture, x: Tensor, *bo
         return library.vmap(push)(tangents)
     columns = {name: leaf.unbind() for name, leaf in tangents.items()}
     count = len(columns[architecture.names[0]])
-    return torch.stack([push({name: leaves[i] for name, leaves in columns.items()}) for i in range(count)])
+    return [push({name: leaves[i] for name, leaves in columns.items()}) for i in range(count)]
 
 
 def _cotangents(library: Any, way: str, architecture: Architecture, x: Tensor, units: Tensor, *parameters: Tensor) -> Any:
-    """The pullbacks of many cotangents to the parameters, each leaf with a leading dimension for them."""
+    """The pullbacks of many cotangents to the parameters: a list, or each leaf with a leading dimension for them."""
     call = architecture.calling(library)
     pullback = library.vjp(lambda p: call(p, x), architecture.named(parameters))[1]
     if "vmap" in way:
         return library.vmap(pullback)(units)[0]
-    pulled = [pullback(unit)[0] for unit in units]
-    return {name: torch.stack([each[name] for each in pulled]) for name in architecture.names}
+    return [pullback(unit)[0] for unit in units]
+
+
+def _stacked(column: str, found: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """Results that came one by one, with a leading dimension for them."""
+    each = [tree_leaves(item) for item in found]
+    return [torch.stack(leaves) for leaves in zip(*each, strict=True)]
 
 
 # --- formulas written by hand ---------------------------------------------------------------------------------------
@@ -114,6 +120,44 @@ def hand_tangents(x: Tensor, *both: Tensor) -> Tensor:
     return pushed
 
 
+def hand_tangents_one_by_one(x: Tensor, *both: Tensor) -> list[tuple[Tensor]]:
+    """One tangent of all weights after the other; the activations are computed once."""
+    half = len(both) // 2
+    weights, activations, slopes = both[:half:2], [x], list[Tensor]()
+    for weight, bias in zip(weights[:-1], both[1 : half - 2 : 2], strict=True):
+        value = F.linear(activations[-1], weight, bias).tanh()
+        activations.append(value)
+        slopes.append(1 - value * value)
+    found: list[tuple[Tensor]] = []
+    for along in zip(*both[half:], strict=True):
+        pushed = F.linear(x, along[0], along[1]) * slopes[0]
+        for number in range(1, len(weights)):
+            shared = F.linear(activations[number], along[2 * number], along[2 * number + 1])
+            pushed = torch.addmm(shared, pushed, weights[number].t())
+            if number < len(slopes):
+                pushed = pushed.mul_(slopes[number])
+        found.append((pushed,))
+    return found
+
+
+def hand_cotangents_one_by_one(x: Tensor, units: Tensor, *parameters: Tensor) -> list[list[Tensor]]:
+    """One cotangent after the other; the activations are computed once."""
+    activations, slopes = [x], list[Tensor]()
+    for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        value = F.linear(activations[-1], weight, bias).tanh()
+        activations.append(value)
+        slopes.append(1 - value * value)
+    pulled: list[list[Tensor]] = []
+    for signal in units:
+        found: list[Tensor] = []
+        for number in reversed(range(len(activations))):
+            found = [signal.t() @ activations[number], signal.sum(0), *found]
+            if number:
+                signal = (signal @ parameters[2 * number]).mul_(slopes[number - 1])
+        pulled.append(found)
+    return pulled
+
+
 def hand_cotangents(x: Tensor, units: Tensor, *parameters: Tensor) -> list[Tensor]:
     """Cotangents with the samples first, so that the gradient of a weight is one product for all of them."""
     activations = [x]
@@ -142,7 +186,10 @@ def _row(
     jax: Callable[[Any], Mapping[str, Expression]],
 ) -> Workload:
     ours, peers = expressions(chainrule), expressions(tf)
-    return Workload(key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, jax=jax, targets=Targets(target))
+    return Workload(
+        key=key, title=title, inputs=inputs, ours=ours, peers=peers, hand=hand, jax=jax, targets=Targets(target),
+        reduced=_stacked if "one by one" in title else None,
+    )  # fmt: skip
 
 
 def _chain_row(
@@ -188,7 +235,7 @@ def many_tangents_row(key: str, arrival: str, widths: Sequence[int], batch: int,
         return {way: partial(_tangents, library, way, architecture) for way in ways}
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    hand = None if arrival == "one by one" else hand_tangents
+    hand = hand_tangents_one_by_one if arrival == "one by one" else hand_tangents
     title = f"linearize once, {count} tangents of the parameters {arrival}, {network}"
     return _row(key, title, make, expressions, 2, hand, partial(jax_peers.many_tangents, jax_peers.mlp_network, arrival))
 
@@ -206,7 +253,7 @@ def many_cotangents_row(key: str, arrival: str, widths: Sequence[int], batch: in
         return {way: partial(_cotangents, library, way, architecture)}
 
     network = f"tanh MLP {'-'.join(map(str, widths))}, batch {batch}"
-    hand = None if arrival == "one by one" else hand_cotangents
+    hand = hand_cotangents_one_by_one if arrival == "one by one" else hand_cotangents
     title = f"vjp once, {count} cotangents to the parameters {arrival}, {network}"
     return _row(key, title, make, expressions, 2, hand, partial(jax_peers.many_cotangents, jax_peers.mlp_network, arrival))
 
