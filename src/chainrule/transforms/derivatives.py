@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from chainrule.dispatch import entry_point
-from chainrule.transforms.arguments import Argnums, function_name, tree_flatten, tree_unflatten
+from chainrule.transforms.arguments import Argnums, function_name, leaves_of, tree_flatten, tree_unflatten
 from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level, Linearized, mark_of
 from chainrule.transforms.nest import NO_NEST, run_level, run_nest, run_pushed_nest
@@ -192,20 +192,23 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
                 )
         found = _pullback(traced)
     leaves, out_spec, active, pull = found.leaves, found.spec, found.active, found.call
+    inputs = tuple(found.traced.in_leaves)
 
     @entry_point
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
-        given, spec = tree_flatten(cotangents)
-        if spec is not out_spec and spec != out_spec:
-            raise RuntimeError(
-                "vjp: expected pytree structure of cotangents to be the same as pytree structure of outputs to the "
-                f"function. cotangents: {spec}, primal output: {out_spec}"
-            )
+        given = leaves_of(cotangents, out_spec)
+        if given is None:
+            given, spec = tree_flatten(cotangents)
+            if spec is not out_spec and spec != out_spec:
+                raise RuntimeError(
+                    "vjp: expected pytree structure of cotangents to be the same as pytree structure of outputs to the "
+                    f"function. cotangents: {spec}, primal output: {out_spec}"
+                )
         for number, (leaf, out) in enumerate(zip(given, leaves, strict=True)):
             check_seed(leaf, out, f"vjp: cotangent {number}", "output")
         pulled = pull(tuple([_match_dtype(given[number], leaves[number]) for number in active]))
-        return with_graph(pulled, primals) if found.traced.grad_enabled else pulled
+        return with_graph(pulled, inputs) if found.traced.grad_enabled else pulled
 
     return (found.output, vjp_fn, found.traced.aux) if has_aux else (found.output, vjp_fn)
 
@@ -393,6 +396,14 @@ def push_forward(traced: Traced, tangents: list[Any], name: str, convention: str
     return _pushed(traced, tuple(_checked(tangents, traced, name)), convention, last=last)
 
 
+def _are_alike(tangents: list[Any], primals: Sequence[torch.Tensor]) -> bool:
+    """Whether tangents are tensors of the shapes, dtypes and devices of their primals, as most are."""
+    for one, two in zip(tangents, primals, strict=True):
+        if not isinstance(one, torch.Tensor) or one.dtype is not two.dtype or one.shape != two.shape or one.device != two.device:
+            return False
+    return True
+
+
 def _checked(tangents: list[Any], traced: Traced, name: str) -> list[torch.Tensor]:
     """Tangents that match the inputs, in their dtypes."""
     for number, (leaf, primal) in enumerate(zip(tangents, traced.in_leaves, strict=True)):
@@ -449,22 +460,27 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
             )
         found = _pushforward(traced)
     traced, push = found.traced, found.call
+    inputs = tuple(traced.in_leaves)
 
     @entry_point
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents forward."""
-        leaves, spec = tree_flatten(tangents)
-        if spec is not traced.in_spec and spec != traced.in_spec:
-            raise RuntimeError(
-                f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}"
-            )
-        for number, (leaf, primal) in enumerate(zip(leaves, traced.in_leaves, strict=True)):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype != primal.dtype:
+        leaves = leaves_of(tangents, traced.in_spec)
+        if leaves is None:
+            leaves, spec = tree_flatten(tangents)
+            if spec is not traced.in_spec and spec != traced.in_spec:
                 raise RuntimeError(
-                    f"linearize: tangent {number}: mismatch in dtype, it is {leaf.dtype} and the primal is {primal.dtype}"
+                    f"linearize: expected the tangents {spec} to have the same structure as the primals {traced.in_spec}"
                 )
-        pushed = push(tuple(_checked(leaves, traced, "linearize")))
-        return with_graph(pushed, primals) if traced.grad_enabled else pushed
+        if not _are_alike(leaves, traced.in_leaves):
+            for number, (leaf, primal) in enumerate(zip(leaves, traced.in_leaves, strict=True)):
+                if isinstance(leaf, torch.Tensor) and leaf.dtype != primal.dtype:
+                    raise RuntimeError(
+                        f"linearize: tangent {number}: mismatch in dtype, it is {leaf.dtype} and the primal is {primal.dtype}"
+                    )
+            leaves = _checked(leaves, traced, "linearize")
+        pushed = push(tuple(leaves))
+        return with_graph(pushed, inputs) if traced.grad_enabled else pushed
 
     return (found.output, jvp_fn, found.traced.aux) if has_aux else (found.output, jvp_fn)
 
