@@ -87,6 +87,8 @@ def _stored(part: torch.Tensor) -> torch.Tensor | None:
         if modes != 1 or not part.batched or torch._C._get_dispatch_stack_at(0) is not part.level:  # type: ignore[attr-defined]
             return None
         stored = part.value  # type: ignore[attr-defined]
+    elif modes:  # a tape takes one concatenation better than many writes
+        return None
     return stored if stored.__class__ is torch.Tensor and not stored.requires_grad and stored.layout is torch.strided else None
 
 

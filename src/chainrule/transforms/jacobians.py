@@ -53,10 +53,10 @@ def jacrev(
         chunk_size: how many rows (elements of an output) to compute at once, which bounds the memory of intermediate
             results; None for all. One plan serves all chunks.
         max_memory: in place of ``chunk_size``, how much may be allocated beside the result: bytes, or a string like
-            ``"512MB"``. The rows of a chunk are chosen by what the plans are predicted to need. The first call makes the plans,
-            and keeps masks and indices for them beside that. A function with an op that is known only by running it is tried with
-            blocks of growing size in that call. By default a result of more than a quarter of a gigabyte is computed in chunks
-            where the free memory of the device asks for it.
+            ``"512MB"``; under ``vmap`` by all samples together. The rows of a chunk are chosen by what the plans are predicted to
+            need. The first call makes the plans, and keeps masks and indices for them beside that. A function with an op that is
+            known only by running it is tried with blocks of growing size in that call. By default a result of more than a
+            quarter of a gigabyte is computed in chunks where the free memory of the device asks for it.
         progress: whether to show the progress over the chunks (needs tqdm).
         layout: ``"dense"`` for tensors; ``"sparse_coo"`` or ``"sparse_csr"`` for sparse tensors (see ``docs/sparse.md``): their
             pattern is read off the structure of ``func``, planned once per signature and value of its index tensors, and may
