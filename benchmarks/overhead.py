@@ -13,7 +13,7 @@ from benchmarks.measure import peak_memory
 from benchmarks.recording import recording_costs
 from benchmarks.section_a import predict
 from chainrule.capture.tape import Tape
-from chainrule.execute import engine
+from chainrule.execute import engine, planning
 from chainrule.plan.planner import Request
 from chainrule.rules.table import POLICY
 from chainrule.transforms.trace import Traced, trace
@@ -75,13 +75,13 @@ def _pieces(
     traced = record()
     request = Request("jacobian", tuple(traced.in_slots), tuple(s for s in traced.out_slots if s is not None), "auto")
     engine.execute(traced.tape, request)
-    key = engine._key(traced.tape, request, ())
+    key = planning.key_of(traced.tape, request, ())
     cached = engine.CACHE.get(key)
     assert cached is not None
     cached.run(traced.tape.values, ())
     return {
         f"{prefix} recording, arguments checked": timed(record),
-        f"{prefix} signature and plan lookup": timed(lambda: engine.CACHE.get(engine._key(traced.tape, request, ()))),
+        f"{prefix} signature and plan lookup": timed(lambda: engine.CACHE.get(planning.key_of(traced.tape, request, ()))),
         f"{prefix} replay": timed(lambda: cached.run(traced.tape.values, ())),
     }
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import chainrule
-from chainrule.execute import engine
-from chainrule.execute.engine import CachedPlan, PlanCache
+from chainrule.execute import planning
 
 
 def test_a_second_call_replays_and_does_not_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +22,7 @@ def test_a_second_call_replays_and_does_not_plan(monkeypatch: pytest.MonkeyPatch
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(engine, "plan", refuse)
+    monkeypatch.setattr(planning, "plan", refuse)
     for _ in range(3):
         y = torch.randn(11, dtype=torch.float64)
         expected = torch.diag(torch.cos(y) * y.sum()) + torch.sin(y)[:, None]
@@ -44,18 +43,6 @@ def test_a_branch_on_a_value_is_never_replayed_stale() -> None:
 def test_static_arguments_are_part_of_the_signature() -> None:
     for factor in (2.0, 3.0, 2):
         assert chainrule.grad(lambda x, f=factor: (x * f).sum())(torch.ones(2)).tolist() == [factor, factor]
-
-
-def test_the_cache_is_bounded_and_keeps_what_is_used() -> None:
-    cache = PlanCache(limit=4)
-    for number in range(4):
-        cache.put(number, CachedPlan([], None))
-    for number in range(4, 20):
-        assert cache.get(0) is not None
-        cache.put(number, CachedPlan([], None))
-        assert len(cache) <= 4
-    cache.clear()
-    assert len(cache) == 0
 
 
 def test_results_are_fresh_memory() -> None:

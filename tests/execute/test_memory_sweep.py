@@ -120,6 +120,7 @@ BOUNDED: dict[str, tuple[Callable[..., Any], Tensor, int]] = {
     "matrix exponential": (matrix_exponential, R(8, 8), 60_000),
     "cholesky": (lambda x: torch.linalg.cholesky(x @ x.T + 20 * torch.eye(16)), R(16, 16), 150_000),
     "a constant made in the run": (deep, R(64), 80_000),
+    "attention, whose parameters are no plain tensors": (lambda x: ATTENTION(x, x, x)[0], R(1, 100, 16), 1_000_000),
     "gather": (lambda x: torch.sort(x)[0].gather(0, PLACES).cumsum(0) ** 2, R(300), 24_000),
 }
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F  # noqa: N812
 
 import chainrule
 from chainrule.execute import engine
+from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.memory import watching
 from chainrule.execute.reuse import SMALLEST, written_over
+from chainrule.maps.assembly import assembled
 from tests.transforms.test_blocks import peak_bytes
 
 tf = torch.func
@@ -38,8 +40,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _plan() -> engine.CachedPlan:
-    (plan,) = (p for p in engine.CACHE._plans.values() if isinstance(p, engine.CachedPlan))
+def _plan() -> CachedPlan:
+    (plan,) = (p for p in engine.CACHE._plans.values() if isinstance(p, CachedPlan))
     return plan
 
 
@@ -192,3 +194,47 @@ def test_scans_triangles_and_stacks_hold_little_beside_the_result(function: Call
         transformed(x)
     # A mask of a byte an element, where there is one.
     assert watch.peak <= 1.3 * expected.numel() * expected.element_size()
+
+
+def _residual(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(5):
+        x = x + 0.1 * torch.tanh(RESIDUAL @ x)
+    return x
+
+
+RESIDUAL = torch.randn(150, 150, dtype=torch.float64) / 12
+
+
+def test_sums_wait_for_the_last_reader_of_what_they_are_written_over() -> None:
+    """In ``J + d * (W J)`` the sum is computed after the product that reads J, too, so that three matrices are held and not four."""
+    x = torch.randn(8, 150, dtype=torch.float64)
+    engine.CACHE.clear()
+    mapped = chainrule.vmap(chainrule.jacrev(_residual))
+    for _ in range(4):
+        found = mapped(x)
+    torch.testing.assert_close(found, torch.func.vmap(torch.func.jacrev(_residual))(x))
+    programs = [
+        runner.source_of
+        for plan in engine.CACHE._plans.values() if isinstance(plan, CachedPlan)
+        for runner, _ in plan.batched.values() if runner is not None
+    ]
+    (source,) = programs
+    sums = [i for i in source.plain if i.function is torch.addcmul and len(source.program.kinds[i.outputs[0]][0]) == 3]
+    assert len(sums) >= 7  # two a step, but for the first
+    assert all(written_over(i) is not None for i in sums)
+
+
+def test_what_is_observed_is_what_is_run() -> None:
+    """An assembly over its own operand allocates nothing; run without that, it would need the memory of a second result."""
+    x = torch.randn(400)
+    engine.CACHE.clear()
+    function = chainrule.jacobian(lambda x: torch.softmax(x, 0).log())
+    function(x)
+    with watching() as watch:
+        found = function(x)
+    torch.testing.assert_close(found, torch.func.jacrev(lambda x: torch.softmax(x, 0).log())(x))
+    assert watch.peak < 1.1 * found.nbytes
+    source = _plan().runner.source_of  # type: ignore[union-attr]
+    assert any(i.function is assembled for i in source.plain)
+    assert sum(space.results for space in source.inside_plain.values()) < 1.1 * found.nbytes
+    assert not source.inside

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import chainrule
-from chainrule.execute import engine, sweeps
-from chainrule.execute.engine import CachedPlan
+from chainrule.execute import engine, planning, sweeps
+from chainrule.execute.cached_plans import CachedPlan
 from chainrule.maps.entries import embed_diagonals, pad_zeros
-from chainrule.transforms import nest
+from chainrule.transforms.levels import NestPlan
 
 tf = torch.func
 Tensor = torch.Tensor
@@ -143,7 +143,7 @@ def planned_ops(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) ->
     forget()
     with monkeypatch.context() as patch:
         patch.setattr(sweeps, "plan", counted(0, sweeps.plan))
-        patch.setattr(engine, "plan", counted(1, engine.plan))
+        patch.setattr(planning, "plan", counted(1, planning.plan))
         function()
     return counts[0], counts[1]
 
@@ -330,7 +330,7 @@ def test_a_nest_that_is_swept_leaves_the_run_as_it_was() -> None:
     found = [chainrule.jvp(chainrule.grad(function), (x,), (v,)) for _ in range(RUNS)]
     for later in found[1:]:
         torch.testing.assert_close(later, found[0], equal_nan=True)
-    assert any(isinstance(plan, nest.NestPlan) for plan in kept())
+    assert any(isinstance(plan, NestPlan) for plan in kept())
 
 
 def test_padding_is_what_writing_into_zeros_gives() -> None:

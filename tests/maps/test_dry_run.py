@@ -11,8 +11,9 @@ from torch import Tensor
 
 import chainrule
 from chainrule.capture.tape import Tape
-from chainrule.execute import engine
-from chainrule.execute.engine import CACHE, frugal
+from chainrule.execute import engine, planning
+from chainrule.execute.engine import CACHE
+from chainrule.execute.planning import frugal
 from chainrule.execute.workspace import observe
 from chainrule.maps.dry_run import DryRun, NotDryError, dry, is_complete, shadow
 from chainrule.maps.first_run import first_run
@@ -59,7 +60,7 @@ def test_the_program_is_the_one_of_a_run(name: str, monkeypatch: pytest.MonkeyPa
     function, shape = FUNCTIONS[name]
     x = torch.rand(shape, dtype=torch.float64) + 0.5
     programs = []
-    planned = engine._planned
+    planned = planning.plan_of
 
     def seen(*args: object, **kwargs: object) -> object:
         found = planned(*args, **kwargs)  # type: ignore[arg-type]
@@ -68,7 +69,8 @@ def test_the_program_is_the_one_of_a_run(name: str, monkeypatch: pytest.MonkeyPa
         return found
 
     kinds: list[object] = []
-    monkeypatch.setattr(engine, "_planned", seen)
+    for module in (engine, planning):
+        monkeypatch.setattr(module, "plan_of", seen)
     CACHE.clear()
     chainrule.jacobian(function)(x)
     CACHE.clear()

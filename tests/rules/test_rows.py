@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 
 import chainrule
 from chainrule.execute import engine
+from chainrule.execute.cached_plans import CachedPlan
 from chainrule.rules.rows import KERNELS
 from chainrule.rules.table import RULES
 
@@ -167,7 +168,7 @@ def _calls(function: Callable[..., Tensor], *args: Tensor) -> list[str]:
     for _ in range(3):
         chainrule.grad(function)(*args)
     (plan,) = engine.CACHE._plans.values()
-    assert isinstance(plan, engine.CachedPlan) and plan.runner is not None
+    assert isinstance(plan, CachedPlan) and plan.runner is not None
     return [str(getattr(i.function, "__name__", i.function)) for i in plan.runner.source_of.kept]  # type: ignore[attr-defined]
 
 

@@ -163,6 +163,45 @@ def test_a_budget_holds_from_the_first_call_on(transform: Any, oracle: Any, func
     torch.testing.assert_close(bounded(x), expected, rtol=1e-3, atol=1e-4 * scale)
 
 
+INNER, OUTER = torch.randn(50, 60), torch.randn(90, 50)
+MAPPED: dict[str, tuple[Any, Any, Tensor, float]] = {
+    "softmax": (chainrule.jacrev, lambda x: torch.softmax(x, 0), torch.randn(30, 100), 0.1),
+    "spectrum": (chainrule.jacobian, lambda x: torch.fft.rfft(x).abs(), torch.randn(20, 128), 0.2),
+    "layers": (chainrule.jacrev, lambda x: torch.tanh(OUTER @ torch.tanh(INNER @ x)), torch.randn(40, 60), 0.4),
+    "running products": (chainrule.jacobian, lambda x: x.sin().cumsum(0).cos().cumprod(0), torch.rand(20, 80), 0.5),
+    "hessian": (chainrule.hessian, lambda x: torch.tanh(INNER @ x).pow(3).sum(), torch.randn(40, 60), 0.5),
+    "hessian of a spectrum": (chainrule.hessian, lambda x: torch.fft.rfft(x).abs().sum(), torch.randn(20, 64), 0.3),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_budget_holds_for_all_samples_of_a_batch(name: str) -> None:
+    """Beside the results of the whole batch; they are allocated once."""
+    transform, function, x, share = MAPPED[name]
+    oracle = torch.func.hessian if transform is chainrule.hessian else torch.func.jacrev
+    expected = torch.func.vmap(oracle(function))(x)
+    budget = int(share * expected.nbytes)
+    mapped, free = chainrule.vmap(transform(function, max_memory=budget)), chainrule.vmap(transform(function))
+    for _ in range(4):
+        torch.testing.assert_close(mapped(x), expected, rtol=1e-3, atol=1e-4)
+        free(x)
+    assert peak_bytes(lambda: free(x)) - expected.nbytes > budget  # the budget does bound something
+    assert peak_bytes(lambda: mapped(x)) - expected.nbytes <= 1.05 * budget
+
+
+def test_a_budget_that_is_too_little_for_a_batch_names_the_way_out() -> None:
+    x = torch.rand(20, 80)
+    function = lambda x: x.sin().cumsum(0).cos().cumprod(0)  # noqa: E731
+    bounded = chainrule.jacobian(function, max_memory=20_000)
+    with pytest.raises(MemoryError, match="a row for each of 20 samples: give vmap a chunk_size"):
+        chainrule.vmap(bounded)(x)
+    torch.testing.assert_close(chainrule.vmap(bounded, chunk_size=1)(x), torch.func.vmap(torch.func.jacrev(function))(x))
+    # What was found for one size of a batch is not taken for another one.
+    assert chainrule.vmap(bounded)(x[:1]).shape == (1, 80, 80)
+    with pytest.raises(MemoryError, match="for each of 19 samples"):
+        chainrule.vmap(bounded)(x[:19])
+
+
 def test_a_budget_for_a_hessian() -> None:
     first = torch.randn(200, 100, dtype=torch.float64)
 

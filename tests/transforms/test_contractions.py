@@ -14,7 +14,7 @@ import torch.func
 from torch.utils._pytree import tree_leaves, tree_map
 
 import chainrule
-from chainrule.execute import engine
+from chainrule.execute import engine, planning
 
 Tensor = torch.Tensor
 WEIGHT = torch.randn(4, 4, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_per_sample_has_the_plan_of_vmap(name: str, monkeypatch: pytest.MonkeyPa
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(engine, "plan", refuse)
+    monkeypatch.setattr(planning, "plan", refuse)
     torch.testing.assert_close(transform(field, in_dims=(0, None))(x, scale), expected)
     assert len(engine.CACHE) == plans
 

@@ -11,7 +11,7 @@ import torch
 import torch.func
 
 import chainrule
-from chainrule.execute.engine import CachedPlan
+from chainrule.execute.cached_plans import CachedPlan
 from chainrule.transforms import routes
 
 Tensor = torch.Tensor

@@ -10,7 +10,7 @@ import torch
 import torch.func
 
 import chainrule
-from chainrule.execute import engine
+from chainrule.execute import engine, planning
 
 Tensor = torch.Tensor
 WEIGHT = torch.randn(4, 3, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_the_function_runs_once_and_a_second_call_does_not_plan(monkeypatch: pyt
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(engine, "plan", refuse)
+    monkeypatch.setattr(planning, "plan", refuse)
     x = real(5, 3)
     torch.testing.assert_close(derivative(x), torch.func.jacrev(torch.func.vmap(torch.func.jacrev(field)))(x))
     assert len(calls) == 2

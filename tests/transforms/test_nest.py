@@ -13,7 +13,7 @@ import torch
 import torch.func
 
 import chainrule
-from chainrule.execute import engine
+from chainrule.execute import engine, planning
 from chainrule.transforms import levels
 
 Tensor = torch.Tensor
@@ -71,7 +71,7 @@ def test_the_function_runs_once_and_a_second_call_does_not_plan(monkeypatch: pyt
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(engine, "plan", refuse)
+    monkeypatch.setattr(planning, "plan", refuse)
     x = real(3)
     torch.testing.assert_close(derivative(x), torch.func.jacfwd(torch.func.jacrev(torch.func.grad(total)))(x))
     assert len(calls) == 2
@@ -97,7 +97,7 @@ def test_a_nest_of_a_function_of_components_does_not_plan_twice(mode: str, monke
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(engine, "plan", refuse)
+    monkeypatch.setattr(planning, "plan", refuse)
     x, v = real(4), real(4)
     torch.testing.assert_close(product(chainrule, x, v), product(torch.func, x, v))
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import chainrule
-from chainrule.execute import engine
+from chainrule.execute import planning
 from chainrule.plan.planner import plan
 
 
@@ -263,7 +263,7 @@ def test_chunks_bound_the_intermediate_results_with_one_plan(name: str, monkeypa
     x = r(first.shape[1])
     expected = torch.func.jacrev(function)(x)
     planned = []
-    monkeypatch.setattr(engine, "plan", lambda *args, **kwargs: planned.append(1) or plan(*args, **kwargs))
+    monkeypatch.setattr(planning, "plan", lambda *args, **kwargs: planned.append(1) or plan(*args, **kwargs))
     transform = getattr(chainrule, name)(function, chunk_size=2)
     for _ in range(2):
         with Largest() as largest:

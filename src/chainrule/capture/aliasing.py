@@ -8,7 +8,6 @@ like) and from there, on demand, down to every other view.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +15,16 @@ from torch._ops import OpOverload
 
 from chainrule.capture.schema import OpFacts
 from chainrule.capture.slots import Slot, slot_object
+from chainrule.capture.view_tables import (
+    ALWAYS_VIEWS,
+    EXPANDED_WRITES,
+    IN_PLACE_VIEWS,
+    INVERSES,
+    OTHER_NUMBERS,
+    OVERLAPPING,
+    SCATTERS,
+    SCATTERS_BY_ID,
+)
 from chainrule.dispatch import again
 from chainrule.modes_off import without_mode
 from chainrule.shortcuts import configure
@@ -67,7 +76,7 @@ class AliasTracker:
         parent = args[0]
         if isinstance(out, torch.Tensor):
             # ``reshape`` and ``contiguous`` may have made a copy.
-            if out is not parent and ((id(op) in _ALWAYS_VIEWS and _are_own(out, parent)) or _shares_memory(out, parent)):
+            if out is not parent and ((id(op) in ALWAYS_VIEWS and _are_own(out, parent)) or _shares_memory(out, parent)):
                 self._link(out, parent, op, args[1:], kwargs)
             return
         for position, view in enumerate(out):
@@ -241,7 +250,7 @@ class AliasTracker:
             for place in reversed(range(len(parts))):
                 op, args = parts[place]
                 parent = views[place - 1] if place else target
-                scatter = _SCATTERS.get(id(op))
+                scatter = SCATTERS_BY_ID.get(id(op))
                 if scatter is None:
                     back, args = INVERSES[op](parent, args)
                     slot = tape.record_value(back, (slot,), args, {}, parent)
@@ -433,7 +442,7 @@ class AliasTracker:
             return tape.record_value(aten.view.default, (slot,), ((),), {}, parent)
         places = tape.outside(torch.arange, parent.numel(), device=parent.device).view(parent.shape)
         for link in reversed(path):
-            if link.op in _OTHER_NUMBERS:
+            if link.op in OTHER_NUMBERS:
                 raise RuntimeError(f"chainrule: in-place write through views by {path[-1].op} and {link.op} is not supported")
             places = tape.outside(link.op, places, *link.args, **link.kwargs)
         indices = tuple(slot_object(tape.constant(i)) for i in torch.unravel_index(places, tuple(parent.shape)))
@@ -445,7 +454,7 @@ class AliasTracker:
     def _write_back(self, link: Link, parent_slot: int, slot: int, parent: torch.Tensor) -> int:
         """Record the parent's new value: its old one with the view's new value written into it."""
         tape = self.tape
-        scatter = _SCATTERS.get(id(link.op))
+        scatter = SCATTERS_BY_ID.get(id(link.op))
         if scatter is not None and not link.kwargs and (tape.active[parent_slot] or tape.active[slot]) and _are_own(parent):
             lowered = slot_object(parent_slot), slot_object(slot), *tape.lower(link.args)
             tape.append_record(tape.facts(scatter), lowered, (), parent)
@@ -511,91 +520,4 @@ def _stored(tensor: Any) -> Any:
     return tensor
 
 
-#: In-place changes of shape, and the views that they make of the tensor as it was.
-IN_PLACE_VIEWS: dict[Any, OpOverload] = {
-    aten.t_.default: aten.t.default,
-    aten.transpose_.default: aten.transpose.int,
-    aten.swapaxes_.default: aten.transpose.int,
-    aten.swapdims_.default: aten.transpose.int,
-    aten.unsqueeze_.default: aten.unsqueeze.default,
-    aten.squeeze_.default: aten.squeeze.default,
-    aten.squeeze_.dim: aten.squeeze.dim,
-    aten.squeeze_.dims: aten.squeeze.dims,
-}
-
-SCATTERS: dict[Any, Any] = {
-    aten.select.int: aten.select_scatter.default,
-    aten.slice.Tensor: aten.slice_scatter.default,
-    aten.diagonal.default: aten.diagonal_scatter.default,
-    aten.as_strided.default: aten.as_strided_scatter.default,
-}
-
-#: Views in which one place of memory may stand several times: a write to a part of one is seen in others.
-OVERLAPPING = frozenset({aten.expand.default, aten.unfold.default})
-
-#: Views of numbers as others, through which places cannot be followed.
-_OTHER_NUMBERS = frozenset({
-    aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default, aten.view.dtype, aten.detach.default,
-})  # fmt: skip
-
-#: By the identity of the op, whose own hash is slow.
-_SCATTERS = {id(op): scatter for op, scatter in SCATTERS.items()}
-
-#: Ops that make a view always, likewise.
-_ALWAYS_VIEWS = {
-    id(op): op
-    for op in (
-        *SCATTERS, aten.view.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
-        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
-    )
-}  # fmt: skip
-
-configure(always_views=_ALWAYS_VIEWS, scatters=_SCATTERS, link=Link)
-
-Inverse = Callable[[torch.Tensor, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
-
-
-def _back_to_shape(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    return aten.view.default, (tuple(parent.shape),)
-
-
-def _inverse_permute(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    dims = [d % parent.ndim for d in args[0]]
-    return aten.permute.default, (tuple(dims.index(d) for d in range(len(dims))),)
-
-
-def _same_transpose(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    return aten.transpose.int, args
-
-
-def _inverse_t(parent: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    return aten.t.default, ()
-
-
-INVERSES: dict[Any, Inverse] = {
-    aten.view.default: _back_to_shape,
-    aten._unsafe_view.default: _back_to_shape,
-    aten.reshape.default: _back_to_shape,
-    aten._reshape_alias.default: _back_to_shape,
-    aten.squeeze.default: _back_to_shape,
-    aten.squeeze.dim: _back_to_shape,
-    aten.squeeze.dims: _back_to_shape,
-    aten.unsqueeze.default: _back_to_shape,
-    aten.alias.default: _back_to_shape,
-    aten.lift_fresh.default: _back_to_shape,
-    aten.permute.default: _inverse_permute,
-    aten.transpose.int: _same_transpose,
-    aten.t.default: _inverse_t,
-    aten.view_as_real.default: lambda parent, args: (aten.view_as_complex.default, ()),
-    aten.view_as_complex.default: lambda parent, args: (aten.view_as_real.default, ()),
-    aten._conj.default: lambda parent, args: (aten._conj_physical.default, ()),
-}
-
-
-def _fill_diagonal(tensor: torch.Tensor, value: Any, wrap: bool = False) -> torch.Tensor:
-    places = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device).fill_diagonal_(True, wrap)
-    return tensor.masked_fill_(places, value)
-
-
-#: Writes without a functional form, by others that have one.
-EXPANDED_WRITES: dict[Any, Any] = {aten.fill_diagonal_.default: _fill_diagonal}
+configure(always_views=ALWAYS_VIEWS, scatters=SCATTERS_BY_ID, link=Link)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from chainrule.execute.memory import Memory, Watch
+from chainrule.maps.staging import Instruction
+from chainrule.plan.algebra import AlgebraRequest
+from chainrule.plan.elimination import Candidate
+from chainrule.plan.graph import Graph
+from chainrule.plan.planner import Request
 from chainrule.settings import setting
 from chainrule.shortcuts import configure
 
@@ -102,3 +108,71 @@ def collecting(ledger: Ledger | None = None) -> Iterator[Ledger]:
 def uncollected() -> AbstractContextManager[None]:
     """Run what is inside as if nobody collected accounts."""
     return setting(_LEDGER, None)
+
+
+def account_of(
+    tape: Any,
+    request: Request | AlgebraRequest,
+    graph: Graph,
+    chosen: str,
+    candidates: Sequence[Candidate],
+    calls: Sequence[Instruction],
+    memory: Memory | None = None,
+) -> Account:
+    """The account of a plan that ran."""
+    taken = next((c for c in candidates if c.name == chosen), candidates[0] if candidates else None)
+    watch = Watch()
+    watch.add_run(tape)
+    slots = dict.fromkeys((*request.inputs, *request.outputs))
+    size = max((tape.values[slot].element_size() for slot in slots), default=4)
+    return Account(
+        kind=request.kind,
+        order=chosen if request.kind in ("pull", "push") else request.order,
+        chosen=chosen,
+        input_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.inputs)],
+        output_shapes=[tuple(tape.values[slot].shape) for slot in dict.fromkeys(request.outputs)],
+        recorded=len(tape.records),
+        ops=[
+            {"op": str(step.op), "kind": step.kind, "family": step.family, "shapes": list(step.out_shapes)}
+            for step in graph.steps
+        ],
+        alternatives=[
+            {"order": c.name, "flops": c.flops, "bytes": c.moved * size, "peak_bytes": c.peak * size, "cost": c.cost}
+            for c in candidates
+        ],
+        calls=[{"call": getattr(i.function, "__name__", str(i.function)), "results": len(i.outputs)} for i in calls],
+        vertices=_vertices(tape, request, graph),
+        edges=[
+            {
+                "source": source, "target": target, "terms": len(local.terms),
+                "stored": sum(factor.node.numel for term in local.terms for factor in term.factors),
+                "dense": tape.values[source].numel() * tape.values[target].numel(),
+            }
+            for target, incoming in graph.into.items() for source, local in incoming
+        ],
+        eliminated=list(taken.eliminated) if taken is not None else [],
+        steps=[
+            {"label": label, "shape": list(sizes), "flops": flops, "bytes": moved * size}
+            for label, sizes, flops, moved in (taken.steps if taken is not None else ())
+        ],
+        memory={}
+        if memory is None
+        else {
+            "recorded": watch.held, "temporaries": memory.temporaries, "results": memory.results,
+            "peak": max(watch.peak, watch.held + memory.peak),
+        },
+        uncounted=[] if memory is None else list(memory.uncounted),
+    )  # fmt: skip
+
+
+def _vertices(tape: Any, request: Request | AlgebraRequest, graph: Graph) -> list[dict[str, Any]]:
+    made = {slot: step for step in graph.steps for slot in step.outputs}
+    found = []
+    for slot in sorted({*request.inputs, *request.outputs, *graph.order, *graph.out_of}):
+        step = made.get(slot)
+        role = "input" if slot in request.inputs else "output" if slot in request.outputs else "inner"
+        vertex = {"slot": slot, "shape": list(tape.values[slot].shape), "role": role, "op": "", "kind": "", "family": ""}
+        if step is not None:
+            vertex.update(op=str(step.op), kind=step.kind, family=step.family)
+        found.append(vertex)
+    return found

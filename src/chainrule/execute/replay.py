@@ -305,23 +305,35 @@ class Source:
         self.constants = {**own, **made}
         self.namespace: dict[str, Any] = {f"v{slot}": t for slot, t in self.constants.items() if slot in self.used}
         self.names: dict[int, str] = {}
-        # What the instructions allocate, once it was observed.
+        # What the instructions allocate, once it was observed; and those of `plain`.
         self.inside: dict[int, Space] = {}
+        self.inside_plain: dict[int, Space] = {}
         # What autograd keeps of them, by the inputs with a graph, and the number of seeds.
         self.saved: dict[Any, dict[int, Saved]] = {}
         # The instructions as they are run on tensors that nothing follows, where these differ.
         self.plain: list[Instruction] | None = None
 
-    def memory(self, spent: Mapping[int, tuple[int, int]] | None = None, saved: Mapping[int, Saved] | None = None) -> Memory:
-        """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`)."""
-        kept = self.kept if self.plain is None or saved else self.plain
-        return predict(self.program, kept, self.wanted, self.copied, spent, self.inside, saved)
+    def memory(
+        self, spent: Mapping[int, tuple[int, int]] | None = None, saved: Mapping[int, Saved] | None = None, *, plain: bool = True
+    ) -> Memory:
+        """What a run allocates, beside inputs that are let go (see :func:`~chainrule.execute.memory.predict`).
+
+        It is a run on tensors that nothing follows if it is ``plain``.
+        """
+        kept, inside = self._as_run(plain=plain)
+        return predict(self.program, kept, self.wanted, self.copied, spent, inside, saved)
+
+    def _as_run(self, *, plain: bool) -> tuple[list[Instruction], dict[int, Space]]:
+        """The instructions as they are run, and what they were seen to allocate."""
+        return (self.plain, self.inside_plain) if plain and self.plain is not None else (self.kept, self.inside)
 
     def observe(
         self, tape: Sequence[Any], seeds: Sequence[torch.Tensor], *, undispatched: bool = False,
-        calls: Sequence[Instruction] | None = None,
+        calls: Sequence[Instruction] | None = None, plain: bool = True,
     ) -> Mapping[int, Saved]:
         """Find out the work space of the instructions on these values, where that is possible and not known yet.
+
+        With ``plain``, of those that are run on tensors that nothing follows: the others may hold more than the run does.
 
         Returns:
             What autograd keeps of them (or of ``calls``), if these values have a graph.
@@ -333,10 +345,11 @@ class Source:
             for key, slot in self.program.inputs.items()
             if slot in self.used and (isinstance(key, int) or key[1] < len(seeds))
         }
-        if not all(i.outputs[0] in self.inside for i in self.kept if i.outputs):
-            self.inside.update(of_instructions(self.kept, {**given, **self.constants}) or {})
         joined = frozenset(s for s, v in given.items() if isinstance(v, torch.Tensor) and v.requires_grad)
-        if not joined or not torch.is_grad_enabled() or not self.inside:
+        kept, inside = self._as_run(plain=plain and not joined)
+        if not all(i.outputs[0] in inside for i in kept if i.outputs):
+            inside.update(of_instructions(kept, {**given, **self.constants}) or {})
+        if not joined or not torch.is_grad_enabled() or not inside:
             return {}
         key = joined, len(seeds)
         if key not in self.saved:

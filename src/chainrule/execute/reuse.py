@@ -96,6 +96,7 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
         return None
     kept = list(kept)
     cheaper = _in_shape(program, [_scattered(program, instruction) for instruction in instructions], kept)
+    cheaper = _deferred(program, cheaper, kept)
     changed = len(cheaper) < len(instructions) or any(map(operator.is_not, cheaper, instructions))
     instructions, lives = cheaper, _Lives(program, cheaper, kept)
     found: list[Instruction] = []
@@ -166,6 +167,58 @@ def _in_shape(program: Program, instructions: list[Instruction], kept: Sequence[
             joined |= {id(zeros): None, id(shaped): None}
             joined[id(filled)] = shaped._replace(function=scattered, args=args, kwargs=zeros.kwargs)
     return [found for i in instructions if (found := joined.get(id(i), i)) is not None] if joined else instructions
+
+
+def _deferred(program: Program, instructions: list[Instruction], kept: Sequence[int | None]) -> list[Instruction]:
+    """The same, with element-wise calls behind the last reader of an operand, which they may be written over there.
+
+    In ``x + f(x)`` the sum that reads `x` first is computed when `f` has read it. What a call reads beside that is kept no longer
+    for it, unless it is small beside the result.
+    """
+    lives = _Lives(program, instructions, kept)
+    writing = [number for number, instruction in enumerate(instructions) if instruction.writes]
+    first: dict[int, int] = {}
+    for number, instruction in enumerate(instructions):
+        for slot in reads(instruction):
+            first.setdefault(lives.root(slot), number)
+            first.setdefault(slot, number)
+    behind: dict[int, list[int]] = {}
+    moved: set[int] = set()
+    for number in reversed(range(len(instructions))):
+        instruction = instructions[number]
+        if instruction.function not in _POINTWISE or len(instruction.outputs) != 1:
+            continue
+        if _place(program, lives, number, instruction) is not None:
+            continue
+        out = instruction.outputs[0]
+        for item in instruction.args:
+            last = lives.last.get(lives.root(item.slot), -1) if isinstance(item, Ref) else -1
+            if not number < last < min(first.get(out, len(instructions)), len(instructions)) or last in moved:
+                continue
+            if any(number < place <= last for place in writing):
+                continue
+            if _place(program, lives, last, instruction) != item or not all(
+                lives.last.get(lives.root(slot), -1) >= last or 4 * _size(program, lives.root(slot)) <= _size(program, out)
+                for slot in reads(instruction)
+                if slot in lives.producers or slot in program.inputs.values()
+            ):
+                continue
+            behind.setdefault(last, []).append(number)
+            moved.add(number)
+            break
+    if not moved:
+        return instructions
+    found: list[Instruction] = []
+    for number, instruction in enumerate(instructions):
+        if number not in moved:
+            found.append(instruction)
+        found += [instructions[other] for other in sorted(behind.get(number, ()))]
+    return found
+
+
+def _size(program: Program, slot: int) -> int:
+    kind = program.kinds.get(slot)
+    return 0 if kind is None else kind[0].numel() * kind[1].itemsize
 
 
 def written_over(instruction: Instruction) -> int | None:

@@ -14,8 +14,9 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
 from chainrule.dispatch import functions_are_replaced
-from chainrule.execute.accounts import UNCACHED, Ledger, current_ledger
-from chainrule.execute.engine import CACHE, CachedPlan, account_of
+from chainrule.execute.accounts import UNCACHED, Ledger, account_of, current_ledger
+from chainrule.execute.cached_plans import CachedPlan
+from chainrule.execute.engine import CACHE
 from chainrule.execute.replay import Runner, Spent, compile_program, owned
 from chainrule.maps.staging import Staged
 from chainrule.maps.terms import Term
@@ -277,7 +278,7 @@ class ShortPlan:
     """A plan that serves every run of its signature, for the compiled handlers, which make its result, too.
 
     Attributes:
-        quick: as for :class:`~chainrule.execute.engine.CachedPlan`.
+        quick: as for :class:`~chainrule.execute.cached_plans.CachedPlan`.
         used: for the cache.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.dispatch import LightMode, entry_point
-from chainrule.execute.engine import frugal
+from chainrule.execute.planning import frugal
 from chainrule.transforms.arguments import Argnums, check_whole, function_name, resolve_argnums, tree_unflatten
 from chainrule.transforms.budget import rows_within
 from chainrule.transforms.jacobians import Chunks, check_real, row_blocks

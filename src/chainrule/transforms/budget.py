@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.tape import Tape
-from chainrule.execute.engine import CACHE, forget, predicted
+from chainrule.execute.engine import CACHE
 from chainrule.execute.memory import Watch
+from chainrule.execute.prediction import forget, predicted
 from chainrule.plan.planner import Request
 from chainrule.transforms.trace import Traced
 
@@ -56,7 +58,8 @@ def rows_within(traced: Traced, number: int, order: str, cast: str, budget: int,
     total = traced.out_leaves[number].numel()
     if total == 0:
         return 1
-    key: Any = traced.tape.signature(("rows", traced.out_slots[number], order, cast, budget, whole))
+    samples = _samples(traced.out_leaves[number])
+    key: Any = traced.tape.signature(("rows", traced.out_slots[number], order, cast, budget, whole, samples))
     try:
         known: Any = CACHE.get(key)
     except TypeError:
@@ -71,6 +74,15 @@ def rows_within(traced: Traced, number: int, order: str, cast: str, budget: int,
     return found
 
 
+def _samples(tensor: Any) -> int:
+    """How many samples of the vmaps around stand in a tensor."""
+    count = 1
+    while tensor.__class__ is BatchTensor:
+        count *= tensor.level.size if tensor.batched else 1
+        tensor = tensor.value
+    return count
+
+
 class _Trials:
     """Blocks of rows of one output, and what they need."""
 
@@ -81,7 +93,8 @@ class _Trials:
         self.cast = cast
         self.whole = whole
         self.total = traced.out_leaves[number].numel()
-        self.size = result_bytes(traced, number, cast)
+        self.samples = _samples(traced.out_leaves[number])
+        self.size = result_bytes(traced, number, cast) * self.samples
         watch = Watch()
         watch.add_run(traced.tape)
         self.held = watch.held
@@ -98,7 +111,9 @@ class _Trials:
         # The caller holds a block while the next one is computed; in a whole result it is copied at once.
         self.tried[rows] = traced.tape, request
         beside = self.held - self.size if all_at_once else self.held + (0 if self.whole else self.size * rows / self.total)
-        return beside + predicted(traced.tape, request, budget - beside).peak
+        memory = predicted(traced.tape, request, budget - beside)
+        # The same for all samples where the Jacobian does not depend on them.
+        return self.held + memory.temporaries if all_at_once else beside + memory.peak
 
     def forget_but(self, rows: int) -> None:
         """Forget the plans that were made but the one for so many rows: they keep constants."""
@@ -110,14 +125,16 @@ class _Trials:
         """The most rows that fit, as far as trials tell."""
         fits, need = 1, self.needed(1, budget)
         if need > budget:
+            mapped = f". Under vmap that is a row for each of {self.samples} samples: give vmap a chunk_size"
             raise MemoryError(
                 f"{name}: one row of the Jacobian needs about {int(need)} bytes ({self.held} of them for the record of the "
-                f"function's run), more than max_memory={budget}"
+                f"function's run), more than max_memory={budget}{mapped if self.samples > 1 else ''}"
             )
         rows = min(2, self.total)
         while rows > fits:
             found = self.needed(rows, budget)
-            each = max((found - need) / (rows - fits), 1.0)
+            # Of few rows the most may be held elsewhere; of many it is their results.
+            each = max((found - need) / (rows - fits), self.size / self.total, 1.0)
             if found > budget:
                 # Between the two there may be a jump; what fits for sure is known.
                 further = fits + int((budget - need) / each)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from chainrule.dispatch import entry_point
-from chainrule.execute.engine import frugal
-from chainrule.execute.memory import current_watch, free_memory, parse_bytes
+from chainrule.execute.memory import free_memory, parse_bytes
+from chainrule.execute.planning import frugal
 from chainrule.shortcuts import FLOATING
 from chainrule.transforms.arguments import (
     PLAIN_ARGUMENT,
@@ -21,6 +21,7 @@ from chainrule.transforms.arguments import (
     resolve_argnums,
     tree_unflatten,
 )
+from chainrule.transforms.assembling import Assembled
 from chainrule.transforms.budget import result_bytes, rows_within
 from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.hessian_map import hessian_transform
@@ -52,10 +53,10 @@ def jacrev(
         chunk_size: how many rows (elements of an output) to compute at once, which bounds the memory of intermediate
             results; None for all. One plan serves all chunks.
         max_memory: in place of ``chunk_size``, how much may be allocated beside the result: bytes, or a string like
-            ``"512MB"``. The rows of a chunk are chosen by what the plans are predicted to need. The first call makes the plans,
-            and keeps masks and indices for them beside that. A function with an op that is known only by running it is tried with
-            blocks of growing size in that call. By default a result of more than a quarter of a gigabyte is computed in chunks
-            where the free memory of the device asks for it.
+            ``"512MB"``; under ``vmap`` by all samples together. The rows of a chunk are chosen by what the plans are predicted to
+            need. The first call makes the plans, and keeps masks and indices for them beside that. A function with an op that is
+            known only by running it is tried with blocks of growing size in that call. By default a result of more than a
+            quarter of a gigabyte is computed in chunks where the free memory of the device asks for it.
         progress: whether to show the progress over the chunks (needs tqdm).
         layout: ``"dense"`` for tensors; ``"sparse_coo"`` or ``"sparse_csr"`` for sparse tensors (see ``docs/sparse.md``): their
             pattern is read off the structure of ``func``, planned once per signature and value of its index tensors, and may
@@ -411,40 +412,6 @@ def _known(traced: Traced, order: str, cast: str) -> torch.Tensor | None:
     return traced.known_block(order, cast)
 
 
-class _Assembled:
-    """A Jacobian that is put together from blocks, in memory that is allocated once.
-
-    Args:
-        total: how many rows (or, with `last`, columns) it has.
-        last: whether the blocks are of columns, the last dimension.
-    """
-
-    def __init__(self, total: int, *, last: bool = False) -> None:
-        self._total = total
-        self._last = last
-        self._whole: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []
-
-    def add(self, start: int, part: torch.Tensor) -> None:
-        """The block that begins at `start`; one comes after the other."""
-        if self._whole is None and not self._parts and part.__class__ is torch.Tensor and not part.requires_grad:
-            shape = (*part.shape[:-1], self._total) if self._last else (self._total, *part.shape[1:])
-            self._whole = part.new_empty(shape)
-            if (watch := current_watch()) is not None:
-                watch.held += self._whole.nbytes
-        if self._whole is None:
-            self._parts.append(part)
-        else:
-            dim = part.dim() - 1 if self._last else 0
-            self._whole.narrow(dim, start, part.shape[dim]).copy_(part)
-
-    def result(self) -> torch.Tensor:
-        """All blocks."""
-        if self._whole is not None:
-            return self._whole
-        return torch.cat(self._parts, -1 if self._last else 0)
-
-
 def row_blocks(
     traced: Traced, number: int, block: Block, order: str, cast: str
 ) -> Iterator[tuple[int, dict[int, torch.Tensor]]]:
@@ -467,11 +434,11 @@ def _by_rows(
     found = traced.run("jacobian", order, cast=cast, outputs=whole) if whole else {}
     with shown(sum(-(-block.total // block.size) for block in split.values())) as advance:
         for slot, block in split.items():
-            parts: dict[int, _Assembled] = {}
+            parts: dict[int, Assembled] = {}
             for start, rows in row_blocks(traced, numbers[slot], block, order, cast):
                 while rows:
                     source, part = rows.popitem()
-                    parts.setdefault(source, _Assembled(block.total)).add(start, part)
+                    parts.setdefault(source, Assembled(block.total)).add(start, part)
                     del part
                 advance()
             for source, assembled in parts.items():
@@ -490,12 +457,12 @@ def _by_columns(traced: Traced, cast: str, shown: Callable[..., Any]) -> dict[An
         for leaf, block in zip(traced.in_leaves, traced.columns, strict=True):
             if block is None:
                 continue
-            parts: dict[int, _Assembled] = {}
+            parts: dict[int, Assembled] = {}
             for start, skipped in block.positions():
                 results = traced.run("jacobian", "forward", cast=cast, inputs=[block.slot])
                 for slot in outputs:
                     if (part := results.pop((slot, block.slot), None)) is not None:
-                        parts.setdefault(slot, _Assembled(block.total, last=True)).add(start, part[..., skipped:])
+                        parts.setdefault(slot, Assembled(block.total, -1)).add(start, part[..., skipped:])
                     part = None
                 advance()
             for slot, assembled in parts.items():

@@ -14,9 +14,8 @@ from torch.utils._pytree import TreeSpec
 
 from chainrule.batching.mode import VmapMode
 from chainrule.capture.tape import Tape
-from chainrule.execute import engine
+from chainrule.execute.cached_plans import COMPILING, CachedPlan
 from chainrule.execute.collection import postponed_collection
-from chainrule.execute.engine import CachedPlan
 from chainrule.execute.replay import compile_stages
 from chainrule.transforms.arguments import LEAF, Argnums, is_tuple
 from chainrule.transforms.trace import Traced
@@ -275,7 +274,7 @@ class LinearPlan(NestPlan):
 
     def compile(self) -> None:
         """Make the two functions that replay the plan."""
-        with engine.COMPILING, postponed_collection():
+        with COMPILING, postponed_collection():
             if self.recorded is not None:
                 self.stages = compile_stages(*self.recorded, first=self.first)
                 self.recorded = None

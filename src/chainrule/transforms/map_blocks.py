@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chainrule.execute.engine import peak_elements
+from chainrule.execute.prediction import peak_elements
 from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.spaces import Parts, Space
 

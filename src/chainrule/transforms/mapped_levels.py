@@ -19,7 +19,9 @@ from chainrule.execute.batched import wrap
 from chainrule.transforms.arguments import tree_unflatten
 from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Chain, Level, NestPlan, Run, agree, chain_of, is_apart, mark_of, note_apart
-from chainrule.transforms.nest import finish_run, nest_route, run_innermost, run_of
+from chainrule.transforms.nest import finish_run
+from chainrule.transforms.nest_routes import nest_route
+from chainrule.transforms.nest_runs import run_innermost, run_of
 from chainrule.transforms.routes import run_route
 from chainrule.transforms.vmap import Mapping
 

@@ -24,8 +24,11 @@ from chainrule.transforms.levels import (
     LinearPlan,
     chain_of,
 )  # fmt: skip
-from chainrule.transforms.nest import BY_LEVELS, nest_route, record_parts, run_innermost, run_of, shared_route, swept
+from chainrule.transforms.nest import swept
 from chainrule.transforms.nest_parts import run_parts
+from chainrule.transforms.nest_records import record_parts
+from chainrule.transforms.nest_routes import nest_route, shared_route
+from chainrule.transforms.nest_runs import BY_LEVELS, run_innermost, run_of
 from chainrule.transforms.routes import LINEARIZED, run_linearized_route
 from chainrule.transforms.trace import Traced
 

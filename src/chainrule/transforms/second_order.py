@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from chainrule.capture.tape import Tape
-from chainrule.execute.accounts import UNCACHED, current_ledger
-from chainrule.execute.engine import account_of, execute
+from chainrule.execute.accounts import UNCACHED, account_of, current_ledger
+from chainrule.execute.engine import execute
 from chainrule.execute.replay import Source
 from chainrule.plan.planner import Request
 from chainrule.plan.second_order import Contracted, second_order

@@ -20,6 +20,7 @@ from chainrule.rules.batching_base import Batched
 from chainrule.subclasses import refuse_foreign
 from chainrule.transforms import merged as levels_as_one
 from chainrule.transforms.arguments import check_whole, refuse_inside_torch_func
+from chainrule.transforms.assembling import Assembled
 from chainrule.transforms.merged import Apart, Merged, merged_inputs
 from chainrule.transforms.sparse_batches import join_chunks, moved_batch
 
@@ -512,7 +513,7 @@ def _run_in_chunks(
 ) -> Any:
     flat_args, flat_dims, args_spec = flat
     state = torch.get_rng_state() if randomness == "same" else None
-    outputs = []
+    joined: list[Any] = []
     for start in range(0, size, chunk_size):
         length = min(chunk_size, size - start)
         args = [
@@ -522,10 +523,33 @@ def _run_in_chunks(
         if state is not None:
             torch.set_rng_state(state)
         result = _run(func, args, flat_dims, args_spec, out_dims, randomness, length)
-        outputs.append(_flatten_outputs(func, result, out_dims))
-    spec = outputs[0][1]
-    joined = []
-    for pieces in zip(*(pairs for pairs, _ in outputs), strict=True):
-        value, dim = pieces[0]
-        joined.append(value if dim is None else join_chunks([piece for piece, _ in pieces], dim))
-    return tree_unflatten(joined, spec)
+        pairs, spec = _flatten_outputs(func, result, out_dims)
+        del result
+        joined = joined or [_Joined(size, dim) for _, dim in pairs]
+        for whole in joined:
+            value, _ = pairs.pop(0)
+            whole.add(start, value)
+            del value
+    return tree_unflatten([whole.result() for whole in joined], spec)
+
+
+class _Joined:
+    """A result of the chunks of a batch of `size` samples, whose dimension stands at `dim`; None for one that is no batch."""
+
+    def __init__(self, size: int, dim: int | None) -> None:
+        self.dim = dim
+        self.dense = None if dim is None else Assembled(size, dim)
+        self.chunks: list[Any] = []
+
+    def add(self, start: int, value: Any) -> None:
+        """The result of the chunk that begins at `start`."""
+        if self.dense is None or value.layout is not torch.strided or self.chunks:
+            self.chunks.append(value)
+        else:
+            self.dense.add(start, value)
+
+    def result(self) -> Any:
+        """The results of all chunks as one."""
+        if self.dim is None:
+            return self.chunks[0]
+        return join_chunks(self.chunks, self.dim) if self.chunks else self.dense.result()  # type: ignore[union-attr]
