@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from chainrule.scipy.functions import TorchFunction
+from chainrule.scipy.replays import Replayed
 from chainrule.transforms.jacobians import jacobian
 
 #: Jacobians are computed for at least so many columns at once, so that few shapes need a plan. An additional column costs far
@@ -79,33 +80,61 @@ class Columns:
         if known is not None and known[0] == key((x, y, *p)):
             return known[1]
         middle = self._values.last
-        if not _are_middles(middle, x, y, p):
-            return self._at(x, y, p)
         states, columns = y.shape
-        # In the order of the mesh, as a function may expect it.
-        both_x = np.empty(2 * columns - 1)
-        both_y = np.empty((states, 2 * columns - 1))
-        both_x[::2], both_x[1::2] = x, middle[0]
-        both_y[:, ::2], both_y[:, 1::2] = y, middle[1]
-        found = self._at(both_x, both_y, p)
-        if not p:
-            self._middles = key(middle), found[..., 1::2]
-            return found[..., ::2]
-        self._middles = key(middle), tuple([block[..., 1::2] for block in found])
-        return tuple([block[..., ::2] for block in found])
+        together = _are_beside(middle, x, y, p)
+        count = columns + len(middle[0]) if together else columns
+        width = _width(count, states * (states + sum(map(len, p))))
+        all_x, all_y = np.empty(width), np.empty((states, width))
+        # In the order of the mesh, and the last column again to the end.
+        step = 2 if together else 1
+        all_x[:count:step], all_y[:, :count:step] = x, y
+        if together:
+            all_x[1:count:2], all_y[:, 1:count:2] = middle[0], middle[1]
+        if width > count:
+            all_x[count:], all_y[:, count:] = x[-1], y[:, -1:]
+        found = self._blocks_at(all_x, all_y, p)
+        if not together:
+            return _given([block[..., :count] for block in found])
+        self._middles = key(middle), _given([block[..., 1:count:2] for block in found])
+        return _given([block[..., :count:2] for block in found])
 
-    def _at(self, x: np.ndarray, y: np.ndarray, p: tuple[np.ndarray, ...]) -> Any:
-        states, columns = y.shape
-        width = _width(columns, states * (states + sum(map(np.size, p))))
-        if width > columns:
-            x = np.concatenate([x, np.full(width - columns, x[-1])])
-            y = np.concatenate([y, np.broadcast_to(y[:, -1:], (states, width - columns))], 1)
-        with self._right.named():
-            if self._parameters:
-                found = self._right.run(self._blocks, (x, y, np.zeros(states), *p))
-                blocks = [self._right.array(block.movedim(2, 1)[..., :columns], what="Jacobian") for block in found]
-                return tuple(blocks)
-            return self._right.array(self._right.run(self._blocks, (x, y))[..., :columns], what="Jacobian")
+    def _blocks_at(self, x: np.ndarray, y: np.ndarray, p: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        right = self._right
+        with right.named():
+            if not self._parameters:
+                return [right.array(right.run(self._blocks, (x, y), are_new=True), what="Jacobian")]
+            found = right.run(self._blocks, (x, y, np.zeros(len(y)), p[0].copy()), are_new=True)
+            return [right.array(block, what="Jacobian").transpose(0, 2, 1) for block in found]
+
+
+class Ends:
+    """The Jacobians of the boundary conditions; those that do not depend on the states, as a replay shows, are computed once.
+
+    Args:
+        ends: the conditions.
+        jacobians: the function of tensors that gives them.
+    """
+
+    def __init__(self, ends: TorchFunction, jacobians: Callable[..., Any]) -> None:
+        self._ends, self._jacobians = ends, jacobians
+        self._constant: tuple[np.ndarray, ...] | None = None
+
+    def __call__(self, *args: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One for each argument."""
+        if self._constant is not None:
+            return self._constant
+        ends = self._ends
+        with ends.named():
+            found = tuple([ends.array(block, what="Jacobian") for block in ends.run(self._jacobians, args)])
+        if isinstance(self._jacobians, Replayed) and self._jacobians.is_constant([array.shape for array in args]):
+            self._constant = found
+            for array in found:
+                array.flags.writeable = False
+        return found
+
+
+def _given(blocks: list[np.ndarray]) -> Any:
+    return blocks[0] if len(blocks) == 1 else tuple(blocks)
 
 
 def key(args: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
@@ -113,13 +142,12 @@ def key(args: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
     return tuple([(array.shape, array.tobytes()) for array in args])
 
 
-def _are_middles(middle: tuple[np.ndarray, ...], x: np.ndarray, y: np.ndarray, p: tuple[np.ndarray, ...]) -> bool:
-    """Whether a point has a column between each two of another one, and the same parameters."""
+def _are_beside(middle: tuple[np.ndarray, ...], x: np.ndarray, y: np.ndarray, p: tuple[np.ndarray, ...]) -> bool:
+    """Whether a point has a column for each interval of a mesh, and the same parameters."""
     return (
         len(middle) == 2 + len(p)
         and middle[0].shape == (len(x) - 1,)
         and y.dtype == middle[1].dtype == np.float64
-        and bool((x[:-1] < middle[0]).all() and (middle[0] < x[1:]).all())
         and all(map(np.array_equal, middle[2:], p))
     )
 
@@ -153,4 +181,4 @@ def _shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return shifted
 
 
-__all__ = ["Columns", "Values", "key"]
+__all__ = ["Columns", "Ends", "Values", "key"]

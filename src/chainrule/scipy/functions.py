@@ -141,9 +141,17 @@ class TorchFunction:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
         return Named(self.where)
 
-    def run(self, values: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """What a function made of this one gives for arguments of SciPy's."""
+    def run(self, values: Callable[..., Any], args: Sequence[Any], *, are_new: bool = False) -> Any:
+        """What a function made of this one gives for arguments of SciPy's.
+
+        Args:
+            values: the function of tensors.
+            args: the arguments.
+            are_new: whether nobody else has these arrays, and they are contiguous ones of float64.
+        """
         if values.__class__ is Replayed and self.device is None:
+            if are_new:
+                return values.usual(list(map(_from_numpy, args)))  # type: ignore[attr-defined]
             tensors = []
             for array in args:
                 if array.__class__ is not np.ndarray or array.dtype is not _FLOAT64:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import integrate
 
-from chainrule.scipy.boundary import Columns, Values
+from chainrule.scipy.boundary import Columns, Ends, Values
 from chainrule.scipy.functions import Device, TorchFunction, check_absent, check_layout, matrix
 from chainrule.transforms.jacobians import jacobian
 
@@ -149,14 +149,9 @@ def solve_bvp(
     jacobians = ends.derived(("ends", given), lambda: jacobian(ends.checked, argnums=given))
     value = Values(right, right.values(given, right.checked), lambda x, y, *p: y.shape, 2)
     conditions = Values(ends, ends.values(given, ends.checked), lambda *_: (states + parameters,), 1)
-
-    def conditions_derivative(*args: np.ndarray) -> Any:
-        with ends.named():
-            return tuple(ends.array(block, what="Jacobian") for block in ends.run(jacobians, args))
-
     derivative = Columns(right, value, parameters=p is not None)
     return integrate.solve_bvp(
-        value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=conditions_derivative, **options
+        value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=Ends(ends, jacobians), **options
     )
 
 

@@ -93,6 +93,11 @@ class Replayed:
                         pass
         return self(*tensors)
 
+    def is_constant(self, shapes: list[tuple[int, ...]]) -> bool:
+        """Whether it is known that usual tensors of some shapes all give the same: the graph that was replayed reads none."""
+        last = self._usual.get(shapes[0] if len(shapes) == 1 else tuple(shapes))  # type: ignore[call-overload]
+        return last is not None and last[1] is not None and last[1].is_constant
+
     def __call__(self, *args: Any) -> Any:
         """Call or replay it."""
         key = (_key(args), modes())

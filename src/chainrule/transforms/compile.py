@@ -125,6 +125,14 @@ class Graph:
         return not beside and self.run is not None and (self.spec is LEAF or _is_flat(self.spec, self.count))
 
     @property
+    def is_constant(self) -> bool:
+        """Whether it does nothing but return constants."""
+        source = getattr(self.run, "source_of", None)
+        if source is None or source.kept or self.expected:
+            return False
+        return bool(source.used.isdisjoint(source.program.inputs.values()))
+
+    @property
     def count(self) -> int:
         """The number of results of :attr:`run`."""
         return 0 if self.flat is None else len(self.flat.results)
