@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from chainrule.capture.recorder import CompileError
@@ -93,9 +94,10 @@ class Replayed:
                         pass
         return self(*tensors)
 
-    def is_constant(self, shapes: list[tuple[int, ...]]) -> bool:
-        """Whether it is known that usual tensors of some shapes all give the same: the graph that was replayed reads none."""
-        last = self._usual.get(shapes[0] if len(shapes) == 1 else tuple(shapes))  # type: ignore[call-overload]
+    def is_constant(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Whether it is known that usual tensors of these arrays' shapes all give the same: the graph that was replayed reads none."""
+        shapes = tuple([torch.Size(array.shape) for array in arrays])
+        last = self._usual.get(shapes[0] if len(shapes) == 1 else shapes)
         return last is not None and last[1] is not None and last[1].is_constant
 
     def __call__(self, *args: Any) -> Any:
