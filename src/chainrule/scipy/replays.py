@@ -95,8 +95,8 @@ class Replayed:
         return self(*tensors)
 
     def is_constant(self, arrays: Sequence[np.ndarray]) -> bool:
-        """Whether it is known that usual tensors of these arrays' shapes all give the same: the graph that was replayed reads none."""
-        shapes = tuple([torch.Size(array.shape) for array in arrays])
+        """Whether it is known that usual tensors of these shapes all give the same: the graph that was replayed reads none."""
+        shapes: Any = tuple([array.shape for array in arrays])
         last = self._usual.get(shapes[0] if len(shapes) == 1 else shapes)
         return last is not None and last[1] is not None and last[1].is_constant
 
