@@ -215,7 +215,7 @@ def test_functions_that_count_are_called_each_time():
 
     for _ in range(3):
         calls.clear()
-        found = solvers.minimize(counted, np.full(3, 0.5))
+        found = solvers.minimize(counted, np.full(6, 0.5))
         assert len(calls) == found.nfev
     assert found.nfev > CALLS
 

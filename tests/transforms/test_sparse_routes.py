@@ -207,3 +207,28 @@ def test_complex_results_are_refused() -> None:
     for _ in range(3):
         with pytest.raises(RuntimeError, match="complex"):
             transform(real(3))
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+def test_masks_that_are_always_others_are_values_of_one_plan(layout: str, planned: list[Any]) -> None:
+    mask = torch.ones(4, dtype=torch.bool)
+    transform = chainrule.jacobian(lambda x: torch.where(mask, x.sin(), x[:1]), layout=layout)
+    for number in range(12):
+        mask.copy_(torch.tensor([number & 8, number & 4, number & 2, number & 1]))
+        x = real(4)
+        compare(transform(x), torch.func.jacrev(lambda x: torch.where(mask, x.sin(), x[:1]))(x), layout)
+        if number == 5:
+            seen = len(planned)
+    assert len(planned) == (seen if KNOWS_STATE else seen + 6)
+
+
+def test_a_record_leaves_plain_calls_their_zeros_out() -> None:
+    mask = torch.tensor([True, False, True, True])
+    transform = chainrule.jacobian(lambda x: torch.where(mask, x.sin(), 0.0), layout="sparse_coo")
+    compiled = chainrule.compile(transform)
+    for _ in range(4):
+        x = real(4)
+        compare(compiled(x), torch.diag(x.cos() * mask), "sparse_coo")
+        found = transform(x)
+        compare(found, torch.diag(x.cos() * mask), "sparse_coo")
+        assert found.values().numel() == 3

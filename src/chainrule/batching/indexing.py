@@ -1,7 +1,8 @@
-"""Indices that hold integers which differ between the samples: ``table[i]``, ``table[:, i]``, ``table[i, 1:, j] = value``.
+"""Indices that hold numbers which differ between the samples: ``table[i]``, ``table[:, i]``, ``table[i, 1:, j] = value``.
 
 Torch reads an integer tensor without dimensions in an index as a Python number, which a tensor that is mapped has not. Here
-such a call becomes ops that take the tensor as it is; each sample gets what a number in its place would give it.
+such a call becomes ops that take the tensor as it is; each sample gets what a number in its place would give it. A mask without
+dimensions is read so, too: where it is written through, a sample either gets the values or keeps its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import OTHERWISE
+from chainrule.rules.batching_indexing import DYNAMIC_MASK
 
 _getitem: Callable[..., Tensor] = Tensor.__getitem__
 _setitem: Callable[..., None] = Tensor.__setitem__
@@ -22,22 +24,25 @@ _setitem: Callable[..., None] = Tensor.__setitem__
 #: The dtypes of numbers in an index; uint8 is a mask there.
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 
+_MASKS = frozenset({torch.bool, torch.uint8})
+
 #: Indices that are the same for all samples.
 _NEVER_MAPPED = frozenset({int, slice, Tensor, type(None), type(Ellipsis)})
 
 
 def is_mapped(index: Any) -> bool:
-    """Whether an index holds an integer that differs between the samples of some level, and otherwise what is read here."""
+    """Whether an index holds an integer or a single truth value that differs between samples, and otherwise what is read here."""
     if index.__class__ in _NEVER_MAPPED:
         return False
     if index.__class__ is not tuple:
-        return index.__class__ is BatchTensor and _is_number(index) and _differs(index)
+        return index.__class__ is BatchTensor and (_is_number(index) or _is_truth(index)) and _differs(index)
     found = False
     for item in index:
         if item.__class__ is BatchTensor and item.dim() == 0:
-            if item.dtype not in _INTEGERS:
+            differs = _differs(item)
+            if item.dtype not in _INTEGERS and not (differs and item.dtype in _MASKS):
                 return False
-            found = found or _differs(item)
+            found = found or differs
         elif not (item is None or item is Ellipsis or item.__class__ in (slice, int) or isinstance(item, Tensor)):
             return False
         elif isinstance(item, Tensor) and item.dim() == 0 and item.dtype not in _INTEGERS:
@@ -49,6 +54,10 @@ def _is_number(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dim() == 0 and item.dtype in _INTEGERS
 
 
+def _is_truth(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dim() == 0 and item.dtype in _MASKS
+
+
 def _differs(tensor: Any) -> bool:
     while tensor.__class__ is BatchTensor:
         if tensor.batched:
@@ -58,7 +67,13 @@ def _differs(tensor: Any) -> bool:
 
 
 def get(tensor: Tensor, index: Any) -> Tensor:
-    """``tensor[index]`` for an index of which :func:`is_mapped` is true."""
+    """``tensor[index]`` for an index of which :func:`is_mapped` is true.
+
+    Raises:
+        RuntimeError: if the index holds a truth value, with which the result has one entry or none.
+    """
+    if any(map(_is_truth, _items(index))):
+        raise RuntimeError(DYNAMIC_MASK)
     view, indices, numbers = _split(tensor, index)
     if len(indices) == 1:
         ((dim, position),) = indices.items()
@@ -72,7 +87,14 @@ def get(tensor: Tensor, index: Any) -> Tensor:
 
 
 def put(tensor: Tensor, index: Any, value: Any) -> None:
-    """``tensor[index] = value`` for an index of which :func:`is_mapped` is true."""
+    """``tensor[index] = value`` for an index of which :func:`is_mapped` is true.
+
+    Raises:
+        RuntimeError: if the index holds a truth value beside other tensors.
+    """
+    if any(map(_is_truth, _items(index))):
+        _put_where(tensor, _items(index), value)
+        return
     view, indices, numbers = _split(tensor, index)
     if not isinstance(value, Tensor):
         value = torch.full((), value, dtype=view.dtype, device=view.device)
@@ -90,6 +112,26 @@ def put(tensor: Tensor, index: Any, value: Any) -> None:
     torch.ops.aten.index_put_.default(view, listed, value)
 
 
+def _items(index: Any) -> tuple[Any, ...]:
+    return index if index.__class__ is tuple else (index,)
+
+
+def _put_where(tensor: Tensor, items: tuple[Any, ...], value: Any) -> None:
+    """Write where a truth value is true. It makes a dimension of one entry, at its place, that the value may have, too."""
+    tensors = [number for number, item in enumerate(items) if isinstance(item, Tensor)]
+    if len(tensors) > 1:
+        raise RuntimeError(DYNAMIC_MASK)
+    place = tensors[0]
+    truth = items[place] != 0 if items[place].dtype is torch.uint8 else items[place]
+    whole = tensor[(*items[:place], None, *items[place + 1 :])]
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=whole.dtype, device=whole.device)
+    value = value.to(whole.dtype)
+    while value.dim() > whole.dim() and value.shape[0] == 1:
+        value = value.squeeze(0)
+    whole.copy_(torch.where(truth, value.expand(whole.shape), whole))
+
+
 def _split(tensor: Tensor, index: Any) -> tuple[Tensor, dict[int, Tensor], list[int]]:
     """The tensor with the basic parts of an index taken.
 
@@ -97,7 +139,7 @@ def _split(tensor: Tensor, index: Any) -> tuple[Tensor, dict[int, Tensor], list[
         That view, the tensors of the index by the dimension of the view that they begin at, and those dimensions that have
         a number.
     """
-    items = index if index.__class__ is tuple else (index,)
+    items = _items(index)
     used = sum(_dimensions(item) for item in items)
     basic: list[Any] = []
     indices: dict[int, Tensor] = {}

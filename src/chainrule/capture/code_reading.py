@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 import types
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from importlib.util import resolve_name
 
 #: How code imports by the value of a string, or looks names up by it.
 _IMPORTERS = frozenset({"import_module", "__import__", "modules"})
+_IMPORT = dis.opmap["IMPORT_NAME"]
 _LOOKUPS = frozenset({"getattr", "hasattr", "attrgetter", "globals", "vars", "__dict__", "setattr"})
 
 
@@ -31,14 +33,11 @@ def code_strings(code: types.CodeType) -> Iterator[str]:
             yield from _strings_in(constant)
 
 
-def code_globals(code: types.CodeType) -> Iterator[str]:
+@functools.lru_cache(maxsize=1 << 10)  # reading code takes longer than all else that is done with it
+def code_globals(code: types.CodeType) -> frozenset[str]:
     """The names among them that are looked up, or set, as globals."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from code_globals(constant)
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")}
+    return frozenset(found.union(*(code_globals(c) for c in code.co_consts if isinstance(c, types.CodeType))))
 
 
 def code_imports(function: types.FunctionType) -> set[str]:
@@ -61,7 +60,8 @@ def code_imports(function: types.FunctionType) -> set[str]:
 def _imported(code: types.CodeType, package: str) -> Iterator[str]:
     level, name = 0, ""
     numbers: list[object] = []
-    for instruction in dis.get_instructions(code):
+    imports = _IMPORT in code.co_code[::2]  # operations stand at even places
+    for instruction in dis.get_instructions(code) if imports else ():
         if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
             numbers.append(instruction.argval)
         elif instruction.opname == "IMPORT_NAME":

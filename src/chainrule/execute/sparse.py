@@ -213,8 +213,14 @@ class SparsePlan:
 
     @property
     def is_general(self) -> bool:
-        """Whether it serves every run of its signature, whatever the values."""
-        return self.masked and self.chosen and not (self.relations.reads or self.masks.reads or self.choices.reads)
+        """Whether it serves every run of its signature, whatever the values.
+
+        One without masks is found where these were others in several runs, and serves all from then on; what is made for a
+        record holds more zeros than plain calls have.
+        """
+        if not self.chosen or (not self.masked and _recorded()):
+            return False
+        return not (self.relations.reads or self.masks.reads or self.choices.reads)
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = (), *, last: bool = False) -> Found:
         """The values of a run; the `last` thing asked of a tape lets its values go as the plan has read them."""

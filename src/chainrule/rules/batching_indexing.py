@@ -72,7 +72,7 @@ def _without_masks(indices: Sequence[Any]) -> list[Any]:
     result: list[Any] = []
     for index in indices:
         if index is not None and value_of(index).dtype in (torch.bool, torch.uint8):
-            if is_batched(index):
+            if is_batched(index) or _differs_outside(index):
                 raise RuntimeError(DYNAMIC_MASK)
             if index.dim() == 0:
                 raise RuntimeError("vmap: indexing with a 0-dimensional mask is not supported; use an integer index")
@@ -80,6 +80,15 @@ def _without_masks(indices: Sequence[Any]) -> list[Any]:
         else:
             result.append(index)
     return result
+
+
+def _differs_outside(tensor: Any) -> bool:
+    """Whether a tensor that is the same for all samples here differs between those of a level around this one."""
+    while (batched := getattr(tensor, "batched", None)) is not None:
+        if batched:
+            return True
+        tensor = tensor.inner
+    return False
 
 
 def _sample_index(size: int, rank: int, like: Tensor) -> Tensor:
@@ -156,10 +165,9 @@ def index_put(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int)
     bound = bind(func, args, kwargs)
     if _zero_dim_mask(bound["indices"]):
         return NotImplemented
-    target = physical(bound["self"], size).clone()
     if _is_masked_write(bound["indices"], bound["values"], bound.get("accumulate", False)):
-        _masked_write(Batched(target), bound["indices"], bound["values"])
-        return Batched(target)
+        return Batched(_masked(physical(bound["self"], size), bound["indices"], bound["values"]))
+    target = physical(bound["self"], size).clone()
     _write_indexed(target, IndexLayout(bound["indices"]), bound["values"], bound.get("accumulate", False), size)
     return Batched(target)
 
@@ -169,25 +177,37 @@ def index_put_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], si
     bound = bind(func, args, kwargs)
     indices, values = bound["indices"], bound["values"]
     if _is_masked_write(indices, values, bound["accumulate"]):
-        _masked_write(args[0], indices, values)
+        args[0].value.copy_(_masked(args[0].value, indices, values))
         return args[0]
     _write_indexed(args[0].value, IndexLayout(indices), values, bound["accumulate"], size)
     return args[0]
 
 
 def _is_masked_write(indices: Sequence[Any], values: Any, accumulate: bool) -> bool:
-    masks = [item for item in indices if item is not None and value_of(item).dtype in (torch.bool, torch.uint8)]
-    return len(masks) == 1 and is_batched(masks[0]) and logical_rank(values) == 0 and not accumulate
+    """Whether one number is written where a mask that differs between samples says, and nothing else is in the index."""
+    used = [item for item in indices if item is not None]
+    if len(used) != 1 or accumulate or logical_rank(values):
+        return False
+    mask = used[0]
+    return value_of(mask).dtype in (torch.bool, torch.uint8) and (is_batched(mask) or _differs_outside(mask))
 
 
-def _masked_write(target: Batched, indices: Sequence[Any], values: Any) -> None:
-    """``x[mask] = scalar`` has a fixed shape even with a batched mask."""
+def _masked(target: Tensor, indices: Sequence[Any], values: Any) -> Tensor:
+    """What ``x[mask] = scalar`` makes of the stored ``x``: it has a fixed shape whatever the mask is."""
     position = next(i for i, item in enumerate(indices) if item is not None)
-    mask = indices[position].value
-    shape = [mask.shape[0]] + [1] * position + list(mask.shape[1:])
-    mask = mask.reshape(shape + [1] * (target.value.dim() - len(shape)))
-    value = values.value.reshape([-1] + [1] * target.rank) if is_batched(values) else values
-    target.value.copy_(torch.where(mask, value.to(target.value.dtype), target.value))
+    mask = value_of(indices[position])
+    if mask.dtype is torch.uint8:
+        mask = mask != 0
+    first, own = (mask.shape[0], mask.shape[1:]) if is_batched(indices[position]) else (1, mask.shape)
+    if list(target.shape[1 + position : 1 + position + len(own)]) != list(own):
+        raise IndexError(
+            f"vmap: the shape of the mask {list(own)} does not match the shape of the indexed tensor {list(target.shape[1:])} "
+            f"at index {position}"
+        )
+    shape = [first] + [1] * position + list(own)
+    mask = mask.reshape(shape + [1] * (target.dim() - len(shape)))
+    value = values.value.reshape([-1] + [1] * (target.dim() - 1)) if is_batched(values) else values
+    return torch.where(mask, value.to(target.dtype), target)
 
 
 def _positions(dim: int, index_tensor: Any) -> list[Any]:

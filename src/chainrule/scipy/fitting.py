@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from chainrule.scipy.functions import Device, Linearisation, Linearised, TorchFunction, check_absent, check_layout
+from chainrule.scipy.functions import Device, Linearisation, Linearised, Points, TorchFunction, check_absent, check_layout
 from chainrule.scipy.lengths import Length
 
 
@@ -72,14 +72,7 @@ def least_squares(
         return found.reshape(-1)
 
     length = Length(where)
-    linearise = Linearisation(function, residuals, _Once() if kwargs else "residuals", layout)
-
-    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        def compute() -> Linearised:
-            return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
-
-        found: Linearised = function.once("run", (x, *rest), compute)
-        return found
+    at = Points(function, Linearisation(function, residuals, _Once() if kwargs else "residuals", layout)).at
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
         return length.checked(at(x, rest).value.copy())
@@ -161,16 +154,9 @@ def _apart(
         is_derived: whether the method asks for a Jacobian where it asks for its first value.
     """
     values = function.values(size, vector)
-    linearise = Linearisation(function, vector, size, "dense")
+    at = Points(function, Linearisation(function, vector, size, "dense")).at
     # SciPy looks at the first point, and MINPACK asks there twice: once for the number of values.
     first = 3 if is_derived else 0
-
-    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        def compute() -> Linearised:
-            return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
-
-        found: Linearised = function.once("run", (x, *rest), compute)
-        return found
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
         nonlocal first
@@ -191,14 +177,7 @@ def _apart(
 
 def _both(function: TorchFunction, vector: Callable[..., Any]) -> tuple[Callback, Callback]:
     """Values and Jacobians for a method that asks for the Jacobian at most points."""
-    linearise = Linearisation(function, vector, "residuals", "dense")
-
-    def at(x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        def compute() -> Linearised:
-            return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
-
-        found: Linearised = function.once("run", (x, *rest), compute)
-        return found
+    at = Points(function, Linearisation(function, vector, "residuals", "dense")).at
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
         return at(x, rest).value.copy()

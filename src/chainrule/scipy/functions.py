@@ -16,6 +16,7 @@ from chainrule.transforms.jacobians import jacobian
 Device = torch.device | str | None
 
 _FLOAT64 = np.dtype(np.float64)
+_vdot = np.vdot
 _from_numpy, _is_grad_enabled, _set_grad_enabled = torch.from_numpy, torch.is_grad_enabled, torch._C._set_grad_enabled
 
 LAYOUTS = ("dense", "sparse", "operator")
@@ -129,8 +130,7 @@ class TorchFunction:
         if self.allow_nan:
             return
         # A sum of squares is NaN where one of the numbers is, and takes a tenth of the time for a few of them.
-        flat = values if values.ndim == 1 else values.reshape(-1)
-        total = flat.dot(flat)
+        total = _vdot(values, values)
         if total != total:
             self._refuse_nan(what)
 
@@ -141,9 +141,17 @@ class TorchFunction:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
         return Named(self.where)
 
-    def run(self, values: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """What a function made of this one gives for arguments of SciPy's."""
+    def run(self, values: Callable[..., Any], args: Sequence[Any], *, are_new: bool = False) -> Any:
+        """What a function made of this one gives for arguments of SciPy's.
+
+        Args:
+            values: the function of tensors.
+            args: the arguments.
+            are_new: whether nobody else has these arrays, and they are contiguous ones of float64.
+        """
         if values.__class__ is Replayed and self.device is None:
+            if are_new:
+                return values.usual(list(map(_from_numpy, args)))  # type: ignore[attr-defined]
             tensors = []
             for array in args:
                 if array.__class__ is not np.ndarray or array.dtype is not _FLOAT64:
@@ -280,6 +288,8 @@ class Linearised:
         value: the value, a float64 array ``(m,)``.
     """
 
+    __slots__ = ("_array", "_found", "_function", "_layout", "value")
+
     def __init__(self, function: TorchFunction, found: Any, output: torch.Tensor, layout: str) -> None:
         self._function, self._found, self._layout = function, found, layout
         self.value = function.array(output)
@@ -289,16 +299,30 @@ class Linearised:
         """The Jacobian: a new array, a ``csr_array`` or a ``LinearOperator``."""
         if self._array is not None:
             return self._array.copy()
+        found = self._found
+        if self._layout == "dense" and found.__class__ is torch.Tensor and found.dim() == 2 and found.numel() <= _FEW:
+            self._array = self._small(found)  # MINPACK asks for the first one twice
+            return self._array.copy()
         with self._function.named():
             if self._layout == "operator":
-                return self._found.scipy()
-            if self._layout == "dense" and self._found.__class__ is torch.Tensor and self._found.dim() == 2:
-                dense = self._function.array(self._found, what="Jacobian")
-                if dense.size <= _FEW:  # MINPACK asks for the first one twice
-                    self._array = dense.copy()
-                return dense
-            found = self._found if isinstance(self._found, torch.Tensor) else self._found.dense(flat=True)
+                return found.scipy()
+            if not isinstance(found, torch.Tensor):
+                found = found.dense(flat=True)
             return matrix(self._function, found, tuple(found.shape), "Jacobian")
+
+    def _small(self, found: torch.Tensor) -> np.ndarray:
+        try:
+            rows = found.tolist()
+            array = np.array(rows, dtype=np.float64)
+            if not rows or not rows[0]:
+                return array.reshape(found.shape)
+            total = sum(map(sum, rows))
+            if total != total:
+                self._function.check(array, "Jacobian")
+        except Exception as error:
+            self._function.named().note(error)
+            raise
+        return array
 
 
 class Linearisation:
@@ -342,6 +366,50 @@ class Linearisation:
         return Linearised(self._function, kept, kept.output, self._layout)
 
 
+class Points:
+    """A linearisation that is kept as long as a solver stays at a point.
+
+    Args:
+        function: the user's function.
+        linearise: gives it at other points.
+    """
+
+    __slots__ = ("_found", "_function", "_linearise", "_point")
+
+    def __init__(self, function: TorchFunction, linearise: Linearisation) -> None:
+        self._function, self._linearise = function, linearise
+        self._point: bytes | None = None
+        self._found: Any = None
+
+    def at(self, x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
+        """The function at a point, with further arguments of SciPy's."""
+        function, linearise = self._function, self._linearise
+        found: Linearised
+        if rest or x.__class__ is not np.ndarray or x.dtype is not _FLOAT64:
+
+            def compute() -> Linearised:
+                return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
+
+            found = function.once("run", (x, *rest), compute)
+            return found
+        point = x.tobytes()
+        if point == self._point:
+            found = self._found
+            return found
+        enabled = _is_grad_enabled()
+        _set_grad_enabled(False)
+        try:
+            found = self._found = linearise.at((x,))
+            self._point = point
+            return found
+        except Exception as error:
+            self._point = None
+            function.named().note(error)
+            raise
+        finally:
+            _set_grad_enabled(enabled)
+
+
 def twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """A function that returns its value twice: as what is differentiated, and beside the derivative."""
 
@@ -366,6 +434,6 @@ def check_absent(options: dict[str, Any], names: tuple[str, ...], caller: str) -
 
 
 __all__ = [
-    "LAYOUTS", "Device", "Linearisation", "Linearised", "TorchFunction", "check_absent", "check_layout", "matrix",
+    "LAYOUTS", "Device", "Linearisation", "Linearised", "Points", "TorchFunction", "check_absent", "check_layout", "matrix",
     "scalar_of", "twice", "vector_of",
 ]  # fmt: skip

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import integrate
 
+from chainrule.scipy.boundary import Columns, Ends, Values
 from chainrule.scipy.functions import Device, TorchFunction, check_absent, check_layout, matrix
 from chainrule.transforms.jacobians import jacobian
 
@@ -146,45 +146,13 @@ def solve_bvp(
     right, ends = (TorchFunction(f, "solve_bvp", device, allow_nan, compiled) for f in (fun, bc))
     states, parameters = np.shape(y)[0], 0 if p is None else int(np.size(p))
     given = (0, 1) if p is None else (0, 1, 2)
-    shifted = _shifted(right.checked)
-    columns = right.derived(("columns", given), lambda: jacobian(shifted, argnums=(2, 3)[: len(given) - 1]), shifted)
     jacobians = ends.derived(("ends", given), lambda: jacobian(ends.checked, argnums=given))
-
-    unshifted = np.zeros(states)
-    values, both_ends = right.values(given, right.checked), ends.values(given, ends.checked)
-
-    def value(*args: np.ndarray) -> np.ndarray:
-        return right.at(values, args, args[1].shape)
-
-    def derivative(*args: np.ndarray) -> Any:
-        x, y, *rest = args
-        with right.named():
-            found = right.run(columns, (x, y, unshifted, *rest))
-            blocks = tuple([right.array(block.movedim(2, 1), what="Jacobian") for block in found])
-            return blocks if rest else blocks[0]
-
-    def conditions(*args: np.ndarray) -> np.ndarray:
-        return ends.at(both_ends, args, (states + parameters,))
-
-    def conditions_derivative(*args: np.ndarray) -> Any:
-        with ends.named():
-            return tuple(ends.array(block, what="Jacobian") for block in ends.run(jacobians, args))
-
+    value = Values(right, right.values(given, right.checked), lambda x, y, *p: y.shape, 2)
+    conditions = Values(ends, ends.values(given, ends.checked), lambda *_: (states + parameters,), 1)
+    derivative = Columns(right, value, parameters=p is not None)
     return integrate.solve_bvp(
-        value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=conditions_derivative, **options
+        value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=Ends(ends, jacobians), **options
     )
-
-
-def _shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A right-hand side with one shift of all columns: its Jacobian holds what each column depends on in its own place.
-
-    By the shift it is ``df/dy``, transposed to ``(n, m, n)``; by the parameters ``df/dp``, ``(n, m, k)``.
-    """
-
-    def shifted(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
-        return function(x, y + shift[:, None], *p)
-
-    return shifted
 
 
 __all__ = ["solve_bvp", "solve_ivp"]

@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from chainrule.capture.recorder import CompileError
 from chainrule.dispatch import LightMode
 from chainrule.scipy.plain_code import only_computes
+from chainrule.transforms.arguments import LEAF
 from chainrule.transforms.compile import Graph, OtherValues, modes
 from chainrule.transforms.compile import compile as compile_function
 
-#: After so many calls of one signature a function that only computes is recorded: that takes as long as some twenty calls.
-CALLS = 12
+#: After so many calls of one signature a function that only computes is recorded: that takes as long as some fifty calls.
+CALLS = 32
 
 #: The same of values alone: a replay takes little less time than the call itself, so that it has to be worth a record by then.
 VALUES = 128
@@ -69,27 +71,34 @@ class Replayed:
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
         self._graphs: dict[Any, Graph] = {}
-        #: For usual tensors, by their shapes: the modes and the graph, None where calls stay plain; of a graph of one result that
-        #: reads nothing beside the arguments also how to ask whether it holds, and its run.
-        self._usual: dict[tuple[torch.Size, ...], tuple[Any, Graph | None, Any, Any]] = {}
+        #: For usual tensors, by their shapes: the modes and the graph, None where calls stay plain; of a graph that reads nothing
+        #: beside the arguments also how to ask whether it holds, its run, and whether its results come in a tuple.
+        self._usual: dict[tuple[torch.Size, ...], tuple[Any, Graph | None, Any, Any, bool]] = {}
 
     def usual(self, tensors: list[torch.Tensor]) -> Any:
         """Call or replay it, in fewer steps, with different float64 tensors: contiguous, on the CPU and without a graph."""
         last = self._usual.get((tensors[0].shape,) if len(tensors) == 1 else tuple([t.shape for t in tensors]))
         if last is not None:
-            known, graph, holds, run = last
+            known, graph, holds, run, several = last
             if graph is None:
                 return self._plain(*tensors)
             if modes() == known:
                 if run is not None:
                     if holds():
-                        return run(tensors)[0]
+                        found = run(tensors)
+                        return found if several else found[0]
                 elif graph.holds():
                     try:
                         return graph.replay(tensors)
                     except OtherValues:
                         pass
         return self(*tensors)
+
+    def is_constant(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Whether it is known that usual tensors of these shapes all give the same: the graph that was replayed reads none."""
+        shapes: Any = tuple([array.shape for array in arrays])
+        last = self._usual.get(shapes[0] if len(shapes) == 1 else shapes)
+        return last is not None and last[1] is not None and last[1].is_constant
 
     def __call__(self, *args: Any) -> Any:
         """Call or replay it."""
@@ -127,8 +136,10 @@ class Replayed:
             return
         if len(self._usual) >= _KEPT:
             self._usual.clear()
-        holds, run = (None, None) if graph is None or not graph.is_alone else (graph.surroundings.is_same, graph.run)
-        self._usual[tuple([a.shape for a in args])] = key[1], graph, holds, run
+        alone = graph is not None and graph.is_alone
+        holds, run = (graph.surroundings.is_same, graph.run) if alone else (None, None)  # type: ignore[union-attr]
+        several = alone and graph.spec is not LEAF  # type: ignore[union-attr]
+        self._usual[tuple([a.shape for a in args])] = key[1], graph, holds, run, several
 
     def _pays(self, args: tuple[Any, ...]) -> bool:
         """Whether the function may be recorded unasked, and a run is short enough."""

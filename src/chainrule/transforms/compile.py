@@ -117,9 +117,20 @@ class Graph:
 
     @property
     def is_alone(self) -> bool:
-        """Whether it is run on nothing but the arguments, depends on surroundings alone beside them, and has one result."""
+        """Whether it is run on nothing but the arguments, depends on surroundings alone beside them, and returns what a run does.
+
+        That is one tensor, or a tuple of tensors as the run itself has it.
+        """
         beside = self.kinds or self.asked or self.closed or self.statics or self.expected
-        return not beside and self.spec is LEAF and self.run is not None
+        return not beside and self.run is not None and (self.spec is LEAF or _is_flat(self.spec, self.count))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it does nothing but return constants."""
+        source = getattr(self.run, "source_of", None)
+        if source is None or source.kept or self.expected:
+            return False
+        return bool(source.used.isdisjoint(source.program.inputs.values()))
 
     @property
     def count(self) -> int:
@@ -441,6 +452,12 @@ def _no_casts() -> Iterator[None]:
     """Without autocast: the casts are in the graph, and calls that ran outside of autocast must not be cast."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def _is_flat(spec: Any, count: int) -> bool:
+    """Whether a structure is a tuple of so many leaves."""
+    numbers = tuple(range(count))
+    return bool(tree_unflatten(list(numbers), spec) == numbers)
 
 
 def modes() -> Any:
