@@ -253,3 +253,72 @@ def test_complex_gradients_of_real_inputs_are_refused() -> None:
     for transform in (chainrule.jacrev, chainrule.jacfwd):
         with pytest.raises(RuntimeError, match="returned a complex gradient at index 0"):
             transform(Turned.apply)(torch.ones(2, **DOUBLE))
+
+
+class Cubed(torch.autograd.Function):
+    """The older style, with the context in ``forward``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * cotangent
+
+
+class Sine(torch.autograd.Function):
+    """A static argument, and a forward derivative of its own."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return factor * x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return ctx.factor * ctx.saved_tensors[0].cos() * cotangent, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, _: Any) -> torch.Tensor:
+        return ctx.factor * ctx.saved_tensors[0].cos() * tangent
+
+
+# Functions of a vector to a number, with users' functions and without.
+SCALARS = {
+    "context in forward": (lambda x: Cubed.apply(x).sum() * x.prod(), lambda x: (x**3).sum() * x.prod()),
+    "static": (lambda x: Sine.apply(Sine.apply(x, 2.0), 0.5).prod(), lambda x: (0.5 * (2.0 * x.sin()).sin()).prod()),
+    "several outputs": (lambda x: (Pair.apply(x)[0] * Pair.apply(x)[2]).prod(), lambda x: (x.sin() * x * x).prod()),
+    "two inputs": (lambda x: Product.apply(x, x.cos()).prod(), lambda x: (x * x.cos()).prod()),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_traces_and_diagonals_of_hessians(name: str) -> None:
+    function, plain = SCALARS[name]
+    hessian = torch.func.jacrev(torch.func.jacrev(plain))
+    rows = torch.randn(4, 3, 4, **DOUBLE)
+    checks: dict[str, tuple[Any, Any]] = {
+        "laplacian": (chainrule.laplacian(function), lambda x: hessian(x).trace()),
+        "diagonal": (chainrule.hessian_diagonal(function), lambda x: hessian(x).diagonal()),
+        "compiled": (chainrule.compile(chainrule.laplacian(function)), lambda x: hessian(x).trace()),
+        "gradient": (chainrule.grad(chainrule.laplacian(function)), torch.func.grad(lambda x: hessian(x).trace())),
+    }
+    mapped = {
+        "in_dims": chainrule.laplacian(function, in_dims=0),
+        "vmap": chainrule.vmap(chainrule.laplacian(function)),
+        "compiled": chainrule.compile(chainrule.vmap(chainrule.laplacian(function))),
+    }
+    for batch in rows:  # the first call plans, later ones replay
+        for transformed, expected in checks.values():
+            torch.testing.assert_close(transformed(batch[0]), expected(batch[0]))
+        traces = torch.stack([hessian(x).trace() for x in batch])
+        for transformed in mapped.values():
+            torch.testing.assert_close(transformed(batch), traces)

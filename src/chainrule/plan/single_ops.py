@@ -43,7 +43,8 @@ def described(record: Any, values: Sequence[Any], active: frozenset[int]) -> tup
                     continue
                 slots.append(index)
                 value = values[index]
-                parts.append((value.shape, value.dtype, value.device, index in active))
+                known = isinstance(value, Tensor)  # not the context of a user's function
+                parts.append((value.shape, value.dtype, value.device, index in active) if known else value.__class__)
             elif kind is tuple:
                 parts.append(len(item))
                 describe(item)
