@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 
+from chainrule.maps.circles import opened
 from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
@@ -347,6 +348,8 @@ class SparseWorkspace(Workspace):
             ends = [pair for pair in twins if not any(s in by_target for h in pair for s in h.sources)]
             one, two = max(ends or twins, key=lambda pair: min(h.index.numel for h in pair))
             return self.coincide(term, one, two)
+        if len(final) < len(relations) and (found := opened(term, relations, self)) is not None:
+            return found
         outer = term.outer_axes()
         factors = tuple(self.gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
