@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 
+from chainrule.maps.circles import opened
 from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
@@ -347,8 +348,8 @@ class SparseWorkspace(Workspace):
             ends = [pair for pair in twins if not any(s in by_target for h in pair for s in h.sources)]
             one, two = max(ends or twins, key=lambda pair: min(h.index.numel for h in pair))
             return self.coincide(term, one, two)
-        if (circle := next((h for h in term.onehots if any(s in by_target for s in h.sources)), None)) is not None:
-            return self._shorter_circle(term, circle, {a: h for a, h in relations.items() if a not in final})
+        if len(final) < len(relations) and (found := opened(term, relations, self)) is not None:
+            return found
         outer = term.outer_axes()
         factors = tuple(self.gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
@@ -374,22 +375,6 @@ class SparseWorkspace(Workspace):
             factors = (*factors, mask_factor(h, self.dtype, self.memo))
         sources = tuple(dict.fromkeys(axis for h in inner for axis in h.sources))
         return keep_count(term.having(factors=factors, onehots=kept), sources)
-
-    def _shorter_circle(self, term: Term, first: OneHot, relations: dict[Axis, OneHot]) -> Term:
-        """The term, of relations that lead back to where they came from two made into one.
-
-        Args:
-            term: the term.
-            first: one that reads one of the relations.
-            relations: by their targets, the relations each of which reads another one of them.
-        """
-        seen: dict[int, OneHot] = {}
-        while id(first) not in seen:
-            seen[id(first)] = first
-            first = relations[next(s for s in first.sources if s in relations)]
-        source = next(s for s in first.sources if s in relations)
-        joined = self.chained(first, {source: relations[source]})
-        return self._without_circles(term.having(onehots=tuple(joined if h is first else h for h in term.onehots)))
 
     def _implies(self, outer: OneHot, inner: OneHot) -> bool:
         """Whether the first relation has no target wherever the second has none, which is not often."""
