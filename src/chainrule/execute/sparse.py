@@ -16,6 +16,7 @@ from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
 from chainrule.dispatch import functions_are_replaced
 from chainrule.execute.accounts import UNCACHED, Ledger, account_of, current_ledger
 from chainrule.execute.cached_plans import CachedPlan
+from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CACHE
 from chainrule.execute.replay import Runner, Spent, compile_program, owned
 from chainrule.maps.staging import Staged
@@ -437,7 +438,7 @@ def mapped_slots(tape: Any) -> tuple[int, ...]:
 def planning(tape: Any) -> Iterator[None]:
     """While a plan is made no other transform sees its calls, where that is possible; its results are those of a later run."""
     plainly = all(not isinstance(value, torch.Tensor) or value.__class__ is not BatchTensor for value in tape.values)
-    with torch.no_grad(), unseen() if plainly else nullcontext():
+    with torch.no_grad(), postponed_collection(), unseen() if plainly else nullcontext():
         yield
 
 

@@ -379,7 +379,6 @@ def _matching(term: Term, host: Term) -> dict[Axis, Axis] | None:
             for a, b in zip(big_one, big_two, strict=True):
                 if mapping.setdefault(a, b) is not b:
                     return None
-    host_sources = {axis for h in host.onehots for axis in (*h.sources, h.target)}
     for h in term.onehots:
         twin = next((o for o in host.onehots if o.index is h.index), None)
         if twin is None:
@@ -387,7 +386,6 @@ def _matching(term: Term, host: Term) -> dict[Axis, Axis] | None:
         for a, b in zip((*h.sources, h.target), (*twin.sources, twin.target), strict=True):
             if mapping.setdefault(a, b) is not b:
                 return None
-    del host_sources
     return mapping
 
 
