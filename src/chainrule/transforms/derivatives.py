@@ -14,6 +14,7 @@ from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level, Linearized, mark_of
 from chainrule.transforms.nest import NO_NEST, run_level, run_nest, run_pushed_nest
 from chainrule.transforms.nest_linearized import run_linearized
+from chainrule.transforms.result_nodes import run_joined
 from chainrule.transforms.routes import (
     GRADIENT,
     jacobian_route,
@@ -59,7 +60,8 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         if (found := _routed(level, args, kwargs)) is not NotImplemented:
             gradient, value = found
             return gradient, value if value.requires_grad is False or torch.is_grad_enabled() else value.detach()
-        (gradient, value), aux = run_level(level, args, kwargs)
+        found = run_joined(level, args, kwargs)
+        (gradient, value), aux = run_level(level, args, kwargs) if found is NotImplemented else found
         gradient = with_graph(gradient, args, argnums)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
@@ -95,9 +97,11 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     level = Level(func, "grad", argnums, has_aux, finish, ("grad",))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if (found := _routed(level, args, kwargs)) is not NotImplemented:
+        found: Any = _routed(level, args, kwargs)
+        if found is not NotImplemented:
             return found[0]
-        gradient, aux = run_level(level, args, kwargs)
+        found = run_joined(level, args, kwargs)
+        gradient, aux = run_level(level, args, kwargs) if found is NotImplemented else found
         gradient = with_graph(gradient, args, argnums)
         return (gradient, aux) if has_aux else gradient
 
