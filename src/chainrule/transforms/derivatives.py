@@ -60,9 +60,11 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         if (found := _routed(level, args, kwargs)) is not NotImplemented:
             gradient, value = found
             return gradient, value if value.requires_grad is False or torch.is_grad_enabled() else value.detach()
-        found = run_joined(level, args, kwargs)
-        (gradient, value), aux = run_level(level, args, kwargs) if found is NotImplemented else found
-        gradient = with_graph(gradient, args, argnums)
+        if (found := run_joined(level, args, kwargs)) is NotImplemented:
+            (gradient, value), aux = run_level(level, args, kwargs)
+            gradient = with_graph(gradient, args, argnums)
+        else:
+            (gradient, value), aux = found
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
     wrapper = entry_point(wrapper, func)
@@ -100,9 +102,11 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         found: Any = _routed(level, args, kwargs)
         if found is not NotImplemented:
             return found[0]
-        found = run_joined(level, args, kwargs)
-        gradient, aux = run_level(level, args, kwargs) if found is NotImplemented else found
-        gradient = with_graph(gradient, args, argnums)
+        if (found := run_joined(level, args, kwargs)) is NotImplemented:
+            gradient, aux = run_level(level, args, kwargs)
+            gradient = with_graph(gradient, args, argnums)
+        else:
+            gradient, aux = found
         return (gradient, aux) if has_aux else gradient
 
     wrapper = entry_point(wrapper, func)

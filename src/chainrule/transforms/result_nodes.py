@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._pytree import TreeSpec
 
+from chainrule.capture.tape import GraphNeededError
 from chainrule.dispatch import functions_are_replaced
 from chainrule.execute import engine
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.memory import current_watch
-from chainrule.transforms.arguments import resolve_argnums, structure_key, tree_flatten, tree_unflatten
+from chainrule.transforms.arguments import PLAIN_ARGUMENT, resolve_argnums, tree_flatten, tree_unflatten
 from chainrule.transforms.levels import Level, NestPlan, Part, Run, is_apart, mark_of, note_apart
 from chainrule.transforms.nest import finish_run, key_and_plan
 from chainrule.transforms.trace import Traced, trace
@@ -30,11 +32,11 @@ _CLASSES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def _may_join(func: Callable[..., Any], given: Sequence[Any]) -> bool:
-    """Whether a transform can run without graphs, and one node tie its results to the arguments that are differentiated."""
-    if not torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    """Whether a transform can run without graphs, and one node tie its results to the tensors that are differentiated."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     joined = False
-    for leaf in given if all([item.__class__ in _CLASSES for item in given]) else tree_flatten(tuple(given))[0]:
+    for leaf in given:
         if leaf.__class__ not in _CLASSES or leaf.layout is not torch.strided or not leaf.dtype.is_floating_point:
             return False
         joined = joined or leaf.requires_grad
@@ -58,55 +60,85 @@ def run_joined(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if argnums is None or not torch.is_grad_enabled():
         return NotImplemented
     positions, single = resolve_argnums(argnums, len(args), level.name)
-    if not _may_join(level.func, [args[number] for number in positions]):
+    leaves, spec = tree_flatten(tuple([args[number] for number in positions]))
+    if not _may_join(level.func, leaves) or (traced := _traced(level, args, positions, kwargs, leaves, spec)) is None:
         return NotImplemented
-    if (traced := _traced(level, args, positions, kwargs)) is None:
-        return NotImplemented
-    own_spec, aux_leaves, aux_spec = traced.in_spec, [], None
+    slots: list[int] = []
     if level.has_aux:
         aux_leaves, aux_spec = tree_flatten(traced.aux)
-    beside = [n for n, leaf in enumerate(aux_leaves) if isinstance(leaf, torch.Tensor) and traced.tape.slots.get(id(leaf)) is not None]
-    slots = [traced.tape.slots[id(aux_leaves[n])] for n in beside]
+        known = [traced.tape.slots.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None for leaf in aux_leaves]
+        slots = [slot for slot in known if slot is not None]
 
     def finish(here: Traced, _: bool) -> Any:
-        count = own_spec.num_leaves
-        own = replace(here, in_spec=own_spec, in_leaves=here.in_leaves[:count], in_slots=here.in_slots[:count], columns=[None] * count)
+        count = len(leaves)
+        own = replace(here, in_spec=spec, in_leaves=here.in_leaves[:count], in_slots=here.in_slots[:count], columns=[None] * count)
         return level.finish(own, single), [here.tape.values[slot] for slot in slots]
 
-    key = (*level.key, "joined", structure_key(own_spec), single, tuple(slots))
-    inner = Level(level.func, level.name, argnums, False, finish, key)
-    result, found = _tied(traced, [inner], args, positions, level.finish(traced, single), [aux_leaves[n] for n in beside])
-    if level.has_aux:
-        for n, leaf in zip(beside, found, strict=True):
-            aux_leaves[n] = leaf
-        return result, tree_unflatten(aux_leaves, aux_spec)
-    return result, None
+    # The structure of the arguments does not matter here: of the result only the leaves go on.
+    inner = Level(level.func, level.name, argnums, False, finish, (*level.key, "joined", tuple(slots)))
+    constants = _take_graphs(traced)
+    result, result_spec = tree_flatten(level.finish(traced, single))
+    found = _tied(traced, inner, leaves, constants, [*result, *[traced.tape.values[slot] for slot in slots]])
+    result = tree_unflatten(found[: len(result)], result_spec)
+    if not level.has_aux:
+        return result, None
+    tied = iter(found[result_spec.num_leaves :])
+    aux_leaves = [leaf if slot is None else next(tied) for leaf, slot in zip(aux_leaves, known, strict=True)]
+    return result, tree_unflatten(aux_leaves, aux_spec)
 
 
-def _traced(level: Level, args: tuple[Any, ...], positions: tuple[int, ...], kwargs: dict[str, Any]) -> Traced | None:
+def _traced(
+    level: Level, args: tuple[Any, ...], positions: tuple[int, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor],
+    spec: TreeSpec,
+) -> Traced | None:  # fmt: skip
     """A run of a level's function on arguments without their graphs; None where levels have to be run one by one."""
-    bare = [*args]
-    for number in positions:
-        leaves, spec = tree_flatten(args[number])
-        bare[number] = tree_unflatten([leaf.detach() for leaf in leaves], spec)
-    traced = trace(level.func, tuple(bare), positions, kwargs, level.name, has_aux=level.has_aux, single=True)
-    tape = traced.tape
-    if tape.hooks or tape.saw_cut:
+    try:
+        traced = trace(
+            level.func, args, positions, kwargs, level.name, has_aux=level.has_aux, single=True, joined=(leaves, spec)
+        )
+    except GraphNeededError:
+        note_apart([level])
+        return None
+    if traced.tape.hooks or traced.tape.saw_cut:
         note_apart([level])
         return None
     return traced
 
 
+def _take_graphs(traced: Traced) -> list[tuple[int, torch.Tensor]]:
+    """Make the values on a tape values without a graph; returns the constants among them that had one, and their slots.
+
+    They (closed-over parameters, other arguments) are inputs of what a run computes, as the arguments are that are differentiated.
+    """
+    tape, constants = traced.tape, []
+    for slot, value in enumerate(tape.values):
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            continue
+        tape.kept.append(value)  # by whose identity the slot may be known
+        if not tape.active[slot]:
+            constants.append((slot, value))
+        bare = tape.values[slot] = value.detach()
+        tape.slots[id(bare)] = slot
+    traced.out_leaves = [
+        leaf if slot is None else tape.values[slot] for slot, leaf in zip(traced.out_slots, traced.out_leaves, strict=True)
+    ]
+    return constants
+
+
 def _tied(
-    traced: Traced, levels: list[Level], args: tuple[Any, ...], positions: tuple[int, ...], *results: Any
-) -> Any:
-    """Results that are computed by levels of a run, tied to the arguments of it."""
-    leaves, spec = tree_flatten(results)
-    inputs = tree_flatten(tuple([args[number] for number in positions]))[0]
-    joined = tuple([number for number, leaf in enumerate(inputs) if leaf.requires_grad])
-    traced = replace(traced, in_leaves=[traced.tape.values[slot] for slot in traced.in_slots])
-    computation = Computation(traced, levels, joined)
-    return tree_unflatten(_node(computation, leaves, [inputs[number] for number in joined]), spec)
+    traced: Traced, level: Level, arguments: Sequence[torch.Tensor], constants: Sequence[tuple[int, torch.Tensor]],
+    results: list[Any],
+) -> list[Any]:  # fmt: skip
+    """Results of a level of a run, tied to the arguments and to the constants that have a graph."""
+    tape, inputs = traced.tape, [*arguments, *[tensor for _, tensor in constants]]
+    joined = [number for number, leaf in enumerate(inputs) if leaf.requires_grad]
+    for slot, _ in constants:
+        tape.active[slot] = True
+        tape.inputs.append(slot)
+    in_slots = [*traced.in_slots, *[slot for slot, _ in constants]]
+    in_leaves = [tape.values[slot] for slot in in_slots]
+    traced = replace(traced, in_slots=in_slots, in_leaves=in_leaves, in_spec=PLAIN_ARGUMENT, columns=[None] * len(in_slots))
+    return _node(Computation(traced, [level], tuple(joined)), results, [inputs[number] for number in joined])
 
 
 @dataclass(slots=True)
@@ -114,7 +146,8 @@ class Computation:
     """Levels on a run whose values have no graph, as a function of the inputs of its tape.
 
     Attributes:
-        traced: the run; its inputs are the arguments, and the cotangents that levels of it were given.
+        traced: the run; its inputs are the arguments, and the cotangents that levels of it were given (their structure is not
+            told).
         levels: the levels, innermost first; each one after the first pulls cotangents of the results of the one before back.
         joined: which of the inputs have a graph.
         versions: those of the values on the tape when they were computed.
@@ -126,7 +159,11 @@ class Computation:
     versions: list[int | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.versions = [_version(value) for value in self.traced.tape.values]
+        values = self.traced.tape.values
+        try:
+            self.versions = [value._version for value in values]
+        except (AttributeError, RuntimeError):  # other objects, and tensors of the inference mode
+            self.versions = [_version(value) for value in values]
 
     def pulled(self, cotangents: Sequence[torch.Tensor | None]) -> tuple[Computation | None, dict[int, torch.Tensor]]:
         """The cotangents of those inputs that have a graph, as far as the results depend on them.
@@ -141,7 +178,7 @@ class Computation:
             in_slots.append(tape.add_input(cotangents[number].detach()))  # type: ignore[union-attr]
         in_leaves = [tape.values[slot] for slot in in_slots]
         traced = replace(
-            self.traced, tape=tape, in_slots=in_slots, in_leaves=in_leaves, in_spec=tree_flatten(tuple(in_leaves))[1],
+            self.traced, tape=tape, in_slots=in_slots, in_leaves=in_leaves,
             grad_enabled=torch.is_grad_enabled(), columns=[None] * len(in_slots),
         )  # fmt: skip
         levels, values = [*self.levels, level], [*tape.values]
@@ -163,8 +200,9 @@ class Computation:
             RuntimeError: if there are such values among those that were read.
         """
         plan: Any = None if key is None else engine.CACHE.plans.get(key)
-        if plan.__class__ is NestPlan and plan.needs:
-            read = [slot for slot in plan.needs if slot.__class__ is int]
+        if plan.__class__ is NestPlan:
+            needs = plan.needs if plan.recorded is None else plan.recorded[0].inputs
+            read = [slot for slot in needs if slot.__class__ is int]
         else:
             read = [slot for slot, active in enumerate(self.traced.tape.active) if active]
         for slot in read:
@@ -218,45 +256,67 @@ class _Node(torch.autograd.Function):
     """Results that are there already, as a function of inputs."""
 
     @staticmethod
-    def forward(ctx: Any, computation: Computation, results: list[torch.Tensor], *tensors: torch.Tensor) -> Any:
-        """The tensors are inputs with a graph, and those results that have one of their own."""
-        ctx.computation = computation
+    def forward(ctx: Any, computation: Computation, tied: list[bool], results: list[torch.Tensor], *tensors: torch.Tensor) -> Any:
+        """The tensors are the inputs that have a graph."""
+        ctx.computation, ctx.tied = computation, tied
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[: len(computation.joined)])
-        ctx.own = [number for number, leaf in enumerate(results) if leaf.requires_grad]
-        if not ctx.own:
-            return tuple(results)
-        with torch._C._AutoDispatchBelowADInplaceOrView():  # no views for autograd, which would refuse writes to them
-            return tuple([torch.ops.aten.alias.default(leaf) if leaf.requires_grad else leaf for leaf in results])
+        ctx.save_for_backward(*tensors)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         inputs, computation = ctx.saved_tensors, ctx.computation
-        outer, found = computation.pulled(cotangents)
-        if outer is not None:
-            given = [*inputs, *[cotangent for cotangent in cotangents if cotangent is not None]]
-            numbers = [*found]
-            outer.joined = tuple([number for number, leaf in zip(outer.joined, given, strict=True) if leaf.requires_grad])
-            leaves = _node(outer, list(found.values()), [leaf for leaf in given if leaf.requires_grad])
-            found = dict(zip(numbers, leaves, strict=True))
-        return None, None, *[found.get(number) for number in computation.joined], *[cotangents[number] for number in ctx.own]
+        given = iter(cotangents)
+        given = [next(given) if tied else None for tied in ctx.tied]
+        pull = _pulled_rows if any([item is not None and _is_batched(item) for item in given]) else _pulled
+        found = pull(ctx.computation, ctx.saved_tensors, given)
+        return None, None, None, *[found.get(number) for number in ctx.computation.joined]
+
+
+def _pulled(
+    computation: Computation, inputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor | None]
+) -> dict[int, torch.Tensor]:
+    """The cotangents of inputs, with a graph where gradients are on."""
+    outer, found = computation.pulled(cotangents)
+    if outer is None:
+        return found
+    given = [*inputs, *[cotangent for cotangent in cotangents if cotangent is not None]]
+    outer.joined = tuple([number for number, leaf in zip(outer.joined, given, strict=True) if leaf.requires_grad])
+    leaves = _node(outer, list(found.values()), [leaf for leaf in given if leaf.requires_grad])
+    return dict(zip(found, leaves, strict=True))
+
+
+#: Whether a tensor is a batch of torch's own (``is_grads_batched``).
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _pulled_rows(
+    computation: Computation, inputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor | None]
+) -> dict[int, torch.Tensor]:
+    """As :func:`_pulled`, of each sample of such batches by itself."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batches = [item for item in cotangents if item is not None and _is_batched(item)]
+    size = torch._remove_batch_dim(batches[0], level, 0, 0).shape[0]
+    given = [None if item is None else torch._remove_batch_dim(item, level, size, 0) for item in cotangents]
+    rows = [
+        _pulled(computation, inputs, [None if item is None else item[number] for item in given]) for number in range(size)
+    ]
+    names = rows[0] if rows else {}
+    return {name: torch._add_batch_dim(torch.stack([row[name] for row in rows]), 0, level) for name in names}
 
 
 #: As torch has it, without a look at the modes that are on.
 _apply = super(torch.autograd.Function, _Node).apply
 
 
-def _node(computation: Computation, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Results as functions of inputs."""
-    floating = [number for number, leaf in enumerate(results) if leaf.is_floating_point() or leaf.is_complex()]
-    if not floating or not inputs:
-        return results
+def _node(computation: Computation, results: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
+    """Results as functions of inputs; those that have a graph are constants with respect to all of these."""
     known = computation.traced.tape.slots
-    given = []
-    for leaf in results:
-        # The tape holds its values as they are, without a graph; of views torch would refuse writes.
-        given.append(leaf.clone() if id(leaf) in known or leaf._is_view() else leaf)
-    tied = _apply(computation, [given[n] for n in floating], *inputs, *[given[n] for n in floating if given[n].requires_grad])
-    for number, leaf in zip(floating, tied, strict=True):
-        given[number] = leaf
-    return given
+    # The tape holds its values as they are, without a graph; of views torch would refuse writes.
+    found = [leaf.clone() if id(leaf) in known or leaf._is_view() else leaf for leaf in results]
+    tied = [leaf.is_floating_point() and not leaf.requires_grad for leaf in found]
+    if any(tied) and inputs:
+        leaves = iter(_apply(computation, tied, [leaf for leaf, is_tied in zip(found, tied, strict=True) if is_tied], *inputs))
+        found = [next(leaves) if is_tied else leaf for leaf, is_tied in zip(found, tied, strict=True)]
+    return found
