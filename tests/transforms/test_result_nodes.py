@@ -344,3 +344,53 @@ def test_batches_of_cotangents():
         torch.testing.assert_close(rows, hessian)
         ours, theirs = (torch.autograd.grad(item.pow(2).sum(), list(p.values())[:3], retain_graph=True) for item in (rows, hessian))
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["plain", "several", "identity", "constant"])
+def test_pullbacks_have_the_graphs_of_torch_func(case):
+    def several(p, x):
+        out = _mlp(p, x)
+        return {"out": out, "row": out[0], "own": p["b1"].exp(), "first": p["w1"]}
+
+    functions = {
+        "plain": _mlp, "several": several, "identity": lambda p, x: p["b1"], "constant": lambda p, x: p["b1"] * 0 + x.sum(),
+    }  # fmt: skip
+    for run in range(RUNS):
+        results = []
+        for lib in (torch.func, chainrule):
+            p, x = _joined(_params(seed=run)), _rand(4, 3).requires_grad_()
+            out, pull = lib.vjp(functions[case], p, x)
+            leaves, spec = tree_flatten(out)
+            given = [_rand(*leaf.shape, seed=n + 20).requires_grad_() for n, leaf in enumerate(leaves)]
+            found = [tree_flatten(pull(torch.utils._pytree.tree_unflatten(given, spec)))[0] for _ in range(2)]
+            torch.testing.assert_close(*found)
+            wanted = [*p.values(), x, *given]
+            total = sum(leaf.pow(2).sum() for leaf in (*found[1], *leaves))
+            first = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+            total = sum(leaf.pow(2).sum() for leaf in first)
+            second = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+            results.append([*leaves, *found[0], *first, *second])
+        for ours, theirs in zip(*results[::-1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_pullbacks_with_aux():
+    for run in range(RUNS):
+        results = []
+        for lib in (torch.func, chainrule):
+            p, x = _joined(_params(seed=run)), _rand(4, 3)
+            out, pull, aux = lib.vjp(lambda p, x=x: (_mlp(p, x), [p["b1"].sin(), x]), p, has_aux=True)
+            total = pull(torch.ones_like(out))[0]["w1"].pow(2).sum() + aux[0].pow(2).sum() + out.sin().sum()
+            own = torch.autograd.grad(total, list(p.values()), allow_unused=True, materialize_grads=True)
+            results.append([out, *aux, *own])
+        for ours, theirs in zip(*results[::-1], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_pullbacks_without_gradients_have_no_graph():
+    p = _joined(_params())
+    for _ in range(RUNS):
+        out, pull = chainrule.vjp(lambda p: _mlp(p, _rand(4, 3)), p)
+        assert out.requires_grad
+        with torch.no_grad():
+            assert not any(leaf.requires_grad for leaf in pull(torch.ones_like(out))[0].values())

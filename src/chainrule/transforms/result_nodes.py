@@ -78,13 +78,78 @@ def run_joined(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     inner = Level(level.func, level.name, argnums, False, finish, (*level.key, "joined", tuple(slots)))
     constants = _take_graphs(traced)
     result, result_spec = tree_flatten(level.finish(traced, single))
-    found = _tied(traced, inner, leaves, constants, [*result, *[traced.tape.values[slot] for slot in slots]])
+    _, found = _tied(traced, inner, leaves, constants, [*result, *[traced.tape.values[slot] for slot in slots]])
     result = tree_unflatten(found[: len(result)], result_spec)
     if not level.has_aux:
         return result, None
     tied = iter(found[result_spec.num_leaves :])
     aux_leaves = [leaf if slot is None else next(tied) for leaf, slot in zip(aux_leaves, known, strict=True)]
     return result, tree_unflatten(aux_leaves, aux_spec)
+
+
+@dataclass(slots=True)
+class JoinedRun:
+    """A run on arguments without their graphs, whose outputs are tied to these.
+
+    Attributes:
+        traced: the run.
+        output: the outputs, in their structure.
+        aux: likewise.
+        inputs: what they are tied to, and all other arguments.
+        computation: the outputs that depend on the arguments, as their function.
+    """
+
+    traced: Traced
+    output: Any
+    aux: Any
+    inputs: list[torch.Tensor]
+    computation: Computation
+
+    def tie(self, pulled: Any, cotangents: Sequence[torch.Tensor]) -> Any:
+        """What was pulled back from all outputs that depend on the arguments, tied to arguments and cotangents."""
+        if not torch.is_grad_enabled():
+            return pulled
+        leaves, spec = tree_flatten(pulled)
+        outer = self.computation.seeded(cotangents, tuple(range(len(leaves))), filled=True)
+        inputs = [*self.inputs, *cotangents]
+        outer.joined = tuple([number for number, leaf in enumerate(inputs) if leaf.requires_grad])
+        return tree_unflatten(_node(outer, leaves, [inputs[number] for number in outer.joined]), spec)
+
+
+def joined_run(func: Callable[..., Any], primals: tuple[Any, ...], kwargs: dict[str, Any], has_aux: bool) -> JoinedRun | None:
+    """A run for ``vjp`` of a function of arguments with graphs; None, with nothing done, where it has to go its usual way."""
+    if not torch.is_grad_enabled():
+        return None
+    leaves, spec = tree_flatten(primals)
+    slots: list[int] = []
+
+    def finish(here: Traced, _: bool) -> Any:
+        return [here.tape.values[slot] for slot in slots]
+
+    level = Level(func, "vjp", None, has_aux, finish, ())
+    if not _may_join(func, leaves):
+        return None
+    traced = _traced(level, primals, tuple(range(len(primals))), kwargs, leaves, spec)
+    if traced is None:
+        return None
+    tape = traced.tape
+    aux_leaves, aux_spec = tree_flatten(traced.aux) if has_aux else ([], None)
+    known = [tape.slots.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None for leaf in aux_leaves]
+    slots = [slot for slot in (*traced.out_slots, *known) if slot is not None]
+    level.key = ("vjp", "joined outputs", tuple(slots))
+    constants = _take_graphs(traced)
+    # What is written to an output later is seen, by its version.
+    results = [
+        value.clone() if value._is_view() or slot in traced.in_slots else value.detach()
+        for slot, value in [(slot, tape.values[slot]) for slot in slots]
+    ]
+    computation, tied = _tied(traced, level, leaves, constants, results)
+    found = iter(tied)
+    out = [leaf if slot is None else next(found) for leaf, slot in zip(traced.out_leaves, traced.out_slots, strict=True)]
+    aux = [leaf if slot is None else next(found) for leaf, slot in zip(aux_leaves, known, strict=True)]
+    inputs = [*leaves, *[tensor for _, tensor in constants]]
+    output = tree_unflatten(out, traced.out_spec)
+    return JoinedRun(traced, output, tree_unflatten(aux, aux_spec) if aux_spec is not None else None, inputs, computation)
 
 
 def _traced(
@@ -128,8 +193,8 @@ def _take_graphs(traced: Traced) -> list[tuple[int, torch.Tensor]]:
 def _tied(
     traced: Traced, level: Level, arguments: Sequence[torch.Tensor], constants: Sequence[tuple[int, torch.Tensor]],
     results: list[Any],
-) -> list[Any]:  # fmt: skip
-    """Results of a level of a run, tied to the arguments and to the constants that have a graph."""
+) -> tuple[Computation, list[Any]]:  # fmt: skip
+    """Results of a level of a run, as a function of the arguments and the constants that have a graph, and tied to these."""
     tape, inputs = traced.tape, [*arguments, *[tensor for _, tensor in constants]]
     joined = [number for number, leaf in enumerate(inputs) if leaf.requires_grad]
     for slot, _ in constants:
@@ -138,7 +203,8 @@ def _tied(
     in_slots = [*traced.in_slots, *[slot for slot, _ in constants]]
     in_leaves = [tape.values[slot] for slot in in_slots]
     traced = replace(traced, in_slots=in_slots, in_leaves=in_leaves, in_spec=PLAIN_ARGUMENT, columns=[None] * len(in_slots))
-    return _node(Computation(traced, [level], tuple(joined)), results, [inputs[number] for number in joined])
+    computation = Computation(traced, [level], tuple(joined))
+    return computation, _node(computation, results, [inputs[number] for number in joined])
 
 
 @dataclass(slots=True)
@@ -165,27 +231,38 @@ class Computation:
         except (AttributeError, RuntimeError):  # other objects, and tensors of the inference mode
             self.versions = [_version(value) for value in values]
 
+    def seeded(self, cotangents: Sequence[torch.Tensor | None], wanted: tuple[int, ...], *, filled: bool = False) -> Computation:
+        """What pulls cotangents of the results back to the `wanted` inputs, as a function of the inputs and the cotangents.
+
+        With ``filled``, there are zeros where nothing depends on an input.
+        """
+        tape = self.traced.tape.fork()
+        mask = tuple([number for number, cotangent in enumerate(cotangents) if cotangent is not None])
+        in_slots = [*self.traced.in_slots]
+        level = _pull(self.levels[0].func, wanted, mask, len(in_slots), filled=filled)
+        for number in mask:
+            in_slots.append(tape.add_input(cotangents[number].detach()))  # type: ignore[union-attr]
+        in_leaves = [tape.values[slot] for slot in in_slots]
+        traced = replace(
+            self.traced, tape=tape, in_slots=in_slots, in_leaves=in_leaves, grad_enabled=torch.is_grad_enabled(),
+            columns=[None] * len(in_slots),
+        )  # fmt: skip
+        return Computation(traced, [*self.levels, level], (*self.joined, *range(len(self.traced.in_slots), len(in_slots))))
+
     def pulled(self, cotangents: Sequence[torch.Tensor | None]) -> tuple[Computation | None, dict[int, torch.Tensor]]:
         """The cotangents of those inputs that have a graph, as far as the results depend on them.
 
         The first of the two is what computes them, as a function of the inputs and the cotangents, where gradients are on.
         """
-        tape = self.traced.tape.fork()
-        mask = tuple([number for number, cotangent in enumerate(cotangents) if cotangent is not None])
-        in_slots = [*self.traced.in_slots]
-        level = _pull(self.levels[0].func, self.joined, mask, len(in_slots))
-        for number in mask:
-            in_slots.append(tape.add_input(cotangents[number].detach()))  # type: ignore[union-attr]
-        in_leaves = [tape.values[slot] for slot in in_slots]
-        traced = replace(
-            self.traced, tape=tape, in_slots=in_slots, in_leaves=in_leaves,
-            grad_enabled=torch.is_grad_enabled(), columns=[None] * len(in_slots),
-        )  # fmt: skip
-        levels, values = [*self.levels, level], [*tape.values]
-        outer = None
-        if traced.grad_enabled:  # what the levels record is not to stand on its tape
-            outer = Computation(replace(traced, tape=tape.fork()), levels, (*self.joined, *range(len(self.traced.in_slots), len(in_slots))))
-        wanted = [(tuple(range(len(in_slots))), False)] * len(levels)
+        outer = self.seeded(cotangents, self.joined)
+        traced, levels = outer.traced, outer.levels
+        tape, values, number = traced.tape, [*traced.tape.values], len(traced.in_slots)
+        if not traced.grad_enabled:
+            outer = None
+        else:  # what the levels record is not to stand on its tape
+            traced = replace(traced, tape=tape.fork())
+            tape = traced.tape
+        wanted = [(tuple(range(number)), False)] * len(levels)
         key, cached = key_and_plan(levels, wanted, traced)
         tape.settle()
         found = finish_run(Run([Part(levels, wanted, traced)], tape.values, key, cached))
@@ -217,19 +294,20 @@ def _version(value: Any) -> int | None:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
-def _pull(func: Callable[..., Any], joined: tuple[int, ...], mask: tuple[int, ...], count: int) -> Level:
-    """The level that pulls cotangents of some results back to the inputs that have a graph.
+def _pull(func: Callable[..., Any], wanted: tuple[int, ...], mask: tuple[int, ...], count: int, *, filled: bool) -> Level:
+    """The level that pulls cotangents of some results back to some inputs.
 
     Args:
         func: the innermost function.
-        joined: those inputs.
+        wanted: those inputs.
         mask: the results.
         count: how many inputs there are, after which the cotangents come.
+        filled: whether there are zeros where nothing depends on an input.
     """
 
     def finish(traced: Traced, _: bool) -> dict[int, torch.Tensor]:
         seeds: dict[int, torch.Tensor] = {}
-        constant = False
+        constant = filled
         for place, number in enumerate(mask):
             slot = traced.out_slots[number]
             if slot is None:
@@ -237,19 +315,19 @@ def _pull(func: Callable[..., Any], joined: tuple[int, ...], mask: tuple[int, ..
                 continue
             seed = traced.tape.values[traced.in_slots[count + place]]
             seeds[slot] = seeds[slot] + seed if slot in seeds else seed
-        inputs = [traced.in_slots[number] for number in joined]
+        inputs = [traced.in_slots[number] for number in wanted]
         found: dict[Any, Any] = {}
         if seeds:
             found = traced.run("pull", seeds=(*seeds,), tensors=(*seeds.values(),), outputs=[*seeds], inputs=inputs)
         pulled = {}
-        for number, slot in zip(joined, inputs, strict=True):
+        for number, slot in zip(wanted, inputs, strict=True):
             if (leaf := found.get(slot)) is not None:
                 pulled[number] = leaf
             elif constant:  # a derivative that no value goes into has a graph of zeros, as with torch's formulas
                 pulled[number] = torch.zeros_like(traced.tape.values[slot])
         return pulled
 
-    return Level(func, "vjp", None, False, finish, ("vjp", "joined", joined, mask, count))
+    return Level(func, "vjp", None, False, finish, ("vjp", "joined", wanted, mask, count, filled))
 
 
 class _Node(torch.autograd.Function):
