@@ -1,10 +1,10 @@
 """Results of transforms as one node of torch's graph.
 
-Where arguments require grad, a result has to be a part of their graph. Running the function and the plan with torch's autograd on
-would build a node for each call, whether somebody asks for a backward or not, and it takes ops apart that are recorded whole
-otherwise. Here the transform runs on the same values without a graph, and what comes out is tied to the arguments by a single node.
-Its backward is a level of ``vjp`` around the levels so far, on the tape that is there: one cached program, as for every nest. A
-backward with ``create_graph`` gives such a node once more, so that all orders are there.
+Where arguments require grad, a result has to be a part of their graph. Running the function and the plan with torch's autograd
+on would build a node for each call, whether somebody asks for a backward or not, and it takes ops apart that are recorded whole
+otherwise. Here the transform runs on the same values without a graph, and what comes out is tied to the arguments by a single
+node. Its backward is a level of ``vjp`` around the levels so far, on the tape that is there: one cached program, as for every
+nest. A backward with ``create_graph`` gives such a node once more, so that all orders are there.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from chainrule.transforms.levels import Level, NestPlan, Part, Run, is_apart, ma
 from chainrule.transforms.nest import finish_run, key_and_plan
 from chainrule.transforms.trace import Traced, trace
 
+#: What hooks are on that see to what graphs keep (checkpointing): they want to have each tensor of these.
+_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
 #: Classes of arguments about which nothing has to be asked.
 _CLASSES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def _may_join(func: Callable[..., Any], given: Sequence[Any]) -> bool:
     """Whether a transform can run without graphs, and one node tie its results to the tensors that are differentiated."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _saved_hooks(True) is not None:
         return False
     joined = False
     for leaf in given:
@@ -70,8 +73,8 @@ def run_joined(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         slots = [slot for slot in known if slot is not None]
 
     def finish(here: Traced, _: bool) -> Any:
-        count = len(leaves)
-        own = replace(here, in_spec=spec, in_leaves=here.in_leaves[:count], in_slots=here.in_slots[:count], columns=[None] * count)
+        in_leaves, in_slots = here.in_leaves[: spec.num_leaves], here.in_slots[: spec.num_leaves]
+        own = replace(here, in_spec=spec, in_leaves=in_leaves, in_slots=in_slots, columns=[None] * len(in_slots))
         return level.finish(own, single), [here.tape.values[slot] for slot in slots]
 
     # The structure of the arguments does not matter here: of the result only the leaves go on.
@@ -121,22 +124,27 @@ def joined_run(func: Callable[..., Any], primals: tuple[Any, ...], kwargs: dict[
     if not torch.is_grad_enabled():
         return None
     leaves, spec = tree_flatten(primals)
-    slots: list[int] = []
-
-    def finish(here: Traced, _: bool) -> Any:
-        return [here.tape.values[slot] for slot in slots]
-
-    level = Level(func, "vjp", None, has_aux, finish, ())
     if not _may_join(func, leaves):
         return None
+    level = Level(func, "vjp", None, has_aux, _no_finish, ())
     traced = _traced(level, primals, tuple(range(len(primals))), kwargs, leaves, spec)
-    if traced is None:
-        return None
+    return None if traced is None else _joined_outputs(func, traced, leaves, has_aux)
+
+
+def _no_finish(traced: Traced, single: bool) -> Any:
+    raise AssertionError("this level is for a run only")
+
+
+def _joined_outputs(func: Callable[..., Any], traced: Traced, leaves: list[torch.Tensor], has_aux: bool) -> JoinedRun:
     tape = traced.tape
     aux_leaves, aux_spec = tree_flatten(traced.aux) if has_aux else ([], None)
     known = [tape.slots.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None for leaf in aux_leaves]
     slots = [slot for slot in (*traced.out_slots, *known) if slot is not None]
-    level.key = ("vjp", "joined outputs", tuple(slots))
+
+    def finish(here: Traced, _: bool) -> Any:
+        return [here.tape.values[slot] for slot in slots]
+
+    level = Level(func, "vjp", None, False, finish, ("vjp", "joined outputs", tuple(slots)))
     constants = _take_graphs(traced)
     # What is written to an output later is seen, by its version.
     results = [
@@ -173,7 +181,7 @@ def _traced(
 def _take_graphs(traced: Traced) -> list[tuple[int, torch.Tensor]]:
     """Make the values on a tape values without a graph; returns the constants among them that had one, and their slots.
 
-    They (closed-over parameters, other arguments) are inputs of what a run computes, as the arguments are that are differentiated.
+    They (closed-over parameters, other arguments) are inputs of what a run computes, as the differentiated arguments are.
     """
     tape, constants = traced.tape, []
     for slot, value in enumerate(tape.values):
@@ -247,27 +255,28 @@ class Computation:
             self.traced, tape=tape, in_slots=in_slots, in_leaves=in_leaves, grad_enabled=torch.is_grad_enabled(),
             columns=[None] * len(in_slots),
         )  # fmt: skip
-        return Computation(traced, [*self.levels, level], (*self.joined, *range(len(self.traced.in_slots), len(in_slots))))
+        joined = (*self.joined, *range(len(self.traced.in_slots), len(in_slots)))
+        made = Computation(traced, [*self.levels, level], joined)
+        made.versions[: len(self.versions)] = self.versions
+        return made
 
     def pulled(self, cotangents: Sequence[torch.Tensor | None]) -> tuple[Computation | None, dict[int, torch.Tensor]]:
         """The cotangents of those inputs that have a graph, as far as the results depend on them.
 
         The first of the two is what computes them, as a function of the inputs and the cotangents, where gradients are on.
         """
-        outer = self.seeded(cotangents, self.joined)
-        traced, levels = outer.traced, outer.levels
-        tape, values, number = traced.tape, [*traced.tape.values], len(traced.in_slots)
-        if not traced.grad_enabled:
-            outer = None
-        else:  # what the levels record is not to stand on its tape
-            traced = replace(traced, tape=tape.fork())
-            tape = traced.tape
+        made = self.seeded(cotangents, self.joined)
+        traced, levels, number = made.traced, made.levels, len(made.traced.in_slots)
+        if traced.grad_enabled:  # what the levels record is not to stand on its tape
+            traced = replace(traced, tape=traced.tape.fork())
+        tape, values = traced.tape, [*traced.tape.values]
         wanted = [(tuple(range(number)), False)] * len(levels)
         key, cached = key_and_plan(levels, wanted, traced)
         tape.settle()
         found = finish_run(Run([Part(levels, wanted, traced)], tape.values, key, cached))
         self._refuse_written(values, key)
         known = {id(value) for value in values}
+        outer = made if traced.grad_enabled else None
         return outer, {number: leaf.clone() if id(leaf) in known else leaf for number, leaf in found.items()}
 
     def _refuse_written(self, values: Sequence[Any], key: Any) -> None:
@@ -343,9 +352,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        inputs, computation = ctx.saved_tensors, ctx.computation
-        given = iter(cotangents)
-        given = [next(given) if tied else None for tied in ctx.tied]
+        those = iter(cotangents)
+        given = [next(those) if tied else None for tied in ctx.tied]
         pull = _pulled_rows if any([item is not None and _is_batched(item) for item in given]) else _pulled
         found = pull(ctx.computation, ctx.saved_tensors, given)
         return None, None, None, *[found.get(number) for number in ctx.computation.joined]
