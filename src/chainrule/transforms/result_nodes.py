@@ -23,6 +23,7 @@ from chainrule.execute import engine
 from chainrule.execute.accounts import current_ledger
 from chainrule.execute.memory import current_watch
 from chainrule.transforms.arguments import PLAIN_ARGUMENT, resolve_argnums, tree_flatten, tree_unflatten
+from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level, NestPlan, Part, Run, is_apart, mark_of, note_apart
 from chainrule.transforms.nest import finish_run, key_and_plan
 from chainrule.transforms.trace import Traced, trace
@@ -112,6 +113,8 @@ class JoinedRun:
         """What was pulled back from all outputs that depend on the arguments, tied to arguments and cotangents."""
         if not torch.is_grad_enabled():
             return pulled
+        if not cotangents:  # nothing depends on the arguments
+            return with_graph(pulled, tuple(self.inputs))
         leaves, spec = tree_flatten(pulled)
         outer = self.computation.seeded(cotangents, tuple(range(len(leaves))), filled=True)
         inputs = [*self.inputs, *cotangents]
@@ -328,12 +331,13 @@ def _pull(func: Callable[..., Any], wanted: tuple[int, ...], mask: tuple[int, ..
         found: dict[Any, Any] = {}
         if seeds:
             found = traced.run("pull", seeds=(*seeds,), tensors=(*seeds.values(),), outputs=[*seeds], inputs=inputs)
-        pulled = {}
-        for number, slot in zip(wanted, inputs, strict=True):
-            if (leaf := found.get(slot)) is not None:
-                pulled[number] = leaf
-            elif constant:  # a derivative that no value goes into has a graph of zeros, as with torch's formulas
-                pulled[number] = torch.zeros_like(traced.tape.values[slot])
+        pairs = [*zip(wanted, inputs, strict=True)]
+        pulled = {number: leaf for number, slot in pairs if (leaf := found.get(slot)) is not None}
+        if constant or not pulled:  # a derivative that no value goes into has a graph of zeros, as with torch's formulas
+            for number, slot in pairs:
+                if number not in pulled:
+                    pulled[number] = torch.zeros_like(traced.tape.values[slot])
+            pulled = {number: pulled[number] for number, _ in pairs}
         return pulled
 
     return Level(func, "vjp", None, False, finish, ("vjp", "joined", wanted, mask, count, filled))
