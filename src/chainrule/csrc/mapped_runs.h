@@ -181,12 +181,21 @@ replay_mapped(PyObject *route, Handler *mode, Handler *tape, PyObject *out, int 
         return found;
     found = find_stored(mode, tape, plan, PyTuple_GET_ITEM(quick, Q_NEEDS), &run, &tensors);
     if (found > 0) {
-        PyObject *args[] = {tensors, empty};
-        *result = assembled(PyObject_Vectorcall(run, args, 2, NULL), quick);
-        found = *result == NULL ? -1 : 1;
-        Py_CLEAR(tape->alias); /* which knows the tape */
-        Py_DECREF(run);
+        /* The values are let go as the plan has read them. */
+        PyObject *spent = PyObject_CallOneArg(c_spent, tensors);
+        PyObject *args[] = {spent, empty};
         Py_DECREF(tensors);
+        found = spent == NULL || PyList_SetSlice(tape->values, 0, PyList_GET_SIZE(tape->values), NULL) < 0 ? -1 : 1;
+        Py_CLEAR(tape->alias);
+        Py_CLEAR(tape->pending);
+        Py_CLEAR(tape->derived);
+        Py_CLEAR(tape->kept);
+        if (found > 0) {
+            *result = assembled(PyObject_Vectorcall(run, args, 2, NULL), quick);
+            found = *result == NULL ? -1 : 1;
+        }
+        Py_XDECREF(spent);
+        Py_DECREF(run);
     }
     Py_DECREF(plan);
     Py_DECREF(quick);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -155,12 +155,15 @@ class CachedPlan:
             watch.add_results(results, memory)
         return results
 
-    def run_stored(self, values: Sequence[Any], mode: VmapMode) -> tuple[Sequence[Any], list[bool]] | None:
+    def run_stored(
+        self, values: Sequence[Any], mode: VmapMode, give: Callable[[], None] | None = None
+    ) -> tuple[Sequence[Any], list[bool]] | None:
         """Replay on the stored tensors of a vmap that was left, with no mode active.
 
         Args:
             values: the values of the tape.
             mode: the vmap.
+            give: called before the replay, to let go of the values, where nothing else needs them.
 
         Returns:
             The stored results, and which of them have the batch dimension; None where the vmap has to be active: for the first
@@ -177,8 +180,14 @@ class CachedPlan:
         if (watch := current_watch()) is not None:
             source = runner.source_of  # type: ignore[attr-defined]
             saved = source.observe(stored.tensors, (), plain=not stored.joined)
-            watch.add_program(memory := source.memory(saved=saved, plain=not stored.joined))
-        results = (runner if stored.joined else runner.plain)(stored.tensors, ())  # type: ignore[attr-defined]
+            spent = None if give is None else watch.spend(values, self._stored_slots(source))
+            watch.add_program(memory := source.memory(spent, saved, plain=not stored.joined))
+        tensors = stored.tensors
+        if give is not None:
+            tensors = Spent(tensors)
+            stored.tensors.clear()
+            give()
+        results = (runner if stored.joined else runner.plain)(tensors, ())  # type: ignore[attr-defined]
         if watch is not None:
             watch.add_results(results, memory)
         return results, flags

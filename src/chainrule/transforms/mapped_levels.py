@@ -19,7 +19,7 @@ from chainrule.execute.batched import wrap
 from chainrule.transforms.arguments import tree_unflatten
 from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Chain, Level, NestPlan, Run, agree, chain_of, is_apart, mark_of, note_apart
-from chainrule.transforms.nest import finish_run
+from chainrule.transforms.nest import finish_run, given_away
 from chainrule.transforms.nest_routes import nest_route
 from chainrule.transforms.nest_runs import run_innermost, run_of
 from chainrule.transforms.routes import run_route
@@ -118,7 +118,13 @@ def _needs_itself(run: Run) -> bool:
 def _replayed(run: Run, plan: NestPlan, mapping: Mapping, mode: VmapMode) -> Any:
     """The results of a plan that is known, outside of the level; NotImplemented where it has to be replayed inside."""
     values = run.values
-    found = plan.run_stored(values, mode)
+    beside = [None if source is None else values[source] for source in plan.sources]
+
+    def give() -> None:
+        given_away(run).clear()
+        values.clear()
+
+    found = plan.run_stored(values, mode, give)
     if found is None:
         return NotImplemented
     results, flags = found
@@ -129,7 +135,7 @@ def _replayed(run: Run, plan: NestPlan, mapping: Mapping, mode: VmapMode) -> Any
             plain = plain and flags[number]
             leaves.append(results[number])
         else:
-            value = values[source]
+            value = beside[number]
             plain = plain and value.__class__ is BatchTensor and value.level is mode and value.batched
             leaves.append(value)
     if plain:

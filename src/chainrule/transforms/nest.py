@@ -210,13 +210,13 @@ def finish_run(run: Run, seeds: tuple[torch.Tensor, ...] = (), *, last: bool = F
         last = False
     leaves = [None if source is None else values[source] for source in cached.sources]
     if last:
-        values = _given_away(run)
+        values = given_away(run)
     found = cached.run(values, seeds)
     leaves = [found[number] if source is None else leaves[number] for number, source in enumerate(cached.sources)]
     return tree_unflatten(leaves, cached.spec)
 
 
-def _given_away(run: Run) -> Spent:
+def given_away(run: Run) -> Spent:
     """The values of a run, which nothing but the program that is given them holds any more."""
     values = Spent(run.values)
     run.values = []
