@@ -49,6 +49,11 @@ class Arguments:
         self._program.masks[number.slot] = kept
         return number
 
+    def fused(self, number: Staged, product: Callable[[Staged], Staged]) -> Staged:
+        """The number, noted as one with which ``product`` multiplies a value of the same shape and dtype in one call."""
+        self._program.products[number.slot] = product
+        return number
+
     def graded(self, number: Staged) -> Staged:
         """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
         return self._program.note_mask(number, number, strict=True)
