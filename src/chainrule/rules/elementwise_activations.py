@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chainrule.calls import hardsigmoid_backward
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Axis, Factor, Term, affine_onehot, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -92,15 +93,9 @@ def _between(x: Any, low: float, high: float) -> Any:
     return _step((x > low) & (x < high), x)
 
 
-def _by_kernel(a: Arguments, op: Any, *numbers: Any) -> Any:
-    """The derivative of a piecewise linear op: what its backward op makes of ones, and of a value that it is multiplied with."""
-    x = a.self
-    return a.fused(op(torch.ones_like(x), x, *numbers), lambda value: op(value, x, *numbers))
-
-
 def _passed(a: Arguments, op: Any, *numbers: Any) -> Any:
-    """As :func:`_by_kernel`, of ones and zeros."""
-    passed = _by_kernel(a, op, *numbers)
+    """A derivative of ones and zeros, by the backward op."""
+    passed = a.by_kernel(op, a.self, *numbers)
     return a.mask(passed, passed)
 
 
@@ -118,12 +113,12 @@ def _passing(a: Arguments) -> Any:
 
 
 def _hardsigmoid_slope(a: Arguments) -> Any:
-    slope = _by_kernel(a, aten.hardsigmoid_backward.default)
+    slope = a.by_kernel(hardsigmoid_backward, a.self)
     return a.behind(slope, slope)
 
 
 def _hardswish_slope(a: Arguments) -> Any:
-    return a.behind(_above(a.self, -3), _by_kernel(a, aten.hardswish_backward.default))
+    return a.behind(_above(a.self, -3), a.by_kernel(aten.hardswish_backward.default, a.self))
 
 
 def softplus_slope(x: Any, beta: float, threshold: float) -> Any:
@@ -150,7 +145,7 @@ def _logit_curvature(x: Any, eps: float | None) -> Any:
 
 
 def _leaky(a: Arguments, slope: float) -> Any:
-    return _by_kernel(a, aten.leaky_relu_backward.default, slope, False)
+    return a.by_kernel(aten.leaky_relu_backward.default, a.self, slope, False)
 
 
 def _rrelu(a: Arguments) -> Any:
