@@ -113,6 +113,14 @@ def mish_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return cotangent * (tanh + x * torch.sigmoid(x) * (1 - tanh * tanh))
 
 
+def hardsigmoid_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The op of that name, as :func:`silu_backward`."""
+    if not _joins(cotangent, x):
+        found: torch.Tensor = aten.hardsigmoid_backward.default(cotangent, x)
+        return found
+    return torch.where((x > -3) & (x < 3), cotangent / 6, 0.0)
+
+
 def new_zeros(source: torch.Tensor, size: Any, **kind: Any) -> torch.Tensor:
     """The op of that name. Of large results every line is written without being read before, which torch's own loop does not."""
     found: torch.Tensor
@@ -133,6 +141,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         aten.col2im.default._op: col2im,
         aten.silu_backward.default._op: silu_backward,
         aten.mish_backward.default._op: mish_backward,
+        aten.hardsigmoid_backward.default._op: hardsigmoid_backward,
         aten.new_zeros.default._op: new_zeros,
         aten.max_pool2d_with_indices.default._op: max_pool2d_with_indices,
         aten.native_layer_norm.default._op: norms.native_layer_norm,

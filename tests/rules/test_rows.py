@@ -54,6 +54,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "silu": (lambda x: (F.silu(x) * MIXED).square().sum(), (R(6, 5),)),
     "mish": (lambda x: (F.mish(x) * MIXED).square().sum(), (R(6, 5),)),
     "softplus": (lambda x: (F.softplus(x, 2.0, 1.0) * MIXED).square().sum(), (R(6, 5),)),
+    "elu": (lambda x: (F.elu(x, 1.3) * MIXED).square().sum(), (R(6, 5),)),
+    "selu": (lambda x: (F.selu(x) * MIXED).square().sum(), (R(6, 5),)),
+    # Torch takes the reciprocal of alpha in single precision; that of 2 is exact.
+    "celu": (lambda x: (F.celu(x, 2.0) * MIXED).square().sum(), (R(6, 5),)),
     "a broadcast cotangent": (lambda x: (torch.softmax(x, -1).mean(0) * MIXED[0]).sum(), (R(6, 5),)),
     "a constant cotangent": (lambda x: torch.tanh(x).sum() + torch.log_softmax(x, -1).mean(), (R(6, 5),)),
     "a cotangent of picked entries": (lambda x: torch.log_softmax(x, -1)[2, 1] ** 2, (R(6, 5),)),

@@ -11,6 +11,7 @@ import torch
 from chainrule.calls import number_constant
 from chainrule.dispatch import undispatched
 from chainrule.execute.destinations import with_destinations
+from chainrule.execute.layouts import with_even_layouts
 from chainrule.execute.product_sums import with_added_products
 from chainrule.execute.renaming import renamed
 from chainrule.execute.sharing import TRANSPOSES, share
@@ -73,6 +74,8 @@ def simplify(
         if (again := turned(program, kept, own, memory.touched)) is not None:
             kept = share(program, again, own, unwritten, memory.touched)
     kept = _without_noops(program, _needed(kept, wanted, memory), wanted)
+    if (even := with_even_layouts(program, kept, _roots(program, kept, wanted), memory.touched)) is not None:
+        kept = _needed(even, wanted, memory)
     kept = with_short_chains(program, kept, _roots(program, kept, wanted), memory.touched)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)

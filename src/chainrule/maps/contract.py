@@ -312,11 +312,22 @@ def outer_product(
 def _plain_outer(
     program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
 ) -> Staged:
+    if (fused := _fused(program, x, left, y, right, order)) is not None:
+        return program.products[fused.slot](y if fused is x else x)
     x, y = _common_dtype(x, y)
     if left == right == order and x.value.shape == y.value.shape:
         made: Staged = program.call(torch.mul, x, y)
         return made
     return _broadcast_product(program, x, left, y, right, order)
+
+
+def _fused(
+    program: Program, x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...], order: tuple[int, ...]
+) -> Staged | None:
+    """The factor that has a kernel for its product with the other one; None where there is none for these shapes and dtypes."""
+    if not program.products or not left == right == order or x.shape != y.shape or x.dtype != y.dtype:
+        return None
+    return next((value for value in (x, y) if value.slot in program.products), None)
 
 
 def _masked_product(
@@ -333,14 +344,16 @@ def _masked_product(
         if made.dtype.is_floating_point:
             masks[made.slot] = made
         return made
+    fused = _fused(program, x, left, y, right, order)
     if exact[0] or exact[1]:
-        value, names, mask = (y, right, selectors[0]) if exact[0] else (x, left, selectors[1])
+        number, value, names, mask = (x, y, right, selectors[0]) if exact[0] else (y, x, left, selectors[1])
         assert mask is not None
-        made = _selected(program, value, names, mask, order)
+        product = program.products.get(number.slot) if fused is not None else None
+        made = _selected(program, value, names, mask, order) if product is None else product(value)
     else:
         made = _plain_outer(program, x, left, y, right, order)
         for mask, value, other in zip(selectors, (x, y), (y, x), strict=True):
-            if mask is not None and program.has_to_select(value, other):
+            if mask is not None and value is not fused and program.has_to_select(value, other):
                 made = _selected(program, made, order, mask, order)
     noted = _noted(program, made, selectors)
     if all(one or value.slot in program.selecting for one, value in zip(exact, (x, y), strict=True)):

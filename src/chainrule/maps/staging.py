@@ -152,6 +152,8 @@ class Program:
         self.graded: set[int] = set()
         # Those of the graded ones that select from whatever they multiply, as exact ones do: torch's own rule masks there.
         self.selecting: set[int] = set()
+        # Of slopes, by slot: what computes the product of a value of their shape and dtype with them in one call.
+        self.products: dict[int, Callable[[Staged], Staged]] = {}
         # Of sums of products with masks: what makes a mask that holds where none of their terms is masked.
         self.summed_masks: dict[int, Callable[[], Staged]] = {}
         # Whether an input may hold an infinity although all numbers that are given are finite; None where nothing says so.
@@ -231,6 +233,7 @@ class Program:
         self.masks.clear()
         self.graded.clear()
         self.selecting.clear()
+        self.products.clear()
         self.infinite_input = None
         self.mode = None
 

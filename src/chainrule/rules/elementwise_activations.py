@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chainrule.calls import hardsigmoid_backward
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Axis, Factor, Term, affine_onehot, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -17,8 +18,8 @@ aten = torch.ops.aten
 
 _TANH_SCALE = math.sqrt(2 / math.pi)
 _TANH_CUBE = 0.044715
-_SELU_ALPHA = 1.6732632423543772
-_SELU_SCALE = 1.0507009873554805
+SELU_ALPHA = 1.6732632423543772
+SELU_SCALE = 1.0507009873554805
 
 
 def _step(condition: Any, like: Any) -> Any:
@@ -70,9 +71,7 @@ def _mish_curvature(x: Any) -> Any:
 
 def elu_slope(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
     """The derivative of elu."""
-    # The second derivative at 0 is 0, as in torch.
-    below = (alpha * scale * input_scale) * torch.exp(torch.where(x < 0, x, 0.0) * input_scale)
-    return torch.where(x <= 0, below, scale)
+    return aten.elu_backward.default(torch.ones_like(x), alpha, scale, input_scale, False, x)
 
 
 def _elu_backward_slope(a: Arguments) -> Any:
@@ -94,9 +93,10 @@ def _between(x: Any, low: float, high: float) -> Any:
     return _step((x > low) & (x < high), x)
 
 
-def _within(x: Any, low: float, high: float) -> Any:
-    """Like :func:`_between`, but NaN passes, as in torch's ``hardtanh``."""
-    return _step(torch.logical_not((x <= low) | (x >= high)), x)
+def _passed(a: Arguments, op: Any, *numbers: Any) -> Any:
+    """A derivative of ones and zeros, by the backward op."""
+    passed = a.by_kernel(op, a.self, *numbers)
+    return a.mask(passed, passed)
 
 
 def _above(x: Any, bound: float) -> Any:
@@ -112,30 +112,23 @@ def _passing(a: Arguments) -> Any:
     return a.mask(_step(kept != 0, kept) if positive else _above(kept, 0), kept)
 
 
-def _outside(x: Any, bound: float) -> Any:
-    return _step(torch.logical_not((x >= -bound) & (x <= bound)), x)
-
-
 def _hardsigmoid_slope(a: Arguments) -> Any:
-    mask = _between(a.self, -3, 3)
-    return a.behind(mask, mask / 6)
+    slope = a.by_kernel(hardsigmoid_backward, a.self)
+    return a.behind(slope, slope)
 
 
 def _hardswish_slope(a: Arguments) -> Any:
-    x = a.self
-    middle = torch.where(x < 3, x / 3 + 0.5, 1.0)
-    return a.behind(_above(x, -3), torch.where(x <= -3, 0.0, middle))
+    return a.behind(_above(a.self, -3), a.by_kernel(aten.hardswish_backward.default, a.self))
 
 
 def softplus_slope(x: Any, beta: float, threshold: float) -> Any:
     """The derivative of softplus."""
-    scaled = x * beta if beta != 1 else x
-    return torch.where(scaled > threshold, 1.0, torch.sigmoid(scaled))
+    return aten.softplus_backward.default(torch.ones_like(x), x, beta, threshold)
 
 
 def _softplus_curvature(x: Any, beta: float, threshold: float) -> Any:
     s = torch.sigmoid(x * beta)
-    return torch.where(x * beta > threshold, 0.0, beta * s * (1 - s))
+    return torch.where(x * beta >= threshold, 0.0, beta * s * (1 - s))
 
 
 def logit_slope(x: Any, eps: float | None) -> Any:
@@ -151,12 +144,20 @@ def _logit_curvature(x: Any, eps: float | None) -> Any:
     return (2 * x - 1) * slope * slope
 
 
-def _leaky(x: Any, slope: float) -> Any:
-    return torch.where(x > 0, torch.ones_like(x), slope)
+def _leaky(a: Arguments, slope: float) -> Any:
+    return a.by_kernel(aten.leaky_relu_backward.default, a.self, slope, False)
 
 
 def _rrelu(a: Arguments) -> Any:
-    return _leaky(a.self, (a.lower + a.upper) / 2) if not a.training else a.out1
+    return _leaky(a, (a.lower + a.upper) / 2) if not a.training else a.out1
+
+
+def _hardtanh(a: Arguments) -> Any:
+    return _passed(a, aten.hardtanh_backward.default, a.min_val, a.max_val)
+
+
+def _shrunk(a: Arguments) -> Any:
+    return _passed(a, aten.softshrink_backward.default, a.lambd)
 
 
 def _sigmoid_bend(x: Any) -> Any:
@@ -202,14 +203,14 @@ def _backward(slope: Callable[[Arguments], Any], curvature: Callable[[Arguments]
 
 
 _LINEAR_PIECES: dict[Any, Rule] = {
-    aten.leaky_relu.default: elementwise(self_=lambda a: _leaky(a.self, a.negative_slope)),
-    aten.hardtanh.default: elementwise(self_=lambda a: _within(a.self, a.min_val, a.max_val)),
+    aten.leaky_relu.default: elementwise(self_=lambda a: _leaky(a, a.negative_slope)),
+    aten.hardtanh.default: elementwise(self_=_hardtanh),
     aten.hardsigmoid.default: elementwise(self_=_hardsigmoid_slope),
     aten.hardswish.default: elementwise(self_=_hardswish_slope),
-    aten.hardshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
-    aten.softshrink.default: elementwise(self_=lambda a: _outside(a.self, a.lambd)),
+    aten.hardshrink.default: elementwise(self_=_shrunk),
+    aten.softshrink.default: elementwise(self_=_shrunk),
     aten.threshold.default: elementwise(self_=lambda a: _above(a.self, a.threshold)),
-    aten.rrelu_with_noise.default: elementwise(self_=lambda a: _leaky(a.self, (a.lower + a.upper) / 2)),
+    aten.rrelu_with_noise.default: elementwise(self_=lambda a: _leaky(a, (a.lower + a.upper) / 2)),
     aten.rrelu_with_noise_functional.default: elementwise(self_=_rrelu),
     aten._prelu_kernel.default: elementwise(
         self_=lambda a: torch.where(a.self > 0, 1.0, a.weight),
@@ -220,7 +221,7 @@ _LINEAR_PIECES: dict[Any, Rule] = {
 _SMOOTH: dict[Any, Rule] = {
     aten.elu.default: elementwise(self_=lambda a: elu_slope(a.self, a.alpha, a.scale, a.input_scale)),
     aten.celu.default: elementwise(self_=lambda a: elu_slope(a.self, a.alpha, 1.0, 1.0 / a.alpha)),
-    aten.selu.default: _of(lambda x: elu_slope(x, _SELU_ALPHA, _SELU_SCALE, 1.0)),
+    aten.selu.default: _of(lambda x: elu_slope(x, SELU_ALPHA, SELU_SCALE, 1.0)),
     aten.gelu.default: elementwise(self_=lambda a: gelu_slope(a.self, a.approximate)),
     aten.silu.default: _of(_silu_slope),
     aten.mish.default: _of(_mish_slope),
@@ -238,11 +239,11 @@ _BACKWARD: dict[Any, Rule] = {
         grad_output=lambda a: a.output * (1 - a.output), output=lambda a: a.grad_output * (1 - 2 * a.output)
     ),
     aten.threshold_backward.default: _backward(_passing),
-    aten.leaky_relu_backward.default: _backward(lambda a: _leaky(a.self, a.negative_slope)),
-    aten.hardtanh_backward.default: _backward(lambda a: _within(a.self, a.min_val, a.max_val)),
+    aten.leaky_relu_backward.default: _backward(lambda a: _leaky(a, a.negative_slope)),
+    aten.hardtanh_backward.default: _backward(_hardtanh),
     aten.hardsigmoid_backward.default: _backward(_hardsigmoid_slope),
-    aten.hardshrink_backward.default: elementwise(grad_out=lambda a: _outside(a.self, a.lambd)),
-    aten.softshrink_backward.default: _backward(lambda a: _outside(a.self, a.lambd)),
+    aten.hardshrink_backward.default: elementwise(grad_out=_shrunk),
+    aten.softshrink_backward.default: _backward(_shrunk),
     aten.hardswish_backward.default: _backward(_hardswish_slope, lambda a: _between(a.self, -3, 3) / 3),
     aten.gelu_backward.default: _backward(
         lambda a: gelu_slope(a.self, a.approximate), lambda a: gelu_curvature(a.self, a.approximate)
@@ -262,4 +263,4 @@ _BACKWARD: dict[Any, Rule] = {
 
 RULES: dict[Any, Rule] = {**_LINEAR_PIECES, **_SMOOTH, **_BACKWARD}
 
-__all__ = ["RULES", "elu_slope", "gelu_curvature", "gelu_slope", "logit_slope", "softplus_slope"]
+__all__ = ["RULES", "SELU_ALPHA", "SELU_SCALE", "elu_slope", "gelu_curvature", "gelu_slope", "logit_slope", "softplus_slope"]

@@ -49,6 +49,18 @@ class Arguments:
         self._program.masks[number.slot] = kept
         return number
 
+    def by_kernel(self, kernel: Callable[..., Any], x: Staged, *numbers: Any) -> Staged:
+        """A derivative as what a backward op makes of ones, noted: that op multiplies a value of its shape in one call."""
+        program = self._program
+
+        def product(value: Staged) -> Staged:
+            found: Staged = program.call(kernel, value, x, *numbers)
+            return found
+
+        slope = product(torch.ones_like(x))  # type: ignore[arg-type]
+        program.products[slope.slot] = product
+        return slope
+
     def graded(self, number: Staged) -> Staged:
         """The number, noted as a mask: a product with it is zero where it is, whatever else is multiplied there."""
         return self._program.note_mask(number, number, strict=True)

@@ -17,6 +17,7 @@ from chainrule.maps.linear_map import Row
 from chainrule.maps.staging import Program, Staged
 from chainrule.norms import batch_norm_backward, layer_norm_backward
 from chainrule.rules.base import Call
+from chainrule.rules.elementwise_activations import SELU_ALPHA, SELU_SCALE
 
 aten = torch.ops.aten
 
@@ -118,6 +119,21 @@ def _of_result(op: Any) -> Kernel:
     return kernel
 
 
+def _elu(numbers: Callable[[Call], tuple[float, float, float]]) -> Kernel:
+    """One of the ops whose derivative is that of ``elu``, with these numbers."""
+
+    def kernel(call: Call) -> dict[str, Callable[[Program, Staged], Staged]]:
+        own = numbers(call)
+
+        def pull(program: Program, row: Staged) -> Staged:
+            found: Staged = program.call(aten.elu_backward.default, row, *own, False, call.stage(program, call.args[0]))
+            return found
+
+        return {"self": pull}
+
+    return kernel
+
+
 def _of_argument(op: Any, *names: str) -> Kernel:
     """An element-wise op whose derivative is a function of its argument, and of numbers called ``names``."""
 
@@ -142,6 +158,9 @@ POINTWISE: dict[Any, Kernel] = {
     aten.mish.default: _of_argument(mish_backward),
     aten.hardswish.default: _of_argument(aten.hardswish_backward.default),
     aten.softplus.default: _of_argument(aten.softplus_backward.default, "beta", "threshold"),
+    aten.elu.default: _elu(lambda call: (call.argument("alpha"), call.argument("scale"), call.argument("input_scale"))),
+    aten.celu.default: _elu(lambda call: (call.argument("alpha"), 1.0, 1.0 / call.argument("alpha"))),
+    aten.selu.default: _elu(lambda call: (SELU_ALPHA, SELU_SCALE, 1.0)),
 }
 
 KERNELS: dict[Any, Kernel] = {
