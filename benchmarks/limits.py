@@ -77,8 +77,8 @@ LIMITS: dict[str, str] = {
     "compiled by mypyc.",
     "B12b": "half of the call is `functional_call`'s exchange of the parameters, for either library.",
     "B13b": "recording, some 3 µs an op; the pullback itself is two calls an op.",
-    "B14b": "by hand 2.7 times faster than torch.func; of a plain pullback a fifth is its entry: the cotangent's checks, the look-up, "
-    "putting the result together. Between runs on a shared machine the ratio was 1.8 to 2.3.",
+    "B14b": "by hand 2.7 times faster than torch.func; of a plain pullback a fifth is its entry: the cotangent's checks, the "
+    "look-up, putting the result together. Between runs on a shared machine the ratio was 1.8 to 2.3.",
     "B14c": "by hand, with each layer's share added inside its product, 1.5 times faster than torch.func: 125 million "
     "multiply-adds in three products take some 5.2 of 5.9 ms. One with weights that all tangents share runs at 34 "
     "multiply-adds a nanosecond, those of 32 rows with 100 matrices at 19 in each of six layouts tried (2.4 to 2.8 ms "
