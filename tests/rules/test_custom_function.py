@@ -322,3 +322,32 @@ def test_traces_and_diagonals_of_hessians(name: str) -> None:
         traces = torch.stack([hessian(x).trace() for x in batch])
         for transformed in mapped.values():
             torch.testing.assert_close(transformed(batch), traces)
+
+
+class Doubling(torch.autograd.Function):
+    """It writes to its argument and returns it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(x.mul_(2))
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+        return 2 * cotangent
+
+
+@pytest.mark.parametrize("name", ["grad", "hessian", "laplacian"])
+def test_torchs_backward_reaches_through_what_is_written(name: str) -> None:
+    def written(x: torch.Tensor) -> torch.Tensor:
+        return (Doubling.apply(x.sin()) ** 3).sum()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return ((2 * x.sin()) ** 3).sum()
+
+    for _ in range(3):
+        x = torch.randn(3, **DOUBLE).requires_grad_()
+        found, expected = (
+            torch.autograd.grad(getattr(chainrule, name)(f)(x).sum(), x)[0] for f in (written, plain)
+        )
+        torch.testing.assert_close(found, expected)

@@ -287,3 +287,23 @@ def test_per_sample_gradients_of_single_samples(pool):
         x, target = torch.randn(5, 2, 10, 10, dtype=torch.float64), torch.arange(5) % 3
         found, wanted = (m.vmap(m.grad(loss), in_dims=(None, 0, 0))(weights, x, target) for m in (chainrule, torch.func))
         torch.testing.assert_close(found, wanted)
+
+
+def test_a_sum_of_terms_is_convolved_once() -> None:
+    """The derivative of a normalisation is a sum of three terms: they are added up before they meet a convolution."""
+    generator = torch.Generator().manual_seed(0)
+    weight, head, images = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((8, 3, 3, 3), (10, 512), (4, 3, 8, 8))
+    )
+
+    def model(image: torch.Tensor) -> torch.Tensor:
+        return head @ F.group_norm(F.conv2d(image[None], weight, padding=1), 2).sin().reshape(-1)
+
+    jacobians = chainrule.vmap(chainrule.jacrev(model))
+    expected = torch.func.vmap(torch.func.jacrev(model))(images)
+    for _ in range(3):
+        torch.testing.assert_close(jacobians(images), expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        jacobians(images)
+    (columns,) = [event.count for event in seen.key_averages() if event.key == "aten::col2im"]
+    assert columns == 1

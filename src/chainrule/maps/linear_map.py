@@ -133,13 +133,11 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
         if operator.whole:
             terms.append(_pull(_dense(left, workspace), operator, workspace))
             continue
-        for term in merge(left.terms, workspace, force=False):
-            terms.extend(_through(term, operator, workspace))
+        terms.extend(_all_through(left.terms, operator, workspace))
     if left.operators:
-        lifted = merge(tuple(t.transpose() for t in right.terms), workspace, force=False)
+        lifted = tuple(t.transpose() for t in right.terms)
         for operator in left.operators:
-            flipped = operator.transpose()
-            terms.extend(found.transpose() for term in lifted for found in _through(term, flipped, workspace))
+            terms.extend(found.transpose() for found in _all_through(lifted, operator.transpose(), workspace))
     return LinearMap(left.out_shape, right.in_shape, tuple(terms))
 
 
@@ -152,6 +150,16 @@ def _dense(linear_map: LinearMap, workspace: Workspace) -> Term:
 
 def _has_empty_axis(one: Term, two: Term) -> bool:
     return one.is_empty or two.is_empty
+
+
+def _all_through(terms: Sequence[Term], operator: Operator, workspace: Workspace) -> list[Term]:
+    """A sum of terms composed with an operator: term by term, or added up before if that is predicted to cost less."""
+    merged = merge(terms, workspace, force=False)
+    apart = [found for term in merged for found in _through(term, operator, workspace)]
+    if len(merged) < 2 or workspace.sparse or any(term.onehots for term in merged):
+        return apart
+    whole = [found for term in merge(merged, workspace, force=True) for found in _through(term, operator, workspace)]
+    return min((apart, whole), key=_terms_cost)
 
 
 def _through(term: Term, operator: Operator, workspace: Workspace) -> list[Term]:

@@ -155,7 +155,7 @@ def native_dropout(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size:
 
 _UNTAGGED_POINTWISE = [
     "hardtanh_backward", "elu_backward", "softplus_backward", "leaky_relu_backward", "mish_backward", "hardtanh",
-    "leaky_relu", "hardswish_backward", "hardsigmoid_backward", "softshrink_backward", "hardshrink_backward",
+    "leaky_relu", "hardswish", "hardswish_backward", "hardsigmoid_backward", "softshrink_backward", "hardshrink_backward",
     "log_sigmoid_backward", "log_sigmoid_forward", "rrelu_with_noise_backward", "_prelu_kernel",
     "_prelu_kernel_backward", "gelu", "elu", "softplus", "threshold", "polar", "complex", "nan_to_num", "silu_backward",
     "_conj_physical", "native_dropout_backward", "_masked_scale", "frexp", "prelu", "hardshrink", "softshrink", "celu",

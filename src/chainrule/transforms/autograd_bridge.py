@@ -276,7 +276,7 @@ def _apply_under_tape(
         if isinstance(out, torch.Tensor) and tape.slot_of(out) is not None:
             # An input returned as it is (or written to) is a new value of the function.
             with without_innermost():
-                out = torch.ops.aten.alias.default(out)
+                out = tape.outside(torch.ops.aten.alias.default, out)
         fresh.append(out)
     _record_function(tape, function, args, kwargs, context, fresh)
     return (tuple(fresh) if isinstance(outputs, tuple) else fresh) if several else fresh[0]
