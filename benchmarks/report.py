@@ -189,7 +189,8 @@ def markdown(
         "",
         "Peak memory is the peak of the running sum of the allocator's events during one call (`torch.profiler`; on a GPU the",
         "caching allocator's own statistics), the result included. The prediction is that of the plans alone: what is made",
-        "around the transforms (tangents and results in lists, the training step that follows) is not in it, and a plain `vmap` has "
+        "around the transforms (tangents and results in lists, the training step that follows) is not in it, and a plain",
+        "`vmap` has no plan.",
         "no plan.",
         "",
         markdown_table(
