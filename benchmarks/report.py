@@ -191,7 +191,6 @@ def markdown(
         "caching allocator's own statistics), the result included. The prediction is that of the plans alone: what is made",
         "around the transforms (tangents and results in lists, the training step that follows) is not in it, and a plain",
         "`vmap` has no plan.",
-        "no plan.",
         "",
         markdown_table(
             [
