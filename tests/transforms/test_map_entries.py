@@ -88,7 +88,8 @@ def test_in_a_compiled_function():
         for target in (TARGET, TARGET.flip(0), TARGET):
             dense = torch.func.jacrev(with_target)(x, target)
             torch.testing.assert_close(compiled(x, target), theirs(dense), msg=name)
-        assert compiled.cache_info().misses == 2
+        # Diagonals and single entries are read off the factors, at any index.
+        assert compiled.cache_info().misses == (1 if name in ("diagonal", "trace", "entries") else 2)
 
 
 def test_under_vmap_with_an_index_for_each_sample():

@@ -121,6 +121,9 @@ def _sum_axes(factor: Factor, kept: set[Axis], memo: dict[object, Node]) -> Fact
     axes = tuple(axis for axis in factor.axes if axis in kept)
     key = ("sum", id(factor.node), gone)
     node = memo.get(key)
+    if node is None and (known := factor.node.sums) is not None:
+        rest = Factor(known(gone[0]), (*factor.axes[: gone[0]], *factor.axes[gone[0] + 1 :]))
+        node = memo[key] = _sum_axes(rest, kept, memo).node
     if node is None and all(factor.axes[i].size == 1 for i in gone):
         node = memo[key] = Node(
             (axis.size for axis in axes), (factor.node,),

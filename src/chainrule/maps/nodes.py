@@ -34,6 +34,7 @@ class Node:
         distinct: for an index, those of its dimensions along which no two entries are the same (with the others held fixed).
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
+        sums: makes its sum over one of its dimensions without the rest; None where it is summed as it is.
         diagonal: two of its dimensions, and what makes its diagonal in them (which stands last) without the rest; None where
             there is no such way.
         is_indicator: whether it holds zeros and ones only, so that it is its own square.
@@ -47,7 +48,7 @@ class Node:
 
     __slots__ = (
         "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_choice", "is_indicator",
-        "label", "mask", "merge", "numel", "sizes", "slot", "staged", "zeros",
+        "label", "mask", "merge", "numel", "sizes", "slot", "staged", "sums", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +77,7 @@ class Node:
         self.slot: int | None = None
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
+        self.sums: Callable[[int], Node] | None = None
         self.diagonal: tuple[int, int, Callable[[], Node]] | None = None
         self.is_indicator = self.is_choice = False
         self.facts: tuple[tuple[int, int] | None, bool] = (None, False)

@@ -22,6 +22,7 @@ from chainrule.maps.onehots import digit
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
 from chainrule.plan import elimination
+from chainrule.plan.apart import added_apart
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.planner import Planned, Request, accumulations, is_settled, make_workspace
@@ -72,6 +73,10 @@ Expression = Jacobian | Transposed | Scaled | Added | Composed
 
 #: A number of an output or an input, and the seed that holds the flat positions of the wanted elements; None for all.
 Selection = tuple[int, int | None]
+
+
+#: What holds more than this many times the elements of inputs and outputs is large.
+_WIDE = 8
 
 
 class OfExpression:
@@ -137,10 +142,13 @@ def _leaves(expression: Expression) -> Iterator[Jacobian]:
 class Builder:
     """Makes the blocks of expressions in one workspace, from Jacobians that were accumulated in one order."""
 
-    def __init__(self, found: dict[Jacobian, dict[tuple[int, int], LinearMap]], seeds: Any, workspace: Workspace) -> None:
+    def __init__(
+        self, found: dict[Jacobian, dict[tuple[int, int], LinearMap]], seeds: Any, workspace: Workspace, *, apart: bool = False
+    ) -> None:
         self.found = found
         self.seeds = seeds
         self.workspace = workspace
+        self.apart = apart
 
     def blocks(self, expression: Expression) -> Blocks:
         """The blocks by numbers of output and input; those that are zero are left out."""
@@ -182,6 +190,8 @@ class Builder:
         first = parts[0]
         if self.workspace.sparse:
             return add_maps(parts, self.workspace)
+        if self.apart:
+            return added_apart(parts, self.workspace)
         terms = tuple(term for part in parts for term in part.terms)
         dense = math.prod(first.out_shape) * math.prod(first.in_shape)
         if len(terms) > 2 and sum(factor.node.numel for term in terms for factor in term.factors) >= dense:
@@ -315,7 +325,12 @@ def _squares(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[An
     parts = []
     for local in blocks.values():
         vector = _as_vector(local)
-        parts.append(build.product(vector.transpose(), vector))
+        alone = [replace(vector, terms=(term,)) for term in vector.terms]
+        for number, one in enumerate(alone):
+            parts.append(build.product(one.transpose(), one))
+            # Two terms meet twice.
+            rest = (build.product(one.transpose(), two) for two in alone[number + 1 :])
+            parts.extend(replace(m, terms=tuple(replace(t, scale=2.0 * t.scale) for t in m.terms)) for m in rest)
     parts = [part for part in parts if not part.is_zero]
     return {"squares": build.added(parts)} if parts else {}
 
@@ -357,31 +372,63 @@ def _candidates(
     """The ways to compute what is asked, the blocks that each of them makes, and the ops that lie between."""
     made: dict[Jacobian, dict[str, Any]] = {}
     whole = Graph()
+    graphs: dict[Jacobian, tuple[Graph, list[int], list[int]]] = {}
     for jacobian in jacobians(request.expression):
         inputs = list(dict.fromkeys(jacobian.inputs))
         outputs = list(dict.fromkeys(slot for slot in jacobian.outputs if slot is not None))
         graph = build_graph(tape, inputs, outputs, workspace)
         plain = Request("jacobian", tuple(inputs), tuple(outputs))
         made[jacobian] = accumulations(tape, plain, graph, inputs, outputs, workspace)
+        graphs[jacobian] = graph, inputs, outputs
         whole.include(graph)
     found: list[Candidate] = []
     blocks: dict[str, Blocks] = {}
+    whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
     for name in dict.fromkeys(name for makers in made.values() for name in makers):
         maps = {jacobian: makers.get(name, makers["reverse"])[0]() for jacobian, makers in made.items()}
         build = Builder(maps, seeds, workspace)
         blocks[name] = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
         closed = _CLOSED[request.kind](request, blocks[name], build)
-        whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
         array = densify if whole_blocks else _as_array
         nodes = {key: array(local, workspace) for key, local in closed.items()}
         eliminated = [slot for makers in made.values() for slot in makers.get(name, makers["reverse"])[1]]
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
         if is_settled(found, len(whole.order)):
             break
+    if not whole_blocks and _is_wide(tape, request, min(found, key=lambda c: c.cost)):
+        found.append(elimination.measure(Candidate("apart", _apart(tape, request, seeds, graphs, workspace))))
     if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
         nodes = {key: _as_array(local, workspace) for key, local in swept.items()}
         found.append(elimination.measure(Candidate("selected", nodes)))
     return found, blocks, whole
+
+
+def _is_wide(tape: Any, request: AlgebraRequest, best: Candidate) -> bool:
+    """Whether a plan holds arrays much larger than the inputs and the outputs are."""
+    ends = sum(tape.values[slot].numel() for slot in {*request.inputs, *request.outputs})
+    return best.peak > _WIDE * ends
+
+
+def _apart(
+    tape: Any,
+    request: AlgebraRequest,
+    seeds: Sequence[torch.Tensor],
+    graphs: dict[Jacobian, tuple[Graph, list[int], list[int]]],
+    workspace: Workspace,
+) -> dict[Any, Node]:
+    """What is asked, of sums whose terms stay networks until they are closed."""
+
+    def shape(slot: int) -> tuple[int, ...]:
+        return tuple(tape.values[slot].shape)
+
+    maps = {
+        jacobian: elimination.reverse(*found, shape, workspace, eager=False, total=added_apart)
+        for jacobian, found in graphs.items()
+    }
+    build = Builder(maps, seeds, workspace, apart=True)
+    blocks = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
+    closed = _CLOSED[request.kind](request, blocks, build)
+    return {key: _as_array(local, workspace) for key, local in closed.items()}
 
 
 def _swept(request: AlgebraRequest, graph: Graph, build: Builder, tape: Any) -> dict[Any, LinearMap] | None:

@@ -13,6 +13,9 @@ from chainrule.plan.graph import Graph
 
 Maps = dict[tuple[int, int], LinearMap]
 
+#: What adds the maps that meet at a vertex.
+Total = Callable[[list[LinearMap], Workspace], LinearMap]
+
 #: A plan whose arithmetic costs less than this share of its calls is not worth comparing with others.
 _LITTLE = 0.25
 
@@ -88,38 +91,39 @@ def _peak(order: list[Node], roots: list[Node]) -> int:
 
 
 def reverse(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callable[[int], tuple[int, ...]],
-            workspace: Workspace, *, eager: bool = True) -> Maps:
+            workspace: Workspace, *, eager: bool = True, total: Total | None = None) -> Maps:
     """Accumulate from each output backwards."""
     result: Maps = {}
     for output in outputs:
         shape = shapes(output)
         seed = LinearMap(shape, shape, (identity(shape),))
-        found = sweep_back(graph, {output: seed}, inputs, workspace, eager=eager)
+        found = sweep_back(graph, {output: seed}, inputs, workspace, eager=eager, total=total or _total)
         result.update({(output, slot): m for slot, m in found.items()})
     return result
-
-
-def sweep_back(
-    graph: Graph, seeds: dict[int, LinearMap], inputs: list[int], workspace: Workspace, *, eager: bool = True
-) -> dict[int, LinearMap]:
-    """Pull the maps in ``seeds`` (from slots to some common output space) back to ``inputs``."""
-    pending: dict[int, list[LinearMap]] = {slot: [seed] for slot, seed in seeds.items()}
-    for slot in reversed(graph.order):
-        if slot not in pending:
-            continue
-        maps = pending[slot] if slot in inputs else pending.pop(slot)
-        total = _total(maps, workspace)
-        for source, local in graph.into.get(slot, ()):
-            joined = compose(total, local, workspace, eager=eager)
-            if not joined.is_zero:
-                pending.setdefault(source, []).append(joined)
-    return {slot: _total(pending[slot], workspace) for slot in inputs if slot in pending}
 
 
 def _total(maps: list[LinearMap], workspace: Workspace) -> LinearMap:
     if len(maps) == 1 and len(maps[0].terms) < 2:
         return maps[0]
     return add_maps(maps, workspace)
+
+
+def sweep_back(
+    graph: Graph, seeds: dict[int, LinearMap], inputs: list[int], workspace: Workspace, *, eager: bool = True,
+    total: Total = _total,
+) -> dict[int, LinearMap]:
+    """Pull the maps in ``seeds`` (from slots to some common output space) back to ``inputs``; `total` adds those of one slot."""
+    pending: dict[int, list[LinearMap]] = {slot: [seed] for slot, seed in seeds.items()}
+    for slot in reversed(graph.order):
+        if slot not in pending:
+            continue
+        maps = pending[slot] if slot in inputs else pending.pop(slot)
+        added = total(maps, workspace)
+        for source, local in graph.into.get(slot, ()):
+            joined = compose(added, local, workspace, eager=eager)
+            if not joined.is_zero:
+                pending.setdefault(source, []).append(joined)
+    return {slot: total(pending[slot], workspace) for slot in inputs if slot in pending}
 
 
 def forward(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callable[[int], tuple[int, ...]],

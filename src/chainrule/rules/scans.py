@@ -68,8 +68,13 @@ def _triangle_term(call: Call, shape: tuple[int, ...], dim: int) -> Term:
 
     node = leaf((size, size), stage, flops=size * size, label="triangle")
     node.diagonal = 0, 1, lambda: leaf((size,), ones, label="ones")
+    def counted(program: Program, summed: int) -> Staged:
+        found = torch.cumsum(ones(program), 0)
+        return torch.flip(found, [0]) if summed == 0 else found
+
     node.is_indicator = True
     node.merge = _running_sum
+    node.sums = lambda summed: leaf((size,), lambda program: counted(program, summed), label="counts")
     axes, result, argument = new_axes(shape), Axis(size), Axis(size)
     out, inner = ((*axes[:dim], place, *axes[dim + 1 :]) for place in (result, argument))
     return Term(dims_of(out), dims_of(inner), (Factor(node, (result, argument)),))
