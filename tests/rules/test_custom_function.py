@@ -351,3 +351,48 @@ def test_torchs_backward_reaches_through_what_is_written(name: str) -> None:
             torch.autograd.grad(getattr(chainrule, name)(f)(x).sum(), x)[0] for f in (written, plain)
         )
         torch.testing.assert_close(found, expected)
+
+
+class Doubled(torch.autograd.Function):
+    """Twice the argument, written over it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+        return cotangent * 2
+
+
+def _between(x: torch.Tensor) -> torch.Tensor:
+    y = x.sin()
+    product = y * y
+    Doubled.apply(y)
+    return (product * y).sum()
+
+
+def _of_a_part(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    Doubled.apply(y[1:])
+    return (y * y).sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "written"),
+    [
+        (lambda x: Doubled.apply(x.exp()).sum(), lambda x: (2 * x.exp()).sum()),
+        (_between, lambda x: (2 * x.sin() ** 3).sum()),
+        (_of_a_part, lambda x: (torch.cat([x[:1], 2 * x[1:]]) ** 2).sum()),
+    ],
+)
+def test_what_was_written_over_is_still_read_as_it_was(function: Any, written: Any) -> None:
+    for _ in range(3):
+        x = torch.randn(4, dtype=torch.float64)
+        torch.testing.assert_close(chainrule.grad(function)(x), torch.func.grad(written)(x))
+        torch.testing.assert_close(chainrule.jacrev(chainrule.grad(function))(x), torch.func.hessian(written)(x))
+        batch = torch.randn(3, 4, dtype=torch.float64)
+        expected = torch.func.vmap(torch.func.grad(written))(batch)
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(function))(batch), expected)

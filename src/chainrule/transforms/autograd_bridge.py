@@ -267,8 +267,14 @@ def _apply_under_tape(
     if not touched:
         with without_innermost():
             return _apply_function(original, function, args, kwargs)
+    copies: dict[int, torch.Tensor] = {}
+    given = args
     with without_innermost():
-        outputs, context = _run_forward(original, function, args, kwargs)
+        if _marks_dirty(function):
+            # What it writes to may be read by derivatives before: it gets copies, whose values are written back as by any op.
+            given = tuple([tape.outside(torch.ops.aten.clone.default, a) if isinstance(a, torch.Tensor) else a for a in args])
+            copies = {id(one): two for one, two in zip(given, args, strict=True) if one is not two}
+        outputs, context = _run_forward(original, function, given, kwargs)
     several = isinstance(outputs, (tuple, list))
     flat = list(outputs) if several else [outputs]
     fresh: list[Any] = []
@@ -279,7 +285,17 @@ def _apply_under_tape(
                 out = tape.outside(torch.ops.aten.alias.default, out)
         fresh.append(out)
     _record_function(tape, function, args, kwargs, context, fresh)
+    written = getattr(context, "dirty_tensors", flat) if copies else ()
+    for number, out in enumerate(flat if written else ()):
+        if (target := copies.get(id(out))) is not None and any(out is one for one in written):
+            fresh[number] = target.copy_(fresh[number])
     return (tuple(fresh) if isinstance(outputs, tuple) else fresh) if several else fresh[0]
+
+
+def _marks_dirty(function: Any) -> bool:
+    """Whether a user's function says that it writes to its arguments."""
+    codes = [getattr(call, "__code__", None) for call in (function.forward, function.setup_context)]
+    return any("mark_dirty" in code.co_names for code in codes if code is not None)
 
 
 def _run_forward(original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
