@@ -1,7 +1,6 @@
 """Gradients at arguments that require grad: values and all orders of their graphs against torch.func and finite differences."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -395,29 +394,3 @@ def test_pullbacks_without_gradients_have_no_graph():
         assert out.requires_grad
         with torch.no_grad():
             assert not any(leaf.requires_grad for leaf in pull(torch.ones_like(out))[0].values())
-
-
-def test_a_function_that_needs_its_graph_draws_the_same_numbers() -> None:
-    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    runs: list[int] = []
-
-    def made() -> Callable[[torch.Tensor], torch.Tensor]:
-        def function(x: torch.Tensor) -> torch.Tensor:
-            runs.append(1)
-            y = torch.nn.functional.dropout(x * x, 0.5)
-            (inner,) = torch.autograd.grad((weight * weight).sum(), weight, create_graph=True)
-            return (y * inner).sum()
-
-        return function
-
-    for number in range(3):
-        x = torch.randn(3, dtype=torch.float64, requires_grad=True)
-        torch.manual_seed(7)
-        found = chainrule.grad(made())(x)
-        state = torch.get_rng_state()
-        assert len(runs) <= (2 if number == 0 else 1)  # its code is known from then on
-        runs.clear()
-        torch.manual_seed(7)
-        mask = torch.nn.functional.dropout(torch.ones(3, dtype=torch.float64), 0.5)
-        torch.testing.assert_close(found, 4 * x * mask * weight)
-        assert torch.equal(state, torch.get_rng_state())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +32,6 @@ from chainrule.transforms.trace import Traced, trace
 #: What hooks are on that see to what graphs keep (checkpointing): they want to have each tensor of these.
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
-#: The code of functions with a run that showed that it can, or cannot, be tied by one node.
-_FIT: set[Any] = set()
-_UNFIT: set[Any] = set()
-_MOST = 1 << 14
-
 #: Classes of arguments about which nothing has to be asked.
 _CLASSES = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -54,7 +48,6 @@ def _may_join(func: Callable[..., Any], given: Sequence[Any]) -> bool:
     return (
         joined and forward_ad._current_level < 0 and current_ledger() is None and current_watch() is None
         and not torch._C._are_functorch_transforms_active() and mark_of(func) is None and not is_apart(func)
-        and not (_UNFIT and _code_of(func) in _UNFIT)
         and not functions_are_replaced()
     )  # fmt: skip
 
@@ -176,39 +169,17 @@ def _traced(
     spec: TreeSpec,
 ) -> Traced | None:  # fmt: skip
     """A run of a level's function on arguments without their graphs; None where levels have to be run one by one."""
-    code = _code_of(level.func)
-    drawn = None if code in _FIT else _generators()
     try:
         traced = trace(
             level.func, args, positions, kwargs, level.name, has_aux=level.has_aux, single=True, joined=(leaves, spec)
         )
-        fit = not (traced.tape.hooks or traced.tape.saw_cut)
     except GraphNeededError:
-        fit = False
-    if fit:
-        if code is not None and drawn is not None and len(_FIT) < _MOST:
-            _FIT.add(code)
-        return traced
-    note_apart([level])
-    if code is not None:
-        _UNFIT.add(code)
-    if drawn is not None:  # the run that follows draws the same numbers
-        torch.set_rng_state(drawn[0])
-        if drawn[1]:
-            torch.cuda.set_rng_state_all(drawn[1])
-    return None
-
-
-def _code_of(func: Any) -> Any:
-    """The code of a function, by which one that is made anew for each call is known again; None for other objects."""
-    while isinstance(func, partial):
-        func = func.func
-    return getattr(getattr(func, "__func__", func), "__code__", None)
-
-
-def _generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The states of torch's random number generators."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        note_apart([level])
+        return None
+    if traced.tape.hooks or traced.tape.saw_cut:
+        note_apart([level])
+        return None
+    return traced
 
 
 def _take_graphs(traced: Traced) -> list[tuple[int, torch.Tensor]]:
