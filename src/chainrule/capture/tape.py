@@ -55,10 +55,6 @@ def facts_of(policy: Policy) -> dict[int, OpFacts]:
     return _FACTS.get(policy) or _FACTS.setdefault(policy, {})
 
 
-class GraphNeededError(BaseException):
-    """A function asks torch's autograd for what it would know if the arguments had their graphs; no user is to catch this."""
-
-
 class Tape(Listening):
     """Records the ATen ops that touch the inputs while it is active.
 
@@ -89,8 +85,6 @@ class Tape(Listening):
     saw_blocked = False
     #: Whether something was made a constant that tapes around this one see (by ``data`` or ``detach_``).
     saw_cut = False
-    #: Whether the inputs have a graph of torch's that they stand here without.
-    bare = False
     #: How many values the tapes around this one had when it began.
     _begun: Mapping[int, int] = MappingProxyType({})
     _others: OtherObjects | None = None

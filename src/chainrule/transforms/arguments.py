@@ -25,7 +25,7 @@ _POSITIONS = tuple(((number,), True) for number in range(8))
 LEAF = pytree.tree_flatten(0)[1]
 _TUPLES = tuple(pytree.tree_flatten((0,) * count)[1] for count in range(9))
 
-_KEYS: dict[int, Any] = {id(spec): number for number, spec in enumerate((LEAF, *_TUPLES))}
+_KEYS = {id(spec): number for number, spec in enumerate((LEAF, *_TUPLES))}
 
 #: The structure of one argument that is a tensor.
 PLAIN_ARGUMENT = _TUPLES[1]
@@ -41,10 +41,6 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
                 break
         else:
             return list(tree), _TUPLES[len(tree)]
-        if len(tree) == 1 and tree[0].__class__ is dict:
-            return _flattened(tree[0], tree, _IN_TUPLES)
-    elif tree.__class__ is dict:
-        return _flattened(tree, tree, _DICTS)
     return pytree.tree_flatten(tree)
 
 
@@ -76,28 +72,6 @@ def _collected(tree: Any, spec: TreeSpec, leaves: list[Any]) -> bool:
         elif not _collected(item, child, leaves):
             return False
     return True
-
-
-#: Structures of dictionaries of tensors, alone or as the only argument, by their keys: parameters of modules above all.
-_DICTS: dict[tuple[Any, ...], TreeSpec] = {}
-_IN_TUPLES: dict[tuple[Any, ...], TreeSpec] = {}
-#: So many of them are kept.
-_MOST_DICTS = 256
-
-
-def _flattened(items: dict[Any, Any], tree: Any, specs: dict[tuple[Any, ...], TreeSpec]) -> tuple[list[Any], TreeSpec]:
-    """The leaves and the structure of a tree that is a dictionary, or holds nothing else."""
-    leaves = [*items.values()]
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            return pytree.tree_flatten(tree)
-    keys = tuple(items)
-    if (spec := specs.get(keys)) is None:
-        spec = pytree.tree_flatten(tree)[1]
-        if len(specs) < _MOST_DICTS:
-            specs[keys] = spec
-            _KEYS[id(spec)] = (specs is _DICTS, keys)
-    return leaves, spec
 
 
 def structure_key(spec: TreeSpec) -> Any:

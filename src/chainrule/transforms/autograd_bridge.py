@@ -27,7 +27,7 @@ from chainrule.batching.duals import refuse_duals
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
 from chainrule.capture.slots import Slot
-from chainrule.capture.tape import GraphNeededError, Tape
+from chainrule.capture.tape import Tape
 from chainrule.dispatch import TAKEN, LightMode, undispatched
 from chainrule.execute.engine import execute
 from chainrule.modes_off import without_innermost
@@ -60,7 +60,6 @@ class EngineBridge:
         elif torch._C._len_torch_dispatch_stack():
             names = ("keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad")
             options = dict(zip(names, args, strict=False)) | kwargs
-            _refuse_bare(options)
             tape = _tape_for(tensors, options.get("inputs") or ())
             if tape is not None:
                 return _answer(tape, tensors, grad_tensors, options)
@@ -97,19 +96,6 @@ class EngineBridge:
         if not options.get("allow_unreachable") and any(result is None for result in results.values()):
             raise RuntimeError(_UNUSED)
         return tuple([results[number] for number in range(len(inputs))])
-
-
-def _refuse_bare(options: dict[str, Any]) -> None:
-    """Stop a run whose arguments stand there without their graphs, where gradients are asked that go through these.
-
-    Raises:
-        GraphNeededError: where it is so.
-    """
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, Tape) and mode.bare:
-            inputs = options.get("inputs")
-            if options.get("accumulate_grad") or not inputs or any([_has_graph(item) for item in inputs]):
-                raise GraphNeededError
 
 
 def _expect_saved(*, views: bool = True) -> None:

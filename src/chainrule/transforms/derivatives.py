@@ -14,7 +14,6 @@ from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level, Linearized, mark_of
 from chainrule.transforms.nest import NO_NEST, run_level, run_nest, run_pushed_nest
 from chainrule.transforms.nest_linearized import run_linearized
-from chainrule.transforms.result_nodes import joined_run, run_joined
 from chainrule.transforms.routes import (
     GRADIENT,
     jacobian_route,
@@ -60,11 +59,8 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         if (found := _routed(level, args, kwargs)) is not NotImplemented:
             gradient, value = found
             return gradient, value if value.requires_grad is False or torch.is_grad_enabled() else value.detach()
-        if (found := run_joined(level, args, kwargs)) is NotImplemented:
-            (gradient, value), aux = run_level(level, args, kwargs)
-            gradient = with_graph(gradient, args, argnums)
-        else:
-            (gradient, value), aux = found
+        (gradient, value), aux = run_level(level, args, kwargs)
+        gradient = with_graph(gradient, args, argnums)
         return (gradient, (value, aux)) if has_aux else (gradient, value)
 
     wrapper = entry_point(wrapper, func)
@@ -99,14 +95,10 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     level = Level(func, "grad", argnums, has_aux, finish, ("grad",))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        found: Any = _routed(level, args, kwargs)
-        if found is not NotImplemented:
+        if (found := _routed(level, args, kwargs)) is not NotImplemented:
             return found[0]
-        if (found := run_joined(level, args, kwargs)) is NotImplemented:
-            gradient, aux = run_level(level, args, kwargs)
-            gradient = with_graph(gradient, args, argnums)
-        else:
-            gradient, aux = found
+        gradient, aux = run_level(level, args, kwargs)
+        gradient = with_graph(gradient, args, argnums)
         return (gradient, aux) if has_aux else gradient
 
     wrapper = entry_point(wrapper, func)
@@ -184,13 +176,12 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         >>> pullback(torch.ones(2))
         (tensor([1., 1.]),)
     """
-    found = joined = traced = None
+    found = None
     if mark_of(func) is not None:
         found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
     if found is None:
-        if (joined := joined_run(func, primals, kwargs, has_aux)) is not None:
-            traced = joined.traced
-        elif _PULLED is not None and primals and not has_aux:
+        traced = None
+        if _PULLED is not None and primals and not has_aux:
             traced = run_linearized_route(_PULLED, primals, kwargs, func)[0]
         if traced is None:
             traced = trace(func, primals, tuple(range(len(primals))), kwargs, "vjp", has_aux=has_aux, single=True)
@@ -216,14 +207,9 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
                 )
         for number, (leaf, out) in enumerate(zip(given, leaves, strict=True)):
             check_seed(leaf, out, f"vjp: cotangent {number}", "output")
-        seeds = tuple([_match_dtype(given[number], leaves[number]) for number in active])
-        if joined is not None:
-            return joined.tie(pull(tuple([seed.detach() for seed in seeds])), seeds)
-        pulled = pull(seeds)
+        pulled = pull(tuple([_match_dtype(given[number], leaves[number]) for number in active]))
         return with_graph(pulled, inputs) if found.traced.grad_enabled else pulled
 
-    if joined is not None:
-        return (joined.output, vjp_fn, joined.aux) if has_aux else (joined.output, vjp_fn)
     return (found.output, vjp_fn, found.traced.aux) if has_aux else (found.output, vjp_fn)
 
 

@@ -34,15 +34,8 @@ def run_of(chain: Chain, traced: Traced, seeds: tuple[torch.Tensor, ...] = ()) -
     traced.in_leaves = [traced.tape.values[slot] for slot in traced.in_slots]
     number: Any = 0 if levels[0].argnums is None else levels[0].argnums
     wanted = [((number,), level.argnums is not None) for level in levels]
-    key, cached = key_and_plan(levels, wanted, traced, seeds)
+    key, cached = cached_for(nest_key(levels, wanted, traced, seeds), [traced.tape])
     return Run([Part(levels, wanted, traced)], traced.tape.values, key, cached)
-
-
-def key_and_plan(
-    levels: Sequence[Level], wanted: Sequence[tuple[tuple[int, ...], bool]], traced: Traced, seeds: tuple[torch.Tensor, ...] = ()
-) -> tuple[Any, Any]:
-    """The key of the plan for some levels on a run, None if it is none, and the plan."""
-    return cached_for(nest_key(levels, wanted, traced, seeds), [traced.tape])
 
 
 class _NotWhole(Exception):  # noqa: N818 - never leaves this module

@@ -205,24 +205,21 @@ def trace(
     column_block: int | None = None,
     single: bool = False,
     owned: bool = False,
-    joined: tuple[list[torch.Tensor], TreeSpec] | None = None,
 ) -> Traced:
     """Run ``function(*args, **kwargs)`` under a tape whose inputs are the tensors in ``args[argnums]``.
 
     With ``column_block``, a tensor of more elements than that is represented on the tape by a block of them. With ``single``,
     only cotangents are pulled back, one at a time. Where a forward transform (one without ``respect_no_grad``) runs inside of a
     reverse one, the function is run a second time if steps of it are hidden from that. With ``owned``, mapped tensors were made
-    for this run: nobody else knows them. With ``joined``, what is differentiated is given as leaves and their
-    structure, and comes without their graphs.
+    for this run: nobody else knows them.
     """
     if not respect_no_grad and is_inside_reverse():
         given = (function, args, argnums, kwargs, transform, has_aux, column_block, single, False)
         traced = _trace(*given, respect_no_grad=True, forward=True)
         return _trace(*given, respect_no_grad=False, noted=True) if traced.tape.saw_blocked else traced
     return _trace(
-        function, args, argnums, kwargs, transform, has_aux, column_block, single, owned,
-        respect_no_grad=respect_no_grad, joined=joined,
-    )  # fmt: skip
+        function, args, argnums, kwargs, transform, has_aux, column_block, single, owned, respect_no_grad=respect_no_grad
+    )
 
 
 def _trace(
@@ -239,7 +236,6 @@ def _trace(
     respect_no_grad: bool,
     noted: bool = False,
     forward: bool = False,
-    joined: tuple[list[torch.Tensor], TreeSpec] | None = None,
 ) -> Traced:
     """As :func:`trace`; with ``noted`` the records made under ``torch.no_grad()`` are written down.
 
@@ -248,19 +244,14 @@ def _trace(
     refuse_inside_torch_func(transform)
     only: Any = args[argnums[0]] if len(argnums) == 1 else None
     plain = only.__class__ in PLAIN_CLASSES and only.dtype in FLOATING
-    if joined is not None:
-        in_leaves, in_spec = joined
-    elif plain:
-        in_leaves, in_spec = [only], PLAIN_ARGUMENT
-    else:
-        in_leaves, in_spec = flatten_inputs(tuple([args[number] for number in argnums]), transform)
+    in_leaves, in_spec = (
+        ([only], PLAIN_ARGUMENT) if plain else flatten_inputs(tuple([args[number] for number in argnums]), transform)
+    )
     grad_enabled = torch.is_grad_enabled()
     if not grad_enabled:
         torch._C._set_grad_enabled(True)
     try:
-        if joined is not None:
-            aliases = [leaf.detach() for leaf in in_leaves]
-        elif owned:
+        if owned:
             aliases = [leaf if leaf.__class__ is BatchTensor else fresh_alias(leaf) for leaf in in_leaves]
         else:
             aliases = [fresh_alias(in_leaves[0])] if plain else [fresh_alias(leaf) for leaf in in_leaves]
@@ -271,8 +262,6 @@ def _trace(
             refuse_duals(in_leaves, transform)
             tape = WatchfulTape(POLICY, respect_no_grad=respect_no_grad, kernels=kernels, transform=transform)
         tape.reverse = respect_no_grad and not forward
-        if joined is not None:
-            tape.bare = True
         in_slots: list[int] = []
         columns: list[Block | None] = []
         for number, alias in enumerate(aliases):
