@@ -67,7 +67,7 @@ def _differs(tensor: Any) -> bool:
 
 
 def get(tensor: Tensor, index: Any) -> Tensor:
-    """``tensor[index]`` for an index of which :func:`is_mapped` is true, or one with numbers whose values are not to be read.
+    """``tensor[index]`` for an index of which :func:`is_mapped` is true.
 
     Raises:
         RuntimeError: if the index holds a truth value, with which the result has one entry or none.
@@ -198,9 +198,6 @@ def _getting(tensor: Tensor, index: Any) -> Callable[[], Tensor] | None:
 def _putting(tensor: Tensor, index: Any, value: Any) -> Callable[[], None] | None:
     return partial(put, tensor, index, value) if is_mapped(index) else None
 
-
-#: What takes the place of reading and writing where an index holds numbers whose values are not to be read.
-BY_NUMBER: dict[Any, Callable[..., Any]] = {_getitem: get, _setitem: put}
 
 OTHERWISE[_getitem] = _getting
 OTHERWISE[_setitem] = _putting

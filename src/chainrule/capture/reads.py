@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,14 +16,11 @@ class NoReads(FunctionWatch):
 
     Args:
         recorder: knows which tensors are computed from the inputs.
-        by_number: what takes the place of an index that holds a computed number, which torch would read: by function, with the
-            function's arguments.
     """
 
-    def __init__(self, recorder: WholeRecorder, by_number: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+    def __init__(self, recorder: WholeRecorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self._by_number = by_number or {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,23 +47,7 @@ class NoReads(FunctionWatch):
             )
         if func == _GRAD and not _asked_by_chainrule():
             return self._gradient_of(args[0])
-        if func in self._by_number and not kwargs and self._has_number(args[1]):
-            return self._by_number[func](*args)
         return super().__torch_function__(func, types, args, kwargs)
-
-    def _has_number(self, index: Any) -> bool:
-        """Whether an index holds an integer tensor without dimensions that is computed, beside parts and tensors alone."""
-        items = index if index.__class__ is tuple else (index,)
-        found = False
-        for item in items:
-            if isinstance(item, torch.Tensor):
-                if item.dim() == 0:
-                    if item.dtype not in _INTEGERS:
-                        return False
-                    found = found or self._recorder.depends(item)
-            elif not (item is None or item is Ellipsis or item.__class__ in (slice, int)):
-                return False
-        return found
 
     def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The `grad` of a tensor, which is what it is for this call."""
@@ -93,7 +73,6 @@ _MAKERS = frozenset(
     }
 )  # fmt: skip
 _INDEXED = frozenset({torch.Tensor.__getitem__, torch.Tensor.__setitem__})
-_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 _SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
 _CONVERSIONS = frozenset(
     {

@@ -17,7 +17,6 @@ from torch import fx
 from torch.autograd import forward_ad
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from chainrule.batching.indexing import BY_NUMBER
 from chainrule.capture.reads import NoReads
 from chainrule.capture.recorder import CompileError, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
@@ -378,7 +377,7 @@ class _Compiled:
         called, named = tree_unflatten(leaves, spec)
         recorder = WholeRecorder([alias for alias, _ in given], surroundings.generators, surroundings.tensors)
         try:
-            with NoReads(recorder, BY_NUMBER), recorder:
+            with NoReads(recorder), recorder:
                 result = self.function(*called, **named)
         except Exception as error:
             # TorchScript gives errors another type.
