@@ -326,3 +326,18 @@ def test_every_function_has_a_row() -> None:
             spelling(value())
     names = {getattr(function, "__name__", "") for function in seen}
     assert {getattr(function, "__name__", "") for function in READINGS.keys() - by_schema().keys()} <= names
+
+
+@pytest.mark.parametrize("equation", ["hi,hj,j->i", "ih,jh,j->i"])
+def test_one_tensor_given_twice_is_not_two(equation: str) -> None:
+    one, two = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    for first, second in ((one, one), (one, two), (two, one), (two, two), (one, one)):
+
+        def function(x: Tensor, first: Tensor = first, second: Tensor = second) -> Tensor:
+            return torch.einsum(equation, first, second, x.tanh())
+
+        x = torch.randn(3, dtype=torch.float64)
+        value, pull = chainrule.vjp(function, x)
+        torch.testing.assert_close(value, function(x))
+        torch.testing.assert_close(pull(torch.ones_like(value))[0], torch.func.vjp(function, x)[1](torch.ones_like(value))[0])
+        torch.testing.assert_close(chainrule.jacrev(function)(x), torch.func.jacrev(function)(x))

@@ -273,8 +273,16 @@ key_of_call(PyObject *reading, PyObject *args, PyObject *kwargs, PyObject **key)
     PyObject *parts = PyList_New(0), *name, *item;
     Py_ssize_t next = 0;
     int outcome = parts == NULL || PyList_Append(parts, reading) < 0 ? -1 : 1;
-    for (Py_ssize_t place = 0; outcome > 0 && place < PyTuple_GET_SIZE(args); place++)
-        outcome = add_to_key(parts, PyTuple_GET_ITEM(args, place), 1);
+    for (Py_ssize_t place = 0; outcome > 0 && place < PyTuple_GET_SIZE(args); place++) {
+        item = PyTuple_GET_ITEM(args, place);
+        outcome = add_to_key(parts, item, 1);
+        /* One tensor given twice is not two of one shape: what was said goes by the place of each. */
+        for (Py_ssize_t other = 0; outcome > 0 && other < place; other++)
+            if (PyTuple_GET_ITEM(args, other) == item && is_constant_class(item)) {
+                outcome = append_new(parts, PyLong_FromSsize_t(other)) < 0 ? -1 : 1;
+                break;
+            }
+    }
     while (outcome > 0 && kwargs != NULL && PyDict_Next(kwargs, &next, &name, &item))
         outcome = PyList_Append(parts, name) < 0 ? -1 : add_to_key(parts, item, 0);
     if (outcome > 0 && (*key = PyList_AsTuple(parts)) == NULL)

@@ -485,12 +485,15 @@ def plan_algebra(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tenso
     return Planned(program, keys, list(results), graph, best.name, found)
 
 
-def predicted_peak(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> int:
-    """The most elements that the cheapest plan of a request holds at once, beside the run's own values; nothing is computed."""
+def predicted_peak(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor], *, apart: bool = True) -> int:
+    """The most elements that the cheapest plan of a request holds at once, beside the run's own values; nothing is computed.
+
+    Without `apart`, plans that read sums term by term are left out.
+    """
     workspace = make_workspace(tape, (*request.inputs, *request.outputs))
     found, _, _ = _candidates(tape, request, seeds, workspace)
     workspace.memo.clear()
-    return min(found, key=lambda c: c.cost).peak
+    return min([c for c in found if apart or c.name != "apart"], key=lambda c: c.cost).peak
 
 
 def described(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> dict[tuple[int, int], list[Term]]:

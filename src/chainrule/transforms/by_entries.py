@@ -16,6 +16,7 @@ import torch
 from chainrule.batching.tensor import BatchTensor
 from chainrule.execute.accounts import uncollected
 from chainrule.execute.engine import CACHE, execute
+from chainrule.execute.prediction import peak_elements
 from chainrule.execute.sparse import mapped_slots
 from chainrule.modes_off import outside
 from chainrule.plan.algebra import AlgebraRequest, Jacobian
@@ -71,7 +72,12 @@ def trace_prefers_entries(traced: Traced) -> bool:
     if all(slot is None for slot in traced.out_slots):
         return False
     request = AlgebraRequest("trace", Jacobian(tuple(traced.in_slots), tuple(traced.out_slots)))
-    return _chosen(traced, "trace", lambda: held_by(traced.tape, request, (), size, size) is not None)
+
+    def prefers() -> bool:
+        # The other way is a plan of the run alone, which reads no sums term by term.
+        return held_by(traced.tape, request, (), size, size, peak_elements(traced.tape, request, apart=False)) is not None
+
+    return _chosen(traced, "trace", prefers)
 
 
 def trace_by_entries(traced: Traced) -> torch.Tensor | None:
