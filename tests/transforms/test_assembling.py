@@ -91,3 +91,19 @@ def test_a_chunked_batch_is_held_once() -> None:
         result = mapped(x)
     torch.testing.assert_close(result, torch.func.vmap(torch.func.jacrev(lambda x: torch.tanh(weight @ x)))(x))
     assert peak_bytes(lambda: mapped(x)) <= 1.2 * result.nbytes  # a tenth of it is a chunk
+
+
+def test_parts_of_a_vmap_stand_in_one_plain_tensor() -> None:
+    stored: list[Any] = []
+
+    def call(x: Tensor) -> Tensor:
+        assembled = Assembled(6)
+        for start in (0, 3):
+            assembled.add(start, x * 2)
+        result = assembled.result()
+        stored.append(result.value)  # type: ignore[attr-defined]
+        return result.reshape(2, 3)
+
+    x = real(4, 3)
+    assert torch.equal(chainrule.vmap(call)(x), torch.stack((x * 2, x * 2), 1))
+    assert stored[0].__class__ is Tensor

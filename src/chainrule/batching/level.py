@@ -16,6 +16,9 @@ from chainrule.dispatch import LightMode, again, undispatched, without_handlers
 from chainrule.rules.batching import METADATA_INPLACE
 from chainrule.rules.batching_base import Batched, any_batched, logical_shape, pad_rank, refuse_lost_write, stands_for_view
 
+_MATMUL = torch.ops.aten.matmul.default
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 
 class Level(LightMode):
     """The ways of a vmap level that ops take out of the common one.
@@ -64,6 +67,8 @@ class Level(LightMode):
 
     def _decompose(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
         with again(self):
+            if func is _MATMUL:  # torch's decomposition in Python is slow, and imports much in its first call
+                return func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
             return func.decompose(*args, **(kwargs or {}))
 
     def _wrap(self, result: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from chainrule.batching.mode import VmapMode
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import functions_are_replaced, functions_aside
 from chainrule.execute.cached_plans import CachedPlan
@@ -22,6 +23,9 @@ from chainrule.settings import setting
 
 #: From so many entries on, a Jacobian is planned without being run.
 _LARGE = 1 << 17
+
+#: The modes that see none of the calls of a plan which is made without being run.
+_MODES = frozenset({Tape, VmapMode})
 
 #: Whether all plans are made so.
 _FRUGAL: ContextVar[bool] = ContextVar("chainrule_frugal", default=False)
@@ -45,7 +49,7 @@ def is_large(tape: Any, request: Request | AlgebraRequest) -> bool:
 def planned_dry(tape: Any, request: Request | AlgebraRequest, seeds: Sequence[torch.Tensor]) -> CachedPlan | None:
     """The plan of a request, which nothing is run for; None where it can be made by running it only."""
     modes = range(torch._C._len_torch_dispatch_stack())
-    if forward_ad._current_level >= 0 or any(torch._C._get_dispatch_stack_at(place).__class__ is not Tape for place in modes):
+    if forward_ad._current_level >= 0 or any(torch._C._get_dispatch_stack_at(place).__class__ not in _MODES for place in modes):
         return None
     if torch._C._are_functorch_transforms_active() or functions_are_replaced():
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +15,69 @@ from chainrule.capture.numbers import note_numbers
 from chainrule.execute import engine
 from chainrule.execute.accounts import current_ledger, uncollected
 from chainrule.execute.cached_plans import CachedPlan
-from chainrule.execute.memory import Memory, watching
+from chainrule.execute.memory import Memory, predict, watching
 from chainrule.execute.planning import key_of, planned_dry
+from chainrule.execute.replay import Source
 from chainrule.execute.sweeps import Seen
+from chainrule.maps.staging import reads
 from chainrule.plan.algebra import AlgebraRequest, predicted_peak
 from chainrule.plan.planner import Request
 
 
-def predicted(tape: Any, request: Request, limit: float = math.inf) -> Memory:
-    """The memory of the plan of a request, which is made if it is not known, and run unless it needs more than `limit`.
+class Predictions:
+    """What plans of one tape need, told before they run.
 
-    A run tells the work space of its calls, too. A plan that cannot be made without running it is run in any case.
+    Attributes:
+        ratio: what the last run under a vmap needed, for what the sizes of one sample had told.
     """
-    mapped = any([value.__class__ is BatchTensor for value in tape.values])  # a plan knows the sizes of one sample
-    if not mapped and current_ledger() is None and (known := _known_plan(tape, request)) is not None:
-        known.compile()
-        source = known.runner.source_of  # type: ignore[union-attr]
-        memory: Memory = source.memory()
-        if memory.peak > limit:
-            return memory
-    with watching() as watch, uncollected():
-        for _ in range(3 if mapped else 2):  # the first time plans, the second under a vmap finds the form on stored tensors
-            engine.execute(tape, request)
-    return Memory(watch.results, watch.peak)
+
+    def __init__(self) -> None:
+        self.ratio = 1.0
+
+    def memory(self, tape: Any, request: Request, limit: float = math.inf) -> Memory:
+        """The memory of the plan of a request, which is made if it is not known, and run unless it needs more than `limit`.
+
+        A run tells the work space of its calls, too. A plan that cannot be made without running it is run in any case.
+        """
+        mapped = any([value.__class__ is BatchTensor for value in tape.values])
+        told: Memory | None = None
+        if current_ledger() is None and (known := _known_plan(tape, request)) is not None:
+            known.compile()
+            source = known.runner.source_of  # type: ignore[union-attr]
+            told = _of_samples(source, tape.values) if mapped else source.memory()
+            expected = told.peak * self.ratio
+            if expected > limit:
+                return Memory(told.results, math.ceil(expected))
+        with watching() as watch, uncollected():
+            for _ in range(3 if mapped else 2):  # one plans, where that is not done; one finds the form on a vmap's tensors
+                engine.execute(tape, request)
+        if mapped and told is not None and told.peak:
+            self.ratio = watch.peak / told.peak
+        return Memory(watch.results, watch.peak)
+
+
+def _of_samples(source: Source, values: Sequence[Any]) -> Memory:
+    """The memory of a plan, which knows the sizes of one sample, on the values of a vmap."""
+    program = copy(source.program)
+    levels = {slot: _levels(values[key]) for key, slot in program.inputs.items() if isinstance(key, int)}
+    for instruction in program.instructions:
+        met = {level for slot in reads(instruction) for level in levels.get(slot, ())}
+        levels.update((slot, met) for slot in instruction.outputs)
+    program.kinds = {
+        slot: (torch.Size((*(level.size for level in levels.get(slot, ())), *kind[0])), *kind[1:])
+        for slot, kind in program.kinds.items()
+    }
+    return predict(program, source.kept, source.wanted, source.copied)
+
+
+def _levels(value: Any) -> set[Any]:
+    """The vmaps whose samples a value has."""
+    found = set()
+    while value.__class__ is BatchTensor:
+        if value.batched:
+            found.add(value.level)
+        value = value.value
+    return found
 
 
 def forget(tape: Any, request: Request) -> None:

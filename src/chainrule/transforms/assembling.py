@@ -38,7 +38,8 @@ class Assembled:
             self._level = part.level if isinstance(part, BatchTensor) else None
             place = dim + (stored is not part)
             shape = (*stored.shape[:place], self._total, *stored.shape[place + 1 :])
-            self._whole = stored.new_empty(shape)
+            with undispatched():
+                self._whole = stored.new_empty(shape)
             if (watch := current_watch()) is not None:
                 watch.held += self._whole.nbytes
         if self._whole is None:

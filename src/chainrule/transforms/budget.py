@@ -9,7 +9,7 @@ from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.tape import Tape
 from chainrule.execute.engine import CACHE
 from chainrule.execute.memory import Watch
-from chainrule.execute.prediction import forget, predicted
+from chainrule.execute.prediction import Predictions, forget
 from chainrule.plan.planner import Request
 from chainrule.transforms.trace import Traced
 
@@ -99,6 +99,7 @@ class _Trials:
         watch.add_run(traced.tape)
         self.held = watch.held
         self.tried: dict[int, tuple[Tape, Request]] = {}
+        self.predictions = Predictions()
 
     def needed(self, rows: int, budget: int) -> float:
         """The bytes that a block of so many rows needs, the record of the run included; it is run if that is in the budget."""
@@ -111,7 +112,7 @@ class _Trials:
         # The caller holds a block while the next one is computed; in a whole result it is copied at once.
         self.tried[rows] = traced.tape, request
         beside = self.held - self.size if all_at_once else self.held + (0 if self.whole else self.size * rows / self.total)
-        memory = predicted(traced.tape, request, budget - beside)
+        memory = self.predictions.memory(traced.tape, request, budget - beside)
         # The same for all samples where the Jacobian does not depend on them.
         return self.held + memory.temporaries if all_at_once else beside + memory.peak
 
