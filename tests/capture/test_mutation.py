@@ -570,3 +570,23 @@ def test_rows_of_a_constant_assigned(made):
         expected = torch.func.grad(loss)(x)
         torch.manual_seed(1)
         torch.testing.assert_close(chainrule.grad(loss)(x), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rrelu_in_place_has_the_slopes_that_its_value_has(training: bool) -> None:
+    x = torch.randn(40, dtype=torch.float64)
+
+    def func(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.nn.functional.rrelu(y * 1.0, training=training, inplace=True)
+        return (out * out).sum(), out
+
+    slopes, out = chainrule.grad(func, has_aux=True)(x)
+    torch.testing.assert_close(slopes, 2 * out * out / x)
+    torch.manual_seed(5)
+    second = chainrule.hessian(lambda y: func(y)[0])(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(second, torch.diag(2 * (func(x)[1] / x) ** 2))
+    mapped, out = chainrule.vmap(chainrule.grad(func, has_aux=True), randomness="different")(x.view(4, 10))
+    torch.testing.assert_close(mapped, 2 * out * out / x.view(4, 10))
+    if training:
+        assert (out / x.view(4, 10)).unique().numel() > 4

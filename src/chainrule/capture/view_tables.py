@@ -94,5 +94,9 @@ def _fill_diagonal(tensor: torch.Tensor, value: Any, wrap: bool = False) -> torc
     return tensor.masked_fill_(places, value)
 
 
-#: Writes without a functional form, by others that have one.
-EXPANDED_WRITES: dict[Any, Any] = {aten.fill_diagonal_.default: _fill_diagonal}
+def _rrelu(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor.copy_(aten.rrelu.default(tensor, *args, **kwargs))
+
+
+#: Writes without a functional form that has a rule, by others that have one.
+EXPANDED_WRITES: dict[Any, Any] = {aten.fill_diagonal_.default: _fill_diagonal, aten.rrelu_.default: _rrelu}

@@ -64,9 +64,9 @@ def _rrelu(
     """A leaky ReLU whose slope is drawn in training and fixed otherwise."""
     if not training:
         return torch.nn.functional.leaky_relu(input, (lower + upper) / 2)
-    noise = torch.empty_like(input)
-    aten.rrelu_with_noise.default(input.detach(), noise, lower, upper, True, generator)
-    return input * noise
+    noise = torch.ones_like(input)
+    _, drawn = aten.rrelu_with_noise_functional.default(input.detach(), noise, lower, upper, True, generator)
+    return input * drawn
 
 
 def _distances(difference: Tensor, p: float) -> Tensor:
