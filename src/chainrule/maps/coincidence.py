@@ -25,6 +25,10 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     """
     if one.index is two.index and one.sources == two.sources:
         return term.having(onehots=tuple(h for h in term.onehots if h is not two))
+    if workspace.recurrences and one.index is two.index and len(one.sources) == 1 and _is_distinct(one):
+        # The same place is read by the same position only: the two axes are one.
+        rest = tuple(h for h in term.onehots if h is not two)
+        return term.having(onehots=rest).rename({two.sources[0]: one.sources[0]})
     if one.affine is not None and two.affine is not None:
         solved = solve_affine(term, one, two, workspace)
         if solved is not None:
@@ -32,6 +36,10 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
     dropped, kept = (two, one) if one.affine is not None else (one, two)
     rest = tuple(h for h in term.onehots if h is not dropped)
     return term.having(factors=(*term.factors, _equality(dropped, kept, workspace)), onehots=rest)
+
+
+def _is_distinct(onehot: OneHot) -> bool:
+    return not onehot.partial and (0 in onehot.index.distinct or (onehot.affine is not None and onehot.affine[1] != 0))
 
 
 def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Term | None:

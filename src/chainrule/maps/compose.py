@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from chainrule.maps import running
 from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
 from chainrule.maps.contract import contract, contract_any, expand_to, permute
@@ -26,12 +27,14 @@ class Workspace:
         kernels: whether ops may multiply single rows by kernels of their own.
         repeated: whether many rows come one after the other: what does not depend on them is computed once.
         forward: whether torch's forward mode says what the derivative is, where it and reverse mode differ (rows of padding).
+        recurrences: whether scans are known by their recurrences beside their triangles (see :mod:`chainrule.maps.running`).
     """
 
     sparse = False
     kernels = False
     repeated = False
     forward = False
+    recurrences = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -158,6 +161,8 @@ def without_repeats(factor: Factor, memo: Memo) -> Factor:
         node = memo.get(key)
         if node is None and (known := factor.node.diagonal) is not None and known[:2] == (first, second):
             node = memo[key] = known[2]()
+        if node is None and (read := running.diagonal(factor.node, first, second)) is not None:
+            node = memo[key] = read
         if node is None:
             node = memo[key] = Node(
                 (axis.size for axis in axes),
@@ -289,7 +294,8 @@ def _push_one(term: Term, workspace: Workspace) -> Term | None:
         others = tuple(h for h in term.onehots if h is not onehot)
         twin = next((h for h in others if h.target is target), None)
         if twin is not None:
-            return workspace.coincide(term, onehot, twin)
+            joined = workspace.coincide(term, onehot, twin)
+            return joined.having(factors=tuple(without_repeats(f, workspace.memo) for f in joined.factors))
         carried = any(target in f.axes for f in term.factors)
         chained = any(target in h.sources for h in others)
         if target in outer and not carried and not chained:
@@ -552,4 +558,6 @@ def scaled(factor: Factor, scale: float, workspace: Workspace) -> Factor:
             moved=2 * factor.node.numel,
             label="scale",
         )
+        if factor.node.running is not None:
+            node.running = factor.node.running.multiplied(scale)
     return Factor(node, factor.axes)

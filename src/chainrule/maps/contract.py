@@ -11,6 +11,7 @@ from typing import NamedTuple
 import opt_einsum
 import torch
 
+from chainrule.maps import running
 from chainrule.maps.matrix_products import many_small, plain_product, products_by_columns
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
@@ -124,6 +125,12 @@ def _sum_axes(factor: Factor, kept: set[Axis], memo: dict[object, Node]) -> Fact
     if node is None and (known := factor.node.sums) is not None:
         rest = Factor(known(gone[0]), (*factor.axes[: gone[0]], *factor.axes[gone[0] + 1 :]))
         node = memo[key] = _sum_axes(rest, kept, memo).node
+    if node is None and factor.node.running is not None:
+        for i in gone:
+            if (found := running.summed(factor, factor.axes[i], memo)) is not None:
+                rest = transpose_to(found, [axis for axis in factor.axes if axis in found.axes], memo)
+                node = memo[key] = _sum_axes(rest, kept, memo).node
+                break
     if node is None and all(factor.axes[i].size == 1 for i in gone):
         node = memo[key] = Node(
             (axis.size for axis in axes), (factor.node,),
@@ -160,6 +167,8 @@ def transpose_to(factor: Factor, order: Sequence[Axis], memo: dict[object, Node]
             (axis.size for axis in axes), (factor.node,),
             lambda program, value: program.view_of(value, lambda v: permute(v, permutation)), label="permute",
         )  # fmt: skip
+        if factor.node.running is not None:
+            node.running = factor.node.running.placed(permutation)
     return Factor(node, axes)
 
 
@@ -176,6 +185,31 @@ def _pair(
     first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node], wanted: Sequence[Axis]
 ) -> Factor:
     """Contract two factors; axes outside ``still`` are summed. ``wanted`` is the order of the final result."""
+    if first.node.running is not None or second.node.running is not None:
+        found = _running_product(first, second, still, memo, wanted)
+        if found is not None:
+            return found
+    return _plain_pair(first, second, still, memo, wanted)
+
+
+def _running_product(
+    first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node], wanted: Sequence[Axis]
+) -> Factor | None:
+    """A product with matrices that are made by recurrences: summed by these, or of their kind itself and then summed."""
+    for one, two in ((first, second), (second, first)):
+        if (found := _merged(one, two, still, memo) or running.summed_product(one, two, still, memo)) is not None:
+            return _sum_axes(found, still, memo)
+    middle = running.middle(first, second)
+    every = {*first.axes, *second.axes} if middle is None else {*first.axes, *second.axes} - ({middle} - still)
+    if every <= still:
+        return None
+    found = _plain_pair(first, second, still | every, memo, wanted)
+    return None if found.node.running is None else _sum_axes(found, still, memo)
+
+
+def _plain_pair(
+    first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node], wanted: Sequence[Axis]
+) -> Factor:
     merged = _merged(first, second, still, memo) or _merged(second, first, still, memo)
     if merged is not None:
         return merged
@@ -220,6 +254,7 @@ def _pair(
         node = memo[key] = Node(
             (a.size for a in axes), (first.node, second.node), compute, flops=flops, moved=moved, label="product"
         )
+        node.running = running.of_product(first, second, axes, summed)
     return Factor(node, axes)
 
 
@@ -241,7 +276,7 @@ class Merge(NamedTuple):
 
 def _merged(first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node]) -> Factor | None:
     """The contraction of two factors by a way of the first one's own, if it has one for this."""
-    if first.node.merge is None:
+    if first.node.merge is None or second.node.running is not None:
         return None
     second = _sum_axes(second, still | set(first.axes), memo)
     found: Merge | None = first.node.merge(first, second, still)

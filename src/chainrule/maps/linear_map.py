@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from chainrule.maps import sums
+from chainrule.maps import running, sums
 from chainrule.maps.assembly import assembled_node
 from chainrule.maps.bands import slice_axis
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
@@ -133,11 +133,11 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
         if operator.whole:
             terms.append(_pull(_dense(left, workspace), operator, workspace))
             continue
-        terms.extend(_all_through(left.terms, operator, workspace))
+        terms.extend(_all_through(left.terms, operator, workspace, eager))
     if left.operators:
         lifted = tuple(t.transpose() for t in right.terms)
         for operator in left.operators:
-            terms.extend(found.transpose() for found in _all_through(lifted, operator.transpose(), workspace))
+            terms.extend(found.transpose() for found in _all_through(lifted, operator.transpose(), workspace, eager))
     return LinearMap(left.out_shape, right.in_shape, tuple(terms))
 
 
@@ -152,8 +152,11 @@ def _has_empty_axis(one: Term, two: Term) -> bool:
     return one.is_empty or two.is_empty
 
 
-def _all_through(terms: Sequence[Term], operator: Operator, workspace: Workspace) -> list[Term]:
+def _all_through(terms: Sequence[Term], operator: Operator, workspace: Workspace, eager: bool) -> list[Term]:
     """A sum of terms composed with an operator: term by term, or added up before if that is predicted to cost less."""
+    if any(factor.node.running is not None for other in operator.terms for factor in other.factors):
+        joined = [join(t, o, workspace) for t in terms for o in operator.terms if not _has_empty_axis(t, o)]
+        return [settle(t, workspace, bands=True) if eager else t for t in joined if t.scale != 0.0]
     merged = merge(terms, workspace, force=False)
     apart = [found for term in merged for found in _through(term, operator, workspace)]
     if len(merged) < 2 or workspace.sparse or any(term.onehots for term in merged):
@@ -352,6 +355,8 @@ def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | No
     sizes = tuple(a.size for a in axes)
     numel = math.prod(sizes)
     node = Node(sizes, (first.node, second.node), compute, flops=numel, moved=3 * numel, label="add")
+    if first.axes == second.axes:
+        node.running = running.of_sum(first.node.running, second.node.running)
     return whole.having(factors=(*common, Factor(node, tuple(axes))), scale=1.0)
 
 

@@ -39,6 +39,7 @@ class Node:
             there is no such way.
         is_indicator: whether it holds zeros and ones only, so that it is its own square.
         is_choice: whether it is zero but where an op chose its elements (an extremum, of which ties have their shares).
+        running: the matrices that it holds, if these are made by a recurrence (see :mod:`chainrule.maps.running`).
         mask: whether its zeros may be known before the run: a mask, or an operand that may be one.
         zeros: which of its dimensions a constant mask stands over, outside of which it is zero, and what makes that on a
             device; None where nothing is known.
@@ -48,7 +49,7 @@ class Node:
 
     __slots__ = (
         "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_choice", "is_indicator",
-        "label", "mask", "merge", "numel", "sizes", "slot", "staged", "sums", "zeros",
+        "label", "mask", "merge", "numel", "running", "sizes", "slot", "staged", "sums", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +78,7 @@ class Node:
         self.slot: int | None = None
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None
         self.merge: Any = None
+        self.running: Any = None
         self.sums: Callable[[int], Node] | None = None
         self.diagonal: tuple[int, int, Callable[[], Node]] | None = None
         self.is_indicator = self.is_choice = False

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from chainrule.maps import running
 from chainrule.maps.contract import contract, expand_to, permute, transpose_to
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.staging import Program, Staged
@@ -22,6 +23,17 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
     """Read a factor that carries the relation's target at ``index[sources]``: it then carries the sources instead."""
     target = onehot.target
     position = factor.axes.index(target)
+    if factor.node.running is not None:
+        if (read := running.gathered(factor, onehot, memo)) is not None:
+            return read
+        if not any(axis in factor.axes for axis in onehot.sources):
+            read = _gathered(factor, onehot, memo, position)
+            return Factor(running.note_gathered(factor, onehot, read.node, position, memo), read.axes)
+    return _gathered(factor, onehot, memo, position)
+
+
+def _gathered(factor: Factor, onehot: OneHot, memo: Memo, position: int) -> Factor:
+    target = onehot.target
     if any(axis in factor.axes for axis in onehot.sources):
         return _gather_at(factor, onehot.sources, (target,), onehot.index, partial=onehot.partial, memo=memo)
     axes = factor.axes[:position] + onehot.sources + factor.axes[position + 1 :]

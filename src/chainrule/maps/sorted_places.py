@@ -38,20 +38,30 @@ def inverse(permutation: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(permutation).index_copy_(0, permutation, counted)
 
 
-def join_equal(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing)."""
+class TooManyError(Exception):
+    """More entries than are wanted: it never reaches a user."""
+
+
+def join_equal(left: torch.Tensor, right: torch.Tensor, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of positions at which two vectors of numbers are equal (negative ones equal nothing).
+
+    Raises:
+        TooManyError: if there are more than `limit`.
+    """
     if 4 * left.numel() < right.numel():
         # The shorter one is sorted.
-        second, first = join_equal(right, left)
+        second, first = join_equal(right, left, limit)
         return first, second
     order = torch.argsort(right, stable=True)
     ordered = right.index_select(0, order)
     low, high = torch.searchsorted(ordered, left), torch.searchsorted(ordered, left, right=True)
     counts = torch.where(left < 0, 0, high - low)
+    if limit is not None and int(counts.sum()) > limit:
+        raise TooManyError
     first = torch.repeat_interleave(torch.arange(left.numel(), device=left.device), counts)
     start = torch.cumsum(counts, 0) - counts
     offset = torch.arange(first.numel(), device=left.device) - start.index_select(0, first)
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["inverse", "join_equal", "ordering", "places_among"]
+__all__ = ["TooManyError", "inverse", "join_equal", "ordering", "places_among"]

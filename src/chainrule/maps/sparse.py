@@ -305,7 +305,7 @@ class SparseWorkspace(Workspace):
         left, right = (
             self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
         )
-        first, second = join_equal(left, right)
+        first, second = join_equal(left, right, self.limit)
         pairs = Axis(len(first))
         gone = {id(h) for pair in tied for h in pair}
         onehots = [h for h in term.onehots if id(h) not in gone]

@@ -372,6 +372,8 @@ def _candidates(
     """The ways to compute what is asked, the blocks that each of them makes, and the ops that lie between."""
     made: dict[Jacobian, dict[str, Any]] = {}
     whole = Graph()
+    whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
+    workspace.recurrences = not whole_blocks
     graphs: dict[Jacobian, tuple[Graph, list[int], list[int]]] = {}
     for jacobian in jacobians(request.expression):
         inputs = list(dict.fromkeys(jacobian.inputs))
@@ -383,7 +385,6 @@ def _candidates(
         whole.include(graph)
     found: list[Candidate] = []
     blocks: dict[str, Blocks] = {}
-    whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
     for name in dict.fromkeys(name for makers in made.values() for name in makers):
         maps = {jacobian: makers.get(name, makers["reverse"])[0]() for jacobian, makers in made.items()}
         build = Builder(maps, seeds, workspace)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chainrule.maps import running
 from chainrule.maps.compose import Workspace, settle
 from chainrule.maps.linear_map import LinearMap, add_maps, merge
 from chainrule.maps.terms import Term
@@ -40,7 +41,7 @@ def _is_network(term: Term) -> bool:
 
 
 def _held(term: Term) -> int:
-    return sum(factor.node.numel for factor in term.factors)
+    return sum(running.held(factor.node) for factor in term.factors)
 
 
 __all__ = ["added_apart"]

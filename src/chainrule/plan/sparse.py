@@ -14,6 +14,7 @@ from chainrule.maps.linear_map import LinearMap, compose
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import count_entries
 from chainrule.maps.row_form import in_rows
+from chainrule.maps.sorted_places import TooManyError
 from chainrule.maps.sparse import SparseWorkspace
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import Term, identity
@@ -171,17 +172,13 @@ def _has_complex(tape: Any, graph: Graph) -> bool:
     return any(tape.values[slot].is_complex() for slot in (*graph.order, *graph.out_of))
 
 
-class _TooMany(Exception):  # noqa: N818 - never reaches a user
-    """An op has more entries than are to be listed."""
-
-
 def _structured(local: LinearMap, workspace: SparseWorkspace) -> LinearMap:
     terms = list(local.terms)
     for operator in local.operators:
         if operator.structure is not None:
             listed = operator.structure()
             if workspace.limit is not None and sum(map(count_entries, listed)) > workspace.limit:
-                raise _TooMany
+                raise TooManyError
             terms.extend(listed)
             continue
         shape = local.out_shape
@@ -474,7 +471,7 @@ def described_entries(
     """The terms of the blocks of an expression with relations in place of what a dense sum over them would be.
 
     Nothing but indices is computed. None where the entries cannot be listed (there are complex values in between), or those of
-    one op are more than ``limit``.
+    one op, or the pairs of entries that meet in a product, are more than ``limit``.
     """
     workspace = sparse_workspace(tape, (*request.inputs, *request.outputs))
     workspace.limit = limit
@@ -485,10 +482,10 @@ def described_entries(
             if _has_complex(tape, graph):
                 return None
             made[jacobian] = _accumulated(tape, graph, *_slots(jacobian), "reverse", workspace)
-    except _TooMany:
+        blocks = Builder(made, seeds, workspace).blocks(request.expression)
+        found = {key: [settle(term, workspace) for term in local.terms] for key, local in blocks.items()}
+    except TooManyError:
         return None
-    blocks = Builder(made, seeds, workspace).blocks(request.expression)
-    found = {key: [settle(term, workspace) for term in local.terms] for key, local in blocks.items()}
     workspace.memo.clear()
     return found
 

@@ -81,20 +81,25 @@ def _roll(call: Call) -> Term:
         flat = constant_index(
             shape, lambda d: torch.remainder(torch.arange(total, device=d) - shift, max(total, 1)).reshape(shape), device
         )
-        return Term(dims_of(out), dims_of(axes), (), flat_relations(flat, out, axes, False))
+        relations = flat_relations(flat, out, axes, False)
+        if len(shape) == 1:
+            for onehot in relations:
+                onehot.index.distinct = frozenset({0})
+        return Term(dims_of(out), dims_of(axes), (), relations)
     total_shift: dict[int, int] = {}
     for shift, d in zip(shifts, dims, strict=True):
         total_shift[d % len(shape)] = total_shift.get(d % len(shape), 0) + shift
     axes = new_axes(shape)
     out_axes = list(axes)
-    relations = []
+    rolled = []
     for d, shift in total_shift.items():
         size = shape[d]
         if size == 0 or shift % size == 0:
             continue
         out_axes[d] = Axis(size)
-        relations.append(_listed(out_axes[d], axes[d], [(i - shift) % size for i in range(size)], device))
-    return Term(dims_of(out_axes), dims_of(axes), (), tuple(relations))
+        rolled.append(_listed(out_axes[d], axes[d], [(i - shift) % size for i in range(size)], device))
+        rolled[-1].index.distinct = frozenset({0})
+    return Term(dims_of(out_axes), dims_of(axes), (), tuple(rolled))
 
 
 def _listed(source: Axis, target: Axis, positions: Sequence[int], device: torch.device) -> OneHot:

@@ -247,6 +247,7 @@ def _ordered(call: Call) -> Iterable[Edge]:
     axes = new_axes(shape)
     out = (*axes[:dim], Axis(out_shape[dim]), *axes[dim + 1 :])
     relation = OneHot(_picked_index(call, 1, out_shape), out, axes[dim])
+    relation.index.distinct = frozenset({dim})
     yield single(call, item, [Term(dims_of(out), dims_of(axes), (), (relation,))])
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from chainrule.maps.contract import Merge
-from chainrule.maps.nodes import leaf
+from chainrule.maps.nodes import Node, leaf
+from chainrule.maps.running import Running
+from chainrule.maps.semiseparable import Half, Semiseparable
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
@@ -75,6 +77,10 @@ def _triangle_term(call: Call, shape: tuple[int, ...], dim: int) -> Term:
     node.is_indicator = True
     node.merge = _running_sum
     node.sums = lambda summed: leaf((size,), lambda program: counted(program, summed), label="counts")
+    if call.workspace.recurrences and size > _SHORT:
+        column = leaf((size, 1), lambda program: torch.unsqueeze(ones(program), 1), label="ones")
+        one = Semiseparable(size, leaf((size,), ones, label="ones"), Half(column, None, column), None)
+        node.running = Running(0, 1, one, dtype=dtype)
     axes, result, argument = new_axes(shape), Axis(size), Axis(size)
     out, inner = ((*axes[:dim], place, *axes[dim + 1 :]) for place in (result, argument))
     return Term(dims_of(out), dims_of(inner), (Factor(node, (result, argument)),))
@@ -133,6 +139,21 @@ def _lines(
             ``h[i] = a[i] h[i - 1] + c[i] t[i]``: lines that are long are not worth a triangle for each product.
     """
 
+    def matrices(call: Call, item: Any, dim: int) -> Semiseparable:
+        """The triangles by their recurrence."""
+        shape = call.shape(item)
+        sizes = (*shape[:dim], *shape[dim + 1 :], shape[dim])
+
+        def part(number: int, behind: int) -> Node:
+            def formula(program: Program) -> Any:
+                found = recurrence(program, call.stage(program, item), call.stage_output(program), dim)[number]
+                found = torch.movedim(found, dim, -1) if len(sizes) > 1 else found
+                return torch.reshape(found, (*sizes, *(1,) * behind)) if behind else found
+
+            return formula_node(call, (*sizes, *(1,) * behind), formula)
+
+        return Semiseparable(sizes[-1], part(0, 0), Half(part(1, 1), part(1, 2), part(0, 1)), None)
+
     def linearize(call: Call) -> Iterable[Edge]:
         item = call.args[0]
         if not call.is_active(item):
@@ -164,6 +185,8 @@ def _lines(
         if size <= _SHORT:
             yield single(call, item, [term])
             return
+        if call.workspace.recurrences:
+            node.running = Running(dim, dim + 1, matrices(call, item, dim), dtype=call.workspace.dtype)
 
         def push(call: Call, program: Program, rows: Staged, count: int) -> Staged:
             weights, factors = recurrence(program, call.stage(program, item), call.stage_output(program), dim)
