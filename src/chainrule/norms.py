@@ -157,6 +157,15 @@ class _Fixed(torch.autograd.Function):
         return *found, None, None, None
 
 
+def _are_statistics(edges: Sequence[tuple[Any, int]]) -> bool:
+    """Whether the mean and the scale are those of the input, by the edges of a cotangent, an input, a mean and a scale."""
+    _, of_input, (node, mean), (other, scale) = edges[:4]
+    if node is None or node is not other or (mean, scale) != (1, 2) or node.name() != "_NormalisedBackward":
+        return False
+    found: bool = node.next_functions[0] == of_input
+    return found
+
+
 class _Pulled(torch.autograd.Function):
     """The kernel of the derivative, itself with derivatives by all of its tensors."""
 
@@ -172,7 +181,7 @@ class _Pulled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        """The mean and the scale are functions of the input as well; each counts by itself here.
+        """The mean and the scale count by themselves, if they are not known to be those of the input.
 
         With the projection `p(v) = v - mean(v) - n mean(v n)` on what the normalised `n` leaves free, the first result is
         `scale p(weight cotangent)`. This `p` is symmetric: it is the kernel again that pulls back through it.
@@ -198,9 +207,9 @@ class _Pulled(torch.autograd.Function):
                 if of_weight:
                     found[4] = (cotangent * projected).sum_to_size(factor.shape).reshape(weight.shape)
             if any(of_others):
-                one = (by_rows * normalised).sum_to_size(shape) * share
-                two = (weighted * normalised).sum_to_size(shape) * share
-                along = torch.addcmul(by_rows * two, weighted, one) * -rate
+                one = (by_rows * normalised).sum_to_size(shape)
+                two = (weighted * normalised).sum_to_size(shape)
+                along = torch.addcmul(by_rows * two, weighted, one) * (rate * -share)
         if by_weight is not None:
             own = kind.beside(by_weight, x)
             found[0] = own * normalised if found[0] is None else torch.addcmul(found[0], own, normalised)
@@ -208,9 +217,14 @@ class _Pulled(torch.autograd.Function):
         if by_bias is not None:
             own = kind.beside(by_bias, x)
             found[0] = own.expand_as(x) if found[0] is None else found[0] + own
-        if any(of_others) and along is not None:
-            found[1] = along * rate
-            found[2] = found[1].sum_to_size(shape).neg().reshape(mean.shape)
+        if any(of_others) and along is not None and _are_statistics(ctx.next_functions):
+            found[1] = _pulled(kind, along, x, mean, scale, None, [True, False, False])[0]
+            if projected is not None and found[1] is not None:
+                slope = (projected * weighted).sum_to_size(shape) * rate * -share
+                found[1] = torch.addcmul(found[1], normalised, slope)
+        elif any(of_others) and along is not None:
+            found[1] = rows = along * rate
+            found[2] = rows.sum_to_size(shape).neg().reshape(mean.shape)
             by_scale = along * normalised
             if projected is not None:
                 by_scale = torch.addcmul(by_scale, projected, weighted)

@@ -477,7 +477,7 @@ def _nll_loss_forward(
 
 
 def _linear_of_batch(run: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """A linear layer as torch has it, with what autograd keeps: the matrix of an input of several dimensions, the weight's view."""
+    """A linear layer as torch has it, with what autograd keeps: a matrix in the place of more dimensions, the weight's view."""
     if weight.dim() != 2 or not input.numel() or not weight.numel():
         return NotImplemented
     if input.dim() == 2:
