@@ -106,3 +106,52 @@ def test_derivatives_of_a_derivative_that_depends_on_nothing() -> None:
         total = sum((item * torch.linspace(0.3, 1.7, item.numel(), dtype=DOUBLE).reshape(item.shape)).sum() for item in first)
         found.append(torch.autograd.grad(total, x)[0])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["layer", "batch"])
+def test_a_bias_without_a_weight(kind: str) -> None:
+    torch.manual_seed(5)
+    x, bias = torch.randn(3, 4, dtype=DOUBLE, requires_grad=True), torch.randn(4, dtype=DOUBLE, requires_grad=True)
+    dims = (1,) if kind == "layer" else (0,)
+    if kind == "layer":
+        out = norms.native_layer_norm(x, [4], None, bias, EPS)[0]
+    else:
+        out = norms.native_batch_norm(x, None, bias, None, None, True, 0.1, EPS)[0]
+    expected = in_steps(x, None, None, dims, (1, 4))[0] + bias
+    found = derivatives([out], [x, bias], 3)
+    torch.testing.assert_close(found, derivatives([expected], [x, bias], 3), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, True], [True, False, True]])
+@pytest.mark.parametrize("kind", ["layer", "batch"])
+def test_the_derivative_as_a_function_of_all_its_tensors(kind: str, mask: list[bool]) -> None:
+    """A mean and a scale that are not those of the input; finite differences in double precision."""
+    torch.manual_seed(6)
+    cotangent, x, weight = (torch.randn(s, dtype=DOUBLE, requires_grad=True) for s in ((3, 4), (3, 4), (4,)))
+    sizes = (3, 1) if kind == "layer" else (4,)
+    mean, scale = torch.randn(sizes, dtype=DOUBLE, requires_grad=True), (torch.rand(sizes, dtype=DOUBLE) + 0.5).requires_grad_()
+
+    def derivative(*given: Tensor) -> list[Tensor]:
+        c, x, mean, scale, weight = given
+        if kind == "layer":
+            found = norms.layer_norm_backward(c, x, [4], mean, scale, weight, weight, mask)
+        else:
+            found = norms.batch_norm_backward(c, x, weight, mean, scale, EPS, mask)
+        return [item for item, wanted in zip(found, mask, strict=True) if wanted and item is not None]
+
+    given = (cotangent, x, mean, scale, weight)
+    assert torch.autograd.gradcheck(derivative, given)
+    assert torch.autograd.gradgradcheck(derivative, given)
+
+
+def test_statistics_of_another_tensor_count_by_themselves() -> None:
+    """Those of `2 x`, which is no view of `x`: the derivative by `x` has a part of its own, and one through them."""
+    torch.manual_seed(7)
+    x, cotangent = torch.randn(3, 4, dtype=DOUBLE, requires_grad=True), torch.randn(3, 4, dtype=DOUBLE)
+
+    def ours(x: Tensor) -> Tensor:
+        _, mean, scale = norms.native_layer_norm(2 * x, [4], None, None, EPS)
+        return norms.layer_norm_backward(cotangent, x, [4], mean, scale, None, None, [True, False, False])[0]  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(ours, (x,))
+    assert torch.autograd.gradgradcheck(ours, (x,))

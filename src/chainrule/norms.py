@@ -38,6 +38,10 @@ class _Kind(Protocol):
         """A mean, scale or weight that broadcasts against the input."""
         ...
 
+    def own(self, x: Tensor) -> Sequence[int]:
+        """The shape of a weight or bias."""
+        ...
+
 
 class _Layer(NamedTuple):
     """Over the last dimensions."""
@@ -59,6 +63,9 @@ class _Layer(NamedTuple):
     def beside(self, item: Tensor, x: Tensor) -> Tensor:
         return item
 
+    def own(self, x: Tensor) -> Sequence[int]:
+        return self.shape
+
 
 class _Batch(NamedTuple):
     """Over all dimensions but the second one."""
@@ -79,6 +86,9 @@ class _Batch(NamedTuple):
 
     def beside(self, item: Tensor, x: Tensor) -> Tensor:
         return item.reshape(-1, *([1] * (x.dim() - 2)))
+
+    def own(self, x: Tensor) -> Sequence[int]:
+        return (x.shape[1],)
 
 
 class _Normalised(torch.autograd.Function):
@@ -109,8 +119,9 @@ class _Normalised(torch.autograd.Function):
             if of_mean is not None:
                 rows = rows + kind.beside(of_mean, x) * share
             if of_scale is not None:
-                rate, centred = kind.beside(scale, x), x - kind.beside(mean, x)
-                rows = rows - kind.beside(of_scale, x) * rate * rate * rate * centred * share
+                rate = kind.beside(scale, x)
+                slope = kind.beside(of_scale, x) * rate * rate * rate * -share
+                rows = torch.addcmul(rows, slope, x - kind.beside(mean, x))
             found[0] = rows
         return None, *found
 
@@ -146,6 +157,15 @@ class _Fixed(torch.autograd.Function):
         return *found, None, None, None
 
 
+def _are_statistics(edges: Sequence[tuple[Any, int]]) -> bool:
+    """Whether the mean and the scale are those of the input, by the edges of a cotangent, an input, a mean and a scale."""
+    _, of_input, (node, mean), (other, scale) = edges[:4]
+    if node is None or node is not other or (mean, scale) != (1, 2) or node.name() != "_NormalisedBackward":
+        return False
+    found: bool = node.next_functions[0] == of_input
+    return found
+
+
 class _Pulled(torch.autograd.Function):
     """The kernel of the derivative, itself with derivatives by all of its tensors."""
 
@@ -157,33 +177,61 @@ class _Pulled(torch.autograd.Function):
         ctx.kind, ctx.mask = kind, mask
         ctx.save_for_backward(cotangent, x, mean, scale, weight)
         ctx.set_materialize_grads(False)
-        return tuple(kind.pull(cotangent, x, mean, scale, weight, mask))
+        return tuple(_kernel(kind, cotangent, x, mean, scale, weight, mask))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[2:]
-        further = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Aliases: the mean and the scale are functions of the input as well, and each counts by itself here.
-            given: list[Any] = [
-                item if item is None else item.view_as(item) if further else item.detach().requires_grad_(need)
-                for item, need in zip(ctx.saved_tensors, needed, strict=True)
-            ]
-            results = _in_parts(ctx.kind, ctx.mask, *given)
-        pairs = [
-            (result, c)
-            for result, c in zip(results, cotangents, strict=True)
-            if result is not None and c is not None and result.requires_grad
-        ]
-        wanted = [item for item, need in zip(given, needed, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [result for result, _ in pairs], wanted, [c for _, c in pairs], create_graph=further, allow_unused=True
-            )
-            if pairs
-            else [None] * len(wanted)
-        )
-        return None, None, *(next(found) if need else None for need in needed)
+        """The mean and the scale count by themselves, if they are not known to be those of the input.
+
+        With the projection `p(v) = v - mean(v) - n mean(v n)` on what the normalised `n` leaves free, the first result is
+        `scale p(weight cotangent)`. This `p` is symmetric: it is the kernel again that pulls back through it.
+        """
+        kind: _Kind = ctx.kind
+        cotangent, x, mean, scale, weight = ctx.saved_tensors
+        of_cotangent, *of_others, of_weight = ctx.needs_input_grad[2:]
+        by_rows, by_weight, by_bias = cotangents
+        found: list[Tensor | None] = [None] * 5
+        rate, centre = kind.beside(scale, x), kind.beside(mean, x)
+        share, shape = mean.numel() / x.numel(), rate.shape
+        normalised = (x - centre) * rate
+        along: Tensor | None = None  # the cotangent of the normalised input
+        projected: Tensor | None = None
+        weighted = cotangent
+        if by_rows is not None:
+            projected = _pulled(kind, by_rows, x, mean, scale, None, [True, False, False])[0]
+            assert projected is not None
+            found[0] = projected
+            if weight is not None:
+                factor = kind.beside(weight, x)
+                weighted, found[0] = cotangent * factor, projected * factor
+                if of_weight:
+                    found[4] = (cotangent * projected).sum_to_size(factor.shape).reshape(weight.shape)
+            if any(of_others):
+                one = (by_rows * normalised).sum_to_size(shape)
+                two = (weighted * normalised).sum_to_size(shape)
+                along = torch.addcmul(by_rows * two, weighted, one) * (rate * -share)
+        if by_weight is not None:
+            own = kind.beside(by_weight, x)
+            found[0] = own * normalised if found[0] is None else torch.addcmul(found[0], own, normalised)
+            along = own * cotangent if along is None else torch.addcmul(along, own, cotangent)
+        if by_bias is not None:
+            own = kind.beside(by_bias, x)
+            found[0] = own.expand_as(x) if found[0] is None else found[0] + own
+        if any(of_others) and along is not None and _are_statistics(ctx.next_functions):
+            found[1] = _pulled(kind, along, x, mean, scale, None, [True, False, False])[0]
+            if projected is not None and found[1] is not None:
+                slope = (projected * weighted).sum_to_size(shape) * rate * -share
+                found[1] = torch.addcmul(found[1], normalised, slope)
+        elif any(of_others) and along is not None:
+            found[1] = rows = along * rate
+            found[2] = rows.sum_to_size(shape).neg().reshape(mean.shape)
+            by_scale = along * normalised
+            if projected is not None:
+                by_scale = torch.addcmul(by_scale, projected, weighted)
+            found[3] = (by_scale.sum_to_size(shape) / rate).reshape(scale.shape)
+        if not of_cotangent:
+            found[0] = None
+        return None, None, *found
 
 
 def _in_parts(
@@ -199,13 +247,27 @@ def _in_parts(
         by_mean = weighted.sum_to_size(shape) * share
         by_scale = (weighted * normalised).sum_to_size(shape) * share
         found[0] = rate * (weighted - by_mean - normalised * by_scale)
-    if weight is not None:
-        own = kind.beside(weight, x).shape
-        if mask[1]:
-            found[1] = (cotangent * normalised).sum_to_size(own).reshape(weight.shape)
-        if mask[2]:
-            found[2] = cotangent.sum_to_size(own).reshape(weight.shape)
+    if weight is not None and mask[1]:
+        found[1] = (cotangent * normalised).sum_to_size(kind.beside(weight, x).shape).reshape(weight.shape)
+    if mask[2]:
+        found[2] = _of_bias(kind, cotangent, x)
     return found
+
+
+def _of_bias(kind: _Kind, cotangent: Tensor, x: Tensor) -> Tensor:
+    """The cotangent of the bias."""
+    own = kind.own(x)
+    return cotangent.sum_to_size(kind.beside(cotangent.new_empty(own), x).shape).reshape(own)
+
+
+def _kernel(
+    kind: _Kind, cotangent: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, mask: list[bool]
+) -> Sequence[Tensor | None]:
+    """The cotangents by torch's kernel, which wants a weight where there is a bias."""
+    if weight is not None or not mask[2]:
+        return kind.pull(cotangent, x, mean, scale, weight, mask)
+    found = kind.pull(cotangent, x, mean, scale, weight, [*mask[:2], False])
+    return found[0], found[1], _of_bias(kind, cotangent, x)
 
 
 #: As torch has them, without a look at the modes that are on.
@@ -222,7 +284,7 @@ def _pulled(
     kind: _Kind, cotangent: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, mask: list[bool]
 ) -> Sequence[Tensor | None]:
     if not _joins(cotangent, x, mean, scale, weight):
-        return kind.pull(cotangent, x, mean, scale, weight, mask)
+        return _kernel(kind, cotangent, x, mean, scale, weight, mask)
     if torch._C._len_torch_dispatch_stack():  # modes are to see what has derivatives
         return _in_parts(kind, mask, cotangent, x, mean, scale, weight)
     found: Sequence[Tensor | None] = _pull(kind, mask, cotangent, x, mean, scale, weight)

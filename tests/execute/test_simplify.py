@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chainrule
-from chainrule.execute.replay import compile_program
+from chainrule.execute.replay import compile_program, owned
 from chainrule.execute.simplify import simplify
 from chainrule.maps.staging import Program
 
@@ -241,3 +241,20 @@ def test_large_views_of_small_fixed_values() -> None:
             assert torch.equal(first, function(x))
             if first.is_contiguous():
                 first.fill_(7.0)  # what a caller does with a result is his own
+
+
+def test_a_broadcast_to_as_many_elements_need_not_be_copied() -> None:
+    program = Program()
+    x = program.input(0, torch.randn(3, dtype=torch.float64))
+    result = program.call(torch.broadcast_to, x * x, (1, 3))
+    wide = program.call(torch.broadcast_to, x * x, (2, 3))
+    found, other = owned(program, [result, wide])
+    assert found is result
+    assert other is not wide
+    value = torch.randn(3, dtype=torch.float64)
+    first, second = compile_program(program, [found, other])([value], ())
+    torch.testing.assert_close(first, (value * value)[None])
+    torch.testing.assert_close(second, (value * value).expand(2, 3))
+    second[0].zero_()
+    assert second[1].abs().sum() > 0
+    torch.testing.assert_close(first, (value * value)[None])

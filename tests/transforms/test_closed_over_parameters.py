@@ -447,3 +447,67 @@ def test_dropout_and_statistics_are_those_of_the_call(training: bool, dropout: f
         with torch.no_grad():  # seen by the next call
             for one, two in zip(net.parameters(), twin.parameters(), strict=True):
                 one.mul_(1.1), two.mul_(1.1)
+
+
+class Layers(nn.Module):
+    """Linear layers on matrices, on stacks of them, without a bias, and of a size of none; norms with and without weights."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.one, self.two, self.three = nn.Linear(4, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, 1)
+        self.norm, self.bias = nn.LayerNorm(5), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.one(x.expand(*self.rows, 4)))
+        if not y.numel():
+            return self.three(self.two(y)).square().sum()
+        y = self.two(y) + self.normalised(y, None, self.bias)
+        return self.three(self.normalised(y, self.norm.weight, self.norm.bias)).square().sum()
+
+    def normalised(self, y: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return F.layer_norm(y, (5,), weight, bias)
+        # torch.func takes the mean and the scale of its own op for constants, and wants a weight beside a bias.
+        centred = y - y.mean(-1, keepdim=True)
+        scaled = centred * ((centred * centred).mean(-1, keepdim=True) + self.norm.eps).rsqrt()
+        return scaled * (1 if weight is None else weight) + bias
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 3), (1,), (0,), (1, 1), ()])
+def test_derivatives_by_parameters_that_require_grad(rows: tuple[int, ...]) -> None:
+    """Up to the third order, in the first calls and in replays."""
+    torch.manual_seed(8)
+    net = Layers(rows).to(DOUBLE)
+    parameters, x = dict(net.named_parameters()), torch.randn(4, dtype=DOUBLE)
+
+    def orders(library: Any) -> list[Tensor]:
+        gradient = library.grad(lambda p: torch.func.functional_call(net, p, (x,)))(parameters)
+        found = [gradient[name] for name in parameters]
+        leaves = list(parameters.values())
+        for create in (True, False):
+            marks = [torch.arange(1.0, item.numel() + 1, dtype=DOUBLE).reshape(item.shape) for item in leaves]
+            loss = sum((item.sin() * mark).sum() for item, mark in zip(found[-len(leaves) :], marks, strict=True))
+            if not loss.requires_grad:  # type: ignore[union-attr]
+                found += [torch.zeros_like(leaf) for leaf in leaves]  # zeros of zeros, where nothing has elements
+                continue
+            found += torch.autograd.grad(loss, leaves, create_graph=create, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        return [item.detach() for item in found]
+
+    expected = orders(torch.func)
+    for _ in range(4):
+        torch.testing.assert_close(orders(chainrule), expected, **CLOSE)
+
+
+@pytest.mark.skipif(not (COMPILED and KNOWS_STATE), reason="the short cuts are not compiled here")
+def test_linear_layers_need_no_way_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, arrived = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), list[Any]()
+    parameters, x = dict(net.named_parameters()), torch.randn(3, 4)
+    gradient = chainrule.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().sum())
+    for _ in range(2):
+        gradient(parameters)
+    dispatched = Tape.__torch_dispatch__
+    monkeypatch.setattr(Tape, "__torch_dispatch__", lambda self, func, *args: arrived.append(func) or dispatched(self, func, *args))
+    found = gradient(parameters)
+    assert all(item.requires_grad for item in found.values())
+    assert not arrived, arrived

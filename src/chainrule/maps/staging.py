@@ -8,7 +8,8 @@ planning (see :mod:`chainrule.execute`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,11 @@ def freeze(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return ("tensor", id(tree))
     return (type(tree), tree)
+
+
+def _counts_alike(tensor: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Whether a tensor has as many elements as sizes say."""
+    return all([size >= 0 for size in sizes]) and tensor.numel() == math.prod(sizes)
 
 
 class Program:
@@ -277,6 +283,8 @@ class Program:
         if known is not None:
             return known
         real = [item.value if item.__class__ is Staged else _real(item) for item in args]
+        if function is torch.broadcast_to and _counts_alike(*real):
+            function = torch.reshape  # which need not be copied to be a result
         named_real = {name: _real(item) for name, item in kwargs.items()} if kwargs else {}
         result = self._run(function, real, named_real)
         staged = self._record(function, lowered, lowered_kwargs, result)

@@ -477,8 +477,13 @@ def _nll_loss_forward(
 
 
 def _linear_of_batch(run: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """A linear layer on several dimensions as one on a matrix, as torch has it: autograd keeps the matrix."""
-    if input.dim() < 3 or weight.dim() != 2 or not input.numel() or not weight.numel():
+    """A linear layer as torch has it, with what autograd keeps: a matrix in the place of more dimensions, the weight's view."""
+    if weight.dim() != 2 or not input.numel() or not weight.numel():
+        return NotImplemented
+    if input.dim() == 2:
+        turned = run(aten.t.default, weight)
+        return run(aten.mm.default, input, turned) if bias is None else run(aten.addmm.default, bias, input, turned)
+    if input.dim() < 3:
         return NotImplemented
     shape, whole = input.shape, input.is_contiguous()
     flat = run(aten.view.default if whole else aten.reshape.default, input, [-1, shape[-1]])

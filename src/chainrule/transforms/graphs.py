@@ -33,6 +33,10 @@ class _Constant(torch.autograd.Function):
         return (None, *(torch.zeros_like(leaf) for leaf in ctx.saved_tensors))
 
 
+#: As torch has it, without a look at the modes that are on.
+_join = super(torch.autograd.Function, _Constant).apply
+
+
 def with_graph(result: Any, args: tuple[Any, ...], argnums: Argnums | None = None) -> Any:
     """A derivative, as part of the graph of what it was taken at, where it is not already.
 
@@ -49,6 +53,8 @@ def with_graph(result: Any, args: tuple[Any, ...], argnums: Argnums | None = Non
         only = args[argnums]  # type: ignore[index]
         if only.__class__ is torch.Tensor and not only.requires_grad:
             return result
+    if _is_joined(result):
+        return result
     if argnums is not None:
         args = (args[argnums],) if argnums.__class__ is int else tuple([args[n] for n in argnums])  # type: ignore[index, union-attr]
     leaves: list[torch.Tensor] = []
@@ -62,6 +68,15 @@ def with_graph(result: Any, args: tuple[Any, ...], argnums: Argnums | None = Non
         with undispatched():
             return tree_map(lambda leaf: _joined(leaf, leaves), result)
     return tree_map(lambda leaf: _joined(leaf, leaves), result)
+
+
+def _is_joined(item: Any) -> bool:
+    """Whether all of a tree are plain tensors with a graph."""
+    if item.__class__ is torch.Tensor:
+        return bool(item.requires_grad)
+    if item.__class__ is tuple or item.__class__ is list:
+        return all([_is_joined(one) for one in item])
+    return item.__class__ is dict and all([_is_joined(one) for one in item.values()])
 
 
 def _collect(item: Any, leaves: list[torch.Tensor]) -> None:
@@ -91,4 +106,4 @@ def _joined(leaf: Any, leaves: list[torch.Tensor]) -> Any:
         return wrap_batched(Batched(stored), leaf.level) if leaf.batched else wrap_constant(stored, leaf.level)
     if not isinstance(leaf, torch.Tensor) or leaf.requires_grad or not (leaf.is_floating_point() or leaf.is_complex()):
         return leaf
-    return _Constant.apply(leaf, *leaves)  # type: ignore[no-untyped-call]
+    return _join(leaf, *leaves)
