@@ -105,6 +105,36 @@ may_be_copy(PyObject *tensor)
     return known;
 }
 
+/* The stored tensor of one of this level that is the same for all samples and has no graph, borrowed; NULL, maybe with an error set,
+ * for others. */
+static PyObject *
+common_of(Handler *self, PyObject *tensor)
+{
+    PyObject *inner = (PyObject *)Py_TYPE(tensor) == c_batch_tensor && SLOT(tensor, level) == (PyObject *)self ? SLOT(tensor, inner) : NULL;
+    if (inner == NULL || !is_constant_class(inner))
+        return NULL;
+    int joined = 0;
+    PyObject *dtype = plain_dtype(inner, &joined);
+    Py_XDECREF(dtype);
+    return dtype == NULL || dtype == Py_None || joined ? NULL : inner;
+}
+
+/* tensor[index] = value where both are the same for all samples; the same. */
+static PyObject *
+assign_common(Handler *self, PyObject *const *args)
+{
+    PyObject *target = common_of(self, args[0]), *value = is_number(args[2]) ? args[2] : target == NULL ? NULL : common_of(self, args[2]);
+    if (value == NULL && !PyErr_Occurred() && target != NULL && (PyObject *)Py_TYPE(args[2]) == c_tensor) {
+        int graph = is_true_of(GET(args[2], requires_grad));
+        value = graph == 0 ? args[2] : NULL;
+    }
+    int copy = target == NULL || value == NULL ? 1 : may_be_copy(target);
+    if (copy)
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *given[] = {target, args[1], value};
+    return call_below(c_setitem, given, 3, 0);
+}
+
 /* tensor[index] = value where the index chooses a view of a mapped tensor; NotImplemented, with nothing written, for others. */
 static PyObject *
 assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
@@ -113,7 +143,7 @@ assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
         return Py_NewRef(Py_NotImplemented);
     PyObject *batch = batch_to_write(self, args[0], args[2]), *dtype = NULL, *stored = NULL, *index = NULL, *out = NULL;
     if (batch == NULL)
-        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+        return PyErr_Occurred() ? NULL : assign_common(self, args);
     PyObject *whole = Py_NewRef(SLOT(batch, value)), *chosen = args[1];
     int joined = 0, fits = is_constant_class(whole) ? stored_dtype(batch, &dtype, &joined) : 0;
     Py_XDECREF(dtype);
