@@ -32,7 +32,8 @@ if KNOWS_STATE:
         setattr(BatchTensor, _name, Method(_function, getattr(Tensor, _name)))
     for _name in REPLAYED:
         setattr(BatchTensor, _name, Method(None, getattr(Tensor, _name)))
-    setattr(BatchTensor, "__setitem__", Method(None, Tensor.__setitem__))  # noqa: B010 - no method to the type checker
+    for _name in ("__setitem__", "copy_", "fill_", "zero_", "index_put_"):
+        setattr(BatchTensor, _name, Method(None, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _DROPOUT = torch.ops.aten.dropout.default
 _WITH_GRAPHS = (Tensor, torch.nn.Parameter)

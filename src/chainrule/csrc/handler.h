@@ -39,9 +39,16 @@ is_neutral(PyObject *kwargs)
     return PyDict_GET_SIZE(kwargs) == 1 && PyDict_GetItemWithError(kwargs, s_inplace) == Py_False;
 }
 
-/* What is known of a function that is shown to a mode: its entry in the table and its reading, or None, and what sorts it is of. */
-enum { FUNCTION, READING, SORTS, WRITER };
 enum { QUERY = 1, MAKES_NEW = 2 };
+
+/* tensor[index] where that is a view of a tensor from outside of a vmap, which is none of the level's; NotImplemented for others. */
+static PyObject *
+view_outside(PyObject *args)
+{
+    if (PyTuple_GET_SIZE(args) != 2 || (PyObject *)Py_TYPE(PyTuple_GET_ITEM(args, 0)) != c_tensor || !chooses_view(PyTuple_GET_ITEM(args, 1)))
+        return Py_NewRef(Py_NotImplemented);
+    return call_below(c_getitem, &PyTuple_GET_ITEM(args, 0), 2, 0);
+}
 
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
 static PyObject *
@@ -69,6 +76,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         PyObject *out = Py_NewRef(Py_NotImplemented);
         if (entry != NULL && kwargs == NULL && PyTuple_GET_ITEM(entry, WRITER) != Py_None)
             function = PyTuple_GET_ITEM(entry, WRITER);
+        if (func == c_getitem)
+            Py_SETREF(out, view_outside(args));
         if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
             Py_SETREF(out, run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
         if (out == Py_NotImplemented)

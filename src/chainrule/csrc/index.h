@@ -4,6 +4,29 @@
 
 static PyObject *whole = NULL; /* slice(None) */
 
+/* Whether a slice is one of Python's numbers. */
+static int
+has_plain_ends(PyObject *item)
+{
+    PySliceObject *slice = (PySliceObject *)item;
+    return (slice->start == Py_None || PyLong_CheckExact(slice->start)) && (slice->stop == Py_None || PyLong_CheckExact(slice->stop)) &&
+           (slice->step == Py_None || PyLong_CheckExact(slice->step));
+}
+
+/* Whether an index is numbers, slices of numbers, None and dots alone. */
+static int
+chooses_view(PyObject *index)
+{
+    PyObject *single[] = {index};
+    PyObject **parts = PyTuple_CheckExact(index) ? &PyTuple_GET_ITEM(index, 0) : single;
+    Py_ssize_t count = PyTuple_CheckExact(index) ? PyTuple_GET_SIZE(index) : 1;
+    for (Py_ssize_t place = 0; place < count; place++)
+        if (!PyLong_CheckExact(parts[place]) && !(PySlice_Check(parts[place]) && has_plain_ends(parts[place])) &&
+            parts[place] != Py_None && parts[place] != Py_Ellipsis)
+            return 0;
+    return count > 0;
+}
+
 /* A part of an index: what it is alone, at its dimension, and the op with its arguments after the tensor. */
 typedef struct {
     PyObject *index, *op, *args;
@@ -225,7 +248,7 @@ run_index(Handler *self, PyObject *func, PyObject *args)
         Py_DECREF(current);
         return count < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     }
-    PyObject *off = count > 1 && self->depth > 1 ? NULL : exclude_python(1);
+    PyObject *off = count > 1 && self->depth > 1 && vmap_below(self) == NULL ? NULL : exclude_python(1);
     if (off == NULL && !PyErr_Occurred())
         Py_SETREF(current, Py_NewRef(Py_NotImplemented)); /* several ops of which another mode may refuse one */
     else if (off != NULL) {

@@ -63,6 +63,39 @@ is_own_strided(PyObject *tensor)
     return layout == NULL ? -1 : layout == c_strided;
 }
 
+/* The memory of the tensor that is stored for one, as a new reference to its address; NULL with an error set, or without one where it
+ * is not told here. */
+static PyObject *
+memory_behind(PyObject *tensor)
+{
+    while ((PyObject *)Py_TYPE(tensor) == c_batch_tensor) {
+        tensor = SLOT(tensor, inner);
+        if (tensor != NULL && (PyObject *)Py_TYPE(tensor) == c_batched)
+            tensor = SLOT(tensor, value);
+        if (tensor == NULL)
+            return NULL;
+    }
+    if (is_own_strided(tensor) <= 0)
+        return NULL;
+    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
+    PyObject *place = storage == NULL ? NULL : PyObject_GetAttr(storage, s__cdata);
+    Py_XDECREF(storage);
+    return place;
+}
+
+/* Whether a mapped tensor is a view of another one, and no copy that stands for one: 1, 0, or -1 with an error set. */
+static int
+shares_memory(PyObject *view, PyObject *parent)
+{
+    if ((PyObject *)Py_TYPE(view) != c_batch_tensor || (PyObject *)Py_TYPE(parent) != c_batch_tensor)
+        return 0;
+    PyObject *one = memory_behind(view), *other = one == NULL ? NULL : memory_behind(parent);
+    int same = other == NULL ? (PyErr_Occurred() ? -1 : 0) : PyObject_RichCompareBool(one, other, Py_EQ);
+    Py_XDECREF(one);
+    Py_XDECREF(other);
+    return same;
+}
+
 /* Remember how a view was made: 1; 0 if Python has to look at it; -1 with an error set. */
 static int
 link_view(Memory *memory, PyObject *pending)
@@ -74,7 +107,9 @@ link_view(Memory *memory, PyObject *pending)
     int fits = found_for(c_always_views, op) != NULL;
     if (!fits)
         return PyErr_Occurred() ? -1 : 0;
-    if ((fits = is_own_strided(view)) <= 0 || (fits = is_own_strided(parent)) <= 0)
+    if ((fits = is_own_strided(view)) < 0 || (fits && (fits = is_own_strided(parent)) < 0))
+        return fits;
+    if (!fits && (fits = shares_memory(view, parent)) <= 0)
         return fits;
     if (view == parent)
         return 1;
@@ -132,6 +167,16 @@ settle_views(Handler *self, Memory *memory)
     return PyList_SetSlice(pending, 0, PyList_GET_SIZE(pending), NULL);
 }
 
+/* Whether a tensor is known by its identity alone: torch's own, or one of the level below. */
+static int
+is_tracked(Handler *self, PyObject *tensor)
+{
+    PyObject *level = vmap_below(self);
+    if ((PyObject *)Py_TYPE(tensor) == c_tensor)
+        return level != NULL || self->below == NULL || self->below == Py_None;
+    return level != NULL && (PyObject *)Py_TYPE(tensor) == c_batch_tensor && SLOT(tensor, level) == level;
+}
+
 /* Whether a tensor without a slot may stand for values of the tape all the same, a view of something that was written: 1, 0, or -1
  * with an error set. */
 static int
@@ -139,7 +184,7 @@ may_be_known(Handler *self, PyObject *tensor)
 {
     if (self->alias == NULL || self->alias == Py_None)
         return 0;
-    if (self->meets_saved || (PyObject *)Py_TYPE(tensor) != c_tensor || (self->below != NULL && self->below != Py_None))
+    if (self->meets_saved || !is_tracked(self, tensor))
         return 1;
     Memory memory;
     if (memory_of(self, &memory) < 0)

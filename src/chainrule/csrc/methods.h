@@ -97,12 +97,42 @@ may_be_copy(PyObject *tensor)
 {
     if (PyDict_GET_SIZE(c_copies) == 0)
         return 0;
-    PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
-    PyObject *place = storage == NULL ? NULL : PyObject_GetAttrString(storage, "_cdata");
+    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
+    PyObject *place = storage == NULL ? NULL : PyObject_GetAttr(storage, s__cdata);
     int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
     Py_XDECREF(storage);
     Py_XDECREF(place);
     return known;
+}
+
+/* The stored tensor of one of this level that is the same for all samples and has no graph, borrowed; NULL, maybe with an error set,
+ * for others. */
+static PyObject *
+common_of(Handler *self, PyObject *tensor)
+{
+    PyObject *inner = (PyObject *)Py_TYPE(tensor) == c_batch_tensor && SLOT(tensor, level) == (PyObject *)self ? SLOT(tensor, inner) : NULL;
+    if (inner == NULL || !is_constant_class(inner))
+        return NULL;
+    int joined = 0;
+    PyObject *dtype = plain_dtype(inner, &joined);
+    Py_XDECREF(dtype);
+    return dtype == NULL || dtype == Py_None || joined ? NULL : inner;
+}
+
+/* tensor[index] = value where both are the same for all samples; the same. */
+static PyObject *
+assign_common(Handler *self, PyObject *const *args)
+{
+    PyObject *target = common_of(self, args[0]), *value = is_number(args[2]) ? args[2] : target == NULL ? NULL : common_of(self, args[2]);
+    if (value == NULL && !PyErr_Occurred() && target != NULL && (PyObject *)Py_TYPE(args[2]) == c_tensor) {
+        int graph = is_true_of(GET(args[2], requires_grad));
+        value = graph == 0 ? args[2] : NULL;
+    }
+    int copy = target == NULL || value == NULL ? 1 : may_be_copy(target);
+    if (copy)
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *given[] = {target, args[1], value};
+    return call_below(c_setitem, given, 3, 0);
 }
 
 /* tensor[index] = value where the index chooses a view of a mapped tensor; NotImplemented, with nothing written, for others. */
@@ -113,7 +143,7 @@ assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
         return Py_NewRef(Py_NotImplemented);
     PyObject *batch = batch_to_write(self, args[0], args[2]), *dtype = NULL, *stored = NULL, *index = NULL, *out = NULL;
     if (batch == NULL)
-        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+        return PyErr_Occurred() ? NULL : assign_common(self, args);
     PyObject *whole = Py_NewRef(SLOT(batch, value)), *chosen = args[1];
     int joined = 0, fits = is_constant_class(whole) ? stored_dtype(batch, &dtype, &joined) : 0;
     Py_XDECREF(dtype);
@@ -143,6 +173,133 @@ assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     Py_XDECREF(stored);
     Py_XDECREF(index);
     return fits == 0 ? Py_NewRef(Py_NotImplemented) : out;
+}
+
+/* How many dimensions what tensors of whole numbers and masks choose has, of a tensor with `rank`; -1 if they are left to Python, -2
+ * with an error set. */
+static long
+picked_rank(PyObject *indices, long rank)
+{
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(indices);
+    long wide = 0;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(indices, place);
+        if ((PyObject *)Py_TYPE(item) != c_tensor)
+            return -1;
+        PyObject *dtype = GET(item, dtype), *ndim = dtype == NULL ? NULL : GET(item, ndim);
+        long own = ndim == NULL ? -1 : PyLong_AsLong(ndim);
+        int mask = dtype == c_bool, number = dtype == c_long;
+        Py_XDECREF(dtype);
+        Py_XDECREF(ndim);
+        if (own < 0)
+            return -2;
+        if (own == 0 || !(mask || number)) /* one without dimensions is a number, or a dimension more */
+            return -1;
+        rank -= mask ? own : 1;
+        wide = mask ? (wide > 1 ? wide : 1) : (wide > own ? wide : own);
+    }
+    return count == 0 || rank < 0 ? -1 : rank + wide;
+}
+
+/* target.index_put_(indices, value) at places that are the same for all samples; NotImplemented, with nothing written, for others. */
+static PyObject *
+put_mapped(Handler *self, PyObject *target, PyObject *indices, PyObject *value)
+{
+    if (self->guarded || self->graphs || state.exclude == NULL || (!PyTuple_CheckExact(indices) && !PyList_CheckExact(indices)))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *batch = batch_to_write(self, target, value), *whole = batch != NULL ? SLOT(batch, value) : NULL, *beside[] = {value, target};
+    if (batch == NULL && !PyErr_Occurred())
+        whole = common_of(self, target);
+    if (whole == NULL || !is_constant_class(whole))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *stored = NULL, *list = NULL, *out = NULL, *own = NULL, *dtype = NULL, *ndim = NULL, *given = NULL;
+    int joined = 0, fits = 0, copy = may_be_copy(whole);
+    Py_INCREF(whole);
+    given = is_number(value) ? PyObject_Vectorcall(c_constant_beside, beside, 2, NULL) : Py_NewRef(value);
+    if (copy < 0 || given == NULL || (dtype = plain_dtype(whole, &joined)) == NULL || (ndim = GET(whole, ndim)) == NULL)
+        goto done;
+    long rank = picked_rank(indices, PyLong_AsLong(ndim) - (batch != NULL));
+    if (rank == -2)
+        goto done;
+    fits = rank >= 0 && !copy && !joined && dtype != Py_None && given != Py_None ? stored_value(self, given, rank, &stored) : 0;
+    if (fits > 0)
+        fits = (own = GET(stored, dtype)) == NULL ? -1 : own == dtype;
+    if (fits > 0) {
+        Py_ssize_t first = batch != NULL, count = PySequence_Fast_GET_SIZE(indices);
+        if ((list = PyTuple_New(count + first)) == NULL)
+            goto done;
+        if (first)
+            PyTuple_SET_ITEM(list, 0, PySlice_New(NULL, NULL, NULL));
+        for (Py_ssize_t place = 0; place < count; place++)
+            PyTuple_SET_ITEM(list, place + first, Py_NewRef(PySequence_Fast_GET_ITEM(indices, place)));
+        PyObject *args[] = {whole, list, stored};
+        out = PyErr_Occurred() ? NULL : call_below(c_setitem, args, 3, 0);
+        if (out != NULL)
+            Py_SETREF(out, Py_NewRef(target));
+        else if (PyErr_ExceptionMatches(PyExc_Exception)) {
+            PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
+            fits = 0;
+        }
+    }
+    if (fits == 0)
+        out = Py_NewRef(Py_NotImplemented);
+done:
+    Py_DECREF(whole);
+    Py_XDECREF(given);
+    Py_XDECREF(stored);
+    Py_XDECREF(list);
+    Py_XDECREF(own);
+    Py_XDECREF(dtype);
+    Py_XDECREF(ndim);
+    return out;
+}
+
+/* A method that writes to a tensor of the level, which is the result; NotImplemented, with nothing written, for others. */
+static PyObject *
+write_method(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *given[] = {args[0], Py_Ellipsis, count > 1 ? args[1] : Py_None}, *out;
+    if (func == c_put)
+        return count == 3 ? put_mapped(self, args[0], args[1], args[2]) : Py_NewRef(Py_NotImplemented);
+    if (func == c_zero_ ? count != 1 : count != 2 || (func == c_fill_ ? !is_number(args[1]) : is_number(args[1])))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *zero = func == c_zero_ ? PyLong_FromLong(0) : NULL;
+    if (zero != NULL)
+        given[2] = zero;
+    out = PyErr_Occurred() ? NULL : assign_mapped(self, given, 3);
+    Py_XDECREF(zero);
+    if (out != NULL && out != Py_NotImplemented)
+        Py_SETREF(out, Py_NewRef(args[0]));
+    return out;
+}
+
+/* Whether an index is a tuple of tensors alone. */
+static int
+holds_tensors(PyObject *index)
+{
+    int holds = PyTuple_CheckExact(index) && PyTuple_GET_SIZE(index) > 0;
+    for (Py_ssize_t place = 0; holds && place < PyTuple_GET_SIZE(index); place++)
+        holds = (PyObject *)Py_TYPE(PyTuple_GET_ITEM(index, place)) == c_tensor;
+    return holds;
+}
+
+/* tensor[index] = value for a tensor of the level; the same. */
+static PyObject *
+set_item(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *single, *out;
+    if (count != 3 || chooses_view(args[1]))
+        return assign_mapped(self, args, count);
+    if (holds_tensors(args[1]))
+        out = put_mapped(self, args[0], args[1], args[2]);
+    else if ((PyObject *)Py_TYPE(args[1]) == c_tensor && (single = PyTuple_Pack(1, args[1])) != NULL) {
+        out = put_mapped(self, args[0], single, args[2]);
+        Py_DECREF(single);
+    } else
+        out = PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    if (out != NULL && out != Py_NotImplemented)
+        Py_SETREF(out, Py_NewRef(Py_None));
+    return out;
 }
 
 /* A call that was made before; NotImplemented, with nothing done, for others. */
@@ -180,8 +337,11 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
             state.functions_shown() && stands_innermost(handler)) {
             int disabled = state.get_functions();
             state.set_functions(2);
+            int writes = names == NULL && (self->otherwise == c_copy_ || self->otherwise == c_fill_ || self->otherwise == c_zero_ ||
+                                           self->otherwise == c_put);
             PyObject *out = self->otherwise == c_setitem && names == NULL
-                                ? assign_mapped(handler, args, count)
+                                ? set_item(handler, args, count)
+                            : writes ? write_method(handler, self->otherwise, args, count)
                             : replayed ? replay_method(handler, self->otherwise, args, count, names)
                                      : run_under_vmap(handler, self->function, args, count, 0);
             state.set_functions(disabled);

@@ -164,7 +164,10 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             goto done;
         }
     }
-    if (!alone) {
+    /* A view of a tensor from outside of the level is none of the level's. */
+    int outside = is_view && !alone && !seen.joined && self->sees_views && state.exclude != NULL && vmap_below(self) != NULL &&
+                  count && (PyObject *)Py_TYPE(PyTuple_GET_ITEM(args, 0)) == c_tensor;
+    if (!alone && !outside) {
         out = stands_on_vmap(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view)
                                    : Py_NewRef(Py_NotImplemented);
         if (out == Py_NotImplemented)
@@ -335,10 +338,12 @@ is_whole(Handler *self, PyObject *facts, PyObject *args)
 static PyObject *
 run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
 {
-    if ((self->below != NULL && self->below != Py_None) || is_listened(self))
+    if (is_listened(self))
         return Py_NewRef(Py_NotImplemented);
     if (SLOT(facts, rewrites) == Py_True)
         return run_write(self, facts, args, call, call_args, call_kwargs);
+    if (self->below != NULL && self->below != Py_None)
+        return Py_NewRef(Py_NotImplemented);
     if (SLOT(facts, inactive) == Py_True)
         return run_inactive(self, facts, args, call, call_args, call_kwargs);
     int whole = SLOT(facts, whole) == Py_None || SLOT(facts, is_view) == Py_True ? 0 : is_whole(self, facts, args);

@@ -27,6 +27,8 @@
 #include "index.h"
 #include "memory.h"
 #include "writes.h"
+#include "mapped_writes.h"
+#include "assignments.h"
 #include "conversions.h"
 #include "entry.h"
 #include "runs.h"

@@ -160,6 +160,20 @@ append_constant(Handler *self, PyObject *tensor)
     return number;
 }
 
+/* The same of a tensor of the level below, of which the key says also whether it carries the batch. */
+static Py_ssize_t
+append_constant_of_level(Handler *self, PyObject *tensor)
+{
+    PyObject *inner = SLOT(tensor, inner);
+    int batched = inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched;
+    Py_ssize_t slot = append_constant(self, tensor), last = PyList_GET_SIZE(self->key) - 1;
+    if (slot < 0)
+        return -1;
+    PyObject *key = PyList_GET_ITEM(self->key, last);
+    key = PyTuple_Pack(4, PyTuple_GET_ITEM(key, 0), PyTuple_GET_ITEM(key, 1), PyTuple_GET_ITEM(key, 2), batched ? Py_True : Py_False);
+    return key == NULL || PyList_SetItem(self->key, last, key) < 0 ? -1 : slot;
+}
+
 /* Whether there are constants that depend on the inputs, as masks do: what is made from them is noted, too. */
 static int
 notes_derived(Handler *self)
@@ -256,9 +270,12 @@ slot_or_constant(Handler *self, PyObject *tensor)
     int unknown = may_be_known(self, tensor);
     if (unknown < 0)
         return -1;
-    if (is_constant_class(tensor) && layout == c_strided && fresh && !unknown && !derived) {
+    int of_level = !is_constant_class(tensor) && may_be_constant(self, tensor);
+    if ((is_constant_class(tensor) || of_level) && layout == c_strided && fresh && !unknown && !derived) {
         Py_ssize_t known = known_slot(self, tensor); /* it may stand at two places of one call */
-        return known == -1 ? append_constant(self, tensor) : known < 0 ? -1 : known;
+        if (known == -1)
+            return of_level ? append_constant_of_level(self, tensor) : append_constant(self, tensor);
+        return known < 0 ? -1 : known;
     }
     PyObject *found = PyObject_CallMethodOneArg((PyObject *)self, s__slot_or_constant, tensor);
     if (found == NULL)

@@ -1,5 +1,16 @@
-/* Writes on a tape that stands alone, and assignments to what an index chooses: what chainrule.capture.aliasing and
- * chainrule.capture.assignments do for plain tensors. Part of shortcuts.c. */
+/* Writes on a tape that stands alone or on a vmap, as chainrule.capture.aliasing does them. Part of shortcuts.c. */
+
+static PyObject *
+run_level_write(Handler *level, PyObject *facts, PyObject *args, PyObject *call); /* in mapped_writes.h */
+
+static int
+level_dtype(PyObject *level, PyObject *tensor, PyObject **dtype); /* in mapped_writes.h */
+
+static PyObject *
+wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype); /* in mapped_writes.h */
+
+/* What is known of a function that is shown to a mode: its entry in the table and its reading, or None, and what sorts it is of. */
+enum { FUNCTION, READING, SORTS, WRITER };
 
 /* Add the slots that stand in the arguments of a record to a set: 0, or -1 with an error set. */
 static int
@@ -31,7 +42,7 @@ reads_values(Handler *self, PyObject *facts)
 /* Fields of a record. */
 enum { RECORD_OP, RECORD_ARGS, RECORD_KWARGS, RECORD_OUTPUTS };
 
-/* Add what the records since then read (AliasTracker._scan_reads): 1; 0 if that is left to Python; -1 with an error set. */
+/* Add what the records since then read (AliasTracker._scan_reads): 0, or -1 with an error set. */
 static int
 scan_reads(Handler *self, Memory *memory)
 {
@@ -42,17 +53,20 @@ scan_reads(Handler *self, Memory *memory)
         return -1;
     int begun = place < count;
     for (; place < count; place++) {
-        PyObject *record = PyList_GET_ITEM(self->records, place), *facts = found_for(self->facts, PyTuple_GET_ITEM(record, RECORD_OP));
-        if (facts == NULL || PyTuple_GET_SIZE(PyTuple_GET_ITEM(record, RECORD_KWARGS)))
-            return PyErr_Occurred() ? -1 : 0; /* what was added is added once more */
-        int reads = reads_values(self, facts);
+        PyObject *record = PyList_GET_ITEM(self->records, place), *op = PyTuple_GET_ITEM(record, RECORD_OP);
+        PyObject *facts = found_for(self->facts, op);
+        if (facts == NULL && PyErr_Occurred())
+            return -1;
+        int reads = facts != NULL ? reads_values(self, facts)
+                                  : is_true_of(PyObject_CallMethodOneArg((PyObject *)self, s_reads_values, op));
         if (reads < 0)
             return -1;
         PyObject *outputs = PyTuple_GET_ITEM(record, RECORD_OUTPUTS);
         for (Py_ssize_t output = 0; reads && output < PyTuple_GET_SIZE(outputs); output++)
             if (PySet_Add(memory->reads, PyTuple_GET_ITEM(outputs, output)) < 0)
                 return -1;
-        if (reads && collect_slots(PyTuple_GET_ITEM(record, RECORD_ARGS), memory->reads) < 0)
+        if (reads && (collect_slots(PyTuple_GET_ITEM(record, RECORD_ARGS), memory->reads) < 0 ||
+                      collect_slots(PyTuple_GET_ITEM(record, RECORD_KWARGS), memory->reads) < 0))
             return -1;
     }
     if (begun) {
@@ -62,7 +76,7 @@ scan_reads(Handler *self, Memory *memory)
         if (set < 0)
             return -1;
     }
-    return 1;
+    return 0;
 }
 
 /* Let a copy hold the value of a tensor that is about to be written, if some derivative reads it: 1; 0 if that is left to Python; -1
@@ -77,13 +91,23 @@ save_one(Handler *self, Memory *memory, PyObject *member)
     Py_ssize_t number = PyLong_AsSsize_t(slot);
     if (read <= 0 || PyList_GET_ITEM(self->values, number) != member)
         return read < 0 ? -1 : 1;
-    if ((PyObject *)Py_TYPE(member) != c_tensor)
-        return 0;
-    int graph = is_true_of(GET(member, requires_grad));
-    if (graph)
-        return graph < 0 ? -1 : 0;
-    PyObject *kept = PyObject_GetAttr((PyObject *)self, s_kept), *args = kept == NULL ? NULL : PyTuple_Pack(1, member);
+    PyObject *level = vmap_below(self), *batch = NULL, *stored = member, *dtype = NULL;
+    if ((PyObject *)Py_TYPE(member) != c_tensor) {
+        int known = level == NULL ? 0 : level_dtype(level, member, &dtype);
+        if (known <= 0 || !find_stored_tensor(member, level, &stored, &batch)) {
+            Py_XDECREF(dtype);
+            return known < 0 ? -1 : 0;
+        }
+    } else {
+        int graph = is_true_of(GET(member, requires_grad));
+        if (graph)
+            return graph < 0 ? -1 : 0;
+    }
+    PyObject *kept = PyObject_GetAttr((PyObject *)self, s_kept), *args = kept == NULL ? NULL : PyTuple_Pack(1, stored);
     PyObject *clone = args == NULL ? NULL : call_seen(c_clone, args, NULL);
+    if (clone != NULL && dtype != NULL)
+        Py_SETREF(clone, wrapped_view(level, clone, batch != NULL, dtype));
+    Py_XDECREF(dtype);
     Py_INCREF(slot);
     /* The list of kept tensors holds the member from here on, whose place the copy takes. */
     int outcome = clone != NULL && PyList_Append(kept, member) == 0 && put_for(self->slots, clone, slot) == 0 ? 1 : -1;
@@ -112,11 +136,7 @@ static int
 save_old(Handler *self, Memory *memory, PyObject *target)
 {
     PyObject *root, *members;
-    int outcome = scan_reads(self, memory);
-    if (outcome > 0 && family_of(memory, target, &root, &members) < 0)
-        outcome = -1;
-    if (outcome > 0)
-        outcome = save_one(self, memory, root);
+    int outcome = scan_reads(self, memory) < 0 || family_of(memory, target, &root, &members) < 0 ? -1 : save_one(self, memory, root);
     for (Py_ssize_t place = 0; outcome > 0 && members != NULL && place < PyList_GET_SIZE(members); place++)
         outcome = save_one(self, memory, PyList_GET_ITEM(members, place));
     if (outcome)
@@ -133,7 +153,8 @@ scatter_of(Handler *self, PyObject *link)
 {
     PyObject *parent = PyTuple_GET_ITEM(link, LINK_PARENT), *args = PyTuple_GET_ITEM(link, LINK_ARGS);
     PyObject *scatter = found_for(c_scatters, PyTuple_GET_ITEM(link, LINK_OP));
-    if (scatter == NULL || PyDict_GET_SIZE(PyTuple_GET_ITEM(link, LINK_KWARGS)) || is_own_strided(parent) <= 0)
+    if (scatter == NULL || PyDict_GET_SIZE(PyTuple_GET_ITEM(link, LINK_KWARGS)) ||
+        !(is_own_strided(parent) > 0 || ((PyObject *)Py_TYPE(parent) == c_batch_tensor && is_tracked(self, parent))))
         return NULL;
     for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++)
         if (!PyLong_CheckExact(PyTuple_GET_ITEM(args, place)))
@@ -253,12 +274,21 @@ lowered_of_write(Handler *self, PyObject *args, PyObject *lowered, Py_ssize_t *f
     return !seen->joined;
 }
 
-/* Whether nothing is known of the memory of a tensor: 1, 0, or -1 with an error set. */
+/* Whether the tape has no values in the memory of a tensor, so that a write of constants is nothing to it: 1, 0, or -1 with an error
+ * set. */
 static int
 is_unknown(Handler *self, Memory *memory, PyObject *tensor)
 {
-    int known = found_for(self->slots, tensor) != NULL || found_for(memory->links, tensor) != NULL ||
-                found_for(memory->families, tensor) != NULL;
+    PyObject *root, *members, *above = tensor, *link;
+    if (family_of(memory, tensor, &root, &members) < 0)
+        return -1;
+    int known = found_for(self->slots, root) != NULL || found_for(self->slots, tensor) != NULL;
+    for (Py_ssize_t place = 0; !known && members != NULL && place < PyList_GET_SIZE(members); place++)
+        known = found_for(self->slots, PyList_GET_ITEM(members, place)) != NULL;
+    while (!known && (link = found_for(memory->links, above)) != NULL) {
+        above = PyTuple_GET_ITEM(link, LINK_PARENT);
+        known = found_for(self->slots, above) != NULL;
+    }
     return PyErr_Occurred() ? -1 : !known;
 }
 
@@ -294,17 +324,26 @@ written(Handler *self, Memory *memory, const Write *write, PyObject *twin, PyObj
     int reads = reads_values(self, twin);
     if (reads < 0 || (reads && collect_slots(lowered, memory->reads) < 0) || save_old(self, memory, target) < 0)
         return NULL;
-    PyObject *run = with_constant(write->facts, args, dtype), *out = NULL;
-    if (run != NULL)
+    PyObject *level = vmap_below(self), *run = level != NULL ? NULL : with_constant(write->facts, args, dtype), *out = NULL;
+    if (level != NULL)
+        out = run_level_write((Handler *)level, write->facts, args, write->call);
+    else if (run != NULL)
         out = run != args ? call_seen(SLOT(write->facts, fast), run, NULL) : call_seen(write->call, write->call_args, write->call_kwargs);
     Py_XDECREF(run);
-    if (out == NULL)
-        return NULL;
+    if (out == NULL || out == Py_NotImplemented)
+        return out;
     Py_DECREF(out);
     if (PyObject_SetAttr(memory->alias, s_has_writes, Py_True) < 0 || append_record(self, twin, lowered, empty, target, dtype) < 0 ||
         climb(self, memory, target, dtype) < 0)
         return NULL;
     return Py_NewRef(target);
+}
+
+/* Whether tensors of a level are written to here. */
+static int
+may_write_to(Handler *level)
+{
+    return !level->guarded && !level->graphs && PyObject_IsTrue(level->size) > 0 && PyDict_GET_SIZE(c_copies) == 0 && c_known != NULL;
 }
 
 /* AliasTracker.write_plainly, with torch's handlers off; NotImplemented, with nothing written, leaves it to that. */
@@ -313,15 +352,22 @@ run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObje
 {
     Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
     PyObject *target = count ? PyTuple_GET_ITEM(args, 0) : Py_None, *twin;
-    if (state.exclude == NULL || !self->sees_views || self->meets_saved || (self->below != NULL && self->below != Py_None) ||
+    PyObject *level = vmap_below(self);
+    if (state.exclude == NULL || !self->sees_views || self->meets_saved ||
+        (self->below != NULL && self->below != Py_None && !(level != NULL && may_write_to((Handler *)level))) ||
         count > MOST_ARGUMENTS || SLOT(facts, rewrites) != Py_True || SLOT(facts, functional) == Py_None)
         return Py_NewRef(Py_NotImplemented);
-    int fits = is_own_strided(target);
+    PyObject *out = NULL, *dtype = NULL, *lowered = NULL;
+    int fits = level == NULL ? is_own_strided(target) : (PyObject *)Py_TYPE(target) == c_batch_tensor ? level_dtype(level, target, &dtype) : 0;
     if (fits <= 0)
         return fits < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    if ((twin = facts_of(self, SLOT(facts, functional))) == NULL)
+    if ((twin = facts_of(self, SLOT(facts, functional))) == NULL) {
+        Py_XDECREF(dtype);
         return NULL;
-    PyObject *out = NULL, *dtype = GET(target, dtype), *lowered = PyTuple_New(count);
+    }
+    if (dtype == NULL)
+        dtype = GET(target, dtype);
+    lowered = PyTuple_New(count);
     int fresh_count = 0;
     Found seen = {0, 0};
     Memory memory = {NULL};
@@ -332,7 +378,7 @@ run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObje
         fits = lowered_of_write(self, args, lowered, fresh, &fresh_count, &seen);
     if (fits > 0 && !seen.touched) {
         if ((fits = is_unknown(self, &memory, target)) > 0)
-            out = call_seen(call, call_args, call_kwargs);
+            out = level == NULL ? call_seen(call, call_args, call_kwargs) : run_level_write((Handler *)level, facts, args, call);
         else if (fits == 0)
             out = Py_NewRef(Py_NotImplemented);
         goto done;
@@ -347,134 +393,5 @@ done:
     let_go(&memory);
     Py_XDECREF(dtype);
     Py_XDECREF(lowered);
-    return out;
-}
-
-/* Whether the shapes of two tensors are the same, and whether the second one has more dimensions: 0, or -1 with an error set. */
-static int
-compare_shapes(PyObject *one, PyObject *other, int *same, int *deeper)
-{
-    PyObject *first = GET(one, shape), *second = first == NULL ? NULL : GET(other, shape);
-    *same = second == NULL ? -1 : PyObject_RichCompareBool(first, second, Py_EQ);
-    *deeper = second != NULL && PyTuple_GET_SIZE(second) > PyTuple_GET_SIZE(first);
-    Py_XDECREF(first);
-    Py_XDECREF(second);
-    return *same < 0 ? -1 : 0;
-}
-
-/* A value as wide as the view that it is written to; a new reference, NotImplemented where torch has to see to it. */
-static PyObject *
-widened(Handler *self, PyObject *view, PyObject *value)
-{
-    int same, deeper;
-    if (compare_shapes(view, value, &same, &deeper) < 0)
-        return NULL;
-    if (same || deeper)
-        return Py_NewRef(same ? value : Py_NotImplemented);
-    PyObject *shape = GET(view, shape), *sizes = shape == NULL ? NULL : PySequence_List(shape);
-    PyObject *args = sizes == NULL ? NULL : PyTuple_Pack(2, value, sizes), *facts = args == NULL ? NULL : facts_of(self, c_expand_op);
-    PyObject *out = facts == NULL ? NULL : run_common(self, facts, args, empty, SLOT(facts, fast), args, NULL);
-    Py_XDECREF(shape);
-    Py_XDECREF(sizes);
-    Py_XDECREF(args);
-    return out;
-}
-
-/* view[...] = value, with torch's handlers off; NotImplemented leaves it to Python. */
-static PyObject *
-write_to_view(Handler *self, PyObject *view, PyObject *value)
-{
-    int number = is_number(value);
-    PyObject *given = number ? Py_NewRef(value) : widened(self, view, value);
-    if (given == NULL || given == Py_NotImplemented)
-        return given;
-    PyObject *facts = facts_of(self, number ? c_fill_op : c_copy_op), *args = facts == NULL ? NULL : PyTuple_Pack(2, view, given);
-    PyObject *out = args == NULL ? NULL : run_write(self, facts, args, SLOT(facts, fast), args, NULL);
-    Py_XDECREF(args);
-    Py_DECREF(given);
-    return out;
-}
-
-/* Whether an index is numbers, slices, None and dots alone. */
-static int
-chooses_view(PyObject *index)
-{
-    PyObject *single[] = {index};
-    PyObject **parts = PyTuple_CheckExact(index) ? &PyTuple_GET_ITEM(index, 0) : single;
-    Py_ssize_t count = PyTuple_CheckExact(index) ? PyTuple_GET_SIZE(index) : 1;
-    for (Py_ssize_t place = 0; place < count; place++)
-        if (!PyLong_CheckExact(parts[place]) && !PySlice_Check(parts[place]) && parts[place] != Py_None && parts[place] != Py_Ellipsis)
-            return 0;
-    return count > 0;
-}
-
-/* tensor[index] = value at places that one tensor names, with torch's handlers off; NotImplemented leaves it to Python. */
-static PyObject *
-write_to_places(Handler *self, PyObject *tensor, PyObject *index, PyObject *value)
-{
-    PyObject *beside[] = {value, tensor}, *out = NULL, *list = NULL, *args = NULL, *facts;
-    PyObject *given = is_number(value) ? PyObject_Vectorcall(c_constant_beside, beside, 2, NULL) : Py_NewRef(value);
-    PyObject *own = given == NULL ? NULL : GET(tensor, dtype), *dtype = own == NULL ? NULL : GET(index, dtype), *other = NULL;
-    PyObject *ranks[] = {GET(tensor, ndim), GET(index, ndim), NULL};
-    if (dtype == NULL || ranks[0] == NULL || ranks[1] == NULL)
-        goto done;
-    long room = PyLong_AsLong(ranks[0]);
-    room += dtype == c_bool ? 1 - PyLong_AsLong(ranks[1]) : PyLong_AsLong(ranks[1]) - 1;
-    /* Beside a mask without dimensions torch gives the tensor one more. */
-    if (given == Py_None || (dtype != c_bool && dtype != c_long) || (dtype == c_bool && PyLong_AsLong(ranks[1]) == 0))
-        out = Py_NewRef(Py_NotImplemented);
-    else if ((other = GET(given, dtype)) == NULL || (ranks[2] = GET(given, ndim)) == NULL)
-        goto done;
-    else if (other != own || PyLong_AsLong(ranks[2]) > room)
-        out = Py_NewRef(Py_NotImplemented);
-    else if ((list = PyList_New(1)) != NULL) {
-        PyList_SET_ITEM(list, 0, Py_NewRef(index));
-        if ((args = PyTuple_Pack(3, tensor, list, given)) != NULL && (facts = facts_of(self, c_put_op)) != NULL)
-            out = run_write(self, facts, args, c_put, args, NULL);
-    }
-done:
-    Py_XDECREF(given);
-    Py_XDECREF(own);
-    Py_XDECREF(dtype);
-    Py_XDECREF(other);
-    for (int number = 0; number < 3; number++)
-        Py_XDECREF(ranks[number]);
-    Py_XDECREF(list);
-    Py_XDECREF(args);
-    return out;
-}
-
-/* tensor[index] = value; NotImplemented leaves it to Python, with nothing written. */
-static PyObject *
-run_assign(Handler *self, PyObject *args)
-{
-    if (PyTuple_GET_SIZE(args) != 3 || (self->below != NULL && self->below != Py_None) || state.exclude == NULL || is_listened(self))
-        return Py_NewRef(Py_NotImplemented);
-    PyObject *tensor = PyTuple_GET_ITEM(args, 0), *index = PyTuple_GET_ITEM(args, 1), *value = PyTuple_GET_ITEM(args, 2);
-    if ((PyObject *)Py_TYPE(tensor) != c_tensor || !(is_number(value) || (PyObject *)Py_TYPE(value) == c_tensor))
-        return Py_NewRef(Py_NotImplemented);
-    PyObject *dtype = GET(tensor, dtype);
-    int floating = dtype == NULL ? -1 : PySet_Contains(c_floating, dtype);
-    Py_XDECREF(dtype);
-    if (floating <= 0)
-        return floating < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    int autocast = autocast_is_on(), views = chooses_view(index);
-    if (autocast || (!views && (PyObject *)Py_TYPE(index) != c_tensor))
-        return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *chosen = views ? PyTuple_Pack(2, tensor, index) : NULL;
-    PyObject *view = chosen == NULL ? NULL : run_index(self, c_getitem, chosen);
-    Py_XDECREF(chosen);
-    if ((views && view == NULL) || view == Py_NotImplemented)
-        return view;
-    PyObject *off = exclude_python(1), *out = NULL;
-    if (off != NULL) {
-        Py_DECREF(off);
-        out = views ? write_to_view(self, view, value) : write_to_places(self, tensor, index, value);
-        if (include_python() < 0)
-            Py_CLEAR(out);
-    }
-    Py_XDECREF(view);
-    if (out != NULL && out != Py_NotImplemented)
-        Py_SETREF(out, Py_NewRef(Py_None));
     return out;
 }
