@@ -438,6 +438,11 @@ def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -
         if not touching and all(axis.size == 1 for axis in gone):
             # A single element is written to its place; a product with ones that stand there would be dense.
             touching = [f for f in term.factors if all(axis.size == 1 or axis in sources for axis in f.axes)]
+        if workspace.recurrences:
+            # What is summed over another axis is summed before, where the product grows by nothing.
+            wide = {axis for f in touching for axis in f.axes}
+            inner = wide.difference(outer)
+            touching = [f for f in term.factors if f in touching or (wide.issuperset(f.axes) and not inner.isdisjoint(f.axes))]
         rest = tuple(f for f in term.factors if not any(f is t for t in touching))
         needed = {a for f in rest for a in f.axes} | set(outer) | {a for h in later for a in (*h.sources, h.target)}
         carried = [a for f in touching for a in f.axes]

@@ -204,7 +204,10 @@ def _running_product(
     if every <= still:
         return None
     found = _plain_pair(first, second, still | every, memo, wanted)
-    return None if found.node.running is None else _sum_axes(found, still, memo)
+    if found.node.running is None:
+        read = running.read_product(first, second, still, memo)
+        return read if read is None else _sum_axes(read, still, memo)
+    return _sum_axes(found, still, memo)
 
 
 def _plain_pair(

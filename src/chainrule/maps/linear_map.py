@@ -352,11 +352,13 @@ def _add(host: Term, term: Term, workspace: Workspace, force: bool) -> Term | No
     def compute(program: Program, x: Staged, y: Staged) -> Staged:
         return program.call(torch.add, expand_to(x, left, order), expand_to(y, right, order))
 
+    known = running.of_sum(first, second)
+    if known is None and not force and (first.node.running or second.node.running) is not None:
+        return None
     sizes = tuple(a.size for a in axes)
     numel = math.prod(sizes)
     node = Node(sizes, (first.node, second.node), compute, flops=numel, moved=3 * numel, label="add")
-    if first.axes == second.axes:
-        node.running = running.of_sum(first.node.running, second.node.running)
+    node.running = known
     return whole.having(factors=(*common, Factor(node, tuple(axes))), scale=1.0)
 
 

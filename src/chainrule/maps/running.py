@@ -206,7 +206,53 @@ def _of_two(
         return None
     if matrix is None:
         return None
-    return Running(axes.index(row), axes.index(column), matrix, rows, columns, torch.promote_types(one.dtype, two.dtype))
+    return _normal(Running(axes.index(row), axes.index(column), matrix, rows, columns, torch.promote_types(one.dtype, two.dtype)))
+
+
+def _normal(found: Running) -> Running:
+    """Matrices that are read backwards on both sides as matrices of the same kind."""
+    size, rows, columns = found.matrix.size, found.rows, found.columns
+    if rows is None or columns is None or not (_is_turn(rows, size) and _is_turn(columns, size)):
+        return found
+    matrix = found.matrix.reversed()
+    for side, reading in enumerate((rows, columns)):
+        if reading.weights is not None:
+            matrix = matrix.scaled(reading.weights, side)
+    return replace(found, matrix=matrix, rows=None, columns=None)
+
+
+def read_product(first: Factor, second: Factor, still: set[Axis], memo: dict[object, Node]) -> Factor | None:
+    """The product of two factors with the same two axes of their matrices, summed over one of them.
+
+    It is the diagonal of a product of matrices, whatever rows of it are read. None where there is no such sum.
+    """
+    one, two = first.node.running, second.node.running
+    if one is None or two is None:
+        return None
+    ends = {first.axes[one.row], first.axes[one.column]}
+    if len(ends) < 2 or ends != {second.axes[two.row], second.axes[two.column]}:
+        return None
+    stack = list(dict.fromkeys(axis for axis in (*first.axes, *second.axes) if axis not in ends))
+    for middle in ends - still:
+        left = one if first.axes[one.column] is middle else one.transpose()
+        right = two if second.axes[two.row] is middle else two.transpose()
+        (kept,) = ends - {middle}
+        made = _composed(_stacked(first, left, stack), _stacked(second, right, stack))
+        if made is None or made[0] is None:
+            continue
+        axes = (*stack, kept)
+        names: dict[Axis, int] = {}
+        places = (tuple(names.setdefault(a, len(names)) for a in part) for part in (first.axes, second.axes, axes))
+        key = ("running diagonal", id(first.node), id(second.node), *places)
+        node = memo.get(key)
+        if node is None:
+            matrix, rows, columns = made
+            dtype = torch.promote_types(one.dtype, two.dtype)
+            found = _normal(Running(len(stack), len(stack) + 1, matrix, rows, columns, dtype))
+            node = memo[key] = _read(found, None, None, tuple(axis.size for axis in stack), kept.size)
+        return Factor(node, axes)
+    return None
+
 
 
 def _reading(one: Reading | None, two: Reading | None) -> Reading | None:
@@ -481,16 +527,8 @@ def note_gathered(factor: Factor, onehot: OneHot, node: Node, position: int, mem
     turn = position != running.row
     found = running.transpose() if turn else running
     found = replace(found, rows=_read_again(found.rows, _reading_of(onehot, len(factor.axes) - 2, memo), found.matrix.size, memo))
-    size = found.matrix.size
-    if _is_turn(found.rows, size) and _is_turn(found.columns, size):
-        # Read backwards on both sides they are matrices of the same kind.
-        assert found.rows is not None and found.columns is not None
-        matrix = found.matrix.reversed()
-        for side, reading in enumerate((found.rows, found.columns)):
-            if reading.weights is not None:
-                matrix = matrix.scaled(reading.weights, side)
-        found = replace(found, matrix=matrix, rows=None, columns=None)
-    if _FEW * onehot.sources[0].size <= size:
+    found = _normal(found)
+    if _FEW * onehot.sources[0].size <= found.matrix.size:
         node = _rows_by_recurrence(found, node, position)
     node.running = found.transpose() if turn else found
     memo[key] = node
@@ -552,11 +590,10 @@ def _rows_by_recurrence(found: Running, node: Node, position: int) -> Node:
     )
 
 
-def of_sum(one: Running | None, two: Running | None) -> Running | None:
+def of_sum(first: Factor, second: Factor) -> Running | None:
     """The matrices that a sum of two arrays over the same axes holds; None where it holds none."""
-    if one is None or two is None:
-        return None
-    if {one.row, one.column} != {two.row, two.column}:
+    one, two = first.node.running, second.node.running
+    if one is None or two is None or first.axes != second.axes or {one.row, one.column} != {two.row, two.column}:
         return None
     two = two if two.row == one.row else two.transpose()
     left, right = _alike(one, two)
@@ -575,11 +612,11 @@ def held(node: Node) -> int:
     if found is None:
         return node.numel
     halves = [half for half in (found.matrix.lower, found.matrix.upper) if half is not None]
-    arrays = [array for half in halves for array in half if array is not None]
-    return min(node.numel, sum(array.numel for array in (*arrays, *([found.matrix.diagonal] if found.matrix.diagonal else []))))
+    arrays = [found.matrix.diagonal, *(array for half in halves for array in half)]
+    return min(node.numel, sum(array.numel for array in arrays if array is not None))
 
 
 __all__ = [
-    "Reading", "Running", "diagonal", "gathered", "held", "middle", "note_gathered", "of_product", "of_sum", "summed",
-    "summed_product",
+    "Reading", "Running", "diagonal", "gathered", "held", "middle", "note_gathered", "of_product", "of_sum", "read_product",
+    "summed", "summed_product",
 ]  # fmt: skip
