@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps import running
+from chainrule.maps import running_reads
 from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
 from chainrule.maps.contract import contract, contract_any, expand_to, permute
@@ -161,7 +161,7 @@ def without_repeats(factor: Factor, memo: Memo) -> Factor:
         node = memo.get(key)
         if node is None and (known := factor.node.diagonal) is not None and known[:2] == (first, second):
             node = memo[key] = known[2]()
-        if node is None and (read := running.diagonal(factor.node, first, second)) is not None:
+        if node is None and (read := running_reads.diagonal(factor.node, first, second)) is not None:
             node = memo[key] = read
         if node is None:
             node = memo[key] = Node(
