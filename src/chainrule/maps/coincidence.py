@@ -29,6 +29,9 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
         # The same place is read by the same position only: the two axes are one.
         rest = tuple(h for h in term.onehots if h is not two)
         return term.having(onehots=rest).rename({two.sources[0]: one.sources[0]})
+    if workspace.recurrences and _is_permutation(one) and _is_permutation(two):
+        rest = tuple(h for h in term.onehots if h is not two)
+        return term.having(onehots=(*rest, _between(one, two, workspace)))
     if one.affine is not None and two.affine is not None:
         solved = solve_affine(term, one, two, workspace)
         if solved is not None:
@@ -40,6 +43,27 @@ def coincide(term: Term, one: OneHot, two: OneHot, workspace: Workspace) -> Term
 
 def _is_distinct(onehot: OneHot) -> bool:
     return not onehot.partial and (0 in onehot.index.distinct or (onehot.affine is not None and onehot.affine[1] != 0))
+
+
+def _is_permutation(onehot: OneHot) -> bool:
+    return len(onehot.sources) == 1 and onehot.sources[0].size == onehot.target.size and _is_distinct(onehot)
+
+
+def _between(one: OneHot, two: OneHot, workspace: Workspace) -> OneHot:
+    """Which source of the second of two permutations has the target of a source of the first one."""
+    if one.affine is not None and two.affine is not None:
+        solved = _positions(two, one, two.sources[0])
+        return _listed(solved, one.sources, two.sources[0], workspace)
+    key = ("between", id(one.index), id(two.index))
+    node = workspace.memo.get(key)
+    if node is None:
+
+        def compute(program: Program, first: Staged, second: Staged) -> Staged:
+            return torch.index_select(torch.argsort(second), 0, first)
+
+        node = workspace.memo[key] = Node(one.index.sizes, (one.index, two.index), compute, label="index")
+        node.distinct = frozenset({0})
+    return OneHot(node, one.sources, two.sources[0])
 
 
 def solve_affine(term: Term, one: OneHot, two: OneHot, space: IndexSpace) -> Term | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chainrule.maps import running
+from chainrule.maps import running_reads
 from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
 from chainrule.maps.contract import contract, contract_any, expand_to, permute
@@ -161,7 +161,7 @@ def without_repeats(factor: Factor, memo: Memo) -> Factor:
         node = memo.get(key)
         if node is None and (known := factor.node.diagonal) is not None and known[:2] == (first, second):
             node = memo[key] = known[2]()
-        if node is None and (read := running.diagonal(factor.node, first, second)) is not None:
+        if node is None and (read := running_reads.diagonal(factor.node, first, second)) is not None:
             node = memo[key] = read
         if node is None:
             node = memo[key] = Node(
@@ -438,6 +438,11 @@ def scatter_internal(term: Term, workspace: Workspace, *, bands: bool = False) -
         if not touching and all(axis.size == 1 for axis in gone):
             # A single element is written to its place; a product with ones that stand there would be dense.
             touching = [f for f in term.factors if all(axis.size == 1 or axis in sources for axis in f.axes)]
+        if workspace.recurrences:
+            # What is summed over another axis is summed before, where the product grows by nothing.
+            wide = {axis for f in touching for axis in f.axes}
+            inner = wide.difference(outer)
+            touching = [f for f in term.factors if f in touching or (wide.issuperset(f.axes) and not inner.isdisjoint(f.axes))]
         rest = tuple(f for f in term.factors if not any(f is t for t in touching))
         needed = {a for f in rest for a in f.axes} | set(outer) | {a for h in later for a in (*h.sources, h.target)}
         carried = [a for f in touching for a in f.axes]

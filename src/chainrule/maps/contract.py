@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
-import opt_einsum
 import torch
 
-from chainrule.maps import running
+from chainrule.maps import running_products as running
+from chainrule.maps.contraction_order import contraction_order
 from chainrule.maps.matrix_products import many_small, plain_product, products_by_columns
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
@@ -38,7 +37,7 @@ def contract_any(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[obj
     operands = _without_squares(factors)
     kept = set(keep)
     if len(operands) > 2:
-        for left, right in _path(operands, keep):
+        for left, right in contraction_order(operands, keep):
             second = operands.pop(right)
             first = operands.pop(left)
             still = kept.union(axis for factor in operands for axis in factor.axes)
@@ -56,63 +55,6 @@ def _without_squares(factors: Sequence[Factor]) -> list[Factor]:
     for number, factor in enumerate(factors):
         found.setdefault((id(factor.node), factor.axes) if factor.node.is_indicator else number, factor)
     return list(found.values())
-
-
-def contraction_cost(factors: Sequence[Factor], keep: Sequence[Axis]) -> int:
-    """The flops of the contraction that :func:`contract` would plan."""
-    operands = [set(f.axes) for f in factors]
-    kept = set(keep)
-    total = 0
-    for left, right in _path(list(factors), keep) if len(factors) > 1 else []:
-        second = operands.pop(right)
-        first = operands.pop(left)
-        total += math.prod(axis.size for axis in first | second)
-        still = kept.union(*operands) if operands else kept
-        operands.append((first | second) & still)
-    return total
-
-
-def _path(factors: list[Factor], keep: Sequence[Axis]) -> list[tuple[int, int]]:
-    names: dict[Axis, int] = {}
-    inputs = tuple(tuple(names.setdefault(axis, len(names)) for axis in factor.axes) for factor in factors)
-    output = tuple(names[axis] for axis in keep if axis in names)
-    sizes = tuple(axis.size for axis in names)
-    if len(factors) > 2 and (batch := max(factor.node.batch for factor in factors)) > 1:
-        # The samples of a surrounding vmap are one more axis of the factors that differ between them.
-        samples = (len(sizes),)
-        inputs = tuple(i + samples if f.node.batch > 1 else i for i, f in zip(inputs, factors, strict=True))
-        output, sizes = output + samples, (*sizes, batch)
-    return _cached_path(inputs, output, sizes)
-
-
-@lru_cache(maxsize=4096)
-def _cached_path(
-    inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], sizes: tuple[int, ...]
-) -> list[tuple[int, int]]:
-    if len(inputs) == 2:
-        return [(0, 1)]
-    size_of = dict(enumerate(sizes))
-    sets = [frozenset(axes) for axes in inputs]
-    # Exhaustive, outer products included, for a few factors; beyond that what opt_einsum chooses by their number.
-    # (Its "optimal" counts a product that it met before with the flops of that first time: not always the optimum.)
-    few = len(inputs) <= 8
-    optimizer = opt_einsum.DynamicProgramming(minimize="flops", search_outer=True) if few else opt_einsum.paths.auto
-    path = optimizer(sets, frozenset(output), size_of, None)
-    # The operands as opt_einsum counts them, where a sum over axes of one operand alone moves it to the end, and as they are.
-    theirs, ours = [[*range(len(inputs))] for _ in range(2)]
-    steps: list[tuple[int, int]] = []
-    fresh = itertools.count(len(inputs))
-    for step in path:
-        taken = [theirs[position] for position in sorted(step)]
-        theirs = [operand for operand in theirs if operand not in taken]
-        total = taken[0]
-        for operand in taken[1:]:  # a step of several operands goes from left to right
-            left, right = sorted((ours.index(total), ours.index(operand)))
-            steps.append((left, right))
-            total = next(fresh)
-            ours = [*ours[:left], *ours[left + 1 : right], *ours[right + 1 :], total]
-        theirs.append(total)
-    return steps
 
 
 def _sum_axes(factor: Factor, kept: set[Axis], memo: dict[object, Node]) -> Factor:
@@ -204,7 +146,10 @@ def _running_product(
     if every <= still:
         return None
     found = _plain_pair(first, second, still | every, memo, wanted)
-    return None if found.node.running is None else _sum_axes(found, still, memo)
+    if found.node.running is None:
+        read = running.read_product(first, second, still, memo)
+        return read if read is None else _sum_axes(read, still, memo)
+    return _sum_axes(found, still, memo)
 
 
 def _plain_pair(

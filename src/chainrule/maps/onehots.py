@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chainrule.maps import running
+from chainrule.maps import running_reads
 from chainrule.maps.contract import contract, expand_to, permute, transpose_to
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.staging import Program, Staged
@@ -24,11 +24,11 @@ def gather(factor: Factor, onehot: OneHot, memo: Memo) -> Factor:
     target = onehot.target
     position = factor.axes.index(target)
     if factor.node.running is not None:
-        if (read := running.gathered(factor, onehot, memo)) is not None:
+        if (read := running_reads.gathered(factor, onehot, memo)) is not None:
             return read
         if not any(axis in factor.axes for axis in onehot.sources):
             read = _gathered(factor, onehot, memo, position)
-            return Factor(running.note_gathered(factor, onehot, read.node, position, memo), read.axes)
+            return Factor(running_reads.note_gathered(factor, onehot, read.node, position, memo), read.axes)
     return _gathered(factor, onehot, memo, position)
 
 
