@@ -511,3 +511,55 @@ def test_linear_layers_need_no_way_through_the_dispatcher(monkeypatch: pytest.Mo
     found = gradient(parameters)
     assert all(item.requires_grad for item in found.values())
     assert not arrived, arrived
+
+
+class Recurrent(nn.Module):
+    """A recurrent network with gates, in steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.again = nn.Linear(3, 8), nn.Linear(2, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = state = x.new_zeros(x.shape[1], 2)
+        for step in x:
+            one, two, new, out = (self.entry(step) + self.again(hidden)).chunk(4, -1)
+            state = two.sigmoid() * state + one.sigmoid() * new.tanh()
+            hidden = out.sigmoid() * state.tanh()
+        return hidden
+
+
+def nodes_of(tensor: Tensor) -> int:
+    seen: set[Any] = set()
+    todo = [tensor.grad_fn]
+    while todo:
+        if (node := todo.pop()) is not None and node not in seen:
+            seen.add(node)
+            todo += [after for after, _ in node.next_functions]
+    return len(seen)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp"])
+def test_the_graph_of_a_recurrent_network_is_no_larger_than_with_torch_func(transform: str) -> None:
+    torch.manual_seed(9)
+    net, x = Recurrent().to(DOUBLE), torch.randn(6, 4, 3, dtype=DOUBLE)
+    leaves = list(net.parameters())
+
+    def derivative(library: Any) -> Tensor:
+        if transform == "grad":
+            return library.grad(lambda x: net(x).square().sum())(x)  # type: ignore[no-any-return]
+        out, pull = library.vjp(net, x)
+        first, second = pull(torch.ones_like(out))[0], pull(torch.full_like(out, 2.0))[0]
+        torch.testing.assert_close(second, 2 * first)
+        return first  # type: ignore[no-any-return]
+
+    def orders(result: Tensor) -> list[Tensor]:
+        found = list(torch.autograd.grad(result.sin().sum(), leaves, create_graph=True))
+        return [result, *found, *torch.autograd.grad(sum(item.sin().sum() for item in found), leaves)]  # type: ignore[arg-type]
+
+    theirs = derivative(torch.func)
+    expected = orders(theirs)
+    for number in range(4):
+        ours = derivative(chainrule)
+        assert number == 0 or nodes_of(ours) <= nodes_of(theirs)
+        torch.testing.assert_close(orders(ours), expected, **CLOSE)

@@ -11,6 +11,7 @@ import torch
 from chainrule.calls import number_constant
 from chainrule.dispatch import undispatched
 from chainrule.execute.destinations import with_destinations
+from chainrule.execute.joins import with_joins
 from chainrule.execute.layouts import with_even_layouts
 from chainrule.execute.product_sums import with_added_products
 from chainrule.execute.renaming import renamed
@@ -79,6 +80,7 @@ def simplify(
     kept = with_short_chains(program, kept, _roots(program, kept, wanted), memory.touched)
     kept, folded = _fold(program, kept, wanted, constants, memory)
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
+    kept = with_joins(program, kept, wanted, memory.touched)
     joined = with_added_products(program, kept, wanted, _roots(program, kept, wanted), memory.touched)
     layered = _with_layers(program, joined, wanted, memory)
     fused, made = _fuse(program, layered, wanted, memory)

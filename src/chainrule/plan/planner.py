@@ -40,6 +40,8 @@ class Request(NamedTuple):
             derivative it is then, where torch's two modes differ).
         kernels: whether ops may pull single cotangents by kernels of their own, which nothing differentiates or batches.
         leading: whether several cotangents stand before the dimensions of their slot, as they do in the results.
+        joined: whether torch's autograd makes a graph of the run: the fewest calls count then, also where some of them could
+            be made once for many cotangents.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Request(NamedTuple):
     cast: str = "input"
     kernels: bool = False
     leading: bool = False
+    joined: bool = False
 
 
 @dataclass
@@ -94,7 +97,7 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     """
     slots = (*request.inputs, *request.outputs)
     workspace = make_workspace(tape, slots)
-    workspace.kernels, workspace.repeated = request.kernels, request.kind == "pull"
+    workspace.kernels, workspace.repeated = request.kernels, request.kind == "pull" and not request.joined
     workspace.forward = request.cast == "output"
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)

@@ -128,7 +128,8 @@ class Traced:
         # Under another transform, structure is worth more than a kernel.
         alone = not torch._C._len_torch_dispatch_stack()
         slots = tuple(self.in_slots if inputs is None else inputs)
-        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone)
+        joined = alone and kind == "pull" and torch.is_grad_enabled() and any([leaf.requires_grad for leaf in self.out_leaves])
+        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone, joined=joined)
         if self.steps is not None and self.steps.records:
             return run_in_steps(self.tape, self.steps, request, tensors)
         return execute(self.tape, request, tensors, last=last)
