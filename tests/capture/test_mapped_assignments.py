@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -277,28 +278,29 @@ def test_writes_in_any_order(seed: int) -> None:
     draw = random.Random(seed)
     steps = [(draw.choice(WRITTEN), draw.randrange(6), draw.uniform(-1.0, 1.0), draw.random() < 0.3) for _ in range(6)]
 
-    def function(x: Tensor) -> Tensor:
+    def function(x: Tensor, mapped: bool) -> Tensor:
         held = [x * x, x.new_zeros(3, 3), torch.eye(3, dtype=x.dtype), x.sin()]
         values = [x, x.cos(), torch.ones(3, 3, dtype=x.dtype), held[0], held[1], held[3].t()]
         views, total = [one[1] for one in held], torch.zeros((), dtype=x.dtype)
         for number, (write, place, value, reads) in enumerate(steps):
             target = held[number % 4]
             # A copy, so that nothing is written from the memory that it is written to; torch's vmap writes to no constants.
-            given = values[place].clone() + 0 * x if draw_batched or number % 4 > 1 else values[place].clone()
+            given = values[place].clone() + 0 * x if mapped or number % 4 > 1 else values[place].clone()
             if reads:
                 total = total + (target * given).sum() * views[number % 4].prod()
             write(target, given, value)
         return total + sum([(one * one).sin() for one in held]) + torch.stack(views).sum()  # type: ignore[no-any-return]
 
-    for draw_batched in (True, False):
+    for mapped in (True, False):
+        alone = partial(function, mapped=mapped)
         for call in range(4):
             many = samples(1 + call % 3)
-            found = chainrule.vmap(function)(many)
-            torch.testing.assert_close(found, torch.stack([function(x) for x in many]))
-            slope = chainrule.vmap(chainrule.jacrev(function) if call % 2 else chainrule.jacfwd(function))(many)
-            expected = torch.stack([slopes(function, x) for x in many])
+            found = chainrule.vmap(alone)(many)
+            torch.testing.assert_close(found, torch.stack([alone(x) for x in many]))
+            slope = chainrule.vmap(chainrule.jacrev(alone) if call % 2 else chainrule.jacfwd(alone))(many)
+            expected = torch.stack([slopes(alone, x) for x in many])
             torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(chainrule.jacrev(function)(many[0]), expected[0], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(chainrule.jacrev(alone)(many[0]), expected[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("fails", [
