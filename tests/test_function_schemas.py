@@ -203,6 +203,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "heaviside": lambda x: torch.heaviside(x.detach(), OTHER) * x + x.detach().heaviside(OTHER) * x,
     "linalg_matrix_power": lambda x: torch.linalg.matrix_power(x[:, 1:], 2) + torch.linalg.matrix_power(x[:, :3], n=3),
     "linalg_qr": lambda x: torch.linalg.qr(x[:, :3] + 3 * torch.eye(3)).R + torch.linalg.qr(x[:, 1:] + 4 * torch.eye(3), "reduced")[1],
+    "logdet": lambda x: torch.logdet(x[:, :3] @ x[:, :3].mT + torch.eye(3)) + (x[:, 1:] @ x[:, 1:].mT + torch.eye(3)).logdet(),
     "log_sigmoid": lambda x: F.logsigmoid(x) + nn.log_sigmoid(x * 2),
     "logit": lambda x: torch.logit(x.sigmoid()) + (x / 9 + 0.5).logit(1e-6),
     "masked_select": lambda x: x.detach().masked_select(MASK) * x[:, 0] + torch.masked_select(OTHER, mask=MASK) * x[:, 1],

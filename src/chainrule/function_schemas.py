@@ -155,7 +155,7 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
             "index_add", "index_copy", "index_select", "isfinite", "isnan", "layer_norm", "linalg_vector_norm", "logaddexp",
             "logcumsumexp", "maximum", "minimum", "mish", "mm", "mv", "outer", "pad", "repeat", "scatter_add", "softshrink",
             "trace", "tril", "triu", "nan_to_num", "topk", "kron", "gelu", "block_diag", "diag",
-            "linalg_cholesky", "linalg_cross", "linalg_det", "linalg_inv", "linalg_solve", "linalg_multi_dot",
+            "linalg_cholesky", "linalg_cross", "linalg_det", "linalg_inv", "linalg_solve", "logdet", "linalg_multi_dot",
             "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell",
             "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "hinge_embedding_loss",
             "huber_loss", "l1_loss", "margin_ranking_loss",
