@@ -151,6 +151,11 @@ SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
     "power of a number": lambda x: 2**x + 0.5**x,
     "over": lambda x: 1 / (x + 9) + 1.0 / (x + 7) + 2 / (x + 9) - torch.ones(4, dtype=x.dtype) / (x + 9),
     "expand_as": lambda x: x[:, :1].expand_as(x) * x,
+    "view_as": lambda x: x.view_as(torch.ones(4, 6)) * 2 + x.view_as(other=torch.ones(4, 6)),
+    "broadcast_to": lambda x: torch.broadcast_to(x[0, :1], (3, 4)) * x + x[0, 0].broadcast_to((3, 4)) + torch.broadcast_to(x[0, 0], size=(3, 4)),
+    "ravel": lambda x: torch.ravel(x) + x.mT.ravel() + x[0, 0, 0].ravel(),
+    "squeeze without dimensions": lambda x: x[:1, :, :1].squeeze() + torch.squeeze(x[:, 0, 0][None])[0] + x[0, 0, 0].squeeze(),
+    "special functions": lambda x: torch.special.expit(x) + torch.special.xlogy(x, x.exp()) + torch.special.xlogy(x, 2.0),
     "broadcast_tensors": lambda x: torch.mul(*torch.broadcast_tensors(x, x[:1, :1])) + torch.mul(*torch.broadcast_tensors(x, x.sin())),
     "meshgrid": lambda x: torch.mul(*torch.meshgrid(x[0, 0], x[1, 1, 1:], indexing="ij"))
     + torch.mul(*torch.meshgrid(x[0, 0, 1:], x[1, 1], indexing="xy")),

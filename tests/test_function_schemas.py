@@ -185,6 +185,36 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "special in place": lambda x: x.clone().erf_() + x.clone().expm1_() + (x + 9).log1p_() + x.clone().square_() + (x + 0.1).abs_(),
     "activations in place": lambda x: F.elu_(x.clone()) + F.hardtanh_(x.clone()) + F.leaky_relu_(x.clone(), 0.2)
     + nn.silu_(x.clone()),
+    "all": lambda x: (x > 0).all() * x + torch.all(x > 0, 1)[:, None] * x + (x > 0).all(dim=0, keepdim=True) * x,
+    "any": lambda x: (x > 0).any() * x + torch.any(x > 0, dim=1)[:, None] * x + (x > 1).any(0) * x,
+    "avg_pool2d": lambda x: F.avg_pool2d(x[None], 2, 1) + nn.avg_pool2d(x[None], (1, 2), stride=1, padding=(0, 1))[..., :2, :3],
+    "bucketize": lambda x: torch.bucketize(x, torch.tensor([-1.0, 0.0, 1.0], dtype=x.dtype)) * x
+    + torch.bucketize(x.detach(), torch.tensor([0.0, 0.5], dtype=x.dtype), right=True) * x,
+    "celu": lambda x: F.celu(x) + torch.celu(x, 0.5),
+    "cholesky_solve": lambda x: torch.cholesky_solve(x[:, :2], SQUARE[:3, :3].tril() + 3 * torch.eye(3))
+    + torch.cholesky_solve(x[:, 2:], (SQUARE[:3, :3].triu() + 3 * torch.eye(3)), True),
+    "clip": lambda x: x.clip(-0.5, 0.5) + torch.clip(x, max=0.3) + x.clip(min=0),
+    "copysign": lambda x: torch.copysign(x, OTHER) + x.copysign(-1.0),
+    "count_nonzero": lambda x: torch.count_nonzero(x > 0) * x + x.count_nonzero() + torch.count_nonzero(x, dim=0) * x,
+    "cummax": lambda x: torch.cummax(x, 0)[0] + x.cummax(dim=1).values,
+    "cummin": lambda x: torch.cummin(x, 0).values + x.cummin(1)[0],
+    "hardshrink": lambda x: F.hardshrink(x) + torch.hardshrink(x, 0.25) + x.hardshrink(),
+    "hardsigmoid": lambda x: F.hardsigmoid(x.detach()) * x + nn.hardsigmoid(x.detach() * 2) * x,  # no second derivatives
+    "heaviside": lambda x: torch.heaviside(x.detach(), OTHER) * x + x.detach().heaviside(OTHER) * x,
+    "linalg_matrix_power": lambda x: torch.linalg.matrix_power(x[:, 1:], 2) + torch.linalg.matrix_power(x[:, :3], n=3),
+    "linalg_qr": lambda x: torch.linalg.qr(x[:, :3] + 3 * torch.eye(3)).R + torch.linalg.qr(x[:, 1:] + 4 * torch.eye(3), "reduced")[1],
+    "logdet": lambda x: torch.logdet(x[:, :3] @ x[:, :3].mT + torch.eye(3)) + (x[:, 1:] @ x[:, 1:].mT + torch.eye(3)).logdet(),
+    "log_sigmoid": lambda x: F.logsigmoid(x) + nn.log_sigmoid(x * 2),
+    "logit": lambda x: torch.logit(x.sigmoid()) + (x / 9 + 0.5).logit(1e-6),
+    "masked_select": lambda x: x.detach().masked_select(MASK) * x[:, 0] + torch.masked_select(OTHER, mask=MASK) * x[:, 1],
+    "nansum": lambda x: torch.nansum(x) + x.nansum(1)[:, None] * x,
+    "round": lambda x: torch.round(x) * x + x.round(decimals=1),
+    "searchsorted": lambda x: torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0], dtype=x.dtype), x.detach()) * x
+    + torch.searchsorted(torch.tensor([0.0, 0.5], dtype=x.dtype), x.detach(), right=True) * x,
+    "selu": lambda x: F.selu(x) + torch.selu(x * 2),
+    "sign": lambda x: torch.sign(x) * x + x.sgn() * x * x + torch.sgn(x) + x.sign(),
+    "take": lambda x: torch.take(x, INDEX) + x.take(index=INDEX + 4),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.2) + torch.threshold(x, -0.5, value=1.0),
     "more in place": lambda x: x.clone().sin_() + x.clone().tanh_() + x.clone().tril_() + x.clone().triu_(1),
 }  # fmt: skip
 

@@ -335,6 +335,36 @@ def _widened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] |
     return aten.expand.default, (args[0], [*args[1].shape])
 
 
+def _viewed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    if kwargs or len(args) != 2 or not isinstance(args[1], torch.Tensor):
+        return None
+    return aten.view.default, (args[0], [*args[1].shape])
+
+
+def _squeezed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    if kwargs or len(args) > 2:
+        return None
+    if len(args) == 1:
+        return aten.squeeze.default, args
+    return (aten.squeeze.dim, args) if args[1].__class__ is int else None
+
+
+def _one(op: Any) -> Reading:
+    """A function of one tensor."""
+    return lambda args, kwargs: (op, args) if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) else None
+
+
+def _pair(op: Any) -> Reading:
+    """A function of two tensors of one dtype."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        if kwargs or len(args) != 2 or not all([isinstance(item, torch.Tensor) for item in args]):
+            return None
+        return (op, args) if args[0].dtype is args[1].dtype else None
+
+    return read
+
+
 def _spread(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """Tensors that are broadcast against each other."""
     tensors = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
@@ -494,6 +524,8 @@ def _table() -> dict[Any, Reading]:
         tensor.view: _sizes(aten.view.default),
         tensor.permute: _sizes(aten.permute.default),
         tensor.expand: _sizes(aten.expand.default),
+        torch.broadcast_to: _sizes(aten.expand.default),
+        tensor.broadcast_to: _sizes(aten.expand.default),
         tensor.T.__get__: _turned,
         tensor.mT.__get__: _swapped,
         tensor.__getitem__: _chosen,
@@ -506,6 +538,9 @@ def _table() -> dict[Any, Reading]:
         tensor.__rpow__: _power_of,
         tensor.__rdiv__: _one_over,
         tensor.expand_as: _widened,
+        tensor.view_as: _viewed,
+        torch.special.xlogy: _pair(aten.xlogy.Tensor),
+        torch.special.expit: _one(aten.sigmoid.default),
         torch.broadcast_tensors: _spread,
         torch.meshgrid: _grid,
         torch.tensordot: _contracted_over,
@@ -525,9 +560,10 @@ def _table() -> dict[Any, Reading]:
         "narrow": _narrowed,
         "movedim": _moved,
         "unsqueeze": _places(aten.unsqueeze.default, 1),
-        "squeeze": _places(aten.squeeze.dim, 1),
+        "squeeze": _squeezed,
         "t": _turned,
         "flatten": _flattened,
+        "ravel": _flattened,
         "roll": _rolled,
         "softmax": _along(aten._softmax.default, False),
         "log_softmax": _along(aten._log_softmax.default, False),

@@ -155,7 +155,7 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
             "index_add", "index_copy", "index_select", "isfinite", "isnan", "layer_norm", "linalg_vector_norm", "logaddexp",
             "logcumsumexp", "maximum", "minimum", "mish", "mm", "mv", "outer", "pad", "repeat", "scatter_add", "softshrink",
             "trace", "tril", "triu", "nan_to_num", "topk", "kron", "gelu", "block_diag", "diag",
-            "linalg_cholesky", "linalg_cross", "linalg_det", "linalg_inv", "linalg_solve", "linalg_multi_dot",
+            "linalg_cholesky", "linalg_cross", "linalg_det", "linalg_inv", "linalg_solve", "logdet", "linalg_multi_dot",
             "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell",
             "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "hinge_embedding_loss",
             "huber_loss", "l1_loss", "margin_ranking_loss",
@@ -163,12 +163,21 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
             "abs_", "addcdiv_", "addcmul_", "ceil_", "elu_", "erf_", "expm1_", "floor_", "hardtanh_", "leaky_relu_", "log1p_",
             "round_", "silu_", "square_",
             "reciprocal_", "relu_", "rsqrt_", "scatter_add_", "sigmoid_", "sin_", "sqrt_", "tanh_", "tril_", "triu_", "zero_",
+            "avg_pool2d", "celu", "cholesky_solve", "cummax", "cummin", "hardshrink", "hardsigmoid", "heaviside",
+            "linalg_matrix_power", "linalg_qr", "log_sigmoid", "logit", "masked_select", "nansum", "round", "selu", "sgn", "sign",
+            "take", "threshold",
             "pairwise_distance", "poisson_nll_loss", "smooth_l1_loss", "triplet_margin_loss",
         ),
         ("default",),
     ),
     **dict.fromkeys(("gru", "lstm", "rnn_relu", "rnn_tanh"), ("input",)),
     "add": ("Tensor",),
+    "all": ("default", "dim"),
+    "any": ("default", "dim"),
+    "bucketize": ("Tensor",),
+    "copysign": ("Tensor", "Scalar"),
+    "count_nonzero": ("default",),
+    "searchsorted": ("Tensor",),
     "floor_divide": ("default", "Scalar"),
     "fmod": ("Scalar", "Tensor"),
     "lerp": ("Scalar", "Tensor"),
@@ -223,11 +232,14 @@ def _overload(op: Any) -> Overload:
 
 
 #: Ops whose results have names: only torch's own functions give those.
-NAMED = frozenset({aten.max.dim, aten.min.dim, aten.sort.default, aten.topk.default})
+NAMED = frozenset({
+    aten.max.dim, aten.min.dim, aten.sort.default, aten.topk.default, aten.cummax.default, aten.cummin.default,
+    aten.linalg_qr.default,
+})  # fmt: skip
 
 
 #: Functions that are others under another name.
-_OTHER_NAMES = {"det": "linalg_det", "inverse": "linalg_inv", "__floordiv__": "floor_divide"}
+_OTHER_NAMES = {"clip": "clamp", "det": "linalg_det", "inverse": "linalg_inv", "__floordiv__": "floor_divide"}
 
 _PLACES = (torch, torch.Tensor, torch._C._nn, torch._C._linalg)  # type: ignore[attr-defined]
 

@@ -6,14 +6,19 @@ to about 1e-9.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import chainrule
+from chainrule.batching.mode import VmapMode
 from chainrule.capture.tape import Tape
+from chainrule.dispatch import KNOWS_STATE
 
 CONSTANT = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
@@ -87,10 +92,51 @@ def _other_dtype(x: Tensor) -> Tensor:
     return y * y
 
 
-FUNCTIONS = [_assembled, _of_outer_zeros, _rows_of_views, _ellipsis, _steps_and_none, _twice_with_reads, _cut, _other_dtype]
+PLACES = (torch.tensor([0, 2, 2]), torch.tensor([1, 0, 2]))
+MASK = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Methods that write to all of a tensor, or of a view."""
+    y, z = x.new_zeros(3, 3), x * 2
+    y[0].copy_(x[1] * x[2])
+    y[1].fill_(0.5)
+    row = z[1]
+    square = z * z
+    z.copy_(y.sin())
+    row.zero_()
+    y[2, 1:].copy_(row[:1] + x[0, 0])
+    z.diagonal().copy_(x[0]).mul_(x[1])
+    return z @ y + square
+
+
+def _at_places(x: Tensor) -> Tensor:
+    y, z = torch.zeros(3, 3, dtype=x.dtype), x.exp()
+    y.index_put_(PLACES, x[1] * x[0])
+    before = z * y
+    z[PLACES] = x[2]
+    z[MASK] = y[MASK] * 3
+    z[PLACES[:1]] = 0.25
+    y[PLACES[1][:2]] = z[:2] * x[0]
+    return before + z * y
+
+
+def _chain_of_frames(x: Tensor) -> Tensor:
+    pose = torch.eye(3, dtype=x.dtype)
+    for number in range(3):
+        frame = torch.eye(3, dtype=x.dtype)
+        cosine, sine = x[number, 0].cos(), x[number, 0].sin()
+        frame[0, 0] = frame[1, 1] = cosine
+        frame[0, 1], frame[1, 0] = -sine, sine
+        frame[:2, 2] = torch.stack([cosine, CONSTANT[number] * sine])
+        pose = pose @ frame
+    return pose
+
+
+FUNCTIONS = [_whole, _at_places, _chain_of_frames, _assembled, _of_outer_zeros, _rows_of_views, _ellipsis, _steps_and_none, _twice_with_reads, _cut, _other_dtype]
 DIFFERENTIABLE = [f for f in FUNCTIONS if f not in (_cut, _other_dtype)]
 #: Torch's own autograd refuses the others, which overwrite what a derivative reads.
-BY_TORCH = [f for f in FUNCTIONS if f not in (_of_outer_zeros, _rows_of_views, _twice_with_reads)]
+BY_TORCH = [f for f in FUNCTIONS if f not in (_whole, _at_places, _of_outer_zeros, _rows_of_views, _twice_with_reads)]
 
 
 def samples(count: int = 4) -> Tensor:
@@ -182,6 +228,79 @@ def test_parts_pass_no_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     found = chainrule.vmap(chainrule.jacrev(function))(many)
     assert not [name for name in arrived if "copy" in name]
     torch.testing.assert_close(found, torch.stack([torch.func.jacrev(function)(x) for x in many]))
+
+
+@pytest.mark.skipif(not KNOWS_STATE, reason="the compiled handlers take these calls")
+def test_methods_pass_no_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived: list[str] = []
+    for mode in (Tape, VmapMode):
+        handler = mode.__torch_dispatch__
+
+        def listening(self, func, types, args=(), kwargs=None, handler=handler):
+            arrived.append(str(func))
+            return handler(self, func, types, args, kwargs)
+
+        monkeypatch.setattr(mode, "__torch_dispatch__", listening)
+
+    def function(x: Tensor) -> Tensor:
+        out = x * 2
+        out.copy_(x.sin())
+        out.index_put_(PLACES, x[0] * x[1])
+        out[MASK] = 0.5
+        out[PLACES] = x[1]
+        out.fill_(2.0)
+        return out[:2, 1].zero_() * x[0, 0]
+
+    many = samples()
+    for _ in range(4):
+        arrived.clear()
+        found = chainrule.vmap(function)(many)
+        slope = chainrule.vmap(chainrule.jacrev(function))(many)
+    assert not [name for name in arrived if "_." in name]
+    torch.testing.assert_close(found, torch.stack([function(x) for x in many]))
+    torch.testing.assert_close(slope, torch.stack([torch.func.jacrev(function)(x) for x in many]))
+
+
+WRITTEN: list[Callable[[Tensor, Tensor, float], Any]] = [
+    lambda y, v, n: y.__setitem__((0, 1), v[0, 1]), lambda y, v, n: y.__setitem__((1, slice(1, None)), v[2, :2]),
+    lambda y, v, n: y.__setitem__((slice(None), 2), n), lambda y, v, n: y.__setitem__((..., 0), v[1]),
+    lambda y, v, n: y.__setitem__((slice(None), slice(0, 2)), v[:, 1:]), lambda y, v, n: y[1].copy_(v[0] * n),
+    lambda y, v, n: y.copy_(v), lambda y, v, n: y[2].fill_(n), lambda y, v, n: y[:, 1].zero_(),
+    lambda y, v, n: y.index_put_(PLACES, v[2]), lambda y, v, n: y.__setitem__(PLACES, v[1]),
+    lambda y, v, n: y.__setitem__(MASK, n), lambda y, v, n: y[:2].mul_(v[1:]), lambda y, v, n: y.t()[0].add_(v[0]),
+    lambda y, v, n: y.__setitem__((1, 1), CONSTANT[1]), lambda y, v, n: y.view(-1)[2:5].copy_(v[0]),
+    lambda y, v, n: y[0].unsqueeze(0).sub_(n), lambda y, v, n: y.diagonal().copy_(v[2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_writes_in_any_order(seed: int) -> None:
+    draw = random.Random(seed)
+    steps = [(draw.choice(WRITTEN), draw.randrange(6), draw.uniform(-1.0, 1.0), draw.random() < 0.3) for _ in range(6)]
+
+    def function(x: Tensor, mapped: bool) -> Tensor:
+        held = [x * x, x.new_zeros(3, 3), torch.eye(3, dtype=x.dtype), x.sin()]
+        values = [x, x.cos(), torch.ones(3, 3, dtype=x.dtype), held[0], held[1], held[3].t()]
+        views, total = [one[1] for one in held], torch.zeros((), dtype=x.dtype)
+        for number, (write, place, value, reads) in enumerate(steps):
+            target = held[number % 4]
+            # A copy, so that nothing is written from the memory that it is written to; torch's vmap writes to no constants.
+            given = values[place].clone() + 0 * x if mapped or number % 4 > 1 else values[place].clone()
+            if reads:
+                total = total + (target * given).sum() * views[number % 4].prod()
+            write(target, given, value)
+        return total + sum([(one * one).sin() for one in held]) + torch.stack(views).sum()  # type: ignore[no-any-return]
+
+    for mapped in (True, False):
+        alone = partial(function, mapped=mapped)
+        for call in range(4):
+            many = samples(1 + call % 3)
+            found = chainrule.vmap(alone)(many)
+            torch.testing.assert_close(found, torch.stack([alone(x) for x in many]))
+            slope = chainrule.vmap(chainrule.jacrev(alone) if call % 2 else chainrule.jacfwd(alone))(many)
+            expected = torch.stack([slopes(alone, x) for x in many])
+            torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(chainrule.jacrev(alone)(many[0]), expected[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("fails", [

@@ -96,8 +96,13 @@ class Records(Slots):
             self.records.append(Record(func, args, kwargs, outputs, False, self._origin))
             return outputs
         outputs = tuple(self._append(o, _differentiable(o)) if isinstance(o, torch.Tensor) else -1 for o in out)
-        self.key.append((self._key_of(func), args, kwargs, tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)))
-        self.records.append(Record(func, args, kwargs, outputs, not (len(out) == 1 and self._returns_one(func)), self._origin))
+        one = len(out) == 1 and self._returns_one(func)
+        if one and isinstance(out[0], torch.Tensor):
+            self.key.append((self._key_of(func), args, kwargs, out[0].shape, out[0].dtype))
+        else:
+            said = tuple(meta(o) if isinstance(o, torch.Tensor) else None for o in out)
+            self.key.append((self._key_of(func), args, kwargs, said))
+        self.records.append(Record(func, args, kwargs, outputs, not one, self._origin))
         return outputs
 
     def insert_after(self, slot: int, func: Any, args: tuple[Any, ...]) -> None:

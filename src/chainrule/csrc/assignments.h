@@ -45,39 +45,64 @@ write_to_view(Handler *self, PyObject *view, PyObject *value)
     return out;
 }
 
-/* tensor[index] = value at places that one tensor names, with torch's handlers off; NotImplemented leaves it to Python. */
+/* tensor[index] = value at places that tensors name, with torch's handlers off; NotImplemented leaves it to Python. */
 static PyObject *
-write_to_places(Handler *self, PyObject *tensor, PyObject *index, PyObject *value)
+write_to_places(Handler *self, PyObject *tensor, PyObject *indices, PyObject *value)
 {
-    PyObject *beside[] = {value, tensor}, *out = NULL, *list = NULL, *args = NULL, *facts;
+    PyObject *beside[] = {value, tensor}, *out = NULL, *args = NULL, *facts;
     PyObject *given = is_number(value) ? PyObject_Vectorcall(c_constant_beside, beside, 2, NULL) : Py_NewRef(value);
-    PyObject *own = given == NULL ? NULL : GET(tensor, dtype), *dtype = own == NULL ? NULL : GET(index, dtype), *other = NULL;
-    PyObject *ranks[] = {GET(tensor, ndim), GET(index, ndim), NULL};
-    if (dtype == NULL || ranks[0] == NULL || ranks[1] == NULL)
-        goto done;
-    long room = PyLong_AsLong(ranks[0]);
-    room += dtype == c_bool ? 1 - PyLong_AsLong(ranks[1]) : PyLong_AsLong(ranks[1]) - 1;
-    /* Beside a mask without dimensions torch gives the tensor one more. */
-    if (given == Py_None || (dtype != c_bool && dtype != c_long) || (dtype == c_bool && PyLong_AsLong(ranks[1]) == 0))
+    PyObject *own = given == NULL ? NULL : GET(tensor, dtype), *rank = own == NULL ? NULL : GET(tensor, ndim), *other = NULL, *dims = NULL;
+    long room = rank == NULL ? -2 : picked_rank(indices, PyLong_AsLong(rank));
+    if (room == -1 || given == Py_None)
         out = Py_NewRef(Py_NotImplemented);
-    else if ((other = GET(given, dtype)) == NULL || (ranks[2] = GET(given, ndim)) == NULL)
-        goto done;
-    else if (other != own || PyLong_AsLong(ranks[2]) > room)
-        out = Py_NewRef(Py_NotImplemented);
-    else if ((list = PyList_New(1)) != NULL) {
-        PyList_SET_ITEM(list, 0, Py_NewRef(index));
-        if ((args = PyTuple_Pack(3, tensor, list, given)) != NULL && (facts = facts_of(self, c_put_op)) != NULL)
+    else if (room >= 0 && (other = GET(given, dtype)) != NULL && (dims = GET(given, ndim)) != NULL) {
+        if (other != own || PyLong_AsLong(dims) > room)
+            out = Py_NewRef(Py_NotImplemented);
+        else if ((args = PyTuple_Pack(3, tensor, indices, given)) != NULL && (facts = facts_of(self, c_put_op)) != NULL)
             out = run_write(self, facts, args, c_put, args, NULL);
     }
-done:
     Py_XDECREF(given);
     Py_XDECREF(own);
-    Py_XDECREF(dtype);
+    Py_XDECREF(rank);
     Py_XDECREF(other);
-    for (int number = 0; number < 3; number++)
-        Py_XDECREF(ranks[number]);
-    Py_XDECREF(list);
+    Py_XDECREF(dims);
     Py_XDECREF(args);
+    return out;
+}
+
+/* tensor[index] = value on a tape that stands on a vmap which nothing is around; NotImplemented leaves it to Python. */
+static PyObject *
+run_assign_below(Handler *self, PyObject *args)
+{
+    Handler *level = (Handler *)vmap_below(self);
+    PyObject *const *given = &PyTuple_GET_ITEM(args, 0);
+    if (level == NULL || self->depth != 2 || is_listened(self) || self->meets_saved || notes_derived(self) || state.exclude == NULL ||
+        !self->sees_views || level->guarded || level->graphs || PyObject_IsTrue(level->size) <= 0 || c_known == NULL ||
+        (PyObject *)Py_TYPE(given[0]) != c_batch_tensor)
+        return Py_NewRef(Py_NotImplemented);
+    int off = autocast_is_on();
+    if (off == 0 && self->respect_no_grad && (off = grad_is_enabled()) >= 0)
+        off = !off;
+    if (off)
+        return off < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    int views = chooses_view(given[1]);
+    PyObject *indices = views ? NULL : tensors_of(given[1]), *excluded = views || indices != NULL ? exclude_python(1) : NULL, *out = NULL;
+    if (excluded == NULL) {
+        Py_XDECREF(indices);
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    }
+    Py_DECREF(excluded);
+    if (views) {
+        state.exclude(state.views, false);
+        out = assign_below(self, given);
+        state.exclude(state.views, true);
+    } else
+        out = write_to_places(self, given[0], indices, given[2]);
+    Py_XDECREF(indices);
+    if (include_python() < 0)
+        Py_CLEAR(out);
+    if (out != NULL && out != Py_NotImplemented)
+        Py_SETREF(out, Py_NewRef(Py_None));
     return out;
 }
 
@@ -98,8 +123,9 @@ run_assign(Handler *self, PyObject *args)
     if (floating <= 0)
         return floating < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int autocast = autocast_is_on(), views = chooses_view(index);
-    if (autocast || (!views && (PyObject *)Py_TYPE(index) != c_tensor))
-        return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *indices = views || autocast ? NULL : tensors_of(index);
+    if (autocast || (!views && indices == NULL))
+        return autocast < 0 || PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *chosen = views ? PyTuple_Pack(2, tensor, index) : NULL;
     PyObject *view = chosen == NULL ? NULL : run_index(self, c_getitem, chosen);
     Py_XDECREF(chosen);
@@ -108,11 +134,12 @@ run_assign(Handler *self, PyObject *args)
     PyObject *off = exclude_python(1), *out = NULL;
     if (off != NULL) {
         Py_DECREF(off);
-        out = views ? write_to_view(self, view, value) : write_to_places(self, tensor, index, value);
+        out = views ? write_to_view(self, view, value) : write_to_places(self, tensor, indices, value);
         if (include_python() < 0)
             Py_CLEAR(out);
     }
     Py_XDECREF(view);
+    Py_XDECREF(indices);
     if (out != NULL && out != Py_NotImplemented)
         Py_SETREF(out, Py_NewRef(Py_None));
     return out;

@@ -293,3 +293,16 @@ run_known_op(Handler *self, PyObject *op, PyObject *args, int is_view)
     Py_DECREF(values);
     return out;
 }
+
+/* The same of an op by its function, which is none that makes a view, on the first arguments of a call. The handlers are on. */
+static PyObject *
+run_known_call(Handler *level, PyObject *op, PyObject *args, Py_ssize_t count)
+{
+    PyObject *given = PyTuple_GetSlice(args, 0, count), *off = given == NULL ? NULL : exclude_python(1);
+    PyObject *out = off == NULL ? NULL : run_known_op(level, op, given, 0);
+    if (off != NULL && include_python() < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(off);
+    Py_XDECREF(given);
+    return out;
+}

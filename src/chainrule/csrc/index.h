@@ -27,6 +27,48 @@ chooses_view(PyObject *index)
     return count > 0;
 }
 
+/* How many dimensions what tensors of whole numbers and masks choose has, of a tensor with `rank`; -1 if they are left to Python, -2
+ * with an error set. */
+static long
+picked_rank(PyObject *indices, long rank)
+{
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(indices);
+    long wide = 0;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(indices, place);
+        if ((PyObject *)Py_TYPE(item) != c_tensor)
+            return -1;
+        PyObject *dtype = GET(item, dtype), *ndim = dtype == NULL ? NULL : GET(item, ndim);
+        long own = ndim == NULL ? -1 : PyLong_AsLong(ndim);
+        int mask = dtype == c_bool, number = dtype == c_long;
+        Py_XDECREF(dtype);
+        Py_XDECREF(ndim);
+        if (own < 0)
+            return -2;
+        if (!(mask ? own > 0 : number)) /* beside a mask without dimensions torch gives the tensor one more */
+            return -1;
+        rank -= mask ? own : 1;
+        wide = mask ? (wide > 1 ? wide : 1) : (wide > own ? wide : own);
+    }
+    return count == 0 || rank < 0 ? -1 : rank + wide;
+}
+
+/* The tensors that an index is: a list, a new reference; NULL, maybe with an error set, for others. */
+static PyObject *
+tensors_of(PyObject *index)
+{
+    PyObject *single[] = {index};
+    PyObject **items = PyTuple_CheckExact(index) ? &PyTuple_GET_ITEM(index, 0) : single;
+    Py_ssize_t count = PyTuple_CheckExact(index) ? PyTuple_GET_SIZE(index) : 1;
+    for (Py_ssize_t place = 0; place < count; place++)
+        if ((PyObject *)Py_TYPE(items[place]) != c_tensor)
+            return NULL;
+    PyObject *list = count ? PyList_New(count) : NULL;
+    for (Py_ssize_t place = 0; list != NULL && place < count; place++)
+        PyList_SET_ITEM(list, place, Py_NewRef(items[place]));
+    return list;
+}
+
 /* A part of an index: what it is alone, at its dimension, and the op with its arguments after the tensor. */
 typedef struct {
     PyObject *index, *op, *args;

@@ -110,38 +110,6 @@ is_active_now(Handler *self, Memory *memory, PyObject *tensor)
     return known ? is_true_of(PyObject_CallMethodOneArg((PyObject *)self, s_is_active, tensor)) : 0;
 }
 
-/* A view of a stored tensor as one of the level; a new reference. */
-static PyObject *
-wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype)
-{
-    if (!batched) {
-        PyObject *args[] = {value, level};
-        return PyObject_Vectorcall(c_wrap_constant, args, 2, NULL);
-    }
-    PyObject *tensor = NULL, *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
-    PyObject *shape = batch == NULL ? NULL : GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
-    PyObject *strides = device == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_stride);
-    PyObject *offset = strides == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_storage_offset);
-    PyObject *sample = offset == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
-    PyObject *steps = sample == NULL ? NULL : PyTuple_GetSlice(strides, 1, PyTuple_GET_SIZE(strides));
-    if (steps != NULL) {
-        SLOT(batch, value) = Py_NewRef(value);
-        PyObject *args[] = {c_batch_tensor, sample, steps, offset, Py_None, dtype, c_strided, device};
-        if ((tensor = PyObject_Vectorcall(c_make_wrapper, args, 8, NULL)) != NULL) {
-            SLOT(tensor, inner) = Py_NewRef(batch);
-            SLOT(tensor, level) = Py_NewRef(level);
-        }
-    }
-    Py_XDECREF(batch);
-    Py_XDECREF(shape);
-    Py_XDECREF(device);
-    Py_XDECREF(strides);
-    Py_XDECREF(offset);
-    Py_XDECREF(sample);
-    Py_XDECREF(steps);
-    return tensor;
-}
-
 /* The arguments of a record: some slots, and what comes after the tensor in the call of a view; a new reference. */
 static PyObject *
 lowered_with(Py_ssize_t first, Py_ssize_t second, PyObject *rest)
@@ -325,33 +293,6 @@ done:
     Py_XDECREF(value);
     Py_XDECREF(own);
     Py_XDECREF(shape);
-    return out;
-}
-
-/* tensor[index] = value on a tape that stands on a vmap which nothing is around; NotImplemented leaves it to Python. */
-static PyObject *
-run_assign_below(Handler *self, PyObject *args)
-{
-    Handler *level = (Handler *)vmap_below(self);
-    PyObject *const *given = &PyTuple_GET_ITEM(args, 0);
-    if (level == NULL || self->depth != 2 || is_listened(self) || self->meets_saved || notes_derived(self) || state.exclude == NULL ||
-        !self->sees_views || level->guarded || level->graphs || PyObject_IsTrue(level->size) <= 0 || c_known == NULL ||
-        (PyObject *)Py_TYPE(given[0]) != c_batch_tensor || !chooses_view(given[1]))
-        return Py_NewRef(Py_NotImplemented);
-    int off = autocast_is_on();
-    if (off == 0 && self->respect_no_grad && (off = grad_is_enabled()) >= 0)
-        off = !off;
-    if (off)
-        return off < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *excluded = exclude_python(1);
-    if (excluded == NULL)
-        return NULL;
-    Py_DECREF(excluded);
-    state.exclude(state.views, false);
-    PyObject *out = assign_below(self, given);
-    state.exclude(state.views, true);
-    if (include_python() < 0)
-        Py_CLEAR(out);
     return out;
 }
 

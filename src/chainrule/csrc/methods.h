@@ -105,6 +105,20 @@ may_be_copy(PyObject *tensor)
     return known;
 }
 
+/* An index of a sample as one of the stored tensor; a new reference. */
+static PyObject *
+stored_index(PyObject *chosen)
+{
+    Py_ssize_t parts = PyTuple_CheckExact(chosen) ? PyTuple_GET_SIZE(chosen) : 1;
+    PyObject *index = PyTuple_New(parts + 1);
+    if (index == NULL)
+        return NULL;
+    PyTuple_SET_ITEM(index, 0, Py_NewRef(whole));
+    for (Py_ssize_t place = 0; place < parts; place++)
+        PyTuple_SET_ITEM(index, place + 1, Py_NewRef(PyTuple_CheckExact(chosen) ? PyTuple_GET_ITEM(chosen, place) : chosen));
+    return index;
+}
+
 /* The stored tensor of one of this level that is the same for all samples and has no graph, borrowed; NULL, maybe with an error set,
  * for others. */
 static PyObject *
@@ -155,14 +169,9 @@ assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     if (fits > 0 && (fits = may_be_copy(whole)) >= 0)
         fits = fits ? 0 : stored_value(self, args[2], rank, &stored);
     if (fits > 0) {
-        Py_ssize_t parts = PyTuple_CheckExact(chosen) ? PyTuple_GET_SIZE(chosen) : 1;
-        index = PyTuple_New(parts + 1);
-        if (index != NULL)
-            PyTuple_SET_ITEM(index, 0, PySlice_New(NULL, NULL, NULL));
-        for (Py_ssize_t place = 0; index != NULL && place < parts; place++)
-            PyTuple_SET_ITEM(index, place + 1, Py_NewRef(PyTuple_CheckExact(chosen) ? PyTuple_GET_ITEM(chosen, place) : chosen));
+        index = stored_index(chosen);
         PyObject *given[] = {whole, index, stored};
-        if (index != NULL && PyTuple_GET_ITEM(index, 0) != NULL)
+        if (index != NULL)
             out = call_below(c_setitem, given, 3, 0);
         if (out == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
             PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
@@ -173,32 +182,6 @@ assign_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     Py_XDECREF(stored);
     Py_XDECREF(index);
     return fits == 0 ? Py_NewRef(Py_NotImplemented) : out;
-}
-
-/* How many dimensions what tensors of whole numbers and masks choose has, of a tensor with `rank`; -1 if they are left to Python, -2
- * with an error set. */
-static long
-picked_rank(PyObject *indices, long rank)
-{
-    Py_ssize_t count = PySequence_Fast_GET_SIZE(indices);
-    long wide = 0;
-    for (Py_ssize_t place = 0; place < count; place++) {
-        PyObject *item = PySequence_Fast_GET_ITEM(indices, place);
-        if ((PyObject *)Py_TYPE(item) != c_tensor)
-            return -1;
-        PyObject *dtype = GET(item, dtype), *ndim = dtype == NULL ? NULL : GET(item, ndim);
-        long own = ndim == NULL ? -1 : PyLong_AsLong(ndim);
-        int mask = dtype == c_bool, number = dtype == c_long;
-        Py_XDECREF(dtype);
-        Py_XDECREF(ndim);
-        if (own < 0)
-            return -2;
-        if (own == 0 || !(mask || number)) /* one without dimensions is a number, or a dimension more */
-            return -1;
-        rank -= mask ? own : 1;
-        wide = mask ? (wide > 1 ? wide : 1) : (wide > own ? wide : own);
-    }
-    return count == 0 || rank < 0 ? -1 : rank + wide;
 }
 
 /* target.index_put_(indices, value) at places that are the same for all samples; NotImplemented, with nothing written, for others. */
@@ -273,32 +256,52 @@ write_method(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t co
     return out;
 }
 
-/* Whether an index is a tuple of tensors alone. */
-static int
-holds_tensors(PyObject *index)
-{
-    int holds = PyTuple_CheckExact(index) && PyTuple_GET_SIZE(index) > 0;
-    for (Py_ssize_t place = 0; holds && place < PyTuple_GET_SIZE(index); place++)
-        holds = (PyObject *)Py_TYPE(PyTuple_GET_ITEM(index, place)) == c_tensor;
-    return holds;
-}
-
 /* tensor[index] = value for a tensor of the level; the same. */
 static PyObject *
 set_item(Handler *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *single, *out;
     if (count != 3 || chooses_view(args[1]))
         return assign_mapped(self, args, count);
-    if (holds_tensors(args[1]))
-        out = put_mapped(self, args[0], args[1], args[2]);
-    else if ((PyObject *)Py_TYPE(args[1]) == c_tensor && (single = PyTuple_Pack(1, args[1])) != NULL) {
-        out = put_mapped(self, args[0], single, args[2]);
-        Py_DECREF(single);
-    } else
-        out = PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *indices = tensors_of(args[1]), *out = NULL;
+    if (indices != NULL)
+        out = put_mapped(self, args[0], indices, args[2]);
+    else if (!PyErr_Occurred())
+        out = Py_NewRef(Py_NotImplemented);
+    Py_XDECREF(indices);
     if (out != NULL && out != Py_NotImplemented)
         Py_SETREF(out, Py_NewRef(Py_None));
+    return out;
+}
+
+/* tensor[index] for a tensor that carries the batch, where that is a view; NotImplemented for others. */
+static PyObject *
+view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *batch = count == 2 ? batch_of(self, args[0]) : NULL, *out = NULL;
+    if (batch == NULL || self->guarded || self->graphs || state.exclude == NULL || PyDict_GET_SIZE(c_copies) || !chooses_view(args[1]) ||
+        !is_constant_class(SLOT(batch, value)))
+        return Py_NewRef(Py_NotImplemented);
+    int joined = 0;
+    PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = plain_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
+    long rank = ndim == NULL ? -2 : joined || dtype == Py_None ? -1 : chosen_rank(args[1], PyLong_AsLong(ndim) - 1);
+    PyObject *index = rank < 0 ? NULL : stored_index(args[1]);
+    if (index != NULL) {
+        PyObject *given[] = {value, index}, *view = call_below(c_getitem, given, 2, 0);
+        if (view != NULL && view != value)
+            out = wrapped_view((PyObject *)self, view, 1, dtype);
+        else if (view == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+            PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
+            rank = -1;
+        } else if (view != NULL)
+            rank = -1;
+        Py_XDECREF(view);
+    }
+    if (rank == -1)
+        out = Py_NewRef(Py_NotImplemented);
+    Py_DECREF(value);
+    Py_XDECREF(dtype);
+    Py_XDECREF(ndim);
+    Py_XDECREF(index);
     return out;
 }
 
@@ -342,8 +345,11 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
             PyObject *out = self->otherwise == c_setitem && names == NULL
                                 ? set_item(handler, args, count)
                             : writes ? write_method(handler, self->otherwise, args, count)
+                            : self->otherwise == c_getitem && names == NULL ? view_mapped(handler, args, count)
                             : replayed ? replay_method(handler, self->otherwise, args, count, names)
                                      : run_under_vmap(handler, self->function, args, count, 0);
+            if (out == Py_NotImplemented && self->otherwise == c_getitem)
+                Py_SETREF(out, replay_method(handler, self->otherwise, args, count, names));
             state.set_functions(disabled);
             if (out != Py_NotImplemented)
                 return out;

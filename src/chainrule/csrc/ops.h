@@ -124,6 +124,53 @@ op_joins_whole(Handler *self, PyObject *facts, PyObject *args)
     return may;
 }
 
+static PyObject *
+call_seen(PyObject *call, PyObject *args, PyObject *kwargs);
+
+/* A part of a tensor that carries the batch, by one of the ops that an index is made of; NotImplemented for others. */
+static PyObject *
+view_on_level(Handler *level, PyObject *facts, PyObject *args)
+{
+    PyObject *op = SLOT(facts, op), *tensor = PyTuple_GET_ITEM(args, 0), *out = NULL;
+    Py_ssize_t count = PyTuple_GET_SIZE(args);
+    PyObject *batch = batch_of(level, tensor);
+    if (batch == NULL || level->guarded || level->graphs || count < 2 || PyDict_GET_SIZE(c_copies) ||
+        (op != c_select && op != c_slice && op != c_unsqueeze) || !PyLong_CheckExact(PyTuple_GET_ITEM(args, 1)))
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *value = SLOT(batch, value);
+    if (!is_constant_class(value))
+        return Py_NewRef(Py_NotImplemented);
+    int joined = 0;
+    PyObject *ndim = GET(value, ndim), *dtype = ndim == NULL ? NULL : plain_dtype(value, &joined);
+    long rank = dtype == NULL ? -1 : PyLong_AsLong(ndim) - 1 + (op == c_unsqueeze), dim = PyLong_AsLong(PyTuple_GET_ITEM(args, 1));
+    Py_XDECREF(ndim);
+    if (PyErr_Occurred()) {
+        Py_XDECREF(dtype);
+        return NULL;
+    }
+    PyObject *moved = NULL, *given = NULL;
+    if (joined || dtype == Py_None || dim >= rank || dim < -rank)
+        out = Py_NewRef(Py_NotImplemented);
+    else if ((moved = PyLong_FromLong(dim < 0 ? dim : dim + 1)) != NULL && (given = PyTuple_New(count)) != NULL) {
+        PyTuple_SET_ITEM(given, 0, Py_NewRef(value));
+        PyTuple_SET_ITEM(given, 1, Py_NewRef(moved));
+        for (Py_ssize_t place = 2; place < count; place++)
+            PyTuple_SET_ITEM(given, place, Py_NewRef(PyTuple_GET_ITEM(args, place)));
+        PyObject *view = call_seen(SLOT(facts, fast), given, NULL);
+        if (view != NULL)
+            out = wrapped_view((PyObject *)level, view, 1, dtype);
+        else if (PyErr_ExceptionMatches(PyExc_Exception)) {
+            PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
+            out = Py_NewRef(Py_NotImplemented);
+        }
+        Py_XDECREF(view);
+    }
+    Py_XDECREF(moved);
+    Py_XDECREF(given);
+    Py_DECREF(dtype);
+    return out;
+}
+
 /* Run an op that is only run and recorded, with torch's handlers off. `call` with its own arguments computes it where no other mode
  * has to know. `named` are pairs of names and plain values, where the tape stands alone. Nothing is done where NotImplemented is
  * returned. */
@@ -167,14 +214,20 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
     /* A view of a tensor from outside of the level is none of the level's. */
     int outside = is_view && !alone && !seen.joined && self->sees_views && state.exclude != NULL && vmap_below(self) != NULL &&
                   count && (PyObject *)Py_TYPE(PyTuple_GET_ITEM(args, 0)) == c_tensor;
-    if (!alone && !outside) {
+    if (!alone && !outside && is_view && !seen.joined && self->sees_views && state.exclude != NULL && vmap_below(self) != NULL) {
+        out = view_on_level((Handler *)self->below, facts, args);
+        if (out == NULL)
+            goto done;
+    }
+    if (!alone && !outside && (out == NULL || out == Py_NotImplemented)) {
+        Py_CLEAR(out);
         out = stands_on_vmap(self) ? run_known_op((Handler *)self->below, SLOT(facts, op), args, is_view)
                                    : Py_NewRef(Py_NotImplemented);
         if (out == Py_NotImplemented)
             Py_SETREF(out, PyObject_CallMethodObjArgs(self->below, s_run_op, SLOT(facts, op), args, NULL));
         if (out != NULL && PyList_CheckExact(out))
             Py_SETREF(out, PyList_AsTuple(out));
-    } else {
+    } else if (out == NULL) {
         /* Autograd must see views, so that writes through them are counted as writes. */
         if (is_view)
             state.exclude(state.views, false);

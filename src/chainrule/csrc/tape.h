@@ -444,6 +444,12 @@ run_beneath(Handler *below, PyObject *function, PyObject *args, PyObject *const 
     return below->kind == TAPE ? run_on_tape(below, function, args) : run_under_vmap(below, function, stored, count, 1);
 }
 
+static PyObject *
+vmap_below(Handler *self); /* in composites.h */
+
+static PyObject *
+run_known_call(Handler *level, PyObject *op, PyObject *args, Py_ssize_t count); /* in calls.h */
+
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args)
@@ -533,6 +539,8 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         out = seen.joined ? call_joined(function, facts, stored, count) : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
     else
         out = run_beneath((Handler *)self->below, function, args, stored, count);
+    if (out == Py_NotImplemented && SLOT(facts, common) == Py_True && vmap_below(self) != NULL)
+        Py_SETREF(out, run_known_call((Handler *)self->below, op, args, count));
     if (out == NULL || out == Py_NotImplemented)
         goto done;
     int vector = seen.joined && PyLong_AsLong(SLOT(facts, joining)) == LINEAR ? rank_is(stored[0], 1) : 0; /* see call_joined */

@@ -98,6 +98,42 @@ done:
     return tensor;
 }
 
+/* A view of a stored tensor without a graph as one of the level; a new reference. */
+static PyObject *
+wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype)
+{
+    if (!batched) {
+        PyObject *args[] = {value, level};
+        return PyObject_Vectorcall(c_wrap_constant, args, 2, NULL);
+    }
+    PyObject *tensor = NULL, *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
+    PyObject *shape = batch == NULL ? NULL : GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
+    PyObject *strides = device == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_stride);
+    PyObject *offset = strides == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_storage_offset);
+    PyObject *sample = offset == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
+    PyObject *steps = sample == NULL ? NULL : PyTuple_GetSlice(strides, 1, PyTuple_GET_SIZE(strides));
+    if (steps != NULL) {
+        SLOT(batch, value) = Py_NewRef(value);
+        PyObject *args[] = {c_batch_tensor, sample, steps, offset, Py_None, dtype, c_strided, device};
+        if ((tensor = PyObject_Vectorcall(c_make_wrapper, args, 8, NULL)) != NULL) {
+            SLOT(tensor, inner) = Py_NewRef(batch);
+            SLOT(tensor, level) = Py_NewRef(level);
+            if (PyTuple_GET_SIZE(sample) == 0 && PySet_Contains(c_floating, dtype) > 0) { /* see `wrapped`: results are laid out alike */
+                SLOT(batch, dtype) = Py_NewRef(dtype);
+                SLOT(batch, sample) = Py_NewRef(sample);
+            }
+        }
+    }
+    Py_XDECREF(batch);
+    Py_XDECREF(shape);
+    Py_XDECREF(device);
+    Py_XDECREF(strides);
+    Py_XDECREF(offset);
+    Py_XDECREF(sample);
+    Py_XDECREF(steps);
+    return tensor;
+}
+
 static int
 rank_is(PyObject *tensor, long wanted)
 {

@@ -6,9 +6,6 @@ run_level_write(Handler *level, PyObject *facts, PyObject *args, PyObject *call)
 static int
 level_dtype(PyObject *level, PyObject *tensor, PyObject **dtype); /* in mapped_writes.h */
 
-static PyObject *
-wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype); /* in mapped_writes.h */
-
 /* What is known of a function that is shown to a mode: its entry in the table and its reading, or None, and what sorts it is of. */
 enum { FUNCTION, READING, SORTS, WRITER };
 
@@ -339,6 +336,17 @@ written(Handler *self, Memory *memory, const Write *write, PyObject *twin, PyObj
     return Py_NewRef(target);
 }
 
+/* Whether the new value of a view is written back to all that it is a view of by scatters: 1, 0, or -1 with an error set. */
+static int
+climbs_here(Handler *self, Memory *memory, PyObject *target)
+{
+    PyObject *link;
+    int known = 1;
+    for (; known && (link = found_for(memory->links, target)) != NULL; target = PyTuple_GET_ITEM(link, LINK_PARENT))
+        known = scatter_of(self, link) != NULL;
+    return PyErr_Occurred() ? -1 : known;
+}
+
 /* Whether tensors of a level are written to here. */
 static int
 may_write_to(Handler *level)
@@ -374,7 +382,9 @@ run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObje
     const Write write = {facts, args, call, call_args, call_kwargs};
     if (dtype == NULL || lowered == NULL || memory_of(self, &memory) < 0 || settle_views(self, &memory) < 0)
         goto done;
-    if ((fits = PySet_Contains(c_floating, dtype)) > 0)
+    if ((fits = PySet_Contains(c_floating, dtype)) > 0 && level != NULL)
+        fits = climbs_here(self, &memory, target);
+    if (fits > 0)
         fits = lowered_of_write(self, args, lowered, fresh, &fresh_count, &seen);
     if (fits > 0 && !seen.touched) {
         if ((fits = is_unknown(self, &memory, target)) > 0)
