@@ -121,7 +121,7 @@ def test_jacobians_of_one_point_are_separate_arrays(method, monkeypatch):
 
 @pytest.mark.parametrize("sigma", [0.1, np.float64(0.1), np.array([0.1]), np.array([[0.1]]), [0.1]])
 @pytest.mark.parametrize("absolute", [False, True])
-def test_one_deviation_for_all_data(sigma, absolute:
+def test_one_deviation_for_all_data(sigma, absolute):
     points = np.linspace(0, 1, 12)
     data = 3 * points + 1 + 0.1 * np.random.default_rng(0).normal(size=12)
 
