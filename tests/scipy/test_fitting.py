@@ -117,3 +117,21 @@ def test_jacobians_of_one_point_are_separate_arrays(method, monkeypatch):
     np.testing.assert_array_equal(second, expected)
     np.testing.assert_array_equal(third, expected)
     np.testing.assert_allclose(found.x, [2.0, 4.0], rtol=NEAR)
+
+
+@pytest.mark.parametrize("sigma", [0.1, np.float64(0.1), np.array([0.1]), np.array([[0.1]]), [0.1]])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_one_deviation_for_all_data(sigma, absolute):
+    points = np.linspace(0, 1, 12)
+    data = 3 * points + 1 + 0.1 * np.random.default_rng(0).normal(size=12)
+
+    def model(x, a, b):
+        return a * x + b
+
+    expected = scipy_optimize.curve_fit(model, points, data, sigma=0.1, absolute_sigma=absolute)
+    for found in (
+        chainrule_scipy.curve_fit(model, points, data, sigma=sigma, absolute_sigma=absolute),
+        chainrule_scipy.curve_fit(model, points, data, None, sigma, absolute),
+    ):
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+        np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Entries are put in line by turning at most so many dimensions.
 _MOST_TURNED = 6
 
+#: Terms of fewer entries are left as they are; in others, those that meet are counted in one row of so many.
+_HEAVY, _SAMPLE = 1 << 12, 17
+
 
 class Entries(NamedTuple):
     """The entries of one term.
@@ -236,6 +239,22 @@ def summed(out_dims: Dims, in_dims: Dims, entries: Sequence[Entries], listed: Li
             onehots.append(OneHot(workspace.index(keys // max(stride, 1) % size), (axis,), target))
     made = Term(tuple(dims[: len(shapes[0])]), tuple(dims[len(shapes[0]) :]), (Factor(node, (axis,)),), tuple(onehots))
     return workspace.canonical(made)
+
+
+def thinned(term: Term, workspace: SparseWorkspace) -> Term:
+    """A settled list of entries with one at each place, where there are twice as many or more; other terms as they are."""
+    rows, columns = (math.prod(_dims_shape(dims)) for dims in (term.out_dims, term.in_dims))
+    count = count_entries(term)
+    if count < max(_HEAVY, 2 * rows, 2 * columns) or len({h.sources for h in term.onehots}) != 1:
+        return term
+    if len(term.onehots[0].sources) != 1 or term.onehots[0].sources[0].size != count:
+        return term
+    entries = entries_of(term, workspace)
+    some = entries.keys[entries.keys // max(columns, 1) % _SAMPLE == 1]
+    if 2 * some.unique().numel() > some.numel():
+        return term
+    every = listed([entries])
+    return summed(term.out_dims, term.in_dims, [entries], every, workspace) if 2 * every.keys.numel() <= count else term
 
 
 class Listed(NamedTuple):

@@ -29,6 +29,7 @@ from chainrule.maps.nonzeros import (
     listed,
     over_grid,
     summed,
+    thinned,
     without_shared,
 )
 from chainrule.maps.onehots import dense_relation, gather, mask_factor
@@ -548,6 +549,10 @@ class SparseWorkspace(Workspace):
         done = self._compress(bare)
         # A sum may be tied to what the shared relations have for sources: they are chained.
         return tuple(terms) if len(done) == len(terms) else tuple(settle(restore(term), self) for term in done)
+
+    def thinned(self, term: Term) -> Term:
+        """The term in fewer entries, where many of its entries meet."""
+        return thinned(term, self)
 
     def _few_apart(self, terms: Sequence[Term]) -> tuple[Term, ...] | None:
         """Terms by rows as they are, and all others as one term; None where these are none, or more than a few entries."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap, add_maps, compose
@@ -103,9 +104,9 @@ def reverse(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callabl
 
 
 def _total(maps: list[LinearMap], workspace: Workspace) -> LinearMap:
-    if len(maps) == 1 and len(maps[0].terms) < 2:
-        return maps[0]
-    return add_maps(maps, workspace)
+    total = maps[0] if len(maps) == 1 and len(maps[0].terms) < 2 else add_maps(maps, workspace)
+    terms = tuple([workspace.thinned(term) for term in total.terms])
+    return total if all(map(operator.is_, terms, total.terms)) else replace(total, terms=terms)
 
 
 def sweep_back(

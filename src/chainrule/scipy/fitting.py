@@ -258,7 +258,16 @@ def curve_fit(
     def derivative(data: Any, *parameters: Any) -> np.ndarray:
         return at(data, parameters).jacobian()
 
+    if len(args) > 1:
+        args = (args[0], _deviations(args[1], ydata), *args[2:])
+    elif "sigma" in options:
+        options["sigma"] = _deviations(options["sigma"], ydata)
     return optimize.curve_fit(value, xdata, ydata, *args, jac=derivative, **options)
+
+
+def _deviations(sigma: Any, ydata: Any) -> Any:
+    """One standard deviation for all data as one for each: with a Jacobian given, SciPy takes a number for a covariance."""
+    return np.full(np.size(ydata), np.asarray(sigma).item()) if sigma is not None and np.size(sigma) == 1 else sigma
 
 
 __all__ = ["curve_fit", "least_squares", "root"]
