@@ -87,3 +87,24 @@ def test_activations_in_networks(name: str, shape: tuple[int, ...]) -> None:
     x.requires_grad_()
     ours, theirs = (torch.autograd.grad(module.vjp(f, x)[1](u)[0].sin().sum(), x)[0] for module in (chainrule, torch.func))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_cotangents_that_are_the_same_for_all_samples(name: str, dtype: torch.dtype) -> None:
+    """Kernels of single precision do not all broadcast."""
+    act = ACTIVATIONS[name]
+    x, u = torch.randn(3, 6, 8).to(dtype), act(torch.randn(6, 8)).to(dtype)
+    exact = torch.func.vmap(lambda x: torch.func.vjp(act, x)[1](u.double())[0])(x.double())
+
+    def pulled(module: object, x: torch.Tensor) -> torch.Tensor:
+        return module.vjp(act, x)[1](u)[0]  # type: ignore[attr-defined, no-any-return]
+
+    # Not below 1e-7: torch rounds the rate of celu to single precision.
+    close = dict.fromkeys(("rtol", "atol"), max(64 * torch.finfo(dtype).eps, 1e-7))
+    for _ in range(4):
+        torch.testing.assert_close(chainrule.vmap(lambda x: pulled(chainrule, x))(x).double(), exact, **close)
+        summed = chainrule.vmap(chainrule.grad(lambda x: act(x.flatten()).sum()))(x)
+        if "glu" not in name:
+            wanted = torch.func.vmap(torch.func.grad(lambda x: act(x).sum()))(x.double())
+            torch.testing.assert_close(summed.double(), wanted, **close)
