@@ -51,3 +51,38 @@ def test_max_pool2d(shape: Any, dtype: torch.dtype, options: Any) -> None:
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
             assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 16, 24, 24), (3, 9, 32, 20), (1, 2, 150, 60), (16, 24, 24), (0, 16, 24, 24)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ([2],), ([2, 2],), ([2, 2], [2, 2]), ([1, 2],), ([4, 1],), ([1],), ([3, 2], [2, 1], [1, 0]), ([2, 2], [2], [0, 0], True),
+        ([2, 2], [], [0], False, True, 3), ([2, 2], [2, 1]),
+    ],
+)  # fmt: skip
+def test_avg_pool2d(shape: Any, dtype: torch.dtype, options: Any) -> None:
+    x = torch.randn(shape).to(dtype)
+    if x.numel():
+        x.flatten()[::7] = torch.nan
+    for given in (x, x.transpose(-1, -2)):
+        found, wanted = calls.avg_pool2d(given, *options), torch.ops.aten.avg_pool2d.default(given, *options)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert found.stride() == wanted.stride()
+        all_options = (*options, *([], [0], False, True, None)[len(options) - 1 :])
+        cotangent = torch.randn(wanted.shape).to(dtype)
+        pulled = calls.avg_pool2d_backward(cotangent, given, *all_options)
+        torch.testing.assert_close(
+            pulled, torch.ops.aten.avg_pool2d_backward.default(cotangent, given, *all_options), rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_average_pooling_of_what_requires_grad() -> None:
+    x = torch.randn(2, 16, 24, 24, requires_grad=True)
+    (found,) = torch.autograd.grad(calls.avg_pool2d(x, [2, 2]).sin().sum(), x)
+    (wanted,) = torch.autograd.grad(torch.nn.functional.avg_pool2d(x, 2).sin().sum(), x)
+    torch.testing.assert_close(found, wanted)
+    cotangent = torch.randn(2, 16, 12, 12, requires_grad=True)
+    made = calls.avg_pool2d_backward(cotangent, x.detach(), [2, 2], [], [0], False, True, None)
+    assert torch.equal(torch.autograd.grad(made.sum(), cotangent)[0], torch.ones_like(cotangent))

@@ -86,3 +86,19 @@ def test_order_with_axes_of_one_operand():
     found = contract(factors, (c, taps, batch), {}).node.force(Program()).value
     wanted = torch.einsum("ch,achb,htb->ctb", *(factor.node.force(Program()).value for factor in factors))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("large_first", [False, True])
+@pytest.mark.parametrize("columns", [1, 2, 16, 17])
+def test_thin_products_that_a_stack_runs_along(columns: int, large_first: bool) -> None:
+    """``sum_b S[b, k, j] u[b, j]``: multiplied and summed where few of them stand along the stack, a matrix product otherwise."""
+    b, k, j = Axis(5), Axis(columns), Axis(32)
+    large, small = torch.randn(5, columns, 32, dtype=F64), torch.randn(5, 32, dtype=F64)
+    for keep in ((j, k), (k, j)):
+        program = Program()
+        factors = [Factor(dense_node(large), (b, k, j)), Factor(dense_node(small), (b, j))]
+        found = contract(factors if large_first else factors[::-1], keep, {})
+        names = "".join("jk"[(j, k).index(axis)] for axis in found.axes)
+        wanted = torch.einsum(f"bkj,bj->{names}", large, small)
+        torch.testing.assert_close(found.node.force(program).value, wanted)
+        assert any(i.function in (torch.bmm, torch.matmul) for i in program.instructions) == (columns > 16)

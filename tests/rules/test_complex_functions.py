@@ -27,6 +27,8 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "powers": lambda z, x: z**2 + z**3 + z**-1.5 + z ** (1 + 1j) + z**1,
     "real base": lambda z, x: z * (x.square() + 1) ** (0.5 - 1j),
     "abs": lambda z, x: z.abs() * z / z.abs().sum(),
+    "sgn": lambda z, x: z.sgn() * x + (z * z).sgn(),
+    "angle": lambda z, x: z.angle() * x + (z * z.conj() * (1 + x * 1j)).angle(),
     "quotients": lambda z, x: z / (1 + 2j) + (2 - 1j) / z + OTHER / z + z / OTHER + x / z + z / (1 + x * x),
     "broadcast quotients": lambda z, x: z / z[:, :1] + z[0] / z + z[0, 0] / z[1:].sum(),
     "complex": lambda z, x: torch.complex(x, x[0]) * torch.complex(z.real, x.sum()) * torch.complex(x.tanh(), OTHER.real),
@@ -105,3 +107,15 @@ def test_a_convolution_needs_no_formula_of_torch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(OpaqueAction, "push", refuse)
     x = torch.randn(6, dtype=DOUBLE)
     torch.testing.assert_close(chainrule.hessian(function)(x), torch.func.hessian(function)(x))
+
+
+def test_directions_at_the_origin() -> None:
+    """As torch has them: no derivative where there is no direction."""
+    z = torch.tensor([0.0, 1 + 2j, -3.0, 2j], dtype=COMPLEX)
+    tangent, bar = torch.randn(4, dtype=COMPLEX), torch.randn(4, dtype=COMPLEX)
+    for function in (torch.sgn, torch.angle):
+        for _ in range(3):
+            out, pull = chainrule.vjp(function, z)
+            given = bar.to(out.dtype) if out.is_complex() else bar.real
+            torch.testing.assert_close(pull(given), torch.func.vjp(function, z)[1](given))
+            torch.testing.assert_close(chainrule.jvp(function, (z,), (tangent,)), torch.func.jvp(function, (z,), (tangent,)))

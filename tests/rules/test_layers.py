@@ -307,3 +307,37 @@ def test_a_sum_of_terms_is_convolved_once() -> None:
         jacobians(images)
     (columns,) = [event.count for event in seen.key_averages() if event.key == "aten::col2im"]
     assert columns == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "options"),
+    [
+        ((3, 2, 7), (4, 2, 3), {"padding": 1}), ((2, 4, 6, 5), (6, 2, 3, 2), {"groups": 2, "stride": 2}),
+        ((2, 3, 6, 5), (3, 1, 2, 2), {"groups": 3, "dilation": 2}), ((1, 1, 5, 5), (1, 1, 1, 1), {}),
+        ((2, 2, 4, 4, 3), (3, 2, 2, 2, 2), {}), ((0, 2, 5, 5), (3, 2, 3, 3), {}), ((2, 2, 5, 5), (3, 2, 3, 3), {"padding": "same"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("turned", [False, True])
+def test_tangents_of_the_weight_are_convolved(shape: Any, weight: Any, options: Any, turned: bool) -> None:
+    """One tangent, a stack of them, tangents of each sample, and the derivative of all this."""
+    if turned:
+        options = {name: value for name, value in options.items() if value != "same"}
+        groups = options.get("groups", 1)
+        weight = (shape[1], weight[0] // groups, *weight[2:])
+    convolve = [[F.conv1d, F.conv2d, F.conv3d], [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]][turned][len(shape) - 3]
+    x, w, tangents, inputs = randn(*shape), randn(*weight), randn(5, *weight), randn(5, *shape)
+
+    def pushed(module: Any, w: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return module.jvp(lambda w: convolve(x, w, **options).tanh(), (w,), (t,))[1]
+
+    for _ in range(4):
+        assert_same(pushed(chainrule, w, tangents[0], x), pushed(torch.func, w, tangents[0], x))
+        for dims in ((None, 0, None), (None, None, 0), (None, 0, 0), (0, 0, 0)):
+            given = tangents.flip(0) if dims[0] == 0 else w, tangents if dims[1] == 0 else tangents[0], inputs if dims[2] == 0 else x
+            assert_same(
+                chainrule.vmap(partial(pushed, chainrule), dims)(*given), torch.vmap(partial(pushed, torch.func), dims)(*given)
+            )
+        ours, theirs = (
+            module.grad(lambda w, module=module: pushed(module, w, tangents[0], x).sin().sum())(w) for module in (chainrule, torch.func)
+        )
+        assert_same(ours, theirs)

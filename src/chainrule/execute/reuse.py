@@ -33,11 +33,23 @@ _POINTWISE = frozenset(
     }
 )  # fmt: skip
 
+_BACKWARD = tuple(
+    getattr(aten, f"{name}_backward")
+    for name in (
+        "threshold", "leaky_relu", "hardtanh", "hardsigmoid", "hardshrink", "softshrink", "elu", "softplus", "silu", "gelu",
+        "tanh", "sigmoid", "log_sigmoid",
+    )
+)  # fmt: skip
+
 #: The variants of ops that write where they are told, and the name of that argument.
 _WRITING = {
-    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
-    aten.threshold_backward.default._op: (aten.threshold_backward.grad_input, "grad_input"),
+    call: (op.grad_input, "grad_input")
+    for op in _BACKWARD
+    for call in (op.default, op.default._op, FUNCTIONS.get(op.default._op, op.default._op))
 }
+
+#: Keyword arguments that do not stand in the way of such a variant.
+_OPTIONS = frozenset({"value", "alpha", "approximate"})
 
 #: With the argument ``out``; the first operand may be written over, and the result is memory that nothing else uses.
 _THROUGH = frozenset({torch.tril, torch.triu, torch.cumsum})
@@ -244,7 +256,7 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
         return None
     if instruction.function is torch.where and not all(isinstance(item, Ref) for item in instruction.args):
         return None  # with a number, torch takes no ``out``
-    if instruction.keep or len(instruction.outputs) != 1 or not {"value", "alpha"}.issuperset(instruction.kwargs):
+    if instruction.keep or len(instruction.outputs) != 1 or not _OPTIONS.issuperset(instruction.kwargs):
         return None
     out = instruction.outputs[0]
     kind = program.kinds.get(out)

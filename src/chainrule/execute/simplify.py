@@ -16,6 +16,7 @@ from chainrule.execute.layouts import with_even_layouts
 from chainrule.execute.product_sums import with_added_products
 from chainrule.execute.renaming import renamed
 from chainrule.execute.sharing import TRANSPOSES, share
+from chainrule.execute.slopes import with_slope_kernels
 from chainrule.execute.spelling import spell
 from chainrule.execute.turning import turned
 from chainrule.execute.view_chains import with_short_chains
@@ -84,6 +85,8 @@ def simplify(
     joined = with_added_products(program, kept, wanted, _roots(program, kept, wanted), memory.touched)
     layered = _with_layers(program, joined, wanted, memory)
     fused, made = _fuse(program, layered, wanted, memory)
+    known = {slot: value for slot, value in {**constants, **folded, **made}.items() if slot not in memory.written}
+    fused = with_slope_kernels(program, fused, wanted, known, memory.touched)
     if program.recorded and (joined is not kept or len(fused) < len(layered)):
         # Plans that were made before have fused their calls already: only now are others equal to these.
         unwritten = {slot: value for slot, value in constants.items() if slot not in memory.written}

@@ -34,7 +34,7 @@ def spell(program: Program, kept: Sequence[Instruction]) -> tuple[list[Instructi
 
     spelled = []
     for instruction in kept:
-        function = FUNCTIONS.get(instruction.function)
+        function = FUNCTIONS.get(getattr(instruction.function, "_op", instruction.function))
         if function is not None:
             instruction = instruction._replace(function=function)
         if instruction.function in WITH_NUMBERS and not instruction.kwargs and len(instruction.args) == 2:

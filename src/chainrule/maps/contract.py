@@ -18,6 +18,10 @@ from chainrule.maps.terms import Axis, Factor
 
 aten = torch.ops.aten
 
+#: Of so few matrix-vector products, along which a stack runs in memory for so long, multiplying and summing takes less time.
+_FEW_DOTS = 16
+_LONG_RUN = 16
+
 
 def contract(factors: Sequence[Factor], keep: Sequence[Axis], memo: dict[object, Node]) -> Factor:
     """Multiply ``factors``, sum every axis that is not in ``keep``, and return one factor over the kept carried axes.
@@ -496,11 +500,17 @@ def _matrix_product(
             return torch.dot(x, y)
         if left == right:
             return torch.sum(torch.mul(x, y))
-    if batch and not left_only and not right_only:
-        # One dot product per entry: matrix products of single rows are slower than multiplying and summing.
-        order = batch + gone
-        product = torch.mul(expand_to(x, left, order), expand_to(y, right, order))
-        return torch.sum(product, tuple(range(len(batch), len(order))))
+    if batch and _is_thin(x, left, y, right, groups, sizes):
+        # Matrix products of single rows are slower than multiplying and summing.
+        order = batch + left_only + right_only
+        if not left_only and not right_only:
+            product = torch.mul(expand_to(x, left, order + gone), expand_to(y, right, order + gone))
+            return torch.sum(product, tuple(range(len(order), len(order) + len(gone))))
+        if len(left) < len(right):
+            x, left, y, right = y, right, x, left
+        total = torch.sum(torch.mul(x, expand_to(y, right, left)), tuple(left.index(name) for name in gone))
+        kept = [name for name in left if name not in gone]
+        return permute(total, tuple(kept.index(name) for name in order))
     b, m, n, k = (math.prod(sizes[name] for name in group) for group in groups)
     if batch and len(gone) == 1 and len(left_only) < 2 and len(right_only) < 2:
         rows, columns = batch + left_only + gone, batch + gone + right_only
@@ -519,6 +529,22 @@ def _matrix_product(
     y = _matrix(y, right, (batch, gone, right_only), y_shape)
     result = torch.bmm(x, y) if batch else plain_product(x, y)
     return _view(result, [sizes[name] for name in batch + left_only + right_only])
+
+
+def _is_thin(
+    x: Staged, left: tuple[int, ...], y: Staged, right: tuple[int, ...],
+    groups: tuple[tuple[int, ...], ...], sizes: dict[int, int],
+) -> bool:  # fmt: skip
+    """Whether the products of a stack are one dot product each, or a few of operands that stand in memory along the stack."""
+    batch, left_only, right_only, _ = groups
+    if not left_only and not right_only:
+        return True
+    if left_only and right_only or math.prod(sizes[name] for name in left_only + right_only) > _FEW_DOTS:
+        return False
+    last = next((name for name in reversed(batch) if sizes[name] != 1), None)
+    if last is None or sizes[last] < _LONG_RUN:
+        return False
+    return all(value.value.stride(names.index(last)) == 1 for value, names in ((x, left), (y, right)))
 
 
 def _matrix(

@@ -176,7 +176,8 @@ def _pointwise_table() -> dict[Any, BatchStrategy]:
     table.pop(aten._conj_physical.default, None)
     table.pop(aten.copy.default, None)
     table[aten.native_dropout_backward.default] = masked_scale
-    table[aten._standard_gamma_grad.default] = table[aten._dirichlet_grad.default] = broadcast_all
+    for op in (aten._standard_gamma_grad, aten._dirichlet_grad, aten.gelu_backward):
+        table[op.default] = broadcast_all
     table[aten._to_copy.default] = cast
     table[aten.copy.default] = functional_copy
     table[aten.fill.Tensor] = functional_copy

@@ -150,6 +150,40 @@ def _magnitude(call: Call) -> Iterable[Edge] | None:
     return [complex_edge(call, item, (push, pull))]
 
 
+def _direction(call: Call) -> Iterable[Edge]:
+    """``z / |z|``: what is across the direction, by the length. The map is its own adjoint."""
+    item = call.args[0]
+    if not call.is_active(item):
+        return []
+
+    def turn(program: Program, rows: Staged) -> Staged:
+        direction, length = call.stage_output(program), torch.abs(call.stage(program, item))
+        along = torch.mul(torch.real(torch.mul(rows, torch.conj_physical(direction))), direction)
+        return torch.where(torch.eq(length, 0), 0.0, torch.div(torch.sub(rows, along), length))
+
+    return [complex_edge(call, item, (turn, turn))]
+
+
+def _angle(call: Call) -> Iterable[Edge]:
+    """The imaginary part of the logarithm; 0 at the origin, as torch has it."""
+    item = call.args[0]
+    if not call.is_active(item):
+        return []
+
+    def rate(program: Program) -> Staged:
+        value = call.stage(program, item)
+        square = torch.add(torch.square(torch.real(value)), torch.square(torch.imag(value)))
+        return torch.where(torch.eq(square, 0), 0.0, torch.div(torch.mul(value, 1j), square))
+
+    def push(program: Program, rows: Staged) -> Staged:
+        return torch.real(torch.mul(rows, torch.conj_physical(rate(program))))
+
+    def pull(program: Program, rows: Staged) -> Staged:
+        return torch.mul(rows, rate(program))
+
+    return [complex_edge(call, item, (push, pull))]
+
+
 def _spread(rows: Staged, shape: tuple[int, ...]) -> Staged:
     """Rows of a result, broadcast where the operand was the smaller one."""
     return rows if tuple(rows.shape[1:]) == shape else torch.broadcast_to(rows, (rows.shape[0], *shape))
@@ -272,6 +306,8 @@ FUNCTIONS: dict[Any, Callable[[Call], Iterable[Edge] | None]] = {
     aten.reciprocal.default: _holomorphic(lambda x, y: torch.neg(_square_of(y))),
     aten.pow.Tensor_Scalar: _power,
     aten.abs.default: _magnitude,
+    aten.sgn.default: _direction,
+    aten.angle.default: _angle,
     aten.div.Tensor: _quotient,
     aten.complex.default: _of_parts,
     aten.polar.default: _of_length_and_angle,

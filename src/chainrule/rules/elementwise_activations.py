@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from chainrule.calls import hardsigmoid_backward
+from chainrule.calls import hardsigmoid_backward, mish_backward, silu_backward
 from chainrule.maps.staging import Program
-from chainrule.maps.terms import Axis, Factor, Term, affine_onehot, dims_of, new_axes
+from chainrule.maps.terms import Axis, Dims, Factor, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
 from chainrule.rules.elementwise_named import Arguments, Over, elementwise
 
@@ -30,13 +30,8 @@ def _density(x: Any) -> Any:
     return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
 
-def gelu_slope(x: Any, approximate: str) -> Any:
-    """The derivative of gelu."""
-    if approximate == "none":
-        return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * _density(x)
-    t = torch.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x))
-    inner = _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
+def _gelu(a: Arguments) -> Any:
+    return a.by_kernel(aten.gelu_backward.default, a.self, approximate=a.approximate)
 
 
 def gelu_curvature(x: Any, approximate: str) -> Any:
@@ -49,9 +44,8 @@ def gelu_curvature(x: Any, approximate: str) -> Any:
     return (1 - t * t) * (inner + 0.5 * x * (bend - 2 * t * inner * inner))
 
 
-def _silu_slope(x: Any) -> Any:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+def _silu(a: Arguments) -> Any:
+    return a.by_kernel(silu_backward, a.self)
 
 
 def _silu_curvature(x: Any) -> Any:
@@ -59,9 +53,8 @@ def _silu_curvature(x: Any) -> Any:
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
-def _mish_slope(x: Any) -> Any:
-    t = torch.tanh(torch.nn.functional.softplus(x))
-    return t + x * torch.sigmoid(x) * (1 - t * t)
+def _mish(a: Arguments) -> Any:
+    return a.by_kernel(mish_backward, a.self)
 
 
 def _mish_curvature(x: Any) -> Any:
@@ -69,14 +62,13 @@ def _mish_curvature(x: Any) -> Any:
     return (1 - t * t) * s * (2 + x * (1 - s - 2 * t * s))
 
 
-def elu_slope(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
-    """The derivative of elu."""
-    return aten.elu_backward.default(torch.ones_like(x), alpha, scale, input_scale, False, x)
+def _elu(a: Arguments, x: Any, alpha: float, scale: float, input_scale: float) -> Any:
+    return a.by_kernel(aten.elu_backward.default, alpha, scale, input_scale, False, x)
 
 
 def _elu_backward_slope(a: Arguments) -> Any:
     if not a.is_result:
-        return elu_slope(a.self_or_result, a.alpha, a.scale, a.input_scale)
+        return _elu(a, a.self_or_result, a.alpha, a.scale, a.input_scale)
     y = a.self_or_result
     return torch.where(y <= 0, (y + a.alpha * a.scale) * a.input_scale, a.scale)
 
@@ -121,9 +113,8 @@ def _hardswish_slope(a: Arguments) -> Any:
     return a.behind(_above(a.self, -3), a.by_kernel(aten.hardswish_backward.default, a.self))
 
 
-def softplus_slope(x: Any, beta: float, threshold: float) -> Any:
-    """The derivative of softplus."""
-    return aten.softplus_backward.default(torch.ones_like(x), x, beta, threshold)
+def _softplus(a: Arguments) -> Any:
+    return a.by_kernel(aten.softplus_backward.default, a.self, a.beta, a.threshold)
 
 
 def _softplus_curvature(x: Any, beta: float, threshold: float) -> Any:
@@ -160,6 +151,13 @@ def _shrunk(a: Arguments) -> Any:
     return _passed(a, aten.softshrink_backward.default, a.lambd)
 
 
+def _log_sigmoid(a: Arguments, buffer: Any) -> Any:
+    # Some devices' kernels keep nothing, and need nothing kept.
+    if tuple(buffer.shape) != tuple(a.self.shape):
+        return torch.sigmoid(-a.self)
+    return a.by_kernel(aten.log_sigmoid_backward.default, a.self, buffer)
+
+
 def _sigmoid_bend(x: Any) -> Any:
     s = torch.sigmoid(x)
     return s * (1 - s)
@@ -173,21 +171,19 @@ def _glu(call: Call) -> Iterable[Edge]:
     shape = call.shape(item)
     dim = call.argument("dim") % len(shape)
     half = shape[dim] // 2
-    terms = []
-    for start, derivative in ((0, lambda x, s: s), (half, lambda x, s: x * s * (1 - s))):
-        axes = list(new_axes(call.out_shape))
-        whole = Axis(shape[dim])
-        in_axes = [*axes[:dim], whole, *axes[dim + 1 :]]
+    axes = new_axes(call.out_shape)
+    # The input's dimension is two halves, each as long as the output's.
+    which = Axis(2)
+    halves = (*axes[:dim], which, *axes[dim:])
 
-        def formula(program: Program, derivative: Callable[[Any, Any], Any] = derivative) -> Any:
-            x = call.stage(program, item)
-            gate = torch.sigmoid(torch.narrow(x, dim, half, half))
-            return derivative(torch.narrow(x, dim, 0, half), gate)
+    def formula(program: Program) -> Any:
+        gate = torch.sigmoid(torch.narrow(call.stage(program, item), dim, half, half))
+        return torch.stack([gate, call.stage_output(program) * (1 - gate)], dim)
 
-        node = formula_node(call, call.out_shape, formula)
-        relation = affine_onehot(axes[dim], whole, start, 1, call.workspace)
-        terms.append(Term(dims_of(axes), dims_of(in_axes), (Factor(node, tuple(axes)),), (relation,)))
-    yield single(call, item, terms)
+    node = formula_node(call, tuple(axis.size for axis in halves), formula)
+    own = dims_of(axes)
+    in_dims: Dims = (*own[:dim], (which, axes[dim]), *own[dim + 1 :])
+    yield single(call, item, [Term(own, in_dims, (Factor(node, halves),))])
 
 
 def _of(slope: Callable[[Any], Any]) -> Rule:
@@ -219,14 +215,14 @@ _LINEAR_PIECES: dict[Any, Rule] = {
 }
 
 _SMOOTH: dict[Any, Rule] = {
-    aten.elu.default: elementwise(self_=lambda a: elu_slope(a.self, a.alpha, a.scale, a.input_scale)),
-    aten.celu.default: elementwise(self_=lambda a: elu_slope(a.self, a.alpha, 1.0, 1.0 / a.alpha)),
-    aten.selu.default: _of(lambda x: elu_slope(x, SELU_ALPHA, SELU_SCALE, 1.0)),
-    aten.gelu.default: elementwise(self_=lambda a: gelu_slope(a.self, a.approximate)),
-    aten.silu.default: _of(_silu_slope),
-    aten.mish.default: _of(_mish_slope),
-    aten.log_sigmoid_forward.default: _of(lambda x: torch.sigmoid(-x)),
-    aten.softplus.default: elementwise(self_=lambda a: softplus_slope(a.self, a.beta, a.threshold)),
+    aten.elu.default: elementwise(self_=lambda a: _elu(a, a.self, a.alpha, a.scale, a.input_scale)),
+    aten.celu.default: elementwise(self_=lambda a: _elu(a, a.self, a.alpha, 1.0, 1.0 / a.alpha)),
+    aten.selu.default: elementwise(self_=lambda a: _elu(a, a.self, SELU_ALPHA, SELU_SCALE, 1.0)),
+    aten.gelu.default: elementwise(self_=_gelu),
+    aten.silu.default: elementwise(self_=_silu),
+    aten.mish.default: elementwise(self_=_mish),
+    aten.log_sigmoid_forward.default: elementwise(self_=lambda a: _log_sigmoid(a, a.out1)),
+    aten.softplus.default: elementwise(self_=_softplus),
     aten.logit.default: elementwise(self_=lambda a: logit_slope(a.self, a.eps)),
     aten.glu.default: Rule("pointwise", _glu),
 }
@@ -245,17 +241,16 @@ _BACKWARD: dict[Any, Rule] = {
     aten.hardshrink_backward.default: elementwise(grad_out=_shrunk),
     aten.softshrink_backward.default: _backward(_shrunk),
     aten.hardswish_backward.default: _backward(_hardswish_slope, lambda a: _between(a.self, -3, 3) / 3),
-    aten.gelu_backward.default: _backward(
-        lambda a: gelu_slope(a.self, a.approximate), lambda a: gelu_curvature(a.self, a.approximate)
-    ),
-    aten.silu_backward.default: _backward(lambda a: _silu_slope(a.self), lambda a: _silu_curvature(a.self)),
-    aten.mish_backward.default: _backward(lambda a: _mish_slope(a.self), lambda a: _mish_curvature(a.self)),
+    aten.gelu_backward.default: _backward(_gelu, lambda a: gelu_curvature(a.self, a.approximate)),
+    aten.silu_backward.default: _backward(_silu, lambda a: _silu_curvature(a.self)),
+    aten.mish_backward.default: _backward(_mish, lambda a: _mish_curvature(a.self)),
     aten.elu_backward.default: elementwise(grad_output=_elu_backward_slope, self_or_result=_elu_backward_curvature),
     aten.softplus_backward.default: _backward(
-        lambda a: softplus_slope(a.self, a.beta, a.threshold),
-        lambda a: _softplus_curvature(a.self, a.beta, a.threshold),
+        _softplus, lambda a: _softplus_curvature(a.self, a.beta, a.threshold)
     ),
-    aten.log_sigmoid_backward.default: _backward(lambda a: torch.sigmoid(-a.self), lambda a: -_sigmoid_bend(a.self)),
+    aten.log_sigmoid_backward.default: _backward(
+        lambda a: _log_sigmoid(a, a.buffer), lambda a: -_sigmoid_bend(a.self)
+    ),
     aten.logit_backward.default: _backward(
         lambda a: logit_slope(a.self, a.eps), lambda a: _logit_curvature(a.self, a.eps)
     ),
@@ -263,4 +258,4 @@ _BACKWARD: dict[Any, Rule] = {
 
 RULES: dict[Any, Rule] = {**_LINEAR_PIECES, **_SMOOTH, **_BACKWARD}
 
-__all__ = ["RULES", "SELU_ALPHA", "SELU_SCALE", "elu_slope", "gelu_curvature", "gelu_slope", "logit_slope", "softplus_slope"]
+__all__ = ["RULES", "SELU_ALPHA", "SELU_SCALE", "gelu_curvature", "logit_slope"]

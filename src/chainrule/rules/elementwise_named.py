@@ -49,15 +49,22 @@ class Arguments:
         self._program.masks[number.slot] = kept
         return number
 
-    def by_kernel(self, kernel: Callable[..., Any], x: Staged, *numbers: Any) -> Staged:
-        """A derivative as what a backward op makes of ones, noted: that op multiplies a value of its shape in one call."""
+    def by_kernel(self, kernel: Callable[..., Any], *args: Any, **options: Any) -> Staged:
+        """A derivative as what a backward op makes of ones, noted: that op multiplies a value of its shape in one call.
+
+        Args:
+            kernel: the op; its first argument is what it multiplies.
+            args: its other arguments; the first tensor among them has the derivative's shape.
+            options: its keyword arguments.
+        """
         program = self._program
 
         def product(value: Staged) -> Staged:
-            found: Staged = program.call(kernel, value, x, *numbers)
+            found: Staged = program.call(kernel, value, *args, **options)
             return found
 
-        slope = product(torch.ones_like(x))  # type: ignore[arg-type]
+        like = next(item for item in args if isinstance(item, Staged))
+        slope = product(torch.ones_like(like))  # type: ignore[arg-type]
         program.products[slope.slot] = product
         return slope
 

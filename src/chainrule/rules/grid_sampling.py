@@ -27,7 +27,7 @@ _BORDER, _REFLECTION = 1, 2
 
 
 class _Taps(NamedTuple):
-    """What outputs read along one dimension of space: arrays ``(N, *out, taps)``."""
+    """What outputs read along one dimension of space: arrays ``(N, taps, *out)``, the outputs next to each other in memory."""
 
     places: Any
     weights: Any
@@ -57,15 +57,15 @@ def _cubic(share: Any) -> tuple[Any, Any]:
         return ((a + 2) * x - (a + 3)) * x * x + 1, (3 * (a + 2) * x - 2 * (a + 3)) * x
 
     found = outer(share + 1), inner(share), inner(1 - share), outer(2 - share)
-    weights = torch.stack([weight for weight, _ in found], -1)
-    return weights, torch.stack([found[0][1], found[1][1], -found[2][1], -found[3][1]], -1)
+    weights = torch.stack([weight for weight, _ in found], 1)
+    return weights, torch.stack([found[0][1], found[1][1], -found[2][1], -found[3][1]], 1)
 
 
 def _cubic_taps(place: Any, size: int, padding: int, align: bool, stretch: float) -> _Taps:
     """Each tap is padded by itself: beyond a border it reads the border, or the reflected place."""
     first = torch.floor(place)
     weights, slopes = _cubic(place - first)
-    places: Any = torch.stack([first - 1, first, first + 1, first + 2], -1)
+    places: Any = torch.stack([first - 1, first, first + 1, first + 2], 1)
     if padding == _REFLECTION:
         places = _reflected(places, *((0.0, size - 1.0) if align else (-0.5, float(size))))[0]
     if padding in (_BORDER, _REFLECTION):
@@ -93,16 +93,16 @@ def _taps(call: Call, program: Program, dim: int) -> _Taps:
         slope = torch.where(inner, torch.ones_like(place) if slope is None else slope, 0.0)
         place = torch.clamp(place, 0, size - 1)
     if mode == _NEAREST:
-        places = torch.unsqueeze(torch.round(place), -1)
+        places = torch.unsqueeze(torch.round(place), 1)
         weights = torch.ones_like(places)
         slopes = torch.zeros_like(places)
     else:
         first = torch.floor(place)
         share = place - first
-        places = torch.stack([first, first + 1], -1)
-        weights = torch.stack([1 - share, share], -1)
+        places = torch.stack([first, first + 1], 1)
+        weights = torch.stack([1 - share, share], 1)
         rise = torch.full_like(place, stretch) if slope is None else slope * stretch
-        slopes = torch.stack([-rise, rise], -1)
+        slopes = torch.stack([-rise, rise], 1)
     inside = torch.logical_and(places >= 0, places < size)
     found = torch.where(inside, places, 0.0).to(torch.long)
     return _Taps(found, torch.where(inside, weights, 0.0), torch.where(inside, slopes, 0.0))
@@ -114,7 +114,7 @@ def _input_term(call: Call) -> Term:
     count = _TAPS[call.args[2]]
     factors, relations = [], []
     for dim, target in enumerate(whole[2:]):
-        axes = (samples, *outputs, Axis(count))
+        axes = (samples, Axis(count), *outputs)
         sizes = tuple(axis.size for axis in axes)
         weights = formula_node(call, sizes, lambda program, d=dim: _taps(call, program, d).weights, label="taps")
         places = leaf(sizes, lambda program, d=dim: _taps(call, program, d).places, label="index")
@@ -125,7 +125,7 @@ def _input_term(call: Call) -> Term:
 
 
 def _by_grid(call: Call, program: Program) -> Staged:
-    """The derivative by the coordinates: an array ``(N, C, *out, dimensions of space)``."""
+    """The derivative by the coordinates: an array ``(N, dimensions of space, C, *out)``."""
     samples, channels, *space = call.shape(call.args[0])
     outputs, rank, count = call.out_shape[2:], len(space), _TAPS[call.args[2]]
     taps = [_taps(call, program, dim) for dim in range(rank)]
@@ -133,23 +133,27 @@ def _by_grid(call: Call, program: Program) -> Staged:
     def spread(array: Any, dim: int) -> Any:
         shape = [1] * rank
         shape[dim] = count
-        return torch.reshape(array, (samples, 1, *outputs, *shape))
+        return torch.reshape(array, (samples, *shape, math.prod(outputs)))
+
+    def merged(factors: Iterable[Any]) -> Any:
+        product: Any = None
+        for factor in factors:
+            product = factor if product is None else product * factor
+        return torch.reshape(product, (samples, 1, count**rank, math.prod(outputs)))
 
     place: Any = None
     for dim, tap in enumerate(taps):
         own = spread(tap.places, dim)
         place = own if place is None else place * space[dim] + own
-    full = (samples, channels, math.prod(outputs) * count**rank)
+    full = (samples, channels, count**rank * math.prod(outputs))
     place = torch.broadcast_to(torch.reshape(place, (samples, 1, full[2])), full)
     values = torch.reshape(call.stage(program, call.args[0]), (samples, channels, math.prod(space)))
-    values = torch.reshape(torch.gather(values, 2, place), (samples, channels, *outputs, *([count] * rank)))
+    values = torch.reshape(torch.gather(values, 2, place), (samples, channels, count**rank, math.prod(outputs)))
     found = []
     for coordinate in reversed(range(rank)):
-        mixed = values
-        for dim, tap in enumerate(taps):
-            mixed = mixed * spread(tap.slopes if dim == coordinate else tap.weights, dim)
-        found.append(torch.sum(mixed, tuple(range(-rank, 0))))
-    stacked: Staged = torch.stack(found, -1)  # type: ignore[assignment]
+        rates = merged(spread(tap.slopes if dim == coordinate else tap.weights, dim) for dim, tap in enumerate(taps))
+        found.append(torch.reshape(torch.sum(values * rates, 2), (samples, channels, *outputs)))
+    stacked: Staged = torch.stack(found, 1)  # type: ignore[assignment]
     return stacked
 
 
@@ -161,7 +165,7 @@ def _grid_sampler(call: Call) -> Iterable[Edge]:
         yield single(call, item, [_input_term(call)])
     if call.is_active(grid) and mode != _NEAREST:
         out, coordinates = new_axes(call.out_shape), Axis(len(call.out_shape) - 2)
-        axes = (*out, coordinates)
+        axes = (out[0], coordinates, *out[1:])
         sizes = tuple(axis.size for axis in axes)
         node = formula_node(call, sizes, lambda program: _by_grid(call, program), flops=math.prod(sizes) * _TAPS[mode] ** 2)
         in_dims = ((out[0],), *((axis,) for axis in out[2:]), (coordinates,))

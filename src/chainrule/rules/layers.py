@@ -192,18 +192,66 @@ def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
     kernel, places = new_axes(geometry.kernel), new_axes(geometry.output)
     out_dims = ((n,), (g, outer), *dims_of(places))
     in_dims = ((g, inner), (outer,)) if geometry.transposed else ((g, outer), (inner,))
-    if geometry.transposed or min(geometry.padding, default=0) < 0:
-        pairs = tuple(axis for pair in zip(kernel, places, strict=True) for axis in pair)
-        stage = partial(_gathered_patches, call, geometry, item)
-    else:
-        pairs = (*places, *kernel)
-        stage = partial(_viewed_patches, call, geometry, item)
-    axes = (n, g, inner, *pairs)
+    gathered = geometry.transposed or min(geometry.padding, default=0) < 0
+    stage = partial(_gathered_patches if gathered else _viewed_patches, call, geometry, item)
+    axes = _patch_axes(geometry, (n, g, inner), kernel, places)
     sizes = tuple(axis.size for axis in axes)
     node = leaf(sizes, lambda program: torch.reshape(stage(program), sizes), label="patches", batch=batch_of(call.tensor(item)))
+    merges = [partial(_convolved, call, geometry, item, axes[:3], kernel, places)]
     if groups == 1 and not geometry.transposed and min(geometry.padding, default=0) >= 0:
-        node.merge = partial(_weight_gradient, call, geometry, item)
+        merges.append(partial(_weight_gradient, call, geometry, item))
+    node.merge = partial(_first_merge, merges)
     return Term(out_dims, (*in_dims, *dims_of(kernel)), (Factor(node, axes),))
+
+
+def _first_merge(merges: Sequence[Callable[..., Merge | None]], *factors: Any) -> Merge | None:
+    return next((found for merge in merges if (found := merge(*factors)) is not None), None)
+
+
+def _convolved(
+    call: Call, geometry: Geometry, item: Any, own: tuple[Axis, ...], own_kernel: tuple[Axis, ...], own_places: tuple[Axis, ...],
+    patches: Factor, other: Factor, still: set[Axis],
+) -> Merge | None:  # fmt: skip
+    """Patches times tangents of the weight, summed over the taps: a convolution, for which no patches are needed."""
+    if len(set(patches.axes)) < len(patches.axes):
+        return None
+    named = dict(zip(_patch_axes(geometry, own, own_kernel, own_places), patches.axes, strict=True))
+    n, group, inner = (named[axis] for axis in own)
+    kernel, places = tuple(named[axis] for axis in own_kernel), tuple(named[axis] for axis in own_places)
+    carried = set(other.axes)
+    if any(axis in still or (axis not in carried and axis.size != 1) for axis in (inner, *kernel)):
+        return None
+    if any(axis in carried or axis not in still for axis in (n, *places)):
+        return None
+    if group.size != 1 and (group not in carried or group not in still):
+        return None
+    if patches.node.batch > 1 and other.node.batch > 1:
+        return None
+    rest = tuple(axis for axis in other.axes if axis not in (group, inner, *kernel))
+    rows = prod(axis.size for axis in rest)
+    order = (group, inner, *rest, *kernel) if geometry.transposed else (group, *rest, inner, *kernel)
+    read = tuple(other.axes.index(axis) for axis in order if axis in carried)
+    axes = (n, *((group,) if group in still else ()), *rest, *places)
+    filters = (group.size * inner.size, rows) if geometry.transposed else (group.size * rows, inner.size)
+
+    def compute(program: Program, value: Staged) -> Staged:
+        item_value = call.stage(program, item)
+        if value.dtype != item_value.dtype:
+            value = value.to(item_value.dtype)
+        weight = torch.reshape(permute(value, read), (*filters, *geometry.kernel))
+        return torch.reshape(geometry.apply(item_value, weight), tuple(axis.size for axis in axes))
+
+    moved = other.node.numel + call.tensor(item).numel() + prod(axis.size for axis in axes)
+    return Merge(axes, compute, moved)
+
+
+def _patch_axes(
+    geometry: Geometry, lead: tuple[Axis, ...], kernel: tuple[Axis, ...], places: tuple[Axis, ...]
+) -> tuple[Axis, ...]:
+    """The axes of patches: of the batch, groups and channels, then of places and taps."""
+    if geometry.transposed or min(geometry.padding, default=0) < 0:
+        return (*lead, *(axis for pair in zip(kernel, places, strict=True) for axis in pair))
+    return (*lead, *places, *kernel)
 
 
 def _weight_gradient(
