@@ -25,6 +25,7 @@ from chainrule.plan import elimination
 from chainrule.plan.apart import added_apart
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
+from chainrule.plan.meetings import lists_of, met, without_lists
 from chainrule.plan.planner import Planned, Request, accumulations, is_settled, make_workspace
 
 Blocks = dict[tuple[int, int], LinearMap]
@@ -306,11 +307,7 @@ def _diagonal_parts(expression: Expression, build: Builder, keep: bool) -> dict[
         right = build.blocks(expression.right)
         for (o, middle), one in build.blocks(expression.left).items():
             if (two := right.get((middle, o))) is not None:
-                terms = tuple(
-                    replace(t, out_dims=t.out_dims if keep else (), in_dims=(*t.in_dims, *t.out_dims)) for t in one.terms
-                )
-                closing = LinearMap(one.out_shape if keep else (), (*one.in_shape, *one.out_shape), terms)
-                found.setdefault(o, []).append(build.product(closing, _as_vector(two)))
+                found.setdefault(o, []).extend(_closed_pairs(one, two, build, keep))
         return found
     for (o, i), local in build.blocks(expression).items():
         if o == i:
@@ -321,15 +318,36 @@ def _diagonal_parts(expression: Expression, build: Builder, keep: bool) -> dict[
     return found
 
 
+def _closed_pairs(one: LinearMap, two: LinearMap, build: Builder, keep: bool) -> list[LinearMap]:
+    """The diagonal of ``one ∘ two``, or its trace, as maps from nothing."""
+    ones: Sequence[Term] = ()
+    twos: Sequence[Term] = ()
+    if build.apart:
+        ones, twos = lists_of(one, build.workspace), lists_of(two.transpose(), build.workspace)
+    if not (ones and twos):
+        return [build.product(_closing(one, keep), _as_vector(two))]
+    several = [met(a, b, keep, build.workspace) for a in ones for b in twos]
+    plain, other = without_lists(one, build.workspace), without_lists(two.transpose(), build.workspace).transpose()
+    listed = replace(one, terms=tuple(term for term in one.terms if not any(term is t for t in plain.terms)))
+    pairs = [(plain, two), (listed, other)]
+    found = [build.product(_closing(a, keep), _as_vector(b)) for a, b in pairs if a.terms and b.terms]
+    return [*found, LinearMap(one.out_shape if keep else (), (), tuple(several))]
+
+
+def _closing(one: LinearMap, keep: bool) -> LinearMap:
+    """The map that closes a product with another one."""
+    terms = tuple(replace(t, out_dims=t.out_dims if keep else (), in_dims=(*t.in_dims, *t.out_dims)) for t in one.terms)
+    return LinearMap(one.out_shape if keep else (), (*one.in_shape, *one.out_shape), terms)
+
+
 def _squares(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[Any, LinearMap]:
     parts = []
     for local in blocks.values():
-        vector = _as_vector(local)
-        alone = [replace(vector, terms=(term,)) for term in vector.terms]
+        alone = [replace(local, terms=(term,)) for term in local.terms]
         for number, one in enumerate(alone):
-            parts.append(build.product(one.transpose(), one))
+            parts.extend(_closed_pairs(one, one.transpose(), build, keep=False))
             # Two terms meet twice.
-            rest = (build.product(one.transpose(), two) for two in alone[number + 1 :])
+            rest = (m for two in alone[number + 1 :] for m in _closed_pairs(one, two.transpose(), build, keep=False))
             parts.extend(replace(m, terms=tuple(replace(t, scale=2.0 * t.scale) for t in m.terms)) for m in rest)
     parts = [part for part in parts if not part.is_zero]
     return {"squares": build.added(parts)} if parts else {}
