@@ -116,21 +116,23 @@ class KnownPeak:
     used: bool = False
 
 
-def peak_elements(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor] = (), *, apart: bool = True) -> int:
+def peak_elements(
+    tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor] = (), left_out: frozenset[str] = frozenset()
+) -> int:
     """The most elements that the cheapest plan of a request holds at once; predicted once per signature, nothing is run.
 
     Args:
         tape: the tape.
         request: what is asked.
         seeds: the seed tensors.
-        apart: whether plans that read sums term by term count.
+        left_out: plans that do not count, by their names.
     """
-    key: Any = ("peak", apart, key_of(tape, request, seeds))
+    key: Any = ("peak", left_out, key_of(tape, request, seeds))
     try:
         known: Any = engine.CACHE.get(key)
     except TypeError:  # an unhashable static argument
-        return predicted_peak(tape, request, seeds, apart=apart)
+        return predicted_peak(tape, request, seeds, left_out)
     if known is None:
-        known = KnownPeak(predicted_peak(tape, request, seeds, apart=apart))
+        known = KnownPeak(predicted_peak(tape, request, seeds, left_out))
         engine.CACHE.put(key, known)
     return int(known.elements)

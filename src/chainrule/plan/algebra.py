@@ -25,7 +25,7 @@ from chainrule.plan import elimination
 from chainrule.plan.apart import added_apart
 from chainrule.plan.elimination import Candidate
 from chainrule.plan.graph import Graph, build_graph
-from chainrule.plan.meetings import lists_of, met, without_lists
+from chainrule.plan.meetings import MEETING, lists_of, met, without_lists
 from chainrule.plan.planner import Planned, Request, accumulations, is_settled, make_workspace
 
 Blocks = dict[tuple[int, int], LinearMap]
@@ -415,7 +415,8 @@ def _candidates(
         if is_settled(found, len(whole.order)):
             break
     if not whole_blocks and _is_wide(tape, request, min(found, key=lambda c: c.cost)):
-        found.append(elimination.measure(Candidate("apart", _apart(tape, request, seeds, graphs, workspace))))
+        other = elimination.measure(Candidate("apart", _apart(tape, request, seeds, graphs, workspace)))
+        found.append(replace(other, name="met") if any(step[0] == MEETING for step in other.steps) else other)
     if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
         nodes = {key: _as_array(local, workspace) for key, local in swept.items()}
         found.append(elimination.measure(Candidate("selected", nodes)))
@@ -504,15 +505,17 @@ def plan_algebra(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tenso
     return Planned(program, keys, list(results), graph, best.name, found)
 
 
-def predicted_peak(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor], *, apart: bool = True) -> int:
+def predicted_peak(
+    tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor], left_out: frozenset[str] = frozenset()
+) -> int:
     """The most elements that the cheapest plan of a request holds at once, beside the run's own values; nothing is computed.
 
-    Without `apart`, plans that read sums term by term are left out.
+    Plans whose names are in `left_out` do not count: ``apart`` reads sums term by term, ``met`` sorts lists of entries, too.
     """
     workspace = make_workspace(tape, (*request.inputs, *request.outputs))
     found, _, _ = _candidates(tape, request, seeds, workspace)
     workspace.memo.clear()
-    return min([c for c in found if apart or c.name != "apart"], key=lambda c: c.cost).peak
+    return min([c for c in found if c.name not in left_out], key=lambda c: c.cost).peak
 
 
 def described(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> dict[tuple[int, int], list[Term]]:

@@ -25,6 +25,9 @@ from chainrule.plan.second_order import curvature_peak
 from chainrule.transforms.map_entries import diagonal_of_expression, held_by, is_worth_looking
 from chainrule.transforms.trace import Traced, recording_on
 
+#: Plans that read sums term by term, by their names.
+_SUMS = frozenset({"apart", "met"})
+
 
 @dataclass
 class Choice:
@@ -75,7 +78,7 @@ def trace_prefers_entries(traced: Traced) -> bool:
 
     def prefers() -> bool:
         # The other way is a plan of the run alone, which reads no sums term by term.
-        return held_by(traced.tape, request, (), size, size, peak_elements(traced.tape, request, apart=False)) is not None
+        return held_by(traced.tape, request, (), size, size, peak_elements(traced.tape, request, (), _SUMS)) is not None
 
     return _chosen(traced, "trace", prefers)
 

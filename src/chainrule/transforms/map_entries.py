@@ -28,6 +28,9 @@ _SMALL = 1 << 20
 #: A contraction that holds up to this many numbers for each row and column is as good as linear.
 _LINEAR = 32
 
+#: Plans that find in every run which entries meet; where all of a map is listed, that is known beforehand.
+_SORTING = frozenset({"met"})
+
 #: An entry is moved and its place read a few times over.
 _ENTRY = 4
 
@@ -66,7 +69,7 @@ def held_by(
         peak: how many numbers the other way holds; that of the contraction of the factors if it is left out.
     """
     if peak is None:
-        peak = peak_elements(tape, request, seeds)
+        peak = peak_elements(tape, request, seeds, _SORTING)
     if peak <= _LINEAR * (rows + columns):
         return None
     read = list(_read(request.expression)) if request.kind in ("diagonal", "trace") else [request.expression]
