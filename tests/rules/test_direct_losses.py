@@ -128,6 +128,54 @@ def test_labels_end_at_the_first_negative_one(target, reduction):
     torch.testing.assert_close((found[0], mask[0]), (value, labels))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(3, 4), (5,), (1, 1), (1,), (2, 1), (7, 3)])
+def test_labels_of_every_order(shape, reduction):
+    """Torch has no second derivatives of this loss: central differences of its gradient."""
+
+    def total(x, target):
+        return F.multilabel_margin_loss(x * x, target, reduction=reduction).square().sum()
+
+    gradient, step, rank = torch.func.grad(total), 1e-6, len(shape)
+    for _ in range(4):
+        x, target, v = _normal(*shape), _labels(*shape), _normal(*shape)
+        several, targets = torch.stack([x, 2 * x]), torch.stack([target, _labels(*shape)])
+        slope = (gradient(x + step * v, target) - gradient(x - step * v, target)) / (2 * step)
+        ours = chainrule.grad(total)
+        twice = chainrule.vmap(chainrule.hessian(total))(several, targets)[0]
+        given = x.clone().requires_grad_()
+        mapped = chainrule.vmap(ours, (0, None))(given[None], target)[0]
+        for found in (
+            chainrule.jvp(lambda x: ours(x, target), (x,), (v,))[1],
+            (chainrule.hessian(total)(x, target) * v).flatten(-rank).sum(-1),
+            (twice * v).flatten(-rank).sum(-1),
+            chainrule.grad(lambda x: (ours(x, target) * v).sum())(x),
+            torch.autograd.grad((ours(given, target) * v).sum(), given)[0],
+            torch.autograd.grad((mapped * v).sum(), given)[0],
+        ):
+            # Rounding of 1e-16 over the step, of values of size ten.
+            torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-7)
+        both = chainrule.vmap(chainrule.vmap(ours))(several[None], targets[None])[0]
+        torch.testing.assert_close(both, torch.stack([gradient(*pair) for pair in zip(several, targets, strict=True)]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_by_one_kernel(dtype):
+    x, target = _normal(6, 3, 4).to(dtype), torch.stack([_labels(3, 4) for _ in range(6)])
+    for transform in (
+        lambda lib: lib.grad(F.multilabel_margin_loss)(x[0], target[0]),
+        lambda lib: torch.stack([lib.grad(F.multilabel_margin_loss)(*pair) for pair in zip(x, target, strict=True)]),
+        lambda lib: lib.vmap(lib.grad(F.multilabel_margin_loss))(x, target),
+    ):
+        for _ in range(4):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                found = transform(chainrule)
+            names = {event.name for event in profile.events()}
+            assert "aten::multilabel_margin_loss_backward" in names
+            assert not {"aten::gather", "aten::cumsum", "aten::clamp_min"} & names
+        torch.testing.assert_close(found, transform(torch.func), **(TOLERANCE if dtype is D else {}))
+
+
 def test_squared_margins_twice():
     """Torch has no second derivative here; the loss written out has."""
     x, target = _normal(5), torch.tensor(2)

@@ -98,3 +98,123 @@ def test_nothing_to_sample() -> None:
     by_x, by_grid = chainrule.jacrev(lambda x, g: F.grid_sample(x, g, align_corners=True), (0, 1))(x, grid)
     assert by_x.shape == (2, 3, 0, 3, 2, 3, 4, 5)
     assert by_grid.shape == (2, 3, 0, 3, 2, 0, 3, 2)
+
+
+MAPPED = [
+    *itertools.product((2,), ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection"), (False, True)),
+    *itertools.product((3,), ("bilinear", "nearest"), ("zeros", "border", "reflection"), (False, True)),
+]
+
+
+def _mapped(rank: int, count: int = 3) -> tuple[Any, Any]:
+    shape, places = ((2, 3, 4, 5), (2, 3, 2, 2)) if rank == 2 else ((1, 2, 2, 4, 3), (1, 2, 1, 3, 3))
+    return torch.randn(count, *shape, **DOUBLE), torch.randn(count, *places, **DOUBLE) * 1.2
+
+
+@pytest.mark.parametrize("options", MAPPED, ids=str)
+def test_gradients_of_samples(options: Any) -> None:
+    rank, mode, padding, corners = options
+
+    def sample(x: Any, grid: Any) -> Any:
+        return F.grid_sample(x, grid, mode=mode, padding_mode=padding, align_corners=corners)
+
+    def loss(x: Any, grid: Any) -> Any:
+        return (sample(x, grid) ** 3).sum()
+
+    torch.manual_seed(2)
+    for _ in range(5):
+        x, grid = _mapped(rank)
+        cotangent = torch.randn_like(sample(x[0], grid[0]))
+        for transform in (
+            lambda lib: lib.vmap(lib.grad(loss, 0))(x, grid),
+            lambda lib: lib.vmap(lib.grad(loss, 1))(x, grid),
+            lambda lib: lib.vmap(lib.grad(loss, (0, 1)))(x, grid),
+            lambda lib: lib.vmap(lib.grad(loss, (0, 1)), (None, 0))(x[0], grid),
+            lambda lib: lib.vmap(lib.grad(loss, (0, 1)), (0, None))(x, grid[0]),
+            lambda lib: lib.vmap(lambda x, grid: lib.vjp(sample, x, grid)[1](cotangent))(x, grid),
+            lambda lib: lib.vmap(lib.vmap(lib.grad(loss, (0, 1))))(x[None], grid[None]),
+        ):
+            # As in test_derivatives: sums of products of numbers of size one, and of squares of such.
+            torch.testing.assert_close(transform(chainrule), transform(torch.func), rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_samples_are_one_kernel() -> None:
+    x, grid = _mapped(2)
+
+    def loss(x: Any, grid: Any) -> Any:
+        return F.grid_sample(x, grid, align_corners=False).square().sum()
+
+    for transform in (
+        lambda: chainrule.vmap(chainrule.grad(loss, (0, 1)))(x, grid),
+        lambda: chainrule.vmap(lambda x, grid: chainrule.grad(loss, (0, 1))(x, grid))(x, grid),
+        lambda: chainrule.vmap(lambda x, grid: chainrule.vjp(loss, x, grid)[1](x.new_ones(())))(x, grid),
+    ):
+        for _ in range(4):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                transform()
+            names = {event.name for event in profile.events()}
+            assert "aten::grid_sampler_2d_backward" in names
+            assert not {"aten::gather", "aten::scatter_add", "aten::floor"} & names
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("within", [False, True])
+def test_derivatives_of_gradients_of_samples(rank: int, within: bool) -> None:
+    """Torch has no derivative of the kernel for volumes: central differences."""
+
+    def sample(x: Any, grid: Any) -> Any:
+        return F.grid_sample(x, grid, align_corners=False)
+
+    def loss(x: Any, grid: Any) -> Any:
+        return (sample(x, grid) ** 3).sum()
+
+    def mapped(lib: Any) -> Any:
+        gradient = lib.grad(loss, (0, 1))
+        return lib.vmap((lambda x, grid: gradient(x, grid)) if within else gradient)
+
+    def outer(lib: Any) -> Any:
+        return lambda x, grid: sum(part.square().sum() for part in mapped(lib)(x, grid))
+
+    torch.manual_seed(3)
+    for _ in range(4):
+        x, grid = _mapped(rank)
+        grid = grid.tanh() * 0.7
+        mapped(chainrule)(x, grid)  # with a plan of its own
+        given = x.clone().requires_grad_(), grid.clone().requires_grad_()
+        ours = [chainrule.grad(outer(chainrule), (0, 1))(x, grid), torch.autograd.grad(outer(chainrule)(*given), given)]
+        chained = chainrule.jvp(mapped(chainrule), (x, grid), (x.sin(), grid.cos()))[1]
+        step = 1e-6
+        for number in (0, 1):
+            direction = torch.randn_like((x, grid)[number])
+            moved = [[a + sign * step * direction if n == number else a for n, a in enumerate((x, grid))] for sign in (1, -1)]
+            slope = (outer(torch.func)(*moved[0]) - outer(torch.func)(*moved[1])) / (2 * step)
+            for found in ours:
+                # Rounding of 1e-16 over the step times values of size 1e5, and the step's square.
+                torch.testing.assert_close((found[number] * direction).sum(), slope, rtol=1e-4, atol=1e-4)
+        ahead, behind = (mapped(torch.func)(x + sign * step * x.sin(), grid + sign * step * grid.cos()) for sign in (1, -1))
+        for one, two, found in zip(ahead, behind, chained, strict=True):
+            torch.testing.assert_close(found, (one - two) / (2 * step), rtol=1e-4, atol=1e-4)
+        size = grid[0].numel()
+        found = chainrule.vmap(chainrule.hessian(loss, 1))(x, grid).reshape(3, size, size)
+        pushed = torch.bmm(found, grid.cos().reshape(3, size, 1)).reshape(3, size)
+        twice = chainrule.jvp(lambda g: mapped(chainrule)(x, g)[1], (grid,), (grid.cos(),))[1]
+        torch.testing.assert_close(pushed, twice.flatten(1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("count", "shape", "places"), [
+    (0, (1, 2, 3, 4), (1, 2, 2, 2)), (3, (2, 2, 3, 4), (2, 0, 2, 2)), (2, (2, 1, 1, 1), (2, 1, 1, 2)), (1, (1, 1, 2, 1), (1, 1, 1, 2)),
+])  # fmt: skip
+def test_odd_shapes_of_samples(count: int, shape: tuple[int, ...], places: tuple[int, ...]) -> None:
+    x, grid = torch.randn(count, *shape, **DOUBLE), torch.rand(count, *places, **DOUBLE)
+
+    def loss(x: Any, grid: Any) -> Any:
+        return (F.grid_sample(x, grid, align_corners=False) ** 3).sum()
+
+    for _ in range(4):
+        found = chainrule.vmap(chainrule.grad(loss, (0, 1)))(x, grid)
+        assert [part.shape for part in found] == [x.shape, grid.shape]
+        if count:
+            wanted = [torch.func.grad(loss, (0, 1))(one, two) for one, two in zip(x, grid, strict=True)] if grid.numel() else []
+            for number, part in enumerate(found):
+                expected = torch.stack([pair[number] for pair in wanted]) if wanted else torch.zeros_like(part)
+                torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-10)

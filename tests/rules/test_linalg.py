@@ -91,3 +91,40 @@ def test_lazily_conjugated_values_are_right_while_recorded(function: Callable[[t
     # A constant of the run is right too.
     found = chainrule.grad(lambda y: (y * function(x).abs().sum()).sum())(torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(found, expected.abs().sum().expand(2))
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("shape", [(3, 3), (1, 1), (2, 3, 3), (0, 0), (0, 2, 2)])
+def test_gradients_of_cholesky_by_triangular_systems(shape: tuple[int, ...], upper: bool) -> None:
+    eye = torch.eye(shape[-1], dtype=torch.float64)
+
+    def loss(a: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.cholesky(a + 0.1 * a.mT, upper=upper).square().sin().sum()
+
+    def weighted(lib: Any) -> Any:
+        return lambda a: (lib.vmap(lib.grad(loss))(a) * a.cos()).sum()
+
+    for _ in range(5):
+        a = randn(3, *shape)
+        a = a @ a.mT + shape[-1] * eye
+        step = torch.randn_like(a)
+        step = step + step.mT  # one triangle is read
+        for transform in (
+            lambda lib: lib.grad(loss)(a[0]),  # noqa: B023
+            lambda lib: lib.vmap(lib.grad(loss))(a),  # noqa: B023
+            lambda lib: lib.vmap(lib.vmap(lib.grad(loss)))(a[None]),  # noqa: B023
+            lambda lib: lib.vmap(lambda a: lib.vjp(loss, a)[1](a.new_ones(())))(a),  # noqa: B023
+            lambda lib: lib.grad(weighted(lib))(a),  # noqa: B023
+        ):
+            # Products of matrices of a few rows, with condition numbers of a few tens.
+            torch.testing.assert_close(transform(chainrule), transform(torch.func), rtol=1e-9, atol=1e-10)
+        wanted = torch.func.grad(weighted(torch.func))(a)
+        given = a.clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(weighted(chainrule)(given), given)[0], wanted, rtol=1e-9, atol=1e-10)
+        ahead, behind = (sum(loss(one) for one in a + sign * 1e-6 * step) for sign in (1, -1))
+        found = (chainrule.vmap(chainrule.grad(loss))(a) * step).sum()
+        torch.testing.assert_close(found, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-7)  # rounding over the step
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        chainrule.vmap(chainrule.grad(loss))(a)
+    names = {event.name for event in profile.events()}
+    assert not {"aten::linalg_inv_ex", "aten::eye"} & names

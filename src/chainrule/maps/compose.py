@@ -25,6 +25,7 @@ class Workspace:
     Attributes:
         sparse: whether maps are kept by their entries: internal sources of relations are not summed, and terms not densified.
         kernels: whether ops may multiply single rows by kernels of their own.
+        mapped: whether those that take samples as their batch may.
         repeated: whether many rows come one after the other: what does not depend on them is computed once.
         forward: whether torch's forward mode says what the derivative is, where it and reverse mode differ (rows of padding).
         recurrences: whether scans are known by their recurrences beside their triangles (see :mod:`chainrule.maps.running`).
@@ -32,6 +33,7 @@ class Workspace:
 
     sparse = False
     kernels = False
+    mapped = False
     repeated = False
     forward = False
     recurrences = False

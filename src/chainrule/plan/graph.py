@@ -131,7 +131,7 @@ def _add_record(
     # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
     is_complex = _involves_complex(record, tape)
     edges = opaque_edges(call) if is_complex else rule.linearize(call)
-    rows = rows_of(call) if workspace.kernels and not is_complex else {}
+    rows = rows_of(call) if (workspace.kernels or workspace.mapped) and not is_complex else {}
     for edge in edges:
         target = record.outputs[edge.output]
         if target in needed and not edge.map.is_zero:

@@ -42,6 +42,7 @@ class Request(NamedTuple):
         leading: whether several cotangents stand before the dimensions of their slot, as they do in the results.
         joined: whether torch's autograd makes a graph of the run: the fewest calls count then, also where some of them could
             be made once for many cotangents.
+        mapped: whether mappings are around and nothing else: kernels that take samples as their batch serve there too.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Request(NamedTuple):
     kernels: bool = False
     leading: bool = False
     joined: bool = False
+    mapped: bool = False
 
 
 @dataclass
@@ -98,7 +100,7 @@ def plan(tape: Any, request: Request, seeds: Sequence[torch.Tensor], *, compare:
     slots = (*request.inputs, *request.outputs)
     workspace = make_workspace(tape, slots)
     workspace.kernels, workspace.repeated = request.kernels, request.kind == "pull" and not request.joined
-    workspace.forward = request.cast == "output"
+    workspace.mapped, workspace.forward = request.mapped, request.cast == "output"
     inputs, outputs = list(dict.fromkeys(request.inputs)), list(dict.fromkeys(request.outputs))
     graph = build_graph(tape, inputs, outputs, workspace)
     if request.kind in ("trace", "gram"):

@@ -45,6 +45,43 @@ def nll_loss(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) 
     return Batched(total), Batched(totals)
 
 
-LOSSES: dict[Any, BatchStrategy] = {aten.nll_loss_forward.default: nll_loss}
+def multilabel_margin_loss(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """multilabel_margin_loss_forward of rows or of one row: the loss of every row, then sums."""
+    bound = bind(func, args, kwargs)
+    item, target, reduction = bound["self"], bound["target"], bound["reduction"]
+    rows, places = physical(item, size), physical(target, size)
+    if logical_rank(item) not in (1, 2) or rows.shape != places.shape or not rows.numel():
+        return NotImplemented
+    losses, labels = func(_flat_rows(rows), _flat_rows(places), _NONE)
+    losses = losses.view(rows.shape[:-1])
+    if rows.dim() > 2 and reduction != _NONE:
+        losses = losses.mean(1) if reduction == _MEAN else losses.sum(1)
+    return Batched(losses), Batched(labels.view(rows.shape))
+
+
+def multilabel_margin_loss_backward(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """The same of multilabel_margin_loss_backward: each row has the cotangent of its own loss."""
+    bound = bind(func, args, kwargs)
+    reduction = bound["reduction"]
+    rows, places, labels = (physical(bound[name], size) for name in ("self", "target", "is_target"))
+    if logical_rank(bound["self"]) not in (1, 2) or not rows.shape == places.shape == labels.shape or not rows.numel():
+        return NotImplemented
+    cotangents = physical(bound["grad_output"], size)
+    if rows.dim() > 2 and reduction != _NONE:
+        cotangents = (cotangents / rows.shape[1] if reduction == _MEAN else cotangents).reshape(size, 1)
+    cotangents = cotangents.expand(rows.shape[:-1]).reshape(-1)
+    found = func(cotangents, _flat_rows(rows), _flat_rows(places), _NONE, _flat_rows(labels))
+    return Batched(found.view(rows.shape))
+
+
+def _flat_rows(rows: torch.Tensor) -> torch.Tensor:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+LOSSES: dict[Any, BatchStrategy] = {
+    aten.nll_loss_forward.default: nll_loss,
+    aten.multilabel_margin_loss_forward.default: multilabel_margin_loss,
+    aten.multilabel_margin_loss_backward.default: multilabel_margin_loss_backward,
+}
 
 __all__ = ["LOSSES"]

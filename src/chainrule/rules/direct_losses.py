@@ -162,7 +162,15 @@ def multilabel_margin_loss(run: Run, input: Tensor, target: Tensor, reduction: i
     return loss, run(aten._to_copy.default, run(aten.squeeze.dim, label, input.dim() - 1), dtype=input.dtype)
 
 
+def is_plain_multilabel(input: Any, target: Any) -> bool:
+    """Whether the op's own kernels serve a loss and its slopes: for rows of numbers with a row of labels each."""
+    fits = input.dim() in (1, 2) and target.shape == input.shape and input.numel() > 0
+    return fits and input.dtype in (torch.float32, torch.float64) and target.dtype is torch.long
+
+
 def _multilabel_margin_loss_alone(run: Run, input: Tensor, target: Tensor, reduction: int = _MEAN) -> Any:
+    if is_plain_multilabel(input, target):
+        return run(aten.multilabel_margin_loss_forward.default, input, target, reduction)[0]
     found = _multilabel(run, input, target, reduction)
     return found if found is NotImplemented else found[0]
 

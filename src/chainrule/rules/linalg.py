@@ -155,9 +155,22 @@ def _cholesky(call: Call) -> Iterable[Edge]:
         pushed = torch.matmul(lower, inner)
         return torch.transpose(pushed, -2, -1) if upper else pushed
 
+    def pull_one(program: Program, row: Staged) -> Staged:
+        """Two triangular systems where nothing else wants the inverse; a triangle and its part below the diagonal are 2 phi."""
+        lower = call.stage_output(program)
+        lower = torch.transpose(lower, -2, -1) if upper else lower
+        raised = torch.transpose(lower, -2, -1)
+        inner = torch.matmul(raised, row)
+        inner = torch.tril(inner) + torch.tril(inner, -1)
+        inner = aten.linalg_solve_triangular.default(raised, inner, upper=True)
+        inner = aten.linalg_solve_triangular.default(lower, inner, upper=False, left=False)
+        return (inner + torch.transpose(inner, -2, -1)) * 0.25
+
     def pull(c: Call, program: Program, rows: Staged, count: int) -> Staged:
-        lower, inverse, phi = parts(program)
         rows = torch.transpose(rows, -2, -1) if upper else rows
+        if count == 1 and not call.workspace.repeated and (call.workspace.kernels or call.workspace.mapped):
+            return torch.unsqueeze(pull_one(program, torch.select(rows, 0, 0)), 0)
+        lower, inverse, phi = parts(program)
         inner = torch.matmul(torch.transpose(lower, -2, -1), rows) * phi
         return symmetric(torch.matmul(torch.matmul(torch.transpose(inverse, -2, -1), inner), inverse))
 

@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of given classes, as one op: each sample picks one entry of its row."""
+"""Losses of given classes, as one op: each sample picks one entry of its row, or compares those of its labels with the rest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, OneHot, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
 from chainrule.rules.direct import is_plain_nll
+from chainrule.rules.direct_losses import is_plain_multilabel
 
 aten = torch.ops.aten
 
@@ -66,6 +67,27 @@ def _nll(call: Call) -> Iterable[Edge]:
     yield single(call, item, [Term(out_dims, dims_of(axes), tuple(factors), relations, -1.0)])
 
 
+def _multilabel(call: Call) -> Iterable[Edge]:
+    """Linear piece by piece in each row: the slopes, dense in the rows, are constants, of which torch has no derivative."""
+    item, target, reduction = call.args
+    if not call.is_active(item):
+        return
+    axes = new_axes(call.shape(item))
+    samples = axes[:-1] if reduction == NONE else ()
+    loss = call.tensor(call.outputs[0])
+    shape, dtype, device = call.out_shape, loss.dtype, loss.device
+
+    def slopes(program: Program) -> Staged:
+        ones = program.constant(torch.ones(shape, dtype=dtype, device=device))
+        rows = program.call(aten.detach.default, call.stage(program, item))
+        places, labels = call.stage(program, target), call.stage_output(program, 1)
+        found: Staged = program.call(aten.multilabel_margin_loss_backward.default, ones, rows, places, reduction, labels)
+        return found
+
+    factor = Factor(formula_node(call, tuple(axis.size for axis in axes), slopes), axes)
+    yield single(call, item, [Term(dims_of(samples), dims_of(axes), (factor,))])
+
+
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
 WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
     # Under a vmap one op is much less to record than its parts.
@@ -73,9 +95,13 @@ WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]]
         (kernels or any(item.__class__ is not torch.Tensor for item in args[:2]))
         and is_plain_nll(*args[:3])
         and (args[2] is None or not is_active(args[2]))
-    )
+    ),
+    aten.multilabel_margin_loss_forward.default: lambda args, kernels, is_active: is_plain_multilabel(*args[:2]),
 }
 
-RULES: dict[Any, Rule] = {aten.nll_loss_forward.default: Rule("selection", _nll)}
+RULES: dict[Any, Rule] = {
+    aten.nll_loss_forward.default: Rule("selection", _nll),
+    aten.multilabel_margin_loss_forward.default: Rule("margins", _multilabel),
+}
 
 __all__ = ["RULES", "WHOLE"]

@@ -2,7 +2,8 @@
 
 A rule names the structure of an op's local Jacobian, from which everything follows. For the product of a single dense row
 with it torch has, for some ops, one kernel that makes a few passes where the structure's parts are a call each. These
-kernels serve plans that nothing differentiates or batches further: there, structure is worth more.
+kernels serve plans that nothing differentiates or batches further: there, structure is worth more. A few take the samples of a
+mapping as their own batch, and serve mapped plans too.
 """
 
 from __future__ import annotations
@@ -174,10 +175,13 @@ KERNELS: dict[Any, Kernel] = {
     **POINTWISE,
 }
 
+#: Those whose structure takes many calls, and whose batch dimension the samples of a mapping join.
+MAPPED = frozenset({aten.grid_sampler_2d.default, aten.grid_sampler_3d.default})
+
 
 def rows_of(call: Call) -> dict[int, Row]:
     """The kernels of a call, by the slot of the argument; none where an argument stands at two places."""
-    kernel = KERNELS.get(call.op)
+    kernel = KERNELS.get(call.op) if call.workspace.kernels or call.op in MAPPED else None
     if kernel is None or (call.workspace.repeated and call.op in POINTWISE):
         return {}
     used = [item for item in (*call.args, *call.kwargs.values()) if call.is_slot(item)]

@@ -175,8 +175,11 @@ def nest_key(
     seeds: tuple[torch.Tensor, ...],
 ) -> Any:
     """The key of the program of a part of a nest."""
+    # What another transform differentiates takes no kernels (see `is_only_mapped`).
+    around = ("differentiated",) if _is_differentiated() else ()
     return traced.tape.signature(
         (
+            *around,
             tuple([(level.key, *place) for level, place in zip(levels, wanted, strict=True)]),
             structure_key(traced.in_spec),
             structure_key(traced.out_spec),
@@ -190,6 +193,11 @@ def nest_key(
             traced.tape.saw_blocked,
         )
     )
+
+
+def _is_differentiated() -> bool:
+    modes = range(torch._C._len_torch_dispatch_stack())
+    return any([isinstance(torch._C._get_dispatch_stack_at(place), Tape) for place in modes])
 
 
 def cached_for(key: Any, tapes: Sequence[Tape]) -> tuple[Any, Any]:

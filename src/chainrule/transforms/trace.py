@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_map
 
 from chainrule.batching.duals import refuse_duals
+from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import numbers_to_values
+from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import BelowAutograd, Tape
 from chainrule.execute.batched import same_stored
 from chainrule.execute.engine import execute, execute_known
@@ -129,7 +131,8 @@ class Traced:
         alone = not torch._C._len_torch_dispatch_stack()
         slots = tuple(self.in_slots if inputs is None else inputs)
         joined = alone and kind == "pull" and torch.is_grad_enabled() and any([leaf.requires_grad for leaf in self.out_leaves])
-        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone, joined=joined)
+        mapped = not alone and is_only_mapped()
+        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone, joined=joined, mapped=mapped)
         if self.steps is not None and self.steps.records:
             return run_in_steps(self.tape, self.steps, request, tensors)
         return execute(self.tape, request, tensors, last=last)
@@ -144,7 +147,8 @@ class Traced:
         slot = self.out_slots[0]
         if slot is None:
             return None
-        request = block_request(self.in_slots[0], slot, order, cast, not torch._C._len_torch_dispatch_stack())
+        alone = not torch._C._len_torch_dispatch_stack()
+        request = block_request(self.in_slots[0], slot, order, cast, alone, not alone and is_only_mapped())
         found = execute_known(self.tape, request)
         return None if found is None else found[0]
 
@@ -160,9 +164,19 @@ class Traced:
 
 
 @lru_cache(maxsize=1024)
-def block_request(source: int, slot: int, order: str, cast: str, alone: bool) -> Request:
+def block_request(source: int, slot: int, order: str, cast: str, alone: bool, mapped: bool = False) -> Request:
     """The request for the Jacobian of one value with respect to another one."""
-    return Request("jacobian", (source,), (slot,), order, (), cast, alone)
+    return Request("jacobian", (source,), (slot,), order, (), cast, alone, mapped=mapped)
+
+
+#: Modes that see what a plan does and do not differentiate it.
+_NOT_DIFFERENTIATING = frozenset({VmapMode, Recorder})
+
+
+def is_only_mapped() -> bool:
+    """Whether one mapping or several are around, and nothing that differentiates what is done inside."""
+    modes = [torch._C._get_dispatch_stack_at(place).__class__ for place in range(torch._C._len_torch_dispatch_stack())]
+    return VmapMode in modes and _NOT_DIFFERENTIATING.issuperset(modes) and forward_ad._current_level < 0
 
 
 def _without_graph(leaf: torch.Tensor) -> torch.Tensor:
