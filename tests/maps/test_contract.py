@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from chainrule.maps.contract import _path, contract
+from chainrule.maps.contract import contract
+from chainrule.maps.contraction_order import contraction_order
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Axis, Factor
 from tests.maps.test_linear_maps import F64, dense_node
@@ -82,7 +83,7 @@ def test_order_with_axes_of_one_operand():
     c, h, batch, alone, taps = (Axis(size) for size in (8, 64, 32, 1, 9))
     cotangent, mask, patches = (c, h), (alone, c, h, batch), (h, taps, batch)
     factors = [Factor(dense_node(torch.randn([axis.size for axis in axes], dtype=F64)), axes) for axes in (cotangent, mask, patches)]
-    assert _path(factors, (c, taps, batch)) == [(0, 1), (0, 1)]
+    assert contraction_order(factors, (c, taps, batch)) == [(0, 1), (0, 1)]
     found = contract(factors, (c, taps, batch), {}).node.force(Program()).value
     wanted = torch.einsum("ch,achb,htb->ctb", *(factor.node.force(Program()).value for factor in factors))
     torch.testing.assert_close(found, wanted)
