@@ -135,3 +135,37 @@ def test_rectangular_and_empty():
     empty = chainrule.linear_map(lambda y: y.sum() * y + y**2, torch.zeros(0, dtype=DOUBLE))
     assert float(empty.norm()) == 0.0
     assert empty.diagonal().shape == (0,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.flip(0), lambda x: x + x.flip(0), lambda x: (x - x.flip(0)) / 2, lambda x: x.sin() + 2 * x.flip(0),
+        lambda x: x.flip(0) + x.cumsum(0), lambda x: x - x.roll(1) + x.flip(0),
+        lambda x: torch.stack([x, x.flip(0)]).flip(0, 1).sum(0) * 3,
+    ],
+)  # fmt: skip
+def test_what_leads_back_to_where_it_came_from_is_counted(function, size):
+    x = torch.randn(size, dtype=DOUBLE)
+    found, matrix = chainrule.linear_map(function, x), expected_matrix(function, x)
+    gram = found.gram()
+    for ours, theirs in (
+        ((found @ found).trace(), (matrix @ matrix).trace()),
+        ((found @ found @ found).trace(), (matrix @ matrix @ matrix).trace()),
+        ((found + found.T).norm(), (matrix + matrix.T).norm()),
+        (gram.norm(), (matrix @ matrix.T).norm()),
+        ((gram @ gram).trace(), (matrix @ matrix.T @ matrix @ matrix.T).trace()),
+        ((found @ found).diagonal(), (matrix @ matrix).diagonal()),
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_norm_of_zeros_has_the_derivative_zero():
+    x = torch.zeros(3, dtype=DOUBLE)
+    read = lambda y: chainrule.linear_map(torch.square, y).norm()  # noqa: E731
+    assert torch.equal(chainrule.grad(read)(x), x)
+    tracked = x.clone().requires_grad_()
+    read(tracked).backward()
+    assert torch.equal(tracked.grad, x)
+    assert read(torch.full_like(x, torch.nan)).isnan()

@@ -285,8 +285,10 @@ def push_onehots(term: Term, workspace: Workspace) -> Term:
         if step is None:
             return term
         # Two relations that lead back to where they came from have become one of an axis to itself.
-        circular = any(h.target in h.sources or len(set(h.sources)) < len(h.sources) for h in step.onehots)
-        term = _without_circles(step, workspace) if circular else step
+        circular = [h for h in step.onehots if h.target in h.sources or len(set(h.sources)) < len(h.sources)]
+        # An axis that is itself everywhere, and stands nowhere else, is still summed over.
+        tied = tuple(dict.fromkeys(axis for h in circular for axis in h.sources))
+        term = keep_count(_without_circles(step, workspace), tied) if circular else step
     return term
 
 

@@ -22,6 +22,12 @@ from chainrule.transforms.sparse_blocks import sparse_blocks, sparse_matrix
 from chainrule.uncompiled import hide_from_dynamo
 
 
+def _root(squares: torch.Tensor) -> torch.Tensor:
+    """The square root; its derivative at zero is zero, as that of torch's norms."""
+    nothing = squares == 0
+    return torch.where(nothing, 1.0, squares).sqrt().masked_fill(nothing, 0.0)
+
+
 class LinearMap(ABC):
     """A linear map between trees of tensors that is known by its structure; no matrix is formed unless it is asked for.
 
@@ -440,10 +446,10 @@ class LinearMap(ABC):
             tensor(5.)
         """
         if prefers_entries(self, "squares"):
-            return self._scalar(squares_of_entries(self)).sqrt()
+            return _root(self._scalar(squares_of_entries(self)))
         if needs_blocks(self, "squares"):
-            return squares_by_blocks(self).sqrt()
-        return self._scalar(self.read("squares").get("squares")).sqrt()
+            return _root(squares_by_blocks(self))
+        return _root(self._scalar(self.read("squares").get("squares")))
 
     def sparse(self, *, flat: bool = False) -> Any:
         """The map as sparse tensors in coordinate form, read off the terms: nothing of the dense size is made.
