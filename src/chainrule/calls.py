@@ -152,7 +152,14 @@ def avg_pool2d_backward(
 
 
 def _joins(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    return torch.is_grad_enabled() and any([_has_graph(tensor) for tensor in tensors])
+
+
+def _has_graph(tensor: Any) -> bool:
+    while tensor.__class__ is not torch.Tensor and isinstance(stored := getattr(tensor, "value", None), torch.Tensor):
+        tensor = stored  # what a vmap maps
+    graph: bool = tensor.requires_grad
+    return graph
 
 
 def silu_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
