@@ -203,3 +203,18 @@ def test_fill_takes_no_value_with_dimensions(write: Callable[[Tensor], Tensor]) 
         for _ in range(3):
             with pytest.raises(RuntimeError, match="fill_ only supports 0-dimension value tensor but got tensor with 1 dimensions"):
                 transformed(x)
+
+
+@pytest.mark.parametrize("values", [lambda x: x.expand(3, 2, 5), lambda x: torch.ones(3, 2, 5), lambda x: x.expand(2, 1, 5)])
+@pytest.mark.parametrize("made", [lambda x: torch.zeros(4, 5) * x.sum(), lambda x: torch.zeros(4, 5)])
+def test_values_with_more_dimensions_than_the_places(made: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]) -> None:
+    def write(x: Tensor) -> Tensor:
+        matrix = made(x)
+        matrix[torch.tensor([0, 1])] = values(x)
+        return matrix * x
+
+    x = torch.randn(3, 5)
+    for transformed in (chainrule.vmap(write), chainrule.vmap(chainrule.jacrev(write))):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=r"shape mismatch: value tensor of shape .* cannot be broadcast to indexing result"):
+                transformed(x)
