@@ -120,3 +120,49 @@ def test_an_integer_beside_a_mask():
     masks = torch.rand(4, 2, generator=DRAWN) > 0.5
     with pytest.raises(RuntimeError, match="a boolean mask that differs between samples"):
         vmap(lambda x, mask: put(x, (torch.tensor([0, 2]), mask), 0.0))(TABLES[:, 0], masks)
+
+
+#: The shape of a tensor, and the index that holds a mask: too short, too long, of a later dimension, beside other tensors.
+MISFITS = {
+    "short": ((5,), torch.tensor([True, False])),
+    "long": ((5,), torch.tensor([True] * 7)),
+    "long, false at the end": ((5,), torch.tensor([True] * 5 + [False])),
+    "second dimension": ((5, 4), (slice(None), torch.tensor([True, False, True]))),
+    "a matrix": ((5, 4), torch.ones(5, 3, dtype=torch.bool)),
+    "after an index": ((5, 4), (torch.tensor([0, 1]), torch.tensor([True, True]))),
+    "too many dimensions": ((5,), torch.ones(5, 1, dtype=torch.bool)),
+}
+USES = {
+    "get": lambda x, index: x[index],
+    "set": lambda x, index: put(x, index, 9.0),
+    "set values": lambda x, index: put(x, index, x.sum()),
+    "set in a constant": lambda x, index: put(torch.zeros(x.shape, dtype=x.dtype), index, x.sum()),
+    "index_put_": lambda x, index: (x * 1).index_put_(index if isinstance(index, tuple) else (index,), x.sum()),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_mask_of_another_length_raises_what_torch_says_of_a_sample(name: str, use: str) -> None:
+    shape, index = MISFITS[name]
+    if use == "index_put_" and isinstance(index, tuple) and isinstance(index[0], slice):
+        pytest.skip("index_put_ takes tensors alone")
+
+    def function(x: Tensor) -> Tensor:
+        return USES[use](x, index)
+
+    with pytest.raises(IndexError) as expected:
+        function(torch.randn(shape, dtype=torch.float64))
+    transforms = [vmap(function), vmap(chainrule.jacrev(function)), vmap(chainrule.jacfwd(function)), vmap(vmap(function))]
+    for transformed, sizes in zip(transforms, [[3], [3], [3], [3, 2]], strict=True):
+        for _ in range(3):
+            with pytest.raises(IndexError) as found:
+                transformed(torch.randn(*sizes, *shape, dtype=torch.float64))
+            if name != "too many dimensions":
+                assert str(found.value) == str(expected.value)
+
+
+def test_a_mask_that_differs_between_samples_and_is_too_short() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with pytest.raises(IndexError, match=r"shape of the mask \[2\] at index 0 does not match the shape of the indexed tensor \[5\] at index 0"):
+        vmap(lambda x: put(x, x[:2] > 0, 1.0))(x)

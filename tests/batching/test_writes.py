@@ -170,3 +170,51 @@ def test_assignments_do_not_pass_through_the_dispatcher(monkeypatch: pytest.Monk
     matrix, x = torch.zeros(5, 3, 3), torch.arange(5.0)
     chainrule.vmap(write)(matrix, x)
     assert torch.equal(matrix[:, 1], x[:, None].expand(5, 3))
+
+
+@pytest.mark.parametrize("number", [1.5, 2, True])
+def test_a_number_is_copied(number: Any) -> None:
+    def write(x: Tensor) -> Tensor:
+        matrix, view = x.repeat(4, 1), x * x
+        matrix.copy_(number)
+        view[1:].copy_(number)
+        return matrix * x + view * x
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    for _ in range(4):
+        torch.testing.assert_close(chainrule.vmap(write)(x), torch.stack([write(row) for row in x]))
+        for transform in (chainrule.jacrev, chainrule.jacfwd):
+            expected = torch.stack([torch.func.jacrev(write)(row) for row in x])
+            torch.testing.assert_close(chainrule.vmap(transform(write))(x), expected)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.repeat(4, 1).fill_(x[:1]),
+        lambda x: x.repeat(4, 1).fill_(torch.ones(1)),
+        lambda x: torch.zeros(5).fill_(x[:1]),
+        lambda x: torch.fill(x, x[:1]),
+    ],
+)
+def test_fill_takes_no_value_with_dimensions(write: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 5)
+    for transformed in (chainrule.vmap(write), chainrule.vmap(chainrule.jacrev(write))):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="fill_ only supports 0-dimension value tensor but got tensor with 1 dimensions"):
+                transformed(x)
+
+
+@pytest.mark.parametrize("values", [lambda x: x.expand(3, 2, 5), lambda x: torch.ones(3, 2, 5), lambda x: x.expand(2, 1, 5)])
+@pytest.mark.parametrize("made", [lambda x: torch.zeros(4, 5) * x.sum(), lambda x: torch.zeros(4, 5)])
+def test_values_with_more_dimensions_than_the_places(made: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]) -> None:
+    def write(x: Tensor) -> Tensor:
+        matrix = made(x)
+        matrix[torch.tensor([0, 1])] = values(x)
+        return matrix * x
+
+    x = torch.randn(3, 5)
+    for transformed in (chainrule.vmap(write), chainrule.vmap(chainrule.jacrev(write))):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=r"shape mismatch: value tensor of shape .* cannot be broadcast to indexing result"):
+                transformed(x)

@@ -335,3 +335,20 @@ def test_mapped_arguments_are_written() -> None:
     closed = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="outside the vmapped function"):
         chainrule.vmap(chainrule.grad(lambda x: (closed.__setitem__(0, x[0]), (closed * x).sum())[1]))(x)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([2, 0]), torch.tensor([True, False, True]), MASK, PLACES, 1, (0, slice(1, None))])
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("transform", [chainrule.jacrev, chainrule.jacfwd, chainrule.jacobian])
+def test_truth_values(transform: Any, value: bool, index: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        y, z = x * x, torch.zeros(3, 3, dtype=x.dtype)
+        z[0] = x[1]
+        y[index] = value
+        z[index] = value
+        return y * z * x + y + z
+
+    mapped = chainrule.vmap(transform(function))
+    for _ in range(4):
+        many = samples()
+        torch.testing.assert_close(mapped(many), torch.stack([torch.func.jacrev(function)(x) for x in many]))

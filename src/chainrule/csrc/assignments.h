@@ -49,6 +49,8 @@ write_to_view(Handler *self, PyObject *view, PyObject *value)
 static PyObject *
 write_to_places(Handler *self, PyObject *tensor, PyObject *indices, PyObject *value)
 {
+    if (!is_number(value) && !PyObject_TypeCheck(value, (PyTypeObject *)c_tensor)) /* True, say */
+        return Py_NewRef(Py_NotImplemented);
     PyObject *beside[] = {value, tensor}, *out = NULL, *args = NULL, *facts;
     PyObject *given = is_number(value) ? PyObject_Vectorcall(c_constant_beside, beside, 2, NULL) : Py_NewRef(value);
     PyObject *own = given == NULL ? NULL : GET(tensor, dtype), *rank = own == NULL ? NULL : GET(tensor, ndim), *other = NULL, *dims = NULL;

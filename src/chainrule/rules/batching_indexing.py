@@ -42,8 +42,8 @@ class IndexLayout:
 
     __slots__ = ("adjacent", "first", "indices", "rank")
 
-    def __init__(self, indices: Sequence[Any]) -> None:
-        self.indices = _without_masks(indices)
+    def __init__(self, indices: Sequence[Any], shape: Sequence[int]) -> None:
+        self.indices = _without_masks(indices, shape)
         used = [position for position, index in enumerate(self.indices) if index is not None]
         self.first = used[0] if used else 0
         self.adjacent = not used or used[-1] - used[0] + 1 == len(used)
@@ -67,8 +67,8 @@ class IndexLayout:
         return stored
 
 
-def _without_masks(indices: Sequence[Any]) -> list[Any]:
-    """Boolean masks as the integer indices that they stand for."""
+def _without_masks(indices: Sequence[Any], shape: Sequence[int]) -> list[Any]:
+    """Boolean masks as the integer indices that they stand for, in a tensor of this shape."""
     result: list[Any] = []
     for index in indices:
         if index is not None and value_of(index).dtype in (torch.bool, torch.uint8):
@@ -76,10 +76,23 @@ def _without_masks(indices: Sequence[Any]) -> list[Any]:
                 raise RuntimeError(DYNAMIC_MASK)
             if index.dim() == 0:
                 raise RuntimeError("vmap: indexing with a 0-dimensional mask is not supported; use an integer index")
+            _check_mask(index.shape, shape, len(result))
             result.extend(aten.nonzero.default(index).unbind(1))
         else:
             result.append(index)
     return result
+
+
+def _check_mask(mask: Sequence[int], shape: Sequence[int], first: int) -> None:
+    """Raise torch's error where a mask is not as long as the dimensions from `first` on that it stands for."""
+    if first + len(mask) > len(shape):
+        raise IndexError(f"too many indices for tensor of dimension {len(shape)}")
+    if list(shape[first : first + len(mask)]) != list(mask):
+        differing = next(i for i, (n, m) in enumerate(zip(shape[first:], mask, strict=False)) if n != m)
+        raise IndexError(
+            f"The shape of the mask {list(mask)} at index {differing} does not match the shape of the indexed tensor "
+            f"{list(shape)} at index {first + differing}"
+        )
 
 
 def _differs_outside(tensor: Any) -> bool:
@@ -105,7 +118,7 @@ def index(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> 
     source, indices = args[0], args[1]
     if _zero_dim_mask(indices):
         return NotImplemented
-    layout = IndexLayout(indices)
+    layout = IndexLayout(indices, logical_shape(source))
     stored = layout.stored()
     if not any(item is not None for item in stored):
         return Batched(aten.alias.default(source.value))
@@ -150,6 +163,11 @@ def _write_indexed(target: Tensor, layout: IndexLayout, values: Any, accumulate:
     while stored_values.dim() - 1 < len(shape):
         stored_values = stored_values.unsqueeze(1)
     while stored_values.dim() - 1 > len(shape):
+        if stored_values.shape[1] != 1:
+            raise RuntimeError(
+                f"shape mismatch: value tensor of shape {list(logical_shape(values))} cannot be broadcast to indexing result of "
+                f"shape {shape}"
+            )
         stored_values = stored_values.squeeze(1)
     sample = _sample_index(size, layout.rank, _first_index(layout))
     if layout.adjacent and layout.first > 0:
@@ -168,7 +186,8 @@ def index_put(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int)
     if _is_masked_write(bound["indices"], bound["values"], bound.get("accumulate", False)):
         return Batched(_masked(physical(bound["self"], size), bound["indices"], bound["values"]))
     target = physical(bound["self"], size).clone()
-    _write_indexed(target, IndexLayout(bound["indices"]), bound["values"], bound.get("accumulate", False), size)
+    layout = IndexLayout(bound["indices"], target.shape[1:])
+    _write_indexed(target, layout, bound["values"], bound.get("accumulate", False), size)
     return Batched(target)
 
 
@@ -179,7 +198,8 @@ def index_put_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], si
     if _is_masked_write(indices, values, bound["accumulate"]):
         args[0].value.copy_(_masked(args[0].value, indices, values))
         return args[0]
-    _write_indexed(args[0].value, IndexLayout(indices), values, bound["accumulate"], size)
+    target = args[0].value
+    _write_indexed(target, IndexLayout(indices, target.shape[1:]), values, bound["accumulate"], size)
     return args[0]
 
 
@@ -199,11 +219,7 @@ def _masked(target: Tensor, indices: Sequence[Any], values: Any) -> Tensor:
     if mask.dtype is torch.uint8:
         mask = mask != 0
     first, own = (mask.shape[0], mask.shape[1:]) if is_batched(indices[position]) else (1, mask.shape)
-    if list(target.shape[1 + position : 1 + position + len(own)]) != list(own):
-        raise IndexError(
-            f"vmap: the shape of the mask {list(own)} does not match the shape of the indexed tensor {list(target.shape[1:])} "
-            f"at index {position}"
-        )
+    _check_mask(own, target.shape[1:], position)
     shape = [first] + [1] * position + list(own)
     mask = mask.reshape(shape + [1] * (target.dim() - len(shape)))
     value = values.value.reshape([-1] + [1] * (target.dim() - 1)) if is_batched(values) else values
@@ -255,7 +271,8 @@ def _write_along(accumulate: bool) -> BatchStrategy:
         source = _at_least_vector(source)
         if bound.get("alpha", 1) != 1:
             source = Batched(source.value * bound["alpha"]) if is_batched(source) else source * bound["alpha"]
-        _write_indexed(written, IndexLayout(_positions(dim, chosen)), source, accumulate, size)
+        layout = IndexLayout(_positions(dim, chosen), written.shape[1:])
+        _write_indexed(written, layout, source, accumulate, size)
         return Batched(value)
 
     return write_along
@@ -306,7 +323,7 @@ def put(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> An
     flat = target.reshape(size, -1 if target.numel() else 0).clone()
     source = physical(bound["source"], size)
     shape = logical_shape(bound["index"])
-    layout = IndexLayout([bound["index"]])
+    layout = IndexLayout([bound["index"]], flat.shape[1:])
     _write_indexed(flat, layout, Batched(source.reshape([size, *shape])), bound["accumulate"], size)
     return Batched(flat.reshape(target.shape))
 

@@ -21,7 +21,7 @@ from chainrule.rules.batching_base import (
     pad_rank,
     physical,
 )
-from chainrule.rules.batching_pointwise import align, align_inplace, copy_inplace
+from chainrule.rules.batching_pointwise import align, align_inplace, copy_inplace, fill_inplace
 
 aten = torch.ops.aten
 
@@ -125,8 +125,10 @@ def masked_fill_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], 
 
 
 def functional_copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
-    """copy: the source in the shape and dtype of the first argument."""
+    """Make a copy, or fill: the source in the shape and dtype of the first argument."""
     target, source = args[0], args[1]
+    if func is aten.fill.Tensor and (rank := logical_rank(source)):
+        raise RuntimeError(f"fill_ only supports 0-dimension value tensor but got tensor with {rank} dimensions.")
     dtype = target.value.dtype if is_batched(target) else target.dtype
     shape = logical_shape(target)
     value = pad_rank(source, len(shape)) if is_batched(source) else source
@@ -200,7 +202,7 @@ POINTWISE: dict[Any, BatchStrategy] = _pointwise_table()
 POINTWISE_INPLACE: dict[Any, BatchStrategy] = {
     aten.copy_.default: copy_inplace,
     aten.fill_.Scalar: align_inplace,
-    aten.fill_.Tensor: copy_inplace,
+    aten.fill_.Tensor: fill_inplace,
     aten.zero_.default: align_inplace,
     aten.masked_fill_.Scalar: masked_fill_inplace,
     aten.masked_fill_.Tensor: masked_fill_inplace,

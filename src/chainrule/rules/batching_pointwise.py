@@ -75,6 +75,9 @@ def align_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: 
 def copy_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
     """`copy_`: like a pointwise op, but leading ones of the source may be dropped."""
     target, source = args[0], args[1]
+    if not isinstance(args[1], (Batched, Tensor)):  # a number
+        target.value.copy_(source, *args[2:], **kwargs)
+        return target
     extra = logical_rank(source) - target.rank
     if extra > 0:
         for _ in range(extra):
@@ -83,6 +86,13 @@ def copy_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: i
             raise RuntimeError(f"vmap: copy_ cannot broadcast its source to the shape {list(target.shape)}")
     target.value.copy_(pad_rank(source, target.rank), *args[2:], **kwargs)
     return target
+
+
+def fill_inplace(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """`fill_` with a tensor, which has no dimensions."""
+    if rank := logical_rank(args[1]):
+        raise RuntimeError(f"fill_ only supports 0-dimension value tensor but got tensor with {rank} dimensions.")
+    return copy_inplace(func, args, kwargs, size)
 
 
 # Only these promote the types of their tensor arguments but must leave one argument (the condition) alone.
