@@ -25,13 +25,16 @@ BatchStrategy = Callable[[Any, Sequence[Any], dict[str, Any], int], Any]
 #: The memory of results that are copies where torch has views, by its address, as long as it lives.
 _COPIES: dict[int, StorageWeakRef] = {}
 _MOST_COPIES = 4096
-_FEW_COPIES = 16
 configure(copies=_COPIES)
+
+#: How many writes come before it is looked again which of them live: as many as there are, so that a write looks at one or two.
+_WRITES = [0]
 
 
 def _forget_expired() -> None:
     for key in [key for key, known in _COPIES.items() if known.expired()]:
         del _COPIES[key]
+    _WRITES[0] = len(_COPIES)
 
 
 def stand_for_views(copy: Tensor) -> Tensor:
@@ -71,7 +74,8 @@ def checked_write(strategy: BatchStrategy) -> BatchStrategy:
     def write(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
         if _COPIES and args and args[0].__class__ is Batched:
             refuse_lost_write(func, args[0].value)
-            if len(_COPIES) <= _FEW_COPIES:
+            _WRITES[0] -= 1
+            if _WRITES[0] < 0:
                 _forget_expired()  # writes are quicker where there are none
         return strategy(func, args, kwargs, size)
 
