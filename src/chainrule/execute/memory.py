@@ -19,7 +19,7 @@ from chainrule.capture.joined import JoinedTape
 from chainrule.capture.tape import Tape
 from chainrule.execute.products import DistinctRows
 from chainrule.execute.reuse import scattered, written_over
-from chainrule.execute.workspace import Saved, Space, free, observable, observe, of_run, saved_by_run
+from chainrule.execute.workspace import Saved, Space, free, mapped_observable, observable, observe, of_run, saved_by_run
 from chainrule.maps.staging import Instruction, Program, Ref, reads
 from chainrule.shortcuts import configure
 
@@ -227,7 +227,7 @@ class Watch:
         for number, entry in self.recorded.pop(id(tape), ()):  # from here on its values count one by one
             if self.made.get(number) is entry:
                 self.held -= self.made.pop(number)[0]
-        spaces = of_run(tape) if observable() else [0] * len(tape.records)
+        spaces = of_run(tape) if observable() or mapped_observable() else [0] * len(tape.records)
         outputs = {slot for record in tape.records for slot in record.outputs}
         known = [n for n in range(len(tape.values)) if n not in outputs and not (tape.active[n] or _is_held_here(tape, n))]
         self.storages.update(storage_of(tape.values[n])[0] for n in (*tape.inputs, *known) if _is_tensor(tape.values[n]))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
+from chainrule.batching.mode import VmapMode
+from chainrule.batching.tensor import BatchTensor
 from chainrule.calls import FUNCTIONS
 from chainrule.capture.recorder import HIDDEN_WRITES
 from chainrule.capture.slots import Slot
@@ -33,6 +35,12 @@ def observable(*, undispatched: bool = False) -> bool:
     """
     seen = torch._C._len_torch_dispatch_stack() and not undispatched
     return free() and not seen and not torch._C._are_functorch_transforms_active()
+
+
+def mapped_observable() -> bool:
+    """Whether calls on mapped tensors can be run once more here and observed: nothing but mappings would see them."""
+    modes = {torch._C._get_dispatch_stack_at(place).__class__ for place in range(torch._C._len_torch_dispatch_stack())}
+    return modes == {VmapMode} and free() and not torch._C._are_functorch_transforms_active()
 
 
 def free() -> bool:
@@ -227,7 +235,7 @@ def _of_record(tape: Tape, record: Any) -> int:
     if torch.Tag.pointwise in op.tags or torch.Tag.nondeterministic_seeded in op.tags:
         return 0
     args, kwargs = _from_tape(record.args, tape.values), {name: _from_tape(item, tape.values) for name, item in record.kwargs}
-    if not all(map(_is_plain, _tensors((args, tuple(kwargs.values()))))):
+    if not all(_is_plain(_stored(tensor)) for tensor in _tensors((args, tuple(kwargs.values())))):
         return 0
     with torch.no_grad():
         # Of some ops the recorder calls a function in their place.
@@ -236,6 +244,13 @@ def _of_record(tape: Tape, record: Any) -> int:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.__class__ in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """What mappings have stored for a tensor."""
+    while isinstance(tensor, BatchTensor):
+        tensor = tensor.value
+    return tensor
 
 
 def _filled(tree: Any, values: Mapping[int, Any]) -> Any:
