@@ -41,12 +41,17 @@ def _node(tensor: torch.Tensor) -> Any:
         return None
 
 
+def _key(node: Any, tensor: torch.Tensor) -> tuple[int, int, str]:
+    """What tells a result of a graph node. The node itself has a new object in Python each time in some versions of torch."""
+    return node._sequence_nr(), tensor.output_nr, node.__class__.__name__
+
+
 class OtherObjects:
     """Finds the slot of the value that another tensor object stands for. It holds no values, which the tape may let go."""
 
     def __init__(self) -> None:
         self._nodes_indexed = 0
-        self._by_node: dict[tuple[int, int], int] = {}
+        self._by_node: dict[tuple[int, int, str], int] = {}
         self._memory_indexed = 0
         self._by_memory: dict[Any, int] = {}
         self._elements_indexed = 0
@@ -67,9 +72,9 @@ class OtherObjects:
         for slot in range(self._nodes_indexed, len(values)):
             value = values[slot]
             if isinstance(value, torch.Tensor) and (node := _node(value)) is not None:
-                self._by_node[id(node), value.output_nr] = slot
+                self._by_node[_key(node, value)] = slot
         self._nodes_indexed = len(values)
-        found = self._by_node.get((id(tensor.grad_fn), tensor.output_nr))
+        found = self._by_node.get(_key(tensor.grad_fn, tensor))
         if found is None or _node(values[found]) is not tensor.grad_fn:
             return None
         return found if values[found].shape == tensor.shape else None

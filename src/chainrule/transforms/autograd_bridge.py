@@ -224,8 +224,9 @@ def _apply_function(original: Callable[..., Any], function: Any, args: tuple[Any
     if not stack or not any(isinstance(mode, (Tape, VmapMode)) for mode in stack):
         return original(*args, **kwargs)
     if function.__module__.startswith("torch.utils.checkpoint"):
-        # Reentrant checkpointing is no derivative of its own: run what it would run.
-        return args[0](*args[2:])
+        # Reentrant checkpointing is no derivative of its own: run what it would run. The other kind saves its inputs by such a
+        # function in some versions of torch, and does nothing where that has no graph.
+        return torch.empty((0,)) if function.__name__ == "_NoopSaveInputs" else args[0](*args[2:])
     _expect_saved(views=False)
     if function is BackwardHookFunction:
         raise RuntimeError(
