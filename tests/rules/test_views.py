@@ -77,6 +77,7 @@ CASES = {
     "im2col": (lambda x: F.unfold(x, 2, dilation=1, padding=1, stride=2), [(1, 2, 3, 2)]),
     "col2im": (lambda x: F.fold(x, (3, 2), 2, padding=1), [(1, 4, 12)]),
     "as_strided": (lambda x: (x * 1).as_strided((2, 3), (1, 2), 1), [(3, 4)]),
+    "as_strided around a scalar": (lambda x: (x * 1)[1].as_strided((3,), (1,), 0), [(4,)]),
     "as_strided overlapping": (lambda x: (x * 1).as_strided((3, 2), (1, 1)), [(4,)]),
     "diagonal": (lambda x: x.diagonal(), [(3, 3)]),
     "diagonal offset": (lambda x: (x.diagonal(1, 0, 2), x.diagonal(-1, -1, 0)), [(3, 2, 4)]),

@@ -428,6 +428,9 @@ def _masked_scatter(call: Call) -> Iterable[Edge]:
     if not call.is_active(source):
         return
     shape = call.out_shape
+    if not call.shape(source):  # no axis whose relation would leave out what is not taken
+        yield single(call, source, [Term(dims_of(axes), (), (_kept(call, axes, True),))])
+        return
 
     def stage(program: Program) -> Staged:
         mask = torch.broadcast_to(call.stage(program, item), shape)
