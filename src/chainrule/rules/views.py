@@ -9,7 +9,18 @@ import torch
 
 from chainrule.maps.nodes import Node, masking
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, IndexSpace, OneHot, Term, affine_onehot, constant_index, dims_of, fixed_index, new_axes
+from chainrule.maps.terms import (
+    Axis,
+    Factor,
+    IndexSpace,
+    OneHot,
+    Term,
+    affine_onehot,
+    constant_index,
+    dims_of,
+    fixed_index,
+    new_axes,
+)
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, single
 from chainrule.rules.families import reshape_term, slice_term, view
 
