@@ -33,10 +33,8 @@ _SAME_NAME = (
     "slice_scatter", "take", "trace", "_adaptive_avg_pool2d", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_prelu_kernel",
 )  # fmt: skip
 
-#: Those that torch keeps elsewhere.
-_IN_NN = (
-    "elu", "gelu", "glu", "hardswish", "hardtanh", "huber_loss", "im2col", "leaky_relu", "mse_loss", "smooth_l1_loss", "softplus",
-)  # fmt: skip
+#: Those that torch keeps elsewhere; not the losses, whose functions do without the mean where they are not told.
+_IN_NN = ("elu", "gelu", "glu", "hardswish", "hardtanh", "im2col", "leaky_relu", "softplus")
 
 _OVERLOADS = {
     "mul.Tensor": torch.mul, "add.Tensor": torch.add, "sub.Tensor": torch.sub, "div.Tensor": torch.div,
