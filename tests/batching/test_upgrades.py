@@ -156,3 +156,28 @@ def test_what_is_made_of_constants_is_replayed() -> None:
     found = {key[0]: value for key, value in CALLS.known.items() if key[0] in (torch.ones_like, torch.full_like)}
     assert set(found) == {torch.ones_like, torch.full_like}
     assert all(isinstance(value, Replay) for value in found.values())
+
+
+@pytest.mark.parametrize("transform", ["vmap", "vmap of grad"])
+def test_a_graph_that_is_written_to_a_tensor(transform: str) -> None:
+    weight = torch.randn(4, dtype=D, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        out = torch.zeros(4, dtype=D) + 0.5
+        out.copy_((weight * x).sin())
+        out.mul_(x).add_(weight)
+        return out
+
+    def total(x: Tensor) -> Tensor:
+        return f(x).square().sum()
+
+    for _ in range(4):
+        x = torch.randn(3, 4, dtype=D)
+        found = chainrule.vmap(f if transform == "vmap" else chainrule.grad(total))(x)
+        leaf = x.clone().requires_grad_()
+        written = (weight * leaf).sin() * leaf + weight
+        expected = written if transform == "vmap" else torch.autograd.grad(written.square().sum(), leaf, create_graph=True)[0]
+        torch.testing.assert_close(found, expected)
+        weights = torch.randn_like(x)
+        (one,), (other,) = (torch.autograd.grad((item * weights).sum(), weight, retain_graph=True) for item in (found, expected))
+        torch.testing.assert_close(one, other)

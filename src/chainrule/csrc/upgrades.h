@@ -41,26 +41,16 @@ carry_batch(PyObject *level, PyObject *tensor)
         plain = is_true_of(PyObject_CallMethodNoArgs(value, s_is_contiguous));
     if (plain < 0)
         return -1;
-    PyObject *shape = plain ? GET(value, shape) : NULL, *dtype = shape == NULL ? NULL : GET(value, dtype);
-    PyObject *copy = dtype == NULL ? NULL : spread(value, ((Handler *)level)->size, shape);
-    if (copy != NULL && (batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0)) != NULL) {
+    PyObject *shape = plain ? GET(value, shape) : NULL;
+    PyObject *copy = shape == NULL ? NULL : spread(value, ((Handler *)level)->size, shape);
+    /* What is known of others without asking (that they have no graph) is not of this one: a graph may be written to it. */
+    if (copy != NULL && (batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0)) != NULL)
         SLOT(batch, value) = Py_NewRef(copy);
-        int known = PySet_Contains(c_floating, dtype);
-        if (known > 0)
-            known = is_true_of(GET(copy, is_cpu));
-        if (known > 0 && (SLOT(batch, sample) = PyTuple_GetSlice(shape, 0, PyTuple_GET_SIZE(shape))) != NULL)
-            SLOT(batch, dtype) = Py_NewRef(dtype);
-        if (known < 0)
-            Py_CLEAR(batch);
-    }
     Py_XDECREF(copy);
     Py_XDECREF(shape);
-    Py_XDECREF(dtype);
     if (plain) {
-        if (batch == NULL || PyErr_Occurred()) {
-            Py_XDECREF(batch);
+        if (batch == NULL)
             return -1;
-        }
         Py_SETREF(SLOT(tensor, inner), batch);
         return 0;
     }
