@@ -101,8 +101,11 @@ def _multilabel(call: Call) -> Iterable[Edge]:
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
 WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
+    # The losses of all rows, each of one entry, are less to compute in parts, and only a vmap makes them more to record.
     aten.nll_loss_forward.default: lambda args, kernels, is_active: (
-        is_plain_nll(*args[:3]) and (args[2] is None or not is_active(args[2]))
+        (kernels or args[3] != NONE or any(item.__class__ is not torch.Tensor for item in args[:2]))
+        and is_plain_nll(*args[:3])
+        and (args[2] is None or not is_active(args[2]))
     ),
     aten.multilabel_margin_loss_forward.default: lambda args, kernels, is_active: is_plain_multilabel(*args[:2]),
 }
