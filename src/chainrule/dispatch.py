@@ -320,13 +320,13 @@ class LightMode(Handler, TorchDispatchMode):
     def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Take notice of the result of a function that was ignored."""
 
-    def hear_function(self, function: Any) -> None:
-        """Take notice of a function, where somebody listens."""
+    def hear_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
+        """Take notice of a call, where somebody listens."""
 
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
         if self.heard is not None:
-            self.hear_function(func)
+            self.hear_function(func, args, kwargs)
         if func in FACTS:
             fact = func(*args, **kwargs) if kwargs else func(*args)
             return fact if fact or func != REQUIRES_GRAD else self.requires_grad(args[0])

@@ -551,7 +551,7 @@ class Tape(Listening):
         if out is NotImplemented:
             return out
         if self.heard is not None:
-            self._hear(facts, args, None, out)
+            self._hear(facts, args, None, out, None if joined else False)
         if self.respect_no_grad and not _is_grad_enabled():
             self._note_blocked(args, None)
             return out

@@ -137,7 +137,7 @@ def physical(x: Any, size: int) -> Any:
     if x.__class__ is Batched:
         return x.value
     if isinstance(x, Tensor):
-        return x.unsqueeze(0).expand(size, *x.shape)
+        return x.expand(size, *x.shape)
     return x
 
 
