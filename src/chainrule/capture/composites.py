@@ -324,10 +324,10 @@ class Listening(Records, LightMode):
 
 def _heard_functions() -> frozenset[Any]:
     names = (
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool3d",
-        "broadcast_tensors", "celu", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "expand_as", "group_norm",
-        "hardsigmoid", "instance_norm", "kl_div", "log_sigmoid", "max_pool3d", "norm", "prelu", "rms_norm", "selu", "type_as",
-        "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest1d",
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "affine_grid_generator", "avg_pool1d", "avg_pool3d",
+        "broadcast_tensors", "celu", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "expand_as", "grid_sampler",
+        "group_norm", "hardsigmoid", "instance_norm", "kl_div", "log_sigmoid", "max_pool3d", "norm", "prelu", "rms_norm", "selu",
+        "stft", "type_as", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest1d",
         "upsample_nearest2d", "upsample_nearest3d", "upsample_trilinear3d",
     )  # fmt: skip
     # Without avg_pool2d, max_pool1d and max_pool2d: `calls` has a faster function for the op that they come to.
