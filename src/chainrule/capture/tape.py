@@ -71,6 +71,7 @@ class Tape(Listening):
 
     takes_functions = True
     reads_data = True
+    differentiates = True
     supports_higher_order_operators = True
 
     respect_no_grad: bool
