@@ -216,6 +216,12 @@ class FunctionWatch(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
+def is_differentiated() -> bool:
+    """Whether a mode is on that differentiates what runs."""
+    places = range(torch._C._len_torch_dispatch_stack())
+    return any([getattr(torch._C._get_dispatch_stack_at(place), "differentiates", False) for place in places])
+
+
 class LightMode(Handler, TorchDispatchMode):
     """A dispatch mode that stays out of compiled regions, and is cheap to enter.
 
@@ -237,6 +243,8 @@ class LightMode(Handler, TorchDispatchMode):
     reads_data = False
     #: Whether the mode serves a transform that pulls cotangents back.
     reverse = False
+    #: Whether what runs while the mode is on is differentiated.
+    differentiates = False
 
     below: LightMode | None
 

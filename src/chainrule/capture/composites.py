@@ -290,9 +290,8 @@ class Listening(Records, LightMode):
             else:
                 out = self._run_uncommon(callee, args)
                 if out is NotImplemented and callee.expansion is not None and self.below is None and sys.getprofile() is None:
-                    if not any([value.requires_grad for value in values]):
-                        with warnings_noted(lambda: heard.append(None)):
-                            out = self._run_part_here(callee.op, *args)
+                    with warnings_noted(lambda: heard.append(None)):
+                        out = self._run_part_here(callee.op, *args)
         finally:
             self.heard = None
         if len(COMPOSITES) >= _MOST:

@@ -71,6 +71,7 @@ class Tape(Listening):
 
     takes_functions = True
     reads_data = True
+    differentiates = True
     supports_higher_order_operators = True
 
     respect_no_grad: bool
@@ -592,7 +593,5 @@ class Tape(Listening):
             return True
         rank = first.dim()
         if facts.joining == LINEAR:
-            if second.dim() != 2 or self.is_active(second):
-                return False
-            return rank in (1, 2) or (rank > 2 and first.is_contiguous())
+            return second.dim() == 2 and (rank in (1, 2) or (rank > 2 and first.is_contiguous()))
         return second.dim() in (1, 2) if rank == 2 else are_stacked_alike(first, second)
