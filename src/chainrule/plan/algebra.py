@@ -76,6 +76,12 @@ Expression = Jacobian | Transposed | Scaled | Added | Composed
 Selection = tuple[int, int | None]
 
 
+#: Before the key of a result, that of the sizes of its terms.
+SIZES = "sizes"
+
+#: More terms than this are merged where they can be, although their sizes are wanted.
+_MANY = 64
+
 #: What holds more than this many times the elements of inputs and outputs is large.
 _WIDE = 8
 
@@ -112,6 +118,9 @@ class AlgebraRequest(OfExpression):
         rows: which outputs, whole or in part.
         columns: which inputs, whole or in part; for ``entries``, the partners of ``rows``.
         symmetric: whether the map is symmetric: of ``blocks``, those above the diagonal are left out.
+        sized: whether the sizes of the terms of ``squares``, ``diagonal`` and ``trace`` are wanted, too: for a result, under
+            its key with :data:`SIZES` before it, the sum of the magnitudes of the terms that it is the sum of; nothing where
+            there is one term.
     """
 
     kind: str
@@ -120,6 +129,7 @@ class AlgebraRequest(OfExpression):
     columns: tuple[Selection, ...] = ()
     symmetric: bool = False
     order: str = "auto"
+    sized: bool = False
 
 
 def jacobians(expression: Expression) -> list[Jacobian]:
@@ -150,6 +160,12 @@ class Builder:
         self.seeds = seeds
         self.workspace = workspace
         self.apart = apart
+
+    def closed(self, parts: Sequence[LinearMap], request: AlgebraRequest) -> LinearMap:
+        """The sum of closed products; where the sizes of its terms are wanted, these stay apart."""
+        if request.sized:
+            return replace(parts[0], terms=tuple(term for part in parts for term in part.terms))
+        return self.added(parts)
 
     def blocks(self, expression: Expression) -> Blocks:
         """The blocks by numbers of output and input; those that are zero are left out."""
@@ -283,8 +299,8 @@ def _diagonals(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[
     found = {key: [local for local in several if not local.is_zero] for key, several in parts.items()}
     if request.kind == "trace":
         every = [local for several in found.values() for local in several]
-        return {"trace": build.added(every)} if every else {}
-    return {key: build.added(several) for key, several in found.items() if several}
+        return {"trace": build.closed(every, request)} if every else {}
+    return {key: build.closed(several, request) for key, several in found.items() if several}
 
 
 def _diagonal_parts(expression: Expression, build: Builder, keep: bool) -> dict[int, list[LinearMap]]:
@@ -350,7 +366,7 @@ def _squares(request: AlgebraRequest, blocks: Blocks, build: Builder) -> dict[An
             rest = (m for two in alone[number + 1 :] for m in _closed_pairs(one, two.transpose(), build, keep=False))
             parts.extend(replace(m, terms=tuple(replace(t, scale=2.0 * t.scale) for t in m.terms)) for m in rest)
     parts = [part for part in parts if not part.is_zero]
-    return {"squares": build.added(parts)} if parts else {}
+    return {"squares": build.closed(parts, request)} if parts else {}
 
 
 _CLOSED: dict[str, Callable[[AlgebraRequest, Blocks, Builder], dict[Any, LinearMap]]] = {
@@ -362,26 +378,47 @@ _CLOSED: dict[str, Callable[[AlgebraRequest, Blocks, Builder], dict[Any, LinearM
 }
 
 
-def _settled(local: LinearMap, workspace: Workspace) -> list[Term]:
+def _settled(local: LinearMap, workspace: Workspace, *, alone: bool = False) -> list[Term]:
     terms = [term for term in local.terms if not any(axis.size == 0 for axis in term.all_axes())]
-    return [settle(term, workspace) for term in merge(terms, workspace, force=False, limit=None)]
+    if not alone or len(terms) > _MANY:
+        terms = merge(terms, workspace, force=False, limit=None)
+    return [settle(term, workspace) for term in terms]
 
 
-def _as_array(local: LinearMap, workspace: Workspace) -> Node:
-    """A result as an array, written term by term: no relation becomes dense on the way, however many terms there are."""
+def _arrays(local: LinearMap, workspace: Workspace, *, alone: bool) -> list[Node]:
+    """A result term by term: no relation becomes dense on the way, however many terms there are."""
     shape = (*local.out_shape, *local.in_shape)
-    terms = _settled(local, workspace)
+    terms = _settled(local, workspace, alone=alone)
     if not terms or math.prod(shape) == 0:
-        return densify(replace(local, terms=()), workspace)
-    total = dense_term(terms[0], workspace, shape)
-    for term in terms[1:]:
-        node = dense_term(term, workspace, shape)
-        total = Node(shape, (total, node), _sum_of_two, flops=node.numel, moved=3 * node.numel, label="add")
+        return [densify(replace(local, terms=()), workspace)]
+    return [dense_term(term, workspace, shape) for term in terms]
+
+
+def _total(nodes: Sequence[Node]) -> Node:
+    total = nodes[0]
+    for node in nodes[1:]:
+        total = Node(total.sizes, (total, node), _sum_of_two, flops=node.numel, moved=3 * node.numel, label="add")
     return total
+
+
+def _results(closed: dict[Any, LinearMap], request: AlgebraRequest, workspace: Workspace) -> dict[Any, Node]:
+    """What is asked, and the sizes of its terms where these are, as arrays."""
+    found: dict[Any, Node] = {}
+    for key, local in closed.items():
+        nodes = _arrays(local, workspace, alone=request.sized)
+        found[key] = _total(nodes)
+        if request.sized and len(nodes) > 1:
+            sizes = [Node(n.sizes, (n,), _magnitude, flops=n.numel, moved=2 * n.numel, label="abs") for n in nodes]
+            found[SIZES, key] = _total(sizes)
+    return found
 
 
 def _sum_of_two(program: Program, one: Staged, two: Staged) -> Staged:
     return torch.add(one, two)
+
+
+def _magnitude(program: Program, value: Staged) -> Staged:
+    return torch.abs(value)
 
 
 def _candidates(
@@ -408,8 +445,10 @@ def _candidates(
         build = Builder(maps, seeds, workspace)
         blocks[name] = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
         closed = _CLOSED[request.kind](request, blocks[name], build)
-        array = densify if whole_blocks else _as_array
-        nodes = {key: array(local, workspace) for key, local in closed.items()}
+        if whole_blocks:
+            nodes = {key: densify(local, workspace) for key, local in closed.items()}
+        else:
+            nodes = _results(closed, request, workspace)
         eliminated = [slot for makers in made.values() for slot in makers.get(name, makers["reverse"])[1]]
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
         if is_settled(found, len(whole.order)):
@@ -418,7 +457,7 @@ def _candidates(
         other = elimination.measure(Candidate("apart", _apart(tape, request, seeds, graphs, workspace)))
         found.append(replace(other, name="met") if any(step[0] == MEETING for step in other.steps) else other)
     if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
-        nodes = {key: _as_array(local, workspace) for key, local in swept.items()}
+        nodes = _results(swept, request, workspace)
         found.append(elimination.measure(Candidate("selected", nodes)))
     return found, blocks, whole
 
@@ -448,7 +487,7 @@ def _apart(
     build = Builder(maps, seeds, workspace, apart=True)
     blocks = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
     closed = _CLOSED[request.kind](request, blocks, build)
-    return {key: _as_array(local, workspace) for key, local in closed.items()}
+    return _results(closed, request, workspace)
 
 
 def _swept(request: AlgebraRequest, graph: Graph, build: Builder, tape: Any) -> dict[Any, LinearMap] | None:
@@ -527,6 +566,6 @@ def described(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor])
 
 
 __all__ = [
-    "Added", "AlgebraRequest", "Composed", "Expression", "Jacobian", "Scaled", "Transposed", "described", "jacobians",
+    "SIZES", "Added", "AlgebraRequest", "Composed", "Expression", "Jacobian", "Scaled", "Transposed", "described", "jacobians",
     "plan_algebra", "predicted_peak",
 ]  # fmt: skip

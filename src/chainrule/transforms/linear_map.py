@@ -12,6 +12,7 @@ from chainrule.execute.sparse import execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.sparse import SparseExpression
 from chainrule.transforms.map_blocks import diagonal_by_blocks, needs_blocks
+from chainrule.transforms.map_digits import diagonal_of_squares, is_of_squares, trace_of_squares
 from chainrule.transforms.map_entries import diagonal_of_entries, prefers_entries
 from chainrule.transforms.map_frame import Frame
 from chainrule.transforms.map_norms import frobenius_norm
@@ -218,7 +219,7 @@ class LinearMap(ABC):
     # What is read off
 
     def _request(
-        self, kind: str, rows: Parts | None = None, columns: Parts | None = None, *, symmetric: bool = False
+        self, kind: str, rows: Parts | None = None, columns: Parts | None = None, *, symmetric: bool = False, sized: bool = False
     ) -> tuple[Any, AlgebraRequest, list[torch.Tensor]]:
         frame = Frame()
         expression = self._expression(frame)
@@ -231,12 +232,12 @@ class LinearMap(ABC):
                 for leaf, local in zip(parts.leaves, parts.local, strict=True)
             )
 
-        request = AlgebraRequest(kind, expression, selected(rows), selected(columns), symmetric)
+        request = AlgebraRequest(kind, expression, selected(rows), selected(columns), symmetric, sized=sized)
         return frame.tape, request, frame.seeds
 
-    def read(self, kind: str, *parts: Parts | None, symmetric: bool = False) -> dict[Any, Any]:
+    def read(self, kind: str, *parts: Parts | None, symmetric: bool = False, sized: bool = False) -> dict[Any, Any]:
         """The results of a request about the map's expression (see :class:`~chainrule.plan.algebra.AlgebraRequest`)."""
-        tape, request, seeds = self._request(kind, *parts, symmetric=symmetric)
+        tape, request, seeds = self._request(kind, *parts, symmetric=symmetric, sized=sized)
         return execute(tape, request, seeds)
 
     def block_dtype(self, o: int, i: int) -> torch.dtype:
@@ -396,7 +397,7 @@ class LinearMap(ABC):
         elif needs_blocks(self, "diagonal"):
             found = dict(enumerate(self.in_space.unflatten(diagonal_by_blocks(self))))
         else:
-            found = self.read("diagonal")
+            found = diagonal_of_squares(self) if is_of_squares(self) else self.read("diagonal")
         leaves = []
         for number in range(len(self.in_space.shapes)):
             dtype = self.block_dtype(number, number)
@@ -421,7 +422,7 @@ class LinearMap(ABC):
             return self._scalar(sum(parts[1:], parts[0]) if parts else None)
         if needs_blocks(self, "trace"):
             return diagonal_by_blocks(self).sum()
-        return self._scalar(self.read("trace").get("trace"))
+        return self._scalar(trace_of_squares(self) if is_of_squares(self) else self.read("trace").get("trace"))
 
     def _scalar(self, value: torch.Tensor | None) -> torch.Tensor:
         if value is None:

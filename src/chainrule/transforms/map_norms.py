@@ -10,14 +10,16 @@ import torch
 
 from chainrule.execute.prediction import peak_elements
 from chainrule.execute.sparse import entries_predicted, execute_sparse
+from chainrule.plan.algebra import SIZES
 from chainrule.plan.sparse import SparseExpression
 from chainrule.transforms.map_blocks import column_blocks, needs_blocks, squares_by_blocks
+from chainrule.transforms.map_digits import MOST, has_lost_digits, may_be_read
 from chainrule.transforms.map_entries import is_linear, prefers_entries, squares_of_entries
 
 if TYPE_CHECKING:
     from chainrule.transforms.linear_map import LinearMap
 
-_dispatch_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 #: Sums of squares that are smaller may have lost digits.
 _SMALLEST = {
@@ -25,8 +27,8 @@ _SMALLEST = {
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
-#: More entries than this are not made for a second look: of sums that overflow, and of those that are too small or not a number.
-_MOST, _MOST_SMALL = 1 << 28, 1 << 20
+#: More entries than this are not made for a second look at sums that are too small, or not a number.
+_MOST_SMALL = 1 << 20
 
 #: Entries are listed for a second look where at most one in so many is one.
 _PART = 4
@@ -37,26 +39,40 @@ def frobenius_norm(linear_map: LinearMap) -> torch.Tensor:
 
     It is the root of the sum of the squares, as these are contracted. Where that overflows or is too small to be exact, the
     entries are looked at and scaled by the largest of them. (As in LAPACK's ``lassq``: Anderson, *Algorithm 978: safe scaling
-    in the level 1 BLAS*, 2017.) That is not done inside of transforms and records, which cannot ask for a value.
+    in the level 1 BLAS*, 2017.) That is not done inside of transforms and records, which cannot ask for a value. Where the
+    products of terms cancel, the squares are taken of the entries.
     """
-    squares = _squares(linear_map)
-    if not _may_be_read(squares) or _is_in_range(value := squares.detach().item(), squares.dtype):
+    readable = may_be_read(linear_map.out_space.devices[0])
+    squares, sizes = _squares(linear_map, readable)
+    if not readable:
         return _root(squares)
-    parts = _parts(linear_map, _MOST if value == math.inf else _MOST_SMALL)
+    is_lost = has_lost_digits(squares, sizes)
+    if _dispatch_modes() or squares.__class__ is not torch.Tensor or squares.dtype not in _SMALLEST:
+        few = linear_map.shape[0] * linear_map.shape[1] <= MOST
+        return _root(squares_by_blocks(linear_map) if is_lost and few else squares)
+    value = squares.detach().item()
+    if not is_lost and _is_in_range(value, squares.dtype):
+        return _root(squares)
+    parts = _parts(linear_map, MOST if value == math.inf or is_lost else _MOST_SMALL)
     return _root(squares) if parts is None else _scaled_norm(parts, squares)
 
 
-def _squares(linear_map: LinearMap) -> torch.Tensor:
+def _squares(linear_map: LinearMap, sized: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sum of the squares, and the size of its terms where these may cancel."""
     is_large = needs_blocks(linear_map, "squares")
     # A sum of terms may keep its structure as long as its rows, or its columns, stay apart.
     if is_large and (product := next(filter(_has_diagonal, (linear_map.gram(), linear_map.normal())), None)) is not None:
-        found = [part.sum() for part in product.read("diagonal").values()]
-        return linear_map._scalar(sum(found[1:], found[0]) if found else None)
+        found = product.read("diagonal", sized=sized)
+        parts = [part.sum() for key, part in found.items() if not isinstance(key, tuple)]
+        sizes = [part.sum() for key, part in found.items() if isinstance(key, tuple)]
+        whole = linear_map._scalar(sum(parts[1:], parts[0]) if parts else None)
+        return whole, sum(sizes[1:], sizes[0]) if sizes else None
     if prefers_entries(linear_map, "squares"):
-        return linear_map._scalar(squares_of_entries(linear_map))
+        return linear_map._scalar(squares_of_entries(linear_map)), None
     if is_large:
-        return squares_by_blocks(linear_map)
-    return linear_map._scalar(linear_map.read("squares").get("squares"))
+        return squares_by_blocks(linear_map), None
+    found = linear_map.read("squares", sized=sized)
+    return linear_map._scalar(found.get("squares")), found.get((SIZES, "squares"))
 
 
 def _has_diagonal(product: LinearMap) -> bool:
@@ -65,16 +81,9 @@ def _has_diagonal(product: LinearMap) -> bool:
 
 
 def _root(squares: torch.Tensor) -> torch.Tensor:
-    """The square root; its derivative at zero is zero, as that of torch's norms."""
-    nothing = squares == 0
+    """The square root; its derivative at zero is zero, as that of torch's norms. What rounding left below zero is zero."""
+    nothing = squares <= 0
     return torch.where(nothing, 1.0, squares).sqrt().masked_fill(nothing, 0.0)
-
-
-def _may_be_read(squares: torch.Tensor) -> bool:
-    """Whether nothing is around that must not see a value being read."""
-    if _dispatch_modes() or _functorch() or squares.dtype not in _SMALLEST:
-        return False
-    return squares.__class__ is torch.Tensor and not (squares.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _is_in_range(squares: float, dtype: torch.dtype) -> bool:
