@@ -135,7 +135,7 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
                     terms.append(settle(joined, workspace, bands=True) if eager else joined)
     for operator in right.operators:
         if operator.whole:
-            terms.append(_pull(_dense(left, workspace), operator, workspace))
+            terms.append(_pull(as_one_factor(left, workspace), operator, workspace))
             continue
         terms.extend(_all_through(left.terms, operator, workspace, eager))
     if left.operators:
@@ -145,7 +145,7 @@ def compose(left: LinearMap, right: LinearMap, workspace: Workspace, *, eager: b
     return LinearMap(left.out_shape, right.in_shape, tuple(terms))
 
 
-def _dense(linear_map: LinearMap, workspace: Workspace) -> Term:
+def as_one_factor(linear_map: LinearMap, workspace: Workspace) -> Term:
     """A map as one term of one factor."""
     out_axes, in_axes = new_axes(linear_map.out_shape), new_axes(linear_map.in_shape)
     factor = Factor(densify(linear_map, workspace), (*out_axes, *in_axes))
@@ -381,4 +381,6 @@ def _broadcast_node(factor: Factor, positions: tuple[Axis, ...], shape: tuple[in
     return Node(shape, (factor.node,), compute, moved=moved, label="output")
 
 
-__all__ = ["LinearMap", "Operator", "Row", "add_maps", "compose", "densify", "embed_diagonals", "merge", "permute"]
+__all__ = [
+    "LinearMap", "Operator", "Row", "add_maps", "as_one_factor", "compose", "densify", "embed_diagonals", "merge", "permute",
+]  # fmt: skip

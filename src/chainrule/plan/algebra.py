@@ -9,75 +9,36 @@ result is formed where that is the cheapest way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from chainrule.maps.compose import Workspace, settle
-from chainrule.maps.linear_map import LinearMap, add_maps, compose, dense_term, densify, merge
-from chainrule.maps.nodes import Node, leaf
-from chainrule.maps.onehots import digit
+from chainrule.maps.linear_map import LinearMap, dense_term, densify, merge
+from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
+from chainrule.maps.terms import Term, dims_of, new_axes
 from chainrule.plan import elimination
 from chainrule.plan.apart import added_apart
+from chainrule.plan.building import Blocks, Builder
+from chainrule.plan.chosen_rows import TOTALS, Graphs, Sweeps, swept
 from chainrule.plan.elimination import Candidate
+from chainrule.plan.expressions import (
+    SIZES,
+    Added,
+    AlgebraRequest,
+    Composed,
+    Expression,
+    Jacobian,
+    Scaled,
+    Transposed,
+    jacobians,
+)
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.meetings import MEETING, lists_of, met, without_lists
 from chainrule.plan.planner import Planned, Request, accumulations, is_settled, make_workspace
-
-Blocks = dict[tuple[int, int], LinearMap]
-
-
-@dataclass(frozen=True)
-class Jacobian:
-    """The Jacobian of some slots of a tape with respect to others; an output that depends on no input has no slot."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int | None, ...]
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """The transpose of an expression."""
-
-    of: Expression
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """An expression times a number, and times a seed of no dimensions, if there is one."""
-
-    of: Expression
-    number: float = 1.0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Added:
-    """The sum of expressions between the same spaces."""
-
-    parts: tuple[Expression, ...]
-
-
-@dataclass(frozen=True)
-class Composed:
-    """The composition ``left ∘ right``."""
-
-    left: Expression
-    right: Expression
-
-
-Expression = Jacobian | Transposed | Scaled | Added | Composed
-
-#: A number of an output or an input, and the seed that holds the flat positions of the wanted elements; None for all.
-Selection = tuple[int, int | None]
-
-
-#: Before the key of a result, that of the sizes of its terms.
-SIZES = "sizes"
 
 #: More terms than this are merged where they can be, although their sizes are wanted.
 _MANY = 64
@@ -85,179 +46,11 @@ _MANY = 64
 #: What holds more than this many times the elements of inputs and outputs is large.
 _WIDE = 8
 
+#: Some rows by way of an array of more than so many elements ...
+_LARGE = 1 << 21
 
-class OfExpression:
-    """A request about an expression in Jacobians.
-
-    Attributes:
-        expression: the map.
-    """
-
-    expression: Expression
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The slots differentiated with respect to."""
-        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.inputs)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """The slots differentiated."""
-        return tuple(slot for jacobian in jacobians(self.expression) for slot in jacobian.outputs if slot is not None)
-
-
-@dataclass(frozen=True)
-class AlgebraRequest(OfExpression):
-    """What is asked of an expression.
-
-    Attributes:
-        kind: ``blocks`` (the blocks of some outputs and inputs, or some rows and columns of them), ``entries`` (single ones:
-            the seeds of a pair of selections are read side by side), ``diagonal`` (of the blocks of an output and the input
-            of the same number), ``trace`` (the sum of these) or ``squares`` (the sum of the squares of all entries).
-        expression: the map.
-        rows: which outputs, whole or in part.
-        columns: which inputs, whole or in part; for ``entries``, the partners of ``rows``.
-        symmetric: whether the map is symmetric: of ``blocks``, those above the diagonal are left out.
-        sized: whether the sizes of the terms of ``squares``, ``diagonal`` and ``trace`` are wanted, too: for a result, under
-            its key with :data:`SIZES` before it, the sum of the magnitudes of the terms that it is the sum of; nothing where
-            there is one term.
-    """
-
-    kind: str
-    expression: Expression
-    rows: tuple[Selection, ...] = ()
-    columns: tuple[Selection, ...] = ()
-    symmetric: bool = False
-    order: str = "auto"
-    sized: bool = False
-
-
-def jacobians(expression: Expression) -> list[Jacobian]:
-    """The Jacobians that an expression is made of, each once."""
-    return list(dict.fromkeys(_leaves(expression)))
-
-
-def _leaves(expression: Expression) -> Iterator[Jacobian]:
-    if isinstance(expression, Jacobian):
-        yield expression
-    elif isinstance(expression, Added):
-        for part in expression.parts:
-            yield from _leaves(part)
-    elif isinstance(expression, Composed):
-        yield from _leaves(expression.left)
-        yield from _leaves(expression.right)
-    else:
-        yield from _leaves(expression.of)
-
-
-class Builder:
-    """Makes the blocks of expressions in one workspace, from Jacobians that were accumulated in one order."""
-
-    def __init__(
-        self, found: dict[Jacobian, dict[tuple[int, int], LinearMap]], seeds: Any, workspace: Workspace, *, apart: bool = False
-    ) -> None:
-        self.found = found
-        self.seeds = seeds
-        self.workspace = workspace
-        self.apart = apart
-
-    def closed(self, parts: Sequence[LinearMap], request: AlgebraRequest) -> LinearMap:
-        """The sum of closed products; where the sizes of its terms are wanted, these stay apart."""
-        if request.sized:
-            return replace(parts[0], terms=tuple(term for part in parts for term in part.terms))
-        return self.added(parts)
-
-    def blocks(self, expression: Expression) -> Blocks:
-        """The blocks by numbers of output and input; those that are zero are left out."""
-        if isinstance(expression, Jacobian):
-            maps = self.found[expression]
-            return {
-                (o, i): maps[slot, source]
-                for o, slot in enumerate(expression.outputs)
-                for i, source in enumerate(expression.inputs)
-                if slot is not None and (slot, source) in maps
-            }
-        if isinstance(expression, Transposed):
-            return {(i, o): local.transpose() for (o, i), local in self.blocks(expression.of).items()}
-        if isinstance(expression, Scaled):
-            return {key: self.scaled(local, expression) for key, local in self.blocks(expression.of).items()}
-        if isinstance(expression, Added):
-            sums: dict[tuple[int, int], list[LinearMap]] = {}
-            for part in expression.parts:
-                for key, local in self.blocks(part).items():
-                    sums.setdefault(key, []).append(local)
-            return {key: self.added(parts) for key, parts in sums.items()}
-        return self._composed(self.blocks(expression.left), self.blocks(expression.right))
-
-    def _composed(self, left: Blocks, right: Blocks) -> Blocks:
-        sums: dict[tuple[int, int], list[LinearMap]] = {}
-        for (o, middle), one in left.items():
-            for (other, i), two in right.items():
-                if other == middle:
-                    sums.setdefault((o, i), []).append(self.product(one, two))
-        found = {key: [part for part in parts if not part.is_zero] for key, parts in sums.items()}
-        return {key: self.added(parts) for key, parts in found.items() if parts}
-
-    def product(self, one: LinearMap, two: LinearMap) -> LinearMap:
-        """The composition of two maps, left as a network where entries are not listed."""
-        return compose(one, two, self.workspace, eager=self.workspace.sparse)
-
-    def added(self, parts: Sequence[LinearMap]) -> LinearMap:
-        """The sum of maps between the same spaces: its terms stay apart as long as they hold less than a dense array."""
-        first = parts[0]
-        if self.workspace.sparse:
-            return add_maps(parts, self.workspace)
-        if self.apart:
-            return added_apart(parts, self.workspace)
-        terms = tuple(term for part in parts for term in part.terms)
-        dense = math.prod(first.out_shape) * math.prod(first.in_shape)
-        if len(terms) > 2 and sum(factor.node.numel for term in terms for factor in term.factors) >= dense:
-            return add_maps(parts, self.workspace, force=True)
-        return replace(first, terms=terms)
-
-    def scaled(self, local: LinearMap, expression: Scaled) -> LinearMap:
-        """A map times the factors of an expression."""
-        factors: tuple[Factor, ...] = ()
-        if (number := expression.seed) is not None:
-            factors = (Factor(self.seed(number, ()), ()),)
-        terms = tuple(
-            replace(term, factors=(*term.factors, *factors), scale=term.scale * expression.number) for term in local.terms
-        )
-        return replace(local, terms=terms)
-
-    def seed(self, number: int, sizes: tuple[int, ...]) -> Node:
-        """The array of a seed."""
-        key = ("seed", number)
-        node = self.workspace.memo.get(key)
-        if node is None:
-            node = self.workspace.memo[key] = leaf(
-                sizes, lambda program: program.input(("seed", number), self.seeds[number]), label="seed"
-            )
-        return node
-
-    def chosen(self, shapes: Sequence[tuple[tuple[int, ...], int]]) -> LinearMap:
-        """The map that reads elements of a tensor, by their flat positions in one shape or in several side by side.
-
-        Args:
-            shapes: for each part of the tensor's shape, the part and the seed that holds positions in it.
-        """
-        count = int(self.seeds[shapes[0][1]].shape[0])
-        source = Axis(count)
-        in_dims: list[tuple[Axis, ...]] = []
-        relations: list[OneHot] = []
-        for shape, number in shapes:
-            positions = self.seed(number, (count,))
-            stride = math.prod(shape)
-            for size in shape:
-                stride //= max(size, 1)
-                if size == 1:
-                    in_dims.append(())
-                    continue
-                target = Axis(size)
-                in_dims.append((target,))
-                relations.append(OneHot(digit(positions, stride, size, math.prod(shape)), (source,), target))
-        whole = tuple(size for shape, _ in shapes for size in shape)
-        return LinearMap((count,), whole, (Term(((source,),), tuple(in_dims), (), tuple(relations)),))
+#: ... are made as products with vectors are if these hold less than one in so many, and cost at most so many times as much.
+_PART, _DEARER = 8, 4.0
 
 
 def _as_vector(local: LinearMap) -> LinearMap:
@@ -429,7 +222,7 @@ def _candidates(
     whole = Graph()
     whole_blocks = request.kind == "blocks" and all(seed is None for _, seed in (*request.rows, *request.columns))
     workspace.recurrences = not whole_blocks
-    graphs: dict[Jacobian, tuple[Graph, list[int], list[int]]] = {}
+    graphs: Graphs = {}
     for jacobian in jacobians(request.expression):
         inputs = list(dict.fromkeys(jacobian.inputs))
         outputs = list(dict.fromkeys(slot for slot in jacobian.outputs if slot is not None))
@@ -453,26 +246,35 @@ def _candidates(
         found.append(elimination.measure(Candidate(name, nodes, eliminated=eliminated)))
         if is_settled(found, len(whole.order)):
             break
-    if not whole_blocks and _is_wide(tape, request, min(found, key=lambda c: c.cost)):
+    ends = sum(tape.values[slot].numel() for slot in {*request.inputs, *request.outputs})
+    best = min(found, key=lambda c: c.cost)
+    for name, total in TOTALS.items():
+        if name == "selected" or best.peak > _WIDE * ends * _count(request, seeds):
+            for closed in swept(request, Sweeps(graphs, Builder({}, seeds, workspace), total), tape):
+                nodes = _results(closed, request, workspace)
+                found.append(elimination.measure(Candidate(name, nodes)))
+            best = min(found, key=lambda c: c.cost)
+    if not whole_blocks and best.peak > _WIDE * ends:
         other = elimination.measure(Candidate("apart", _apart(tape, request, seeds, graphs, workspace)))
         found.append(replace(other, name="met") if any(step[0] == MEETING for step in other.steps) else other)
-    if (swept := _swept(request, whole, Builder({}, seeds, workspace), tape)) is not None:
-        nodes = _results(swept, request, workspace)
-        found.append(elimination.measure(Candidate("selected", nodes)))
     return found, blocks, whole
 
 
-def _is_wide(tape: Any, request: AlgebraRequest, best: Candidate) -> bool:
-    """Whether a plan holds arrays much larger than the inputs and the outputs are."""
-    ends = sum(tape.values[slot].numel() for slot in {*request.inputs, *request.outputs})
-    return best.peak > _WIDE * ends
+def _count(request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> int:
+    """How many rows or columns are chosen, whichever are fewer."""
+    counts = [
+        sum(int(seeds[seed].shape[0]) for _, seed in side if seed is not None)
+        for side in (request.rows, request.columns)
+        if side and all(seed is not None for _, seed in side)
+    ]
+    return min(counts, default=1)
 
 
 def _apart(
     tape: Any,
     request: AlgebraRequest,
     seeds: Sequence[torch.Tensor],
-    graphs: dict[Jacobian, tuple[Graph, list[int], list[int]]],
+    graphs: Graphs,
     workspace: Workspace,
 ) -> dict[Any, Node]:
     """What is asked, of sums whose terms stay networks until they are closed."""
@@ -490,40 +292,16 @@ def _apart(
     return _results(closed, request, workspace)
 
 
-def _swept(request: AlgebraRequest, graph: Graph, build: Builder, tape: Any) -> dict[Any, LinearMap] | None:
-    """Some rows of a Jacobian by a sweep that begins with them, or some columns; None where it is not that simple."""
-    flipped = isinstance(request.expression, Transposed)
-    jacobian = request.expression.of if isinstance(request.expression, Transposed) else request.expression
-    if request.kind != "blocks" or not isinstance(jacobian, Jacobian):
-        return None
-    rows, columns = (request.columns, request.rows) if flipped else (request.rows, request.columns)
-    by_rows = all(seed is not None for _, seed in rows) and bool(rows)
-    if not by_rows and not (columns and all(seed is not None for _, seed in columns)):
-        return None
-    found: dict[Any, LinearMap] = {}
-    shapes = [tuple(tape.values[slot].shape) for slot in jacobian.inputs]
-    inputs, outputs = list(jacobian.inputs), [slot for slot in jacobian.outputs if slot is not None]
-    for number, seed in rows if by_rows else columns:
-        start = jacobian.outputs[number] if by_rows else jacobian.inputs[number]
-        if start is None:
-            continue
-        chosen = build.chosen([(tuple(tape.values[start].shape), seed)])  # type: ignore[list-item]
-        if by_rows:
-            maps = elimination.sweep_back(graph, {start: chosen}, inputs, build.workspace)
-        else:
-            maps = elimination.sweep_forward(graph, {start: chosen.transpose()}, outputs, build.workspace)
-        for other, column in columns if by_rows else rows:
-            end = jacobian.inputs[other] if by_rows else jacobian.outputs[other]
-            if end is None or (local := maps.get(end)) is None:
-                continue
-            if by_rows and column is not None:
-                local = build.product(local, build.chosen([(shapes[other], column)]).transpose())
-            elif not by_rows and column is not None:
-                local = build.product(build.chosen([(tuple(tape.values[end].shape), column)]), local)
-            if not local.is_zero:
-                o, i = (number, other) if by_rows else (other, number)
-                found[(i, o) if flipped else (o, i)] = local.transpose() if flipped else local
-    return found
+def _best(found: Sequence[Candidate]) -> Candidate:
+    """The candidate that costs least, or one that costs little more and is made without a large array.
+
+    What an operator is predicted to cost is that of a matrix, which its kernel is mostly cheaper than.
+    """
+    best = min(found, key=lambda c: c.cost)
+    if best.peak <= _LARGE:
+        return best
+    others = [c for c in found if c.name == "filled" and c.peak * _PART < best.peak and c.cost <= _DEARER * best.cost]
+    return min(others, key=lambda c: c.cost, default=best)
 
 
 def plan_algebra(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> Planned:
@@ -536,7 +314,7 @@ def plan_algebra(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tenso
     """
     workspace = make_workspace(tape, (*request.inputs, *request.outputs))
     found, _, graph = _candidates(tape, request, seeds, workspace)
-    best = min(found, key=lambda c: c.cost)
+    best = _best(found)
     program = Program()
     keys: list[Any] = list(best.nodes)
     results = [node.force(program) for node in best.nodes.values()]
@@ -554,7 +332,7 @@ def predicted_peak(
     workspace = make_workspace(tape, (*request.inputs, *request.outputs))
     found, _, _ = _candidates(tape, request, seeds, workspace)
     workspace.memo.clear()
-    return min([c for c in found if c.name not in left_out], key=lambda c: c.cost).peak
+    return _best([c for c in found if c.name not in left_out]).peak
 
 
 def described(tape: Any, request: AlgebraRequest, seeds: Sequence[torch.Tensor]) -> dict[tuple[int, int], list[Term]]:

@@ -98,7 +98,7 @@ def reverse(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callabl
     for output in outputs:
         shape = shapes(output)
         seed = LinearMap(shape, shape, (identity(shape),))
-        found = sweep_back(graph, {output: seed}, inputs, workspace, eager=eager, total=total or _total)
+        found = sweep_back(graph, {output: seed}, inputs, workspace, eager=eager, total=total)
         result.update({(output, slot): m for slot, m in found.items()})
     return result
 
@@ -111,9 +111,10 @@ def _total(maps: list[LinearMap], workspace: Workspace) -> LinearMap:
 
 def sweep_back(
     graph: Graph, seeds: dict[int, LinearMap], inputs: list[int], workspace: Workspace, *, eager: bool = True,
-    total: Total = _total,
+    total: Total | None = None,
 ) -> dict[int, LinearMap]:
     """Pull the maps in ``seeds`` (from slots to some common output space) back to ``inputs``; `total` adds those of one slot."""
+    total = total or _total
     pending: dict[int, list[LinearMap]] = {slot: [seed] for slot, seed in seeds.items()}
     for slot in reversed(graph.order):
         if slot not in pending:
@@ -140,9 +141,11 @@ def forward(graph: Graph, inputs: list[int], outputs: list[int], shapes: Callabl
 
 
 def sweep_forward(
-    graph: Graph, seeds: dict[int, LinearMap], outputs: list[int], workspace: Workspace, *, eager: bool = True
+    graph: Graph, seeds: dict[int, LinearMap], outputs: list[int], workspace: Workspace, *, eager: bool = True,
+    total: Total | None = None,
 ) -> dict[int, LinearMap]:
-    """Push the maps in ``seeds`` (from some common input space to slots) on to ``outputs``."""
+    """Push the maps in ``seeds`` (from some common input space to slots) on to ``outputs``; `total` is as for a sweep back."""
+    total = total or _total
     pending: dict[int, list[LinearMap]] = {slot: [seed] for slot, seed in seeds.items()}
     totals: dict[int, LinearMap] = {}
     for slot in graph.order:
@@ -150,11 +153,11 @@ def sweep_forward(
             if source not in pending:
                 continue
             if source not in totals:
-                totals[source] = _total(pending[source], workspace)
+                totals[source] = total(pending[source], workspace)
             joined = compose(local, totals[source], workspace, eager=eager)
             if not joined.is_zero:
                 pending.setdefault(slot, []).append(joined)
-    return {slot: totals.get(slot) or _total(pending[slot], workspace) for slot in outputs if slot in pending}
+    return {slot: totals.get(slot) or total(pending[slot], workspace) for slot in outputs if slot in pending}
 
 
 def inner_slots(graph: Graph, inputs: list[int], outputs: list[int]) -> list[int]:

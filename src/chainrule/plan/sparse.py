@@ -20,10 +20,11 @@ from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.terms import Term, identity
 from chainrule.maps.unmapped import kept, plain
 from chainrule.plan import elimination
-from chainrule.plan.algebra import Builder, Expression, Jacobian, OfExpression, jacobians
+from chainrule.plan.building import Builder
 from chainrule.plan.compression import by_columns, by_stars
 from chainrule.plan.condensing import condensed
 from chainrule.plan.elimination import Candidate
+from chainrule.plan.expressions import Expression, Jacobian, OfExpression, jacobians
 from chainrule.plan.graph import Graph, build_graph
 from chainrule.plan.patterns import (
     Found,

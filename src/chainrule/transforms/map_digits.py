@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _count, _at = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at
 _functorch = torch._C._are_functorch_transforms_active
 
-#: A sum that is smaller than this part of its terms has lost digits.
-_PART = 2.0**-7
+#: A sum that is smaller than this power of the dtype's precision, as a part of its terms, has lost a third of its digits.
+_POWER = 0.35
 
 #: More entries than this are not made for a second look.
 MOST = 1 << 28
@@ -37,7 +37,7 @@ def may_be_read(device: torch.device) -> bool:
 
 
 def _are_lost(value: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    return value < _PART * sizes
+    return value < torch.finfo(value.dtype).eps ** _POWER * sizes
 
 
 def has_lost_digits(value: torch.Tensor, sizes: torch.Tensor | None) -> bool:
