@@ -82,15 +82,23 @@ _LITTLE = 1 << 10
 _DENSE = 4
 
 
-def static_zeros(records: Sequence[Any], values: Sequence[Any], readable: Readable = lambda slot: False) -> dict[int, Places]:
+def static_zeros(
+    records: Sequence[Any],
+    values: Sequence[Any],
+    readable: Readable = lambda slot: False,
+    picked: frozenset[int] = frozenset(),
+) -> dict[int, Places]:
     """For the slots of a tape whose values have zeros that are known, where they may be other than zero.
 
     Args:
         records: the ops of the tape, in order.
         values: its values, of which only the shapes are looked at, but for constants that are readable.
         readable: which slots hold constants whose values may be read.
+        picked: those of them that hold what an op chose.
     """
     finder = _Finder(values, readable)
+    for slot in picked:
+        finder.found[slot] = Places(lambda device, slot=slot: values[slot] != 0, frozenset({slot}))
     for record in records:
         finder.add(record)
     return finder.found
