@@ -40,18 +40,17 @@ def picked_slots(tape: Any, graph: Graph, workspace: SparseWorkspace) -> frozens
     if not tape.derived or not workspace.chosen or workspace.everywhere:
         return frozenset()
     open_slots = {slot: places for slot in tape.derived - workspace.widened if (places := _places(tape, slot)) is not None}
-    made_by = {output: record for record in tape.records for output in record.outputs} if open_slots else {}
-    picked: set[int] = set()
+    if not open_slots:
+        return frozenset()
+    made_by = {output: record for record in tape.records for output in record.outputs}
+    every: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
     for source, node in _choices(graph):
-        if not open_slots:
-            break
-        value = unbatched(node.force(workspace.program).value)
-        for chosen in () if value is None else _before_moves(tape, made_by, source, value.reshape(-1) != 0):
-            for slot, places in list(open_slots.items()):
-                if places.numel() == chosen.numel() and places.device == chosen.device and _is_within(places, chosen):
-                    picked.add(slot)
-                    del open_slots[slot]
-    return frozenset(picked)
+        if (value := unbatched(node.force(workspace.program).value)) is not None:
+            for chosen in _before_moves(tape, made_by, source, value.reshape(-1) != 0):
+                every.setdefault((chosen.numel(), chosen.device), []).append(chosen)
+    return frozenset(
+        slot for slot, places in open_slots.items() if _are_chosen(places, every.get((places.numel(), places.device), []))
+    )
 
 
 def _places(tape: Any, slot: int) -> torch.Tensor | None:
@@ -65,9 +64,19 @@ def _places(tape: Any, slot: int) -> torch.Tensor | None:
     return None if bool(places.all()) else places
 
 
-def _is_within(places: torch.Tensor, chosen: torch.Tensor) -> bool:
-    """Whether there are places, and all of them were chosen; a product of the shares of several ops has fewer than one of them."""
-    return torch.equal(places, chosen) or (bool(places.any()) and not bool((places & ~chosen).any()))
+def _are_chosen(places: torch.Tensor, every: list[torch.Tensor]) -> bool:
+    """Whether these are places that an op chose: all, some (of a product of several shares), or those of several (a sum)."""
+    if any(torch.equal(places, chosen) for chosen in every):
+        return True
+    if not bool(places.any()):
+        return False
+    rest = places.clone()
+    for chosen in every:
+        if not bool((places & ~chosen).any()):
+            return True
+        if not bool((chosen & ~places).any()):
+            rest &= ~chosen
+    return not bool(rest.any())
 
 
 def _choices(graph: Graph) -> Iterator[tuple[int, Node]]:
