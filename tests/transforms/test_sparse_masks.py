@@ -400,6 +400,41 @@ def test_a_large_hessian_through_an_extremum_is_linear_in_its_size():
     torch.testing.assert_close(found.values(), expected.to(DOUBLE), **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["jacobian", "hessian"])
+def test_what_a_run_chose_is_computed_once_for_all_patterns(kind):
+    function = lambda x: ((x.unfold(0, 3, 1).amax(1) * 0.5) ** 3).sum()  # noqa: E731
+    transform = (
+        chainrule.hessian(function, layout="sparse_coo") if kind == "hessian"
+        else chainrule.jacobian(lambda x: x.unfold(0, 3, 1).amax(1) * x[1:-1], layout="sparse_coo")
+    )  # fmt: skip
+    chainrule.execute.engine.CACHE.clear()
+    points = [point(12, seed) for seed in range(5)]
+    first = [transform(x) for x in points]
+    plans = [plan for kept in CACHE.plans.values() for plan in getattr(kept, "plans", ()) if plan.choices.reads]
+    assert len(plans) == len(points)
+    runs: list[int] = []
+    for number, plan in enumerate(plans):
+        compute = plan.choices.computed
+        plan.choices.computed = lambda values, seeds, number=number, compute=compute: runs.append(number) or compute(values, seeds)
+    for x, expected in zip(points, first, strict=True):
+        runs.clear()
+        found = transform(x)
+        assert len(runs) == 1
+        assert torch.equal(found.indices(), expected.indices())
+        assert torch.equal(found.values(), expected.values())
+
+
+def test_choices_of_other_calls_are_computed_apart():
+    """Of two extrema one may have no zeros at a point: its plan compares less than another one."""
+    function = lambda x: torch.stack([x.max() * x[0], x[:2].amax() * x[1]])  # noqa: E731
+    sparse = chainrule.jacobian(function, layout="sparse_coo")
+    chainrule.execute.engine.CACHE.clear()
+    tied = torch.tensor([3.0, 3.0, 1.0], dtype=DOUBLE)
+    points = [tied, tied.flip(0), torch.tensor([1.0, 2.0, 2.0], dtype=DOUBLE), torch.full((3,), 2.0, dtype=DOUBLE), point(3)]
+    for x in (*points, *points, *reversed(points)):
+        torch.testing.assert_close(sparse(x).to_dense(), torch.func.jacrev(function)(x), **CLOSE)
+
+
 def test_masks_of_the_inputs_are_no_choices():
     """What a comparison with something else cuts off stays in the pattern, beside an extremum."""
     function = lambda x: (x.relu() * x.max()).pow(2).sum()  # noqa: E731
