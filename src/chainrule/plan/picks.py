@@ -37,14 +37,14 @@ def picked_slots(tape: Any, graph: Graph, workspace: SparseWorkspace) -> frozens
     None where the pattern does not depend on what ops choose. A constant that has these zeros for another reason is taken for
     such shares as well: the plan is for its zeros then, too, and compares them in every call.
     """
-    if not tape.derived or not workspace.chosen or workspace.everywhere:
+    if not tape.derived or not workspace.chosen or workspace.everywhere or not (choices := list(_choices(graph))):
         return frozenset()
     open_slots = {slot: places for slot in tape.derived - workspace.widened if (places := _places(tape, slot)) is not None}
     if not open_slots:
         return frozenset()
     made_by = {output: record for record in tape.records for output in record.outputs}
     every: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
-    for source, node in _choices(graph):
+    for source, node in choices:
         if (value := unbatched(node.force(workspace.program).value)) is not None:
             for chosen in _before_moves(tape, made_by, source, value.reshape(-1) != 0):
                 every.setdefault((chosen.numel(), chosen.device), []).append(chosen)
