@@ -291,6 +291,9 @@ CHOSEN = {
     "scatter": lambda x: torch.zeros(4, dtype=DOUBLE).scatter_reduce(0, GROUPS, x, "amax"),
     "scatter into": lambda x: x[:4].scatter_reduce(0, GROUPS, x**2, "amin") * x[:4],
     "inner": lambda x: (x.roll(1) * x).max() * x,
+    "norm": lambda x: torch.linalg.vector_norm(x, math.inf) * x,
+    "norms of rows": lambda x: torch.linalg.vector_norm(x.reshape(2, 4), -math.inf, 1, keepdim=True) * x.reshape(2, 4),
+    "dist": lambda x: torch.dist(x, x.flip(0).square(), math.inf) * x,
 }
 
 
@@ -321,6 +324,124 @@ def test_extrema_have_the_places_that_they_chose(name):
         hessian = chainrule.hessian(energy, layout="sparse_coo")(x)
         torch.testing.assert_close(hessian.to_dense(), torch.func.hessian(energy)(x), **CLOSE)
         assert torch.equal(hessian.indices(), curvatures.setdefault(id(x), hessian.indices())), number
+
+
+def windows(x):
+    parts = [x[i : i + 3] for i in range(6)]
+    return torch.stack([(part - part.max()).pow(3).sum() for part in parts]).sum()
+
+
+#: Scalars that curve at what they chose without an index; their Hessians have no zeros but structural ones at a generic point.
+CURVED = {
+    "max": lambda x: (x - x.max()).pow(2).sum(),
+    "extent": lambda x: ((x - x.min()) / (x.max() - x.min())).pow(3).sum(),
+    "amax of rows": lambda x: (x.reshape(2, 4) - x.reshape(2, 4).amax(1, keepdim=True)).exp().pow(2).sum(),
+    "amin of columns": lambda x: (x.reshape(2, 4).sin().amin(0) * x[:4]).pow(2).sum(),
+    "aminmax": lambda x: (x * x.aminmax()[0] + x.aminmax()[1]).pow(3).sum(),
+    "median": lambda x: (x - x.median()).pow(3).sum(),
+    "modulus": lambda x: (x / x.abs().max()).pow(3).sum(),
+    "norm": lambda x: (x / torch.linalg.vector_norm(x, math.inf)).pow(3).sum(),
+    "unfold": lambda x: (x.unfold(0, 3, 1).amax(1) * x[1:-1]).pow(2).sum(),
+    "windows": windows,
+    "scatter": lambda x: (torch.zeros(3, dtype=DOUBLE).scatter_reduce(0, GROUPS, x.exp(), "amax") * x[:3]).pow(2).sum(),
+    "segments": lambda x: torch.segment_reduce(x.sin(), "max", lengths=torch.tensor([3, 5])).pow(3).sum(),
+    "layers": lambda x: (F.gelu(x.reshape(2, 4).tanh().amax(1)).max() * x).pow(3).sum(),
+}
+
+
+#: The same where torch has no second derivatives.
+IN_TORCH = {"segments": lambda x: torch.stack([x[:3].sin().max(), x[3:].sin().max()]).pow(3).sum()}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_hessians_have_the_places_that_extrema_chose(name):
+    """In every way to a Hessian, whatever was chosen in the calls before; of ties all that share."""
+    function = CURVED[name]
+    gradient = chainrule.grad(function)
+    ways = {
+        "coo": chainrule.hessian(function, layout="sparse_coo"),
+        "csr": chainrule.hessian(function, layout="sparse_csr"),
+        "operator": lambda x: chainrule.hessian(function, layout="operator")(x).sparse(),
+        "levels": chainrule.jacobian(gradient, layout="sparse_coo"),
+        "map": lambda x: chainrule.linear_map(gradient, x).sparse(),
+    }
+    halves = {half: chainrule.hessian(function, layout="sparse_coo", triangular=half) for half in ("lower", "upper")}
+    ties = torch.tensor([1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 1.0, 2.0], dtype=DOUBLE)
+    points = [*(point(8, seed) + 1.5 for seed in range(3)), ties]
+    chainrule.execute.engine.CACHE.clear()
+    for number in (0, 0, 0, 1, 2, 3, 3, 0, 1, 2):
+        x = points[number]
+        expected = torch.autograd.functional.hessian(IN_TORCH.get(name, function), x)
+        there = expected.abs() > 1e-13  # where terms cancel, the oracle has what rounding left
+        pattern = torch.as_tensor(chainrule.sparsity(gradient, x).scipy().toarray()) > 0
+        assert not (there & ~pattern).any()
+        for way, transform in ways.items():
+            found = transform(x)
+            torch.testing.assert_close(found.to_dense(), expected, **CLOSE)
+            if x is not ties:
+                assert found._nnz() == int(there.sum()) == int(pattern.sum()), (way, number)
+        for half, transform in halves.items():
+            found, cut = transform(x), torch.tril if half == "lower" else torch.triu
+            torch.testing.assert_close(found.to_dense(), cut(expected), **CLOSE)
+            if x is not ties:
+                assert found._nnz() == int(cut(there).sum())
+        everywhere = torch.as_tensor(chainrule.sparsity(gradient, x, global_=True).scipy().toarray()) > 0
+        assert not (pattern & ~everywhere).any()
+        assert x is ties or int(everywhere.sum()) > int(there.sum())
+
+
+def test_a_large_hessian_through_an_extremum_is_linear_in_its_size():
+    x = point(20_000)
+    found = chainrule.hessian(lambda x: (x - x.max()).pow(2).sum(), layout="sparse_coo")(x)
+    assert found._nnz() == 3 * x.numel() - 2
+    rows, columns = found.indices()
+    best = x.argmax()
+    expected = torch.where(rows == columns, 2.0, -2.0) + torch.where((rows == best) & (columns == best), 2.0 * x.numel() - 4, 0.0)
+    torch.testing.assert_close(found.values(), expected.to(DOUBLE), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["jacobian", "hessian"])
+def test_what_a_run_chose_is_computed_once_for_all_patterns(kind):
+    function = lambda x: ((x.unfold(0, 3, 1).amax(1) * 0.5) ** 3).sum()  # noqa: E731
+    transform = (
+        chainrule.hessian(function, layout="sparse_coo") if kind == "hessian"
+        else chainrule.jacobian(lambda x: x.unfold(0, 3, 1).amax(1) * x[1:-1], layout="sparse_coo")
+    )  # fmt: skip
+    chainrule.execute.engine.CACHE.clear()
+    points = [point(12, seed) for seed in range(5)]
+    first = [transform(x) for x in points]
+    plans = [plan for kept in CACHE.plans.values() for plan in getattr(kept, "plans", ()) if plan.choices.reads]
+    assert len(plans) == len(points)
+    runs: list[int] = []
+    for number, plan in enumerate(plans):
+        compute = plan.choices.computed
+        plan.choices.computed = lambda values, seeds, number=number, compute=compute: runs.append(number) or compute(values, seeds)
+    for x, expected in zip(points, first, strict=True):
+        runs.clear()
+        found = transform(x)
+        assert len(runs) == 1
+        assert torch.equal(found.indices(), expected.indices())
+        assert torch.equal(found.values(), expected.values())
+
+
+def test_choices_of_other_calls_are_computed_apart():
+    """Of two extrema one may have no zeros at a point: its plan compares less than another one."""
+    function = lambda x: torch.stack([x.max() * x[0], x[:2].amax() * x[1]])  # noqa: E731
+    sparse = chainrule.jacobian(function, layout="sparse_coo")
+    chainrule.execute.engine.CACHE.clear()
+    tied = torch.tensor([3.0, 3.0, 1.0], dtype=DOUBLE)
+    points = [tied, tied.flip(0), torch.tensor([1.0, 2.0, 2.0], dtype=DOUBLE), torch.full((3,), 2.0, dtype=DOUBLE), point(3)]
+    for x in (*points, *points, *reversed(points)):
+        torch.testing.assert_close(sparse(x).to_dense(), torch.func.jacrev(function)(x), **CLOSE)
+
+
+def test_masks_of_the_inputs_are_no_choices():
+    """What a comparison with something else cuts off stays in the pattern, beside an extremum."""
+    function = lambda x: (x.relu() * x.max()).pow(2).sum()  # noqa: E731
+    x = torch.tensor([1.0, -2.0, 3.0, 2.0, -1.0], dtype=DOUBLE)
+    found = chainrule.hessian(function, layout="sparse_coo")(x)
+    torch.testing.assert_close(found.to_dense(), torch.func.hessian(function)(x), **CLOSE)
+    assert found._nnz() == 3 * 5 - 2
 
 
 #: The same under other transforms, and what is chosen by an index.

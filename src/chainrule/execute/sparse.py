@@ -19,7 +19,7 @@ from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CACHE
 from chainrule.execute.replay import Runner, Spent, compile_program, owned
-from chainrule.maps.staging import Staged
+from chainrule.maps.staging import Ref, Staged
 from chainrule.maps.terms import Term
 from chainrule.maps.unmapped import MappedPatternError, kept, plain, unbatched
 from chainrule.modes_off import unseen
@@ -130,11 +130,13 @@ class Guard:
         exact: tape slots of index tensors or masks, and the values that the plan is for.
         computed: computes what is made from other tensors; None if there is nothing.
         expected: what it gave.
+        steps: its calls, by which those that compute the same are known.
     """
 
     exact: list[tuple[int, torch.Tensor]]
     computed: Runner | None
     expected: list[torch.Tensor]
+    steps: tuple[Any, ...] = ()
 
     @property
     def reads(self) -> bool:
@@ -153,13 +155,54 @@ class Guard:
         return True
 
 
-def _has_chosen(tape: Any, guard: Guard) -> bool:
-    """Whether ops choose what they chose when a plan was made; derivatives see nothing of it."""
+Choices = list[tuple[tuple[Any, ...], Sequence[torch.Tensor]]]
+
+
+def _has_chosen(tape: Any, guard: Guard, known: Choices) -> bool:
+    """Whether ops choose what they chose when a plan was made; derivatives see nothing of it.
+
+    What they choose in this run is computed once for all plans that compute it by the same calls: `known` holds it.
+    """
     if guard.computed is None:
         return True
     with planning(tape):
-        found = guard.computed(tape.values, ())
+        found = next((values for steps, values in known if steps == guard.steps), None)
+        if found is None:
+            found = guard.computed(tape.values, ())
+            known.append((guard.steps, found))
         return all(torch.equal(one, two) for one, two in zip(found, guard.expected, strict=True))
+
+
+def _steps(runner: Runner) -> tuple[Any, ...]:
+    """The calls of a program, its values numbered in the order in which they are made: equal ones compute the same."""
+    source = runner.source_of  # type: ignore[attr-defined]
+    names: dict[int, Any] = {slot: ("input", key) for key, slot in source.program.inputs.items()}
+    names.update((slot, ("constant", _Same(tensor))) for slot, tensor in source.constants.items())
+
+    def named(tree: Any) -> Any:
+        if isinstance(tree, Ref):
+            return names[tree.slot]
+        return type(tree)(map(named, tree)) if type(tree) in (list, tuple) else (type(tree), tree)
+
+    calls = []
+    for call in source.kept:
+        calls.append((call.function, named(call.args), [(key, named(value)) for key, value in call.kwargs.items()]))
+        names.update((slot, ("value", len(calls), number)) for number, slot in enumerate(call.outputs))
+    return tuple(calls), tuple(None if slot is None else names[slot] for slot in source.wanted)
+
+
+class _Same:
+    """A constant that equals another one if its values do."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or self.tensor.dtype != other.tensor.dtype or self.tensor.device != other.tensor.device:
+            return False
+        return torch.equal(self.tensor, other.tensor)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _may_choose(tape: Any) -> bool:
@@ -252,12 +295,13 @@ class SparsePlans:
     def find(self, tape: Any) -> SparsePlan | None:
         """The plan for the index tensors of a run."""
         others, recorded = False, _recorded()
+        known: Choices = []
         masked, chosen = self.other_masks < _MASKS and not recorded, _may_choose(tape)
         for number, plan in enumerate(self.plans):
             # What was planned for a record holds more zeros than plain calls have.
             if (masked and not plan.masked) or chosen != plan.chosen or not plan.relations.fits(tape):
                 continue
-            if (recorded and plan.masks.reads) or not _has_chosen(tape, plan.choices):
+            if (recorded and plan.masks.reads) or not _has_chosen(tape, plan.choices, known):
                 continue
             if plan.masks.fits(tape):
                 if number:
@@ -468,7 +512,8 @@ def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
     values = {known.slot: known.value for known in program._input_values.values()}
     pairs = [(number, kept(values[slot])) for number, slot in exact.items() if isinstance(number, int)]
     runner = compile_program(program, computed) if computed else None
-    return Guard(pairs, runner, [kept(one.value) for one in computed])
+    expected = [kept(one.value) for one in computed]
+    return Guard(pairs, runner, expected, () if runner is None else _steps(runner))
 
 
 def make_plan(planned: PlannedSparse) -> SparsePlan:

@@ -48,6 +48,7 @@ class SparseWorkspace(Workspace):
         values: the values of the tape.
         zeros: by slot, for values with zeros that are known, where the others are; None if nobody has looked.
         constants: the slots of constants of the tape: as long as nothing outside differentiates them, their zeros are known.
+        picked: the slots of constants, made from the inputs, that are zero but where an op chose its elements.
         everywhere: whether what ops choose by value is any element.
         limit: ops with more entries than this are not listed; None for any number.
         by_rows: whether terms are kept by rows, some of which have no entries (see :mod:`chainrule.maps.row_form`).
@@ -84,6 +85,7 @@ class SparseWorkspace(Workspace):
         self.values: Sequence[Any] = ()
         self.zeros: dict[int, Places] | None = None
         self.constants: frozenset[int] = frozenset()
+        self.picked: frozenset[int] = frozenset()
         self._nodes: dict[object, list[tuple[torch.Tensor, Node]]] = {}
         self._weights = numpy.empty(0, dtype=numpy.int64)
         self._known: dict[int, tuple[Node, Node]] = {}
@@ -129,12 +131,13 @@ class SparseWorkspace(Workspace):
                 places = torch.nonzero(make(self.device))
                 term = term.having(onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
             if (known := self._known_places(factor.node)) is not None:
-                found, read = known
+                found, masks, choices = known
                 count, total = int(found.sum()), factor.node.numel
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
                 few = total <= _LITTLE or 2 * count <= total + sum(factor.node.sizes)
                 if count < total and (pointwise or few):
-                    self._masks.extend(read)
+                    self._masks.extend(masks)
+                    self._choices.extend(choices)
                     if count == 0:
                         return term.having(scale=0.0)
                     term = term.having(onehots=(*term.onehots, *self._listed(torch.nonzero(found), factor.axes)))
@@ -164,18 +167,22 @@ class SparseWorkspace(Workspace):
             term = term.having(factors=rest, onehots=(*term.onehots, *listed))
         return term
 
-    def _known_places(self, node: Node) -> tuple[torch.Tensor, list[Staged]] | None:
-        """Where a value of the tape may be other than zero, and the constants that say so; None if nothing is known."""
+    def _known_places(self, node: Node) -> tuple[torch.Tensor, list[Staged], list[Staged]] | None:
+        """Where a value of the tape may be other than zero, and the masks and choices that say so; None if nothing is known."""
         place = None if self.zeros is None or node.slot is None else self.zeros.get(node.slot)
-        read = [] if place is None else [self.program.input(slot, self.values[slot]) for slot in sorted(place.reads)]
-        if place is None or not all(map(self._is_settled, read)):
+        if place is None:
+            return None
+        read = {slot: self.program.input(slot, self.values[slot]) for slot in sorted(place.reads)}
+        masks = [staged for slot, staged in read.items() if slot not in self.picked]
+        if not all(map(self._is_settled, masks)):
             return None
         found = place(self.device)
-        return found.reshape(node.sizes) if found.numel() == node.numel else found.expand(node.sizes), read
+        choices = [staged for slot, staged in read.items() if slot in self.picked]
+        return found.reshape(node.sizes) if found.numel() == node.numel else found.expand(node.sizes), masks, choices
 
     def is_readable(self, slot: int) -> bool:
         """Whether a value is a constant that may be read now, and is compared later: nothing outside sees it otherwise."""
-        return slot in self.constants and slot not in self.widened
+        return (slot in self.constants or slot in self.picked) and slot not in self.widened
 
     def _listed(self, places: torch.Tensor, axes: Sequence[Axis]) -> list[OneHot]:
         """Relations from a new axis, which counts the rows of ``places``, to what stands in its columns."""

@@ -36,6 +36,7 @@ from chainrule.plan.patterns import (
     mirrored,
     triangle_of,
 )
+from chainrule.plan.picks import picked_slots
 from chainrule.plan.planner import make_workspace
 from chainrule.plan.widening import unselected
 from chainrule.rules.zeros import static_zeros
@@ -143,9 +144,11 @@ def sparse_workspace(
 
 def structured_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: SparseWorkspace) -> Graph:
     """The graph of local Jacobians, each a sum of terms with concrete relations."""
-    if workspace.zeros is None:
-        workspace.zeros = static_zeros(tape.records, tape.values, workspace.is_readable)
     graph = build_graph(tape, inputs, outputs, workspace)
+    picked = picked_slots(tape, graph, workspace)
+    if workspace.zeros is None or not picked <= workspace.picked:
+        workspace.picked |= picked
+        workspace.zeros = static_zeros(tape.records, tape.values, workspace.is_readable, workspace.picked)
     known: dict[int, LinearMap] = {}
     for edges in (graph.into, graph.out_of):
         for slot, incoming in edges.items():

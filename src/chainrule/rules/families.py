@@ -225,10 +225,13 @@ def linear_reduction(scale: Callable[[Call, int], float]) -> Rule:
     return Rule("reduction", linearize, reads=False)
 
 
-def weighted_reduction(weights: Callable[[Call, Program, Callable[[Staged], Staged]], Any]) -> Rule:
+def weighted_reduction(
+    weights: Callable[[Call, Program, Callable[[Staged], Staged]], Any], chooses: Callable[[Call], bool] = lambda call: False
+) -> Rule:
     """A reduction whose derivative is an array over its input: ``weights(call, program, spread)``.
 
-    ``spread`` views an array of the output's shape so that it broadcasts against the input.
+    ``spread`` views an array of the output's shape so that it broadcasts against the input. ``chooses`` says whether the
+    array is zero but where the op chose its elements.
     """
 
     def linearize(call: Call) -> Iterable[Edge]:
@@ -243,6 +246,7 @@ def weighted_reduction(weights: Callable[[Call, Program, Callable[[Staged], Stag
             return value if tuple(value.shape) == wide else torch.reshape(value, wide)
 
         node = formula_node(call, shape, lambda program: weights(call, program, spread))
+        node.is_choice = chooses(call)
         yield single(call, item, [reduced_term(call, dims, lambda axes: (Factor(node, axes),), 1.0)])
 
     return Rule("reduction", linearize)

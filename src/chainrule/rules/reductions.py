@@ -145,7 +145,12 @@ def _norm(name: str) -> Rule:
         slope = norm_slope(x, norm, 2.0 if order is None else float(order), reduction_dims(call))
         return program.note_mask(slope, norm != 0)
 
-    return weighted_reduction(weights)
+    return weighted_reduction(weights, lambda call: _is_extremal(call.argument(name)))
+
+
+def _is_extremal(order: Any) -> bool:
+    """Whether a norm of this order is the largest or the smallest absolute value."""
+    return order is not None and abs(float(order)) == math.inf
 
 
 def _dist(call: Call) -> Iterable[Edge]:
@@ -162,7 +167,9 @@ def _dist(call: Call) -> Iterable[Edge]:
         if call.is_active(item):
             axes = new_axes(shape)
             in_dims = broadcast_axes(call.shape(item), axes)
-            yield single(call, item, [Term((), in_dims, (Factor(formula_node(call, shape, formula), axes),), (), sign)])
+            node = formula_node(call, shape, formula)
+            node.is_choice = _is_extremal(call.argument("p"))
+            yield single(call, item, [Term((), in_dims, (Factor(node, axes),), (), sign)])
 
 
 # Extrema that share the derivative among ties.

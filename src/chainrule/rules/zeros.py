@@ -64,7 +64,10 @@ _FIXED = frozenset(
         aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.sin.default, aten.tanh.default, aten.square.default,
         aten.abs.default, aten.relu.default, aten.sinh.default, aten.tan.default, aten.asin.default, aten.atan.default,
         aten.erf.default, aten.expm1.default, aten.log1p.default, aten.sqrt.default, aten.gelu.default, aten.silu.default,
-        aten.div.Tensor, aten.pow.Tensor_Scalar,
+        aten.div.Tensor, aten.pow.Tensor_Scalar, aten.tanh_backward.default, aten.sigmoid_backward.default,
+        aten.threshold_backward.default, aten.silu_backward.default, aten.elu_backward.default, aten.softplus_backward.default,
+        aten.leaky_relu_backward.default, aten.hardtanh_backward.default, aten.mish_backward.default,
+        aten.hardswish_backward.default, aten.hardsigmoid_backward.default, aten.gelu_backward.default,
     }
 )  # fmt: skip
 
@@ -82,15 +85,23 @@ _LITTLE = 1 << 10
 _DENSE = 4
 
 
-def static_zeros(records: Sequence[Any], values: Sequence[Any], readable: Readable = lambda slot: False) -> dict[int, Places]:
+def static_zeros(
+    records: Sequence[Any],
+    values: Sequence[Any],
+    readable: Readable = lambda slot: False,
+    picked: frozenset[int] = frozenset(),
+) -> dict[int, Places]:
     """For the slots of a tape whose values have zeros that are known, where they may be other than zero.
 
     Args:
         records: the ops of the tape, in order.
         values: its values, of which only the shapes are looked at, but for constants that are readable.
         readable: which slots hold constants whose values may be read.
+        picked: those of them that hold what an op chose.
     """
     finder = _Finder(values, readable)
+    for slot in picked:
+        finder.found[slot] = Places(lambda device, slot=slot: values[slot] != 0, frozenset({slot}))
     for record in records:
         finder.add(record)
     return finder.found
@@ -115,7 +126,9 @@ class _Finder:
             return
         slots = list(_slots(args[:1] if op in _FIXED else args))
         where = {slot for slot in slots if op in _INDEXED and not self._values[slot].dtype.is_floating_point}
-        if any(name not in _PASSED for name, _ in record.kwargs) or any(self._values[slot].is_complex() for slot in slots):
+        if op not in _FIXED and any(name not in _PASSED for name, _ in record.kwargs):
+            return
+        if any(self._values[slot].is_complex() for slot in slots):
             return
         known = {slot: self._places(slot, op is aten.where.self) for slot in slots if slot not in where}
         if (not makes and all(place is None for place in known.values())) or not all(map(self._readable, where)):
