@@ -19,6 +19,7 @@ from chainrule.maps.circles import opened
 from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
+from chainrule.maps.meeting_blocks import as_blocks
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import (
     as_block,
@@ -304,8 +305,10 @@ class SparseWorkspace(Workspace):
         tied = meeting(term, one, two)
         shared = tuple(axis for axis in one.sources if axis in two.sources)
         left, right = (
-            self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
+            self.keys_of(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
         )
+        if self.limit is None and not shared and (blocks := as_blocks(term, tied, left, right, self)) is not None:
+            return blocks
         first, second = join_equal(left, right, self.limit)
         pairs = Axis(len(first))
         gone = {id(h) for pair in tied for h in pair}
@@ -459,7 +462,7 @@ class SparseWorkspace(Workspace):
         names = {axis: number for number, axis in enumerate(sources)}
         return over_grid(onehot, self, names).expand([axis.size for axis in sources]).reshape(-1)
 
-    def _keys(self, sources: Sequence[Axis], relations: Sequence[OneHot], shared: Sequence[Axis]) -> torch.Tensor:
+    def keys_of(self, sources: Sequence[Axis], relations: Sequence[OneHot], shared: Sequence[Axis]) -> torch.Tensor:
         """For each source: all targets and the shared sources as one number, negative where there is no target."""
         flat = torch.arange(math.prod(axis.size for axis in sources), device=self.device)
         key = torch.zeros_like(flat)

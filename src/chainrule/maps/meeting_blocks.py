@@ -1,0 +1,225 @@
+"""Lists of entries that meet so often that their product is one of dense blocks.
+
+The product of two lists has one entry for each pair of entries that meet in the dimension between. Of two running sums these
+are as many as the cube of the length, at as many places as its square. Such pairs are counted before they are listed: where
+they are many more than the elements of the blocks that the two lists and their product fill, the lists are written into blocks
+and multiplied, and the places of the product are found by a product of their patterns. Only those are listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from chainrule.maps.contract import contract
+from chainrule.maps.nodes import MOVED_COST, reshaped
+from chainrule.maps.onehots import gather, scatter
+from chainrule.maps.sorted_places import places_among
+from chainrule.maps.terms import Axis, Factor, OneHot, Term
+
+if TYPE_CHECKING:
+    from chainrule.maps.sparse import SparseWorkspace
+
+#: Fewer pairs than this are always listed, and pairs of which there are not so many for each element of the blocks.
+_PAIRS, _PER_ELEMENT = 1 << 14, 4
+#: What a pair costs that is listed: it is read from both lists, multiplied and added, and its places are kept.
+_LISTED = 2 + 6 * MOVED_COST
+#: Numbers are counted in a list of all of them where these are at most so many times as many.
+_SPREAD = 8
+#: Patterns are multiplied so many elements of the result at a time.
+_ROWS = 1 << 24
+
+
+class _Side(NamedTuple):
+    """One of two lists that meet.
+
+    Attributes:
+        source: what counts its entries.
+        factors: the factors over it.
+        leading: its relations to other dimensions.
+        others: further axes of its factors.
+    """
+
+    source: Axis
+    factors: tuple[Factor, ...]
+    leading: tuple[OneHot, ...]
+    others: tuple[Axis, ...]
+
+
+class _Placed(NamedTuple):
+    """Where the entries of a list stand in the block of those rows and columns that have some.
+
+    Attributes:
+        rows: the rows of the block, as numbers of places in the dimensions that the list leads to.
+        place: for each entry row times the number of columns plus column of the block; -1 where there is no entry.
+        shape: the shape of the block.
+    """
+
+    rows: torch.Tensor
+    place: torch.Tensor
+    shape: tuple[int, int]
+
+
+def as_blocks(
+    term: Term, tied: Sequence[tuple[OneHot, OneHot]], left: torch.Tensor, right: torch.Tensor, workspace: SparseWorkspace
+) -> Term | None:
+    """The product of two lists by blocks; None where that is not possible, or pairs may well be listed.
+
+    Args:
+        term: the term that holds both.
+        tied: the relations with one target, the first list's and the second's.
+        left: for each entry of the first list its targets as one number, negative where there are none.
+        right: the same of the second list.
+        workspace: where indices are known.
+    """
+    if left.numel() * right.numel() < _PAIRS or not left.numel() or not right.numel():
+        return None
+    sides = [_side(term, tied, number) for number in range(2)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    one, two = sides[0], sides[1]
+    if any(two.source in f.axes for f in one.factors) or {h.target for h in one.leading} & {h.target for h in two.leading}:
+        return None
+    size = math.prod(h.target.size for h, _ in tied)
+    columns, between = _numbered(torch.cat([left, right]), size)
+    split = [left.numel(), right.numel()]
+    counts = [torch.bincount(own[own >= 0], minlength=columns.numel()) for own in between.split(split)]
+    met = counts[0] * counts[1]
+    pairs = int(met.sum())
+    if pairs < _PAIRS or pairs < _PER_ELEMENT * columns.numel():
+        return None
+    # Only what meets is in the blocks.
+    number = torch.where(met > 0, torch.cumsum(met > 0, 0) - 1, -1)
+    first, second = torch.where(between >= 0, number[between], -1).split(split)
+    width = int((met > 0).sum())
+    placed = [_placed(side, own, width, workspace) for side, own in ((one, first), (two, second))]
+    if not _pays(one, two, placed, pairs):
+        return None
+    return _multiplied(term, tied, (one, two), placed, workspace)
+
+
+def _numbered(keys: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers below `size` that occur, ascending, and the place of each one among them; -1 for negative ones."""
+    if size > _SPREAD * keys.numel():
+        found, places = places_among(keys)
+        negative = int((found < 0).sum())
+        return found[negative:], (places - negative).clamp(min=-1)
+    there = torch.zeros(size + 1, dtype=torch.bool, device=keys.device)
+    there[keys] = True  # what is negative is put at the end
+    there = there[:-1]
+    places = torch.cumsum(there, 0).sub_(1)
+    return torch.nonzero(there).squeeze(1), torch.where(keys >= 0, places[keys.clamp(min=0)], -1)
+
+
+def _side(term: Term, tied: Sequence[tuple[OneHot, OneHot]], number: int) -> _Side | None:
+    """One of two lists; None where it is more than a list of entries that are summed."""
+    relations = [pair[number] for pair in tied]
+    targets = {h.target for h in relations}
+    outer = term.outer_axes()
+    if any(h.sources != relations[0].sources for h in relations) or len(relations[0].sources) != 1:
+        return None
+    (source,) = relations[0].sources
+    gone = {id(h) for pair in tied for h in pair}
+    rest = [h for h in term.onehots if id(h) not in gone]
+    leading = tuple(h for h in rest if source in h.sources)
+    told = [h.target for h in term.onehots]
+    if source in outer or source in told or any(axis in outer for axis in targets):
+        return None
+    if any(h.target in targets or not targets.isdisjoint(h.sources) for h in rest):
+        return None
+    if any(len(h.sources) != 1 or h.target not in outer or told.count(h.target) != 1 for h in leading):
+        return None
+    factors = [f for f in term.factors if source in f.axes]
+    if number == 0:  # what stands between is read by the first list
+        between = [f for f in term.factors if not targets.isdisjoint(f.axes)]
+        if any(source in f.axes for f in between):
+            return None
+        factors.extend(between)
+    elif any(not targets.isdisjoint(f.axes) for f in factors):
+        return None
+    targets.add(source)
+    others = tuple(dict.fromkeys(axis for f in factors for axis in f.axes if axis not in targets))
+    if any(axis not in outer or axis in told for axis in others):
+        return None
+    return _Side(source, tuple(factors), leading, others)
+
+
+def _placed(side: _Side, columns: torch.Tensor, width: int, workspace: SparseWorkspace) -> _Placed:
+    """Where the entries of a list stand, whose columns are known (negative where there is none)."""
+    keys = workspace.keys_of((side.source,), side.leading, ())
+    present = (keys >= 0) & (columns >= 0)
+    rows, place = _numbered(torch.where(present, keys, -1), math.prod(h.target.size for h in side.leading))
+    return _Placed(rows, torch.where(present, place * width + columns, -1), (rows.numel(), width))
+
+
+def _pays(one: _Side, two: _Side, placed: Sequence[_Placed], pairs: int) -> bool:
+    """Whether blocks take less memory, and less time, than pairs."""
+    (height, width), (other, _) = placed[0].shape, placed[1].shape
+    sizes = [math.prod(axis.size for axis in axes) for axes in (one.others, two.others, {*one.others, *two.others})]
+    held = [count * size for count, size in zip((height * width, width * other, height * other), sizes, strict=True)]
+    flops = height * width * other * (sizes[2] + 1)  # once for the pattern
+    return _PER_ELEMENT * sum(held) < pairs * sizes[2] and flops + 3 * MOVED_COST * sum(held) < _LISTED * pairs * sizes[2]
+
+
+def _multiplied(
+    term: Term, tied: Sequence[tuple[OneHot, OneHot]], sides: tuple[_Side, _Side], placed: Sequence[_Placed],
+    workspace: SparseWorkspace,
+) -> Term:
+    gone = {id(h) for pair in tied for h in pair} | {id(h) for side in sides for h in side.leading}
+    spent = {side.source for side in sides} | {h.target for h, _ in tied}
+    factors = tuple(f for f in term.factors if spent.isdisjoint(f.axes))
+    onehots = [h for h in term.onehots if id(h) not in gone]
+    between = Axis(placed[0].shape[1])
+    axes = [Axis(found.shape[0]) for found in placed]
+    blocks = []
+    for side, found, axis in zip(sides, placed, axes, strict=True):
+        flat = Axis(math.prod(found.shape))
+        relation = workspace.relation(found.place, (side.source,), flat)
+        final = {h.target: h for h, _ in tied}
+        read = [f if side.source in f.axes else workspace.gathered(f, final) for f in side.factors]
+        dense = scatter(read, [relation], side.others, workspace.dtype, workspace.memo)
+        kept = dense.axes[:-1]
+        sizes = tuple(a.size for a in (*kept, axis, between))
+        blocks.append(Factor(reshaped(dense.node, sizes), (*kept, axis, between)))
+    others = tuple(dict.fromkeys((*sides[0].others, *sides[1].others)))
+    product = contract(blocks, (*others, *axes), workspace.memo)
+    places = _product_of_patterns(*placed)
+    height, width = axes[0].size, axes[1].size
+    if places.numel() == height * width:
+        counted = list(zip(axes, (found.rows for found in placed), strict=True))
+    else:
+        listed, flat = Axis(places.numel()), Axis(height * width)
+        kept = product.axes[:-2]
+        whole = Factor(reshaped(product.node, (*(a.size for a in kept), flat.size)), (*kept, flat))
+        product = gather(whole, workspace.relation(places, (listed,), flat), workspace.memo)
+        numbers = torch.div(places, width, rounding_mode="floor"), torch.remainder(places, width)
+        counted = [(listed, found.rows.index_select(0, own)) for found, own in zip(placed, numbers, strict=True)]
+    for side, (source, rows) in zip(sides, counted, strict=True):
+        for h in reversed(side.leading):  # they were put into one number in order
+            onehots.append(workspace.relation(torch.remainder(rows, h.target.size), (source,), h.target))
+            rows = torch.div(rows, h.target.size, rounding_mode="floor")
+    return term.having(factors=(*factors, product), onehots=tuple(onehots))
+
+
+def _product_of_patterns(one: _Placed, two: _Placed) -> torch.Tensor:
+    """The places that the product of two blocks, the second one transposed, may have other than zero, in order."""
+    first, second = (_pattern(found) for found in (one, two))
+    step = max(_ROWS // max(second.shape[0], 1), 1)
+    found = []
+    for start in range(0, first.shape[0], step):
+        # No sum of ones and zeros is zero by rounding.
+        block = torch.nonzero((first[start : start + step] @ second.T).reshape(-1)).squeeze(1)
+        found.append(block + start * second.shape[0])
+    return torch.cat(found)
+
+
+def _pattern(placed: _Placed) -> torch.Tensor:
+    ones = torch.zeros(math.prod(placed.shape), device=placed.place.device)
+    ones[placed.place[placed.place >= 0]] = 1.0
+    return ones.reshape(placed.shape)
+
+
+__all__ = ["as_blocks"]
