@@ -9,7 +9,7 @@ and multiplied, and the places of the product are found by a product of their pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -81,7 +81,13 @@ def as_blocks(
     if sides[0] is None or sides[1] is None:
         return None
     one, two = sides[0], sides[1]
-    if any(two.source in f.axes for f in one.factors) or {h.target for h in one.leading} & {h.target for h in two.leading}:
+    two = two._replace(factors=tuple(f for f in two.factors if not any(f is other for other in one.factors)))
+    if {h.target for h in one.leading} & {h.target for h in two.leading}:
+        return None
+    # What stands between is read by one of the lists.
+    targets = {h.target for h, _ in tied}
+    known = (*one.factors, *two.factors)
+    if any(not targets.isdisjoint(f.axes) and not any(f is other for other in known) for f in term.factors):
         return None
     size = math.prod(h.target.size for h, _ in tied)
     columns, between = _numbered(torch.cat([left, right]), size)
@@ -99,6 +105,70 @@ def as_blocks(
     if not _pays(one, two, placed, pairs):
         return None
     return _multiplied(term, tied, (one, two), placed, workspace)
+
+
+def times_list(term: Term, final: Mapping[Axis, OneHot], workspace: SparseWorkspace) -> Term | None:
+    """The product of dense factors and a list whose entries are many more than its rows and columns, by its block.
+
+    None where there is none, or the factors may well be read at the entries.
+
+    Args:
+        term: the term that holds both.
+        final: by target, the relations whose sources are no targets themselves.
+        workspace: where indices are known.
+    """
+    outer = term.outer_axes()
+    for factor in term.factors:
+        held = next((final[axis] for axis in factor.axes if axis in final and axis not in outer), None)
+        if held is None or len(held.sources) != 1 or held.sources[0].size * factor.node.numel < _PAIRS * held.target.size:
+            continue
+        (source,) = held.sources
+        tied = [(h, h) for h in term.onehots if h.sources == (source,) and h.target not in outer]
+        if source in factor.axes or (side := _side(term, tied, 0)) is None:
+            continue
+        targets = {h.target for h, _ in tied}
+        read = targets | {h.target for h in side.leading} | {source}
+        # Factors with dimensions of their own are those that the list is multiplied by.
+        dense = tuple(f for f in side.factors if source not in f.axes and not read.issuperset(f.axes))
+        if not any(f is factor for f in dense) or any(h.target in f.axes for f in dense for h in side.leading):
+            continue
+        if any(not targets.isdisjoint(f.axes) and not any(f is other for other in side.factors) for f in term.factors):
+            continue
+        listed = tuple(f for f in side.factors if not any(f is other for other in dense))
+        side = side._replace(factors=listed, others=tuple({a: None for f in listed for a in f.axes if a not in read}))
+        keys = workspace.keys_of((source,), [h for h, _ in tied], ())
+        columns, own = _numbered(keys, math.prod(h.target.size for h, _ in tied))
+        placed = _placed(side, own, columns.numel(), workspace)
+        others = dict.fromkeys(axis for f in dense for axis in f.axes if axis not in read)
+        free, both = (math.prod(a.size for a in axes) for axes in (others, {**others, **dict.fromkeys(side.others)}))
+        (height, width), entries = placed.shape, source.size
+        held_by = free * width + math.prod(a.size for a in side.others) * height * width + both * height
+        if not height or _PER_ELEMENT * held_by >= both * entries:
+            continue
+        if both * height * width + 3 * MOVED_COST * held_by < _LISTED * both * entries:
+            return _times_block(term, [h for h, _ in tied], side, dense, placed, columns, workspace)
+    return None
+
+
+def _times_block(
+    term: Term, relations: Sequence[OneHot], side: _Side, dense: Sequence[Factor], placed: _Placed, columns: torch.Tensor,
+    workspace: SparseWorkspace,
+) -> Term:
+    rows, between = Axis(placed.shape[0]), Axis(placed.shape[1])
+    read: dict[Axis, OneHot] = {}
+    for h in reversed(relations):
+        read[h.target] = workspace.relation(torch.remainder(columns, h.target.size), (between,), h.target)
+        columns = torch.div(columns, h.target.size, rounding_mode="floor")
+    block = _block(relations, side, placed, (rows, between), workspace)
+    operands = [block, *(workspace.gathered(f, read) for f in dense)]
+    others = dict.fromkeys(axis for f in operands for axis in f.axes if axis is not between and axis is not rows)
+    product = contract(operands, (*others, rows), workspace.memo)
+    spent = {side.source, *read}
+    gone = {id(h) for h in (*relations, *side.leading)}
+    factors = tuple(f for f in term.factors if spent.isdisjoint(f.axes))
+    onehots = [h for h in term.onehots if id(h) not in gone]
+    onehots.extend(_leading(side, rows, placed.rows, workspace))
+    return term.having(factors=(*factors, product), onehots=tuple(onehots))
 
 
 def _numbered(keys: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,19 +202,18 @@ def _side(term: Term, tied: Sequence[tuple[OneHot, OneHot]], number: int) -> _Si
         return None
     if any(len(h.sources) != 1 or h.target not in outer or told.count(h.target) != 1 for h in leading):
         return None
-    factors = [f for f in term.factors if source in f.axes]
-    if number == 0:  # what stands between is read by the first list
-        between = [f for f in term.factors if not targets.isdisjoint(f.axes)]
-        if any(source in f.axes for f in between):
-            return None
-        factors.extend(between)
-    elif any(not targets.isdisjoint(f.axes) for f in factors):
-        return None
-    targets.add(source)
-    others = tuple(dict.fromkeys(axis for f in factors for axis in f.axes if axis not in targets))
-    if any(axis not in outer or axis in told for axis in others):
-        return None
-    return _Side(source, tuple(factors), leading, others)
+    read = targets | {h.target for h in leading}
+    factors: list[Factor] = []
+    others: dict[Axis, None] = {}
+    for f in term.factors:
+        own = [axis for axis in f.axes if axis is not source and axis not in read]
+        if any(axis not in outer or axis in told for axis in own):
+            if source in f.axes:
+                return None
+        elif source in f.axes or not targets.isdisjoint(f.axes):
+            factors.append(f)
+            others.update(dict.fromkeys(own))
+    return _Side(source, tuple(factors), leading, tuple(others))
 
 
 def _placed(side: _Side, columns: torch.Tensor, width: int, workspace: SparseWorkspace) -> _Placed:
@@ -175,15 +244,8 @@ def _multiplied(
     between = Axis(placed[0].shape[1])
     axes = [Axis(found.shape[0]) for found in placed]
     blocks = []
-    for side, found, axis in zip(sides, placed, axes, strict=True):
-        flat = Axis(math.prod(found.shape))
-        relation = workspace.relation(found.place, (side.source,), flat)
-        final = {h.target: h for h, _ in tied}
-        read = [f if side.source in f.axes else workspace.gathered(f, final) for f in side.factors]
-        dense = scatter(read, [relation], side.others, workspace.dtype, workspace.memo)
-        kept = dense.axes[:-1]
-        sizes = tuple(a.size for a in (*kept, axis, between))
-        blocks.append(Factor(reshaped(dense.node, sizes), (*kept, axis, between)))
+    for side, relations, found, axis in zip(sides, zip(*tied, strict=True), placed, axes, strict=True):
+        blocks.append(_block(relations, side, found, (axis, between), workspace))
     others = tuple(dict.fromkeys((*sides[0].others, *sides[1].others)))
     product = contract(blocks, (*others, *axes), workspace.memo)
     places = _product_of_patterns(*placed)
@@ -198,10 +260,29 @@ def _multiplied(
         numbers = torch.div(places, width, rounding_mode="floor"), torch.remainder(places, width)
         counted = [(listed, found.rows.index_select(0, own)) for found, own in zip(placed, numbers, strict=True)]
     for side, (source, rows) in zip(sides, counted, strict=True):
-        for h in reversed(side.leading):  # they were put into one number in order
-            onehots.append(workspace.relation(torch.remainder(rows, h.target.size), (source,), h.target))
-            rows = torch.div(rows, h.target.size, rounding_mode="floor")
+        onehots.extend(_leading(side, source, rows, workspace))
     return term.having(factors=(*factors, product), onehots=tuple(onehots))
+
+
+def _block(
+    relations: Sequence[OneHot], side: _Side, placed: _Placed, axes: tuple[Axis, Axis], workspace: SparseWorkspace
+) -> Factor:
+    """A list as a block, whose axes come last."""
+    relation = workspace.relation(placed.place, (side.source,), Axis(math.prod(placed.shape)))
+    final = {h.target: h for h in (*relations, *side.leading)}
+    read = [workspace.gathered(f, final) if any(axis in final for axis in f.axes) else f for f in side.factors]
+    dense = scatter(read, [relation], side.others, workspace.dtype, workspace.memo)
+    kept = dense.axes[:-1]
+    return Factor(reshaped(dense.node, [axis.size for axis in (*kept, *axes)]), (*kept, *axes))
+
+
+def _leading(side: _Side, source: Axis, rows: torch.Tensor, workspace: SparseWorkspace) -> list[OneHot]:
+    """The relations of a list to other dimensions, from an axis that counts `rows`."""
+    made = []
+    for h in reversed(side.leading):  # they were put into one number in order
+        made.append(workspace.relation(torch.remainder(rows, h.target.size), (source,), h.target))
+        rows = torch.div(rows, h.target.size, rounding_mode="floor")
+    return made
 
 
 def _product_of_patterns(one: _Placed, two: _Placed) -> torch.Tensor:
@@ -222,4 +303,4 @@ def _pattern(placed: _Placed) -> torch.Tensor:
     return ones.reshape(placed.shape)
 
 
-__all__ = ["as_blocks"]
+__all__ = ["as_blocks", "times_list"]

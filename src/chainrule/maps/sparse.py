@@ -19,7 +19,7 @@ from chainrule.maps.circles import opened
 from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
-from chainrule.maps.meeting_blocks import as_blocks
+from chainrule.maps.meeting_blocks import as_blocks, times_list
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import (
     as_block,
@@ -354,6 +354,8 @@ class SparseWorkspace(Workspace):
             return self.coincide(term, one, two)
         if len(final) < len(relations) and (found := opened(term, relations, self)) is not None:
             return found
+        if self.limit is None and (multiplied := times_list(term, final, self)) is not None:
+            return multiplied
         outer = term.outer_axes()
         factors = tuple(self.gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
