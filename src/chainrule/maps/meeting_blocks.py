@@ -90,16 +90,20 @@ def as_blocks(
     if any(not targets.isdisjoint(f.axes) and not any(f is other for other in known) for f in term.factors):
         return None
     size = math.prod(h.target.size for h, _ in tied)
-    columns, between = _numbered(torch.cat([left, right]), size)
     split = [left.numel(), right.numel()]
-    counts = [torch.bincount(own[own >= 0], minlength=columns.numel()) for own in between.split(split)]
-    met = counts[0] * counts[1]
+    if size > _SPREAD * sum(split):
+        found, places = _numbered(torch.cat([left, right]), size)
+        (left, right), size = places.split(split), found.numel()
+    # The negative ones, counted first, meet nothing.
+    met = torch.bincount(left + 1, minlength=size + 1) * torch.bincount(right + 1, minlength=size + 1)
+    met[0] = 0
     pairs = int(met.sum())
-    if pairs < _PAIRS or pairs < _PER_ELEMENT * columns.numel():
+    # Each entry is an element of a block.
+    if pairs < _PAIRS or pairs <= _PER_ELEMENT * sum(split):
         return None
     # Only what meets is in the blocks.
     number = torch.where(met > 0, torch.cumsum(met > 0, 0) - 1, -1)
-    first, second = torch.where(between >= 0, number[between], -1).split(split)
+    first, second = (number.index_select(0, keys + 1) for keys in (left, right))
     width = int((met > 0).sum())
     placed = [_placed(side, own, width, workspace) for side, own in ((one, first), (two, second))]
     if not _pays(one, two, placed, pairs):
