@@ -19,6 +19,7 @@ from chainrule.maps.circles import opened
 from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
+from chainrule.maps.meeting_blocks import as_blocks, times_list
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import MANY, count_entries, few_apart, fewer, over_grid, thinned, without_shared
 from chainrule.maps.onehots import dense_relation, gather, mask_factor
@@ -294,8 +295,10 @@ class SparseWorkspace(Workspace):
         tied = meeting(term, one, two)
         shared = tuple(axis for axis in one.sources if axis in two.sources)
         left, right = (
-            self._keys(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
+            self.keys_of(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
         )
+        if self.limit is None and not shared and (blocks := as_blocks(term, tied, left, right, self)) is not None:
+            return blocks
         first, second = join_equal(left, right, self.limit)
         pairs = Axis(len(first))
         gone = {id(h) for pair in tied for h in pair}
@@ -341,6 +344,8 @@ class SparseWorkspace(Workspace):
             return self.coincide(term, one, two)
         if len(final) < len(relations) and (found := opened(term, relations, self)) is not None:
             return found
+        if self.limit is None and (multiplied := times_list(term, final, self)) is not None:
+            return multiplied
         outer = term.outer_axes()
         factors = tuple(self.gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)
         inner = [h for axis, h in final.items() if axis not in outer]
@@ -449,7 +454,7 @@ class SparseWorkspace(Workspace):
         names = {axis: number for number, axis in enumerate(sources)}
         return over_grid(onehot, self, names).expand([axis.size for axis in sources]).reshape(-1)
 
-    def _keys(self, sources: Sequence[Axis], relations: Sequence[OneHot], shared: Sequence[Axis]) -> torch.Tensor:
+    def keys_of(self, sources: Sequence[Axis], relations: Sequence[OneHot], shared: Sequence[Axis]) -> torch.Tensor:
         """For each source: all targets and the shared sources as one number, negative where there is no target."""
         flat = torch.arange(math.prod(axis.size for axis in sources), device=self.device)
         key = torch.zeros_like(flat)
