@@ -13,7 +13,7 @@ import torch
 import chainrule
 from benchmarks.scientific import brusselator, brusselator_state, sliced
 from chainrule.execute import engine
-from chainrule.maps import sparse
+from chainrule.maps import nonzeros
 from chainrule.maps.compose import Workspace
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program
@@ -197,14 +197,14 @@ def test_calls_until_a_laplacian_is_replayed_are_linear_in_the_length_of_a_loop(
 def test_a_sparse_plan_lists_no_places_that_its_entries_leave_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stencil's terms share a diagonal; the dense block beside it has as many places as a row has, times the grid."""
     listed: list[int] = []
-    original = sparse.block_keys
+    original = nonzeros.block_keys
 
     def counted(*args: Any) -> Tensor:
         keys = original(*args)
         listed.append(keys.numel())
         return keys
 
-    monkeypatch.setattr(sparse, "block_keys", counted)
+    monkeypatch.setattr(nonzeros, "block_keys", counted)
     engine.CACHE.clear()
     found = chainrule.jacobian(brusselator(sliced), layout="sparse_csr")(brusselator_state(16))
     assert all(count <= found.values().numel() for count in listed)

@@ -11,10 +11,10 @@ import torch
 
 from chainrule.calls import new_zeros
 from chainrule.maps.compose import Workspace, dense_factor
-from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, OneHot, Term, shift_of
+from chainrule.maps.views import expand_to, permute
 
 #: More boxes than this are written by index instead.
 _MOST_BOXES = 300

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, IndexSpace, OneHot, Term, fixed_index, listed_index
+from chainrule.maps.views import expand_to, permute
 
 if TYPE_CHECKING:
     from chainrule.maps.compose import Workspace

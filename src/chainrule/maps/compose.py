@@ -12,11 +12,12 @@ import torch
 from chainrule.maps import running_reads
 from chainrule.maps.bands import band_axis, with_bands
 from chainrule.maps.coincidence import coincide
-from chainrule.maps.contract import contract, contract_any, expand_to, permute
+from chainrule.maps.contract import contract, contract_any
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.onehots import Memo, fixed_points, gather, gather_flat, mask_factor, scatter
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term, affine_index, regroup, shift_of, shift_onehot
+from chainrule.maps.views import expand_to, permute
 
 
 class Workspace:

@@ -12,10 +12,10 @@ import torch
 from chainrule.calls import new_zeros
 from chainrule.maps.band_entries import banded_term
 from chainrule.maps.compose import Workspace, dense_factor
-from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Instruction, Program, Staged
 from chainrule.maps.terms import Axis, OneHot, Term
+from chainrule.maps.views import expand_to, permute
 
 #: ``(position, start, step, length)`` of a slice of one dimension.
 Slice = tuple[int, int, int, int]

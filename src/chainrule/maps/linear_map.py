@@ -11,7 +11,6 @@ import torch
 from chainrule.maps import sums
 from chainrule.maps.assembly import assembled_node
 from chainrule.maps.compose import Workspace, dense_factor, join, settle
-from chainrule.maps.contract import expand_to, permute
 from chainrule.maps.entries import (
     embed_diagonals,
     is_part,
@@ -36,6 +35,7 @@ from chainrule.maps.rows import Row, is_dense_row, pulled
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.sums import stacked_products
 from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes
+from chainrule.maps.views import expand_to, permute
 
 Action = Callable[[Program, Staged], Staged]
 

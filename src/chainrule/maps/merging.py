@@ -10,13 +10,13 @@ import torch
 
 from chainrule.maps.bands import slice_axis
 from chainrule.maps.compose import Workspace, dense_factor, settle
-from chainrule.maps.contract import expand_to
 from chainrule.maps.listed_terms import listed
 from chainrule.maps.nodes import Node
 from chainrule.maps.onehots import dense_relation
 from chainrule.maps.running_products import of_sum
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, Term
+from chainrule.maps.views import expand_to
 
 #: More terms than this at one vertex are summed into a dense one.
 TERM_LIMIT = 4

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from chainrule.maps.compose import dense_factor
-from chainrule.maps.contract import expand_to
 from chainrule.maps.nodes import Node
 from chainrule.maps.sorted_places import inverse, ordering, places_among
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Dims, Factor, OneHot, Term
+from chainrule.maps.views import expand_to
 
 if TYPE_CHECKING:
     from chainrule.maps.sparse import SparseWorkspace
@@ -25,6 +25,15 @@ _MOST_TURNED = 6
 
 #: Terms of fewer entries are left as they are; in others, those that meet are counted in one row of so many.
 _HEAVY, _SAMPLE = 1 << 12, 17
+
+#: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
+MANY = 12
+
+#: Never more terms than this at one vertex.
+_MOST = 64
+
+#: Where at most one entry in so many is not in a term by rows, such entries are one term.
+_FEW = 4
 
 
 class Entries(NamedTuple):
@@ -257,6 +266,35 @@ def thinned(term: Term, workspace: SparseWorkspace) -> Term:
     return summed(term.out_dims, term.in_dims, [entries], every, workspace) if 2 * every.keys.numel() <= count else term
 
 
+def few_apart(terms: Sequence[Term], workspace: SparseWorkspace) -> tuple[Term, ...] | None:
+    """Terms by rows as they are, and all others as one term; None where these are none, or more than a few entries."""
+    others = [term for term in terms if any(h.target in dim for h in term.onehots for dim in term.out_dims)]
+    few, count = sum(map(count_entries, others)), sum(map(count_entries, terms))
+    if len(others) == len(terms) or _FEW * few > count:
+        return None
+    if len(others) < 2:
+        return tuple(terms)
+    entries = [entries_of(term, workspace) for term in others]
+    added = summed(others[0].out_dims, others[0].in_dims, entries, listed(entries), workspace)
+    return (*(term for term in terms if not any(term is other for other in others)), added)
+
+
+def fewer(terms: Sequence[Term], workspace: SparseWorkspace) -> tuple[Term, ...]:
+    """The same sum as one block or one list, where the terms fill the block, or are many and meet; as it is elsewhere."""
+    block = block_size(terms)
+    if len(terms) < MANY and (block is None or block > sum(count_entries(term) for term in terms)):
+        return tuple(terms)
+    entries = [entries_of(term, workspace) for term in terms]
+    count = sum(e.keys.numel() for e in entries)
+    every = listed(entries)
+    found = every.keys.numel()
+    if found == block:
+        return (as_block(terms, entries, block_keys(terms, workspace.device), every, workspace),)
+    if len(terms) < MANY or found > 0.6 * count and len(terms) <= _MOST:
+        return tuple(terms)
+    return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, workspace),)
+
+
 class Listed(NamedTuple):
     """Where entries of several terms stand in one list.
 
@@ -412,6 +450,6 @@ def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged
 
 
 __all__ = [
-    "Entries", "Listed", "as_block", "block_keys", "block_size", "count_entries", "entries_of", "listed", "over_grid",
-    "restricted", "summed", "values_node", "without_shared",
+    "MANY", "Entries", "Listed", "block_keys", "count_entries", "entries_of", "few_apart", "fewer", "listed", "over_grid",
+    "restricted", "summed", "thinned", "values_node", "without_shared",
 ]  # fmt: skip

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from chainrule.maps import running_reads
-from chainrule.maps.contract import contract, expand_to, permute, transpose_to
+from chainrule.maps.contract import contract, transpose_to
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot
+from chainrule.maps.views import expand_to, permute
 
 Memo = dict[object, Node]
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from chainrule.maps.compose import Workspace, dense_factor, settle
-from chainrule.maps.contract import expand_to
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, Term, dims_of, new_axes
+from chainrule.maps.views import expand_to
 
 
 class Row(NamedTuple):

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from chainrule.maps.halves import product, zeros_beside
 from chainrule.maps.nodes import Node
-from chainrule.maps.semiseparable import Semiseparable, product, zeros_beside
+from chainrule.maps.semiseparable import Semiseparable
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from chainrule.maps.halves import product
 from chainrule.maps.nodes import Node
 from chainrule.maps.running import Reading, Running, applied, entries_of, in_order, is_turn, selected, some_array
-from chainrule.maps.semiseparable import product
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Factor, OneHot
 

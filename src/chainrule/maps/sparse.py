@@ -20,18 +20,7 @@ from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
 from chainrule.maps.nodes import Node
-from chainrule.maps.nonzeros import (
-    as_block,
-    block_keys,
-    block_size,
-    count_entries,
-    entries_of,
-    listed,
-    over_grid,
-    summed,
-    thinned,
-    without_shared,
-)
+from chainrule.maps.nonzeros import MANY, count_entries, few_apart, fewer, over_grid, thinned, without_shared
 from chainrule.maps.onehots import dense_relation, gather, mask_factor
 from chainrule.maps.places import Places
 from chainrule.maps.sorted_places import join_equal
@@ -41,18 +30,12 @@ from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 from chainrule.maps.unmapped import plain, unbatched
 
-#: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
-_MANY = 12
 #: From this many terms on, a dense block that they fill is made one.
 _SOME = 3
 #: A constant array with more than one in so many elements other than zero is a dense one, unless it is a mask.
 _DENSE = 4
 #: Arrays of up to so many elements, and triangles, are listed without the zeros that are known.
 _LITTLE = 1 << 10
-#: Where at most one entry in so many is not in a term by rows, such entries are one term.
-_FEW = 4
-#: Never more terms than this at one vertex.
-_MOST = 64
 
 
 class SparseWorkspace(Workspace):
@@ -540,45 +523,19 @@ class SparseWorkspace(Workspace):
     def compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """The same sum in fewer entries, where many terms meet."""
         if self.stacks:
-            terms = stacked(terms, self, _MANY)
+            terms = stacked(terms, self, MANY)
         if len(terms) < _SOME:
             return tuple(terms)
-        if self.by_rows and (apart := self._few_apart(terms)) is not None:
+        if self.by_rows and (apart := few_apart(terms, self)) is not None:
             return apart
         bare, restore = without_shared(terms)
-        done = self._compress(bare)
+        done = fewer(bare, self)
         # A sum may be tied to what the shared relations have for sources: they are chained.
         return tuple(terms) if len(done) == len(terms) else tuple(settle(restore(term), self) for term in done)
 
     def thinned(self, term: Term) -> Term:
         """The term in fewer entries, where many of its entries meet."""
         return thinned(term, self)
-
-    def _few_apart(self, terms: Sequence[Term]) -> tuple[Term, ...] | None:
-        """Terms by rows as they are, and all others as one term; None where these are none, or more than a few entries."""
-        others = [term for term in terms if any(h.target in dim for h in term.onehots for dim in term.out_dims)]
-        few, count = sum(map(count_entries, others)), sum(map(count_entries, terms))
-        if len(others) == len(terms) or _FEW * few > count:
-            return None
-        if len(others) < 2:
-            return tuple(terms)
-        entries = [entries_of(term, self) for term in others]
-        added = summed(others[0].out_dims, others[0].in_dims, entries, listed(entries), self)
-        return (*(term for term in terms if not any(term is other for other in others)), added)
-
-    def _compress(self, terms: Sequence[Term]) -> tuple[Term, ...]:
-        block = block_size(terms)
-        if len(terms) < _MANY and (block is None or block > sum(count_entries(term) for term in terms)):
-            return tuple(terms)
-        entries = [entries_of(term, self) for term in terms]
-        count = sum(e.keys.numel() for e in entries)
-        every = listed(entries)
-        found = every.keys.numel()
-        if found == block:
-            return (as_block(terms, entries, block_keys(terms, self.device), every, self),)
-        if len(terms) < _MANY or found > 0.6 * count and len(terms) <= _MOST:
-            return tuple(terms)
-        return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, self),)
 
 
 def _followed(axis: Axis, same: dict[Axis, Axis]) -> Axis:

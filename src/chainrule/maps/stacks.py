@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from chainrule.maps.compose import dense_factor
-from chainrule.maps.contract import expand_to
 from chainrule.maps.lines import Lines, join_lines, random_integers
 from chainrule.maps.nodes import Node
 from chainrule.maps.nonzeros import entries_of, listed, summed
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
+from chainrule.maps.views import expand_to
 
 if TYPE_CHECKING:
     from chainrule.maps.sparse import SparseWorkspace

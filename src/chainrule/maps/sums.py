@@ -12,11 +12,13 @@ import torch
 
 from chainrule.maps.bands import LARGE
 from chainrule.maps.compose import Workspace, scaled
-from chainrule.maps.contract import contract, expand_to, outer_product
+from chainrule.maps.contract import contract
 from chainrule.maps.entries import Diagonal, Places, diagonals_of
+from chainrule.maps.masked_products import outer_product
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, Term
+from chainrule.maps.views import expand_to
 
 #: Results of fewer elements than this are as well added by one call for each term.
 MANY = LARGE

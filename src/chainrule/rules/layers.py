@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from chainrule.calls import col2im
-from chainrule.maps.contract import Merge, permute
+from chainrule.maps.contract import Merge
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, Term, dims_of, new_axes, shift_onehot
+from chainrule.maps.views import permute
 from chainrule.rules.base import Call, Edge, Rule, batch_of, diagonal_term, formula_node, single, value_node
 from chainrule.rules.families import operator_edge
 

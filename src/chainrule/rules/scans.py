@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from chainrule.maps.contract import Merge
+from chainrule.maps.halves import Half
 from chainrule.maps.nodes import Node, leaf
 from chainrule.maps.running import Running
-from chainrule.maps.semiseparable import Half, Semiseparable
+from chainrule.maps.semiseparable import Semiseparable
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, constant_index, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single

@@ -7,9 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import optimize
 
-from chainrule.scipy.functions import Device, Linearisation, Linearised, Points, TorchFunction, check_absent, check_layout
+from chainrule.scipy.functions import (
+    Device,
+    Linearisation,
+    Linearised,
+    Points,
+    TorchFunction,
+    check_absent,
+    check_layout,
+    check_real,
+)
 from chainrule.scipy.lengths import Length
 
 
@@ -125,13 +135,18 @@ def root(
     """
     check_absent(options, ("jac",), "root")
     function = TorchFunction(fun, "root", device, allow_nan, compiled)
-    checked, where, size, is_square = function.checked, function.where, np.size(x0), method != "lm"
+    where, size, is_square = function.where, np.size(x0), method != "lm"
 
     def vector(x: Any, *rest: Any) -> Any:
-        found = checked(x, *rest)
-        if found.dim() > 1 or (found.numel() != size and is_square):
+        found = fun(x, *rest)
+        if found.__class__ is not torch.Tensor or found.dtype is not torch.float64:
+            check_real(found, where)
+        dim = found.dim()
+        if dim == 1 and found.numel() == size:
+            return found
+        if dim > 1 or is_square and found.numel() != size:
             raise ValueError(f"{where} must return shape {(size,)}, got {tuple(found.shape)}")
-        return found if found.dim() == 1 else found.reshape(-1)
+        return found if dim == 1 else found.reshape(-1)
 
     value, derivative = _both(function, vector) if method == "lm" else _apart(function, vector, size, method == "hybr")
     if method in ("hybr", "lm"):
@@ -154,6 +169,7 @@ def _apart(
         is_derived: whether the method asks for a Jacobian where it asks for its first value.
     """
     values = function.values(size, vector)
+    call = function.callback(values)
     at = Points(function, Linearisation(function, vector, size, "dense")).at
     # SciPy looks at the first point, and MINPACK asks there twice: once for the number of values.
     first = 3 if is_derived else 0
@@ -164,7 +180,7 @@ def _apart(
             first -= 1
             return at(x, rest).value.copy()
         if not rest:
-            return function.at(values, (x,))
+            return call(x)
         with function.named():
             return function.array(values(function.tensor(x), *function.extra(rest)))
 

@@ -53,6 +53,11 @@ class Replayed:
             calls repeat, where the code of ``user`` visibly does nothing but compute and its values decide no branch.
         others: further functions of the user's that ``function`` calls.
         after: how many calls of one signature are plain, unless it is forced.
+
+    Attributes:
+        plain: what is called.
+        known: for usual tensors, by their shapes: the modes and the graph, None where calls stay plain; of a graph that reads
+            nothing beside the arguments also how to ask whether it holds, its run, and whether its results come in a tuple.
     """
 
     def __init__(
@@ -65,23 +70,21 @@ class Replayed:
         others: Sequence[Any] = (),
         after: int = CALLS,
     ) -> None:
-        self._plain, self._user, self._value, self._is_forced = function, user, value, is_forced
+        self.plain, self._user, self._value, self._is_forced = function, user, value, is_forced
         self._others, self._after = others, after
         self._compiled: Any = None
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
         self._graphs: dict[Any, Graph] = {}
-        #: For usual tensors, by their shapes: the modes and the graph, None where calls stay plain; of a graph that reads nothing
-        #: beside the arguments also how to ask whether it holds, its run, and whether its results come in a tuple.
-        self._usual: dict[tuple[torch.Size, ...], tuple[Any, Graph | None, Any, Any, bool]] = {}
+        self.known: dict[tuple[torch.Size, ...], tuple[Any, Graph | None, Any, Any, bool]] = {}
 
     def usual(self, tensors: list[torch.Tensor]) -> Any:
         """Call or replay it, in fewer steps, with different float64 tensors: contiguous, on the CPU and without a graph."""
-        last = self._usual.get((tensors[0].shape,) if len(tensors) == 1 else tuple([t.shape for t in tensors]))
+        last = self.known.get((tensors[0].shape,) if len(tensors) == 1 else tuple([t.shape for t in tensors]))
         if last is not None:
             known, graph, holds, run, several = last
             if graph is None:
-                return self._plain(*tensors)
+                return self.plain(*tensors)
             if modes() == known:
                 if run is not None:
                     if holds():
@@ -97,7 +100,7 @@ class Replayed:
     def is_constant(self, arrays: Sequence[np.ndarray]) -> bool:
         """Whether it is known that usual tensors of these shapes all give the same: the graph that was replayed reads none."""
         shapes: Any = tuple([array.shape for array in arrays])
-        last = self._usual.get(shapes[0] if len(shapes) == 1 else shapes)
+        last = self.known.get(shapes[0] if len(shapes) == 1 else shapes)
         return last is not None and last[1] is not None and last[1].is_constant
 
     def __call__(self, *args: Any) -> Any:
@@ -115,17 +118,17 @@ class Replayed:
                 except OtherValues:
                     pass
             del self._graphs[key]
-            self._usual.clear()
+            self.known.clear()
         calls = self._counts.get(key, 0)
         if calls < 0:
             self._note_usual(args, key, None)
-            return self._plain(*args)
+            return self.plain(*args)
         if not self._is_forced:
             if None in key:
-                return self._plain(*args)
+                return self.plain(*args)
             if calls < self._after:
                 self._counts[key] = calls + 1
-                return self._plain(*args)
+                return self.plain(*args)
             if calls == self._after and not self._pays(args):
                 return self._never(key, args)
             self._counts[key] = self._after + 1
@@ -134,12 +137,12 @@ class Replayed:
     def _note_usual(self, args: tuple[Any, ...], key: Any, graph: Graph | None) -> None:
         if None in key or not all(map(_is_usual, args)):
             return
-        if len(self._usual) >= _KEPT:
-            self._usual.clear()
+        if len(self.known) >= _KEPT:
+            self.known.clear()
         alone = graph is not None and graph.is_alone
         holds, run = (graph.surroundings.is_same, graph.run) if alone else (None, None)  # type: ignore[union-attr]
         several = alone and graph.spec is not LEAF  # type: ignore[union-attr]
-        self._usual[tuple([a.shape for a in args])] = key[1], graph, holds, run, several
+        self.known[tuple([a.shape for a in args])] = key[1], graph, holds, run, several
 
     def _pays(self, args: tuple[Any, ...]) -> bool:
         """Whether the function may be recorded unasked, and a run is short enough."""
@@ -147,21 +150,21 @@ class Replayed:
             return False
         with _Counter() as counter:
             self._value(*args)
-        return (_LEAST_OPS if self._plain is self._value else 0) <= counter.count <= _OPS
+        return (_LEAST_OPS if self.plain is self._value else 0) <= counter.count <= _OPS
 
     def _only_computes(self) -> bool:
         return all(only_computes(function) for function in (self._user, *self._others))
 
     def _never(self, key: Any, args: tuple[Any, ...]) -> Any:
         self._counts[key] = -1
-        return self._plain(*args)
+        return self.plain(*args)
 
     def _recorded(self, key: Any, args: tuple[Any, ...]) -> Any:
         """Record a call; also again, when what the function closes over was replaced: by something that does more, perhaps."""
         if not self._is_forced and not self._only_computes():
             return self._never(key, args)
         if self._compiled is None:
-            self._compiled = compile_function(self._plain)
+            self._compiled = compile_function(self.plain)
         wasted = 0 if None in key else self._wasted.get(key, 0)
         if wasted >= _WASTED:
             if self._is_forced:
@@ -268,7 +271,7 @@ def replayed(
         others: as for :class:`Replayed`; they are part of the key.
         after: as for :class:`Replayed`.
     """
-    if not all(isinstance(function, types.FunctionType) for function in (user, *others)):
+    if not (isinstance(user, types.FunctionType) and (not others or all(isinstance(f, types.FunctionType) for f in others))):
         return Replayed(make(), user, value, is_forced=is_forced, others=others, after=after)
     store = user.__dict__.get(ATTRIBUTE)
     if store is None or store.owner is not user:  # `functools.wraps` copies attributes
