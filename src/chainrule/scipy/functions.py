@@ -424,7 +424,8 @@ class Linearisation:
             if x.__class__ is np.ndarray and x.dtype is _FLOAT64:
                 both = self._both.arrays(args)
                 if both is not None:
-                    return Linearised(self._function, *both, "dense")
+                    found, output = both
+                    return Linearised(self._function, found, output, "dense")
                 found, output = self._usual([_from_numpy(x.copy())])
                 self._entries = found.numel()
                 return Linearised(self._function, found, output, "dense")

@@ -104,7 +104,8 @@ class Replayed:
             return None
         found = code(args)
         if found is None:
-            self._small.clear()
+            if code.is_refused:
+                self._small.clear()
             return None
         return found if several else found[0]
 
