@@ -86,3 +86,63 @@ def test_average_pooling_of_what_requires_grad() -> None:
     cotangent = torch.randn(2, 16, 12, 12, requires_grad=True)
     made = calls.avg_pool2d_backward(cotangent, x.detach(), [2, 2], [], [0], False, True, None)
     assert torch.equal(torch.autograd.grad(made.sum(), cotangent)[0], torch.ones_like(cotangent))
+
+
+_X, _V = torch.linspace(-2.0, 3.0, 16, dtype=torch.float64).reshape(4, 4), torch.linspace(0.5, 2.0, 4, dtype=torch.float64)
+_IMAGE, _WEIGHTS = torch.linspace(-1.0, 1.0, 288, dtype=torch.float64).sin().reshape(2, 4, 6, 6), torch.ones(4, 4, 3, 3, dtype=torch.float64)
+_PLACES, _COMPLEX = torch.tensor([2, 0, 1]), torch.complex(_X, _X.cos())
+
+#: Arguments of ops that are called by torch's own functions: with the defaults, and without.
+SPELLED: dict[str, list[tuple[Any, ...]]] = {
+    "convolution.default": [
+        (_IMAGE, _WEIGHTS, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        (_IMAGE, _WEIGHTS, _V, [2, 1], [1, 0], [1, 2], True, [0, 0], 1),
+    ],
+    "constant_pad_nd.default": [(_X, [1, 2]), (_X, [1, -1], 2.5), (_X, [0, 1, 2, 0], 3)],
+    "cumprod.default": [(_X, 0), (_X, -1)],
+    "embedding.default": [(_X, _PLACES), (_X, _PLACES, 1), (_X, _PLACES, -1, False, False)],
+    "logcumsumexp.default": [(_X, 0)],
+    "logsumexp.default": [(_X, [1]), (_X, [0, 1], True), (_X, [-1], False)],
+    "native_group_norm.default": [(_IMAGE, _V, _V, 2, 4, 36, 2, 1e-5), (_IMAGE, None, None, 2, 4, 36, 2, 1e-3)],
+    "select_scatter.default": [(_X, _V, 0, 1), (_X, _V, 1, -1)],
+    "slice_scatter.default": [(_X, _X[:2], 0, 1, 3), (_X, _X[:, :2], 1, 0, 4, 2), (_X, _X)],
+    "take.default": [(_X, _PLACES)],
+    "trace.default": [(_X,)],
+    "_adaptive_avg_pool2d.default": [(_IMAGE, [2, 3])],
+    "_fft_c2c.default": [(_COMPLEX, [1], 0, True), (_COMPLEX, [0, 1], 1, False)],
+    "_fft_c2r.default": [(_COMPLEX, [1], 0, 6), (_COMPLEX, [1], 2, 7)],
+    "_fft_r2c.default": [(_X, [1], 0, True), (_X, [0, 1], 1, False)],
+    "_prelu_kernel.default": [(_X, _V)],
+    "elu.default": [(_X,), (_X, 0.5), (_X, 0.5, 2.0, 3.0), (_X, 1, 1, 1)],
+    "gelu.default": [(_X,)],
+    "glu.default": [(_X,), (_X, 0)],
+    "hardswish.default": [(_X,)],
+    "hardtanh.default": [(_X,), (_X, -0.5, 0.5), (_X, 0, 6)],
+    "im2col.default": [(_IMAGE, [2, 2], [1, 1], [0, 0], [1, 1])],
+    "leaky_relu.default": [(_X,), (_X, 0.3)],
+    "softplus.default": [(_X,), (_X, 2.0, 0.5), (_X, 2, 20)],
+    "prod.default": [(_X,)],
+    "repeat.default": [(_X, [2, 1]), (_V, [2, 3]), (_V.sum(), [])],
+    "xlogy.Tensor": [(_X, _X.abs())],
+    "max_pool2d_with_indices.default": [(_IMAGE, [2, 2]), (_IMAGE, [2, 3], [1, 1], [1, 1], [1, 1], True), (_IMAGE[0], [2], [])],
+    "avg_pool2d.default": [(_IMAGE, [2, 2]), (_IMAGE, [3], [2], [1], True, False, None), (_IMAGE, [3, 2], [], [0], False, True, 3)],
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_torchs_own_functions_take_the_ops_arguments(name: str) -> None:
+    packet, overload = name.split(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload)
+    assert calls.FUNCTIONS[op._op] is not op._op
+    for args in SPELLED[name]:
+        found, wanted = calls.FUNCTIONS[op._op](*args), op(*args)
+        for one, other in zip(*(item if isinstance(item, tuple) else (item,) for item in (found, wanted)), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+            assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("reduction", [(), (0,), (1,), (2,)])
+@pytest.mark.parametrize("name", ["mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"])
+def test_losses_take_the_mean_where_they_are_not_told(name: str, reduction: Any) -> None:
+    op = getattr(torch.ops.aten, name).default
+    assert torch.equal(calls.FUNCTIONS.get(op._op, op._op)(_X, _X.cos(), *reduction), op(_X, _X.cos(), *reduction))

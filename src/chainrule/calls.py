@@ -29,7 +29,12 @@ _SAME_NAME = (
     "cumsum", "logaddexp", "detach", "reshape", "outer", "logical_and", "logical_or", "nan_to_num",
     "zeros_like", "ones_like", "diag_embed", "movedim", "_softmax", "_log_softmax", "_softmax_backward_data",
     "_log_softmax_backward_data", "scatter_add", "index_add", "index_copy", "as_strided",
+    "convolution", "constant_pad_nd", "cumprod", "embedding", "logcumsumexp", "logsumexp", "native_group_norm", "select_scatter",
+    "slice_scatter", "take", "trace", "_adaptive_avg_pool2d", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_prelu_kernel",
 )  # fmt: skip
+
+#: Those that torch keeps elsewhere; not the losses, whose functions do without the mean where they are not told.
+_IN_NN = ("elu", "gelu", "glu", "hardswish", "hardtanh", "im2col", "leaky_relu", "softplus")
 
 _OVERLOADS = {
     "mul.Tensor": torch.mul, "add.Tensor": torch.add, "sub.Tensor": torch.sub, "div.Tensor": torch.div,
@@ -50,6 +55,7 @@ _OVERLOADS = {
     "relu_.default": torch.Tensor.relu_, "index_add_.default": torch.Tensor.index_add_,
     "scatter_.src": torch.Tensor.scatter_,
     "scatter_.value": torch.Tensor.scatter_, "var.correction": torch.var, "std.correction": torch.std,
+    "prod.default": torch.prod, "repeat.default": torch.Tensor.repeat, "xlogy.Tensor": torch.xlogy,
     "bernoulli_.float": torch.Tensor.bernoulli_, "einsum.default": torch._C._VariableFunctions.einsum,  # type: ignore[attr-defined]
 }  # fmt: skip
 
@@ -57,21 +63,30 @@ _OVERLOADS = {
 #: The dtypes of most kernels; for them a number and a constant of the other argument's dtype are the same to the last bit.
 REAL = (torch.float32, torch.float64)
 
+_PYTHON = torch._C.DispatchKey.Python
+
 #: From this size on the C library sets memory past the caches; beyond so many threads torch's loop, which shares the work, is as
 #: fast.
 _BEYOND_CACHES = 1 << 25
 _FEW_THREADS = 2
 
 
+def is_seen() -> bool:
+    """Whether a mode takes notice of the ops that run: one that has called a kernel itself has excluded all modes from it."""
+    return bool(torch._C._len_torch_dispatch_stack()) and not torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON)
+
+
 def col2im(columns: torch.Tensor, *sizes: Any) -> torch.Tensor:
     """The op of that name, into memory of the result's size: its own result keeps as much as its argument takes."""
-    if columns.__class__ is not torch.Tensor or columns.requires_grad or torch._C._len_torch_dispatch_stack():
+    if columns.__class__ is not torch.Tensor or columns.requires_grad or is_seen():
         found: torch.Tensor = aten.col2im.default(columns, *sizes)
         return found
     out = columns.new_empty(0)
     aten.col2im.out(columns, *sizes, out=out)
     return out
 
+
+_pool: Callable[..., Any] = torch._C._nn.max_pool2d_with_indices  # type: ignore[attr-defined]
 
 #: With fewer channels than a register holds, or fewer elements, the kernels for channels that stand last gain nothing.
 _CHANNELS_OF_A_REGISTER = 8
@@ -83,11 +98,11 @@ def max_pool2d_with_indices(x: torch.Tensor, *options: Any) -> tuple[torch.Tenso
     found: tuple[torch.Tensor, torch.Tensor]
     if x.__class__ is torch.Tensor and not x.requires_grad and x.dim() == 4 and x.shape[1] >= _CHANNELS_OF_A_REGISTER:
         cheap = x.is_cpu and x.dtype in REAL and x.numel() >= _WORTH_MOVING and x.is_contiguous()
-        if cheap and not torch._C._len_torch_dispatch_stack():
+        if cheap and not is_seen():
             last = x.contiguous(memory_format=torch.channels_last)
-            found = aten.max_pool2d_with_indices.default(last, *options)
+            found = _pool(last, *options)
             return found[0].contiguous(), found[1].contiguous()
-    found = aten.max_pool2d_with_indices.default(x, *options)
+    found = _pool(x, *options)
     return found
 
 
@@ -111,7 +126,7 @@ def _places(whole: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, di
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
-    return not torch._C._len_torch_dispatch_stack() and not any(
+    return not is_seen() and not any(
         tensor.__class__ is not torch.Tensor or tensor.requires_grad for tensor in tensors
     )
 
@@ -123,7 +138,7 @@ def avg_pool2d(
     """The op of that name. Small windows side by side are added place by place, which is several times faster."""
     places = _places(x, kernel_size, stride, padding, divisor_override) if _is_plain(x) else None
     if places is None:
-        found: torch.Tensor = aten.avg_pool2d.default(
+        found: torch.Tensor = torch._C._nn.avg_pool2d(  # type: ignore[attr-defined]
             x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
         return found
@@ -191,7 +206,7 @@ def hardsigmoid_backward(cotangent: torch.Tensor, x: torch.Tensor) -> torch.Tens
 def new_zeros(source: torch.Tensor, size: Any, **kind: Any) -> torch.Tensor:
     """The op of that name. Of large results every line is written without being read before, which torch's own loop does not."""
     found: torch.Tensor
-    if source.__class__ is not torch.Tensor or torch._C._len_torch_dispatch_stack() or torch.get_num_threads() > _FEW_THREADS:
+    if source.__class__ is not torch.Tensor or is_seen() or torch.get_num_threads() > _FEW_THREADS:
         found = source.new_zeros(size, **kind)
         return found
     count = prod(size)
@@ -218,6 +233,8 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }
     for name in _SAME_NAME:
         found[getattr(aten, name).default._op if name != "movedim" else aten.movedim.int._op] = getattr(torch, name)
+    for name in _IN_NN:
+        found[getattr(aten, name).default._op] = getattr(torch._C._nn, name)  # type: ignore[attr-defined]
     overloads: dict[str, Any] = _OVERLOADS
     for path, function in overloads.items():
         name, overload = path.split(".")

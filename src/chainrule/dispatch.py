@@ -216,6 +216,12 @@ class FunctionWatch(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
+def is_differentiated() -> bool:
+    """Whether a mode is on that differentiates what runs."""
+    places = range(torch._C._len_torch_dispatch_stack())
+    return any([getattr(torch._C._get_dispatch_stack_at(place), "differentiates", False) for place in places])
+
+
 class LightMode(Handler, TorchDispatchMode):
     """A dispatch mode that stays out of compiled regions, and is cheap to enter.
 
@@ -237,6 +243,8 @@ class LightMode(Handler, TorchDispatchMode):
     reads_data = False
     #: Whether the mode serves a transform that pulls cotangents back.
     reverse = False
+    #: Whether what runs while the mode is on is differentiated.
+    differentiates = False
 
     below: LightMode | None
 
@@ -320,13 +328,13 @@ class LightMode(Handler, TorchDispatchMode):
     def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Take notice of the result of a function that was ignored."""
 
-    def hear_function(self, function: Any) -> None:
-        """Take notice of a function, where somebody listens."""
+    def hear_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
+        """Take notice of a call, where somebody listens."""
 
     def take_function(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take a function of the tables, if this mode is the innermost one."""
         if self.heard is not None:
-            self.hear_function(func)
+            self.hear_function(func, args, kwargs)
         if func in FACTS:
             fact = func(*args, **kwargs) if kwargs else func(*args)
             return fact if fact or func != REQUIRES_GRAD else self.requires_grad(args[0])

@@ -284,6 +284,8 @@ FUNCTIONS = {
     "pooling": lambda x: F.max_pool3d(x[None, None], (1, 2, 2)),
     "upsampling": lambda x: F.interpolate(x[None, None], scale_factor=2, mode="bilinear"),
     "nearest": lambda x: F.interpolate(x[None], scale_factor=2),
+    "spectrogram": lambda x: torch.stft(x.reshape(16), 8, 4, window=_OTHER.reshape(16)[-8:], return_complex=True).abs(),
+    "affine grid": lambda x: F.affine_grid(x[None, :2, :3], (1, 1, 3, 2), align_corners=False),
 }  # fmt: skip
 
 
@@ -313,6 +315,21 @@ def test_functions_are_replayed(name):
         chainrule.jacrev(f)(torch.randn(4, 4, dtype=torch.float64))
     assert COMPOSITES
     assert any(kept is not None for kept in COMPOSITES.values())
+
+
+@replayed_only
+def test_grid_sample_is_replayed_under_vmap():
+    """Torch has no second derivative of it, and its rule is tested elsewhere."""
+    image, place = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64), torch.rand(3, 1, 2, 3, 2, dtype=torch.float64)
+
+    def mapped(transforms):
+        by_both = transforms.grad(lambda a, b: F.grid_sample(a, b, align_corners=False).sin().sum(), (0, 1))
+        return transforms.vmap(by_both)(image, place)
+
+    COMPOSITES.clear()
+    for _ in range(3):
+        torch.testing.assert_close(mapped(chainrule), mapped(torch.func), **CLOSE)
+    assert any(kept is not None and any("grid_sampler" in str(step.facts.op) for step in kept.steps) for kept in COMPOSITES.values())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils._pytree import tree_leaves
 
 import chainrule
+from chainrule.rules import layers
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -341,3 +342,27 @@ def test_tangents_of_the_weight_are_convolved(shape: Any, weight: Any, options: 
             module.grad(lambda w, module=module: pushed(module, w, tangents[0], x).sin().sum())(w) for module in (chainrule, torch.func)
         )
         assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize(("shape", "options"), [((2, 3, 7, 6), {"padding": 1}), ((2, 1, 9, 7), {"stride": 2, "padding": (1, 0)})])
+def test_a_gradient_that_is_differentiated_sums_no_columns(
+    shape: tuple[int, ...], options: dict[str, Any], requires_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few channels: by sums of columns where it is the last derivative, else by a convolution, as its derivative is one."""
+    summed: list[Any] = []
+    monkeypatch.setattr(layers, "col2im", lambda *args, way=layers.col2im: summed.append(args) or way(*args))
+    x = torch.randn(shape[0] + requires_grad, *shape[1:], dtype=torch.float64)  # plans of their own
+    weight = torch.randn(5, shape[1], 3, 3, dtype=torch.float64, requires_grad=requires_grad)
+
+    def penalty(transforms: Any, w: torch.Tensor) -> torch.Tensor:
+        slope = transforms.grad(lambda a: torch.nn.functional.conv2d(a, w, **options).tanh().sum())(x)
+        return ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+    expected = torch.func.grad(lambda w: penalty(torch.func, w))(weight)
+    summed.clear()
+    for _ in range(4):
+        torch.testing.assert_close(chainrule.grad(lambda w: penalty(chainrule, w))(weight), expected)
+    assert not summed
+    assert torch.isfinite(penalty(chainrule, weight.detach()))
+    assert summed

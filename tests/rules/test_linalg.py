@@ -32,6 +32,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "solve": (torch.linalg.solve, (regular(2, 3, 3), randn(2, 3, 2))),
     "solve_vector": (torch.linalg.solve, (regular(3, 3), randn(3))),
     "solve_vectors": (torch.linalg.solve, (regular(2, 3, 3), randn(2, 3))),
+    "solve_one_vector_by_all": (torch.linalg.solve, (regular(2, 3, 3), randn(3))),
+    "solve_one_vector_by_stacks": (torch.linalg.solve, (regular(2, 2, 3, 3), randn(3))),
     "solve_right": (lambda a, b: torch.linalg.solve(a, b, left=False), (regular(2, 3, 3), randn(2, 4, 3))),
     "solve_broadcast": (torch.linalg.solve, (regular(2, 1, 3, 3), randn(2, 3, 2))),
     "solve_one": (torch.linalg.solve, (regular(1, 1), randn(1, 1))),

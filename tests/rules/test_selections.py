@@ -97,6 +97,8 @@ CASES = {
     "masked_select stretched": (lambda x: x.masked_select(MASK), [(2, 1)]),
     "masked_select none": (lambda x: x.masked_select(~MASK & MASK), [(2, 3)]),
     "masked_scatter": (lambda x, s: x.masked_scatter(MASK, s), [(2, 3), (2, 2)]),
+    "masked_scatter of a scalar": (lambda x, s: x.masked_scatter(ix(0, 1, 0) > 0, s), [(3,), ()]),
+    "masked_scatter of a scalar nowhere": (lambda x, s: x.masked_scatter(torch.tensor(False), s), [(), ()]),
     "embedding": (lambda w: F.embedding(torch.tensor([[1, 0], [1, 3]]), w), [(4, 2)]),
     "embedding scalar index": (lambda w: F.embedding(torch.tensor(2), w), [(4, 2)]),
     "embedding_dense_backward": (lambda g: aten.embedding_dense_backward(g, ix(1, 0, 1), 3, -1, False), [(3, 2)]),
@@ -120,7 +122,7 @@ WITHOUT_ORACLE = {
     "scatter of a part", "scatter from a wider source", "scatter_add of a part", "scatter at a scalar",
 }  # fmt: skip
 #: The oracle is not defined for second order.
-WITHOUT_SECOND = WITHOUT_ORACLE | {"index_select by scalar", "masked_select none"} | {name for name in CASES if name.startswith("embedding_bag")}
+WITHOUT_SECOND = WITHOUT_ORACLE | {"index_select by scalar", "masked_select none", "masked_scatter of a scalar"} | {name for name in CASES if name.startswith("embedding_bag")}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -186,3 +186,12 @@ def test_a_diagonal_through_moves_costs_its_entries():
     candidate, nodes = planned_nodes(lambda x: x.reshape(10, 20).t().sin().roll(3, 0).reshape(-1)[10:], x, "reverse")
     assert "eye" not in [node.label for node in nodes]
     assert candidate.flops <= 30 * 200 < 190 * 200
+
+
+@pytest.mark.parametrize("item", [1, slice(1, 2)])
+def test_as_strided_beyond_its_argument(item):
+    """What is read beside the argument has no derivative, as with torch."""
+    x = points((4,))[0]
+    wanted = torch.func.jacrev(lambda x: (x * 1)[item].as_strided((3,), (1,), 0))(x)
+    for transform in (chainrule.jacobian, chainrule.jacrev, chainrule.jacfwd):
+        torch.testing.assert_close(transform(lambda x: (x * 1)[item].as_strided((3,), (1,), 0))(x), wanted)

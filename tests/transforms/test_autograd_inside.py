@@ -126,10 +126,18 @@ def _normalised(module, a, dim):
     return centred * scale * module.weight + module.bias
 
 
+_linear = torch.nn.functional.linear
+
 JOINED = {
     "linear": lambda a: _LAYER(a).sin(),
     "products": lambda a: (a @ _WEIGHT).sin() * torch.square(a),
     "an active weight": lambda a: torch.nn.functional.linear(torch.ones_like(_WEIGHT), a.reshape(-1, 3)[:1] * _WEIGHT).sin(),
+    "an active square weight": lambda a: _linear(a, a.reshape(-1, 3)[:1] * _WEIGHT, a.reshape(-1, 3)[0] + _LAYER.bias).sin(),
+    "an active weight in turn": lambda a: _linear(_LAYER(a), (a.reshape(-1, 3)[:1].exp() * _WEIGHT).t()).sin(),
+    "a part of an active weight": lambda a: _linear(_LAYER(a), (a.reshape(-1, 3)[:1].exp() * _WEIGHT)[1:]).sin(),
+    "a row of an active weight": lambda a: _linear(_LAYER(a), (a.reshape(-1, 3)[:1].exp() * _WEIGHT)[1:2], _LAYER.bias[:1]).sin(),
+    "a column of an active weight": lambda a: _linear(a[..., 1:2], (a.reshape(-1, 3)[:1].exp() * _WEIGHT)[:, 1:2]).sin(),
+    "a weight that is there twice": lambda a: _linear(_linear(a, w := a.reshape(-1, 3)[:1].exp() * _WEIGHT, w[0]).sin(), w),
     "views": lambda a: torch.cat([_LAYER(a), a * _WEIGHT[0]], -1).reshape(-1).exp(),
     "convolution": lambda a: _CONVOLUTION(a.reshape(-1, 1, 3)).tanh(),
     "layer norm": lambda a: _normalised(_NORM, a, -1).sin() * a,
@@ -166,6 +174,28 @@ def test_a_gradient_inside_of_a_function_that_closes_over_parameters(name, shape
                 found = transform(function)(given)
                 torch.testing.assert_close(found, expected)
                 torch.testing.assert_close(torch.autograd.grad(found.sum(), _WEIGHT)[0], by_weight)
+
+
+@pytest.mark.parametrize("given", ["leaf", "plain"])
+@pytest.mark.parametrize("rows", [(), (2,), (2, 2)])
+def test_a_gradient_inside_where_a_weight_is_an_argument_and_closed_over(rows, given):
+    """The transpose that torch's autograd keeps is one of the argument in one layer, and one of a constant in the other."""
+    x = torch.randn(*rows, 3, dtype=torch.float64)
+    weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=given == "leaf")
+    mixed = torch.randn(3, 3, dtype=torch.float64)
+
+    def function(w, other):
+        h = _linear(_linear(x * _WEIGHT[0], w).sin(), other).sin()
+        (found,) = torch.autograd.grad(_linear(h, mixed).sum(), _WEIGHT, create_graph=True)
+        return (found * found).sum()
+
+    first, second = (weight.detach().clone().requires_grad_() for _ in range(2))
+    expected = torch.autograd.grad(function(first, second), first)[0]
+    twice = torch.autograd.grad(function(first, first), first)[0]
+    for _ in range(4):
+        torch.testing.assert_close(chainrule.grad(lambda w: function(w, weight))(weight), expected)
+        torch.testing.assert_close(chainrule.jacrev(lambda w: function(w, weight))(weight), expected)
+        torch.testing.assert_close(chainrule.grad(lambda w: function(w, w))(weight), twice)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 3), (1, 4, 3)])
@@ -222,3 +252,24 @@ def test_what_a_node_has_kept_is_the_value_that_it_was() -> None:
         torch.testing.assert_close(nested, (2 * weight + weight * weight * point) * (weight * point).exp())
 
 
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3)])
+@pytest.mark.parametrize("kept", ["_saved_mat1", "_saved_mat2"])
+def test_what_a_linear_layer_has_kept_is_a_view_of_its_argument(shape, kept) -> None:
+    """The weight is kept as its transpose, an input of more dimensions as a matrix: the node's other objects are values as well."""
+    point, weight = torch.randn(shape, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        node: Any = torch.nn.functional.linear(x, w, bias).grad_fn
+        while not hasattr(node, kept):
+            node = node.next_functions[0][0]
+        value = getattr(node, kept)
+        return (value**3 * torch.arange(3.0)).sum() + value.exp().sum() * x.sum() * w.sum()
+
+    leaves = point.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    for _ in range(3):
+        for found in (chainrule.grad(function, (0, 1))(*leaves), chainrule.jacrev(function, (0, 1))(*leaves)):
+            torch.testing.assert_close(found, expected)

@@ -252,6 +252,15 @@ def test_hessian(name: str) -> None:
     check_all(2.0 * H + linear_map(torch.square, x), 2 * matrix + torch.diag(2 * x))
 
 
+def test_symmetric_maps_of_scalar_leaves() -> None:
+    a, b = torch.tensor(2.0, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    hessian = chainrule.hessian(lambda a, b: a * a * b, argnums=(0, 1), layout="operator")(a, b)
+    torch.testing.assert_close(hessian.dense(flat=True), torch.tensor([[6.0, 4.0], [4.0, 0.0]], dtype=torch.float64))
+    assert torch.stack([torch.stack(row) for row in hessian.dense()]).equal(hessian[:, :])
+    gram = chainrule.linear_map(lambda a: (a * 2, a * a), a).gram()
+    torch.testing.assert_close(gram.dense(flat=True), torch.tensor([[4.0, 8.0], [8.0, 16.0]], dtype=torch.float64))
+
+
 def test_hessian_of_trees() -> None:
     torch.manual_seed(0)
     p, x = make_kinds()["two arguments"].primals

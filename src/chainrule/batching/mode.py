@@ -25,7 +25,7 @@ from chainrule.shortcuts import AUTOCAST_KEYS, Method, configure, use_classes
 from chainrule.subclasses import is_foreign
 
 _make_wrapper = Tensor._make_wrapper_subclass
-configure(make_wrapper=_make_wrapper, wrap_batched=wrap_batched)
+configure(make_wrapper=_make_wrapper, make_subclass=Tensor._make_subclass, choose=Tensor.select, wrap_batched=wrap_batched)
 use_classes(BatchTensor, Batched)
 if KNOWS_STATE:
     for _name, _function in methods().items():

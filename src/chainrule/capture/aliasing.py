@@ -107,12 +107,20 @@ class AliasTracker:
         self.families.setdefault(id(root), []).append(tensor)
         return slot
 
-    def kept_view(self, tensor: torch.Tensor, slot: int) -> int | None:
-        """The slot of a view of the value in ``slot`` that torch's autograd made by itself; None for one that a view op made."""
+    def kept_view(self, tensor: torch.Tensor, slot: int, turned: bool) -> int | None:
+        """The slot of a view of the value in ``slot`` that torch's autograd made by itself; None for one that a view op made.
+
+        Args:
+            tensor: the view.
+            slot: the value's.
+            turned: whether it is the transpose of the value.
+        """
         self._settle_views()
         tape = self.tape
         if id(tensor) in self.links or not tape.active[slot]:
             return None
+        if turned:
+            return tape.record_value(aten.t.default, (slot,), (), {}, tensor)
         if tape.values[slot].shape == tensor.shape:
             return slot
         return tape.record_value(aten.view.default, (slot,), ([*tensor.shape],), {}, tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from chainrule.capture.slots import PLAIN, Slots
 from chainrule.dispatch import OTHERWISE, TAKEN, LightMode
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
-from chainrule.functions import FACTS, REQUIRES_GRAD, TABLE
+from chainrule.functions import FACTS, FRESH, MAKING_GRAPHS, REQUIRES_GRAD, TABLE, WRITERS
 from chainrule.shortcuts import configure
 
 #: Signatures that are kept; then all are forgotten.
@@ -63,7 +64,7 @@ class Step(NamedTuple):
             constant whatever the values of the inputs are; None for others.
         call: the arguments as the cheapest call takes them, as `args`.
         lowered: the arguments as they stand in a record, likewise.
-        named: what is given by name, where something is, to an op that is not recorded, or to a check (which returns nothing).
+        named: what is given by name, where something is, to an op, or to a check (which returns nothing).
     """
 
     facts: OpFacts
@@ -140,7 +141,7 @@ def _composed(
         recorded = [_is_recorded(tape, one) for one in results]
         added += sum(recorded)
         others = [id(one) for one, was in zip(results, recorded, strict=True) if not was]
-        if named is not None and (any(recorded) or results is out or not _are_plain(named)):
+        if named is not None and (results is out or not _are_plain(named) or (any(recorded) and not facts.plain)):
             raise _OtherwiseError
         constants.update([one for one in others if tape.slots.get(one, -1) >= first])
         if facts.is_view and facts.inactive and id(args[0]) not in known:
@@ -152,7 +153,7 @@ def _composed(
             how = None
         how = None if named is not None else how
         step = _step(facts, args, origin, how, None if results is not out else len(results), known)
-        steps.append(step._replace(named=named))
+        steps.append(step._replace(named=named and dict(sorted(named.items()))))
         for one in results:
             known[id(one)] = places
             places += 1
@@ -160,7 +161,7 @@ def _composed(
 
 
 def _are_plain(named: dict[str, Any]) -> bool:
-    return all([value.__class__ in PLAIN for value in named.values()])
+    return all([value.__class__ in PLAIN and not (value.__class__ is float and value == 0.0) for value in named.values()])
 
 
 def _is_constant(
@@ -231,11 +232,15 @@ def _number(tensor: Any, known: dict[int, int]) -> int:
 def _result(item: Any, known: dict[int, int]) -> tuple[int, Any]:
     if isinstance(item, torch.Tensor):
         return _PLACE, _number(item, known)
-    if item.__class__ is tuple or item.__class__ is list:
+    if item.__class__ is tuple or item.__class__ is list or item.__class__.__module__ == "torch.return_types":
         return _SEVERAL, (item.__class__, *[_result(one, known) for one in item])
     if item.__class__ in PLAIN:
         return _CONSTANT, item
     raise _OtherwiseError
+
+
+#: What shows a warning of Python's, and one that torch gives.
+_WARNING = ("warn", "_showwarnmsg")
 
 
 @contextmanager
@@ -243,7 +248,7 @@ def warnings_noted(note: Callable[[], None]) -> Iterator[None]:
     """Call `note` when a warning is given in the block: it is given in every call, by Python that a replay leaves out."""
 
     def look(frame: Any, event: str, called: Any) -> None:
-        if called is warnings.warn if event == "c_call" else frame.f_code.co_name == "warn":
+        if called is warnings.warn if event == "c_call" else frame.f_code.co_name in _WARNING:
             note()
 
     sys.setprofile(look)
@@ -273,7 +278,7 @@ class Listening(Records, LightMode):
         is_function = callee.__class__ is not OpFacts
         if sys.getprofile() is not None and (is_function or callee.direct is None):  # warnings are found by a profiler
             return NotImplemented
-        if is_function and not (is_heard(callee) and self._takes(types)):
+        if is_function and not (is_heard(callee, args, kwargs) and self._takes(types)):
             return NotImplemented
         heard: list[Any] = []
         self.heard = heard
@@ -285,9 +290,8 @@ class Listening(Records, LightMode):
             else:
                 out = self._run_uncommon(callee, args)
                 if out is NotImplemented and callee.expansion is not None and self.below is None and sys.getprofile() is None:
-                    if not any([value.requires_grad for value in values]):
-                        with warnings_noted(lambda: heard.append(None)):
-                            out = self._run_part_here(callee.op, *args)
+                    with warnings_noted(lambda: heard.append(None)):
+                        out = self._run_part_here(callee.op, *args)
         finally:
             self.heard = None
         if len(COMPOSITES) >= _MOST:
@@ -301,19 +305,19 @@ class Listening(Records, LightMode):
         COMPOSITES[key] = composite
         return out
 
-    def _hear(self, facts: OpFacts, args: Any, kwargs: dict[str, Any] | None, out: Any) -> None:
-        """Note an op that ran, where somebody listens."""
+    def _hear(self, facts: OpFacts, args: Any, kwargs: dict[str, Any] | None, out: Any, how: bool | None = None) -> None:
+        """Note an op that ran, where somebody listens; `how` as in a :class:`Step`."""
         if self.heard is not None:
-            step = (facts, args, out, self._origin, None)
+            step = (facts, args, out, self._origin, how)
             self.heard.append((*step, kwargs) if kwargs else step)
 
     def _run_step(self, facts: OpFacts, args: tuple[Any, ...], named: dict[str, Any] | None) -> Any:
         """Run an op of a composite that the compiled handlers leave to Python; torch's are off."""
         return self._run_part_here(facts.op, *args, **(named or {}))
 
-    def hear_function(self, function: Any) -> None:
+    def hear_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
         """Note a call that may be more than the ops that it runs."""
-        if self.heard is not None and not is_heard(function):
+        if self.heard is not None and not is_heard(function, args, kwargs):
             self.heard.append(None)
 
     def _run_uncommon(self, facts: OpFacts, args: tuple[Any, ...]) -> Any:
@@ -323,30 +327,71 @@ class Listening(Records, LightMode):
         raise NotImplementedError
 
 
-def _heard_functions() -> frozenset[Any]:
-    names = (
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool3d",
-        "broadcast_tensors", "celu", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "expand_as", "group_norm",
-        "hardsigmoid", "instance_norm", "kl_div", "log_sigmoid", "max_pool3d", "norm", "prelu", "rms_norm", "selu", "type_as",
-        "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest1d",
-        "upsample_nearest2d", "upsample_nearest3d", "upsample_trilinear3d",
-    )  # fmt: skip
-    # Without avg_pool2d, max_pool1d and max_pool2d: `calls` has a faster function for the op that they come to.
-    places = (torch, torch.Tensor, torch._C._nn, torch._C._VariableFunctions)  # type: ignore[attr-defined]
-    return frozenset(getattr(place, name) for name in names for place in places if hasattr(place, name))
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType)
+
+#: Functions that torch composes itself, and of tensors of whole numbers, but by none of their values.
+_NOT_BY_VALUES = frozenset(("embedding_bag", "take_along_dim"))
 
 
-#: Functions that torch composes of ops by shapes and numbers, none by values of tensors.
-_HEARD = _heard_functions()
+def _ops_of(function: Any) -> list[Any]:
+    """The ops that have the name of a function, but for those that write to an argument by the name of `out`."""
+    packet = getattr(torch.ops.aten, function.__name__, None)
+    ops = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    return [
+        op for op in ops
+        if torch._C._dispatch_has_kernel(op.name()) and not any([argument.is_out for argument in op._schema.arguments])
+    ]  # fmt: skip
 
 
-def is_heard(function: Any) -> bool:
-    """Whether a function does nothing but run ops, which a tape hears, and tells nothing but what a signature says."""
+def _only_computes(function: Any) -> bool:
+    """Whether all that a function of torch is known to do is to compute tensors, none of them at random."""
+    if any([function in known for known in (TABLE, READINGS, FACTS, FRESH, WRITERS, MAKING_GRAPHS, TAKEN, OTHERWISE)]):
+        return False
+    ops = _ops_of(function)
+    return bool(ops) and all([_returns_tensors(op._schema) and torch.Tag.nondeterministic_seeded not in op.tags for op in ops])
+
+
+def _returns_tensors(schema: Any) -> bool:
+    written = any([argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments])
+    kinds = {str(returned.type) for returned in schema.returns}
+    return not written and bool(kinds) and kinds <= {"Tensor", "List[Tensor]"}
+
+
+class _Composed(dict[Any, bool]):
+    """Whether functions of torch outside of the tables come to ops, and nothing else, by way of its dispatcher."""
+
+    def __missing__(self, function: Any) -> bool:
+        if not isinstance(function, _BUILTIN) or function.__name__.startswith("_"):
+            return False
+        found = self[function] = _only_computes(function)
+        return found
+
+
+_COMPOSED = _Composed()
+configure(composed=_COMPOSED)
+
+
+def _is_by_numbers(function: Any) -> bool:
+    """Whether which ops a function comes to may depend on whole numbers that torch reads in the memory of a tensor."""
+    return function.__name__ not in _NOT_BY_VALUES and any([op._can_decompose() for op in _ops_of(function)])
+
+
+def _may_read(item: Any) -> bool:
+    """Whether an argument of a function may be a tensor whose values say which ops it runs."""
+    if isinstance(item, torch.Tensor):
+        return not (item.is_floating_point() or item.is_complex())
+    return isinstance(item, (list, tuple)) and any([_may_read(one) for one in item])
+
+
+def is_heard(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether a call does nothing but run ops, which a tape hears, and tells nothing but what a signature says."""
     if function in OTHERWISE or function in TAKEN:
         return False
     if function in FACTS:
         return bool(function != REQUIRES_GRAD)
-    return function in TABLE or function in READINGS or function in _HEARD or body_of(function) is not None
+    if function in TABLE or function in READINGS or body_of(function) is not None:
+        return True
+    return _COMPOSED[function] and not (_may_read([*args, *(kwargs or {}).values()]) and _is_by_numbers(function))
 
 
 __all__ = ["COMPOSITES", "Composite", "Listening", "Step", "is_heard", "warnings_noted"]

@@ -17,11 +17,13 @@ def _place(tensor: torch.Tensor) -> Any:
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _elements(tensor: torch.Tensor) -> Any:
-    """Which elements of memory a tensor holds, in order, whatever its shape; None without elements."""
+def _elements(tensor: torch.Tensor, *, turned: bool = False) -> Any:
+    """Which elements of memory a tensor holds (a matrix in `turned` order), whatever its shape; None without elements."""
     if (place := _place(tensor)) is None:
         return None
     storage, offset, shape, strides, dtype = place
+    if turned:
+        shape, strides = shape[::-1], strides[::-1]
     dims: list[tuple[int, int]] = []
     for size, step in zip(shape, strides, strict=True):
         if size == 1:
@@ -79,8 +81,12 @@ class OtherObjects:
             return None
         return found if values[found].shape == tensor.shape else None
 
-    def by_view(self, tensor: torch.Tensor, values: list[Any]) -> int | None:
-        """Autograd keeps views of the arguments of composite ops: find the value that holds the same elements."""
+    def by_view(self, tensor: torch.Tensor, values: list[Any]) -> tuple[int, bool] | None:
+        """Autograd keeps views of the arguments of composite ops: find the value of the same elements.
+
+        Returns:
+            Its slot, and whether the tensor is its transpose.
+        """
         elements = _elements(tensor)
         if elements is None:
             return None
@@ -89,16 +95,30 @@ class OtherObjects:
             if isinstance(value, torch.Tensor) and (place := _elements(value)) is not None:
                 self._by_elements.setdefault(place, []).append(slot)
         self._elements_indexed = len(values)
+        found = self._viewed(tensor, elements, values)
+        if found is not None:
+            return found, False
+        if tensor.dim() != 2:
+            return None
+        found = self._viewed(tensor, _elements(tensor, turned=True), values)
+        return None if found is None else (found, True)
+
+    def _viewed(self, tensor: torch.Tensor, elements: Any, values: list[Any]) -> int | None:
+        """The slot of a value of these elements, of which the tensor is a view.
+
+        Other tensors of this memory may be constants: those that are no views, or views of something else.
+        """
         places = self._by_elements.get(elements)
         if places is None:
             return None
-        # Other tensors of this memory may be constants: those that are no views, or views of something else.
-        base = tensor._base
-        if base is not None:
-            for slot in reversed(places):
-                if base is values[slot] or base is values[slot]._base:
-                    return slot
         node = _node(tensor)
+        if node is None:
+            base = tensor._base
+            if base is not None:
+                for slot in reversed(places):
+                    if base is values[slot] or base is values[slot]._base:
+                        return slot
+            return None
         for _ in range(_MOST_VIEWS):
             if node is None or len(node.next_functions) != 1:
                 break

@@ -138,7 +138,7 @@ class Slots:
                 slot = self._other_objects().by_memory(tensor, self.values)
         if slot is None and self.expects_views and self._alias is not None and tensor.__class__ is torch.Tensor:
             place = self._other_objects().by_view(tensor, self.values)
-            slot = None if place is None else self._alias.kept_view(tensor, place)
+            slot = None if place is None else self._alias.kept_view(tensor, *place)
         if slot is not None:
             self.kept.append(tensor)
             self.slots[id(tensor)] = slot

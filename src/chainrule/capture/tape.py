@@ -71,6 +71,7 @@ class Tape(Listening):
 
     takes_functions = True
     reads_data = True
+    differentiates = True
     supports_higher_order_operators = True
 
     respect_no_grad: bool
@@ -551,7 +552,7 @@ class Tape(Listening):
         if out is NotImplemented:
             return out
         if self.heard is not None:
-            self._hear(facts, args, None, out)
+            self._hear(facts, args, None, out, None if joined else False)
         if self.respect_no_grad and not _is_grad_enabled():
             self._note_blocked(args, None)
             return out
@@ -592,7 +593,5 @@ class Tape(Listening):
             return True
         rank = first.dim()
         if facts.joining == LINEAR:
-            if second.dim() != 2 or self.is_active(second):
-                return False
-            return rank in (1, 2) or (rank > 2 and first.is_contiguous())
+            return second.dim() == 2 and (rank in (1, 2) or (rank > 2 and first.is_contiguous()))
         return second.dim() in (1, 2) if rank == 2 else are_stacked_alike(first, second)

@@ -129,10 +129,8 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
 static PyObject *
 wrapped_as(Handler *self, PyObject *value, PyObject *kind)
 {
-    if (PyTuple_GET_ITEM(kind, BATCHED) != Py_True) {
-        PyObject *args[] = {value, (PyObject *)self};
-        return PyObject_Vectorcall(c_wrap_constant, args, 2, NULL);
-    }
+    if (PyTuple_GET_ITEM(kind, BATCHED) != Py_True)
+        return wrapped_constant((PyObject *)self, value);
     PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0), *tensor;
     if (batch == NULL)
         return NULL;

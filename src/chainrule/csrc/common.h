@@ -58,12 +58,12 @@ typedef struct {
 /* What `configure` is given, by name. */
 #define CONFIGURED(X)                                                                                                  \
     X(count) X(level) X(exclude) X(python_key) X(constants) X(shared_constant) X(tensor) X(real) X(floating)   \
-    X(strided) X(make_wrapper) X(wrap_batched) X(wrap_constant) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) \
+    X(strided) X(make_wrapper) X(wrap_batched) X(wrap_constant) X(make_subclass) X(choose) X(autocast) X(grad_enabled) X(record) X(slot_objects) X(parameter) \
     X(comparisons) X(plain) X(shaped) X(by_schema) X(required) X(getitem) X(named) X(select) X(slice) \
     X(unsqueeze) X(index) X(long) X(bool) X(calls) X(known) X(numbers) X(new_number) X(size) X(constants_of_calls) \
     X(mv) X(addmv) X(default_dtype) X(push) X(pop) X(at) X(push_function) X(pop_function) X(function_at) X(flags) \
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
-    X(over) X(composites) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
+    X(over) X(composites) X(composed) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
     X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
     X(set_grad) X(vmap_mode) X(unflatten) X(written) X(copies) X(places)
 
@@ -79,7 +79,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
     X(_listen) X(_run_step) X(detach) X(is_neg) X(used) X(quick) X(plain) X(batched) X(extra) \
     X(_current_level) X(reverse) X(_note_blocked) \
-    X(untyped_storage) X(_cdata) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
+    X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)

@@ -14,6 +14,10 @@ static PyObject *
 run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
            PyObject *call_kwargs);
 
+static PyObject *
+run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args,
+             PyObject *call_kwargs); /* in ops.h */
+
 /* The vmap that a tape stands on, borrowed; NULL for none. */
 static PyObject *
 vmap_below(Handler *self)
@@ -313,7 +317,9 @@ run_step(Handler *self, PyObject *step, Known *known)
         out = pairs == NULL ? NULL : run_common(self, facts, args, pairs, SLOT(facts, fast), args, named);
         Py_XDECREF(items);
         Py_XDECREF(pairs);
-    } else
+    } else if (named == Py_None)
+        out = run_uncommon(self, facts, args, SLOT(facts, fast), args, NULL);
+    else
         out = Py_NewRef(Py_NotImplemented);
     if (out == Py_NotImplemented)
         Py_SETREF(out, PyObject_CallMethodObjArgs((PyObject *)self, s__run_step, facts, args, named, NULL));
@@ -437,7 +443,17 @@ takes_composites(Handler *self)
            !is_listened(self);
 }
 
-/* A function that torch has in Python, on the innermost mode, or the facts of an op that is recorded in parts (with torch's handlers
+/* Whether a function outside of the tables may be many ops: one that torch has in Python, or of those that it composes itself. 1, 0,
+ * or -1 with an error set. */
+static int
+may_be_composite(PyObject *function)
+{
+    if (PyFunction_Check(function))
+        return 1;
+    return PyCFunction_Check(function) || Py_TYPE(function) == &PyMethodDescr_Type ? is_true_of(PyObject_GetItem(c_composed, function)) : 0;
+}
+
+/* A function that torch composes of ops, on the innermost mode, or the facts of an op that is recorded in parts (with torch's handlers
  * off): replayed, or run once more to hear what it does. NotImplemented, with nothing done, leaves it to Python. */
 static PyObject *
 run_composite(Handler *self, PyObject *callee, PyObject *types, PyObject *args, PyObject *kwargs)

@@ -90,7 +90,9 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
                           ? PySet_Contains(c_shaped, func) : 0;
     if (makes_shape < 0)
         return NULL;
-    int composite = near && entry == NULL && PyFunction_Check(func) && takes_composites(self);
+    int composite = near && entry == NULL && takes_composites(self) ? may_be_composite(func) : 0;
+    if (composite < 0)
+        return NULL;
     int assigns = near && self->kind == TAPE && func == c_setitem && kwargs == NULL;
     if (function == NULL && reading == NULL && !fresh && !makes_shape && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);

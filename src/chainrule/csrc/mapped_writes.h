@@ -165,9 +165,7 @@ choose_part(Handler *self, PyObject *tensor, PyObject *value, PyObject *dtype, C
     if (!find_stored_tensor(value, level, &source, &mapped) || !find_stored_tensor(tensor, level, &whole, &batch))
         return 0;
     if (mapped != NULL && batch == NULL) { /* the target carries the batch from here on */
-        PyObject *done = PyObject_CallMethod(level, "upgrade", "OO", tensor, c_setitem);
-        Py_XDECREF(done);
-        if (done == NULL)
+        if (carry_batch(level, tensor) < 0)
             return -1;
         if (!find_stored_tensor(tensor, level, &whole, &batch) || batch == NULL)
             return 0;

@@ -84,11 +84,10 @@ batch_to_write(Handler *self, PyObject *tensor, PyObject *value)
     if (off == NULL)
         return NULL;
     Py_DECREF(off);
-    PyObject *done = PyObject_CallMethod((PyObject *)self, "upgrade", "OO", tensor, c_setitem);
+    int done = carry_batch((PyObject *)self, tensor);
     if (include_python() < 0)
-        Py_CLEAR(done);
-    Py_XDECREF(done);
-    return done == NULL ? NULL : batch_of(self, tensor);
+        done = -1;
+    return done < 0 ? NULL : batch_of(self, tensor);
 }
 
 /* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
@@ -284,9 +283,10 @@ view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     int joined = 0;
     PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = plain_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
     long rank = ndim == NULL ? -2 : joined || dtype == Py_None ? -1 : chosen_rank(args[1], PyLong_AsLong(ndim) - 1);
-    PyObject *index = rank < 0 ? NULL : stored_index(args[1]);
+    int number = PyLong_CheckExact(args[1]); /* by the shortest way, since it is the commonest */
+    PyObject *index = rank < 0 ? NULL : number ? PyLong_FromLong(1) : stored_index(args[1]);
     if (index != NULL) {
-        PyObject *given[] = {value, index}, *view = call_below(c_getitem, given, 2, 0);
+        PyObject *given[] = {value, index, args[1]}, *view = call_below(number ? c_choose : c_getitem, given, 2 + number, 0);
         if (view != NULL && view != value)
             out = wrapped_view((PyObject *)self, view, 1, dtype);
         else if (view == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {

@@ -19,6 +19,7 @@
 
 #include "common.h"
 #include "vmap.h"
+#include "upgrades.h"
 #include "tape.h"
 #include "readings.h"
 #include "calls.h"

@@ -393,14 +393,8 @@ joins_whole(Handler *self, PyObject *facts, PyObject *const *args, Py_ssize_t co
         return 1; /* what is kept belongs to the stored tensors */
     if (joining == LINEAR && count > 1) { /* the commonest case */
         int fits = rank_is(args[0], 2);
-        if (fits > 0 && (fits = rank_is(args[1], 2)) > 0) {
-            Py_ssize_t slot = known_slot(self, args[1]);
-            if (slot != -1)
-                return slot == -2 ? -1 : PyList_GET_ITEM(self->active, slot) != Py_True;
-            int fresh = constant_is_new(self, args[1]);
-            if (fresh)
-                return fresh;
-        }
+        if (fits > 0 && (fits = rank_is(args[1], 2)) > 0)
+            return 1;
         if (fits < 0)
             return -1;
     }

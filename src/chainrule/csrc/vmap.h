@@ -98,14 +98,29 @@ done:
     return tensor;
 }
 
+/* A tensor that is the same for all samples as one of the level (chainrule.batching.tensor.wrap_constant); a new reference. */
+static PyObject *
+wrapped_constant(PyObject *level, PyObject *value)
+{
+    PyObject *args[] = {c_batch_tensor, value};
+    if ((PyObject *)Py_TYPE(value) != c_tensor) {
+        PyObject *given[] = {value, level};
+        return PyObject_Vectorcall(c_wrap_constant, given, 2, NULL);
+    }
+    PyObject *tensor = PyObject_Vectorcall(c_make_subclass, args, 2, NULL);
+    if (tensor != NULL) {
+        SLOT(tensor, inner) = Py_NewRef(value);
+        SLOT(tensor, level) = Py_NewRef(level);
+    }
+    return tensor;
+}
+
 /* A view of a stored tensor without a graph as one of the level; a new reference. */
 static PyObject *
 wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype)
 {
-    if (!batched) {
-        PyObject *args[] = {value, level};
-        return PyObject_Vectorcall(c_wrap_constant, args, 2, NULL);
-    }
+    if (!batched)
+        return wrapped_constant(level, value);
     PyObject *tensor = NULL, *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
     PyObject *shape = batch == NULL ? NULL : GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
     PyObject *strides = device == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_stride);

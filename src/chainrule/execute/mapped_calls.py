@@ -506,6 +506,8 @@ def _replay(
         if stands_for_view(value):
             return None
         shares = found.slot in program.views or found.slot in program.shares
+        if shares and not batched and len(leaves) == 1 and source not in inputs:
+            shares = False  # with nothing but what this call has made
         if not batched and (shares or joined or value.__class__ is not Tensor or value.requires_grad):
             return None
         number = _signature_number(value)

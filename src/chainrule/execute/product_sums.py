@@ -11,6 +11,7 @@ import torch
 from chainrule.calls import FUNCTIONS
 from chainrule.execute.reuse import WHOLE_VIEWS
 from chainrule.maps.staging import Instruction, Program, Ref, reads
+from chainrule.shapes import broadcast_shapes
 
 aten = torch.ops.aten
 
@@ -297,7 +298,7 @@ class _Maker:
     def added(self, one: int, two: int, sign: int) -> int:
         """A sum or difference."""
         first, second = self.program.kinds[one], self.program.kinds[two]
-        kind = (torch.broadcast_shapes(first[0], second[0]), *first[1:])
+        kind = (broadcast_shapes(first[0], second[0]), *first[1:])
         return self.call(torch.add if sign > 0 else torch.sub, (Ref(one), Ref(two)), kind)
 
     def view(self, slot: int, shape: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from chainrule.maps.nodes import Node
 from chainrule.maps.staging import Program, Staged
+from chainrule.shapes import broadcast_shapes
 
 
 class Half(NamedTuple):
@@ -43,7 +44,7 @@ def stack_of(node: Node, behind: int) -> tuple[int, ...]:
 
 def joined_stack(*shapes: Sequence[int]) -> tuple[int, ...]:
     """The dimensions of a stack of arrays that have some of them."""
-    return tuple(torch.broadcast_shapes(*[tuple(shape) for shape in shapes]))
+    return tuple(broadcast_shapes(*shapes))
 
 
 def calculated(function: Callable[..., Any], sizes: Sequence[int], *inputs: Node | None, work: int = 1) -> Node:

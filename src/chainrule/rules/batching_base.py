@@ -137,7 +137,7 @@ def physical(x: Any, size: int) -> Any:
     if x.__class__ is Batched:
         return x.value
     if isinstance(x, Tensor):
-        return x.unsqueeze(0).expand(size, *x.shape)
+        return x.expand(size, *x.shape)
     return x
 
 
@@ -215,9 +215,3 @@ def is_composite(func: Any) -> bool:
         return bool(func._can_decompose())
     except (AttributeError, RuntimeError):  # an overload that only TorchScript has
         return False
-
-
-def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """The shape that tensors of these shapes broadcast to."""
-    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    return shape

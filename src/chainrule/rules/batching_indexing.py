@@ -12,7 +12,6 @@ from chainrule.rules.batching_base import (
     Batched,
     BatchStrategy,
     bind,
-    broadcast_shapes,
     is_batched,
     logical_rank,
     logical_shape,
@@ -20,6 +19,7 @@ from chainrule.rules.batching_base import (
     value_of,
     wrap_dim,
 )
+from chainrule.shapes import broadcast_shapes
 
 aten = torch.ops.aten
 

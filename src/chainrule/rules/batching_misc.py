@@ -12,7 +12,6 @@ from chainrule.rules.batching_base import (
     Batched,
     BatchStrategy,
     bind,
-    broadcast_shapes,
     is_batched,
     is_composite,
     logical_rank,
@@ -22,6 +21,7 @@ from chainrule.rules.batching_base import (
     physical,
 )
 from chainrule.rules.batching_pointwise import align, align_inplace, copy_inplace, fill_inplace
+from chainrule.shapes import broadcast_shapes
 
 aten = torch.ops.aten
 

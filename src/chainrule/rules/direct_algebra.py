@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from chainrule.shapes import broadcast_shapes
+
 aten = torch.ops.aten
 Tensor = torch.Tensor
 Run = Callable[..., Any]
@@ -61,7 +63,7 @@ def _broadcast(run: Run, tensors: Sequence[Tensor]) -> Any:
     if all(shape == shapes[0] for shape in shapes):
         return tuple(tensors)
     try:
-        sizes = [*torch.broadcast_shapes(*shapes)]
+        sizes = [*broadcast_shapes(*shapes)]
     except RuntimeError:  # torch says what does not fit
         return NotImplemented
     return tuple([run(aten.expand.default, item, sizes) for item in tensors])

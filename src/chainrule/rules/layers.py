@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from chainrule.calls import col2im
+from chainrule.dispatch import is_differentiated
 from chainrule.maps.contract import Merge
 from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
@@ -86,7 +87,13 @@ class Geometry:
         return pulled
 
     def _few_channels(self, rows: Staged) -> bool:
-        """Whether most of a register would be left empty by a kernel that takes channels side by side."""
+        """Whether most of a register would be left empty by a kernel that takes channels side by side.
+
+        Where that is differentiated, it is a convolution all the same: its derivative is one, and that of sums of columns reads
+        them by index.
+        """
+        if is_differentiated():
+            return False
         return rows.device.type == "cpu" and not rows.dtype.is_complex and self.weight[1] < _FEW_CHANNELS
 
     def _by_columns(self, rows: Staged, weight: Staged) -> Staged:

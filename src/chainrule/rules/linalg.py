@@ -47,7 +47,7 @@ def _solution_edges(
     """The edges of ``A X = B`` (or ``X A = B``): ``dX = A^-1 (dB - dA X)`` (or ``(dB - X dA) A^-1``)."""
     matrix, right = call.args[0], call.args[1]
     shape, right_shape, out_shape = call.shape(matrix), call.shape(right), call.out_shape
-    vector = len(out_shape) < 2 or (len(right_shape) == len(shape) - 1 and right_shape == shape[:-1])
+    vector = len(right_shape) == 1 or (len(right_shape) == len(shape) - 1 and right_shape == shape[:-1])
     batch_axes = new_axes(out_shape[:-1] if vector else out_shape[:-2])
     size = shape[-1]
     i, j, k, free = Axis(size), Axis(size), Axis(size), Axis(1 if vector else out_shape[-1 if left else -2])

@@ -54,14 +54,25 @@ def _nll(call: Call) -> Iterable[Edge]:
     if shares is not None or reduction == MEAN:
         factors.append(Factor(formula_node(call, sizes, weighting), samples))
     relations: tuple[OneHot, ...] = (relation,)
-    if not samples:  # one row: what is pulled back through one place of it is dense soon
+    # One row, or a scalar: what is pulled back through one place of each row is dense soon.
+    if not samples or (reduction != NONE and call.batch == 1):
 
-        def row(program: Program) -> Staged:
+        def rows(program: Program) -> Staged:
             grid = program.constant(torch.arange(classes.size, device=call.workspace.device))
-            kept = torch.ne(call.stage(program, target), ignored)
-            return torch.logical_and(torch.eq(grid, chosen(program)), kept).to(call.tensor(item).dtype)
+            place = call.stage(program, target)
+            place = torch.reshape(place, (*sizes, 1)) if sizes else torch.reshape(place, ())
+            found = torch.eq(place, grid)
+            if 0 <= ignored < classes.size:
+                found = torch.logical_and(found, torch.ne(place, ignored))
+            return found.to(call.tensor(item).dtype)
 
-        factors[0], relations = Factor(selecting(formula_node(call, (classes.size,), row)), axes), ()
+        factors[0], relations = Factor(selecting(formula_node(call, call.shape(item), rows)), axes), ()
+        if shares is None and reduction == MEAN:
+
+            def counted(program: Program) -> Staged:  # a total of nothing has no reciprocal
+                return torch.reciprocal(torch.clamp_min(call.stage_output(program, 1), 1.0))
+
+            factors[1] = Factor(formula_node(call, sizes, counted), samples)
     # A target may have a dimension of size one where there is only one sample.
     out_dims = dims_of(samples) if reduction == NONE and call.out_shape else ()
     yield single(call, item, [Term(out_dims, dims_of(axes), tuple(factors), relations, -1.0)])
@@ -90,9 +101,9 @@ def _multilabel(call: Call) -> Iterable[Edge]:
 
 #: Ops that have a composite form: which calls are recorded whole nevertheless.
 WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
-    # Under a vmap one op is much less to record than its parts.
+    # The losses of all rows, each of one entry, are less to compute in parts, and only a vmap makes them more to record.
     aten.nll_loss_forward.default: lambda args, kernels, is_active: (
-        (kernels or any(item.__class__ is not torch.Tensor for item in args[:2]))
+        (kernels or args[3] != NONE or any(item.__class__ is not torch.Tensor for item in args[:2]))
         and is_plain_nll(*args[:3])
         and (args[2] is None or not is_active(args[2]))
     ),

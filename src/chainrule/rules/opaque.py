@@ -23,6 +23,7 @@ from chainrule.rules.complex_functions import FUNCTIONS
 from chainrule.rules.complex_moves import MOVES
 from chainrule.rules.families import operator_edge
 from chainrule.rules.linalg_complex import COMPLEX
+from chainrule.rules.recurrent import layer_pullback
 from chainrule.subclasses import known
 
 aten = torch.ops.aten
@@ -380,6 +381,7 @@ def opaque_edges(call: Call) -> Iterable[Edge]:
         if slot < 0 or not _is_float(call.tensor(slot)):
             continue
         action = OpaqueAction(template, numbers, output)
+        pullback = PULLBACKS[call.op](call, template.tensors, numbers, output) if call.op in PULLBACKS else None
         for place, number in enumerate(numbers):
             item = template.tensors[number]
 
@@ -389,12 +391,26 @@ def opaque_edges(call: Call) -> Iterable[Edge]:
                 pushed: Staged = program.call(a.push, n, rows, *[c.stage(program, t) for t in a.template.tensors])
                 return pushed
 
-            def pull(c: Call, program: Program, rows: Staged, count: int, a: OpaqueAction = action, n: int = place) -> Staged:
+            def pull(
+                c: Call, program: Program, rows: Staged, count: int, a: OpaqueAction = action, n: int = place,
+                own: Callable[..., Any] | None = pullback,
+            ) -> Staged:  # fmt: skip
+                if own is not None:
+                    given = [c.stage(program, item) for item in c.args if c.is_slot(item)]
+                    made = [c.stage_output(program, number) for number in range(len(c.outputs))]
+                    found: Staged = program.call(own, rows, *given, *made)[n]
+                    return found
                 pulled: Staged = program.call(a.pull, rows, *[c.stage(program, t) for t in a.template.tensors])[n]
                 return pulled
 
             size = call.tensor(item).numel() + call.tensor(slot).numel()
             yield operator_edge(call, item, push, pull, (), size, output)
+
+
+#: Pullbacks of one output, of ops whose torch formula costs much more than what follows from their results.
+PULLBACKS: dict[Any, Callable[[Call, Sequence[Any], Sequence[int], int], Callable[..., Any] | None]] = {
+    aten.mkldnn_rnn_layer.default: layer_pullback,
+}
 
 
 def _is_float(tensor: torch.Tensor) -> bool:

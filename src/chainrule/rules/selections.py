@@ -20,6 +20,7 @@ from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term
 from chainrule.rules.families import view
 from chainrule.rules.moves import written
 from chainrule.rules.views import flat_relations
+from chainrule.shapes import broadcast_shapes
 
 aten = torch.ops.aten
 
@@ -218,7 +219,7 @@ class _Advanced:
         place = len(part) - after - 1
         count = part[place] if place >= 0 else 1
         shapes = [_index_shape(call, item, count) for item in indices if call.is_slot(item)]
-        axes = new_axes(torch.broadcast_shapes(*shapes))
+        axes = new_axes(broadcast_shapes(*shapes))
         free = [axis for d, axis in enumerate(self.whole) if d not in indexed]
         self.part = (*free[:before], *axes, *free[before:])
         self.broadcast = axes
@@ -403,7 +404,7 @@ def _masked_fill(call: Call) -> Iterable[Edge]:
 
 def _masked_select(call: Call) -> Term:
     shape, item = call.shape(call.args[0]), call.argument("mask")
-    full = torch.broadcast_shapes(shape, call.shape(item))
+    full = broadcast_shapes(shape, call.shape(item))
     count = Axis(call.out_shape[0])
     wide = new_axes(full)
     dims = broadcast_axes(shape, wide)
@@ -428,6 +429,9 @@ def _masked_scatter(call: Call) -> Iterable[Edge]:
     if not call.is_active(source):
         return
     shape = call.out_shape
+    if not call.shape(source):  # no axis whose relation would leave out what is not taken
+        yield single(call, source, [Term(dims_of(axes), (), (_kept(call, axes, True),))])
+        return
 
     def stage(program: Program) -> Staged:
         mask = torch.broadcast_to(call.stage(program, item), shape)

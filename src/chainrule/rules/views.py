@@ -7,9 +7,20 @@ from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import Node
+from chainrule.maps.nodes import Node, masking
 from chainrule.maps.staging import Program, Staged
-from chainrule.maps.terms import Axis, IndexSpace, OneHot, Term, affine_onehot, constant_index, dims_of, fixed_index, new_axes
+from chainrule.maps.terms import (
+    Axis,
+    Factor,
+    IndexSpace,
+    OneHot,
+    Term,
+    affine_onehot,
+    constant_index,
+    dims_of,
+    fixed_index,
+    new_axes,
+)
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, single
 from chainrule.rules.families import reshape_term, slice_term, view
 
@@ -163,7 +174,12 @@ def strided_view(call: Call, item: Any) -> Term:
     flat = Node(
         size, (), lambda program: program.call(strided_index, call.stage(program, item), size, stride, offset), label="index"
     )
-    return Term(dims_of(out_axes), dims_of(in_axes), (), flat_relations(flat, out_axes, in_axes, True))
+    factors: tuple[Factor, ...] = ()
+    if not in_axes:  # no relation leaves out what reads memory around
+        dtype = call.workspace.dtype
+        own = Node(size, (flat,), lambda program, index: torch.ge(index, 0).to(dtype), flops=1, label="mask")
+        factors = (Factor(masking(own), out_axes),)
+    return Term(dims_of(out_axes), dims_of(in_axes), factors, flat_relations(flat, out_axes, in_axes, True))
 
 
 def _as_strided(call: Call) -> Term:

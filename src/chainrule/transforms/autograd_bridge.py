@@ -107,7 +107,7 @@ def _expect_saved(*, views: bool = True) -> None:
 
 def _node_of(mode: LightMode, tensor: torch.Tensor) -> Any:
     """``Tensor.grad_fn``: by a node of torch's graph one gets at what it has kept."""
-    _expect_saved(views=False)
+    _expect_saved()
     return tensor.grad_fn
 
 

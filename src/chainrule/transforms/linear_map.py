@@ -11,21 +11,16 @@ from chainrule.execute.engine import execute
 from chainrule.execute.sparse import execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed
 from chainrule.plan.sparse import SparseExpression
-from chainrule.transforms.map_blocks import diagonal_by_blocks, needs_blocks, squares_by_blocks
-from chainrule.transforms.map_entries import diagonal_of_entries, prefers_entries, squares_of_entries
+from chainrule.transforms.map_blocks import diagonal_by_blocks, needs_blocks
+from chainrule.transforms.map_entries import diagonal_of_entries, prefers_entries
 from chainrule.transforms.map_frame import Frame
+from chainrule.transforms.map_norms import frobenius_norm
 from chainrule.transforms.map_reading import entries, matrix, pieces
 from chainrule.transforms.map_structure import Structure, structure_of
 from chainrule.transforms.scipy_operator import scipy_operator
 from chainrule.transforms.spaces import Parts, Space, by_leaf, positions
 from chainrule.transforms.sparse_blocks import sparse_blocks, sparse_matrix
 from chainrule.uncompiled import hide_from_dynamo
-
-
-def _root(squares: torch.Tensor) -> torch.Tensor:
-    """The square root; its derivative at zero is zero, as that of torch's norms."""
-    nothing = squares == 0
-    return torch.where(nothing, 1.0, squares).sqrt().masked_fill(nothing, 0.0)
 
 
 class LinearMap(ABC):
@@ -438,18 +433,16 @@ class LinearMap(ABC):
 
         The sum of squares is one contraction of the factors with themselves, or is taken over the non-zeros where these are
         fewer than what that holds. Where even the cheapest order makes a large matrix, it is taken over blocks of columns or
-        rows.
+        rows. Where it is out of the dtype's range while the norm is not (entries around 1e20 in float32), the entries are scaled
+        by the largest of them; not inside of transforms and compiled functions, and not in dense maps of more than 2**28 entries
+        (2**20 where the squares are too small).
 
         Example:
             >>> import torch, chainrule
             >>> chainrule.linear_map(torch.square, torch.tensor([1.5, 2.0])).norm()
             tensor(5.)
         """
-        if prefers_entries(self, "squares"):
-            return _root(self._scalar(squares_of_entries(self)))
-        if needs_blocks(self, "squares"):
-            return _root(squares_by_blocks(self))
-        return _root(self._scalar(self.read("squares").get("squares")))
+        return frobenius_norm(self)
 
     def sparse(self, *, flat: bool = False) -> Any:
         """The map as sparse tensors in coordinate form, read off the terms: nothing of the dense size is made.

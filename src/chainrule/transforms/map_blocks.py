@@ -7,6 +7,7 @@ the matrix, but what is held is bounded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,15 +102,21 @@ def diagonal_by_blocks(linear_map: LinearMap) -> torch.Tensor:
 
 def squares_by_blocks(linear_map: LinearMap) -> torch.Tensor:
     """The sum of the squares of all entries, from the columns or from the rows, whichever are fewer."""
+    total: torch.Tensor | None = None
+    for block in column_blocks(linear_map):
+        part = block.square().sum()
+        total = part if total is None else total + part
+    return linear_map._scalar(total)
+
+
+def column_blocks(linear_map: LinearMap) -> Iterator[torch.Tensor]:
+    """All entries: some columns at a time, or some rows where these are fewer."""
     flipped = linear_map.shape[0] < linear_map.shape[1]
     space, other = (linear_map.in_space, linear_map.out_space)[:: -1 if flipped else 1]
     apply = linear_map._pull if flipped else linear_map._push
-    total = torch.zeros((), dtype=linear_map.dtype, device=other.devices[0])
     for places in torch.arange(space.size, device=space.devices[0]).split(_block_length(linear_map)):
         count = int(places.shape[0])
-        block = other.flatten(apply(_unit_vectors(space, places), count), count)
-        total = total + block.square().sum()
-    return total
+        yield other.flatten(apply(_unit_vectors(space, places), count), count)
 
 
-__all__ = ["BLOCK_BYTES", "diagonal_by_blocks", "entries_by_blocks", "needs_blocks", "squares_by_blocks"]
+__all__ = ["BLOCK_BYTES", "column_blocks", "diagonal_by_blocks", "entries_by_blocks", "needs_blocks", "squares_by_blocks"]

@@ -70,7 +70,7 @@ def held_by(
     """
     if peak is None:
         peak = peak_elements(tape, request, seeds, _SORTING)
-    if peak <= _LINEAR * (rows + columns):
+    if is_linear(peak, rows, columns):
         return None
     read = list(_read(request.expression)) if request.kind in ("diagonal", "trace") else [request.expression]
     total = 0
@@ -80,6 +80,11 @@ def held_by(
             return None
         total += count
     return _ENTRY * total if _ENTRY * total < peak else None
+
+
+def is_linear(peak: int, rows: int, columns: int) -> bool:
+    """Whether a contraction that holds so many numbers is as good as linear."""
+    return peak <= _LINEAR * (rows + columns)
 
 
 def _without_patterns() -> bool:
@@ -172,6 +177,6 @@ def _added(places: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tenso
 
 
 __all__ = [
-    "diagonal_of_entries", "diagonal_of_expression", "held_by", "held_by_entries", "is_worth_looking", "prefers_entries",
-    "single_entries", "squares_of_entries",
+    "diagonal_of_entries", "diagonal_of_expression", "held_by", "held_by_entries", "is_linear", "is_worth_looking",
+    "prefers_entries", "single_entries", "squares_of_entries",
 ]  # fmt: skip

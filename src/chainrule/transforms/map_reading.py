@@ -30,7 +30,7 @@ def pieces(linear_map: LinearMap, rows: Parts, columns: Parts) -> list[list[torc
             in_shape = linear_map.in_space.shapes[i] if taken is None else taken.shape
             piece = found.get((o, i))
             if piece is None and linear_map.symmetric and whole and o > i and (other := found.get((i, o))) is not None:
-                piece = other.permute(*range(len(in_shape), other.dim()), *range(len(in_shape))).clone()
+                piece = other.permute((*range(len(in_shape), other.dim()), *range(len(in_shape)))).clone()
             dtype = linear_map.block_dtype(o, i)
             if piece is None:
                 piece = torch.zeros((*out_shape, *in_shape), dtype=dtype, device=linear_map.in_space.devices[i])

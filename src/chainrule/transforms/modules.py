@@ -63,7 +63,71 @@ def functional_call(
             "functional_call: expected a dictionary or a sequence of dictionaries of tensors, got "
             f"{type(parameter_and_buffer_dicts)}"
         )
-    return stateless._functional_call(module, tensors, args, kwargs, tie_weights=tie_weights, strict=strict)
+    refused = isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)) or torch.jit.is_tracing()
+    if refused or torch.compiler.is_compiling():
+        return stateless._functional_call(module, tensors, args, kwargs, tie_weights=tie_weights, strict=strict)
+    positional = () if args is None else args if isinstance(args, tuple) else (args,)
+    places = _places(module, tensors, strict)
+    if places is None:
+        # In turn: a module that stands at two places would keep what it was given otherwise.
+        with stateless._reparametrize_module(module, tensors, tie_weights=tie_weights, strict=strict, stack_weights=True):
+            return module(*positional, **(kwargs or {}))
+    before = [entries[key] for entries, key in places]
+    for (entries, key), tensor in zip(places, tensors.values(), strict=True):
+        entries[key] = tensor
+    try:
+        return module(*positional, **(kwargs or {}))
+    finally:
+        for name, (entries, key), own in zip([*tensors], places, before, strict=True):
+            if key in entries:  # the module may have assigned another one, or removed it
+                tensors[name] = entries[key]
+            entries[key] = own
+
+
+def _places(module: nn.Module, tensors: dict[str, Tensor], strict: bool) -> list[tuple[dict[str, Any], str]] | None:
+    """Where in a module tensors of some names stand: a dictionary and a key for each.
+
+    None for all that is not plain, which torch has to look at: other names, tensors or modules that are there twice, classes
+    with ways of their own to name what they hold.
+    """
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    held: set[int] = set()
+    count = 0
+    waiting: list[tuple[str, Any]] = [("", module)]
+    for prefix, one in waiting:
+        if not isinstance(one, nn.Module) or not _is_plainly_named(one.__class__):
+            return None
+        held.add(id(one))
+        count += 1
+        for entries in (one._parameters, one._buffers):
+            if entries.__class__ is not dict:
+                return None
+            for key, tensor in entries.items():
+                if tensor is not None:
+                    held.add(id(tensor))
+                    count += 1
+                    found[prefix + key] = entries, key
+        for key, child in one._modules.items():
+            if child is not None:
+                waiting.append((f"{prefix}{key}.", child))
+        if len(held) != count:  # something stands at two places
+            return None
+    if strict and found.keys() != tensors.keys():
+        return None
+    places = []
+    for name, tensor in tensors.items():
+        if (place := found.get(name)) is None or not isinstance(tensor, Tensor):
+            return None
+        places.append(place)
+    return places
+
+
+def _is_plainly_named(kind: Any) -> bool:
+    """Whether a class of modules names what it holds as torch does."""
+    return (
+        kind.named_modules is nn.Module.named_modules and kind._named_members is nn.Module._named_members
+        and kind.named_parameters is nn.Module.named_parameters and kind.named_buffers is nn.Module.named_buffers
+    )  # fmt: skip
 
 
 def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dict[str, Any], dict[str, Any]]:

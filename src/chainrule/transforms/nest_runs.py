@@ -11,7 +11,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import entry_point
+from chainrule.dispatch import entry_point, is_differentiated
 from chainrule.execute import engine
 from chainrule.execute.cached_plans import CachedPlan
 from chainrule.shortcuts import FLOATING
@@ -176,7 +176,7 @@ def nest_key(
 ) -> Any:
     """The key of the program of a part of a nest."""
     # What another transform differentiates takes no kernels (see `is_only_mapped`).
-    around = ("differentiated",) if _is_differentiated() else ()
+    around = ("differentiated",) if is_differentiated() else ()
     return traced.tape.signature(
         (
             *around,
@@ -193,11 +193,6 @@ def nest_key(
             traced.tape.saw_blocked,
         )
     )
-
-
-def _is_differentiated() -> bool:
-    modes = range(torch._C._len_torch_dispatch_stack())
-    return any([isinstance(torch._C._get_dispatch_stack_at(place), Tape) for place in modes])
 
 
 def cached_for(key: Any, tapes: Sequence[Tape]) -> tuple[Any, Any]:
