@@ -258,6 +258,13 @@ def check_against_slsqp(report: Report, program: Collocation, effort: float) -> 
     report.check("effort above that of SLSQP (relative)", effort / found.fun - 1, below=1e-6)
 
 
+def between(force: np.ndarray) -> np.ndarray:
+    """The quadratics through three forces per interval, at 21 places of each."""
+    place = np.linspace(0, 1, 21)
+    shapes = np.stack([(1 - place) * (1 - 2 * place), 4 * place * (1 - place), place * (2 * place - 1)])
+    return np.stack([force[:-1:2], force[1::2], force[2::2]], 1) @ shapes
+
+
 def simulate(program: Collocation, x: np.ndarray) -> integrate.OdeSolution:
     """The motion under the forces that were found, by SciPy's integrator: quadratics through three forces per interval."""
     force = x[4 * (program.intervals + 1) :]
@@ -317,9 +324,10 @@ def example(report: Report) -> None:
     report.say(f"interior point: {solver.iterations} iterations, {spent:.1f} s, effort {problem.objective(x):.5f} N² s")
     report.check("violation of the optimality conditions", solver.residual(points[0]), below=1e-8)
     report.check("violation of the constraints", np.abs(problem.constraints(x)).max(), below=1e-9)
-    force = np.abs(program.split(torch.from_numpy(x))[1].numpy())
-    report.say(f"the force is at its limit in {(force > FORCE - 1e-4).sum()} of {force.size} places")
-    report.check("force beyond the limit, N", force.max() - FORCE, below=1e-12)
+    force = program.split(torch.from_numpy(x))[1].numpy()
+    report.say(f"the force is at its limit in {(np.abs(force) > FORCE - 1e-4).sum()} of {force.size} places")
+    # The bounds hold at the unknowns alone; the quadratics through them may swing out where the force leaves its limit.
+    report.check("force beyond the limit between these places, N", np.abs(between(force)).max() - FORCE, below=0.2)
     report.check("negative curvature along the constraints (a minimum has none)", -least_curvature(solver, points[0]), below=0)
 
     found = simulate(program, x)

@@ -228,3 +228,28 @@ def test_one_residual_as_in_scipy():
     theirs = optimize.least_squares(lambda x: (x**2).sum() + 1, np.ones(2))
     assert ours.fun.shape == theirs.fun.shape == (1,)
     assert np.allclose(ours.x, theirs.x, atol=1e-3)
+
+
+@pytest.mark.parametrize("is_parametric", [False, True])
+def test_shapes_that_are_wrong_in_a_jacobian_alone(is_parametric):
+    """Jacobians are computed for more columns than the mesh has."""
+
+    def system(x, y, p=None):
+        found = torch.stack([y[1], -y[0] * (1 if p is None else p[0])])
+        return found if y.shape[1] < 20 else found[:1]
+
+    def ends(left, right, p=None):
+        return torch.stack([left[0], right[0] - 1] if p is None else [left[0], right[0] - 1, left[1] - 1])
+
+    p = np.ones(1) if is_parametric else None
+    with pytest.raises(ValueError, match=r"solve_bvp: the function .*system must return shape \(2, \d+\), got \(1, \d+\)"):
+        chainrule_scipy.solve_bvp(system, ends, np.linspace(0, 1, 5), np.zeros((2, 5)), p=p)
+    calls = []
+
+    def changing(left, right):
+        calls.append(1)
+        found = torch.stack([left[0], right[0] - 1])
+        return found if len(calls) != 2 else found[:1]
+
+    with pytest.raises(ValueError, match=r"solve_bvp: the function .*changing must return shape \(2,\), got \(1,\)"):
+        chainrule_scipy.solve_bvp(lambda x, y: torch.stack([y[1], -y[0]]), changing, np.linspace(0, 1, 5), np.zeros((2, 5)))

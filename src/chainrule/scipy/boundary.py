@@ -67,10 +67,10 @@ class Columns:
         self._right, self._values, self._parameters = right, values, parameters
         checked = right.checked
         if parameters:
-            shifted = _shifted(checked)
+            shifted = _shifted(checked, right.where)
             self._blocks = right.derived("shifts", lambda: jacobian(shifted, argnums=(2, 3)), shifted)
         else:
-            summed = _summed(checked)
+            summed = _summed(checked, right.where)
             self._blocks = right.derived("columns", lambda: jacobian(summed, argnums=1), summed)
         self._middles: tuple[tuple[Any, ...], Any] | None = None
 
@@ -160,23 +160,30 @@ def _width(columns: int, entries: int) -> int:
     return max(least, -(-columns // unit) * unit)
 
 
-def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _like_states(found: torch.Tensor, y: torch.Tensor, where: str) -> torch.Tensor:
+    """The values of a right-hand side, checked to be as many as there are states."""
+    if found.shape != y.shape:
+        raise ValueError(f"{where} must return shape {tuple(y.shape)}, got {tuple(found.shape)}")
+    return found
+
+
+def _summed(function: Callable[..., torch.Tensor], where: str) -> Callable[..., torch.Tensor]:
     """A right-hand side summed over the columns: its Jacobian ``(n, n, m)`` is that of each column in its own place."""
 
     def summed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return function(x, y).sum(1)
+        return _like_states(function(x, y), y, where).sum(1)
 
     return summed
 
 
-def _shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _shifted(function: Callable[..., torch.Tensor], where: str) -> Callable[..., torch.Tensor]:
     """A right-hand side with one shift of all columns, whose Jacobian is ``df/dy``, transposed to ``(n, m, n)``.
 
     That by the parameters is ``df/dp``, ``(n, m, k)``.
     """
 
     def shifted(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return function(x, y + shift[:, None], p)
+        return _like_states(function(x, y + shift[:, None], p), y, where)
 
     return shifted
 

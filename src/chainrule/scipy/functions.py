@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -103,14 +104,17 @@ class TorchFunction:
             return args
         return tuple(self.tensor(a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
 
-    def array(self, result: torch.Tensor, shape: tuple[int, ...] | None = None, what: str = "value") -> np.ndarray:
-        """A tensor's values as a new float64 array.
+    def array(self, result: Any, shape: tuple[int, ...] | None = None, what: str = "value") -> np.ndarray:
+        """A tensor's values as a new float64 array; or such an array itself.
 
         Raises:
             ValueError: if the shape is another than ``shape``, or a value is NaN.
         """
         if shape is not None and result.shape != shape:
             raise ValueError(f"{self.where} must return shape {shape}, got {tuple(result.shape)}")
+        if result.__class__ is np.ndarray:
+            self.check(result, what)
+            return result  # type: ignore[no-any-return]
         if result.dim() < 2 and result.numel() <= _FEW:
             numbers = result.tolist()
             total = sum(numbers) if numbers.__class__ is list else numbers
@@ -125,9 +129,9 @@ class TorchFunction:
         self.check(values, what)
         return values
 
-    def vector(self, result: torch.Tensor) -> np.ndarray:
+    def vector(self, result: Any) -> np.ndarray:
         """The same as :meth:`array`, in fewer steps for a few numbers in a row."""
-        if result.dim() == 1 and result.numel() <= _FEW:
+        if result.__class__ is torch.Tensor and result.dim() == 1 and result.numel() <= _FEW:
             numbers = result.tolist()
             total = sum(numbers)
             if total == total:
@@ -151,7 +155,7 @@ class TorchFunction:
         return Named(self.where)
 
     def run(self, values: Callable[..., Any], args: Sequence[Any], *, are_new: bool = False) -> Any:
-        """What a function made of this one gives for arguments of SciPy's.
+        """What a function made of this one gives for arguments of SciPy's: tensors, or new arrays.
 
         Args:
             values: the function of tensors.
@@ -159,6 +163,9 @@ class TorchFunction:
             are_new: whether nobody else has these arrays, and they are contiguous ones of float64.
         """
         if values.__class__ is Replayed and self.device is None:
+            found = values.arrays(args)  # type: ignore[attr-defined]
+            if found is not None:
+                return found
             if are_new:
                 return values.usual(list(map(_from_numpy, args)))  # type: ignore[attr-defined]
             tensors = []
@@ -197,7 +204,7 @@ class TorchFunction:
         if values.__class__ is not Replayed or self.device is not None:
             return lambda x: self.at(values, (x,))
         usual: Callable[..., torch.Tensor] = values.usual  # type: ignore[attr-defined]
-        known, plain = values.known, values.plain  # type: ignore[attr-defined]
+        known, plain, arrays = values.known, values.plain, values.arrays  # type: ignore[attr-defined]
 
         def call(x: Any) -> np.ndarray:
             if x.__class__ is not np.ndarray or x.dtype is not _FLOAT64:
@@ -206,6 +213,10 @@ class TorchFunction:
             if enabled:
                 _set_grad_enabled(False)
             try:
+                array: np.ndarray | None = arrays((x,))
+                if array is not None:
+                    self.check(array, "value")
+                    return array
                 last = known.get((x.shape,))
                 tensor = _from_numpy(x.copy())
                 found = plain(tensor) if last is not None and last[1] is None else usual([tensor])
@@ -317,9 +328,9 @@ def _value(item: Any) -> Any:
     return float(item) if isinstance(item, float) else (None, id(item))
 
 
-def matrix(function: TorchFunction, found: torch.Tensor, shape: tuple[int, ...], what: str) -> Any:
+def matrix(function: TorchFunction, found: Any, shape: tuple[int, ...], what: str) -> Any:
     """A dense or COO derivative as a numpy array or a ``scipy.sparse.csr_array`` of a given shape."""
-    if found.layout == torch.strided:
+    if found.__class__ is np.ndarray or found.layout == torch.strided:
         return function.array(found if found.shape == shape else found.reshape(shape), what=what)
     rows, columns = found.indices().cpu().numpy()
     values = function.array(found.values(), what=what)
@@ -339,7 +350,7 @@ class Linearised:
 
     __slots__ = ("_array", "_found", "_function", "_layout", "value")
 
-    def __init__(self, function: TorchFunction, found: Any, output: torch.Tensor, layout: str) -> None:
+    def __init__(self, function: TorchFunction, found: Any, output: Any, layout: str) -> None:
         self._function, self._found, self._layout = function, found, layout
         self.value = function.vector(output)
         self._array: np.ndarray | None = None
@@ -349,6 +360,11 @@ class Linearised:
         if self._array is not None:
             return self._array.copy()
         found = self._found
+        if found.__class__ is np.ndarray:
+            with self._function.named():
+                self._function.check(found, "Jacobian")
+            self._array = found
+            return found.copy()
         if self._layout == "dense" and found.__class__ is torch.Tensor and found.dim() == 2 and found.numel() <= _FEW:
             self._array = self._small(found)  # MINPACK asks for the first one twice
             return self._array.copy()
@@ -406,12 +422,16 @@ class Linearisation:
         if self._usual is not None and len(args) == 1 and self._entries <= _SMALL:
             x = args[0]
             if x.__class__ is np.ndarray and x.dtype is _FLOAT64:
+                both = self._both.arrays(args)
+                if both is not None:
+                    found, output = both
+                    return Linearised(self._function, found, output, "dense")
                 found, output = self._usual([_from_numpy(x.copy())])
                 self._entries = found.numel()
                 return Linearised(self._function, found, output, "dense")
         if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
             found, output = self._function.run(self._both, args)
-            self._entries = found.numel()
+            self._entries = math.prod(found.shape)
             return Linearised(self._function, found, output, self._layout)
         return self(*map(self._function.tensor, args))
 

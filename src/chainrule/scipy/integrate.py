@@ -146,9 +146,17 @@ def solve_bvp(
     right, ends = (TorchFunction(f, "solve_bvp", device, allow_nan, compiled) for f in (fun, bc))
     states, parameters = np.shape(y)[0], 0 if p is None else int(np.size(p))
     given = (0, 1) if p is None else (0, 1, 2)
-    jacobians = ends.derived(("ends", given), lambda: jacobian(ends.checked, argnums=given))
+    count, checked, where = states + parameters, ends.checked, ends.where
+
+    def residuals(*args: Any) -> Any:
+        found = checked(*args)
+        if tuple(found.shape) != (count,):
+            raise ValueError(f"{where} must return shape {(count,)}, got {tuple(found.shape)}")
+        return found
+
+    jacobians = ends.derived(("ends", given, count), lambda: jacobian(residuals, argnums=given), residuals)
     value = Values(right, right.values(given, right.checked), lambda x, y, *p: y.shape, 2)
-    conditions = Values(ends, ends.values(given, ends.checked), lambda *_: (states + parameters,), 1)
+    conditions = Values(ends, ends.values(given, ends.checked), lambda *_: (count,), 1)
     derivative = Columns(right, value, parameters=p is not None)
     return integrate.solve_bvp(
         value, conditions, x, y, p=p, fun_jac=derivative, bc_jac=Ends(ends, jacobians), **options

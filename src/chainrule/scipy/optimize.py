@@ -105,7 +105,7 @@ def minimize(
 
     Args:
         fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``) that returns a real tensor of shape ``()``.
-        x0: the first point, an array that SciPy flattens.
+        x0: the first point, ``(n,)``.
         args: further arguments; numpy arrays of floats reach ``fun`` as float64 tensors, others unchanged.
         method: as in SciPy. Methods without derivatives get none.
         layout: the Hessian's form: ``"dense"``, ``"operator"`` (products), or ``"sparse"`` (CSR; trust-constr alone).

@@ -13,6 +13,7 @@ import torch
 from chainrule.capture.recorder import CompileError
 from chainrule.dispatch import LightMode
 from chainrule.scipy.plain_code import only_computes
+from chainrule.scipy.small_arrays import SmallArrays, small_arrays
 from chainrule.transforms.arguments import LEAF
 from chainrule.transforms.compile import Graph, OtherValues, modes
 from chainrule.transforms.compile import compile as compile_function
@@ -23,8 +24,12 @@ CALLS = 32
 #: The same of values alone: a replay takes little less time than the call itself, so that it has to be worth a record by then.
 VALUES = 128
 
-#: The value of fewer ops is not replayed: what a replay looks at first takes as long as it saves.
-_LEAST_OPS = 6
+#: The value of fewer ops is not replayed: what a replay looks at first takes as long as it saves. So it is with a few more, but
+#: for small arrays.
+_LEAST_OPS = 3
+_FEW_OPS = 6
+
+_FLOAT64 = np.dtype(np.float64)
 
 #: Runs of more ops are not recorded unasked: Python is a small part of what they cost, and recording takes seconds.
 _OPS = 200
@@ -77,6 +82,32 @@ class Replayed:
         self._wasted: dict[Any, int] = {}
         self._graphs: dict[Any, Graph] = {}
         self.known: dict[tuple[torch.Size, ...], tuple[Any, Graph | None, Any, Any, bool]] = {}
+        #: By the shapes of arrays: the modes, the code of a graph, and whether its results come in a tuple.
+        self._small: dict[tuple[torch.Size, ...], tuple[Any, SmallArrays, bool]] = {}
+        self._codes: dict[Any, tuple[Graph, SmallArrays | None]] = {}
+        self._few: set[Any] = set()
+
+    def arrays(self, args: Sequence[Any]) -> Any:
+        """The results for arrays, as new arrays, where code for small ones is known; None otherwise."""
+        if not self._small:
+            return None
+        shapes = []
+        for array in args:
+            if array.__class__ is not np.ndarray or array.dtype is not _FLOAT64:
+                return None
+            shapes.append(array.shape)
+        last = self._small.get(tuple(shapes))  # type: ignore[arg-type]
+        if last is None:
+            return None
+        known, code, several = last
+        if modes() != known or not code.holds():
+            return None
+        found = code(args)
+        if found is None:
+            if code.is_refused:
+                self._small.clear()
+            return None
+        return found if several else found[0]
 
     def usual(self, tensors: list[torch.Tensor]) -> Any:
         """Call or replay it, in fewer steps, with different float64 tensors: contiguous, on the CPU and without a graph."""
@@ -99,8 +130,7 @@ class Replayed:
 
     def is_constant(self, arrays: Sequence[np.ndarray]) -> bool:
         """Whether it is known that usual tensors of these shapes all give the same: the graph that was replayed reads none."""
-        shapes: Any = tuple([array.shape for array in arrays])
-        last = self.known.get(shapes[0] if len(shapes) == 1 else shapes)
+        last = self.known.get(tuple([array.shape for array in arrays]))  # type: ignore[misc]
         return last is not None and last[1] is not None and last[1].is_constant
 
     def __call__(self, *args: Any) -> Any:
@@ -118,6 +148,8 @@ class Replayed:
                 except OtherValues:
                     pass
             del self._graphs[key]
+            self._codes.pop(key, None)
+            self._small.clear()
             self.known.clear()
         calls = self._counts.get(key, 0)
         if calls < 0:
@@ -129,7 +161,7 @@ class Replayed:
             if calls < self._after:
                 self._counts[key] = calls + 1
                 return self.plain(*args)
-            if calls == self._after and not self._pays(args):
+            if calls == self._after and not self._pays(key, args):
                 return self._never(key, args)
             self._counts[key] = self._after + 1
         return self._recorded(key, args)
@@ -139,18 +171,34 @@ class Replayed:
             return
         if len(self.known) >= _KEPT:
             self.known.clear()
+            self._small.clear()
         alone = graph is not None and graph.is_alone
         holds, run = (graph.surroundings.is_same, graph.run) if alone else (None, None)  # type: ignore[union-attr]
         several = alone and graph.spec is not LEAF  # type: ignore[union-attr]
-        self.known[tuple([a.shape for a in args])] = key[1], graph, holds, run, several
+        shapes = tuple([a.shape for a in args])
+        self.known[shapes] = key[1], graph, holds, run, several
+        code = None if graph is None else self._code(key, graph)
+        if code is not None:
+            self._small[shapes] = key[1], code, graph.spec is not LEAF  # type: ignore[union-attr]
 
-    def _pays(self, args: tuple[Any, ...]) -> bool:
+    def _code(self, key: Any, graph: Graph) -> SmallArrays | None:
+        found = self._codes.get(key)
+        if found is None or found[0] is not graph:
+            if len(self._codes) >= _KEPT:
+                self._codes.clear()
+            found = self._codes[key] = graph, small_arrays(graph)
+        return None if found[1] is None or found[1].is_refused else found[1]
+
+    def _pays(self, key: Any, args: tuple[Any, ...]) -> bool:
         """Whether the function may be recorded unasked, and a run is short enough."""
         if not self._only_computes():
             return False
         with _Counter() as counter:
             self._value(*args)
-        return (_LEAST_OPS if self.plain is self._value else 0) <= counter.count <= _OPS
+        if self.plain is self._value and counter.count < _FEW_OPS:
+            self._few.add(key)
+            return counter.count >= _LEAST_OPS
+        return counter.count <= _OPS
 
     def _only_computes(self) -> bool:
         return all(only_computes(function) for function in (self._user, *self._others))
@@ -186,6 +234,9 @@ class Replayed:
             if len(self._graphs) >= _KEPT:
                 self._graphs.clear()
             self._graphs[key] = graph
+            if key in self._few and self._code(key, graph) is None:
+                del self._graphs[key]
+                self._counts[key] = -1
         return found
 
     def _warn(self, args: tuple[Any, ...]) -> None:

@@ -122,7 +122,12 @@ class Graph:
         That is one tensor, or a tuple of tensors as the run itself has it.
         """
         beside = self.kinds or self.asked or self.closed or self.statics or self.expected
-        return not beside and self.run is not None and (self.spec is LEAF or _is_flat(self.spec, self.count))
+        return not beside and self.run is not None and self.is_flat
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it returns one tensor, or a tuple of tensors as the run itself has it."""
+        return self.spec is LEAF or _is_flat(self.spec, self.count)
 
     @property
     def is_constant(self) -> bool:
