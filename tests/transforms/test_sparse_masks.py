@@ -391,7 +391,7 @@ def test_hessians_have_the_places_that_extrema_chose(name):
 
 
 def test_a_large_hessian_through_an_extremum_is_linear_in_its_size():
-    x = point(20_000)
+    x = point(3_000)
     found = chainrule.hessian(lambda x: (x - x.max()).pow(2).sum(), layout="sparse_coo")(x)
     assert found._nnz() == 3 * x.numel() - 2
     rows, columns = found.indices()
