@@ -47,6 +47,7 @@ FUNCTIONS = {
     "sums": lambda x: torch.stack([x.sum(), (x * x).mean(), (x[:, None] * x[None]).sum(1).sum(0), x.dot(x)]),
     "extremes": lambda x: torch.maximum(x, x * x) + torch.minimum(x, 1 - x),
     "selected": lambda x: torch.where(x > 0, x, 2 * x) + x.clone().masked_fill(x <= 0.1, 3.0) + (x != 0).double(),
+    "signs": lambda x: x.sign() * x.exp(),
     "power": lambda x: x[0] * torch.linspace(1, 4, 5, dtype=float64) ** x[1],
     "padded": lambda x: torch.nn.functional.pad(x, (1, 2)) * 2,
     "band": lambda x: (3 - x) * x + 1 - torch.cat([x.new_zeros(1), x[:-1]]) - 2 * torch.cat([x[1:], x.new_zeros(1)]),
@@ -115,6 +116,11 @@ def test_infinities_and_nan_come_without_warnings():
             torch.tensor(x[0]) / x[1], torch.tensor(x[0]).log(), (1000 * torch.tensor(x[0]).exp()).exp(),
             torch.tensor(x[1]) ** -1, torch.tensor(x[1]) - torch.tensor(x[1]) / 0])  # fmt: skip
         assert np.allclose(code((x,))[0], exact.numpy(), equal_nan=True)
+
+
+def test_signs_are_those_of_torch():
+    code = code_of(lambda x: x.sign(), np.ones(4))
+    assert np.array_equal(code((np.array([np.nan, -2.0, 0.0, np.inf]),))[0], [0.0, -1.0, 0.0, 1.0])
 
 
 def test_what_is_left_to_torch():

@@ -170,3 +170,16 @@ def test_every_way_inside_of_other_transforms(way: str, monkeypatch: pytest.Monk
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(rows(leaf).square().sum(), leaf)
         close(gradient, torch.func.grad(lambda x: expected(x).square().sum())(x), 1000)
+
+
+def test_under_torch_compile() -> None:
+    x = torch.randn(5, dtype=torch.float64)
+
+    def read(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        J = linear_map(lambda x: x.sin() * x.roll(1), x)
+        return J.rows([1, 3]), J.columns([0]), J.block([1], [2, 0]), J[1], J.gram().rows([2])
+
+    compiled = torch.compile(read, backend="eager")
+    for _ in range(2):
+        for found, wanted in zip(compiled(x), read(x), strict=True):
+            torch.testing.assert_close(found, wanted)

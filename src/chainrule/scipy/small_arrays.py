@@ -376,6 +376,10 @@ class _Code:
     def _square(self, instruction: Instruction, x: Ref) -> str:
         return f"{self.of(x)} * {self.of(x)}"
 
+    def _sign(self, instruction: Instruction, x: Ref) -> str:
+        # Of what is not a number NumPy has none, and torch 0.
+        return f"1.0 * np_greater({self.of(x)}, 0.0) - np_less({self.of(x)}, 0.0)"
+
     def _reciprocal(self, instruction: Instruction, x: Ref) -> str:
         return f"np.true_divide(1.0, {self.of(x)})"
 
@@ -511,7 +515,7 @@ def _name(function: Any) -> str:
 _UNARY = {
     "neg": "negative", "exp": "exp", "log": "log", "sin": "sin", "cos": "cos", "tan": "tan", "tanh": "tanh", "sinh": "sinh",
     "cosh": "cosh", "sqrt": "sqrt", "abs": "abs", "expm1": "expm1", "log1p": "log1p", "atan": "arctan", "asin": "arcsin",
-    "acos": "arccos", "sign": "sign", "log2": "log2", "log10": "log10", "exp2": "exp2",
+    "acos": "arccos", "log2": "log2", "log10": "log10", "exp2": "exp2",
 }  # fmt: skip
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*"}

@@ -585,7 +585,9 @@ class ComposedMap(LinearMap):
         return self._right._pull(self._left._pull(leaves, columns), columns)
 
 
-for _method in ("_applied", "diagonal", "norm", "read", "sparse", "structure", "trace"):
+for _method in (
+    "__getitem__", "_applied", "block", "columns", "diagonal", "norm", "read", "rows", "sparse", "structure", "trace",
+):  # fmt: skip
     hide_from_dynamo(getattr(LinearMap, _method))
 
 __all__ = ["AddedMap", "ComposedMap", "Frame", "LinearMap", "ScaledMap", "TransposedMap"]
