@@ -254,7 +254,7 @@ def _candidates(
                 nodes = _results(closed, request, workspace)
                 found.append(elimination.measure(Candidate(name, nodes)))
             best = min(found, key=lambda c: c.cost)
-    if not whole_blocks and best.peak > _WIDE * ends:
+    if not whole_blocks and _is_wide(best, ends):
         other = elimination.measure(Candidate("apart", _apart(tape, request, seeds, graphs, workspace)))
         found.append(replace(other, name="met") if any(step[0] == MEETING for step in other.steps) else other)
     return found, blocks, whole
@@ -290,6 +290,11 @@ def _apart(
     blocks = {} if request.kind in ("diagonal", "trace") else build.blocks(request.expression)
     closed = _CLOSED[request.kind](request, blocks, build)
     return _results(closed, request, workspace)
+
+
+def _is_wide(best: Candidate, ends: int) -> bool:
+    """Whether a plan holds arrays much larger than the inputs and the outputs, which have so many elements."""
+    return best.peak > _WIDE * ends
 
 
 def _best(found: Sequence[Candidate]) -> Candidate:

@@ -142,7 +142,10 @@ class _Trials:
                 if further <= fits or self.needed(further, budget) > budget:
                     return fits
                 return further
-            fits, need = rows, found
+            is_less, fits, need = found < need, rows, found
+            if is_less:  # other calls, of whose growth nothing is known
+                rows = min(self.total, _GROWTH * fits)
+                continue
             everything = need + each * (self.total - fits)
             if everything <= budget * _SURE:
                 return self.total
