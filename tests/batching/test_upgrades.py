@@ -181,3 +181,34 @@ def test_a_graph_that_is_written_to_a_tensor(transform: str) -> None:
         weights = torch.randn_like(x)
         (one,), (other,) = (torch.autograd.grad((item * weights).sum(), weight, retain_graph=True) for item in (found, expected))
         torch.testing.assert_close(one, other)
+
+
+ACTIVATIONS = {
+    "abs_": lambda y: y.abs_(),
+    "copysign_": lambda y: y.copysign_(y.detach().sin()),
+    "hardswish": lambda y: torch.nn.functional.hardswish(y, inplace=True),
+    "mish": lambda y: torch.nn.functional.mish(y, inplace=True),
+    "threshold": lambda y: torch.nn.functional.threshold(y, 0.1, 0.2, inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_backward_through_writes_of_functions(name):
+    """What torch's autograd keeps of the argument is not written to."""
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(sample):
+        y = sample * 2
+        returned = ACTIVATIONS[name](y)
+        return (y * returned * sample).sum()
+
+    expected = torch.stack([function(sample) for sample in x])
+    found = chainrule.vmap(function)(x)
+    torch.testing.assert_close(found, expected)
+    slopes = torch.autograd.grad(expected.sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slopes)
+    mapped = chainrule.vmap(chainrule.grad(function))(x)
+    torch.testing.assert_close(mapped, slopes)
+    torch.testing.assert_close(
+        torch.autograd.grad(mapped.square().sum(), x)[0], torch.autograd.grad(slopes.square().sum(), x)[0]
+    )

@@ -123,6 +123,13 @@ def test_signs_are_those_of_torch():
     assert np.array_equal(code((np.array([np.nan, -2.0, 0.0, np.inf]),))[0], [0.0, -1.0, 0.0, 1.0])
 
 
+def test_roots_are_those_of_torch():
+    x = np.array([-np.inf, np.inf, 0.0, -0.0, -1.0, np.nan, 2.0])
+    for power in (0.5, -0.5):
+        (found,) = code_of(lambda x, power=power: x**power, np.ones(7))((x,))
+        assert np.array_equal(found, (torch.from_numpy(x) ** power).numpy(), equal_nan=True)
+
+
 def test_what_is_left_to_torch():
     state, parameter = torch.ones(3, dtype=float64), torch.ones(3, dtype=float64, requires_grad=True)
     assert code_of(lambda x: x * state, np.ones(3)) is not None

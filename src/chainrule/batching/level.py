@@ -225,7 +225,12 @@ class Level(LightMode):
         if entry.strategy is not None:
             entry.strategy(func, inner, named, self.size)
         elif entry.functional is not None:
-            result = self._functional(entry.functional, args, kwargs, inner, named)
+            given, before = args, inner
+            if any([getattr(getattr(item, "value", item), "requires_grad", False) for item in inner]):
+                # What torch's autograd keeps of the argument is not written to.
+                before = [Batched(inner[0].value.clone()), *inner[1:]]
+                given = (self._wrap(before[0]), *args[1:])
+            result = self._functional(entry.functional, given, kwargs, before, named)
             if logical_shape(result) != inner[0].shape:
                 raise RuntimeError(
                     f"{func}: output with shape {list(inner[0].shape)} doesn't match the broadcast shape "

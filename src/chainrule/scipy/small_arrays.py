@@ -401,6 +401,11 @@ class _Code:
                 return f"{base} * {base}"
             if power == 3:
                 return f"{base} * {base} * {base}"
+        # Of the negative infinity torch has no root, and NumPy has zero.
+        if not isinstance(power, Ref) and power == -0.5:
+            return f"np.true_divide(1.0, np_sqrt({base}))"
+        if not isinstance(power, Ref) and power == 0.5:
+            return f"np_sqrt({base})"
         return f"np_power({base}, {self.of(power)})"
 
     def _addcmul(self, instruction: Instruction, x: Ref, a: Any, b: Any, *, value: Any = 1) -> str:
