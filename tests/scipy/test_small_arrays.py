@@ -50,6 +50,7 @@ FUNCTIONS = {
     "signs": lambda x: x.sign() * x.exp(),
     "power": lambda x: x[0] * torch.linspace(1, 4, 5, dtype=float64) ** x[1],
     "padded": lambda x: torch.nn.functional.pad(x, (1, 2)) * 2,
+    "rolled": lambda x: x.roll(1) * x - 1 + x**2 * 0.1,
     "band": lambda x: (3 - x) * x + 1 - torch.cat([x.new_zeros(1), x[:-1]]) - 2 * torch.cat([x[1:], x.new_zeros(1)]),
     "residuals": rosenbrock_residuals,
 }  # fmt: skip

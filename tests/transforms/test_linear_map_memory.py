@@ -163,3 +163,22 @@ def test_norms_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(42)
     close(linear_map(function, x).norm(), torch.func.jacrev(function)(x).norm(), 41 * 42)
     assert not planned
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda H: H.norm(), lambda H: H.normal().diagonal(), lambda H: (H @ H).trace(), lambda H: (H + H.T).norm()],
+    ids=["norm", "normal diagonal", "trace of the square", "norm of a sum"],
+)
+def test_an_energy_of_low_rank_and_a_stencil(read: Callable[[LinearMap], torch.Tensor]) -> None:
+    """Whether its entries are few is found out without listing those of the part that is of low rank."""
+
+    def energy(u: torch.Tensor) -> torch.Tensor:
+        return (((0.1 * u).sum() * u.sin() + u.roll(1) ** 2) ** 2).sum() / 2
+
+    x = randn(40)
+    expected = read(linear_map(lambda v: torch.func.hessian(energy)(x) @ v, x))
+    close(read(chainrule.hessian(energy, layout="operator")(x)), expected, 1600)
+    for _ in range(3):
+        x = randn(3000)
+        assert peak_bytes(lambda x=x: read(chainrule.hessian(energy, layout="operator")(x))) < 8 * 3000 * 3000 / 4

@@ -106,3 +106,38 @@ def test_unique_values_are_no_constants():
         chainrule.grad(lambda x: x.unique().sum())(X)
     found = chainrule.jacobian(lambda x: x * x.unique(return_inverse=True)[1])(X)
     torch.testing.assert_close(found, torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+
+
+COEFFICIENTS = {
+    "mask, scaled": (lambda x, a, b: (x > 2.5).to(a.dtype) * x * 0.1),
+    "mask times a large number": (lambda x, a, b: (x > 2.5).to(a.dtype) * x * 1e5),
+    "two products": (lambda x, a, b: a * (b * x)),
+    "sum of products": (lambda x, a, b: (a * x).sum() - x * 0.1),
+    "product and quotient": (lambda x, a, b: (a * x) / 3),
+    "rolled": (lambda x, a, b: (a * (x.roll(1) - 2 * x))[[1, 0]] * b),
+    "addcmul": (lambda x, a, b: torch.addcmul(b, x, a, value=0.3) * 0.7),
+    "number in a tensor": (lambda x, a, b: a[0] * (b[1] * x) * 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_coefficients_of_lower_precision(name, dtype):
+    a, b = torch.tensor([0.8062, 1.9336]).to(dtype), torch.tensor([1.3, -0.7]).to(dtype)
+
+    def function(x):
+        return COEFFICIENTS[name](x, a, b)
+
+    # What the function is in float64 alone: every coefficient is a number of float64, too.
+    expected = torch.func.jacrev(lambda x: COEFFICIENTS[name](x, a.double(), b.double()))(X)
+    for _ in range(4):
+        for transform in (chainrule.jacobian, chainrule.jacfwd, chainrule.jacrev):
+            torch.testing.assert_close(transform(function)(X), expected, rtol=1e-14, atol=1e-14)
+        map_ = chainrule.linear_map(function, X)
+        torch.testing.assert_close(map_.dense(), expected, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(map_ @ X, expected @ X, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(chainrule.jacobian(function, layout="sparse_coo")(X).to_dense(), expected, rtol=1e-14, atol=1e-14)
+        gradient = chainrule.grad(lambda x: function(x).sum())(X)
+        torch.testing.assert_close(gradient, expected.sum(0), rtol=1e-14, atol=1e-14)
+        hessian = chainrule.hessian(lambda x: function(x).square().sum())(X)
+        torch.testing.assert_close(hessian, 2 * expected.T @ expected, rtol=1e-14, atol=1e-12)

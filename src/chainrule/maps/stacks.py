@@ -77,7 +77,9 @@ def stacked(terms: Sequence[Term], workspace: SparseWorkspace, many: int) -> Seq
     done = list(rest)
     for group in groups.values():
         count = sum(taps.number for taps in group)
-        made = _as_one(group, workspace, many) if len(group) > 1 and count >= many else None
+        # What a description is not to look at is not listed to be put together either: all rows may be full.
+        fits = workspace.limit is None or count * math.prod(axis.size for axis in group[0].rows) <= workspace.limit
+        made = _as_one(group, workspace, many) if len(group) > 1 and count >= many and fits else None
         if made is not None and _meets_itself(made, workspace):
             # Taps that meet in most rows grow in number with every product: entries at one place are added up instead.
             own = [taps.term for taps in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -236,20 +237,36 @@ def value_node(call: Call, item: Any, sizes: Iterable[int] | None = None) -> Nod
     """A dense node that holds an argument's value (viewed with ``sizes``); shared by all rules of a plan."""
     shape = call.shape(item)
     wanted = shape if sizes is None else tuple(sizes)
-    key = ("value", item.index, wanted)
+    exact = _coefficient_dtype(call.tensor(item).dtype, call.tensor(call.outputs[0]).dtype, call.workspace.dtype)
+    key = ("value", item.index, wanted, exact)
     node = call.workspace.memo.get(key)
     if node is None:
 
         def stage(program: Program) -> Staged:
             value = call.stage(program, item)
-            if not (value.dtype.is_floating_point or value.dtype.is_complex):
-                # Sums of truth values, and of small integers, are not their sums as numbers.
-                value = program.call(torch.ops.aten._to_copy.default, value, dtype=call.workspace.dtype)
+            if exact is not None:
+                value = program.call(torch.ops.aten._to_copy.default, value, dtype=exact)
             return value if wanted == shape else torch.reshape(value, wanted)
 
         node = call.workspace.memo[key] = masking(leaf(wanted, stage, label="value", batch=batch_of(call.tensor(item))))
         node.slot = item.index
     return node
+
+
+@functools.cache
+def _coefficient_dtype(given: torch.dtype, computed: torch.dtype, plan: torch.dtype) -> torch.dtype | None:
+    """The dtype that a value is converted to where it is a coefficient of a map; None for its own.
+
+    Sums of truth values, and of small integers, are not their sums as numbers. A factor of lower precision than the product it
+    stands in is multiplied in that of the product: so it is with what comes after it in a chain, which is multiplied first here.
+    """
+    if not (given.is_floating_point or given.is_complex):
+        return plan
+    if not (computed.is_floating_point or computed.is_complex):
+        return None
+    wide = torch.promote_types(given, computed)
+    wanted = wide if given.is_complex else wide.to_real()
+    return None if wanted == given else wanted
 
 
 def formula_node(call: Call, sizes: Iterable[int], formula: Callable[[Program], Any], label: str = "", flops: int = 0) -> Node:

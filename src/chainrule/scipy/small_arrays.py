@@ -491,6 +491,18 @@ class _Code:
             self.lines.append(f"    np.add.at({out}, ({before.replace(':', 'slice(None)')}{at},), {self.of(source)})")
         return out
 
+    def _scatter(self, instruction: Instruction, x: Ref, dim: int, index: Ref, source: Any) -> str:
+        out, at = f"v{instruction.outputs[0]}", self.index(index)
+        places = self.source.constants.get(index.slot)
+        if places is None or dim not in (0, -1) or len(self.shape(x.slot)) != 1 or not isinstance(source, Ref):
+            raise _Unknown
+        # One that is written twice holds whatever torch writes last.
+        if len(set(places.tolist())) < places.numel() or any(place < 0 for place in places.tolist()):
+            raise _Unknown
+        self.lines.append(f"    {out} = new({self.of(x)})")
+        self.lines.append(f"    {out}[{at}] = {self.of(source)}[:{places.numel()}]")
+        return out
+
 
 def _new(x: Any) -> np.ndarray:
     """An array of its own."""

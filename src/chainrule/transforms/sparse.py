@@ -38,6 +38,7 @@ from chainrule.rules.custom_function import FunctionOp
 from chainrule.transforms.arguments import LEAF, Argnums, resolve_argnums, tree_unflatten
 from chainrule.transforms.derivatives import grad
 from chainrule.transforms.routes import NEST, Route, route_of, run_route
+from chainrule.transforms.sparse_graphs import coo_tensor, csr_tensor
 from chainrule.transforms.steps import refuse_hidden
 from chainrule.transforms.tensor_hooks import refuse_hooks
 from chainrule.transforms.trace import Traced, recording_on, trace
@@ -208,9 +209,9 @@ def _maker(layout: str, layouts: Layouts) -> Callable[[torch.Tensor], torch.Tens
     shape, size = (*pattern.out_shape, *pattern.in_shape), (pattern.rows, pattern.columns)
     if layout == "sparse_coo":
         indices = layouts.coo
-        return lambda values: torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
+        return lambda values: coo_tensor(indices, values, shape)
     starts, columns = layouts.csr
-    return lambda values: torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+    return lambda values: csr_tensor(starts, columns, values, size)
 
 
 def _curvature(
@@ -360,9 +361,9 @@ def sparse_tensor(
             made = _batched(stored, layouts, out_shape, in_shape, layout)
         return wrap_batched(Batched(made), mode)
     if layout == "sparse_coo":
-        return torch.sparse_coo_tensor(layouts.coo, values, (*out_shape, *in_shape), is_coalesced=True, check_invariants=False)
+        return coo_tensor(layouts.coo, values, (*out_shape, *in_shape))
     size = (math.prod(out_shape), math.prod(in_shape))
-    return torch.sparse_csr_tensor(*layouts.csr, values, size, check_invariants=False)
+    return csr_tensor(*layouts.csr, values, size)
 
 
 def _surrounding_vmap(name: str) -> VmapMode | None:
@@ -388,10 +389,10 @@ def _batched(
         samples = torch.arange(batch, device=values.device).repeat_interleave(count)
         indices = torch.cat([samples[None], layouts.coo.repeat(1, batch)])
         shape = (batch, *out_shape, *in_shape)
-        return torch.sparse_coo_tensor(indices, values.reshape(-1), shape, is_coalesced=True, check_invariants=False)
+        return coo_tensor(indices, values.reshape(-1), shape)
     starts, columns = (index.expand(batch, -1).contiguous() for index in layouts.csr)
     size = (batch, math.prod(out_shape), math.prod(in_shape))
-    return torch.sparse_csr_tensor(starts, columns, values.contiguous(), size, check_invariants=False)
+    return csr_tensor(starts, columns, values.contiguous(), size)
 
 
 def _refuse_derivatives(values: torch.Tensor, name: str) -> None:
