@@ -107,7 +107,11 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask:
     return torch.softmax(query @ key.mT / query.shape[-1] ** 0.5 + mask, -1) @ value
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "multi_head"])
+#: Before 2.12, torch does not differentiate the gradient of grid_sample.
+UNKNOWN = {"multi_head"} if torch.__version__ >= "2.12" else {"multi_head", "grid_sample"}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in UNKNOWN])
 def test_layer(name: str) -> None:
     """Every mode agrees with torch.func."""
     check(*CASES[name])
@@ -214,9 +218,9 @@ def test_grid_samples_of_volumes_per_sample() -> None:
         return torch.nn.functional.grid_sample(volume, grid, align_corners=False)
 
     for _ in range(2):
-        torch.testing.assert_close(
-            chainrule.vmap(chainrule.jacrev(sampled))(grids), torch.func.vmap(torch.func.jacrev(sampled))(grids)
-        )
+        # torch.func does not map the gradient before 2.12.
+        expected = torch.stack([torch.autograd.functional.jacobian(sampled, grid) for grid in grids])
+        torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(sampled))(grids), expected)
 
 
 WEIGHT_CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

@@ -450,8 +450,9 @@ def test_no_grad_around() -> None:
         J = linear_map(tanh_twice, x)
         assert not (J @ torch.ones_like(x)).requires_grad
         assert not J.diagonal().requires_grad and not J.dense().requires_grad and not J.output.requires_grad
+    expected = torch.func.jacrev(tanh_twice)(x.detach()).trace()  # torch.func under inference_mode is 0 in some versions
     with torch.inference_mode():
-        close(linear_map(tanh_twice, x.detach()).trace(), torch.func.jacrev(tanh_twice)(x.detach()).trace())
+        close(linear_map(tanh_twice, x.detach()).trace(), expected)
 
 
 # One run of the function, and plans that are kept
