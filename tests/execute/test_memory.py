@@ -312,3 +312,76 @@ def test_forward_over_reverse_holds_no_more_than_reverse_over_reverse() -> None:
             way()
         peaks[name] = peak_bytes(way)
     assert peaks["forward"] <= 0.9 * peaks["reverse"] and peaks["hvp"] <= 0.9 * peaks["reverse"], peaks
+
+
+CONVOLUTIONS = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 5)).requires_grad_(False)
+ENCODER = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True).requires_grad_(False)
+PLACED = torch.randperm(2000)
+
+
+def double(x: Tensor) -> Tensor:
+    return torch.tanh(OUTER.double() @ x)  # a constant that is made in the run
+
+
+WITH_GRAPHS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "a constant made in the run": (chainrule.jacobian(double), (torch.randn(50, dtype=torch.float64),)),
+    # Products and convolutions go other ways where autograd makes a graph of them.
+    "convolutions": (chainrule.jacobian(CONVOLUTIONS), (torch.randn(2, 3, 8, 8),)),
+    "convolution gradient": (
+        chainrule.grad(lambda x: F.conv2d(x, KERNEL, padding=1).tanh().square().sum()), (torch.randn(8, 3, 24, 24),)
+    ),
+    "chunks": (chainrule.jacobian(predict, chunk_size=8), (torch.randn(512),)),
+    "chunks of samples": (
+        chainrule.vmap(chainrule.grad(lambda p, x: by_parameters(p, x).pow(2).sum()), in_dims=(None, 0), chunk_size=10),
+        (PARAMETERS, torch.randn(40, 12)),
+    ),
+    "layers per sample": (chainrule.vmap(chainrule.grad(lambda x: ENCODER(x[None]).square().sum())), (torch.randn(8, 20, 32),)),
+    "divergence": (chainrule.vmap(chainrule.divergence(lambda x: NET(x)[:7].repeat(2)[:12])), (torch.randn(100, 12),)),
+    "value and tangent": (
+        lambda x, v: chainrule.jvp(lambda z: torch.tanh(z @ OUTER.T) @ OUTER, (x,), (v,)), (torch.randn(100, 50), torch.randn(100, 50)),
+    ),
+    "sparse": (chainrule.jacobian(lambda x: F.relu(x[1:] - x[:-1]) ** 2, layout="sparse_coo"), (torch.randn(4000),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", WITH_GRAPHS)
+def test_predicted_peak_of_inputs_with_a_graph(name: str, requires_grad: bool) -> None:
+    function, args = WITH_GRAPHS[name]
+    args = torch.utils._pytree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(requires_grad), args)
+    check_predicted_peak(function, args)
+
+
+COMPILED: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    # What the result needs alone is computed.
+    "hessian of a quadratic": (chainrule.hessian(lambda x: ((OUTER @ x)[:, None] * OUTER).pow(2).sum()), (torch.randn(50),)),
+    "written into views": (chainrule.jacobian(lambda x: torch.tanh(x @ OUTER.T)), (torch.randn(8, 50),)),
+    "a check that raises": (
+        chainrule.jacobian(lambda b: torch.linalg.solve(OUTER[:, :50].T @ OUTER + 9 * torch.eye(50), b).tanh()), (torch.randn(50),)
+    ),
+    "random numbers": (chainrule.grad(lambda x: (x * torch.rand(9000)).square().sum()), (torch.randn(9000),)),
+    "a sparse result": (chainrule.jacobian(lambda x: x[PLACED].sin() * x, layout="sparse_coo"), (torch.randn(2000),)),
+    "a sparse result by rows": (chainrule.jacobian(lambda x: x[PLACED].sin() * x, layout="sparse_csr"), (torch.randn(2000),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_predicted_peak_of_compiled_functions(name: str) -> None:
+    """It is that of the graph, which is what runs."""
+    function, args = COMPILED[name]
+    compiled = chainrule.compile(function)
+    check_predicted_peak(compiled, args)
+    check_predicted_peak(function, args)
+    check_predicted_peak(compiled, args)
+
+
+def test_random_numbers_are_drawn_as_without_a_watch() -> None:
+    compiled = chainrule.compile(chainrule.grad(lambda x: (x * torch.rand(20)).square().sum()))
+    x = torch.ones(20)
+    compiled(x)
+    torch.manual_seed(0)
+    expected = [compiled(x), compiled(x)]
+    torch.manual_seed(0)
+    with watching():
+        found = [compiled(x), compiled(x)]
+    assert all(map(torch.equal, found, expected)) and not torch.equal(*found)

@@ -132,16 +132,15 @@ def test_random_numbers_are_not_used_up():
     torch.testing.assert_close(function(torch.ones(3)), second)
 
 
-def test_the_peak_of_a_compiled_function_is_that_of_the_function() -> None:
-    transformed = chainrule.jacobian(lambda x: torch.sin(x) * x.sum())
-    compiled = chainrule.compile(transformed)
-    x = torch.linspace(0.1, 1.0, 30)
+def test_the_peak_of_a_compiled_function_is_that_of_its_graph() -> None:
+    transformed = chainrule.hessian(lambda x: ((WEIGHT[:40, :30] @ x)[:, None] * WEIGHT[:40]).pow(2).sum())
+    compiled, x = chainrule.compile(transformed), torch.randn(30)
     for _ in range(3):  # a cold one, one with a graph, and one whose calls are written out
-        assert chainrule.explain(compiled)(x).peak == chainrule.explain(transformed)(x).peak > 0
-        compiled(x)
-    assert compiled.cache_info().hits == 2  # type: ignore[attr-defined]
+        assert chainrule.explain(compiled)(x).peak == peak_bytes(lambda: compiled(x)) > 0
+    assert peak_bytes(lambda: transformed(x)) > 1.5 * peak_bytes(lambda: compiled(x))  # which runs what the Hessian needs alone
+    assert chainrule.explain(transformed)(x).peak == peak_bytes(lambda: transformed(x))
     within = chainrule.explain(lambda x: compiled(x).sum())(x)
-    assert within.peak >= chainrule.explain(transformed)(x).peak
+    assert within.peak >= peak_bytes(lambda: compiled(x))
 
 
 def test_dense_parts_of_sparse_results_are_named() -> None:

@@ -7,6 +7,9 @@ import torch
 
 import chainrule
 from chainrule.capture.recorder import CompileError
+from chainrule.execute import engine
+from chainrule.execute.memory import planned_peak
+from tests.transforms.test_blocks import peak_bytes
 
 LAYOUTS = ("sparse_coo", "sparse_csr")
 
@@ -149,3 +152,37 @@ def test_a_sparse_matrix_that_gets_other_entries_in_place():
             matrix.sparse_resize_and_clear_((4, 4), 2, 0).copy_(new)
             expected = torch.func.jacrev(lambda x: (other.double() @ x).sin())(point)  # noqa: B023
             torch.testing.assert_close(compiled(point).to_dense() if layout != "dense" else compiled(point), expected)
+
+
+OTHERS = {
+    "compiled": lambda transform, x: chainrule.compile(transform)(x),
+    "mapped": lambda transform, x: chainrule.vmap(transform)(torch.stack([x, 2 * x])),
+    "watched": lambda transform, x: chainrule.explain(transform)(x),
+}
+
+
+@pytest.mark.parametrize("before", OTHERS)
+def test_plain_hessians_go_the_same_way_whatever_was_called_before(before: str) -> None:
+    """A record of the call, or a vmap, takes gradient and Hessian apart; a plain call has one program for both."""
+    mask, data, other = torch.rand(40, 30) < 0.5, torch.randn(40, 30), torch.randn(30, 3)
+
+    def energy(u):
+        return (mask * (data - u @ other.T).square()).sum()
+
+    x = torch.randn(40, 3)
+    transform = chainrule.hessian(energy, layout="sparse_csr")
+    engine.CACHE.clear()
+    for _ in range(3):
+        expected = transform(x)
+    alone, planned = peak_bytes(lambda: transform(x)), planned_peak(lambda: transform(x))
+    assert abs(planned / alone - 1) <= 0.25
+    engine.CACHE.clear()
+    for _ in range(2):
+        OTHERS[before](transform, x)
+    for _ in range(3):
+        torch.testing.assert_close(transform(x).to_dense(), expected.to_dense())
+    assert peak_bytes(lambda: transform(x)) == alone
+    OTHERS[before](transform, x)
+    assert planned_peak(lambda: transform(x)) == planned
+    dense = torch.func.hessian(energy)(x).reshape(120, 120)
+    torch.testing.assert_close(expected.to_dense(), dense, rtol=1e-4, atol=1e-4)  # of float32, sums of 30

@@ -14,7 +14,9 @@ from torch import fx
 from torch.autograd import forward_ad
 
 from chainrule.capture.recorder import CompileError
+from chainrule.execute.memory import Memory, Watch
 from chainrule.execute.replay import Source, compile_program
+from chainrule.execute.workspace import free, observe
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 
 aten = torch.ops.aten
@@ -193,6 +195,29 @@ class Flat:
             return [result.clone() for result in results]
 
         return replay
+
+
+def run_watched(run: Run, values: Sequence[torch.Tensor], watch: Watch, *, plain: bool) -> Sequence[torch.Tensor]:
+    """Run a graph, and predict its memory; that of calls which are not known one by one is observed.
+
+    Args:
+        run: runs the graph.
+        values: of its inputs.
+        watch: what counts.
+        plain: whether it runs without a graph of autograd's.
+    """
+    source: Source | None = getattr(run, "source_of", None)
+    if source is not None:
+        saved = source.observe(values, (), plain=plain)
+        watch.add_program(memory := source.memory(None, saved, plain=plain))
+        results = run(values)
+    elif free():
+        results, space = observe(lambda: run(values))
+        watch.add_program(memory := Memory(space.results, space.results + space.work))
+    else:
+        return run(values)
+    watch.add_results(results, memory)
+    return results
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
@@ -21,6 +21,7 @@ from chainrule.execute.products import DistinctRows
 from chainrule.execute.reuse import scattered, written_over
 from chainrule.execute.workspace import Saved, Space, free, mapped_observable, observable, observe, of_run, saved_by_run
 from chainrule.maps.staging import Instruction, Program, Ref, reads
+from chainrule.settings import setting
 from chainrule.shortcuts import configure
 
 _convolution = torch.ops.aten.convolution.default
@@ -96,10 +97,14 @@ def predict(
     """
     made: set[int] = {slot for instruction in kept for slot in instruction.outputs}
     shares = {i.outputs[0]: place for i in kept if (place := written_over(i)) is not None}
+    joint: dict[int, Instruction] = {}
     for instruction in kept:  # what was seen to allocate nothing is a view
         space = (inside or {}).get(instruction.outputs[0]) if len(instruction.outputs) == 1 else None
-        if space is not None and not space.results and instruction.args and isinstance(instruction.args[0], Ref):
-            shares.setdefault(instruction.outputs[0], instruction.args[0].slot)
+        if space is not None and not space.results and instruction.args:
+            if isinstance(instruction.args[0], Ref):
+                shares.setdefault(instruction.outputs[0], instruction.args[0].slot)
+            elif instruction.outputs[0] not in program.shares and _bytes(program, instruction.outputs[0]):
+                joint[instruction.outputs[0]] = instruction  # or holds its arguments, as a sparse tensor does
         if instruction.function is scattered:  # in place of a view
             shares[instruction.outputs[0]] = instruction.outputs[0]
 
@@ -114,6 +119,9 @@ def predict(
             last[root(slot)] = number
     end = len(kept)
     last.update((root(slot), end) for slot in wanted if slot is not None)
+    for made_of in reversed(joint.values()):
+        until = last[root(made_of.outputs[0])]
+        last.update((root(slot), max(last[root(slot)], until)) for slot in reads(made_of))
     saved = saved or {}
     ends, beside = _ends_of_graphs(kept, wanted, saved), dict[int, int]()
     for first, number in ends.items():
@@ -130,8 +138,10 @@ def predict(
     held = peak = sum(alive.values())
     for number, instruction in enumerate(kept):
         own = [slot for slot in instruction.outputs if slot == root(slot) and slot not in alive]
-        sizes = [_bytes(program, slot) for slot in own]
+        sizes = [0 if slot in joint else _bytes(program, slot) for slot in own]
         space = (inside or {}).get(instruction.outputs[0]) if instruction.outputs else Space(0, 0)
+        if instruction.outputs and instruction.outputs[0] in saved:
+            space = saved[instruction.outputs[0]].space or space
         if space is not None and sizes:
             sizes[0] += max(space.results - sum(sizes), 0)
         alive.update(zip(own, sizes, strict=True))
@@ -145,7 +155,10 @@ def predict(
         held -= beside.get(number, 0)
     extra = sum(_bytes(program, slot) for n, slot in enumerate(wanted) if n in copied and slot is not None)
     results = {root(slot) for n, slot in enumerate(wanted) if slot is not None and n not in copied}
-    kept_bytes = sum(_bytes(program, slot) for slot in results if slot in made) + extra
+    for slot, made_of in reversed(joint.items()):
+        if slot in results:
+            results |= {root(item) for item in reads(made_of)}
+    kept_bytes = sum(_bytes(program, slot) for slot in results - joint.keys() if slot in made) + extra
     uncounted = [name for i in kept if i.outputs and i.outputs[0] not in (inside or {}) and (name := _unknown(i.function))]
     given = {root(slot) for slot in wanted if slot is not None}
     graph = beside.get(end, 0) + sum(size for slot, size in alive.items() if slot not in given) if ends else 0
@@ -239,11 +252,11 @@ class Watch:
                 if slot >= 0:
                     self._add(tape.values[slot])
             self.peak = max(self.peak, self.held + space)
-        if observable():
+        if observable() or mapped_observable():
             for value, kept, beside in saved_by_run(tape):
                 self.joined |= kept
                 self._beside(value, beside)
-        elif torch.is_grad_enabled():  # of a vmap's values it is not known which ones are kept
+        elif torch.is_grad_enabled():  # it is not known which ones are kept
             self.joined |= {storage_of(v)[0] for v in tape.values if _is_tensor(v) and _plain(v).requires_grad}
         self.peak = max(self.peak, self.held)
 
@@ -297,8 +310,12 @@ class Watch:
         """The values of a run are given away to a program: what it takes, by its slots, with its memory and bytes."""
         found: dict[int, tuple[int, int]] = {}
         gone: set[int] = set()
-        for number, value in enumerate(values):
-            storage = storage_of(value)[0] if isinstance(value, torch.Tensor) else -1
+        for number in range(len(values)):
+            value = values[number]
+            # What somebody else has is no longer held by the run alone: a result, what is recorded by a transform around.
+            if not isinstance(value, torch.Tensor) or sys.getrefcount(value) > 3 + _in_graphs(value):
+                continue
+            storage = storage_of(value)[0]
             if storage in self.made and storage not in self.joined:
                 gone.add(storage)
                 if number in inputs:
@@ -325,10 +342,17 @@ def _is_held_here(tape: Tape | JoinedTape, slot: int) -> bool:
     mine = sum(item is value for _, args, _, out in tape.pending for item in (*args, out))
     # The tape's list (and that of the tape that is read with others as one), `value`, and the argument of the call.
     lists = 2 if isinstance(tape, JoinedTape) else 1
-    if not _is_tensor(value) or sys.getrefcount(value) > 2 + lists + mine or value.__class__ is not torch.Tensor:
+    if not _is_tensor(value) or value.__class__ is not torch.Tensor:
+        return False
+    if sys.getrefcount(value) > 2 + lists + mine + _in_graphs(value):
         return False
     # Its tensor's, and that of the object that was asked.
     return torch._C._storage_Use_Count(value.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]
+
+
+def _in_graphs(tensor: torch.Tensor) -> int:
+    """How many references to the object of a tensor graphs of autograd hold: all of them together one."""
+    return int(tensor._use_count() > 1)  # type: ignore[attr-defined]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -363,6 +387,11 @@ def watching() -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
+def unwatched() -> AbstractContextManager[None]:
+    """Run what is inside as if nobody predicted its memory."""
+    return setting(_WATCH, None)
+
+
 def planned_peak(call: Callable[[], Any]) -> int:
     """The bytes that a call with cached plans holds at the peak, as these predict it; 0 for one without plans.
 
@@ -373,6 +402,17 @@ def planned_peak(call: Callable[[], Any]) -> int:
         result = call()
     del result
     return watch.peak
+
+
+def counted(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run a call that is part of no plan, and count what it holds if somebody watches."""
+    watch = _WATCH.get()
+    if watch is None or not free():
+        return call()
+    result, space = observe(call)
+    watch.add_program(memory := Memory(space.results, space.results + space.work))
+    watch.add_results([result], memory)
+    return result
 
 
 def peak_of(call: Callable[[], Any]) -> int:
@@ -387,8 +427,7 @@ def peak_of(call: Callable[[], Any]) -> int:
     planned = planned_peak(call)
     if not free():
         return planned
-    with watching():  # so that compiled functions run without their graphs here, too
-        result, space = observe(call)
+    result, space = observe(call)
     del result
     return max(planned, space.results + space.work)
 

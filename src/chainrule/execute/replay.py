@@ -15,7 +15,7 @@ from chainrule.execute.renaming import renamed
 from chainrule.execute.reuse import reusing
 from chainrule.execute.simplify import root, shared_results, simplify
 from chainrule.execute.symmetry import with_symmetry
-from chainrule.execute.workspace import Saved, Space, observable, of_instructions, saved_by_instructions
+from chainrule.execute.workspace import Saved, Space, observable, of_instructions, same_draws, saved_by_instructions
 from chainrule.maps.staging import Instruction, Program, Ref, Staged, reads
 from chainrule.shortcuts import configure
 
@@ -347,13 +347,16 @@ class Source:
         }
         joined = frozenset(s for s, v in given.items() if isinstance(v, torch.Tensor) and v.requires_grad)
         kept, inside = self._as_run(plain=plain and not joined)
+        values = {**given, **self.constants}
         if not all(i.outputs[0] in inside for i in kept if i.outputs):
-            inside.update(of_instructions(kept, {**given, **self.constants}) or {})
+            with same_draws(kept, values.values()):
+                inside.update(of_instructions(kept, values) or {})
         if not joined or not torch.is_grad_enabled() or not inside:
             return {}
         key = joined, len(seeds)
         if key not in self.saved:
-            self.saved[key] = saved_by_instructions(self.kept if calls is None else calls, {**given, **self.constants})
+            with same_draws(kept, values.values()):
+                self.saved[key] = saved_by_instructions(self.kept if calls is None else calls, values)
         return self.saved[key]
 
     def let_go(self) -> list[torch.Tensor]:

@@ -8,7 +8,8 @@ Nothing is run for a plain call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,10 +89,12 @@ class Saved(NamedTuple):
     Attributes:
         slots: those of its arguments and results that are kept.
         beside: the bytes of other memory.
+        space: what the call allocated beside that, with a graph: some calls go another way then.
     """
 
     slots: tuple[int, ...]
     beside: int
+    space: Space | None = None
 
 
 def saved_by(call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, dict[int, int]]:
@@ -113,6 +116,8 @@ def saved_by(call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, dic
 
 
 def _own_leaves(tree: Any) -> Any:
+    if isinstance(tree, BatchTensor):  # its graph is that of the tensor behind it
+        return tree
     if isinstance(tree, torch.Tensor):
         return tree.detach().requires_grad_() if tree.requires_grad else tree
     return type(tree)(map(_own_leaves, tree)) if type(tree) in (list, tuple) else tree
@@ -132,20 +137,38 @@ def saved_by_instructions(instructions: Sequence[Instruction], values: Mapping[i
             given = {**known, **{slot: known[slot].detach() for slot in instruction.writes if slot in known}}
             args = _filled(instruction.args, given)
             named = {name: _filled(item, given) for name, item in instruction.kwargs.items()}
-            result, kept = saved_by(instruction.function, args, named)
+            (result, kept), space = observe(partial(saved_by, instruction.function, args, named))
             results = result if instruction.is_tuple else (result,)
             known.update(zip(instruction.outputs, results, strict=True))
             if any(isinstance(item, torch.Tensor) and item.requires_grad for item in results):
                 near = {slot: _memory(known[slot]) for slot in (*reads(instruction), *instruction.outputs)}
                 beside = sum(size for memory, size in kept.items() if memory not in near.values())
-                found[instruction.outputs[0]] = Saved(tuple(s for s, memory in near.items() if memory in kept), beside)
+                slots = tuple(slot for slot, memory in near.items() if memory in kept)
+                found[instruction.outputs[0]] = Saved(slots, beside, space._replace(results=max(space.results - beside, 0)))
             del args, named, given, result, results
         for slot in dead:
             known.pop(slot, None)
     return found
 
 
+@contextmanager
+def same_draws(instructions: Sequence[Instruction], values: Iterable[Any]) -> Iterator[None]:
+    """Random numbers that instructions draw inside are drawn again afterwards.
+
+    Args:
+        instructions: the instructions.
+        values: what they work on.
+    """
+    if not any(i.keep and i.outputs for i in instructions):
+        yield
+        return
+    devices = {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
+    with torch.random.fork_rng(sorted(device.index or 0 for device in devices)):
+        yield
+
+
 def _memory(value: Any) -> int:
+    value = _stored(value)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and _is_plain(value) else -1
 
 
@@ -171,9 +194,9 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
 
     Returns:
         What was found; None if the instructions cannot be run just so: they write to what was there before, draw random
-        numbers, or work on batched tensors.
+        numbers of a user's generator, or work on batched tensors.
     """
-    if any(i.keep for i in instructions):
+    if any(isinstance(item, torch.Generator) for i in instructions if i.keep for item in (*i.args, *i.kwargs.values())):
         return None
     theirs = {_memory(value) for value in values.values()}
     if any(isinstance(value, torch.Tensor) and not _is_plain(value) for value in values.values()):
@@ -182,7 +205,7 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
     with torch.no_grad():
         for instruction, dead in _in_turn(instructions):
             if all(slot in known for slot in reads(instruction)) and (instruction.outputs or instruction.writes):
-                if any(_memory(known[slot]) in theirs for slot in instruction.writes):
+                if any(_memory(known[slot]) in theirs for slot in _written(instruction, known)):
                     return None
                 args = _filled(instruction.args, known)
                 named = {name: _filled(item, known) for name, item in instruction.kwargs.items()}
@@ -194,6 +217,11 @@ def of_instructions(instructions: Sequence[Instruction], values: Mapping[int, An
             for slot in dead:
                 known.pop(slot, None)
     return found
+
+
+def _written(instruction: Instruction, known: Mapping[int, Any]) -> list[int]:
+    """What an instruction writes to, by slots that are known: a chain of views may have become one that has another."""
+    return [slot if slot in known else reads(instruction)[0] for slot in instruction.writes]
 
 
 def of_run(tape: Tape) -> list[int]:
@@ -212,17 +240,19 @@ def saved_by_run(tape: Tape) -> list[tuple[torch.Tensor, set[int], int]]:
         op, results = record.op, [tape.values[slot] if slot >= 0 else None for slot in record.outputs]
         if not isinstance(op, OpOverload) or op in HIDDEN_WRITES or op._schema.is_mutable:
             continue
-        joined = [value for value in results if isinstance(value, torch.Tensor) and _is_plain(value) and value.requires_grad]
+        stored = [value for value in results if isinstance(value, torch.Tensor) and _is_plain(_stored(value))]
+        joined = [value for value in stored if _stored(value).requires_grad]
         if not joined or torch.Tag.nondeterministic_seeded in op.tags:
             continue
         args, kwargs = _from_tape(record.args, tape.values), {name: _from_tape(item, tape.values) for name, item in record.kwargs}
         given = _tensors((args, tuple(kwargs.values())))
-        if not all(map(_is_plain, given)):
+        if not all(_is_plain(_stored(tensor)) for tensor in given):
             continue
         made, kept = saved_by(op, args, kwargs)
         # Results of this run stand for those on the tape; what else was made is made for the graph.
         places = {_memory(one): _memory(other) for one, other in zip(made if record.is_tuple else (made,), results, strict=True)}
         places.update((memory, memory) for memory in map(_memory, given))
+        del made
         beside = sum(size for memory, size in kept.items() if memory not in places)
         found.append((joined[0], {places[memory] for memory in kept if memory in places}, beside))
     return found
@@ -246,7 +276,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.__class__ in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
 
 
-def _stored(tensor: torch.Tensor) -> torch.Tensor:
+def _stored(tensor: Any) -> Any:
     """What mappings have stored for a tensor."""
     while isinstance(tensor, BatchTensor):
         tensor = tensor.value

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
 from chainrule.execute.batched import wrap
-from chainrule.execute.memory import current_watch
+from chainrule.execute.memory import counted, current_watch
 
 
 class Assembled:
@@ -60,7 +60,7 @@ class Assembled:
         """All parts."""
         if self._whole is not None:
             return self._here(self._whole)
-        return torch.cat(self._parts, self._dim)
+        return counted(lambda: torch.cat(self._parts, self._dim))
 
     def _here(self, stored: torch.Tensor) -> torch.Tensor:
         if self._level is None:

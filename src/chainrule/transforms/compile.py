@@ -21,8 +21,8 @@ from chainrule.capture.reads import NoReads
 from chainrule.capture.recorder import CompileError, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
 from chainrule.execute.accounts import current_ledger, read_ledger
-from chainrule.execute.compiled import Flat, Run
-from chainrule.execute.memory import current_watch
+from chainrule.execute.compiled import Flat, Run, run_watched
+from chainrule.execute.memory import current_watch, unwatched
 from chainrule.execute.simplify import root
 from chainrule.maps.staging import Program, Staged
 from chainrule.transforms.arguments import LEAF, function_name, structure_key, tree_flatten, tree_unflatten
@@ -148,7 +148,11 @@ class Graph:
         Raises:
             OtherValues: what a sparse pattern depends on has other values than it had.
         """
-        found = self.run(tensors + self.closed)  # type: ignore[misc]
+        assert self.run is not None
+        if (watch := current_watch()) is None:
+            found = self.run(tensors + self.closed)
+        else:
+            found = run_watched(self.run, tensors + self.closed, watch, plain=self.flat is not None and not self.flat.joined)
         if self.expected:
             found, checked = found[: -len(self.expected)], found[-len(self.expected) :]
             if not all(map(torch.equal, checked, self.expected)):
@@ -248,7 +252,7 @@ class _Compiled:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
             return self.function(*args, **kwargs)
-        if current_ledger() is not None or current_watch() is not None:  # plans are accounted for, not calls of a graph
+        if current_ledger() is not None:  # plans are accounted for, not calls of a graph
             return self.function(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs) if kwargs else args)
         try:
@@ -320,7 +324,8 @@ class _Compiled:
                 )
             self._misses += 1
             try:
-                result, graph = self._record(leaves, args, kwargs)
+                with unwatched():
+                    result, graph = self._record(leaves, args, kwargs)
             except BaseException:
                 signature.recordings -= 1  # an error is an error each time
                 raise

@@ -17,6 +17,7 @@ from chainrule.capture.tape import Tape
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.engine import execute
+from chainrule.execute.memory import counted
 from chainrule.execute.sparse import (
     Found,
     Layouts,
@@ -93,8 +94,10 @@ def sparse_jacobian(
         refuse_hidden(traced.hidden, name)
         refuse_hooks(traced.tape, f"{name} with a sparse layout")
         sources, outputs = tuple(traced.in_slots), tuple(slot for slot in traced.out_slots if slot is not None)
+        kinds = [(tuple(out.shape), out.dtype) for out in traced.out_leaves]
         found: Found = {}
         if triangle is None and outputs:
+            traced.out_leaves = []  # the plan lets go of what it has read
             request = SparseRequest(sources, outputs, order, cast)
             if alone:
                 plan = find_plan(traced.tape, request)
@@ -103,15 +106,15 @@ def sparse_jacobian(
             else:
                 found = execute_sparse(traced.tape, request, last=True)
         blocks = []
-        for number, (slot, out) in enumerate(zip(traced.out_slots, traced.out_leaves, strict=True)):
+        for number, (slot, (shape, out_dtype)) in enumerate(zip(traced.out_slots, kinds, strict=True)):
             if triangle is not None and slot is not None:
                 # One gradient may serve two inputs, and have another part in the triangle for each.
                 found = execute_sparse(traced.tape, SparseRequest(sources, (slot,), order, cast, triangle, (number,)))
             row = []
             for source, leaf in zip(traced.in_slots, traced.in_leaves, strict=True):
                 known = found.get((slot, source)) if slot is not None else None
-                dtype = out.dtype if cast == "output" else leaf.dtype
-                row.append(sparse_tensor(known, tuple(out.shape), tuple(leaf.shape), dtype, leaf.device, layout, name))
+                dtype = out_dtype if cast == "output" else leaf.dtype
+                row.append(sparse_tensor(known, shape, tuple(leaf.shape), dtype, leaf.device, layout, name))
             tree = tree_unflatten(row, traced.in_spec)
             blocks.append(tree[0] if single else tree)
         result = tree_unflatten(blocks, traced.out_spec)
@@ -229,10 +232,10 @@ def _curvature(
         shorten(plan)  # not where it is made: the tape has further records then
     if plan is None and not by_levels:
         plan = _plan_curvature(traced, slot, triangular, plans.masked)
-        if plan is None:
-            plans.by_levels = True
-        else:
+        if plan is not None:
             plans.add(plan)
+        elif not torch._C._len_torch_dispatch_stack():  # what is recorded, or mapped, goes by levels for that alone
+            plans.by_levels = True
     if plan is not None:
         return plan.run(tape, last=last)
     with recording_on(tape)():
@@ -358,7 +361,7 @@ def sparse_tensor(
             stored = values.value if values.__class__ is BatchTensor else values  # type: ignore[attr-defined]
             if not getattr(values, "batched", False):
                 stored = stored.expand(mode.size, -1)
-            made = _batched(stored, layouts, out_shape, in_shape, layout)
+            made = counted(lambda: _batched(stored, layouts, out_shape, in_shape, layout))
         return wrap_batched(Batched(made), mode)
     if layout == "sparse_coo":
         return coo_tensor(layouts.coo, values, (*out_shape, *in_shape))
