@@ -182,6 +182,26 @@ def _dims_shape(dims: Dims) -> tuple[int, ...]:
 
 def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
     """The entries of a settled term."""
+    factor, grid, keys, valid = _keys_of(term, workspace)
+    if valid is None:
+        return Entries(factor, grid, keys, None)
+    kept = torch.nonzero(valid).squeeze(1)
+    return Entries(factor, grid, keys.index_select(0, kept), kept)
+
+
+def placed_entries(term: Term, workspace: SparseWorkspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of the entries of a settled term, and their keys: negative where there is none."""
+    factor, grid, keys, valid = _keys_of(term, workspace)
+    names = {axis: number for number, axis in enumerate(grid)}
+    value = expand_to(factor.node.force(workspace.program), tuple(names[a] for a in factor.axes), tuple(range(len(grid))))
+    flat = value.value.expand([axis.size for axis in grid]).reshape(-1)
+    return flat.to(workspace.dtype), keys if valid is None else torch.where(valid, keys, -1)
+
+
+def _keys_of(
+    term: Term, workspace: SparseWorkspace
+) -> tuple[Factor, tuple[Axis, ...], torch.Tensor, torch.Tensor | None]:
+    """The values of a settled term, the grid of its points, the key of each, and whether it is an entry; None for all."""
     targets = {h.target: h for h in term.onehots}
     every = [axis for axis in term.all_axes() if axis not in targets and axis.size != 1]
     positions = [[axis for dim in dims for axis in dim] for dims in (term.out_dims, term.in_dims)]
@@ -212,11 +232,7 @@ def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
         if onehot.partial:
             here = over_grid(onehot, workspace, names) >= 0
             valid = here if valid is None else valid & here
-    keys = keys.expand(sizes).reshape(-1)
-    if valid is None:
-        return Entries(factor, grid, keys, None)
-    kept = torch.nonzero(valid.expand(sizes).reshape(-1)).squeeze(1)
-    return Entries(factor, grid, keys.index_select(0, kept), kept)
+    return factor, grid, keys.expand(sizes).reshape(-1), None if valid is None else valid.expand(sizes).reshape(-1)
 
 
 def over_grid(onehot: OneHot, workspace: SparseWorkspace, names: dict[Axis, int]) -> torch.Tensor:
@@ -451,5 +467,5 @@ def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged
 
 __all__ = [
     "MANY", "Entries", "Listed", "block_keys", "count_entries", "entries_of", "few_apart", "fewer", "listed", "over_grid",
-    "restricted", "summed", "thinned", "values_node", "without_shared",
+    "placed_entries", "restricted", "summed", "thinned", "values_node", "without_shared",
 ]  # fmt: skip

@@ -11,7 +11,8 @@ def ordering(numbers: torch.Tensor) -> torch.Tensor:
 
     Numbers that come in a few ascending runs, as those of a pattern do, are merged instead of sorted.
     """
-    if numbers.device.type != "cpu" or numbers.numel() < 2:
+    if numbers.device.type != "cpu" or numbers.numel() < 2 or torch._C._len_torch_dispatch_stack():
+        # What a recorder is to see is torch's.
         return torch.argsort(numbers, stable=True)
     descents = int((numbers[1:] < numbers[:-1]).sum())
     if descents == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -54,6 +54,7 @@ class SparseWorkspace(Workspace):
         limit: ops with more entries than this are not listed; None for any number.
         by_rows: whether terms are kept by rows, some of which have no entries (see :mod:`chainrule.maps.row_form`).
         stacks: whether many terms become one over taps; not those of local Jacobians, whose products would multiply taps.
+        is_same: whether an index is the same in every run, where a plan is made for any indices; None for one of these.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
         chosen: whether what ops choose by value has the places of this run, which the pattern is for then.
@@ -87,6 +88,7 @@ class SparseWorkspace(Workspace):
         self.zeros: dict[int, Places] | None = None
         self.constants: frozenset[int] = frozenset()
         self.picked: frozenset[int] = frozenset()
+        self.is_same: Callable[[torch.Tensor], bool] | None = None
         self._nodes: dict[object, list[tuple[torch.Tensor, Node]]] = {}
         self._weights = numpy.empty(0, dtype=numpy.int64)
         self._known: dict[int, tuple[Node, Node]] = {}
@@ -272,7 +274,8 @@ class SparseWorkspace(Workspace):
                 return node
         node = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
         known.append((tensor, node))
-        node.facts = _affine(tensor), bool((tensor < 0).any())
+        fixed = self.is_same is None or self.is_same(tensor)
+        node.facts = _affine(tensor) if fixed else None, bool((tensor < 0).any())
         node.force(self.program)
         return node
 
