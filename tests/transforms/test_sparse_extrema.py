@@ -139,7 +139,9 @@ def test_what_a_run_chose_is_computed_once_for_all_patterns(kind):
     )  # fmt: skip
     chainrule.execute.engine.CACHE.clear()
     points = [point(12, seed) for seed in range(5)]
-    first = [transform(x) for x in points]
+    transform_all = lambda: [transform(x) for x in points]  # noqa: E731
+    first = transform_all()
+    transform_all()  # what comes again gets a plan of its own
     plans = [plan for kept in CACHE.plans.values() for plan in getattr(kept, "plans", ()) if plan.choices.reads]
     assert len(plans) == len(points)
     runs: list[int] = []

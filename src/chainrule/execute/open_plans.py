@@ -18,7 +18,6 @@ from chainrule.capture.guarded import GuardedRecorder, OtherCourseError
 from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.replay import bare, without_values
 from chainrule.maps.sorted_places import ordering
-from chainrule.modes_off import unseen
 from chainrule.plan.patterns import Key, Pattern
 from chainrule.plan.sparse import SparseRequest, listed_terms
 
@@ -100,7 +99,8 @@ def _listed(values: list[Any], places: list[Any], block: _Block) -> tuple[torch.
 
 
 def record_open_plan(
-    tape: Any, request: SparseRequest, order: str, recorder: GuardedRecorder, rename: Callable[[Key], Key], *, masked: bool
+    tape: Any, request: SparseRequest, order: str, recorder: GuardedRecorder, rename: Callable[[Key], Key], *, masked: bool,
+    padded: bool,
 ) -> OpenPlan | None:
     """Record planning on a finished tape; None where it does what no replay can do.
 
@@ -111,9 +111,10 @@ def record_open_plan(
         recorder: knows the values of the tape.
         rename: the names of blocks, by slots of output and input.
         masked: as for :func:`~chainrule.plan.sparse.plan_sparse`.
+        padded: whether lists whose length follows from values have room for a few more.
     """
     with recorder:
-        found = listed_terms(tape, request, order, recorder.is_same, masked=masked)
+        found = listed_terms(tape, request, order, recorder.is_same, masked=masked, padded=padded)
     if not recorder.pure:
         return None
     program = recorder.program
@@ -129,10 +130,12 @@ def record_open_plan(
 
     blocks = []
     for key, (shapes, dtype, terms) in found.items():
-        row, column = (request.numbers[request.outputs.index(key[0])], request.inputs.index(key[1])) if request.triangle else (0, 0)
-        side = 0 if request.triangle is None else 1 if request.triangle == "lower" else -1
-        if row != column and (row > column) != (side == 1):
-            continue
+        row = column = side = 0
+        if request.triangle is not None:
+            row, column = request.numbers[request.outputs.index(key[0])], request.inputs.index(key[1])
+            side = 1 if request.triangle == "lower" else -1
+            if row != column and (row > column) != (side == 1):
+                continue
         parts = [(part(value), part(keys)) for value, keys in terms]
         blocks.append(_Block(rename(key), *shapes, dtype, parts, side if row == column else 0))
     if not results:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,12 @@ _PATTERNS = 8
 #: For so many other blocks it is known where a block meets them.
 _MEETINGS = 4
 
-#: From so many calls on with other indices than those of all plans, planning itself is recorded; after so many further ones in which
-#: it took another course it is not. Of larger patterns it is not either: a record holds all that is made on the way.
-_OTHERS, _FAILED, _LARGEST = 2, 3, 1 << 23
+#: From so many calls on with other indices than those of all plans, planning itself is recorded; after so many further ones
+#: in which it took another course it is not. Of larger patterns it is not either: a record holds all that is made on the way.
+_OTHERS, _FAILED, _LARGEST = 2, 3, 1 << 20
+
+#: Weights of a sum that tells indices from others: the fractions of multiples of this.
+_WEIGHT = 0.7548776662466927
 
 #: So many times masks may be others than those of a plan; then they are values, as if they depended on the inputs.
 _MASKS = 2
@@ -219,6 +223,12 @@ def _may_choose(tape: Any) -> bool:
     return not _recorded() and all(value.__class__ is not BatchTensor for value in tape.values)
 
 
+def _mark(selected: torch.Tensor) -> float:
+    """A number that is the same for equal tensors, and hardly ever for others."""
+    numbers = torch.arange(1, selected.numel() + 1, dtype=torch.float64, device=selected.device)
+    return float(torch.dot(selected.reshape(-1).to(torch.float64), numbers.mul_(_WEIGHT).frac_()))
+
+
 def _may_open(tape: Any) -> bool:
     """Whether planning may be recorded, and replayed on these values: nothing is around."""
     if torch._C._len_torch_dispatch_stack() or functions_are_replaced() or forward_ad._current_level >= 0:
@@ -314,6 +324,8 @@ class SparsePlans:
         others: how often a plan was missing because of its indices, or of what ops chose.
         opened: a plan for any of these, with whether it leaves out the zeros of masks.
         failed: how often such a plan was not to be had, or was for another course.
+        marks: numbers that tell what the last runs of it selected: where that comes again, it gets a plan of its own.
+        latest: what ops chose in the run that no plan was found for.
         used: for the cache.
     """
 
@@ -323,6 +335,8 @@ class SparsePlans:
     others: int = 0
     opened: tuple[OpenPlan, bool] | None = None
     failed: int = 0
+    marks: list[float] = field(default_factory=list)
+    latest: Choices = field(default_factory=list)
     used: bool = False
 
     def find(self, tape: Any) -> SparsePlan | None:
@@ -341,18 +355,19 @@ class SparsePlans:
                     self.plans.insert(0, self.plans.pop(number))
                 return plan
             others = True
+        self.latest = known
         self.other_masks += others
         self.others = 0 if others else self.others + bool(self.plans)
         return None
 
-    def open(self, tape: Any, record: Callable[[str, bool], OpenPlan | None]) -> Found | None:
+    def open(self, tape: Any, record: Callable[[str, bool, bool], OpenPlan | None]) -> Found | None:
         """What a plan for any indices gives for a run that no plan is for; None where there is none.
 
         Args:
             tape: the tape.
-            record: makes one, given an order and whether zeros of masks are left out.
+            record: makes one, given an order, whether zeros of masks are left out, and whether lists may be of other lengths.
         """
-        if self.others < _OTHERS or self.failed > _FAILED or not _may_open(tape):
+        if self.others < _OTHERS or self.failed > _FAILED or not _may_open(tape) or self._comes_again(tape):
             return None
         plan, masked = self.opened or (None, False)
         if plan is None or masked != self.masked:
@@ -360,15 +375,30 @@ class SparsePlans:
             count = max((layout.pattern.keys.numel() for layout in self.plans[0].layouts.values()), default=0)
             plan = None
             if way.startswith(("forward", "reverse")) and count <= _LARGEST:
-                plan = record("forward" if way.startswith("forward") else "reverse", self.masked)
+                plan = record("forward" if way.startswith("forward") else "reverse", self.masked, self.failed > 0)
             self.opened = None if plan is None else (plan, self.masked)
         found = None if plan is None else plan.run(tape.values)
         if found is None:
             self.failed += 1 if self.opened else _FAILED + 1
             self.opened = None
             return None
-        self.failed = 0
+        self.failed = min(self.failed, 1)
         return {key: (values, Layouts(pattern)) for key, (values, pattern) in found.items()}
+
+    def _comes_again(self, tape: Any) -> bool:
+        """Whether a run selects what one of the last runs did that had no plan of their own."""
+        guards = self.plans[0].relations, self.plans[0].choices
+        latest, self.latest = self.latest, []
+        with planning(tape):
+            selected = [tape.values[slot] for guard in guards for slot, _ in guard.exact]
+            for guard in guards:
+                if guard.computed is not None:
+                    found = next((values for steps, values in latest if steps == guard.steps), None)
+                    selected += guard.computed(tape.values, ()) if found is None else found
+            mark = sum(map(_mark, selected))
+        known = mark in self.marks
+        self.marks = [mark, *(other for other in self.marks if other != mark)][:_PATTERNS]
+        return known
 
     @property
     def masked(self) -> bool:
@@ -467,7 +497,7 @@ def find_plan(
     plan = plans.find(tape)
     if plan is None and isinstance(request, SparseRequest):
         asked = request
-        found = plans.open(tape, lambda order, masked: _record_planning(tape, asked, order, masked=masked))
+        found = plans.open(tape, partial(_record_planning, tape, asked))
         if found is not None:
             return Computed(found)
     if plan is None:
@@ -479,7 +509,8 @@ def find_plan(
     return plan
 
 
-def _record_planning(tape: Any, request: SparseRequest, order: str, *, masked: bool) -> OpenPlan | None:
+def _record_planning(tape: Any, request: SparseRequest, order: str, masked: bool, padded: bool) -> OpenPlan | None:
+    """A plan for any indices; None where there is none."""
     slots = {id(value): number for number, value in enumerate(tape.values)}
 
     def find(program: Program, tensor: torch.Tensor) -> Staged | None:
@@ -487,7 +518,7 @@ def _record_planning(tape: Any, request: SparseRequest, order: str, *, masked: b
         return None if number is None else program.input(number, tensor)
 
     with torch.no_grad(), postponed_collection():
-        return record_open_plan(tape, request, order, GuardedRecorder(find), lambda key: key, masked=masked)
+        return record_open_plan(tape, request, order, GuardedRecorder(find), lambda key: key, masked=masked, padded=padded)
 
 
 @dataclass
@@ -613,6 +644,6 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
 
 
 __all__ = [
-    "Computed", "Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "find_plan", "keep_short", "make_plan", "mapped_slots",
-    "sparse_key", "terms_described",
+    "Computed", "Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "find_plan", "keep_short", "make_plan",
+    "mapped_slots", "sparse_key", "terms_described",
 ]  # fmt: skip

@@ -235,7 +235,7 @@ def _condensed(tape: Any, graph: Graph, request: SparseRequest | Jacobian, works
     workspace.stacks = False
     found = condensed(graph, *_slots(request), _shapes(tape), workspace)
     workspace.stacks = True
-    if len(elimination.inner_slots(found, *_slots(request))) < _CHAIN:
+    if len(elimination.inner_slots(found, *_slots(request))) < _CHAIN or workspace.padded:
         return found
     # What is multiplied many times is held by rows.
     workspace.by_rows = True
@@ -308,15 +308,16 @@ Terms = tuple[tuple[tuple[int, ...], tuple[int, ...]], torch.dtype, list[tuple[t
 
 
 def listed_terms(
-    tape: Any, request: SparseRequest, order: str, is_same: Callable[[torch.Tensor], bool], *, masked: bool
+    tape: Any, request: SparseRequest, order: str, is_same: Callable[[torch.Tensor], bool], *, masked: bool, padded: bool
 ) -> dict[Key, Terms]:
     """The terms of every block in one order, as planning finds them for indices of which ``is_same`` says which ones are fixed.
 
-    Keys are negative where there is no entry.
+    Keys are negative where there is no entry. ``masked`` and ``padded`` are those of the
+    :class:`~chainrule.maps.sparse.SparseWorkspace`.
     """
     inputs, outputs = _slots(request)
     workspace = sparse_workspace(tape, (*inputs, *outputs), masked=masked, recorded=True)
-    workspace.forward, workspace.is_same = request.cast == "output", is_same
+    workspace.forward, workspace.is_same, workspace.padded = request.cast == "output", is_same, padded
     graph = structured_graph(tape, inputs, outputs, workspace)
     _refuse_complex(tape, graph)
     maps = _accumulated(tape, _condensed(tape, graph, request, workspace), inputs, outputs, order, workspace)
@@ -573,6 +574,6 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
 
 
 __all__ = [
-    "PlannedSparse", "SparseExpression", "SparseRequest", "described_entries", "find_patterns", "freeze", "listed_terms", "plan_sparse",
-    "predicted_entries", "structured_graph",
+    "PlannedSparse", "SparseExpression", "SparseRequest", "described_entries", "find_patterns", "freeze", "listed_terms",
+    "plan_sparse", "predicted_entries", "structured_graph",
 ]  # fmt: skip

@@ -231,7 +231,7 @@ def _curvature(
     if plan is not None and shorten is not None:
         shorten(plan)  # not where it is made: the tape has further records then
     if plan is None and not by_levels:
-        opened = plans.open(tape, lambda order, masked: _open_curvature(traced, slot, triangular, order, masked=masked))
+        opened = plans.open(tape, partial(_open_curvature, traced, slot, triangular))
         if opened is not None:
             return opened
         plan = _plan_curvature(traced, slot, triangular, plans.masked)
@@ -289,7 +289,7 @@ def _plan_curvature(traced: Traced, slot: int, triangular: str | None, masked: b
     return plan
 
 
-def _open_curvature(traced: Traced, slot: int, triangular: str | None, order: str, *, masked: bool) -> OpenPlan | None:
+def _open_curvature(traced: Traced, slot: int, triangular: str | None, order: str, masked: bool, padded: bool) -> OpenPlan | None:
     """One program for gradient and Hessian, whatever its indices are; None where there is none."""
     tape, sources = traced.tape, tuple(traced.in_slots)
     recorder = GuardedRecorder(_inputs(list(tape.values)))
@@ -298,7 +298,7 @@ def _open_curvature(traced: Traced, slot: int, triangular: str | None, order: st
     request, names = found
     with torch.no_grad(), postponed_collection():
         return record_open_plan(
-            tape, request, order, recorder, lambda key: (names[key[0]], sources.index(key[1])), masked=masked
+            tape, request, order, recorder, lambda key: (names[key[0]], sources.index(key[1])), masked=masked, padded=padded
         )
 
 
