@@ -359,7 +359,8 @@ class SparseWorkspace(Workspace):
             if (blocks := as_blocks(term, tied, left, right, self)) is not None:
                 return blocks
         if pairs is None:
-            first, second = join_equal(left, right, self.limit)
+            size = math.prod(h.target.size for h, _ in tied) * math.prod(axis.size for axis in shared)
+            first, second = join_equal(left, right, self.limit, size)
             pairs = Axis(len(first))
         gone = {id(h) for pair in tied for h in pair}
         onehots = [h for h in term.onehots if id(h) not in gone]

@@ -355,7 +355,7 @@ def _plan_request(
         return request.numbers[request.outputs.index(key[0])], request.inputs.index(key[1])
 
     orders = ("reverse", "forward") if request.order == "auto" else (request.order,)
-    if request.order == "auto" and not compare and _is_even_chain(short):
+    if request.order == "auto" and not compare and _is_one_way(short, inputs):
         orders = ("reverse",)
     candidates = _compared(orders, find, workspace)
     if request.symmetric and request.triangle is None:
@@ -366,6 +366,12 @@ def _plan_request(
     planned = _settled(candidates, graph, workspace, _dtype_of(request, tape, workspace))
     planned.candidates.extend(others)
     return planned
+
+
+def _is_one_way(graph: Graph, inputs: Sequence[int]) -> bool:
+    """Whether both orders take the same products."""
+    direct = all(source in inputs for edges in graph.into.values() for source, _ in edges)
+    return (direct and graph.into.keys().isdisjoint(inputs)) or _is_even_chain(graph)
 
 
 def _is_even_chain(graph: Graph) -> bool:
