@@ -317,3 +317,24 @@ def test_the_garbage_collector_is_as_it_was() -> None:
             assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_terms_that_hardly_meet_are_listed_once(monkeypatch):
+    """A stencil of many taps: its entries were listed after each further one."""
+    size, listings = 80, []
+    listed = nonzeros.listed
+    monkeypatch.setattr(nonzeros, "listed", lambda entries, places=None: listings.append(len(entries)) or listed(entries, places))
+
+    def stencil(x):
+        u = x.reshape(size, size)
+        total = sum(u.roll((i, j), (0, 1)) * (1.5 + i * i + 3 * j) for i in range(-2, 3) for j in range(-2, 3))
+        return (total * u).reshape(-1)
+
+    x = torch.randn(size * size, dtype=torch.float64)
+    found = chainrule.jacobian(stencil, layout="sparse_coo")(x)
+    assert len(listings) <= 2
+    vector = torch.randn(size * size, dtype=torch.float64)
+    expected = torch.func.jvp(stencil, (x,), (vector,))[1]
+    product = torch.sparse.mm(found, vector[:, None])[:, 0]
+    # Sums of 25 products of numbers of up to about 20.
+    torch.testing.assert_close(product, expected, rtol=1e-11, atol=1e-11)

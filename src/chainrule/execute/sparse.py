@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.tensor import BatchTensor
+from chainrule.capture.guarded import GuardedRecorder
 from chainrule.capture.numbers import note_numbers
 from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
 from chainrule.dispatch import functions_are_replaced
@@ -18,8 +21,9 @@ from chainrule.execute.accounts import UNCACHED, Ledger, account_of, current_led
 from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import CACHE
+from chainrule.execute.open_plans import OpenPlan, record_open_plan
 from chainrule.execute.replay import Runner, Spent, compile_program, owned
-from chainrule.maps.staging import Ref, Staged
+from chainrule.maps.staging import Program, Ref, Staged
 from chainrule.maps.terms import Term
 from chainrule.maps.unmapped import MappedPatternError, kept, plain, unbatched
 from chainrule.modes_off import unseen
@@ -40,6 +44,13 @@ _PATTERNS = 8
 
 #: For so many other blocks it is known where a block meets them.
 _MEETINGS = 4
+
+#: From so many calls on with other indices than those of all plans, planning itself is recorded; after so many further ones
+#: in which it took another course it is not. Of larger patterns it is not either: a record holds all that is made on the way.
+_OTHERS, _FAILED, _LARGEST = 2, 3, 1 << 20
+
+#: Weights of a sum that tells indices from others: the fractions of multiples of this.
+_WEIGHT = 0.7548776662466927
 
 #: So many times masks may be others than those of a plan; then they are values, as if they depended on the inputs.
 _MASKS = 2
@@ -212,6 +223,19 @@ def _may_choose(tape: Any) -> bool:
     return not _recorded() and all(value.__class__ is not BatchTensor for value in tape.values)
 
 
+def _mark(selected: torch.Tensor) -> float:
+    """A number that is the same for equal tensors, and hardly ever for others."""
+    numbers = torch.arange(1, selected.numel() + 1, dtype=torch.float64, device=selected.device)
+    return float(torch.dot(selected.reshape(-1).to(torch.float64), numbers.mul_(_WEIGHT).frac_()))
+
+
+def _may_open(tape: Any) -> bool:
+    """Whether planning may be recorded, and replayed on these values: nothing is around."""
+    if torch._C._len_torch_dispatch_stack() or functions_are_replaced() or forward_ad._current_level >= 0:
+        return False
+    return all(value.__class__ in (torch.Tensor, torch.nn.Parameter) for value in tape.values)
+
+
 def _recorded() -> bool:
     """Whether the run is recorded to be replayed with other values: then none may be looked at that is not an index."""
     if not torch._C._len_torch_dispatch_stack():
@@ -245,6 +269,7 @@ class SparsePlan:
         layouts: per block, where they stand.
         masked: whether zeros of masks would have been left out, had there been some.
         chosen: the same of what ops do not choose.
+        way: how it accumulates.
     """
 
     relations: Guard
@@ -254,6 +279,7 @@ class SparsePlan:
     layouts: dict[tuple[int, int], Layouts]
     masked: bool = True
     chosen: bool = True
+    way: str = ""
 
     @property
     def is_general(self) -> bool:
@@ -277,6 +303,17 @@ class SparsePlan:
 
 
 @dataclass
+class Computed:
+    """What a run gave that needed no plan of its own."""
+
+    found: Found
+
+    def run(self, tape: Any, seeds: Sequence[torch.Tensor] = (), *, last: bool = False) -> Found:
+        """The values of the run."""
+        return self.found
+
+
+@dataclass
 class SparsePlans:
     """The plans of one signature, the last used first.
 
@@ -284,12 +321,22 @@ class SparsePlans:
         plans: the plans.
         by_levels: for a Hessian, whether gradient and Hessian cannot be one program.
         other_masks: how often a plan was missing only because of its masks.
+        others: how often a plan was missing because of its indices, or of what ops chose.
+        opened: a plan for any of these, with whether it leaves out the zeros of masks.
+        failed: how often such a plan was not to be had, or was for another course.
+        marks: numbers that tell what the last runs of it selected: where that comes again, it gets a plan of its own.
+        latest: what ops chose in the run that no plan was found for.
         used: for the cache.
     """
 
     plans: list[SparsePlan] = field(default_factory=list)
     by_levels: bool = False
     other_masks: int = 0
+    others: int = 0
+    opened: tuple[OpenPlan, bool] | None = None
+    failed: int = 0
+    marks: list[float] = field(default_factory=list)
+    latest: Choices = field(default_factory=list)
     used: bool = False
 
     def find(self, tape: Any) -> SparsePlan | None:
@@ -308,8 +355,50 @@ class SparsePlans:
                     self.plans.insert(0, self.plans.pop(number))
                 return plan
             others = True
+        self.latest = known
         self.other_masks += others
+        self.others = 0 if others else self.others + bool(self.plans)
         return None
+
+    def open(self, tape: Any, record: Callable[[str, bool, bool], OpenPlan | None]) -> Found | None:
+        """What a plan for any indices gives for a run that no plan is for; None where there is none.
+
+        Args:
+            tape: the tape.
+            record: makes one, given an order, whether zeros of masks are left out, and whether lists may be of other lengths.
+        """
+        if self.others < _OTHERS or self.failed > _FAILED or not _may_open(tape) or self._comes_again(tape):
+            return None
+        plan, masked = self.opened or (None, False)
+        if plan is None or masked != self.masked:
+            way = self.plans[0].way
+            count = max((layout.pattern.keys.numel() for layout in self.plans[0].layouts.values()), default=0)
+            plan = None
+            if way.startswith(("forward", "reverse")) and count <= _LARGEST:
+                plan = record("forward" if way.startswith("forward") else "reverse", self.masked, self.failed > 0)
+            self.opened = None if plan is None else (plan, self.masked)
+        found = None if plan is None else plan.run(tape.values)
+        if found is None:
+            self.failed += 1 if self.opened else _FAILED + 1
+            self.opened = None
+            return None
+        self.failed = min(self.failed, 1)
+        return {key: (values, Layouts(pattern)) for key, (values, pattern) in found.items()}
+
+    def _comes_again(self, tape: Any) -> bool:
+        """Whether a run selects what one of the last runs did that had no plan of their own."""
+        guards = self.plans[0].relations, self.plans[0].choices
+        latest, self.latest = self.latest, []
+        with planning(tape):
+            selected = [tape.values[slot] for guard in guards for slot, _ in guard.exact]
+            for guard in guards:
+                if guard.computed is not None:
+                    found = next((values for steps, values in latest if steps == guard.steps), None)
+                    selected += guard.computed(tape.values, ()) if found is None else found
+            mark = sum(map(_mark, selected))
+        known = mark in self.marks
+        self.marks = [mark, *(other for other in self.marks if other != mark)][:_PATTERNS]
+        return known
 
     @property
     def masked(self) -> bool:
@@ -400,10 +489,17 @@ def execute_sparse(
     return find_plan(tape, request, seeds).run(tape, seeds, last=last)
 
 
-def find_plan(tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()) -> SparsePlan:
+def find_plan(
+    tape: Any, request: SparseRequest | SparseExpression, seeds: Sequence[torch.Tensor] = ()
+) -> SparsePlan | Computed:
     """The plan of a request for the values of a run; it is made where there is none."""
     plans = plans_of(tape, sparse_key(request, seeds))
     plan = plans.find(tape)
+    if plan is None and isinstance(request, SparseRequest):
+        asked = request
+        found = plans.open(tape, partial(_record_planning, tape, asked))
+        if found is not None:
+            return Computed(found)
     if plan is None:
         with planning(tape):
             plan = make_plan(plan_sparse(tape, request, seeds=seeds, masked=plans.masked, chosen=_may_choose(tape)))
@@ -411,6 +507,18 @@ def find_plan(tape: Any, request: SparseRequest | SparseExpression, seeds: Seque
         if whole_recorder() is not None:
             plan.relations.fits(tape)  # the recorder notes what the plan depends on
     return plan
+
+
+def _record_planning(tape: Any, request: SparseRequest, order: str, masked: bool, padded: bool) -> OpenPlan | None:
+    """A plan for any indices; None where there is none."""
+    slots = {id(value): number for number, value in enumerate(tape.values)}
+
+    def find(program: Program, tensor: torch.Tensor) -> Staged | None:
+        number = slots.get(id(tensor))
+        return None if number is None else program.input(number, tensor)
+
+    with torch.no_grad(), postponed_collection():
+        return record_open_plan(tape, request, order, GuardedRecorder(find), lambda key: key, masked=masked, padded=padded)
 
 
 @dataclass
@@ -532,10 +640,10 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
     layouts = {key: Layouts(pattern) for key, pattern in planned.patterns.items()}
-    return SparsePlan(relations, masks, choices, cached, layouts, workspace.masked, workspace.chosen)
+    return SparsePlan(relations, masks, choices, cached, layouts, workspace.masked, workspace.chosen, planned.chosen)
 
 
 __all__ = [
-    "Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "find_plan", "keep_short", "make_plan", "mapped_slots",
-    "sparse_key", "terms_described",
+    "Computed", "Layouts", "SparsePlan", "entries_predicted", "execute_sparse", "find_plan", "keep_short", "make_plan",
+    "mapped_slots", "sparse_key", "terms_described",
 ]  # fmt: skip

@@ -26,6 +26,9 @@ _MOST_TURNED = 6
 #: Terms of fewer entries are left as they are; in others, those that meet are counted in one row of so many.
 _HEAVY, _SAMPLE = 1 << 12, 17
 
+#: Of a sample, so many entries stand alone where those of all are not listed.
+_APART = 0.7
+
 #: From this many terms on at one vertex, their entries are counted, and summed if that makes them fewer.
 MANY = 12
 
@@ -176,12 +179,37 @@ def as_block(
     return Term(tuple((axis,) for axis in out), tuple((axis,) for axis in inner), (Factor(made, axes),))
 
 
+def places_in(term: Term) -> int:
+    """The number of places of the matrix that a term is."""
+    return math.prod(_dims_shape(term.out_dims)) * math.prod(_dims_shape(term.in_dims))
+
+
 def _dims_shape(dims: Dims) -> tuple[int, ...]:
     return tuple(math.prod(axis.size for axis in dim) for dim in dims)
 
 
 def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
     """The entries of a settled term."""
+    factor, grid, keys, valid = _keys_of(term, workspace)
+    if valid is None:
+        return Entries(factor, grid, keys, None)
+    kept = torch.nonzero(valid).squeeze(1)
+    return Entries(factor, grid, keys.index_select(0, kept), kept)
+
+
+def placed_entries(term: Term, workspace: SparseWorkspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of the entries of a settled term, and their keys: negative where there is none."""
+    factor, grid, keys, valid = _keys_of(term, workspace)
+    names = {axis: number for number, axis in enumerate(grid)}
+    value = expand_to(factor.node.force(workspace.program), tuple(names[a] for a in factor.axes), tuple(range(len(grid))))
+    flat = value.value.expand([axis.size for axis in grid]).reshape(-1)
+    return flat.to(workspace.dtype), keys if valid is None else torch.where(valid, keys, -1)
+
+
+def _keys_of(
+    term: Term, workspace: SparseWorkspace
+) -> tuple[Factor, tuple[Axis, ...], torch.Tensor, torch.Tensor | None]:
+    """The values of a settled term, the grid of its points, the key of each, and whether it is an entry; None for all."""
     targets = {h.target: h for h in term.onehots}
     every = [axis for axis in term.all_axes() if axis not in targets and axis.size != 1]
     positions = [[axis for dim in dims for axis in dim] for dims in (term.out_dims, term.in_dims)]
@@ -212,11 +240,7 @@ def entries_of(term: Term, workspace: SparseWorkspace) -> Entries:
         if onehot.partial:
             here = over_grid(onehot, workspace, names) >= 0
             valid = here if valid is None else valid & here
-    keys = keys.expand(sizes).reshape(-1)
-    if valid is None:
-        return Entries(factor, grid, keys, None)
-    kept = torch.nonzero(valid.expand(sizes).reshape(-1)).squeeze(1)
-    return Entries(factor, grid, keys.index_select(0, kept), kept)
+    return factor, grid, keys.expand(sizes).reshape(-1), None if valid is None else valid.expand(sizes).reshape(-1)
 
 
 def over_grid(onehot: OneHot, workspace: SparseWorkspace, names: dict[Axis, int]) -> torch.Tensor:
@@ -262,7 +286,7 @@ def thinned(term: Term, workspace: SparseWorkspace) -> Term:
     some = entries.keys[entries.keys // max(columns, 1) % _SAMPLE == 1]
     if 2 * some.unique().numel() > some.numel():
         return term
-    every = listed([entries])
+    every = listed([entries], rows * columns)
     return summed(term.out_dims, term.in_dims, [entries], every, workspace) if 2 * every.keys.numel() <= count else term
 
 
@@ -275,7 +299,7 @@ def few_apart(terms: Sequence[Term], workspace: SparseWorkspace) -> tuple[Term, 
     if len(others) < 2:
         return tuple(terms)
     entries = [entries_of(term, workspace) for term in others]
-    added = summed(others[0].out_dims, others[0].in_dims, entries, listed(entries), workspace)
+    added = summed(others[0].out_dims, others[0].in_dims, entries, listed(entries, places_in(others[0])), workspace)
     return (*(term for term in terms if not any(term is other for other in others)), added)
 
 
@@ -286,13 +310,21 @@ def fewer(terms: Sequence[Term], workspace: SparseWorkspace) -> tuple[Term, ...]
         return tuple(terms)
     entries = [entries_of(term, workspace) for term in terms]
     count = sum(e.keys.numel() for e in entries)
-    every = listed(entries)
+    if (block is None or block > count) and len(terms) <= _MOST and count >= _HEAVY and _are_apart(entries):
+        return tuple(terms)
+    every = listed(entries, places_in(terms[0]))
     found = every.keys.numel()
     if found == block:
         return (as_block(terms, entries, block_keys(terms, workspace.device), every, workspace),)
     if len(terms) < MANY or found > 0.6 * count and len(terms) <= _MOST:
         return tuple(terms)
     return (summed(terms[0].out_dims, terms[0].in_dims, entries, every, workspace),)
+
+
+def _are_apart(entries: Sequence[Entries]) -> bool:
+    """Whether few entries of several terms meet, by a sample of the places."""
+    some = torch.cat([e.keys[torch.remainder(e.keys, _SAMPLE) == 1] for e in entries])
+    return some.unique().numel() > _APART * some.numel()
 
 
 class Listed(NamedTuple):
@@ -307,12 +339,12 @@ class Listed(NamedTuple):
     places: tuple[torch.Tensor, ...]
 
 
-def listed(entries: Sequence[Entries]) -> Listed:
-    """All entries of some terms in one list."""
+def listed(entries: Sequence[Entries], size: int | None = None) -> Listed:
+    """All entries of some terms in one list; `size` is the number of places that there are."""
     if len(entries) == 1 and bool((entries[0].keys[1:] > entries[0].keys[:-1]).all()):
         keys = entries[0].keys
         return Listed(keys, (torch.arange(keys.numel(), device=keys.device),))
-    keys, places = places_among(torch.cat([e.keys for e in entries]))
+    keys, places = places_among(torch.cat([e.keys for e in entries]), size)
     return Listed(keys, places.split([e.keys.numel() for e in entries]))
 
 
@@ -451,5 +483,5 @@ def _flat(value: Staged, entries: Entries, places: torch.Tensor) -> tuple[Staged
 
 __all__ = [
     "MANY", "Entries", "Listed", "block_keys", "count_entries", "entries_of", "few_apart", "fewer", "listed", "over_grid",
-    "restricted", "summed", "thinned", "values_node", "without_shared",
+    "placed_entries", "places_in", "restricted", "summed", "thinned", "values_node", "without_shared",
 ]  # fmt: skip

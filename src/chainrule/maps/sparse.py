@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy
@@ -20,9 +21,10 @@ from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
 from chainrule.maps.meeting_blocks import as_blocks, times_list
-from chainrule.maps.nodes import Node
+from chainrule.maps.nodes import Node, selecting
 from chainrule.maps.nonzeros import MANY, count_entries, few_apart, fewer, over_grid, thinned, without_shared
 from chainrule.maps.onehots import dense_relation, gather, mask_factor
+from chainrule.maps.padded import Padded, padded_pairs, padded_places, room_for
 from chainrule.maps.places import Places
 from chainrule.maps.sorted_places import join_equal
 from chainrule.maps.stacks import stacked
@@ -30,6 +32,7 @@ from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 from chainrule.maps.unmapped import plain, unbatched
+from chainrule.modes_off import unseen
 
 #: From this many terms on, a dense block that they fill is made one.
 _SOME = 3
@@ -54,6 +57,8 @@ class SparseWorkspace(Workspace):
         limit: ops with more entries than this are not listed; None for any number.
         by_rows: whether terms are kept by rows, some of which have no entries (see :mod:`chainrule.maps.row_form`).
         stacks: whether many terms become one over taps; not those of local Jacobians, whose products would multiply taps.
+        is_same: whether an index is the same in every run, where a plan is made for any indices; None for one of these.
+        padded: whether lists whose length follows from other values have room for a few more.
         masked: whether the zeros of masks that are tensors are left out of the pattern, which is then for these masks only.
             (Those that are the same in every run are always left out.)
         chosen: whether what ops choose by value has the places of this run, which the pattern is for then.
@@ -87,6 +92,8 @@ class SparseWorkspace(Workspace):
         self.zeros: dict[int, Places] | None = None
         self.constants: frozenset[int] = frozenset()
         self.picked: frozenset[int] = frozenset()
+        self.is_same: Callable[[torch.Tensor], bool] | None = None
+        self.padded = False
         self._nodes: dict[object, list[tuple[torch.Tensor, Node]]] = {}
         self._weights = numpy.empty(0, dtype=numpy.int64)
         self._known: dict[int, tuple[Node, Node]] = {}
@@ -133,20 +140,28 @@ class SparseWorkspace(Workspace):
                 term = term.having(onehots=(*term.onehots, *self._listed(places, [factor.axes[d] for d in dims])))
             if (known := self._known_places(factor.node)) is not None:
                 found, masks, choices = known
-                count, total = int(found.sum()), factor.node.numel
+                count, total = self._counted(found), factor.node.numel
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
                 few = total <= _LITTLE or 2 * count <= total + sum(factor.node.sizes)
                 if count < total and (pointwise or few):
                     self._masks.extend(masks)
                     self._choices.extend(choices)
-                    if count == 0:
+                    if self.is_padded(found):
+                        term = self._with_room(term, factor.axes, found)
+                    elif count == 0:
                         return term.having(scale=0.0)
-                    term = term.having(onehots=(*term.onehots, *self._listed(torch.nonzero(found), factor.axes)))
+                    else:
+                        term = term.having(onehots=(*term.onehots, *self._listed(torch.nonzero(found), factor.axes)))
             choice = factor.node.is_choice and self.chosen and not self.everywhere
             if not choice and not factor.node.mask:
                 continue
             staged = factor.node.force(self.program)
             if (not choice and not self._is_settled(staged)) or (value := unbatched(staged.value)) is None:
+                continue
+            if choice and self.is_padded(value):
+                rest = tuple(f for f in term.factors if f is not factor)
+                term = self._with_room(term.having(factors=rest), factor.axes, value)
+                self._choices.append(staged)
                 continue
             places = torch.nonzero(value)
             count, total = places.shape[0], value.numel()
@@ -167,6 +182,43 @@ class SparseWorkspace(Workspace):
                 rest = (*rest, Factor(constant, listed[0].sources))
             term = term.having(factors=rest, onehots=(*term.onehots, *listed))
         return term
+
+    def is_padded(self, *read: torch.Tensor) -> bool:
+        """Whether a list that follows from these values may be of another length in another run of the plan."""
+        return self.padded and self.is_same is not None and not all(map(self.is_same, read))
+
+    def _counted(self, found: torch.Tensor) -> int:
+        """How often truth values hold; in another run of the plan that may be another number, where lists have room for it."""
+        with unseen() if self.is_padded(found) else nullcontext():
+            return int(found.sum())
+
+    def _with_room(self, term: Term, axes: Sequence[Axis], value: torch.Tensor) -> Term:
+        """The term times an array, as a list of fixed length of the places where it is not zero; truth values count as ones."""
+        flags = value.reshape(-1) != 0
+        if not bool(flags.all()):
+            room, some = room_for(flags.sum())
+            if not some:
+                return term.having(scale=0.0)
+            found = padded_places(flags, room)
+        else:
+            places = torch.arange(flags.numel(), device=self.device)
+            room, found = flags.numel(), Padded(places, torch.ones_like(flags))
+        places, stride = [], max(value.numel(), 1)
+        for size in value.shape:
+            stride //= max(size, 1)
+            places.append(torch.div(found.places, stride, rounding_mode="floor") % size)
+        counted = Axis(room)
+        factors = [*term.factors, Factor(self._real(found.real), (counted,))]
+        if value.dtype is not torch.bool:
+            shares = value.reshape(-1).index_select(0, found.places)
+            factors.append(Factor(Node((room,), (), lambda program: program.constant(shares), label="mask"), (counted,)))
+        listed = [OneHot(self.index(p), (counted,), axis) for p, axis in zip(places, axes, strict=True)]
+        return term.having(factors=tuple(factors), onehots=(*term.onehots, *listed))
+
+    def _real(self, real: torch.Tensor) -> Node:
+        """Ones for the elements of a list that count."""
+        ones = real.to(self.dtype)
+        return selecting(Node(ones.shape, (), lambda program: program.constant(ones), label="mask"))
 
     def _known_places(self, node: Node) -> tuple[torch.Tensor, list[Staged], list[Staged]] | None:
         """Where a value of the tape may be other than zero, and the masks and choices that say so; None if nothing is known."""
@@ -272,7 +324,8 @@ class SparseWorkspace(Workspace):
                 return node
         node = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
         known.append((tensor, node))
-        node.facts = _affine(tensor), bool((tensor < 0).any())
+        fixed = self.is_same is None or self.is_same(tensor)
+        node.facts = _affine(tensor) if fixed else None, bool((tensor < 0).any())
         node.force(self.program)
         return node
 
@@ -297,10 +350,18 @@ class SparseWorkspace(Workspace):
         left, right = (
             self.keys_of(h.sources, [pair[side] for pair in tied], shared) for side, h in enumerate((one, two))
         )
-        if self.limit is None and not shared and (blocks := as_blocks(term, tied, left, right, self)) is not None:
-            return blocks
-        first, second = join_equal(left, right, self.limit)
-        pairs = Axis(len(first))
+        pairs = None
+        if (padded := self.is_padded(left, right)) and (found := padded_pairs(left, right)) is not None:
+            first, second, real = found
+            pairs = Axis(len(first))
+            term = term.having(factors=(*term.factors, Factor(self._real(real), (pairs,))))
+        elif not padded and self.limit is None and not shared:
+            if (blocks := as_blocks(term, tied, left, right, self)) is not None:
+                return blocks
+        if pairs is None:
+            size = math.prod(h.target.size for h, _ in tied) * math.prod(axis.size for axis in shared)
+            first, second = join_equal(left, right, self.limit, size)
+            pairs = Axis(len(first))
         gone = {id(h) for pair in tied for h in pair}
         onehots = [h for h in term.onehots if id(h) not in gone]
         for h, chosen in ((one, first), (two, second)):
@@ -344,7 +405,7 @@ class SparseWorkspace(Workspace):
             return self.coincide(term, one, two)
         if len(final) < len(relations) and (found := opened(term, relations, self)) is not None:
             return found
-        if self.limit is None and (multiplied := times_list(term, final, self)) is not None:
+        if self.limit is None and not self.padded and (multiplied := times_list(term, final, self)) is not None:
             return multiplied
         outer = term.outer_axes()
         factors = tuple(self.gathered(f, final) if any(a in final for a in f.axes) else f for f in term.factors)

@@ -17,7 +17,7 @@ import torch
 from chainrule.maps.compose import dense_factor
 from chainrule.maps.lines import Lines, join_lines, random_integers
 from chainrule.maps.nodes import Node
-from chainrule.maps.nonzeros import entries_of, listed, summed
+from chainrule.maps.nonzeros import entries_of, listed, places_in, summed
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term
 from chainrule.maps.views import expand_to
@@ -84,7 +84,7 @@ def stacked(terms: Sequence[Term], workspace: SparseWorkspace, many: int) -> Seq
             # Taps that meet in most rows grow in number with every product: entries at one place are added up instead.
             own = [taps.term for taps in group]
             entries = [entries_of(term, workspace) for term in own]
-            made = summed(own[0].out_dims, own[0].in_dims, entries, listed(entries), workspace)
+            made = summed(own[0].out_dims, own[0].in_dims, entries, listed(entries, places_in(own[0])), workspace)
         done.extend([taps.term for taps in group] if made is None else [made])
     return terms if len(done) == len(terms) else done
 

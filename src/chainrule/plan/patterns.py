@@ -90,7 +90,7 @@ def find_blocks(maps: Mapping[Key, LinearMap], workspace: SparseWorkspace) -> Fo
             continue
         if math.prod(local.out_shape) * math.prod(local.in_shape) >= _MOST_PLACES:
             raise RuntimeError("chainrule: a sparse block of 2⁶² or more places is more than its indices can count")
-        every = listed(entries)
+        every = listed(entries, math.prod(local.out_shape) * math.prod(local.in_shape))
         found[key] = SparseBlock(Pattern(local.out_shape, local.in_shape, every.keys), entries, every)
     return found
 

@@ -95,9 +95,8 @@ def _before_moves(tape: Any, made_by: dict[int, Any], slot: int, chosen: torch.T
         before = tape.values[origin]
         numbers = torch.arange(before.numel(), device=chosen.device).reshape(before.shape)
         moved = record.op(numbers, *[_plain(tape, item) for item in record.args[1:]], **dict(record.kwargs))
-        found = torch.zeros(before.numel(), dtype=torch.bool, device=chosen.device)
-        found[moved.reshape(-1)[chosen]] = True
-        slot, chosen = origin, found
+        counts = torch.zeros(before.numel(), dtype=torch.long, device=chosen.device)
+        slot, chosen = origin, counts.index_add(0, moved.reshape(-1), chosen.to(torch.long)) != 0
         yield chosen
 
 

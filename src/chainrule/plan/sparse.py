@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from chainrule.maps.compose import settle
-from chainrule.maps.linear_map import LinearMap, compose
+from chainrule.maps.linear_map import LinearMap, compose, merge
 from chainrule.maps.nodes import Node
-from chainrule.maps.nonzeros import count_entries
+from chainrule.maps.nonzeros import count_entries, placed_entries
 from chainrule.maps.row_form import in_rows
 from chainrule.maps.sorted_places import TooManyError
 from chainrule.maps.sparse import SparseWorkspace
@@ -127,13 +127,13 @@ class PlannedSparse:
 
 def sparse_workspace(
     tape: Any, slots: Sequence[int], widened: frozenset[int] = frozenset(), program: Program | None = None,
-    masked: bool = True, chosen: bool = True,
+    masked: bool = True, chosen: bool = True, recorded: bool = False,
 ) -> SparseWorkspace:
-    """A workspace for maps between these slots."""
+    """A workspace for maps between these slots; `recorded` where all that is on is what records planning."""
     plainly = make_workspace(tape, slots)
     workspace = SparseWorkspace(plainly.dtype, plainly.device, widened, program, frozenset(tape.derived), masked, chosen)
     workspace.values = tape.values
-    if masked and not torch._C._len_torch_dispatch_stack():
+    if masked and (recorded or not torch._C._len_torch_dispatch_stack()):
         workspace.constants = frozenset(
             slot for slot, value in enumerate(tape.values)
             if value.__class__ is torch.Tensor and value.layout is torch.strided and not value.requires_grad
@@ -235,7 +235,7 @@ def _condensed(tape: Any, graph: Graph, request: SparseRequest | Jacobian, works
     workspace.stacks = False
     found = condensed(graph, *_slots(request), _shapes(tape), workspace)
     workspace.stacks = True
-    if len(elimination.inner_slots(found, *_slots(request))) < _CHAIN:
+    if len(elimination.inner_slots(found, *_slots(request))) < _CHAIN or workspace.padded:
         return found
     # What is multiplied many times is held by rows.
     workspace.by_rows = True
@@ -303,6 +303,40 @@ def _is_better(other: PlannedSparse, planned: PlannedSparse) -> bool:
     return True
 
 
+#: The shapes of output and input of a block, its dtype, and the values and keys of its terms' entries.
+Terms = tuple[tuple[tuple[int, ...], tuple[int, ...]], torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def listed_terms(
+    tape: Any, request: SparseRequest, order: str, is_same: Callable[[torch.Tensor], bool], *, masked: bool, padded: bool
+) -> dict[Key, Terms]:
+    """The terms of every block in one order, as planning finds them for indices of which ``is_same`` says which ones are fixed.
+
+    Keys are negative where there is no entry. ``masked`` and ``padded`` are those of the
+    :class:`~chainrule.maps.sparse.SparseWorkspace`.
+    """
+    inputs, outputs = _slots(request)
+    workspace = sparse_workspace(tape, (*inputs, *outputs), masked=masked, recorded=True)
+    workspace.forward, workspace.is_same, workspace.padded = request.cast == "output", is_same, padded
+    graph = structured_graph(tape, inputs, outputs, workspace)
+    _refuse_complex(tape, graph)
+    maps = _accumulated(tape, _condensed(tape, graph, request, workspace), inputs, outputs, order, workspace)
+    found: dict[Key, Terms] = {}
+    for key, local in maps.items():
+        terms = [t for t in local.terms if t.scale != 0.0 and not any(a.size == 0 for a in t.all_axes())]
+        if terms:
+            placed = [placed_entries(term, workspace) for term in merge(terms, workspace, force=False)]
+            dtype = _dtype_of(request, tape, workspace)(key)
+            found[key] = (local.out_shape, local.in_shape), dtype, placed
+    return found
+
+
+def _dtype_of(request: SparseRequest, tape: Any, workspace: SparseWorkspace) -> Callable[[Key], torch.dtype]:
+    """The dtypes of the results."""
+    dtypes = {"input": lambda key: tape.values[key[1]].dtype, "output": lambda key: tape.values[key[0]].dtype}
+    return dtypes.get(request.cast, lambda key: workspace.dtype)
+
+
 def _plan_request(
     tape: Any, request: SparseRequest, program: Program | None, masked: bool, chosen: bool, compare: bool
 ) -> PlannedSparse:
@@ -321,7 +355,7 @@ def _plan_request(
         return request.numbers[request.outputs.index(key[0])], request.inputs.index(key[1])
 
     orders = ("reverse", "forward") if request.order == "auto" else (request.order,)
-    if request.order == "auto" and not compare and _is_even_chain(short):
+    if request.order == "auto" and not compare and _is_one_way(short, inputs):
         orders = ("reverse",)
     candidates = _compared(orders, find, workspace)
     if request.symmetric and request.triangle is None:
@@ -329,10 +363,15 @@ def _plan_request(
     if request.order == "auto":
         _add_coloured(tape, request, candidates, workspace)
     others = _others(tape, request, candidates, workspace) if compare else []
-    dtypes = {"input": lambda key: tape.values[key[1]].dtype, "output": lambda key: tape.values[key[0]].dtype}
-    planned = _settled(candidates, graph, workspace, dtypes.get(request.cast, lambda key: workspace.dtype))
+    planned = _settled(candidates, graph, workspace, _dtype_of(request, tape, workspace))
     planned.candidates.extend(others)
     return planned
+
+
+def _is_one_way(graph: Graph, inputs: Sequence[int]) -> bool:
+    """Whether both orders take the same products."""
+    direct = all(source in inputs for edges in graph.into.values() for source, _ in edges)
+    return (direct and graph.into.keys().isdisjoint(inputs)) or _is_even_chain(graph)
 
 
 def _is_even_chain(graph: Graph) -> bool:
@@ -541,6 +580,6 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
 
 
 __all__ = [
-    "PlannedSparse", "SparseExpression", "SparseRequest", "described_entries", "find_patterns", "freeze", "plan_sparse",
-    "predicted_entries", "structured_graph",
+    "PlannedSparse", "SparseExpression", "SparseRequest", "described_entries", "find_patterns", "freeze", "listed_terms",
+    "plan_sparse", "predicted_entries", "structured_graph",
 ]  # fmt: skip

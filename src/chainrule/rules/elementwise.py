@@ -174,6 +174,8 @@ RULES: dict[Any, Rule] = {
     aten.clamp_min.default: pointwise(lambda x, low, out: _at_least(x, low).to(x.dtype)),
     aten.clamp_max.default: pointwise(lambda x, high, out: _at_most(x, high).to(x.dtype)),
     aten.abs.default: pointwise(lambda x, out: torch.sign(x)),
+    # Of real numbers; of complex ones it is a direction, which reads them (see complex_functions.py).
+    aten.sgn.default: Rule("constant", lambda call: ()),
     aten.where.self: elementwise(
         self_=Over("condition", lambda c: c), other=Over("condition", lambda c: torch.logical_not(c))
     ),

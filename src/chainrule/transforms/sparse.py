@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, wrap_batched
+from chainrule.capture.guarded import GuardedRecorder
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import Tape
 from chainrule.dispatch import entry_point
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
+from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import execute
 from chainrule.execute.memory import counted
+from chainrule.execute.open_plans import OpenPlan, record_open_plan
 from chainrule.execute.sparse import (
     Found,
     Layouts,
@@ -101,7 +104,8 @@ def sparse_jacobian(
             request = SparseRequest(sources, outputs, order, cast)
             if alone:
                 plan = find_plan(traced.tape, request)
-                _shorten(traced, extra, layout, plan)
+                if isinstance(plan, SparsePlan):
+                    _shorten(traced, extra, layout, plan)
                 found = plan.run(traced.tape, last=True)
             else:
                 found = execute_sparse(traced.tape, request, last=True)
@@ -231,6 +235,9 @@ def _curvature(
     if plan is not None and shorten is not None:
         shorten(plan)  # not where it is made: the tape has further records then
     if plan is None and not by_levels:
+        opened = plans.open(tape, partial(_open_curvature, traced, slot, triangular))
+        if opened is not None:
+            return opened
         plan = _plan_curvature(traced, slot, triangular, plans.masked)
         if plan is not None:
             plans.add(plan)
@@ -275,32 +282,59 @@ def _plan_curvature(traced: Traced, slot: int, triangular: str | None, masked: b
     values = list(tape.values)
     if torch._C._len_torch_dispatch_stack() or not all(isinstance(value, torch.Tensor) for value in values):
         return None
+    recorder = Recorder(_inputs(values))
+    if (found := _recorded_gradient(traced, slot, triangular, recorder, values)) is None:
+        return None
+    request, names = found
+    with planning(tape):
+        plan = make_plan(plan_sparse(tape, request, recorder.program, masked=masked))
+    plan.layouts = {(names[o], sources.index(i)): layout for (o, i), layout in plan.layouts.items()}
+    plan.values.keys = list(plan.layouts)
+    return plan
+
+
+def _open_curvature(traced: Traced, slot: int, triangular: str | None, order: str, masked: bool, padded: bool) -> OpenPlan | None:
+    """One program for gradient and Hessian, whatever its indices are; None where there is none."""
+    tape, sources = traced.tape, tuple(traced.in_slots)
+    recorder = GuardedRecorder(_inputs(list(tape.values)))
+    if (found := _recorded_gradient(traced, slot, triangular, recorder, list(tape.values))) is None:
+        return None
+    request, names = found
+    with torch.no_grad(), postponed_collection():
+        return record_open_plan(
+            tape, request, order, recorder, lambda key: (names[key[0]], sources.index(key[1])), masked=masked, padded=padded
+        )
+
+
+def _inputs(values: list[torch.Tensor]) -> Callable[[Program, torch.Tensor], Staged | None]:
+    """What knows the values of a tape as the inputs of a program."""
     slots = {id(value): number for number, value in enumerate(values)}
 
     def find(program: Program, tensor: torch.Tensor) -> Staged | None:
         number = slots.get(id(tensor))
         return None if number is None else program.input(number, tensor)
 
-    recorder = Recorder(find)
+    return find
+
+
+def _recorded_gradient(
+    traced: Traced, slot: int, triangular: str | None, recorder: Recorder, values: list[torch.Tensor]
+) -> tuple[SparseRequest, dict[int, int]] | None:
+    """Record the gradient, which stands on the tape then: what its Jacobian is asked for; None where no replay does the same."""
+    tape = traced.tape
     with recorder, collecting(UNCACHED):
         tape.settle()
         with recording_on(tape)():
-            gradient = execute(tape, Request("jacobian", sources, (slot,), "reverse"))
+            gradient = execute(tape, Request("jacobian", tuple(traced.in_slots), (slot,), "reverse"))
     tape.settle()
-    request, names = _of_gradient(traced, slot, gradient, triangular)
+    found = _of_gradient(traced, slot, gradient, triangular)
     program = recorder.program
     for number in range(len(values), len(tape.values)):
         staged = recorder.staged(tape.values[number])
         if staged is None:
             return None
         program._input_values[number] = staged
-    if not recorder.pure:
-        return None
-    with planning(tape):
-        plan = make_plan(plan_sparse(tape, request, program, masked=masked))
-    plan.layouts = {(names[o], sources.index(i)): layout for (o, i), layout in plan.layouts.items()}
-    plan.values.keys = list(plan.layouts)
-    return plan
+    return found if recorder.pure else None
 
 
 def _curvatures(traced: Traced, slot: int, triangular: str | None) -> Found:
