@@ -94,6 +94,10 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     if (composite < 0)
         return NULL;
     int assigns = near && self->kind == TAPE && func == c_setitem && kwargs == NULL;
+    int compares = !fresh && sorts & MAKES_NEW && kwargs == NULL && function != NULL && vmap_below(self) != NULL && !is_listened(self)
+                       ? PySet_Contains(c_comparisons, func) : 0;
+    if (compares < 0)
+        return NULL;
     if (function == NULL && reading == NULL && !fresh && !makes_shape && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
@@ -110,9 +114,11 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         Py_SETREF(out, run_assign(self, args));
     if (fresh)
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
+    else if (compares)
+        Py_SETREF(out, run_compared(self, function, args));
     else if (makes_shape) /* that of another tensor: nothing of it is recorded */
         Py_SETREF(out, run_known((Handler *)self->below, func, args, NULL));
-    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
+    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS && !compares)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
     if (out == Py_NotImplemented && fresh + (func == c_where))

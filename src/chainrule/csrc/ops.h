@@ -375,6 +375,99 @@ run_inactive(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
     return out;
 }
 
+/* Whether an argument of what is run on a level has no graph and is no list of tensors: 1, 0, or -1 with an error set. */
+static int
+is_plain_on_level(PyObject *item)
+{
+    if ((PyObject *)Py_TYPE(item) == c_batch_tensor)
+        return 1; /* see may_have_stored_graph */
+    if ((PyObject *)Py_TYPE(item) != c_tensor)
+        return holds_numbers(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+    int graph = 0;
+    PyObject *dtype = plain_dtype(item, &graph);
+    int plain = dtype == NULL ? -1 : dtype != Py_None && !graph;
+    Py_XDECREF(dtype);
+    return plain;
+}
+
+/* Whether all arguments are such, and may be read: 1, 0, or -1 with an error set. */
+static int
+are_plain_on_level(Handler *level, PyObject *args)
+{
+    int plain = !level->guarded && !level->graphs && c_known != NULL;
+    for (Py_ssize_t place = 0; plain > 0 && place < PyTuple_GET_SIZE(args); place++)
+        plain = is_plain_on_level(PyTuple_GET_ITEM(args, place));
+    if (plain > 0) {
+        int graph = may_have_stored_graph(args);
+        plain = graph < 0 ? -1 : !graph;
+    }
+    return plain;
+}
+
+/* A mapped tensor as a constant that shares its memory; NotImplemented for other tensors. */
+static PyObject *
+detached_on_level(Handler *level, PyObject *facts, PyObject *tensor)
+{
+    PyObject *batch = batch_of(level, tensor), *value = batch == NULL ? NULL : SLOT(batch, value), *out = NULL;
+    if (value == NULL || !is_constant_class(value) || PyDict_GET_SIZE(c_copies))
+        return Py_NewRef(Py_NotImplemented);
+    int graph = 0;
+    PyObject *dtype = plain_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
+    if (given != NULL && (dtype == Py_None || graph))
+        out = Py_NewRef(Py_NotImplemented);
+    else if (given != NULL) {
+        PyObject *view = call_seen(SLOT(facts, fast), given, NULL);
+        out = view == NULL ? NULL : wrapped_view((PyObject *)level, view, 1, dtype);
+        Py_XDECREF(view);
+    }
+    Py_XDECREF(dtype);
+    Py_XDECREF(given);
+    return out;
+}
+
+/* An op that is a constant for differentiation, on a tape that stands on a vmap which nothing is around; NotImplemented, with
+ * nothing done, leaves it to Python. */
+static PyObject *
+run_inactive_below(Handler *self, PyObject *facts, PyObject *args)
+{
+    Handler *level = (Handler *)vmap_below(self);
+    int is_view = SLOT(facts, is_view) == Py_True, plain = level == NULL ? 0 : are_plain_on_level(level, args);
+    if (is_view && (!self->sees_views || state.exclude == NULL || SLOT(facts, op) != c_detach_op || PyTuple_GET_SIZE(args) != 1))
+        plain = plain < 0 ? -1 : 0;
+    if (plain <= 0)
+        return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = is_view ? detached_on_level(level, facts, PyTuple_GET_ITEM(args, 0)) : run_known_op(level, SLOT(facts, op), args, 0);
+    if (out == NULL || out == Py_NotImplemented)
+        return out;
+    if (is_view && append_new(self->pending, PyTuple_Pack(4, SLOT(facts, op), args, Py_None, out)) < 0)
+        Py_CLEAR(out);
+    if (out != NULL && SLOT(facts, shaped) != Py_True && note_derived(self, args, out) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
+/* A comparison on such a tape, which the vmap makes element by element; the same. */
+static PyObject *
+run_compared(Handler *self, PyObject *function, PyObject *args)
+{
+    Handler *level = (Handler *)vmap_below(self);
+    int autocast = level == NULL ? 1 : autocast_is_on(), plain = autocast ? (autocast < 0 ? -1 : 0) : are_plain_on_level(level, args);
+    for (Py_ssize_t place = 0; plain > 0 && place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        if (!is_argument(item))
+            continue;
+        Py_ssize_t slot = known_slot(self, item);
+        int known = slot == -2 ? -1 : slot >= 0 ? 0 : may_be_known(self, item); /* a view of something that was written */
+        plain = known < 0 ? -1 : !known;
+    }
+    if (plain <= 0)
+        return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = run_under_vmap(level, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 1);
+    if (out != NULL && out != Py_NotImplemented && note_derived(self, args, out) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
 /* Whether a call of an op that has a composite form is recorded whole: 1, 0, or -1 with an error set. */
 static int
 is_whole(Handler *self, PyObject *facts, PyObject *args)
@@ -387,7 +480,7 @@ is_whole(Handler *self, PyObject *facts, PyObject *args)
     return outcome;
 }
 
-/* An op that is a write, a constant or recorded whole, on a tape that stands alone; NotImplemented leaves it to Python. */
+/* An op that is a write, a constant or, on a tape that stands alone, recorded whole; NotImplemented leaves it to Python. */
 static PyObject *
 run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
 {
@@ -396,7 +489,7 @@ run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
     if (SLOT(facts, rewrites) == Py_True)
         return run_write(self, facts, args, call, call_args, call_kwargs);
     if (self->below != NULL && self->below != Py_None)
-        return Py_NewRef(Py_NotImplemented);
+        return SLOT(facts, inactive) == Py_True ? run_inactive_below(self, facts, args) : Py_NewRef(Py_NotImplemented);
     if (SLOT(facts, inactive) == Py_True)
         return run_inactive(self, facts, args, call, call_args, call_kwargs);
     int whole = SLOT(facts, whole) == Py_None || SLOT(facts, is_view) == Py_True ? 0 : is_whole(self, facts, args);

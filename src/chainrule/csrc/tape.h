@@ -200,10 +200,10 @@ may_be_known(Handler *self, PyObject *tensor); /* in memory.h */
 static int
 note_derived(Handler *self, PyObject *args, PyObject *out)
 {
-    int noted = 0, simple = (PyObject *)Py_TYPE(out) == c_tensor;
+    int noted = 0, simple = is_argument(out);
     for (Py_ssize_t place = 0; simple && !noted && place < PyTuple_GET_SIZE(args); place++) {
         PyObject *item = PyTuple_GET_ITEM(args, place);
-        if ((PyObject *)Py_TYPE(item) == c_tensor) {
+        if (is_argument(item)) {
             Py_ssize_t slot = known_slot(self, item);
             if (slot == -2 || (noted = is_derived(self, item)) < 0)
                 return -1;
