@@ -278,6 +278,20 @@ facts_of(Handler *self, PyObject *op)
     return facts;
 }
 
+/* Whether an argument is a list of numbers, or of such lists, as a tensor is made of. */
+static int
+holds_nested_numbers(PyObject *item)
+{
+    if (!PyList_CheckExact(item))
+        return holds_numbers(item);
+    for (Py_ssize_t place = 0; place < PyList_GET_SIZE(item); place++) {
+        PyObject *part = PyList_GET_ITEM(item, place);
+        if (!is_number(part) && !PyBool_Check(part) && !holds_nested_numbers(part))
+            return 0;
+    }
+    return 1;
+}
+
 /* Whether a function makes something without a derivative: a comparison, or anything of constants. 1, 0, or -1 with an error. */
 static int
 is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
@@ -306,7 +320,7 @@ is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
                 if (known)
                     return known < 0 ? -1 : 0;
             }
-        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_numbers(item)) {
+        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_nested_numbers(item)) {
             int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
             if (plain <= 0)
                 return plain;
@@ -374,6 +388,9 @@ run_inactive(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
         Py_CLEAR(out);
     return out;
 }
+
+static PyObject *
+run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs); /* in calls.h */
 
 /* Whether an argument of what is run on a level has no graph and is no list of tensors: 1, 0, or -1 with an error set. */
 static int
@@ -446,9 +463,10 @@ run_inactive_below(Handler *self, PyObject *facts, PyObject *args)
     return out;
 }
 
-/* A comparison on such a tape, which the vmap makes element by element; the same. */
+/* A function whose result has no derivative on such a tape, a comparison (`function`, which the vmap makes element by element) or
+ * the conversion of what has none; the same. */
 static PyObject *
-run_compared(Handler *self, PyObject *function, PyObject *args)
+run_ignored_below(Handler *self, PyObject *func, PyObject *function, PyObject *args)
 {
     Handler *level = (Handler *)vmap_below(self);
     int autocast = level == NULL ? 1 : autocast_is_on(), plain = autocast ? (autocast < 0 ? -1 : 0) : are_plain_on_level(level, args);
@@ -458,11 +476,14 @@ run_compared(Handler *self, PyObject *function, PyObject *args)
             continue;
         Py_ssize_t slot = known_slot(self, item);
         int known = slot == -2 ? -1 : slot >= 0 ? 0 : may_be_known(self, item); /* a view of something that was written */
-        plain = known < 0 ? -1 : !known;
+        plain = known < 0 ? -1 : !known && (function != NULL || slot < 0 || PyList_GET_ITEM(self->active, slot) != Py_True);
     }
     if (plain <= 0)
         return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *out = run_under_vmap(level, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 1);
+    PyObject *out = function != NULL ? run_under_vmap(level, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 1)
+                                     : run_known(level, func, args, NULL);
+    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(args) == 2)
+        Py_SETREF(out, run_constant_call(level, function, &PyTuple_GET_ITEM(args, 0), 2));
     if (out != NULL && out != Py_NotImplemented && note_derived(self, args, out) < 0)
         Py_CLEAR(out);
     return out;
