@@ -24,6 +24,7 @@ from chainrule.function_globals import original_of
 from chainrule.function_schemas import NAMED, BySchema, Required
 from chainrule.functions import (
     COMPARISONS,
+    CONVERTING,
     CONVERSIONS,
     FACTS,
     FRESH,
@@ -142,7 +143,7 @@ configure(
     zero_=torch.Tensor.zero_, put_op=aten.index_put_.default, put=torch.Tensor.index_put_, setitem=torch.Tensor.__setitem__,
     included_keys=torch._C._dispatch_tls_local_include_set,
     excluded_keys=torch._C._dispatch_tls_local_exclude_set, autocast_keys=AUTOCAST_KEYS, forward_mode=vars(forward_ad),
-    set_grad=torch._C._set_grad_enabled,
+    set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default, converting=CONVERTING, make_tensor=torch.tensor,
 )  # fmt: skip
 
 
@@ -321,6 +322,10 @@ class LightMode(Handler, TorchDispatchMode):
         """Whether a function among :data:`chainrule.functions.FRESH` does not concern this mode, on these arguments."""
         return False
 
+    def ignores_below(self, args: tuple[Any, ...]) -> bool:
+        """Whether a conversion on these arguments does not concern this mode, which stands on another."""
+        return False
+
     def make_shaped(self, func: Any, args: tuple[Any, ...]) -> Any:
         """What a function among :data:`chainrule.functions.SHAPED` makes, where the next mode makes it; else NotImplemented."""
         return NotImplemented
@@ -356,9 +361,13 @@ class LightMode(Handler, TorchDispatchMode):
             if func not in SHAPED:
                 self.note_ignored(args, kwargs, out)
             return out
-        if func in SHAPED and not kwargs and self.below is not None and self._takes(types):
+        if not kwargs and self.below is not None and (
+            func in SHAPED or (func in CONVERTING and self.ignores_below(args))
+        ) and self._takes(types):
             out = self.make_shaped(func, args)
             if out is not NotImplemented:
+                if func not in SHAPED:
+                    self.note_ignored(args, kwargs, out)
                 return out
         function = TABLE.get(func)
         reading = READINGS.get(func)

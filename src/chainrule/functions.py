@@ -182,10 +182,11 @@ _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
 #: Functions that read nothing of a tensor but its shape, dtype and device.
 SHAPED = frozenset((*(getattr(torch, name) for name in _LIKE), *(getattr(torch.Tensor, name) for name in _NEW)))
 
+#: Methods that change the dtype of a tensor.
+CONVERTING = frozenset(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to"))
+
 #: Functions that make new tensors, or return their argument: on constants nothing of them is recorded.
-FRESH = COMPARISONS | SHAPED | {
-    *_FACTORIES, *(getattr(torch.Tensor, name) for name in ("bool", "double", "float", "int", "long", "to"))
-}
+FRESH = COMPARISONS | SHAPED | CONVERTING | {*_FACTORIES}
 
 #: Methods that change the dtype of a tensor, and to which: None for the one that is told.
 CONVERSIONS: dict[Any, torch.dtype | None] = {

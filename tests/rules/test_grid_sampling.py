@@ -223,3 +223,52 @@ def test_odd_shapes_of_samples(count: int, shape: tuple[int, ...], places: tuple
             for number, part in enumerate(found):
                 expected = torch.stack([pair[number] for pair in wanted]) if wanted else torch.zeros_like(part)
                 torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Since version 1.3.0")
+@pytest.mark.parametrize("corners", [False, True])
+@pytest.mark.parametrize("size", [(2, 3, 4, 5), (1, 1, 1, 3), (3, 1, 2, 3, 4), (1, 2, 1, 1, 1)], ids=str)
+def test_grids_of_affine_maps(size: Any, corners: bool) -> None:
+    """A linear function: its Jacobian is what it makes of unit matrices."""
+    torch.manual_seed(4)
+    rank = len(size) - 2
+    theta, several = torch.randn(size[0], rank, rank + 1, **DOUBLE), torch.randn(3, size[0], rank, rank + 1, **DOUBLE)
+
+    def places(theta: Any) -> Any:
+        return F.affine_grid(theta, size, align_corners=corners)
+
+    units = torch.eye(theta.numel(), **DOUBLE).reshape(-1, *theta.shape)
+    jacobian = torch.stack([places(unit) for unit in units], -1).reshape(*places(theta).shape, *theta.shape)
+    for _ in range(4):
+        for given in (theta, theta.transpose(1, 2).contiguous().transpose(1, 2)):
+            for transform in (chainrule.jacrev, chainrule.jacfwd, chainrule.jacobian):
+                torch.testing.assert_close(transform(places)(given), jacobian)
+        torch.testing.assert_close(chainrule.vmap(places)(several), torch.stack([places(one) for one in several]))
+        mapped = chainrule.vmap(places, in_dims=2, out_dims=1)(several.movedim(0, 2))
+        torch.testing.assert_close(mapped, torch.stack([places(one) for one in several], 1))
+        torch.testing.assert_close(chainrule.vmap(chainrule.jacrev(places))(several), jacobian.expand(3, *jacobian.shape))
+        found = chainrule.vmap(chainrule.grad(lambda theta: places(theta).sin().sum()))(several)
+        expected = [torch.tensordot(places(one).cos(), jacobian, places(one).dim()) for one in several]
+        torch.testing.assert_close(found, torch.stack(expected))
+        curvature = chainrule.hessian(lambda theta: places(theta).sin().sum())(theta)
+        rows = jacobian.reshape(-1, theta.numel())
+        expected_curvature = (rows.T @ (-places(theta).sin().reshape(-1, 1) * rows)).reshape(curvature.shape)
+        torch.testing.assert_close(curvature, expected_curvature)
+
+
+def test_a_selection_from_one_leaves_gradients_of_samples_one_kernel() -> None:
+    """A sample with a dimension of one before it, taken away behind the sampling."""
+    x, grid = _mapped(2)
+
+    def sample(x: Any, grid: Any) -> Any:
+        return F.grid_sample(x[None], grid[None], align_corners=False)[0]
+
+    given = x[:, 0], grid[:, 0]
+    for _ in range(4):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = chainrule.vmap(lambda x, grid: chainrule.vjp(sample, x, grid)[1](x.new_ones(3, 3, 2)))(*given)
+        names = {event.name for event in profile.events()}
+        assert "aten::grid_sampler_2d_backward" in names
+        assert not {"aten::gather", "aten::scatter_add", "aten::floor"} & names
+        expected = torch.func.vmap(lambda x, grid: torch.func.vjp(sample, x, grid)[1](x.new_ones(3, 3, 2)))(*given)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

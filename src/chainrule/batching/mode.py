@@ -36,6 +36,9 @@ if KNOWS_STATE:
         setattr(BatchTensor, _name, Method(None, getattr(Tensor, _name)))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _DROPOUT = torch.ops.aten.dropout.default
+
+#: Composite ops whose results are no views.
+_PRODUCTS = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.linear.default})
 _WITH_GRAPHS = (Tensor, torch.nn.Parameter)
 
 class VmapMode(Level):
@@ -279,7 +282,7 @@ class VmapMode(Level):
         batched, joined = stored.batched, stored.joined
         if joined and self._records and not torch.is_grad_enabled():
             return NotImplemented
-        if not batched and not joined and self.below is None and not entry.composite:
+        if not batched and not joined and self.below is None and (not entry.composite or op in _PRODUCTS):
             return self._run_constant(op, entry, args, inner)
         if not batched:
             if not joined or entry.aliases or self.below is not None:

@@ -349,6 +349,10 @@ class Tape(Listening):
                 return False
         return func in COMPARISONS or func in SHAPED or not self._any_active(args, kwargs)
 
+    def ignores_below(self, args: tuple[Any, ...]) -> bool:
+        """Whether what is converted has no derivative and no graph."""
+        return not any([isinstance(item, torch.Tensor) and (item.requires_grad or self.is_active(item)) for item in args])
+
     def note_ignored(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
         """A mask that depends on the inputs is a value, though it has no derivative."""
         self._note_derived(args, kwargs, out)

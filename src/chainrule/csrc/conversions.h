@@ -65,7 +65,9 @@ run_choice(Handler *self, PyObject *func, PyObject *args)
         return Py_NewRef(Py_NotImplemented);
     int place = is_number(PyTuple_GET_ITEM(args, 1)) ? 1 : 2;
     PyObject *number = PyTuple_GET_ITEM(args, place), *beside = PyTuple_GET_ITEM(args, 3 - place);
-    if (!is_number(number) || (PyObject *)Py_TYPE(beside) != c_tensor)
+    PyObject *level = vmap_below(self);
+    int mapped = level != NULL && (PyObject *)Py_TYPE(beside) == c_batch_tensor && SLOT(beside, level) == level;
+    if (!is_number(number) || !(mapped || (PyObject *)Py_TYPE(beside) == c_tensor))
         return Py_NewRef(Py_NotImplemented);
     PyObject *asked[] = {number, beside}, *out = NULL, *constant = PyObject_Vectorcall(c_constant_beside, asked, 2, NULL);
     if (constant == NULL || constant == Py_None) {
@@ -89,7 +91,7 @@ run_choice(Handler *self, PyObject *func, PyObject *args)
 static PyObject *
 run_converted(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
 {
-    if (self->below != NULL && self->below != Py_None)
+    if (self->below != NULL && self->below != Py_None && (func != c_where || vmap_below(self) == NULL || is_listened(self)))
         return Py_NewRef(Py_NotImplemented);
     PyObject *fixed = func == c_where ? NULL : PyDict_GetItemWithError(c_conversions, func);
     if (func != c_where && fixed == NULL)

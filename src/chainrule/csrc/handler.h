@@ -94,7 +94,12 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     if (composite < 0)
         return NULL;
     int assigns = near && self->kind == TAPE && func == c_setitem && kwargs == NULL;
-    if (function == NULL && reading == NULL && !fresh && !makes_shape && !composite && !assigns) /* conversions are among the fresh ones */
+    int ignores = self->kind == TAPE && !fresh && !makes_shape && sorts & MAKES_NEW && vmap_below(self) != NULL && !is_listened(self);
+    int compares = ignores && kwargs == NULL && function != NULL ? PySet_Contains(c_comparisons, func) : 0;
+    int converts = ignores && kwargs == NULL && function == NULL ? PySet_Contains(c_converting, func) : 0;
+    if (compares < 0 || converts < 0)
+        return NULL;
+    if (function == NULL && reading == NULL && !fresh && !makes_shape && !converts && !(ignores && func == c_make_tensor) && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
@@ -108,11 +113,13 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     PyObject *out = Py_NewRef(Py_NotImplemented);
     if (assigns)
         Py_SETREF(out, run_assign(self, args));
-    if (fresh)
+    if (fresh || (ignores && func == c_make_tensor)) /* a tensor made of numbers is a constant for every mode */
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
+    else if (compares || converts)
+        Py_SETREF(out, run_ignored_below(self, func, compares ? function : NULL, args));
     else if (makes_shape) /* that of another tensor: nothing of it is recorded */
         Py_SETREF(out, run_known((Handler *)self->below, func, args, NULL));
-    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
+    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS && !compares)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
     if (out == Py_NotImplemented && fresh + (func == c_where))

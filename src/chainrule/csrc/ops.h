@@ -278,6 +278,20 @@ facts_of(Handler *self, PyObject *op)
     return facts;
 }
 
+/* Whether an argument is a list of numbers, or of such lists, as a tensor is made of. */
+static int
+holds_nested_numbers(PyObject *item)
+{
+    if (!PyList_CheckExact(item))
+        return holds_numbers(item);
+    for (Py_ssize_t place = 0; place < PyList_GET_SIZE(item); place++) {
+        PyObject *part = PyList_GET_ITEM(item, place);
+        if (!is_number(part) && !PyBool_Check(part) && !holds_nested_numbers(part))
+            return 0;
+    }
+    return 1;
+}
+
 /* Whether a function makes something without a derivative: a comparison, or anything of constants. 1, 0, or -1 with an error. */
 static int
 is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
@@ -306,7 +320,7 @@ is_ignored(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
                 if (known)
                     return known < 0 ? -1 : 0;
             }
-        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_numbers(item)) {
+        } else if (!PyLong_CheckExact(item) && !PyFloat_CheckExact(item) && !holds_nested_numbers(item)) {
             int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
             if (plain <= 0)
                 return plain;
@@ -375,6 +389,106 @@ run_inactive(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
     return out;
 }
 
+static PyObject *
+run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs); /* in calls.h */
+
+/* Whether an argument of what is run on a level has no graph and is no list of tensors: 1, 0, or -1 with an error set. */
+static int
+is_plain_on_level(PyObject *item)
+{
+    if ((PyObject *)Py_TYPE(item) == c_batch_tensor)
+        return 1; /* see may_have_stored_graph */
+    if ((PyObject *)Py_TYPE(item) != c_tensor)
+        return holds_numbers(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+    int graph = 0;
+    PyObject *dtype = plain_dtype(item, &graph);
+    int plain = dtype == NULL ? -1 : dtype != Py_None && !graph;
+    Py_XDECREF(dtype);
+    return plain;
+}
+
+/* Whether all arguments are such, and may be read: 1, 0, or -1 with an error set. */
+static int
+are_plain_on_level(Handler *level, PyObject *args)
+{
+    int plain = !level->guarded && !level->graphs && c_known != NULL;
+    for (Py_ssize_t place = 0; plain > 0 && place < PyTuple_GET_SIZE(args); place++)
+        plain = is_plain_on_level(PyTuple_GET_ITEM(args, place));
+    if (plain > 0) {
+        int graph = may_have_stored_graph(args);
+        plain = graph < 0 ? -1 : !graph;
+    }
+    return plain;
+}
+
+/* A mapped tensor as a constant that shares its memory; NotImplemented for other tensors. */
+static PyObject *
+detached_on_level(Handler *level, PyObject *facts, PyObject *tensor)
+{
+    PyObject *batch = batch_of(level, tensor), *value = batch == NULL ? NULL : SLOT(batch, value), *out = NULL;
+    if (value == NULL || !is_constant_class(value) || PyDict_GET_SIZE(c_copies))
+        return Py_NewRef(Py_NotImplemented);
+    int graph = 0;
+    PyObject *dtype = plain_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
+    if (given != NULL && (dtype == Py_None || graph))
+        out = Py_NewRef(Py_NotImplemented);
+    else if (given != NULL) {
+        PyObject *view = call_seen(SLOT(facts, fast), given, NULL);
+        out = view == NULL ? NULL : wrapped_view((PyObject *)level, view, 1, dtype);
+        Py_XDECREF(view);
+    }
+    Py_XDECREF(dtype);
+    Py_XDECREF(given);
+    return out;
+}
+
+/* An op that is a constant for differentiation, on a tape that stands on a vmap which nothing is around; NotImplemented, with
+ * nothing done, leaves it to Python. */
+static PyObject *
+run_inactive_below(Handler *self, PyObject *facts, PyObject *args)
+{
+    Handler *level = (Handler *)vmap_below(self);
+    int is_view = SLOT(facts, is_view) == Py_True, plain = level == NULL ? 0 : are_plain_on_level(level, args);
+    if (is_view && (!self->sees_views || state.exclude == NULL || SLOT(facts, op) != c_detach_op || PyTuple_GET_SIZE(args) != 1))
+        plain = plain < 0 ? -1 : 0;
+    if (plain <= 0)
+        return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = is_view ? detached_on_level(level, facts, PyTuple_GET_ITEM(args, 0)) : run_known_op(level, SLOT(facts, op), args, 0);
+    if (out == NULL || out == Py_NotImplemented)
+        return out;
+    if (is_view && append_new(self->pending, PyTuple_Pack(4, SLOT(facts, op), args, Py_None, out)) < 0)
+        Py_CLEAR(out);
+    if (out != NULL && SLOT(facts, shaped) != Py_True && note_derived(self, args, out) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
+/* A function whose result has no derivative on such a tape, a comparison (`function`, which the vmap makes element by element) or
+ * the conversion of what has none; the same. */
+static PyObject *
+run_ignored_below(Handler *self, PyObject *func, PyObject *function, PyObject *args)
+{
+    Handler *level = (Handler *)vmap_below(self);
+    int autocast = level == NULL ? 1 : autocast_is_on(), plain = autocast ? (autocast < 0 ? -1 : 0) : are_plain_on_level(level, args);
+    for (Py_ssize_t place = 0; plain > 0 && place < PyTuple_GET_SIZE(args); place++) {
+        PyObject *item = PyTuple_GET_ITEM(args, place);
+        if (!is_argument(item))
+            continue;
+        Py_ssize_t slot = known_slot(self, item);
+        int known = slot == -2 ? -1 : slot >= 0 ? 0 : may_be_known(self, item); /* a view of something that was written */
+        plain = known < 0 ? -1 : !known && (function != NULL || slot < 0 || PyList_GET_ITEM(self->active, slot) != Py_True);
+    }
+    if (plain <= 0)
+        return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = function != NULL ? run_under_vmap(level, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 1)
+                                     : run_known(level, func, args, NULL);
+    if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(args) == 2)
+        Py_SETREF(out, run_constant_call(level, function, &PyTuple_GET_ITEM(args, 0), 2));
+    if (out != NULL && out != Py_NotImplemented && note_derived(self, args, out) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
 /* Whether a call of an op that has a composite form is recorded whole: 1, 0, or -1 with an error set. */
 static int
 is_whole(Handler *self, PyObject *facts, PyObject *args)
@@ -387,7 +501,7 @@ is_whole(Handler *self, PyObject *facts, PyObject *args)
     return outcome;
 }
 
-/* An op that is a write, a constant or recorded whole, on a tape that stands alone; NotImplemented leaves it to Python. */
+/* An op that is a write, a constant or, on a tape that stands alone, recorded whole; NotImplemented leaves it to Python. */
 static PyObject *
 run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
 {
@@ -396,7 +510,7 @@ run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
     if (SLOT(facts, rewrites) == Py_True)
         return run_write(self, facts, args, call, call_args, call_kwargs);
     if (self->below != NULL && self->below != Py_None)
-        return Py_NewRef(Py_NotImplemented);
+        return SLOT(facts, inactive) == Py_True ? run_inactive_below(self, facts, args) : Py_NewRef(Py_NotImplemented);
     if (SLOT(facts, inactive) == Py_True)
         return run_inactive(self, facts, args, call, call_args, call_kwargs);
     int whole = SLOT(facts, whole) == Py_None || SLOT(facts, is_view) == Py_True ? 0 : is_whole(self, facts, args);

@@ -200,10 +200,10 @@ may_be_known(Handler *self, PyObject *tensor); /* in memory.h */
 static int
 note_derived(Handler *self, PyObject *args, PyObject *out)
 {
-    int noted = 0, simple = (PyObject *)Py_TYPE(out) == c_tensor;
+    int noted = 0, simple = is_argument(out);
     for (Py_ssize_t place = 0; simple && !noted && place < PyTuple_GET_SIZE(args); place++) {
         PyObject *item = PyTuple_GET_ITEM(args, place);
-        if ((PyObject *)Py_TYPE(item) == c_tensor) {
+        if (is_argument(item)) {
             Py_ssize_t slot = known_slot(self, item);
             if (slot == -2 || (noted = is_derived(self, item)) < 0)
                 return -1;
@@ -444,6 +444,30 @@ vmap_below(Handler *self); /* in composites.h */
 static PyObject *
 run_known_call(Handler *level, PyObject *op, PyObject *args, Py_ssize_t count); /* in calls.h */
 
+/* A function of tensors that are the same for all samples of a level and have no graph; NotImplemented for others. */
+static PyObject *
+run_constant_call(Handler *level, PyObject *function, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *stored[3];
+    if (level->guarded || level->graphs)
+        return Py_NewRef(Py_NotImplemented);
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *item = stored[place] = args[place];
+        if ((PyObject *)Py_TYPE(item) == c_batch_tensor && SLOT(item, level) == (PyObject *)level) {
+            item = stored[place] = SLOT(item, inner);
+            int graph = item == NULL || (PyObject *)Py_TYPE(item) != c_tensor ? 1 : is_true_of(GET(item, requires_grad));
+            if (graph)
+                return graph < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+        }
+        if (item == NULL || !((PyObject *)Py_TYPE(item) == c_tensor || is_number(item)))
+            return Py_NewRef(Py_NotImplemented);
+    }
+    PyObject *out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
+    if (out != NULL)
+        Py_SETREF(out, wrapped_constant((PyObject *)level, out));
+    return out;
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. */
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args)
@@ -533,6 +557,8 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         out = seen.joined ? call_joined(function, facts, stored, count) : call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
     else
         out = run_beneath((Handler *)self->below, function, args, stored, count);
+    if (out == Py_NotImplemented && !seen.joined && vmap_below(self) != NULL)
+        Py_SETREF(out, run_constant_call((Handler *)self->below, function, stored, count));
     if (out == Py_NotImplemented && SLOT(facts, common) == Py_True && vmap_below(self) != NULL)
         Py_SETREF(out, run_known_call((Handler *)self->below, op, args, count));
     if (out == NULL || out == Py_NotImplemented)

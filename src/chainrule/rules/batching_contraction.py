@@ -219,17 +219,27 @@ def linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) ->
     return Batched(torch._C._nn.linear(item.value, weight, bias))
 
 
-_PRODUCTS = {(2, 2): matrix_matrix, (2, 1): matrix_vector, (1, 1): vector_vector}
+def _vector_matrix(first: Any, second: Any, size: int) -> Tensor:
+    if not is_batched(second):
+        return torch.matmul(first.value, second)
+    return matrix_vector(Batched(second.value.transpose(1, 2)), first, size)
+
+
+_PRODUCTS = {(1, 2): _vector_matrix, (2, 2): matrix_matrix, (2, 1): matrix_vector, (1, 1): vector_vector}
 
 
 def matmul(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
     """``matmul`` that arrives whole: of matrices and vectors, or of as many matrices on both sides, else it is split."""
     first, second = args
-    if not (is_batched(first) and is_batched(second)):
-        return NotImplemented
-    product = _PRODUCTS.get((first.rank, second.rank))
+    for item in args:
+        if not is_batched(item) and item.layout is not torch.strided:
+            return NotImplemented
+    ranks = tuple([item.rank if is_batched(item) else item.dim() for item in args])
+    product = _PRODUCTS.get(ranks)
     if product is not None:
         return Batched(product(first, second, size))
+    if not (is_batched(first) and is_batched(second)):
+        return NotImplemented
     if first.rank != second.rank or first.rank < 3 or first.value.shape[:-2] != second.value.shape[:-2]:
         return NotImplemented
     return Batched(batch_matrix(first, second, size) if first.rank == 3 else torch.matmul(first.value, second.value))

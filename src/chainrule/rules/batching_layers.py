@@ -50,7 +50,7 @@ def fold_into_batch(full_rank: int, func: Any, args: Sequence[Any], kwargs: dict
 
     values = [fold(x) for x in args]
     for position, argument in enumerate(func._schema.arguments[: len(values)]):
-        if argument.name == "input_size" and lead:
+        if argument.name in ("input_size", "size") and lead:
             values[position] = [size * values[position][0], *values[position][1:]]
     result = FUNCTIONS.get(func._op, func)(*values, **{key: fold(x) for key, x in kwargs.items()})
     if not lead:
@@ -386,8 +386,8 @@ def group_norm_backward(func: Any, args: Sequence[Any], kwargs: dict[str, Any], 
 
 _FOLDED: dict[int, list[str]] = {
     3: [
-        "avg_pool1d", "adaptive_max_pool1d", "max_pool1d_with_indices", "max_pool1d", "adaptive_avg_pool1d",
-        "reflection_pad1d", "reflection_pad1d_backward", "replication_pad1d", "replication_pad1d_backward",
+        "affine_grid_generator", "avg_pool1d", "adaptive_max_pool1d", "max_pool1d_with_indices", "max_pool1d",
+        "adaptive_avg_pool1d", "reflection_pad1d", "reflection_pad1d_backward", "replication_pad1d", "replication_pad1d_backward",
         "upsample_nearest1d", "upsample_nearest1d_backward", "_upsample_nearest_exact1d",
         "_upsample_nearest_exact1d_backward", "upsample_linear1d", "upsample_linear1d_backward", "im2col", "col2im",
     ],

@@ -3,13 +3,13 @@
 Along each dimension of space an output reads two taps (four for cubic interpolation, one for nearest places). So the local
 Jacobian with respect to the input has, per dimension, a factor of weights and a one-hot of places; that with respect to the grid
 is dense over coordinates alone. Source of coordinates, paddings and their one-sided derivatives:
-``aten/src/ATen/native/GridSamplerUtils.h``.
+``aten/src/ATen/native/GridSamplerUtils.h``. A grid of an affine map (``affine_grid``) is a product with constant coordinates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -172,8 +172,39 @@ def _grid_sampler(call: Call) -> Iterable[Edge]:
         yield single(call, grid, [Term(dims_of(out), in_dims, (Factor(node, axes),))])
 
 
+def _base_grid(space: Sequence[int], align: bool, like: torch.Tensor) -> torch.Tensor:
+    """The homogeneous coordinates of places, the last dimension of space first: ``(*space, rank + 1)``."""
+    rank = len(space)
+    parts = []
+    for dim, size in reversed([*enumerate(space)]):
+        steps = torch.linspace(-1, 1, size, dtype=torch.float64) if size > 1 else torch.zeros(size, dtype=torch.float64)
+        steps = steps.to(device=like.device, dtype=like.dtype)
+        steps = steps if align or not size else steps * (size - 1) / size
+        parts.append(steps.reshape([-1 if d == dim else 1 for d in range(rank)]).expand(*space))
+    return torch.stack([*parts, torch.ones_like(parts[0])], -1)
+
+
+def _affine_grid(call: Call) -> Iterable[Edge]:
+    theta, size, align = call.args[:3]
+    if not call.is_active(theta):
+        return
+    space, like = size[2:], call.tensor(theta)
+    samples, rows, columns = new_axes(like.shape)
+    places = new_axes(space)
+    axes = (*places, columns)
+    node = leaf(
+        tuple(axis.size for axis in axes), lambda program: program.constant(_base_grid(space, align, like)), label="base grid"
+    )
+    out_dims = ((samples,), *dims_of(places), (rows,))
+    yield single(call, theta, [Term(out_dims, ((samples,), (rows,), (columns,)), (Factor(node, axes),))])
+
+
 _RULE = Rule("resampling", _grid_sampler)
 
-RULES: dict[Any, Rule] = {aten.grid_sampler_2d.default: _RULE, aten.grid_sampler_3d.default: _RULE}
+RULES: dict[Any, Rule] = {
+    aten.grid_sampler_2d.default: _RULE,
+    aten.grid_sampler_3d.default: _RULE,
+    aten.affine_grid_generator.default: Rule("resampling", _affine_grid, reads=False),
+}
 
 __all__ = ["RULES"]

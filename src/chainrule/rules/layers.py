@@ -86,6 +86,16 @@ class Geometry:
                 pulled = torch.narrow(pulled, 2 + d, 0, size)
         return pulled
 
+    def reads_back(self) -> bool:
+        """Whether a convolution that is not transposed takes the finer side to the coarser one in its whole size."""
+        if not self.transposed:
+            return True
+        reached = (
+            (fine + 2 * p - d * (k - 1) - 1) // s + 1
+            for fine, s, p, d, k in zip(self.output, self.stride, self.padding, self.dilation, self.kernel, strict=True)
+        )
+        return tuple(reached) == tuple(self.input)
+
     def _few_channels(self, rows: Staged) -> bool:
         """Whether most of a register would be left empty by a kernel that takes channels side by side.
 
@@ -206,7 +216,7 @@ def _weight_term(call: Call, geometry: Geometry, item: Any) -> Term:
     sizes = tuple(axis.size for axis in axes)
     node = leaf(sizes, lambda program: torch.reshape(stage(program), sizes), label="patches", batch=batch_of(call.tensor(item)))
     merges = [partial(_convolved, call, geometry, item, axes[:3], kernel, places)]
-    if groups == 1 and not geometry.transposed and min(geometry.padding, default=0) >= 0:
+    if groups == 1 and min(geometry.padding, default=0) >= 0 and geometry.reads_back():
         merges.append(partial(_weight_gradient, call, geometry, item))
     node.merge = partial(_first_merge, merges)
     return Term(out_dims, (*in_dims, *dims_of(kernel)), (Factor(node, axes),))
@@ -265,10 +275,15 @@ def _patch_axes(
 def _weight_gradient(
     call: Call, geometry: Geometry, item: Any, patches: Factor, other: Factor, still: set[Axis]
 ) -> Merge | None:
-    """Cotangents times patches, summed over the places, by torch's kernel for the gradient of the weight."""
+    """Cotangents times patches, summed over the places, by torch's kernel for the gradient of the weight.
+
+    A transposed convolution has the same gradient, with its input and its cotangent in each other's place.
+    """
     rank = len(geometry.kernel)
     n, group, inner = patches.axes[:3]
     places, kernel = patches.axes[3 : 3 + rank], patches.axes[3 + rank :]
+    if geometry.transposed:
+        kernel, places = patches.axes[3::2], patches.axes[4::2]
     carried = set(other.axes)
     if len(set(patches.axes)) < len(patches.axes) or call.tensor(item).dtype.is_complex:
         return None
@@ -287,7 +302,7 @@ def _weight_gradient(
     front = tuple(axis for axis in (n, group) if axis in still)
     rows = prod(axis.size for axis in rest)
     read = tuple(other.axes.index(axis) for axis in (n, group, *rest, *places) if axis in carried)
-    axes = (*front, *rest, inner, *kernel)
+    axes = (*front, inner, *rest, *kernel) if geometry.transposed else (*front, *rest, inner, *kernel)
 
     def compute(program: Program, value: Staged) -> Staged:
         item_value = call.stage(program, item)
@@ -300,8 +315,11 @@ def _weight_gradient(
             item_value = torch.reshape(item_value, (1, count * channels, *geometry.input))
         else:
             value = torch.reshape(value, (count, rows, *geometry.output))
-        filters = count * rows if apart else rows
-        weight = item_value.new_empty((filters, channels, *geometry.kernel))
+        if geometry.transposed:
+            value, item_value, rows_in, filters = item_value, value, rows, channels
+        else:
+            rows_in, filters = channels, rows
+        weight = item_value.new_empty((filters * (count if apart else 1), rows_in, *geometry.kernel))
         found = aten.convolution_backward.default(
             value, item_value, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * rank,
             count if apart else 1, [False, True, False],

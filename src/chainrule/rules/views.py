@@ -63,6 +63,8 @@ def select_term(shape: Sequence[int], dim: int, index: int, space: IndexSpace) -
     """The term of a selection of one position along one dimension."""
     axes = new_axes(shape)
     out = [axis for d, axis in enumerate(axes) if d != dim]
+    if shape[dim] == 1:  # nothing is left out
+        return Term(dims_of(out), dims_of(axes))
     return Term(dims_of(out), dims_of(axes), (), (fixed_index(axes[dim], index, space),))
 
 
