@@ -24,8 +24,8 @@ from chainrule.function_globals import original_of
 from chainrule.function_schemas import NAMED, BySchema, Required
 from chainrule.functions import (
     COMPARISONS,
-    CONVERTING,
     CONVERSIONS,
+    CONVERTING,
     FACTS,
     FRESH,
     MAKING_GRAPHS,
