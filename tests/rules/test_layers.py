@@ -439,3 +439,19 @@ def test_a_penalty_on_gradients_reads_no_patches(mapped: bool) -> None:
         names = {event.name for event in profile.events()}
         assert "aten::index_select" not in names
         assert "aten::convolution_backward" in names
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_of_transposed_convolutions_per_sample_read_no_patches(channels: int) -> None:
+    """Those would be read by index, with zeros between what they read: several times the work of the kernel."""
+    weight, x = torch.randn(channels, 4, 3, 3, dtype=torch.float64), torch.randn(5, channels, 6, 6, dtype=torch.float64)
+
+    def loss(w: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(sample[None], w, stride=2).square().sum()
+
+    expected = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+    for _ in range(4):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = chainrule.vmap(chainrule.grad(loss), in_dims=(None, 0))(weight, x)
+        torch.testing.assert_close(found, expected)
+        assert "aten::index_select" not in {event.name for event in profile.events()}

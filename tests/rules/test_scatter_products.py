@@ -169,3 +169,20 @@ def test_ties_with_what_is_left_out() -> None:
         torch.testing.assert_close(chainrule.jacobian(scattered)(x), expected, rtol=0, atol=1e-15)
         found = chainrule.jacobian(scattered, layout="sparse_coo")(x)
         torch.testing.assert_close(found.to_dense(), expected, rtol=0, atol=1e-15)
+
+
+def test_second_derivatives_where_several_factors_are_zero() -> None:
+    """They are undefined here, and torch raises: no number is returned for them; first derivatives are right."""
+    places = torch.tensor([0, 0, 0, 1])
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return torch.ones(2, dtype=x.dtype).scatter_reduce(0, places, x, "prod").sum()
+
+    x = torch.tensor([0.0, 0.0, 3.0, 4.0], dtype=torch.float64)
+    torch.testing.assert_close(chainrule.grad(product)(x), torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=x.dtype))
+    assert chainrule.hessian(product)(x)[:2, :2].isnan().all()
+    x[1] = 2.0
+    expected = torch.zeros(4, 4, dtype=x.dtype)
+    expected[0, 1] = expected[1, 0] = 3.0
+    expected[0, 2] = expected[2, 0] = 2.0
+    torch.testing.assert_close(chainrule.hessian(product)(x), expected)

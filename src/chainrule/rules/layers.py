@@ -296,7 +296,9 @@ def _weight_gradient(
         return None
     if apart or (patches.node.batch > 1 and other.node.batch > 1):
         samples = max(patches.node.batch, other.node.batch)
-        if inner.size < _FEW_CHANNELS or prod(geometry.kernel) == 1 or patches.node.numel * samples <= _FEW_PATCHES:
+        small = inner.size < _FEW_CHANNELS or patches.node.numel * samples <= _FEW_PATCHES
+        # The patches of a transposed convolution are read by index, and have zeros between what they read.
+        if prod(geometry.kernel) == 1 or (small and not geometry.transposed):
             return None
     rest = tuple(axis for axis in other.axes if axis not in (n, group, *places))
     front = tuple(axis for axis in (n, group) if axis in still)

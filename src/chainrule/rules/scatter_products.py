@@ -71,7 +71,7 @@ class _Groups:
         zeros = at(self.added((self.own == 0).to(self.own.dtype), (self.source == 0).to(self.source.dtype)))
         start = one_for_zero(self.own) if self.includes else torch.ones_like(self.own)
         rest = at(torch.scatter_reduce(start, self.dim, self.index, one_for_zero(self.source), "prod", include_self=True))
-        several = torch.sqrt(torch.where((value == 0) & (zeros > 1), value, 1.0))
+        several = torch.sqrt(torch.where((value == 0) & (zeros > 1), at(self.result), 1.0))
         return torch.where(value == 0, torch.where(zeros > 1, several, rest), at(self.result) / one_for_zero(value))
 
 
