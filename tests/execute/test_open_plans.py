@@ -6,7 +6,7 @@ import torch
 import chainrule
 from chainrule.execute.engine import CACHE
 from chainrule.execute.open_plans import OpenPlan
-from chainrule.execute.sparse import SparsePlans
+from chainrule.execute.sparse_plans import SparsePlans
 
 DOUBLE = torch.float64
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

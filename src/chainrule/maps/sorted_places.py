@@ -93,4 +93,19 @@ def join_equal(
     return first, order.index_select(0, low.index_select(0, first) + offset)
 
 
-__all__ = ["TooManyError", "inverse", "join_equal", "ordering", "places_among"]
+def affine(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Start and step of places that follow each other in equal steps; None for others."""
+    if tensor.ndim != 1 or tensor.numel() == 0:
+        return None
+    start = int(tensor[0])
+    if tensor.numel() == 1:
+        return (start, 1) if start >= 0 else None
+    step = int(tensor[1]) - start
+    if step == 0 or start < 0 or int(tensor[-1]) < 0:
+        return None
+    if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
+        return None
+    return start, step
+
+
+__all__ = ["TooManyError", "affine", "inverse", "join_equal", "ordering", "places_among"]

@@ -26,7 +26,7 @@ from chainrule.maps.nonzeros import MANY, count_entries, few_apart, fewer, over_
 from chainrule.maps.onehots import dense_relation, gather, mask_factor
 from chainrule.maps.padded import Padded, padded_pairs, padded_places, room_for
 from chainrule.maps.places import Places
-from chainrule.maps.sorted_places import join_equal
+from chainrule.maps.sorted_places import affine, join_equal
 from chainrule.maps.stacks import stacked
 from chainrule.maps.staging import Program, Staged, reads
 from chainrule.maps.stencils import merge_taps
@@ -325,7 +325,7 @@ class SparseWorkspace(Workspace):
         node = Node(tensor.shape, (), lambda program: program.constant(tensor), label="index")
         known.append((tensor, node))
         fixed = self.is_same is None or self.is_same(tensor)
-        node.facts = _affine(tensor) if fixed else None, bool((tensor < 0).any())
+        node.facts = affine(tensor) if fixed else None, bool((tensor < 0).any())
         node.force(self.program)
         return node
 
@@ -616,20 +616,6 @@ def _followed(axis: Axis, same: dict[Axis, Axis]) -> Axis:
     while axis in same:
         axis = same[axis]
     return axis
-
-
-def _affine(tensor: torch.Tensor) -> tuple[int, int] | None:
-    if tensor.ndim != 1 or tensor.numel() == 0:
-        return None
-    start = int(tensor[0])
-    if tensor.numel() == 1:
-        return (start, 1) if start >= 0 else None
-    step = int(tensor[1]) - start
-    if step == 0 or start < 0 or int(tensor[-1]) < 0:
-        return None
-    if int(tensor[-1]) != start + step * (tensor.numel() - 1) or not bool((tensor.diff() == step).all()):
-        return None
-    return start, step
 
 
 __all__ = ["SparseWorkspace"]

@@ -21,18 +21,8 @@ from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import execute
 from chainrule.execute.memory import counted
 from chainrule.execute.open_plans import OpenPlan, record_open_plan
-from chainrule.execute.sparse import (
-    Found,
-    Layouts,
-    SparsePlan,
-    execute_sparse,
-    find_plan,
-    keep_short,
-    make_plan,
-    planning,
-    plans_of,
-    sparse_key,
-)
+from chainrule.execute.sparse import execute_sparse, find_plan, keep_short, make_plan, plans_of, sparse_key
+from chainrule.execute.sparse_plans import Found, Layouts, SparsePlan, planning
 from chainrule.maps.staging import Program, Staged
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from chainrule.execute.sparse import Found
+from chainrule.execute.sparse_plans import Found
 from chainrule.transforms.spaces import Space
 from chainrule.transforms.sparse import sparse_tensor
 
