@@ -241,7 +241,7 @@ def _execute_accounted(
 def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
     """What holds for indices or masks in the run that made a plan."""
     program = planned.program
-    exact, computed = planned.workspace.guards(staged)
+    exact, computed = planned.workspace.fixed.guards(staged)
     values = {known.slot: known.value for known in program._input_values.values()}
     pairs = [(number, kept(values[slot])) for number, slot in exact.items() if isinstance(number, int)]
     runner = compile_program(program, computed) if computed else None
@@ -252,7 +252,7 @@ def _guard(planned: PlannedSparse, staged: Sequence[Staged]) -> Guard:
 def make_plan(planned: PlannedSparse) -> SparsePlan:
     """A plan without the tensors of the run that made it, but for its indices."""
     program, workspace = planned.program, planned.workspace
-    guarded = (workspace.relations, workspace.masks, workspace.choices)
+    guarded = (workspace.fixed.relations, workspace.fixed.masks, workspace.fixed.choices)
     relations, masks, choices = (_guard(planned, staged) for staged in guarded)
     freeze(program, workspace, list(planned.results.values()))
     results = owned(program, list(planned.results.values()))  # entries that are constants of the plan, too, are copied

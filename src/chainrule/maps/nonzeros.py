@@ -388,7 +388,7 @@ def values_node(
             flat, kept, slots = _flat(value, one, own)
             if flat.dtype != workspace.dtype:
                 flat = flat.to(workspace.dtype)
-            if workspace.is_fixed(flat):
+            if flat in workspace.fixed:
                 fixed = workspace.plain(flat.value)
                 base = base.index_add(0, slots, fixed if kept is None else fixed.index_select(0, kept))
             else:

@@ -20,6 +20,7 @@ from chainrule.maps.circles import opened
 from chainrule.maps.coincidence import meeting, solve_affine
 from chainrule.maps.compose import Workspace, keep_count, settle, without_repeats
 from chainrule.maps.contract import transpose_to
+from chainrule.maps.fixed_values import FixedValues, sources_of
 from chainrule.maps.meeting_blocks import as_blocks, times_list
 from chainrule.maps.nodes import Node, selecting
 from chainrule.maps.nonzeros import MANY, count_entries, few_apart, fewer, over_grid, thinned, without_shared
@@ -79,7 +80,6 @@ class SparseWorkspace(Workspace):
         super().__init__(dtype, device)
         self.program = Program() if program is None else program
         self._given = len(self.program.instructions)
-        self._fixed_known = False
         self.widened = widened
         self.derived = derived
         self.masked = masked
@@ -97,13 +97,9 @@ class SparseWorkspace(Workspace):
         self._nodes: dict[object, list[tuple[torch.Tensor, Node]]] = {}
         self._weights = numpy.empty(0, dtype=numpy.int64)
         self._known: dict[int, tuple[Node, Node]] = {}
-        self._leaves: list[Staged] = []
-        self._masks: list[Staged] = []
-        self._choices: list[Staged] = []
+        self.fixed = FixedValues(self.program, self._given)
         self._settled: set[int] = set()
         self._settled_inputs = self._settled_scanned = 0
-        self._fixed: set[int] = set()
-        self._scanned = 0
 
     # Relations.
 
@@ -122,11 +118,11 @@ class SparseWorkspace(Workspace):
         for onehot in term.onehots:
             staged = onehot.index.force(self.program)
             if self.widened:
-                inputs, _ = self._sources([staged])
+                inputs = sources_of(self.program, [staged])
                 if not self.widened.isdisjoint(key for key in inputs if isinstance(key, int)):
                     factors = (*factors, dense_relation(onehot, self.dtype, self.memo))
                     continue
-            self._leaves.append(staged)
+            self.fixed.relations.append(staged)
             kept.append(onehot)
         return self.canonical(self._without_zeros(term.having(factors=factors, onehots=tuple(kept))))
 
@@ -144,8 +140,8 @@ class SparseWorkspace(Workspace):
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
                 few = total <= _LITTLE or 2 * count <= total + sum(factor.node.sizes)
                 if count < total and (pointwise or few):
-                    self._masks.extend(masks)
-                    self._choices.extend(choices)
+                    self.fixed.masks.extend(masks)
+                    self.fixed.choices.extend(choices)
                     if self.is_padded(found):
                         term = self._with_room(term, factor.axes, found)
                     elif count == 0:
@@ -161,7 +157,7 @@ class SparseWorkspace(Workspace):
             if choice and self.is_padded(value):
                 rest = tuple(f for f in term.factors if f is not factor)
                 term = self._with_room(term.having(factors=rest), factor.axes, value)
-                self._choices.append(staged)
+                self.fixed.choices.append(staged)
                 continue
             places = torch.nonzero(value)
             count, total = places.shape[0], value.numel()
@@ -172,7 +168,7 @@ class SparseWorkspace(Workspace):
             # A few taps that much else runs over, as those of a kernel, or a sparse array; others are dense all the same.
             if not ones and not choice and count * _DENSE > total and total * _DENSE > count_entries(term):
                 continue
-            (self._choices if choice else self._masks).append(staged)
+            (self.fixed.choices if choice else self.fixed.masks).append(staged)
             if count == 0:
                 return term.having(scale=0.0)
             listed = self._listed(places, factor.axes)
@@ -528,68 +524,6 @@ class SparseWorkspace(Workspace):
             after = math.prod(a.size for a in sources[list(sources).index(axis) + 1 :])
             key = key * axis.size + flat // max(after, 1) % max(axis.size, 1)
         return torch.where(missing, -1, key)
-
-    # What is the same in every run.
-
-    def _sources(self, staged: Sequence[Staged]) -> tuple[dict[object, int], set[int]]:
-        """The inputs that values depend on, and all slots between."""
-        wanted = {s.slot for s in staged}
-        for instruction in reversed(self.program.instructions):
-            if not wanted.isdisjoint(instruction.outputs):
-                wanted.update(reads(instruction))
-        return {key: slot for key, slot in self.program.inputs.items() if slot in wanted}, wanted
-
-    def guards(self, staged: Sequence[Staged]) -> tuple[dict[object, int], list[Staged]]:
-        """What indices were computed from: inputs of an integer dtype by key, and those indices that read other inputs."""
-        exact: dict[object, int] = {}
-        computed: list[Staged] = []
-        inputs, _ = self._sources(staged)
-        if staged is self._masks:
-            return dict(inputs), []
-        if staged is self._choices:
-            return {}, list(staged)
-        if all(not self.program.kinds[slot][1].is_floating_point for slot in inputs.values()):
-            return dict(inputs), []
-        for index in staged:
-            own, _ = self._sources([index])
-            if any(self.program.kinds[slot][1].is_floating_point for slot in own.values()):
-                computed.append(index)
-            else:
-                exact.update(own)
-        return exact, computed
-
-    def exact(self) -> dict[object, int]:
-        """The inputs that are the same in every run with these indices and masks."""
-        return self.guards(self._leaves)[0] | self.guards(self._masks)[0]
-
-    @property
-    def relations(self) -> list[Staged]:
-        """The indices that the pattern was made from."""
-        return self._leaves
-
-    @property
-    def masks(self) -> list[Staged]:
-        """The masks whose zeros were left out."""
-        return self._masks
-
-    @property
-    def choices(self) -> list[Staged]:
-        """What ops chose, where only that is in the pattern."""
-        return self._choices
-
-    def is_fixed(self, staged: Staged) -> bool:
-        """Whether a value is the same in every run with these indices."""
-        if not self._fixed_known:
-            self._fixed_known = True
-            self._fixed.update(self.exact().values())
-            # What a recorded program has written to is left as it is.
-            self._scanned = self._given if self.program.writes else 0
-        for instruction in self.program.instructions[self._scanned :]:
-            read = reads(instruction)
-            if all(slot in self._fixed or slot in self.program.constants for slot in read) and not instruction.keep:
-                self._fixed.update(instruction.outputs)
-        self._scanned = len(self.program.instructions)
-        return staged.slot in self._fixed or staged.slot in self.program.constants
 
     # Sums.
 

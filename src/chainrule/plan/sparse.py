@@ -288,7 +288,7 @@ def plan_sparse(
 
 def _sums_over_masks(planned: PlannedSparse) -> bool:
     """Whether many entries for which the zeros of masks were left out are summed at few places."""
-    masks = sum(mask.numel() for mask in planned.workspace.masks)
+    masks = sum(mask.numel() for mask in planned.workspace.fixed.masks)
     terms = sum(keys.numel() for block in planned.blocks for keys in block["keys"])
     return 0 < masks <= _LITTLE and terms > _SUMMED * sum(block["entries"] for block in planned.blocks)
 
@@ -557,7 +557,7 @@ def _joined(planned: PlannedSparse, sizes: tuple[tuple[int, ...], tuple[int, ...
 
 def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged]) -> None:
     """Keep what is the same in every run with these indices as constants of the program."""
-    exact = workspace.exact()
+    exact = workspace.fixed.exact()
     values: dict[int, Any] = {}
     for staged in (*program._known.values(), *program._input_values.values()):
         for item in staged if isinstance(staged, tuple) else (staged,):
@@ -567,7 +567,7 @@ def freeze(program: Program, workspace: SparseWorkspace, wanted: Sequence[Staged
         del program.inputs[key]
     rest = []
     for instruction in program.instructions:
-        fixed = all(workspace.is_fixed(Staged(program, slot, None)) for slot in instruction.outputs)  # type: ignore[arg-type]
+        fixed = all(Staged(program, slot, None) in workspace.fixed for slot in instruction.outputs)  # type: ignore[arg-type]
         if not (fixed and instruction.outputs and all(slot in values for slot in instruction.outputs)):
             rest.append(instruction)
     made = {slot for instruction in rest for slot in instruction.outputs}
