@@ -186,3 +186,59 @@ def test_plain_hessians_go_the_same_way_whatever_was_called_before(before: str) 
     assert planned_peak(lambda: transform(x)) == planned
     dense = torch.func.hessian(energy)(x).reshape(120, 120)
     torch.testing.assert_close(expected.to_dense(), dense, rtol=1e-4, atol=1e-4)  # of float32, sums of 30
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("known", [False, True])
+def test_of_a_batch_whatever_was_called_before(layout, known):
+    mask, index = torch.tensor([True, False, True, True]), torch.tensor([2, 0, 3, 1])
+    functions = {
+        "stencil": lambda x: x.roll(1) * x - 2 * x,
+        "mask": lambda x: torch.where(mask, x.roll(1) * x, 0),
+        "gathered": lambda x: x[index].sin() * x,
+        "running": lambda x: x.cumsum(0) * x,
+    }
+    for function in functions.values():
+        for transform, peer, own in (
+            (chainrule.jacobian, torch.func.jacrev, function),
+            (chainrule.hessian, torch.func.hessian, lambda x, f=function: f(x).sin().sum()),
+        ):
+            mapped = chainrule.vmap(transform(own, layout=layout))
+            if known:  # its plan is there before the record of the call
+                mapped(torch.randn(3, 4, dtype=torch.float64))
+            compiled = chainrule.compile(mapped)
+            for _ in range(4):
+                batch = torch.randn(3, 4, dtype=torch.float64)
+                close(compiled(batch), torch.stack([peer(own)(x) for x in batch]))
+
+
+def test_of_a_batch_with_other_indices_and_masks():
+    def function(x, index, mask):
+        return torch.where(mask, x[index] * x, 0)
+
+    compiled = chainrule.compile(chainrule.vmap(chainrule.jacobian(function, layout="sparse_coo"), in_dims=(0, None, None)))
+    generator = torch.Generator().manual_seed(0)
+    for call in range(6):
+        batch = torch.randn(3, 5, dtype=torch.float64)
+        if call != 2:
+            index = torch.randint(0, 5, (5,), generator=generator)
+            mask = torch.rand(5, generator=generator) > 0.5
+        expected = torch.stack([torch.func.jacrev(function)(x, index, mask) for x in batch])
+        close(compiled(batch, index, mask), expected)
+
+
+@pytest.mark.parametrize("read", [lambda m: m.sparse().to_dense(), lambda m: m.gram().sparse().to_dense(), lambda m: m.gram().dense()])
+def test_maps_of_a_batch(read):
+    def function(x):
+        return x.roll(1) * x
+
+    compiled = chainrule.compile(chainrule.vmap(lambda x: read(chainrule.linear_map(function, x))))
+    for _ in range(3):
+        batch = torch.randn(3, 4, dtype=torch.float64)
+        expected = torch.stack([read(chainrule.linear_map(function, x)) for x in batch])
+        jacobians = torch.stack([torch.func.jacrev(function)(x) for x in batch])
+        grams = jacobians @ jacobians.mT
+        found = compiled(batch)
+        assert found.layout is torch.strided
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(found, jacobians) or torch.allclose(found, grams)

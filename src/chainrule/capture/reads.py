@@ -26,6 +26,8 @@ class NoReads(FunctionWatch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch, if it leaves the values where they are."""
+        if self._recorder.paused:
+            return super().__torch_function__(func, types, args, kwargs)
         if func in _NUMBERS and any(map(self._recorder.depends, _tensors(args[:1]))):
             self._recorder.refuse_read(func.__name__)
         if func in _HIDDEN_CALLS or (

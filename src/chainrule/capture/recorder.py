@@ -385,6 +385,7 @@ class WholeRecorder(Recorder):
         asked: tensors that were there before the call and were asked for their ``grad``, by identity, and what that is.
         conditions: values of the program, and what they have to be for a replay to be right.
         refusal: the first error of this kind that was raised, should the function catch it.
+        paused: whether calls are none of the recorded call's, and may read values.
     """
 
     supports_higher_order_operators = True
@@ -398,6 +399,7 @@ class WholeRecorder(Recorder):
         self.random = False
         self.obstacle = ""
         self.refusal: CompileError | None = None
+        self.paused = False
         # By address: torch hands generators over as other Python objects.
         self._states = {_address_of(g): (g, g.get_state()) for g in (torch.default_generator, *generators)}
         self._memory: set[int] = set()
@@ -413,6 +415,8 @@ class WholeRecorder(Recorder):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an op and append it."""
+        if self.paused:
+            return func(*args, **(kwargs or {}))
         if not isinstance(func, OpOverload):
             self.refuse(
                 f"torch's operator {func} on functions (torch.cond, torch.while_loop, scan ...) cannot be recorded. Use "
@@ -579,6 +583,20 @@ def rehearsed() -> Iterator[WholeRecorder | None]:
     yield recorder
     program.instructions[start:] = [instruction._replace(keep=False) for instruction in program.instructions[start:]]
     program.literal = literal
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Run a block that is no part of a call that is recorded, under the other modes that are on."""
+    recorder = whole_recorder()
+    if recorder is None or recorder.paused:
+        yield
+        return
+    recorder.paused = True
+    try:
+        yield
+    finally:
+        recorder.paused = False
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.capture.recorder import Recorder, WholeRecorder, whole_recorder
+from chainrule.capture.recorder import Recorder, WholeRecorder, unrecorded, whole_recorder
 from chainrule.dispatch import functions_are_replaced
 from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.collection import postponed_collection
@@ -44,7 +44,7 @@ _MASKS = 2
 def planning(tape: Any) -> Iterator[None]:
     """While a plan is made no other transform sees its calls, where that is possible; its results are those of a later run."""
     plainly = all(not isinstance(value, torch.Tensor) or value.__class__ is not BatchTensor for value in tape.values)
-    with torch.no_grad(), postponed_collection(), unseen() if plainly else nullcontext():
+    with torch.no_grad(), postponed_collection(), unseen() if plainly else unrecorded():
         yield
 
 

@@ -15,7 +15,7 @@ from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.capture.guarded import GuardedRecorder
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.tape import Tape
-from chainrule.dispatch import entry_point
+from chainrule.dispatch import TAKEN, LightMode, entry_point
 from chainrule.execute.accounts import UNCACHED, collecting, current_ledger
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.engine import execute
@@ -24,6 +24,7 @@ from chainrule.execute.open_plans import OpenPlan, record_open_plan
 from chainrule.execute.sparse import execute_sparse, find_plan, keep_short, make_plan, plans_of, sparse_key
 from chainrule.execute.sparse_plans import Found, Layouts, SparsePlan, planning
 from chainrule.maps.staging import Program, Staged
+from chainrule.modes_off import unseen, without_mode
 from chainrule.plan.patterns import Pattern
 from chainrule.plan.planner import Request
 from chainrule.plan.sparse import SparseRequest, plan_sparse
@@ -381,7 +382,7 @@ def sparse_tensor(
     values, layouts = known
     _refuse_derivatives(values, name)
     if (mode := _surrounding_vmap(name)) is not None:
-        with torch._C._DisableTorchDispatch():
+        with without_mode(mode):  # what is around the vmap sees the result being made
             stored = values.value if values.__class__ is BatchTensor else values  # type: ignore[attr-defined]
             if not getattr(values, "batched", False):
                 stored = stored.expand(mode.size, -1)
@@ -413,13 +414,29 @@ def _batched(
     """One block of all samples: the batch is the first sparse dimension (COO), or the batch dimension (CSR)."""
     batch, count = values.shape
     if layout == "sparse_coo":
-        samples = torch.arange(batch, device=values.device).repeat_interleave(count)
-        indices = torch.cat([samples[None], layouts.coo.repeat(1, batch)])
+        with unseen():
+            samples = torch.arange(batch, device=values.device).repeat_interleave(count)
+            indices = torch.cat([samples[None], layouts.coo.repeat(1, batch)])
         shape = (batch, *out_shape, *in_shape)
         return coo_tensor(indices, values.reshape(-1), shape)
-    starts, columns = (index.expand(batch, -1).contiguous() for index in layouts.csr)
+    with unseen():
+        starts, columns = (index.expand(batch, -1).contiguous() for index in layouts.csr)
     size = (batch, math.prod(out_shape), math.prod(in_shape))
     return csr_tensor(starts, columns, values.contiguous(), size)
+
+
+def _to_dense(mode: LightMode, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``Tensor.to_dense``: a mapped tensor looks strided, whatever it holds, and torch would return it as it is."""
+    if tensor.__class__ is not BatchTensor or tensor.value.layout is torch.strided:  # type: ignore[attr-defined]
+        return torch.Tensor.to_dense(tensor, *args, **kwargs)
+    with without_mode(tensor.level):  # type: ignore[attr-defined]
+        dense = tensor.value.to_dense(*args, **kwargs)  # type: ignore[attr-defined]
+    return wrap_batched(Batched(dense), tensor.level)  # type: ignore[attr-defined]
+
+
+def install() -> None:
+    """Have the modes take the conversion of sparse results to dense ones."""
+    TAKEN[torch.Tensor.to_dense] = _to_dense
 
 
 def _refuse_derivatives(values: torch.Tensor, name: str) -> None:
@@ -438,4 +455,4 @@ def _refuse_derivatives(values: torch.Tensor, name: str) -> None:
             )
 
 
-__all__ = ["SPARSE", "sparse_hessian", "sparse_jacobian", "sparse_tensor"]
+__all__ = ["SPARSE", "install", "sparse_hessian", "sparse_jacobian", "sparse_tensor"]
