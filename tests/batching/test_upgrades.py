@@ -10,6 +10,7 @@ from torch import Tensor
 
 import chainrule
 from chainrule.batching.level import Level
+from chainrule.batching.mode import VmapMode
 from chainrule.dispatch import KNOWS_STATE
 from chainrule.execute.mapped_calls import CALLS, Replay
 from chainrule.shortcuts import COMPILED
@@ -212,3 +213,47 @@ def test_backward_through_writes_of_functions(name):
     torch.testing.assert_close(
         torch.autograd.grad(mapped.square().sum(), x)[0], torch.autograd.grad(slopes.square().sum(), x)[0]
     )
+
+
+def _slices(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[1:] += x[:-1]
+    return out
+
+
+def _under_another_dimension(x: Tensor) -> Tensor:
+    out = torch.ones_like(x).t()[None] * 1.0
+    part = out[0]
+    whole = torch.zeros_like(x).t().unsqueeze(0)
+    whole.sub_(x.t())
+    return whole + part.sum()
+
+
+def _one_of_several(x: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.zeros_like(x)
+    first, rest = out[:1], out[1:]
+    rest[0].add_(x[2])
+    return out, first
+
+
+@compiled_only
+@pytest.mark.parametrize("function", [_slices, _under_another_dimension, _one_of_several])
+def test_views_of_constants_and_first_writes_need_no_way_through_the_dispatcher(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[Any] = []
+    handler = VmapMode.__torch_dispatch__
+
+    def note(self: VmapMode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arrived.append(func)
+        return handler(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(VmapMode, "__torch_dispatch__", note)
+    for _ in range(5):
+        x = torch.randn(4, 3, 4, dtype=D)
+        torch.testing.assert_close(chainrule.vmap(function)(x), torch.func.vmap(function)(x))
+        by_samples = chainrule.vmap(chainrule.vmap(function))(torch.stack([x, x.cos()]))
+        torch.testing.assert_close(by_samples, torch.func.vmap(torch.func.vmap(function))(torch.stack([x, x.cos()])))
+    arrived.clear()
+    chainrule.vmap(function)(x)
+    assert not arrived

@@ -291,9 +291,16 @@ class VmapMode(Level):
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 return self._wrap(op._op(*inner))
         if entry.kind == INPLACE_KIND:
-            if joined or entry.composite or inner[0].__class__ is not Batched:
+            if joined or entry.composite:
                 return NotImplemented
-            strategy(op, inner, {}, self.size)
+            if inner[0].__class__ is Batched:
+                strategy(op, inner, {}, self.size)
+                return args[0]
+            if self.below is not None or args[0].__class__ is not BatchTensor or not op._schema.arguments[0].is_write:
+                return NotImplemented
+            with _ForceDispatchKeyGuard(self._include, self._exclude):  # autograd has to see the views of the target
+                inner[0] = self.upgrade(args[0], op)
+                strategy(op, inner, {}, self.size)
             return args[0]
         if self._calls is not None and self.below is None:
             out = self._calls.op(self, entry, args, inner)
@@ -313,10 +320,13 @@ class VmapMode(Level):
         """Run an op of tensors that are the same for all samples and have no graph, where no other mode has to see it."""
         if entry.kind == FUNCTIONAL:
             return self._wrap(op._op(*inner))
-        if entry.kind != VIEW or not args or args[0].__class__ is BatchTensor:
+        if entry.kind != VIEW or not args:
             return NotImplemented
         with _ForceDispatchKeyGuard(self._include, self._exclude):  # autograd has to see views
-            return op._op(*inner)
+            result = op._op(*inner)
+        if args[0].__class__ is BatchTensor:
+            return self._wrap_view(result, op, args, inner, {})
+        return result
 
     def _stored_beside(self, value: Tensor, items: tuple[Any, ...], function: Function) -> list[Any] | None:
         """The other arguments of a function as they stand beside the stored tensor of the first; None for its own way."""

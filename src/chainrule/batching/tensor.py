@@ -219,11 +219,13 @@ def make_batched(tensor: BatchTensor, size: int, run: Callable[..., Any]) -> Non
     """
     root = root_of(tensor)
     value: Tensor = root.inner
-    extent = 1 + sum((length - 1) * stride for length, stride in zip(value.shape, value.stride(), strict=True))
+    shape, strides = value.shape, value.stride()
     # The per-sample strides stay what the function has seen, so that views by stride remain right.
-    copy = value.new_empty_strided((size, *value.shape), (max(extent, 1), *value.stride()))
-    if 0 in value.stride():
-        copy = value.new_empty((size, *value.shape))
+    if 0 in strides or value.is_contiguous():
+        copy = value.new_empty((size, *shape))
+    else:
+        extent = 1 + sum([(length - 1) * stride for length, stride in zip(shape, strides, strict=True)])
+        copy = value.new_empty_strided((size, *shape), (max(extent, 1), *strides))
     copy.copy_(value)
     root.inner = Batched(copy)
     for reference in root.views or ():

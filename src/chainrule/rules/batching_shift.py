@@ -35,11 +35,12 @@ class ShiftPlan:
         names: the names of all arguments, by position.
         dims: names of arguments that are a dimension or a list of them, with their defaults.
         tensors: names of tensor arguments.
+        places: where those dimensions stand among the arguments.
         keepdim: whether the op has a `keepdim` argument.
 
     """
 
-    __slots__ = ("dims", "keyword", "names", "tensors")
+    __slots__ = ("dims", "keyword", "names", "places", "tensors")
 
     def __init__(self, func: Any) -> None:
         arguments = func._schema.arguments
@@ -47,6 +48,7 @@ class ShiftPlan:
         self.keyword = {argument.name for argument in arguments if argument.kwarg_only}
         self.dims = {a.name: a.default_value for a in arguments if a.name in _DIM_NAMES}
         self.tensors = [a.name for a in arguments if "Tensor" in str(a.type)]
+        self.places = [self.names.index(name) for name in self.dims]
 
 
 @functools.cache
@@ -111,6 +113,11 @@ def shift_view(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int
     source = args[0]
     rank = source.rank
     plan = plan_of(func)
+    if not kwargs and plan.places[-1] < len(args):
+        given = [source.value, *args[1:]]
+        for place in plan.places:
+            given[place] = _shifted(given[place], rank)
+        return mark(func(*given))
     values = dict(zip(plan.names, args, strict=False))
     values.update(kwargs)
     values[plan.names[0]] = source.value
