@@ -12,6 +12,7 @@ from chainrule.calls import hardsigmoid_backward, mish_backward, silu_backward
 from chainrule.maps.staging import Program
 from chainrule.maps.terms import Axis, Dims, Factor, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
+from chainrule.rules.conventions import clamp_up_to
 from chainrule.rules.elementwise_named import Arguments, Over, elementwise
 
 aten = torch.ops.aten
@@ -210,7 +211,7 @@ _LINEAR_PIECES: dict[Any, Rule] = {
     aten.rrelu_with_noise_functional.default: elementwise(self_=_rrelu),
     aten._prelu_kernel.default: elementwise(
         self_=lambda a: torch.where(a.self > 0, 1.0, a.weight),
-        weight=Over("self", lambda x: torch.clamp(x, max=0)),
+        weight=Over("self", lambda x: clamp_up_to(x, None, 0.0)),
     ),
 }
 

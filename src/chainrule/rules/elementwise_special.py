@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from chainrule.rules.base import Call, Rule
-from chainrule.rules.conventions import TIES_ARE_SHARED
+from chainrule.rules.conventions import TIES_ARE_SHARED, clamp_inside, clamp_up_to
 from chainrule.rules.elementwise_named import Arguments, Over, Static, ZeroWith, elementwise, loss
 
 aten = torch.ops.aten
@@ -241,7 +241,7 @@ _OPERANDS: dict[Any, Rule] = {
 
 
 def _smooth_slope(z: Any, beta: float) -> Any:
-    return torch.sign(z) if beta == 0 else torch.clamp(z / beta, -1.0, 1.0)
+    return torch.sign(z) if beta == 0 else clamp_inside(z / beta, -1.0, 1.0)
 
 
 def _smooth_bend(z: Any, beta: float) -> Any:
@@ -253,7 +253,7 @@ def _smooth_l1(a: Arguments) -> Any:
 
 
 def _huber(a: Arguments) -> Any:
-    return torch.clamp(a.self - a.target, -a.delta, a.delta)
+    return clamp_up_to(a.self - a.target, -a.delta, a.delta)
 
 
 def _weighted(a: Arguments, value: Any) -> Any:
@@ -281,7 +281,7 @@ def _bce_logits_target(a: Arguments) -> Any:
     x = a.self
     if a.pos_weight is None:
         return _weighted(a, -x)
-    return _weighted(a, (a.pos_weight - 1) * torch.nn.functional.softplus(-x) - x)
+    return _weighted(a, (1 - a.pos_weight) * torch.nn.functional.logsigmoid(x) - x)
 
 
 def _bce_weight(a: Arguments) -> Any:
@@ -291,13 +291,12 @@ def _bce_weight(a: Arguments) -> Any:
 
 def _bce_logits_weight(a: Arguments) -> Any:
     x, t = a.self, a.target
-    softplus = torch.clamp(-x, min=0) + torch.log1p(torch.exp(-torch.abs(x)))
-    return (1 - t) * x + (softplus if a.pos_weight is None else (1 + (a.pos_weight - 1) * t) * softplus)
+    surprise = torch.nn.functional.logsigmoid(x)
+    return (1 - t) * x - (surprise if a.pos_weight is None else (1 + (a.pos_weight - 1) * t) * surprise)
 
 
 def _bce_logits_positive(a: Arguments) -> Any:
-    x = a.self
-    return _weighted(a, a.target * (torch.clamp(-x, min=0) + torch.log1p(torch.exp(-torch.abs(x)))))
+    return _weighted(a, -a.target * torch.nn.functional.logsigmoid(a.self))
 
 
 def _soft_margin_self(a: Arguments) -> Any:

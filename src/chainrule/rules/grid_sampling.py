@@ -18,6 +18,7 @@ from chainrule.maps.nodes import leaf
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import Axis, Factor, OneHot, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, formula_node, single
+from chainrule.rules.conventions import clamp_inside
 
 aten = torch.ops.aten
 
@@ -91,7 +92,7 @@ def _taps(call: Call, program: Program, dim: int) -> _Taps:
     if padding in (_BORDER, _REFLECTION):
         inner = torch.logical_and(place > 0, place < size - 1)
         slope = torch.where(inner, torch.ones_like(place) if slope is None else slope, 0.0)
-        place = torch.clamp(place, 0, size - 1)
+        place = clamp_inside(place, 0.0, size - 1.0)
     if mode == _NEAREST:
         places = torch.unsqueeze(torch.round(place), 1)
         weights = torch.ones_like(places)
