@@ -58,6 +58,12 @@ def check_products(J: LinearMap, matrix: Tensor) -> None:  # noqa: N803
                     lambda shape, c=columns: torch.Size([*shape, *c]), of.out_shape, is_leaf=lambda s: isinstance(s, torch.Size)
                 )
                 close(flat_columns(product, *columns), dense @ vector, max(dense.shape))
+        for rows in ((), (3,), (1,), (0,), (of.shape[0],)):  # on the left they are the rows of a matrix, square ones, too
+            stacked = torch.randn(*rows, of.shape[0], dtype=of.out_space.dtype)
+            behind = of.out_space.unflatten(stacked.movedim(0, -1) if rows else stacked)
+            left = of.out_space.tree([leaf.movedim(-1, 0) if rows else leaf for leaf in behind])
+            found = pytree.tree_leaves(left @ of)
+            close(torch.cat([leaf.reshape(*rows, size) for leaf, size in zip(found, of.in_space.sizes, strict=True)], -1), stacked @ dense, max(dense.shape))
             close(flat_columns(of.matmat(tree) if columns else of.matvec(tree), *columns), dense @ vector, max(dense.shape))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -31,6 +32,29 @@ def test_vectors_that_do_not_fit() -> None:
     parameters, x = make_kinds()["two arguments"].primals
     with pytest.raises(ValueError, match=r"JacobianMap @ v: leaf 3: expected the shape \(2, 3\), got \(2, 3, 4\)"):
         tree @ (parameters, randn(2, 3, 4))
+
+
+def test_rows_that_do_not_fit() -> None:
+    J = linear_map(lambda x: WEIGHT @ x, randn(6))  # 5×6
+    with pytest.raises(ValueError, match=r"u @ JacobianMap: expected the shape \(5,\), or \(k, 5\) for k at once, got \(5, 2\)"):
+        randn(5, 2) @ J
+    with pytest.raises(TypeError, match=r"u @ JacobianMap: expected the dtype torch.float64, got torch.float32"):
+        torch.ones(5) @ J
+
+
+def test_arrays_and_sums() -> None:
+    J = linear_map(lambda x: WEIGHT @ x, randn(6))
+    dense = J.dense()
+    close((numpy.float64(2.0) * J).dense(), 2 * dense)
+    close((J * numpy.float32(2.0)).dense(), 2 * dense)
+    close(sum([J, J, -J]).dense(), dense)
+    assert +J is J
+    for wrong in (lambda: numpy.ones(6) * J, lambda: J * numpy.ones(6), lambda: numpy.ones(5) + J):
+        with pytest.raises(TypeError):
+            wrong()
+    for wrong in (lambda: numpy.ones(5) @ J, lambda: J @ numpy.ones(6)):
+        with pytest.raises(TypeError, match="expected a Tensor, got <class 'numpy.ndarray'>"):
+            wrong()
 
 
 def test_maps_that_do_not_fit() -> None:

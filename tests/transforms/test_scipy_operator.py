@@ -87,3 +87,9 @@ def test_eigenvalues_by_lanczos(x: Tensor) -> None:
     found = linalg.eigsh(H.scipy(), k=3, which="LA", return_eigenvectors=False, v0=np.ones(30))
     expected = torch.linalg.eigvalsh(torch.func.hessian(energy)(x))[-3:]
     np.testing.assert_allclose(np.sort(found), expected.numpy(), rtol=1e-10)
+
+
+def test_no_columns(x: Tensor) -> None:
+    operator = linear_map(residual, x).scipy()
+    assert (operator @ np.zeros((30, 0))).shape == (59, 0)
+    assert operator.rmatmat(np.zeros((59, 0))).shape == (30, 0)

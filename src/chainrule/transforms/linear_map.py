@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class LinearMap(ABC):
     Elements of its spaces are trees (``J @ v`` takes a tree of the structure of the differentiated arguments and returns one
     of the structure of the outputs). Several of them side by side stand in one more dimension *behind* those of each leaf, as
     the columns of a matrix: where ``v`` has leaves of shape ``s``, ``V`` has leaves of shape ``(*s, k)``, and ``J @ V`` has
-    leaves of the outputs' shapes with a last dimension ``k``. Rows and columns are numbered through the flattened leaves, one
-    leaf after the other.
+    leaves of the outputs' shapes with a last dimension ``k``. On the left they are the rows of a matrix: ``U @ J`` takes
+    leaves with ``k`` *before* the outputs' shapes and returns such of the inputs'. Rows and columns are numbered through the
+    flattened leaves, one leaf after the other.
 
     Results are differentiable by autograd and by chainrule's transforms, with respect to the primals, to the vectors and to
     the factors.
@@ -45,6 +47,9 @@ class LinearMap(ABC):
         out_space: the space that they are mapped to.
         symmetric: whether the map equals its transpose by construction.
     """
+
+    #: Arrays of NumPy leave operators with a map on their right to it, instead of taking it for an element.
+    __array_ufunc__ = None
 
     def __init__(self, out_space: Space, in_space: Space, *, symmetric: bool = False) -> None:
         self.out_space = out_space
@@ -156,7 +161,11 @@ class LinearMap(ABC):
         return self._applied(other, "@", None)
 
     def __rmatmul__(self, other: Any) -> Any:
-        return self.T._applied(other, "@", None)
+        leaves, rows = self.out_space.leaves_of(other, f"u @ {type(self).__name__}", rows=True)
+        if rows is None:
+            return self.in_space.tree(self._pull(leaves, None))
+        found = self._pull([leaf.movedim(0, -1) for leaf in leaves], rows)
+        return self.in_space.tree([leaf.movedim(-1, 0) for leaf in found])
 
     @property
     def T(self) -> LinearMap:  # noqa: N802 - torch's name
@@ -194,11 +203,17 @@ class LinearMap(ABC):
     def __sub__(self, other: Any) -> LinearMap:
         return self + -other if isinstance(other, LinearMap) else NotImplemented
 
+    def __radd__(self, other: Any) -> LinearMap:
+        return self if type(other) is int and other == 0 else NotImplemented  # ``sum(maps)`` begins with it
+
+    def __pos__(self) -> LinearMap:
+        return self
+
     def __neg__(self) -> LinearMap:
         return ScaledMap(self, -1.0, None)
 
     def __mul__(self, factor: Any) -> LinearMap:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float, torch.Tensor)):
+        if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
             return NotImplemented
         if not isinstance(factor, torch.Tensor):
             factor = torch.tensor(float(factor), dtype=self.dtype, device=self.out_space.devices[0])
@@ -212,7 +227,7 @@ class LinearMap(ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, factor: Any) -> LinearMap:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float, torch.Tensor)):
+        if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
             return NotImplemented
         return self * (1.0 / factor)
 

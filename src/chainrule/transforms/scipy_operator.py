@@ -34,7 +34,7 @@ def scipy_operator(linear_map: LinearMap) -> Any:
             with torch.no_grad():
                 leaves = of._push(of.in_space.unflatten(vector), columns)
                 found = of.out_space.flatten([leaf.to("cpu", torch.float64) for leaf in leaves], columns)
-            return found.numpy().reshape(-1, *array.shape[1:])
+            return found.numpy().reshape(of.shape[0], *array.shape[1:])
 
         return apply
 

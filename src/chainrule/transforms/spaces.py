@@ -71,12 +71,13 @@ class Space:
         """Zeros of the shape of a leaf, with further dimensions around."""
         return torch.zeros((*before, *self.shapes[number], *after), dtype=dtype, device=self.devices[number])
 
-    def leaves_of(self, tree: Any, what: str) -> tuple[list[torch.Tensor], int | None]:
+    def leaves_of(self, tree: Any, what: str, *, rows: bool = False) -> tuple[list[torch.Tensor], int | None]:
         """The leaves of an element of this space, or of several side by side in one more dimension behind.
 
         Args:
             tree: the element.
             what: what it is, for messages.
+            rows: whether that dimension stands before the others.
 
         Returns:
             The leaves, and how many elements there are; None for a single one without the dimension.
@@ -93,11 +94,14 @@ class Space:
             where = f"{what}: leaf {number}" if len(leaves) > 1 else what
             if not isinstance(leaf, torch.Tensor):
                 raise TypeError(f"{where}: expected a Tensor, got {type(leaf)}")
-            columns = int(leaf.shape[-1]) if leaf.dim() == len(shape) + 1 else None
-            if leaf.shape != (shape if columns is None else (*shape, columns)) or (number and columns != several):
-                expected = f"{tuple(shape)}, or ({', '.join([*map(str, shape), 'k'])}) for k at once"
+            columns = int(leaf.shape[0 if rows else -1]) if leaf.dim() == len(shape) + 1 else None
+            wanted = shape if columns is None else (columns, *shape) if rows else (*shape, columns)
+            if leaf.shape != wanted or (number and columns != several):
+                many = ", ".join(["k", *map(str, shape)] if rows else [*map(str, shape), "k"])
+                expected = f"{tuple(shape)}, or ({many}{'' if shape else ','}) for k at once"
                 if number:
-                    expected = str(tuple(shape) if several is None else (*shape, several))
+                    several_of = (several, *shape) if rows else (*shape, several)
+                    expected = str(tuple(shape) if several is None else several_of)
                 raise ValueError(f"{where}: expected the shape {expected}, got {tuple(leaf.shape)}")
             several = columns
             if leaf.dtype != self.dtypes[number]:
