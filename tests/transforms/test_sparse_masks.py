@@ -421,3 +421,48 @@ def test_turns(sizes, dims):
 @pytest.mark.parametrize("places", [[1, 0], [0, 2, 1, 3, 5, 4], [0, 3, 1, 4, 2, 6, 5, 7], [2, 1, 0], [0, 1, 3, 2]])
 def test_other_orders_are_no_turns(places):
     assert _turn_of(torch.tensor(places)) is None
+
+
+@pytest.mark.parametrize("first", ["sparse", "full"])
+@pytest.mark.parametrize("kind", ["matrix", "mask"])
+@pytest.mark.parametrize("transform", [chainrule.jacobian, chainrule.hessian])
+def test_full_constants_leave_those_with_zeros_alone(first, kind, transform):
+    """Functions of one record share plans: none has the entries that the constant of another one needs."""
+    n = 300
+    if kind == "matrix":
+        constants = {"sparse": torch.eye(n) + torch.eye(n).roll(1, 0), "full": torch.randn(n, n)}
+    else:
+        constants = {"sparse": torch.arange(n) % 30 == 0, "full": torch.ones(n, dtype=torch.bool)}
+    constants = {name: c.double() if kind == "matrix" else c for name, c in constants.items()}
+
+    def function(x, constant):
+        out = constant @ (x * x) if kind == "matrix" else torch.where(constant, (x * x).cumsum(0), 0)
+        return out if transform is chainrule.jacobian else (out * out).sum()
+
+    counts = {"sparse": [], "full": []}
+    for name in (first, "full", "sparse", "sparse", "full", "sparse"):
+        constant, x = constants[name], torch.randn(n, dtype=torch.float64)
+        found = transform(lambda v, c=constant: function(v, c), layout="sparse_coo")(x)
+        peer = torch.func.jacrev if transform is chainrule.jacobian else torch.func.hessian
+        torch.testing.assert_close(found.to_dense(), peer(lambda v, c=constant: function(v, c))(x), rtol=1e-10, atol=1e-10)
+        counts[name].append(found._nnz())
+    alone = {"matrix": {chainrule.jacobian: 2 * n, chainrule.hessian: 3 * n}}.get(kind, {}).get(transform)
+    assert len(set(counts["sparse"])) == len(set(counts["full"])) == 1
+    assert alone is None or counts["sparse"][0] == alone
+    assert counts["sparse"][0] < counts["full"][0]
+
+
+def test_a_constant_that_looks_sparse_and_is_not():
+    """Most of what is looked at is zero: planned once more, and no more."""
+    n = 96
+    matrix = torch.randn(n, n, dtype=torch.float64)
+    few = n // 16
+    for transform in range(4):
+        jacobian = chainrule.jacobian(lambda x: matrix @ (x * x), layout="sparse_coo")
+        x = torch.randn(n, dtype=torch.float64)
+        torch.testing.assert_close(jacobian(x).to_dense(), 2 * matrix * x, rtol=1e-12, atol=1e-12)
+        if transform == 0:
+            matrix[::few, ::few] = 0.0
+        if transform == 1:
+            kept = {id(plan) for plans in CACHE.plans.values() for plan in getattr(plans, "plans", ())}
+    assert kept == {id(plan) for plans in CACHE.plans.values() for plan in getattr(plans, "plans", ())}

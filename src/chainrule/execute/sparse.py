@@ -46,6 +46,10 @@ from chainrule.plan.sparse import (
 )
 
 
+#: From so many entries on a plan is left where another one would have far fewer.
+_MANY = 1 << 12
+
+
 @dataclass
 class ShortPlan:
     """A plan that serves every run of its signature, for the compiled handlers, which make its result, too.
@@ -254,6 +258,8 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     program, workspace = planned.program, planned.workspace
     guarded = (workspace.fixed.relations, workspace.fixed.masks, workspace.fixed.choices)
     relations, masks, choices = (_guard(planned, staged) for staged in guarded)
+    entries = sum(pattern.keys.numel() for pattern in planned.patterns.values())
+    full = workspace.fixed.filled() if entries >= _MANY else ()
     freeze(program, workspace, list(planned.results.values()))
     results = owned(program, list(planned.results.values()))  # entries that are constants of the plan, too, are copied
     bare: list[Staged | None] = [Staged(program, r.slot, None) for r in results if r is not None]  # type: ignore[arg-type]
@@ -265,7 +271,7 @@ def make_plan(planned: PlannedSparse) -> SparsePlan:
     cached = CachedPlan(list(planned.results), (program, bare))
     cached.compile()
     layouts = {key: Layouts(pattern) for key, pattern in planned.patterns.items()}
-    return SparsePlan(relations, masks, choices, cached, layouts, workspace.masked, workspace.chosen, planned.chosen)
+    return SparsePlan(relations, masks, choices, cached, layouts, workspace.masked, workspace.chosen, planned.chosen, full)
 
 
 __all__ = [

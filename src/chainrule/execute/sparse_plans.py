@@ -18,6 +18,7 @@ from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.collection import postponed_collection
 from chainrule.execute.open_plans import OpenPlan
 from chainrule.execute.replay import Runner, Spent
+from chainrule.maps.fixed_values import is_mostly_zero
 from chainrule.maps.staging import Ref
 from chainrule.maps.unmapped import plain, unbatched
 from chainrule.modes_off import unseen
@@ -262,6 +263,7 @@ class SparsePlan:
         masked: whether zeros of masks would have been left out, had there been some.
         chosen: the same of what ops do not choose.
         way: how it accumulates.
+        full: tape slots of masks and constants without zeros to leave out: where they have some, there is a better plan.
     """
 
     relations: Guard
@@ -272,6 +274,7 @@ class SparsePlan:
     masked: bool = True
     chosen: bool = True
     way: str = ""
+    full: tuple[int, ...] = ()
 
     @property
     def is_general(self) -> bool:
@@ -282,7 +285,15 @@ class SparsePlan:
         """
         if not self.chosen or (not self.masked and _recorded()):
             return False
-        return not (self.relations.reads or self.masks.reads or self.choices.reads)
+        return not (self.relations.reads or self.masks.reads or self.choices.reads or self.full)
+
+    def is_wasteful(self, tape: Any) -> bool:
+        """Whether it has entries for zeros of this run, which another plan would leave out."""
+        if not self.full or _recorded():
+            return False
+        values = [unbatched(tape.values[slot]) for slot in self.full]
+        with planning(tape):
+            return any(is_mostly_zero(value) for value in values if value is not None)
 
     def run(self, tape: Any, seeds: Sequence[torch.Tensor] = (), *, last: bool = False) -> Found:
         """The values of a run; the `last` thing asked of a tape lets its values go as the plan has read them."""
@@ -343,6 +354,8 @@ class SparsePlans:
             if (recorded and plan.masks.reads) or not _has_chosen(tape, plan.choices, known):
                 continue
             if plan.masks.fits(tape):
+                if plan.is_wasteful(tape):
+                    continue
                 if number:
                     self.plans.insert(0, self.plans.pop(number))
                 return plan

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from chainrule.maps.staging import Program, Staged, reads
+
+#: Of larger arrays so many elements are looked at; where less than one in so many is not zero, the array is mostly zero.
+_LOOKS, _FULL = 256, 4
 
 
 class FixedValues:
@@ -18,6 +23,7 @@ class FixedValues:
         relations: the indices that the pattern was made from.
         masks: the masks whose zeros were left out.
         choices: what ops chose, where only that is in the pattern.
+        full: masks and constants that had hardly any zeros to leave out.
     """
 
     def __init__(self, program: Program, given: int) -> None:
@@ -25,6 +31,7 @@ class FixedValues:
         self.relations: list[Staged] = []
         self.masks: list[Staged] = []
         self.choices: list[Staged] = []
+        self.full: list[Staged] = []
         self._given = given
         self._known = False
         self._slots: set[int] = set()
@@ -49,6 +56,12 @@ class FixedValues:
                 exact.update(own)
         return exact, computed
 
+    def filled(self) -> tuple[int, ...]:
+        """The slots of the tape that what was full follows from."""
+        found = sources_of(self.program, self.full).items()
+        values = {known.slot: known.value for known in self.program._input_values.values()}
+        return tuple(key for key, slot in found if isinstance(key, int) and slot in values and not is_mostly_zero(values[slot]))
+
     def exact(self) -> dict[object, int]:
         """The inputs that are the same in every run with these indices and masks."""
         return self.guards(self.relations)[0] | self.guards(self.masks)[0]
@@ -68,6 +81,15 @@ class FixedValues:
         return staged.slot in self._slots or staged.slot in self.program.constants
 
 
+def is_mostly_zero(tensor: torch.Tensor) -> bool:
+    """Whether most elements of an array are zero, by a look at a few; small ones are not looked at."""
+    if tensor.numel() < _LOOKS or tensor.layout is not torch.strided:
+        return False
+    few = max(2, round(_LOOKS ** (1 / tensor.dim())))
+    seen = tensor[tuple([slice(None, None, max(size // few, 1)) for size in tensor.shape])]
+    return int(torch.count_nonzero(seen)) * _FULL < seen.numel()
+
+
 def sources_of(program: Program, staged: Sequence[Staged]) -> dict[object, int]:
     """The inputs that values depend on."""
     wanted = {s.slot for s in staged}
@@ -77,4 +99,4 @@ def sources_of(program: Program, staged: Sequence[Staged]) -> dict[object, int]:
     return {key: slot for key, slot in program.inputs.items() if slot in wanted}
 
 
-__all__ = ["FixedValues", "sources_of"]
+__all__ = ["FixedValues", "is_mostly_zero", "sources_of"]

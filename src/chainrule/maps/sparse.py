@@ -139,7 +139,9 @@ class SparseWorkspace(Workspace):
                 count, total = self._counted(found), factor.node.numel
                 pointwise = all(axis in outside for dim in term.in_dims for axis in dim)
                 few = total <= _LITTLE or 2 * count <= total + sum(factor.node.sizes)
-                if count < total and (pointwise or few):
+                if count == total:
+                    self.fixed.full.extend(masks)
+                elif pointwise or few:
                     self.fixed.masks.extend(masks)
                     self.fixed.choices.extend(choices)
                     if self.is_padded(found):
@@ -162,11 +164,14 @@ class SparseWorkspace(Workspace):
             places = torch.nonzero(value)
             count, total = places.shape[0], value.numel()
             if count == total:
+                if not choice:
+                    self.fixed.full.append(staged)
                 continue
             values = value[places.unbind(1)] if value.dim() else value.new_zeros(0)
             ones = bool((values == 1).all())
             # A few taps that much else runs over, as those of a kernel, or a sparse array; others are dense all the same.
             if not ones and not choice and count * _DENSE > total and total * _DENSE > count_entries(term):
+                self.fixed.full.append(staged)
                 continue
             (self.fixed.choices if choice else self.fixed.masks).append(staged)
             if count == 0:
