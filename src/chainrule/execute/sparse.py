@@ -45,7 +45,6 @@ from chainrule.plan.sparse import (
     predicted_entries,
 )
 
-
 #: From so many entries on a plan is left where another one would have far fewer.
 _MANY = 1 << 12
 
