@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from string import ascii_letters
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chainrule.maps.matrix_products import many_small, products_by_columns
-from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, physical, value_of
+from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, logical_shape, physical, value_of
 from chainrule.rules.batching_pointwise import align
+from chainrule.rules.products import einsum_letters, is_plain
 
 aten = torch.ops.aten
 
@@ -245,7 +248,33 @@ def matmul(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) ->
     return Batched(batch_matrix(first, second, size) if first.rank == 3 else torch.matmul(first.value, second.value))
 
 
+@lru_cache(maxsize=1024)
+def _batched_equation(equation: str, batched: tuple[bool, ...]) -> str:
+    """The equation of an einsum, with one more letter for the samples; nothing where all letters are taken."""
+    letters, output = einsum_letters(equation)
+    samples = next((letter for letter in ascii_letters if letter not in equation), "")
+    if not samples:
+        return ""
+    return ",".join([samples + own if has else own for own, has in zip(letters, batched, strict=True)]) + "->" + samples + output
+
+
+def einsum(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+    """``einsum`` that arrives whole: the samples are one more dimension. One with traces or broadcasting is split into parts."""
+    equation, operands = args[0], args[1]
+    if len(args) > 2 or not kwargs.keys() <= {"path"}:
+        return NotImplemented
+    if not is_plain(equation, tuple([logical_shape(item) for item in operands])):
+        return NotImplemented
+    batched = tuple([is_batched(item) for item in operands])
+    values = [value_of(item) for item in operands]
+    if any([value.layout is not torch.strided for value in values]):
+        return NotImplemented
+    whole = _batched_equation(equation, batched)
+    return Batched(func(whole, values, **kwargs)) if whole else NotImplemented
+
+
 CONTRACTIONS: dict[Any, BatchStrategy] = {
+    aten.einsum.default: einsum,
     aten.linear.default: linear,
     aten.matmul.default: matmul,
     aten.mm.default: mm,

@@ -85,7 +85,7 @@ def _matmul(call: Call) -> Iterable[Edge]:
         yield single(call, item, [Term((*dims_of(batch), *row, *column), mine, factors, relations)])
 
 
-def _einsum_letters(equation: str) -> tuple[list[str], str]:
+def einsum_letters(equation: str) -> tuple[list[str], str]:
     """The letters of the operands and of the output."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     if not arrow:
@@ -97,12 +97,13 @@ def is_plain_einsum(args: tuple[Any, ...]) -> bool:
     """Whether an einsum names each dimension of each operand once, and broadcasts none."""
     if len(args) < 2:
         return False
-    return _is_plain(args[0], tuple([operand.shape for operand in args[1]]))
+    return is_plain(args[0], tuple([operand.shape for operand in args[1]]))
 
 
 @lru_cache(maxsize=1024)
-def _is_plain(equation: str, shapes: tuple[torch.Size, ...]) -> bool:
-    letters, output = _einsum_letters(equation)
+def is_plain(equation: str, shapes: tuple[torch.Size, ...]) -> bool:
+    """Whether an equation names each dimension of operands of these shapes once, and broadcasts none."""
+    letters, output = einsum_letters(equation)
     if len(letters) != len(shapes) or len(set(output)) != len(output):
         return False
     sizes: dict[str, int] = {}
@@ -116,7 +117,7 @@ def _is_plain(equation: str, shapes: tuple[torch.Size, ...]) -> bool:
 
 
 def _einsum(call: Call) -> Iterable[Edge]:
-    letters, output = _einsum_letters(call.args[0])
+    letters, output = einsum_letters(call.args[0])
     yield from contraction_edges(call, ",".join(letters) + "->" + output, call.args[1])
 
 
