@@ -54,6 +54,8 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "addmm": lambda z, x: torch.addmm(z[0, :3], z, z.t()) + torch.baddbmm(z[None, :, :3], z[None], z.t()[None])[0],
     "scaled addmm": lambda z, x: torch.addmm(z[0, :3], z, z.t(), alpha=2, beta=0.5),
     "numbers": lambda z, x: z.mul(2.5) * x.mul(1 - 2j) / 2,
+    "components": lambda z, x: z.real * z.imag.sin() + z[0].real + (z * z).imag + torch.view_as_real(z)[..., 1:].sum(-1),
+    "components of a conjugate": lambda z, x: z.conj().imag * z[0].real + z.conj().real,
     "Fourier": lambda z, x: torch.fft.rfft2(x, (4, 3))[:2, :2] * torch.fft.fft(z, 6)[:2, 1:3] + torch.fft.irfft(z, 9).sum(),
 }  # fmt: skip
 
@@ -93,7 +95,9 @@ def test_derivatives(name: str) -> None:
 
 
 #: Those that torch's own formulas serve.
-_TORCHS = frozenset({"cat of two kinds", "index apart", "real values written", "scaled addmm", "flip and roll"})
+_TORCHS = frozenset({
+    "cat of two kinds", "index apart", "real values written", "scaled addmm", "flip and roll",
+    "components of a conjugate"})  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name not in _TORCHS])
@@ -109,6 +113,23 @@ def test_torchs_formulas_are_left_aside(name: str, monkeypatch: pytest.MonkeyPat
     third = chainrule.grad(lambda x: chainrule.hessian(function)(x).sum())(x)
     expected = torch.func.grad(lambda x: torch.func.jacrev(torch.func.jacrev(function))(x).sum())(x)
     torch.testing.assert_close(third, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_by_both_components_inside() -> None:
+    """The array that holds both is an input there: the way to each component passes by it."""
+
+    def inner(x: Tensor) -> Tensor:
+        y = x * 1.0
+        z = torch.fft.rfft(y)
+        both = torch.view_as_real(z)
+        total = (both[..., 0] ** 2 + both[..., 1] * both[..., 0].sin()).sum()
+        found = torch.autograd.grad(total, (y, both, z), create_graph=True)
+        return (found[0] ** 2).sum() + (found[1] ** 3).sum() + found[2].real.sin().sum() + (found[2].imag ** 2).sum()
+
+    for _ in range(4):
+        x = torch.randn(6, dtype=DOUBLE, requires_grad=True)
+        (expected,) = torch.autograd.grad(inner(x), x)
+        torch.testing.assert_close(chainrule.grad(inner)(x.detach()), expected)
 
 
 def test_where_real_and_complex_values_meet() -> None:

@@ -366,6 +366,33 @@ def _from_number(call: Call) -> Edges:
     return _one(call, (push, lambda program, rows: torch.neg(summed_to(rows, like))))
 
 
+def component_edges(call: Call, inputs: Sequence[int]) -> Edges:
+    """The real or the imaginary part of a complex tensor at once, which torch reads by way of both; None for other calls.
+
+    Args:
+        call: any call.
+        inputs: slots that the way must not pass by.
+    """
+    if call.op is not aten.select.int or not call.is_slot(call.args[0]):
+        return None
+    pairs = call.producer(call.args[0])
+    if pairs is None or pairs.op is not aten.view_as_real.default or call.args[0].index in inputs:
+        return None
+    item, rank, index = pairs.args[0], len(call.shape(call.args[0])), call.args[2] % 2
+    if not call.is_active(item) or call.args[1] % rank != rank - 1:
+        return None
+    made = call.tensor(call.outputs[0])
+
+    def push(program: Program, rows: Staged) -> Staged:
+        return torch.imag(rows) if index else torch.real(rows)
+
+    def pull(program: Program, rows: Staged) -> Staged:
+        zero = program.constant(torch.zeros((), dtype=made.dtype, device=made.device))
+        return torch.complex(zero, rows) if index else torch.complex(rows, zero)
+
+    return [complex_edge(call, item, (push, pull))]
+
+
 #: How complex calls are linearised; None for a call that is left to torch's own formula.
 PARTS: dict[Any, Callable[[Call], Edges]] = {
     aten.slice.Tensor: _slice,
@@ -392,4 +419,4 @@ PARTS: dict[Any, Callable[[Call], Edges]] = {
     aten.rsub.Scalar: _from_number,
 }
 
-__all__ = ["PARTS"]
+__all__ = ["PARTS", "component_edges"]
