@@ -26,7 +26,7 @@ _SAME_NAME = (
     "reciprocal", "round", "rsqrt", "sigmoid", "sign", "sgn", "sin", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "relu",
     "mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "matmul", "addcmul", "addcdiv", "t", "unsqueeze", "clone",
     "permute", "flip", "roll", "gather", "index_select", "maximum", "minimum", "cat", "stack", "diagonal", "tril", "triu",
-    "cumsum", "logaddexp", "detach", "reshape", "outer", "logical_and", "logical_or", "nan_to_num",
+    "cumsum", "complex", "logaddexp", "detach", "reshape", "outer", "logical_and", "logical_or", "nan_to_num",
     "zeros_like", "ones_like", "diag_embed", "movedim", "_softmax", "_log_softmax", "_softmax_backward_data",
     "_log_softmax_backward_data", "scatter_add", "index_add", "index_copy", "as_strided",
     "convolution", "constant_pad_nd", "cumprod", "embedding", "logcumsumexp", "logsumexp", "native_group_norm", "select_scatter",

@@ -36,7 +36,7 @@ from chainrule.functions import (
     WRITERS,
 )
 from chainrule.functions import Function as TorchFunction
-from chainrule.shortcuts import AUTOCAST_KEYS, FLOATING, REAL, Handler, configure, set_excluded
+from chainrule.shortcuts import AUTOCAST_KEYS, COMPLEX, FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
 from chainrule.uncompiled import hide_code, refusal_of_operators, run_uncompiled
 
@@ -130,7 +130,7 @@ configure(
     entries=_entries(), joined=Joined, over=Over, count=_count,
     level=_functorch_level, exclude=_exclude, python_key=_PYTHON, tensor=torch.Tensor,
     parameter=torch.nn.Parameter, mv=torch.mv, addmv=torch.addmv,
-    real=REAL, floating=FLOATING, constants=CONSTANTS, shared_constant=shared_constant,
+    real=REAL, floating=FLOATING, complex=COMPLEX, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
     comparisons=COMPARISONS, shaped=SHAPED,
     by_schema=BySchema, named=NAMED, required=Required, getitem=torch.Tensor.__getitem__,

@@ -15,6 +15,8 @@ import torch
 #: Dtypes of tensors that take no way of their own, and those among them that have derivatives.
 FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 REAL = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+#: Dtypes of tensors that torch's autograd has to see.
+COMPLEX = frozenset({torch.complex64, torch.complex128})
 
 #: The keys of torch's dispatcher that stand for autocast.
 AUTOCAST_KEYS = functools.reduce(

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chainrule
 from chainrule.capture.composites import COMPOSITES
+from chainrule.capture.tape import Tape
 from chainrule.dispatch import KNOWS_STATE
 from chainrule.shortcuts import COMPILED
 
@@ -387,3 +388,41 @@ def test_a_profiler_stays():
     x = torch.randn(4, 4, dtype=torch.float64)
     torch.testing.assert_close(chainrule.grad(product)(x), torch.func.grad(product)(x), **CLOSE)
     assert seen
+
+
+@replayed_only
+def test_complex_calls_do_not_arrive_at_the_dispatcher(monkeypatch):
+    """From the third call on; what is conjugated lazily is computed right all the same."""
+    weight = torch.randn(3, 2, 4, 3, dtype=torch.complex128, requires_grad=True)
+
+    def layer(x):
+        spectrum = torch.fft.rfft2(x)[:, :, :4, :3]
+        return torch.fft.irfft2(torch.einsum("bixy,ioxy->boxy", spectrum, weight) * 2.0, s=(6, 6)).square().sum()
+
+    def lazy(x):
+        z = torch.complex(x, x.cos())
+        return torch.einsum("ij,kj->ik", z.conj(), z).real.sum() + (z.conj().T @ z).imag.sum() + z.conj().imag.sum()
+
+    arrived = []
+    dispatched = Tape.__torch_dispatch__
+
+    def counted(self, func, types, args=(), kwargs=None):
+        arrived.append(func)
+        return dispatched(self, func, types, args, kwargs)
+
+    for _ in range(5):
+        x, z = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+        found = chainrule.grad(layer)(x)
+        direction = torch.randn_like(x)
+        (graph,) = torch.autograd.grad((found * direction).sum(), weight)
+        y = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(layer(y), y, create_graph=True)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(graph, torch.autograd.grad((expected * direction).sum(), weight)[0])
+        torch.testing.assert_close(chainrule.grad(lazy)(z), torch.func.grad(lazy)(z))
+    monkeypatch.setattr(Tape, "__torch_dispatch__", counted)
+    weight.requires_grad_(False)
+    for _ in range(4):
+        arrived.clear()
+        chainrule.grad(layer)(x)
+    assert not arrived

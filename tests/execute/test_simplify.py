@@ -258,3 +258,21 @@ def test_a_broadcast_to_as_many_elements_need_not_be_copied() -> None:
     second[0].zero_()
     assert second[1].abs().sum() > 0
     torch.testing.assert_close(first, (value * value)[None])
+
+
+def test_a_real_and_an_imaginary_part_are_put_together_at_once() -> None:
+    """What is the same part twice, or is used elsewhere, stays a sum."""
+    for shaped in (False, True):
+        program = Program()
+        x, y = program.input(0, torch.randn(2, 3)), program.input(1, torch.randn(2, 3))
+        zero = program.constant(torch.zeros(()))
+        real, imaginary = torch.complex(x, zero), torch.complex(zero, y)
+        halves = [torch.reshape(half, (3, 2)) if shaped else half for half in (imaginary, real)]
+        total = torch.add(*halves)
+        assert calls(program, total.slot) == ["complex", "reshape"][: 1 + shaped]
+        assert calls(program, total.slot, halves[0].slot).count("add") == 1
+        values = [torch.randn(2, 3), torch.randn(2, 3)]
+        found = compile_program(program, [total])(values, ())[0]
+        torch.testing.assert_close(found, torch.complex(*values).reshape(total.shape))
+        twice = torch.add(real, torch.complex(y, zero))
+        assert calls(program, twice.slot).count("complex") == 2

@@ -107,6 +107,7 @@ class OpFacts:
             ``PARTS`` where it is not.
         common: whether nothing but "run it and record it" has to happen.
         plain: whether that is so for tensors that are real and have no graph.
+        with_complex: whether that is so for complex tensors: torch's autograd sees such calls, and compositions come in parts.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
         rewrites: whether the op does nothing but give new values to its first argument, which keeps its shape.
@@ -119,7 +120,7 @@ class OpFacts:
     __slots__ = (
         "alone", "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive",
         "is_out", "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "random", "reads", "rewrites",
-        "shaped", "whole", "writes",
+        "shaped", "whole", "with_complex", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -153,6 +154,7 @@ class OpFacts:
         apart = self.expansion is not None or self.writes or self.inactive or (self.is_view and not schema.arguments)
         self.plain = not apart
         self.common = self.plain and self.joined is None
+        self.with_complex = self.common and self.alone is None and not self.composite
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

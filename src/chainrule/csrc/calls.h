@@ -5,9 +5,9 @@ enum { RUN, KINDS, SEVERAL, REPLAY_FIELDS };
 enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, SIGNATURE, BATCHED, KIND_FIELDS };
 
 /* The number of a tensor's signature (shape, strides, dtype, device): 1 with a new reference; 0 if the tensor is left to Python;
- * -1 with an error set. `batch` holds it, or is NULL. */
+ * -1 with an error set. `batch` holds it, or is NULL. Complex tensors are left to Python but for `with_complex`. */
 static int
-signature_number(PyObject *value, PyObject *batch, PyObject **number)
+signature_number(PyObject *value, PyObject *batch, PyObject **number, int with_complex)
 {
     if (batch != NULL && SLOT(batch, signature) != NULL) {
         *number = Py_NewRef(SLOT(batch, signature));
@@ -20,6 +20,13 @@ signature_number(PyObject *value, PyObject *batch, PyObject **number)
     if (layout == NULL || (dtype = GET(value, dtype)) == NULL)
         goto done;
     int real = PySet_Contains(c_real, dtype);
+    if (real == 0 && with_complex && (real = PySet_Contains(c_complex, dtype)) > 0) {
+        /* What is conjugated when it is read is no part of the signature. */
+        int lazy = is_true_of(PyObject_CallMethodNoArgs(value, s_is_conj));
+        if (lazy == 0)
+            lazy = is_true_of(PyObject_CallMethodNoArgs(value, s_is_neg));
+        real = lazy < 0 ? -1 : !lazy;
+    }
     if (real <= 0 || layout != c_strided) {
         outcome = real < 0 ? -1 : 0;
         goto done;
@@ -78,7 +85,7 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
     for (Py_ssize_t place = 0; place < PyList_GET_SIZE(values); place++)
         if (PyList_GET_ITEM(values, place) == value)
             return append_new(signature, PyLong_FromSsize_t(-1 - place)) < 0 ? -1 : 1;
-    int taken = signature_number(value, batch, &number);
+    int taken = signature_number(value, batch, &number, 0);
     if (taken <= 0)
         return taken;
     return append_new(signature, number) < 0 || PyList_Append(values, value) < 0 ? -1 : 1;

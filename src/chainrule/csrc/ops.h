@@ -17,7 +17,12 @@ plain_slot(Handler *self, PyObject *tensor, Found *seen)
     if (dtype == NULL)
         return -2;
     int plain = dtype != Py_None && !(graph && (PyObject *)Py_TYPE(tensor) == c_batch_tensor);
+    int complex = dtype == Py_None ? is_complex(tensor) : 0;
     Py_DECREF(dtype);
+    if (complex < 0)
+        return -2;
+    plain |= complex;
+    seen->complex |= complex;
     seen->joined |= graph;
     if (!plain || slot >= PyList_GET_SIZE(c_slot_objects))
         return -3;
@@ -188,7 +193,7 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             return graph < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     }
     int fresh_count = 0;
-    Found seen = {0, 0};
+    Found seen = {0, 0, 0};
     PyObject *out = NULL, *lowered = PyTuple_New(count);
     if (lowered == NULL)
         return NULL;
@@ -203,6 +208,12 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             fresh[fresh_count++] = place;
         else
             PyTuple_SET_ITEM(lowered, place, found);
+    }
+    /* Torch conjugates lazily only where autograd sees the call. */
+    int shown = seen.complex && alone && self->sees_views && state.exclude != NULL && SLOT(facts, with_complex) == Py_True;
+    if (seen.complex && !shown) {
+        out = Py_NewRef(Py_NotImplemented);
+        goto done;
     }
     if (seen.joined) {
         int may = named == empty && (alone || stands_on_vmap(self)) ? op_joins_whole(self, facts, args) : 0;
@@ -229,17 +240,17 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             Py_SETREF(out, PyList_AsTuple(out));
     } else if (out == NULL) {
         /* Autograd must see views, so that writes through them are counted as writes. */
-        if (is_view)
+        if (is_view || shown)
             state.exclude(state.views, false);
-        if (seen.joined)
+        if (seen.joined || shown)
             exclude_autograd(false);
         if (seen.joined && SLOT(facts, alone) != Py_None)
             out = PyObject_Call(SLOT(facts, alone), args, NULL);
         else
             out = PyObject_Call(call, call_args, call_kwargs);
-        if (seen.joined)
+        if (seen.joined || shown)
             exclude_autograd(true);
-        if (is_view)
+        if (is_view || shown)
             state.exclude(state.views, true);
     }
     if (out == NULL || out == Py_NotImplemented)
@@ -253,7 +264,8 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             goto done;
         }
     }
-    int blocked = note_step(self, facts, args, count, seen.joined ? Py_True : Py_False, out) < 0 ? -1 : is_blocked(self, args, seen.touched);
+    PyObject *how = shown ? Py_None : seen.joined ? Py_True : Py_False;
+    int blocked = note_step(self, facts, args, count, how, out) < 0 ? -1 : is_blocked(self, args, seen.touched);
     if (blocked < 0 || (!blocked && record_call(self, facts, args, lowered, named, fresh, fresh_count, &seen, out) < 0))
         Py_CLEAR(out);
 done:

@@ -97,7 +97,7 @@ use_facts(PyObject *module, PyObject *type)
         (offsets.op = slot_offset(type, "op")) < 0 || (offsets.is_view = slot_offset(type, "is_view")) < 0 ||
         (offsets.fast = slot_offset(type, "fast")) < 0 || (offsets.joining = slot_offset(type, "joining")) < 0 ||
         (offsets.alone = slot_offset(type, "alone")) < 0 || (offsets.direct = slot_offset(type, "direct")) < 0 ||
-        (offsets.rewrites = slot_offset(type, "rewrites")) < 0 ||
+        (offsets.rewrites = slot_offset(type, "rewrites")) < 0 || (offsets.with_complex = slot_offset(type, "with_complex")) < 0 ||
         (offsets.functional = slot_offset(type, "functional")) < 0 || (offsets.inactive = slot_offset(type, "inactive")) < 0 ||
         (offsets.reads = slot_offset(type, "reads")) < 0 || (offsets.numbers = slot_offset(type, "numbers")) < 0 ||
         (offsets.random = slot_offset(type, "random")) < 0 || (offsets.shaped = slot_offset(type, "shaped")) < 0 ||

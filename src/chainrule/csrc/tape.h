@@ -321,10 +321,12 @@ is_blocked(Handler *self, PyObject *args, int touched)
     return done == NULL ? -1 : 1;
 }
 
-/* What is found out of the arguments of a call: whether one depends on the inputs, and whether one has a graph. */
+/* What is found out of the arguments of a call: whether one depends on the inputs, whether one has a graph, and whether one is
+ * complex. */
 typedef struct {
     int touched;
     int joined;
+    int complex;
 } Found;
 
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of
@@ -370,6 +372,8 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, P
     if (dtype == NULL)
         return -1;
     int outcome = PySet_Contains(c_floating, dtype);
+    if (outcome == 0)
+        outcome = PySet_Contains(c_complex, dtype);
     if (outcome > 0)
         outcome = append_record(self, facts, lowered, named, out, dtype);
     else if (outcome == 0) {
@@ -430,6 +434,27 @@ call_joined(PyObject *function, PyObject *facts, PyObject *const *args, Py_ssize
 
 static PyObject *
 run_on_tape(Handler *self, PyObject *function, PyObject *args);
+
+static PyObject *
+run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
+           PyObject *call_kwargs); /* in ops.h */
+
+/* A function of complex tensors as its op, on a tape that stands alone; NotImplemented, with nothing done, for others. */
+static PyObject *
+run_complex(Handler *self, PyObject *facts, PyObject *function, PyObject *args, Py_ssize_t count)
+{
+    if ((self->below != NULL && self->below != Py_None) || SLOT(facts, with_complex) != Py_True)
+        return Py_NewRef(Py_NotImplemented);
+    PyObject *out = NULL, *given = PyTuple_GetSlice(args, 0, count), *off = given == NULL ? NULL : exclude_python(1);
+    if (off != NULL) {
+        Py_DECREF(off);
+        out = run_common(self, facts, given, empty, PyTuple_GET_ITEM(function, CALL), given, NULL);
+        if (include_python() < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(given);
+    return out;
+}
 
 /* A function as the next mode runs it: on stored tensors of a vmap, or as it was called on the next tape. */
 static PyObject *
@@ -502,7 +527,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
     PyObject *stored[3];
     Py_ssize_t fresh[3];
     int fresh_count = 0;
-    Found seen = {0, 0};
+    Found seen = {0, 0, 0};
     PyObject *lowered = PyTuple_New(count);
     if (lowered == NULL)
         return NULL;
@@ -527,6 +552,10 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             first_dtype = dtype;
         else
             Py_DECREF(dtype);
+        if (!plain && (seen.complex = is_complex(item))) {
+            out = seen.complex < 0 ? NULL : run_complex(self, facts, function, args, count);
+            goto done;
+        }
         if (!plain || slot >= PyList_GET_SIZE(c_slot_objects) || (graph && (PyObject *)Py_TYPE(item) == c_batch_tensor))
             goto refuse;
         seen.joined |= graph;

@@ -268,7 +268,7 @@ lowered_of_write(Handler *self, PyObject *args, PyObject *lowered, Py_ssize_t *f
         if (known)
             return known < 0 ? -1 : 0;
     }
-    return !seen->joined;
+    return !seen->joined && !seen->complex;
 }
 
 /* Whether the tape has no values in the memory of a tensor, so that a write of constants is nothing to it: 1, 0, or -1 with an error
@@ -377,7 +377,7 @@ run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObje
         dtype = GET(target, dtype);
     lowered = PyTuple_New(count);
     int fresh_count = 0;
-    Found seen = {0, 0};
+    Found seen = {0, 0, 0};
     Memory memory = {NULL};
     const Write write = {facts, args, call, call_args, call_kwargs};
     if (dtype == NULL || lowered == NULL || memory_of(self, &memory) < 0 || settle_views(self, &memory) < 0)

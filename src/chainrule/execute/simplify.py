@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +25,13 @@ from chainrule.maps.staging import Instruction, Program, Ref, reads
 aten = torch.ops.aten
 
 _SHAPINGS = (torch.reshape, torch.broadcast_to, aten.reshape.default._op, aten.expand.default._op)
+_RESHAPES = (torch.reshape, aten.reshape.default._op, aten.view.default._op, torch.Tensor.view)
 _ADDED_PRODUCT = (torch.addmm, aten.addmm.default._op)
 _ALIAS = aten.alias.default._op
 _PRODUCT = (torch.mul, aten.mul.Tensor._op)
 _ONE_MINUS = (torch.rsub, aten.rsub.Scalar._op)
 _SUM = (torch.add, aten.add.Tensor._op)
+_COMPLEX = (torch.complex, aten.complex.default._op)
 _DIFFERENCE = (torch.sub, aten.sub.Tensor._op)
 
 
@@ -83,7 +85,7 @@ def simplify(
     kept = _without_ones(program, kept, wanted, {**constants, **folded}, memory)
     kept = with_joins(program, kept, wanted, memory.touched)
     joined = with_added_products(program, kept, wanted, _roots(program, kept, wanted), memory.touched)
-    layered = _with_layers(program, joined, wanted, memory)
+    layered = _with_components(program, _with_layers(program, joined, wanted, memory), wanted, {**constants, **folded}, memory)
     fused, made = _fuse(program, layered, wanted, memory)
     known = {slot: value for slot, value in {**constants, **folded, **made}.items() if slot not in memory.written}
     fused = with_slope_kernels(program, fused, wanted, known, memory.touched)
@@ -315,6 +317,69 @@ def _with_layers(program: Program, kept: list[Instruction], wanted: Sequence[int
                 instruction = instruction._replace(function=torch._C._nn.linear, args=(x, transposed[matrix.slot], bias))
         found.append(instruction)
     return [i for i in found if gone.isdisjoint(i.outputs)] if gone else kept
+
+
+class _Half(NamedTuple):
+    """The real or the imaginary part (``place`` 0 or 1) as a complex number: from what, how it is shaped then, and the values."""
+
+    part: Ref
+    place: int
+    shaping: Instruction | None
+    slots: tuple[int, ...]
+
+
+def _with_components(
+    program: Program, kept: list[Instruction], wanted: Sequence[int], constants: dict[int, torch.Tensor], memory: _Memory
+) -> list[Instruction]:
+    """A real part and an imaginary part, added as complex numbers, as the one call that puts them together."""
+    if sum([i.function in _COMPLEX for i in kept]) < 2:
+        return kept
+    uses = Counter(slot for i in kept for slot in reads(i))
+    uses.update(wanted)
+    halves: dict[int, _Half] = {}
+    for i in kept:
+        if i.kwargs or len(i.outputs) != 1 or uses[i.outputs[0]] != 1 or memory.touched(i):
+            continue
+        first = i.args[0] if i.args else None
+        if i.function in _COMPLEX and all([isinstance(a, Ref) for a in i.args]):
+            empty = [_is_zero(a.slot, constants) for a in i.args]
+            if sum(empty) == 1:
+                place = empty.index(False)
+                halves[i.outputs[0]] = _Half(i.args[place], place, None, i.outputs)
+        elif i.function in _RESHAPES and isinstance(first, Ref) and first.slot in halves:
+            half = halves[first.slot]
+            halves[i.outputs[0]] = half._replace(shaping=i, slots=(*half.slots, *i.outputs))
+    gone: set[int] = set()
+    found: list[Instruction] = []
+    for i in kept:
+        pair = [halves.get(a.slot) if isinstance(a, Ref) else None for a in i.args] if i.function in _SUM and not i.kwargs else []
+        if len(pair) != 2 or pair[0] is None or pair[1] is None or memory.touched(i):
+            found.append(i)
+            continue
+        real, imaginary = (pair[0], pair[1]) if pair[0].place == 0 else (pair[1], pair[0])
+        kinds = [program.kinds.get(half.part.slot) for half in (real, imaginary)]
+        shapes = [program.kinds[half.slots[-1]][0] for half in (real, imaginary)]
+        if imaginary.place != 1 or real.place != 0 or kinds[0] is None or kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+            found.append(i)
+            continue
+        gone.update(real.slots, imaginary.slots)
+        if real.shaping is None and imaginary.shaping is None:
+            found.append(i._replace(function=torch.complex, args=(real.part, imaginary.part)))
+            continue
+        whole = program.new_slot()
+        program.kinds[whole] = (kinds[0][0], *program.kinds[i.outputs[0]][1:])
+        found.append(Instruction(torch.complex, (real.part, imaginary.part), {}, (whole,), False))
+        found.append(Instruction(torch.reshape, (Ref(whole), list(shapes[0])), {}, i.outputs, False))
+    return [i for i in found if gone.isdisjoint(i.outputs)] if gone else kept
+
+
+def _is_zero(slot: int, constants: dict[int, torch.Tensor]) -> bool:
+    """Whether a value is the constant zero, without dimensions."""
+    value = constants.get(slot)
+    if value is None or not value.is_cpu or value.dim():
+        return False
+    with undispatched():
+        return not value.item()
 
 
 def _fuse(

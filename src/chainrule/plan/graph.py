@@ -11,6 +11,7 @@ import torch
 from chainrule.maps.compose import Workspace
 from chainrule.maps.linear_map import LinearMap
 from chainrule.rules.base import Call
+from chainrule.rules.complex_parts import component_edges
 from chainrule.rules.opaque import opaque_edges
 from chainrule.rules.rows import rows_of
 from chainrule.rules.table import rule_for
@@ -72,7 +73,7 @@ def build_graph(tape: Any, inputs: list[int], outputs: list[int], workspace: Wor
     graph = Graph()
     active = _Reachable(tape, reachable)
     for record in kept:
-        _add_record(graph, record, tape, needed, active, workspace)
+        _add_record(graph, record, tape, needed, active, workspace, inputs)
     return graph
 
 
@@ -124,13 +125,14 @@ def _involves_complex(record: Any, tape: Any) -> bool:
 
 
 def _add_record(
-    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace
+    graph: Graph, record: Any, tape: Any, needed: set[int], active: _Reachable, workspace: Workspace, inputs: Sequence[int]
 ) -> None:
     call = Call(record, active, workspace)
     rule = rule_for(record.op)
     # Complex maps are R-linear, with conjugations: they are kept as operators in torch's convention.
-    is_complex = _involves_complex(record, tape)
-    edges = opaque_edges(call) if is_complex else rule.linearize(call)
+    component = component_edges(call, inputs)
+    is_complex = component is not None or _involves_complex(record, tape)
+    edges = component if component is not None else opaque_edges(call) if is_complex else rule.linearize(call)
     rows = rows_of(call) if (workspace.kernels or workspace.mapped) and not is_complex else {}
     for edge in edges:
         target = record.outputs[edge.output]

@@ -266,14 +266,17 @@ def _write_along(accumulate: bool) -> BatchStrategy:
         source = bound["source"]
         rank = logical_rank(target)
         dim = wrap_dim(bound["dim"], rank)
-        value = physical(target, size).clone()
-        written = value if rank else value.unsqueeze(1)
+        written = physical(target, size) if rank else physical(target, size).unsqueeze(1)
         source = _at_least_vector(source)
         if bound.get("alpha", 1) != 1:
             source = Batched(source.value * bound["alpha"]) if is_batched(source) else source * bound["alpha"]
-        layout = IndexLayout(_positions(dim, chosen), written.shape[1:])
-        _write_indexed(written, layout, source, accumulate, size)
-        return Batched(value)
+        if not is_batched(chosen):  # several times as fast as with an index for the sample
+            whole = aten.index_add if accumulate else aten.index_copy
+            result = whole.default(written, dim + 1, chosen, physical(source, size))
+            return Batched(result if rank else result.squeeze(1))
+        value = written.clone()
+        _write_indexed(value, IndexLayout(_positions(dim, chosen), value.shape[1:]), source, accumulate, size)
+        return Batched(value if rank else value.squeeze(1))
 
     return write_along
 

@@ -223,7 +223,10 @@ def _sum(call: Call) -> Iterable[Edge] | None:
 
 def _matrix_product(call: Call) -> Iterable[Edge]:
     """A matrix times a matrix or a vector, or several such products."""
-    left, right = call.args[:2]
+    return _product_edges(call, *call.args[:2])
+
+
+def _product_edges(call: Call, left: Any, right: Any) -> list[Edge]:
     vector = call.op is aten.mv.default
     found = []
     if call.is_active(left):
@@ -252,6 +255,22 @@ def _matrix_product(call: Call) -> Iterable[Edge]:
     return found
 
 
+def _added_product(call: Call) -> Iterable[Edge] | None:
+    """A product of matrices, and an array that is broadcast against it."""
+    if call.kwargs or len(call.args) > 3:
+        return None
+    item, left, right = call.args
+    found, shape = _product_edges(call, left, right), call.out_shape
+    if call.is_active(item):
+        like = call.tensor(item)
+
+        def push(program: Program, rows: Staged) -> Staged:
+            return torch.broadcast_to(aligned(rows, len(shape)), (rows.shape[0], *shape))
+
+        found.append(complex_edge(call, item, (push, lambda program, rows: summed_to(rows, like))))
+    return found
+
+
 _RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.squeeze.default, aten.alias.default, aten.clone.default,
@@ -273,9 +292,10 @@ MOVES: dict[Any, Callable[[Call], Iterable[Edge] | None]] = {
     aten.expand.default: _of_one(_expansion),
     aten.sum.dim_IntList: _of_one(_total),
     aten.stack.default: _stack,
-    aten.mul.Tensor: _product,
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _product),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _sum),
     **dict.fromkeys((aten.mm.default, aten.mv.default, aten.bmm.default), _matrix_product),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _added_product),
 }
 
 __all__ = ["MOVES", "aligned", "complex_edge", "conjugated", "summed_to"]

@@ -21,6 +21,7 @@ from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
 from chainrule.rules.complex_functions import FUNCTIONS
 from chainrule.rules.complex_moves import MOVES
+from chainrule.rules.complex_parts import PARTS
 from chainrule.rules.families import operator_edge
 from chainrule.rules.linalg_complex import COMPLEX
 from chainrule.rules.recurrent import layer_pullback
@@ -371,7 +372,7 @@ def _has_complex(call: Call) -> bool:
 
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
-    known_edges = MOVES.get(call.op) or FUNCTIONS.get(call.op) or COMPLEX.get(call.op)
+    known_edges = MOVES.get(call.op) or PARTS.get(call.op) or FUNCTIONS.get(call.op) or COMPLEX.get(call.op)
     if known_edges is not None and _has_complex(call) and (edges := known_edges(call)) is not None:
         yield from edges
         return
