@@ -204,3 +204,17 @@ def test_wrong_shapes_are_refused_as_by_torch():
         chainrule.grad(lambda x: F.multilabel_margin_loss(x, torch.tensor([0, 1])))(_normal(3))
     with pytest.raises((RuntimeError, ValueError)):
         chainrule.grad(lambda x: F.margin_ranking_loss(x, x[None], x))(_normal(3))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 3.0], dtype=D)])
+def test_multi_margin_loss_at_its_kink(p, weight):
+    x, target = torch.tensor([[1.0, 0.0, -2.0], [0.0, 1.0, 3.0], [0.5, 0.5, -0.5]], dtype=D), torch.tensor([0, 1, 2])
+
+    def loss(x):
+        return F.multi_margin_loss(x, target, p=p, weight=weight)
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    for transform in (chainrule.grad, chainrule.jacfwd):
+        torch.testing.assert_close(transform(loss)(x), leaf.grad, **TOLERANCE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+import chainrule
 from tests.rules.test_layers import check, randn
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
@@ -54,3 +55,44 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
 def test_product(name: str) -> None:
     """Every mode agrees with torch.func."""
     check(*CASES[name])
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.parametrize("is_leaf", [False, True])
+def test_results_join_the_graph_of_a_constant_sparse_matrix(convert: Callable[..., Any], is_leaf: bool) -> None:
+    dense = torch.randn(4, 4, dtype=torch.float64) * (torch.rand(4, 4) > 0.4)
+    x = torch.randn(4, dtype=torch.float64)
+
+    def function(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix @ x[:, None].sin())[:, 0] ** 2
+
+    expected_of = {
+        "jacobian": torch.func.jacrev(function), "jacfwd": torch.func.jacfwd(function), "coo": torch.func.jacrev(function),
+        "hessian": torch.func.hessian(lambda x, a: function(x, a).sin().sum()),
+    }  # fmt: skip
+    found_of = {
+        "jacobian": chainrule.jacobian(function), "jacfwd": chainrule.jacfwd(function),
+        "coo": lambda x, a: chainrule.jacobian(function, layout="sparse_coo")(x, a).to_dense(),
+        "hessian": chainrule.hessian(lambda x, a: function(x, a).sin().sum()),
+    }  # fmt: skip
+    for name, found in found_of.items():
+        leaf = dense.clone().requires_grad_()
+        expected = torch.autograd.grad((expected_of[name](x, leaf) ** 2).sum(), leaf)[0]
+        for _ in range(3):
+            if is_leaf:
+                wanted = given = convert(dense).requires_grad_()
+            else:
+                wanted = dense.clone().requires_grad_()
+                given = convert(wanted)
+            (gradient,) = torch.autograd.grad((found(x, given) ** 2).sum(), wanted)
+            gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+            stored = dense != 0
+            torch.testing.assert_close(gradient[stored], expected[stored], rtol=1e-10, atol=1e-10)
+
+
+def test_entries_that_torch_has_no_derivative_of() -> None:
+    places, values = torch.tensor([[0, 0, 1], [1, 1, 0]]), torch.ones(3, dtype=torch.float64)
+    matrix = torch.sparse_coo_tensor(places, values, (2, 2)).requires_grad_()
+    with pytest.raises(RuntimeError, match="not coalesced"):
+        chainrule.jacobian(lambda x: torch.sparse.mm(matrix, x[:, None]))(torch.ones(2, dtype=torch.float64))
+    assert chainrule.explain(chainrule.jacobian(lambda x: matrix.detach() @ x))(torch.ones(2, dtype=torch.float64)).peak > 0

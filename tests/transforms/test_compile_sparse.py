@@ -172,14 +172,14 @@ def test_plain_hessians_go_the_same_way_whatever_was_called_before(before: str) 
     x = torch.randn(40, 3)
     transform = chainrule.hessian(energy, layout="sparse_csr")
     engine.CACHE.clear()
-    for _ in range(3):
+    for _ in range(6):  # until it takes the shortest way
         expected = transform(x)
     alone, planned = peak_bytes(lambda: transform(x)), planned_peak(lambda: transform(x))
     assert abs(planned / alone - 1) <= 0.25
     engine.CACHE.clear()
     for _ in range(2):
         OTHERS[before](transform, x)
-    for _ in range(3):
+    for _ in range(6):
         torch.testing.assert_close(transform(x).to_dense(), expected.to_dense())
     assert peak_bytes(lambda: transform(x)) == alone
     OTHERS[before](transform, x)

@@ -342,7 +342,7 @@ def _is_held_here(tape: Tape | JoinedTape, slot: int) -> bool:
     mine = sum(item is value for _, args, _, out in tape.pending for item in (*args, out))
     # The tape's list (and that of the tape that is read with others as one), `value`, and the argument of the call.
     lists = 2 if isinstance(tape, JoinedTape) else 1
-    if not _is_tensor(value) or value.__class__ is not torch.Tensor:
+    if not _is_tensor(value) or value.__class__ is not torch.Tensor or value.layout is not torch.strided:
         return False
     if sys.getrefcount(value) > 2 + lists + mine + _in_graphs(value):
         return False

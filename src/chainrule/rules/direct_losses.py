@@ -135,7 +135,9 @@ def multi_margin_loss(
         return NotImplemented
     place = target if target.dim() == rank == 1 else run(aten.unsqueeze.default, target, rank - 1)
     picked = run(aten.gather.default, input, rank - 1, place)
-    losses = _hinge(run, run(aten.sub.Tensor, input, picked), margin)
+    losses = run(aten.sub.Tensor, input, picked)
+    # At the kink itself torch's kernel has no slope, unlike that of the other losses with margins.
+    losses = run(aten.relu.default, run(aten.add.Tensor, losses, margin)) if p == 1 else _hinge(run, losses, margin)
     if p == 2:
         losses = run(aten.mul.Tensor, losses, losses)
     if weight is not None:

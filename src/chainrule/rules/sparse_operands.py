@@ -43,8 +43,21 @@ def operand_network(call: Call, item: object, axes: Sequence[Axis]) -> tuple[tup
 
 
 def sparse_values(matrix: torch.Tensor) -> torch.Tensor:
-    """The entries of a sparse tensor, in the order in which they are kept."""
-    return matrix._values() if matrix.layout is torch.sparse_coo else matrix.values()
+    """The entries of a sparse tensor, in the order in which they are kept; they join its graph.
+
+    Raises:
+        RuntimeError: for a tensor with a graph that is not coalesced: torch has no derivative of its entries.
+    """
+    if matrix.layout is not torch.sparse_coo:
+        return matrix.values()
+    if not (matrix.requires_grad and torch.is_grad_enabled()):
+        return matrix._values()
+    if not matrix.is_coalesced():
+        raise RuntimeError(
+            "chainrule: a sparse tensor that requires grad and is not coalesced: torch has no derivative of its entries. Use "
+            "coalesce() before the product"
+        )
+    return matrix.values()
 
 
 def sparse_places(matrix: torch.Tensor, dim: int) -> torch.Tensor:
