@@ -174,14 +174,17 @@ def test_plain_hessians_go_the_same_way_whatever_was_called_before(before: str) 
     engine.CACHE.clear()
     for _ in range(6):  # until it takes the shortest way
         expected = transform(x)
-    alone, planned = peak_bytes(lambda: transform(x)), planned_peak(lambda: transform(x))
+    def peak() -> int:  # a profiled call may let go of a value earlier
+        return max(peak_bytes(lambda: transform(x)) for _ in range(4))
+
+    alone, planned = peak(), planned_peak(lambda: transform(x))
     assert abs(planned / alone - 1) <= 0.25
     engine.CACHE.clear()
     for _ in range(2):
         OTHERS[before](transform, x)
     for _ in range(6):
         torch.testing.assert_close(transform(x).to_dense(), expected.to_dense())
-    assert peak_bytes(lambda: transform(x)) == alone
+    assert peak() == alone
     OTHERS[before](transform, x)
     assert planned_peak(lambda: transform(x)) == planned
     dense = torch.func.hessian(energy)(x).reshape(120, 120)
