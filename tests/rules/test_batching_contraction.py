@@ -47,8 +47,6 @@ MAPPED = {
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_einsum(equation, mapped, transform):
-    if "z" in equation and transform in ("jacrev", "hessian"):
-        pytest.skip("torch.func raises for Jacobians of this size")
     args = operands(equation, MAPPED[mapped])
     in_dims = tuple(0 if has else None for has in MAPPED[mapped](len(args)))
     everything = tuple(range(len(args)))
@@ -56,6 +54,10 @@ def test_einsum(equation, mapped, transform):
         api.vmap(TRANSFORMS[transform](api, lambda *leaves: torch.einsum(equation, *leaves), everything), in_dims=in_dims)
         for api in (chainrule, torch.func)
     )
+    if "z" in equation and transform in ("jacrev", "hessian"):  # torch.func raises for inputs of no elements
+        for leaf in pytree.tree_leaves(own(*args)):
+            assert leaf.shape[0] == 3 and not leaf.any()
+        return
     expected = pytree.tree_leaves(peer(*args))
     for _ in range(3):
         for one, two in zip(pytree.tree_leaves(own(*args)), expected, strict=True):

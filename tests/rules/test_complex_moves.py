@@ -48,15 +48,19 @@ STEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+def two_numbers(y: Tensor) -> Tensor:
+    """Two real numbers that depend on all real and imaginary parts."""
+    weight = torch.linspace(-1, 1, y.numel(), dtype=DOUBLE).reshape(y.shape)
+    return torch.stack([(weight * y.real).sum(), (y.abs() ** 2 * weight).sum() + ((y * -1j).real * weight**2).sum()])
+
+
 def made(step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A real function of twelve real numbers."""
 
     def function(x: Tensor) -> Tensor:
         real = x.reshape(3, 4)
         z = torch.exp(1j * real) * (1 + real)
-        y = step(z, real, z[0] * 2 + z[2])
-        weight = torch.linspace(-1, 1, y.numel(), dtype=DOUBLE).reshape(y.shape)
-        return torch.stack([(weight * y.real).sum(), (y.abs() ** 2 * weight).sum() + ((y * -1j).real * weight**2).sum()])
+        return two_numbers(step(z, real, z[0] * 2 + z[2]))
 
     return function
 

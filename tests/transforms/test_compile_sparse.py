@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chainrule
-from chainrule.capture.recorder import CompileError
+from chainrule.capture.whole_recorder import CompileError
 from chainrule.execute import engine
 from chainrule.execute.memory import planned_peak
 from tests.transforms.test_blocks import peak_bytes

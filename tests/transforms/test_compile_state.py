@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import chainrule
-from chainrule.capture.recorder import CompileError
+from chainrule.capture.whole_recorder import CompileError
 
 TRANSFORMS = {
     "plain": lambda f: f,

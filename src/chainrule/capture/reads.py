@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chainrule.capture.recorder import WholeRecorder
+from chainrule.capture.whole_recorder import WholeRecorder
 from chainrule.dispatch import FunctionWatch
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from chainrule.capture.code_reading import code_globals, code_imports, code_names, code_strings
-from chainrule.capture.recorder import CompileError
+from chainrule.capture.whole_recorder import CompileError
 from chainrule.shortcuts import ATTRIBUTE, CELL, EMPTY, EQUAL, ITEM, LACKS, SIZE, TABLE, TYPE, Watch
 
 #: Values that are compared, where everything else is told apart by identity.

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor
-from chainrule.capture.recorder import WholeRecorder
+from chainrule.capture.whole_recorder import WholeRecorder
 from chainrule.dispatch import functions_are_replaced, functions_seen, undispatched
 from chainrule.execute.batched import (
     Stored,

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.autograd import forward_ad
 
-from chainrule.capture.recorder import CompileError
+from chainrule.capture.whole_recorder import CompileError
 from chainrule.execute.memory import Memory, Watch
 from chainrule.execute.replay import Source, compile_program
 from chainrule.execute.workspace import free, observe

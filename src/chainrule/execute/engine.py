@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from chainrule.batching.duals import refuse_duals
 from chainrule.batching.tensor import BatchTensor
 from chainrule.capture.numbers import note_numbers
-from chainrule.capture.recorder import rehearsed
 from chainrule.capture.tape import Tape
+from chainrule.capture.whole_recorder import rehearsed
 from chainrule.execute.accounts import SWEPT, UNCACHED, Ledger, account_of, current_ledger, uncollected
 from chainrule.execute.cached_plans import CachedPlan, PlanCache
 from chainrule.execute.collection import postponed_collection

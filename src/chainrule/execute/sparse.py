@@ -12,7 +12,7 @@ import torch
 
 from chainrule.capture.guarded import GuardedRecorder
 from chainrule.capture.numbers import note_numbers
-from chainrule.capture.recorder import whole_recorder
+from chainrule.capture.whole_recorder import whole_recorder
 from chainrule.execute.accounts import UNCACHED, Ledger, account_of, current_ledger
 from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.collection import postponed_collection

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.capture.recorder import Recorder, WholeRecorder, unrecorded, whole_recorder
+from chainrule.capture.recorder import Recorder
+from chainrule.capture.whole_recorder import WholeRecorder, unrecorded, whole_recorder
 from chainrule.dispatch import functions_are_replaced
 from chainrule.execute.cached_plans import CachedPlan
 from chainrule.execute.collection import postponed_collection

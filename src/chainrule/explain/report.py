@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from chainrule.capture.recorder import CompileError
 from chainrule.capture.surroundings import Surroundings
+from chainrule.capture.whole_recorder import CompileError
 from chainrule.execute.accounts import Account, Ledger, collecting, uncollected
 from chainrule.execute.memory import peak_of, watching
 from chainrule.explain import picture

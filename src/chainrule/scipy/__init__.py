@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError("chainrule.scipy needs SciPy; install chainrule[scipy]") from error
 
-from chainrule.capture.recorder import CompileError
+from chainrule.capture.whole_recorder import CompileError
 from chainrule.scipy.fitting import curve_fit, least_squares, root
 from chainrule.scipy.integrate import solve_bvp, solve_ivp
 from chainrule.scipy.nlp import NLPProblem, nlp_problem

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chainrule.capture.recorder import CompileError
+from chainrule.capture.whole_recorder import CompileError
 from chainrule.dispatch import LightMode
 from chainrule.scipy.plain_code import only_computes
 from chainrule.scipy.small_arrays import SmallArrays, small_arrays

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from chainrule.capture.reads import NoReads
-from chainrule.capture.recorder import CompileError, WholeRecorder
 from chainrule.capture.surroundings import Surroundings
+from chainrule.capture.whole_recorder import CompileError, WholeRecorder
 from chainrule.execute.accounts import current_ledger, read_ledger
 from chainrule.execute.compiled import Flat, Run, run_watched
 from chainrule.execute.memory import current_watch, unwatched

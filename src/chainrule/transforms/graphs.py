@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from chainrule.batching.tensor import BatchTensor, wrap_batched, wrap_constant
-from chainrule.capture.recorder import whole_recorder
+from chainrule.capture.whole_recorder import whole_recorder
 from chainrule.dispatch import undispatched
 from chainrule.rules.batching_base import Batched
 from chainrule.transforms.arguments import Argnums, tree_flatten

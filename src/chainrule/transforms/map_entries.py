@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from chainrule.capture.recorder import Recorder, whole_recorder
+from chainrule.capture.recorder import Recorder
+from chainrule.capture.whole_recorder import whole_recorder
 from chainrule.execute.prediction import peak_elements
 from chainrule.execute.sparse import entries_predicted, execute_sparse
 from chainrule.plan.algebra import Added, AlgebraRequest, Composed, Expression, Scaled, Transposed

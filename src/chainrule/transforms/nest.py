@@ -18,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from chainrule.batching.duals import refuse_duals
-from chainrule.capture.recorder import rehearsed
+from chainrule.capture.whole_recorder import rehearsed
 from chainrule.dispatch import functions_are_replaced
 from chainrule.execute import engine
 from chainrule.execute.accounts import SWEPT, collecting, current_ledger

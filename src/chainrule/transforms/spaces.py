@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from chainrule.batching.tensor import BatchTensor
-from chainrule.capture.recorder import whole_recorder
+from chainrule.capture.whole_recorder import whole_recorder
 from chainrule.modes_off import unseen
 from chainrule.transforms.arguments import tree_flatten, tree_unflatten
 
