@@ -71,30 +71,26 @@ def least_squares(
     check_absent(options, ("jac", "jac_sparsity"), "least_squares")
     if layout != "dense":
         options.setdefault("tr_solver", "lsmr")
-    # Arguments by name are no part of what is kept for the next solve.
-    function = TorchFunction(fun, "least_squares", device, allow_nan, False if kwargs and compiled is None else compiled)
-    checked, where, named = function.checked, function.where, kwargs or {}
+    args, named = tuple(args), kwargs or {}
+    function = TorchFunction(fun, "least_squares", device, allow_nan, compiled, (*args, named) if named else args)
+    checked, where = function.checked, function.where
 
     def residuals(x: Any, *rest: Any) -> Any:
-        found = checked(x, *rest, **named)
+        found = checked(x, *rest[:-1], **rest[-1]) if named else checked(x, *rest)
         if found.dim() > 1:
             raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
 
     length = Length(where)
-    at = Points(function, Linearisation(function, residuals, _Once() if kwargs else "residuals", layout)).at
+    at = Points(function, Linearisation(function, residuals, ("residuals", bool(named)), layout)).at
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        return length.checked(at(x, rest).value.copy())
+        return length.checked(at(x, (*rest, named) if named else rest).value.copy())
 
     def derivative(x: np.ndarray, *rest: Any) -> Any:
-        return at(x, rest).jacobian()
+        return at(x, (*rest, named) if named else rest).jacobian()
 
     return optimize.least_squares(value, x0, jac=derivative, args=args, **options)
-
-
-class _Once:
-    """A key that equals no other."""
 
 
 def root(
@@ -134,7 +130,7 @@ def root(
         array([2., 4.])
     """
     check_absent(options, ("jac",), "root")
-    function = TorchFunction(fun, "root", device, allow_nan, compiled)
+    function = TorchFunction(fun, "root", device, allow_nan, compiled, args if isinstance(args, tuple) else (args,))
     where, size, is_square = function.where, np.size(x0), method != "lm"
 
     def vector(x: Any, *rest: Any) -> Any:
@@ -179,10 +175,7 @@ def _apart(
         if first:
             first -= 1
             return at(x, rest).value.copy()
-        if not rest:
-            return call(x)
-        with function.named():
-            return function.array(values(function.tensor(x), *function.extra(rest)))
+        return function.at(values, (x,), None, rest) if rest else call(x)
 
     def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
         found: np.ndarray = at(x, rest).jacobian()

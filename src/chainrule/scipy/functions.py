@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from chainrule.scipy.replays import CALLS, VALUES, Replayed, replayed
+from chainrule.scipy.extra_arguments import ExtraArguments, Unknown
+from chainrule.scipy.replays import CALLS, VALUES, Replayed, has_disagreed, replayed
 from chainrule.transforms.jacobian_map import linear_map
 from chainrule.transforms.jacobians import jacobian
 
@@ -39,7 +40,13 @@ class TorchFunction:
     """
 
     def __init__(
-        self, function: Callable[..., Any], caller: str, device: Device, allow_nan: bool, compiled: bool | None = False
+        self,
+        function: Callable[..., Any],
+        caller: str,
+        device: Device,
+        allow_nan: bool,
+        compiled: bool | None = False,
+        args: Any = (),
     ) -> None:
         if not callable(function):
             raise TypeError(f"chainrule.scipy.{caller}: expected a function of tensors, got {type(function).__name__}")
@@ -49,11 +56,34 @@ class TorchFunction:
         self.where = f"chainrule.scipy.{caller}: the function {getattr(function, '__qualname__', None) or repr(function)}"
         self.checked = _checked(function, self.where)
         self._compiled = compiled
+        self._extra = self._bound(args)
         self._at: tuple[Any, ...] | None = None
         # As long as they are here, no other objects have their identities.
         self._objects: tuple[Any, ...] = ()
         self._known: dict[str, Any] = {}
         self._readers: set[str] = set()
+
+    def _bound(self, args: Any) -> ExtraArguments | None:
+        """Further arguments that a replay can take; None where there are none, or calls with them are plain."""
+        if not isinstance(args, tuple) or not args or self._compiled is False or self.device is not None:
+            return None
+        try:
+            # What is recorded unasked is known to be harmless where tensors stand for numbers: nothing is written to them.
+            return ExtraArguments(args, are_static=self._compiled is True or has_disagreed(self.function))
+        except Unknown:
+            return None
+
+    def _known_extra(self, values: Any, args: Sequence[Any], rest: tuple[Any, ...]) -> ExtraArguments | None:
+        """Further arguments that a function made of this one can be replayed with here; None if a call has to be plain."""
+        extra = self._extra
+        if extra is None or values.__class__ is not Replayed or not extra.are(rest):
+            return None
+        if not extra.agreed and values.has_graphs:
+            extra.agreed = values.is_trusted or values.agrees([*map(self.tensor, args), *extra.tensors(are_new=True)])
+            if not extra.agreed:
+                self._extra = None
+                return None
+        return extra
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The function itself, its result checked to be one real tensor."""
@@ -81,7 +111,9 @@ class TorchFunction:
             return make()
         key = (self.caller, key)
         forced, functions = self._compiled is True, [other.function for other in others]
-        return replayed(self.function, key, make, value or self.checked, is_forced=forced, others=functions, after=after)
+        form = None if self._extra is None else self._extra.form
+        value = value or self.checked
+        return replayed(self.function, key, make, value, is_forced=forced, others=functions, after=after, form=form)
 
     def values(self, key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of tensors that only runs and checks this one, for solvers that ask for many values."""
@@ -103,6 +135,11 @@ class TorchFunction:
         if not args:
             return args
         return tuple(self.tensor(a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
+
+    def state(self, rest: tuple[Any, ...]) -> Any:
+        """What tells these further arguments from themselves at another time; NotImplemented if that is not known."""
+        extra = self._extra
+        return NotImplemented if extra is None or not extra.are(rest) else extra.state()
 
     def array(self, result: Any, shape: tuple[int, ...] | None = None, what: str = "value") -> np.ndarray:
         """A tensor's values as a new float64 array; or such an array itself.
@@ -154,14 +191,19 @@ class TorchFunction:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
         return Named(self.where)
 
-    def run(self, values: Callable[..., Any], args: Sequence[Any], *, are_new: bool = False) -> Any:
+    def run(
+        self, values: Callable[..., Any], args: Sequence[Any], rest: tuple[Any, ...] = (), *, are_new: bool = False
+    ) -> Any:
         """What a function made of this one gives for arguments of SciPy's: tensors, or new arrays.
 
         Args:
             values: the function of tensors.
             args: the arguments.
+            rest: further arguments of SciPy's.
             are_new: whether nobody else has these arrays, and they are contiguous ones of float64.
         """
+        if rest:
+            return self._run_with(values, args, rest)
         if values.__class__ is Replayed and self.device is None:
             found = values.arrays(args)  # type: ignore[attr-defined]
             if found is not None:
@@ -177,18 +219,38 @@ class TorchFunction:
                 return values.usual(tensors)  # type: ignore[attr-defined]
         return values(*map(self.tensor, args))
 
-    def at(self, values: Callable[..., torch.Tensor], args: Sequence[Any], shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def _run_with(self, values: Any, args: Sequence[Any], rest: tuple[Any, ...]) -> Any:
+        extra = self._known_extra(values, args, rest)
+        if extra is None:
+            unbound = values.unbound if values.__class__ is Replayed else values
+            return unbound(*map(self.tensor, args), *self.extra(rest))
+        arrays = extra.arrays()
+        if arrays is not None:
+            found = values.arrays((*args, *arrays))
+            if found is not None:
+                return found
+        tensors = [*map(self.tensor, args), *extra.tensors(are_new=self._compiled is True)]
+        return values(*tensors) if arrays is None else values.usual(tensors)
+
+    def at(
+        self,
+        values: Callable[..., torch.Tensor],
+        args: Sequence[Any],
+        shape: tuple[int, ...] | None = None,
+        rest: tuple[Any, ...] = (),
+    ) -> np.ndarray:
         """The same as an array, for callbacks that are called many times.
 
         Args:
             values: the function of tensors.
             args: the arguments, arrays.
             shape: the shape that the array must have; None for any.
+            rest: further arguments of SciPy's.
         """
         enabled = _is_grad_enabled()
         _set_grad_enabled(False)
         try:
-            return self.array(self.run(values, args), shape)
+            return self.array(self.run(values, args, rest), shape)
         except Exception as error:
             self.named().note(error)
             raise
@@ -325,6 +387,8 @@ def _value(item: Any) -> Any:
     """What tells an argument from others: the bits of an array (SciPy writes to its arrays in place), a number, an object."""
     if item.__class__ is np.ndarray and not item.dtype.hasobject:
         return item.shape, item.dtype, item.tobytes()
+    if item.__class__ is torch.Tensor:
+        return id(item), None if item.is_inference() else item._version
     return float(item) if isinstance(item, float) else (None, id(item))
 
 
@@ -417,8 +481,14 @@ class Linearisation:
         is_usual = layout == "dense" and self._both.__class__ is Replayed and function.device is None
         self._usual: Any = self._both.usual if is_usual else None  # type: ignore[attr-defined]
 
-    def at(self, args: Sequence[Any]) -> Linearised:
-        """The function at a point that is given by arrays."""
+    def at(self, args: Sequence[Any], rest: tuple[Any, ...] = ()) -> Linearised:
+        """The function at a point that is given by arrays, with further arguments of SciPy's."""
+        if rest:
+            if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
+                found, output = self._function.run(self._both, args, rest)
+                self._entries = math.prod(found.shape)
+                return Linearised(self._function, found, output, self._layout)
+            return self._mapped((*map(self._function.tensor, args), *self._function.extra(rest)))
         if self._usual is not None and len(args) == 1 and self._entries <= _SMALL:
             x = args[0]
             if x.__class__ is np.ndarray and x.dtype is _FLOAT64:
@@ -433,7 +503,7 @@ class Linearisation:
             found, output = self._function.run(self._both, args)
             self._entries = math.prod(found.shape)
             return Linearised(self._function, found, output, self._layout)
-        return self(*map(self._function.tensor, args))
+        return self._mapped(tuple(map(self._function.tensor, args)))
 
     def __call__(self, *args: Any) -> Linearised:
         """The function at a point."""
@@ -441,6 +511,9 @@ class Linearisation:
             found, output = self._both(*args)
             self._entries = found.numel()
             return Linearised(self._function, found, output, self._layout)
+        return self._mapped(args)
+
+    def _mapped(self, args: tuple[Any, ...]) -> Linearised:
         kept = linear_map(self._vector, *args, argnums=self._argnum)
         return Linearised(self._function, kept, kept.output, self._layout)
 
@@ -457,28 +530,25 @@ class Points:
 
     def __init__(self, function: TorchFunction, linearise: Linearisation) -> None:
         self._function, self._linearise = function, linearise
-        self._point: bytes | None = None
+        self._point: Any = None
         self._found: Any = None
 
     def at(self, x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
         """The function at a point, with further arguments of SciPy's."""
         function, linearise = self._function, self._linearise
         found: Linearised
-        if rest or x.__class__ is not np.ndarray or x.dtype is not _FLOAT64:
-
-            def compute() -> Linearised:
-                return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
-
-            found = function.once("run", (x, *rest), compute)
+        state = function.state(rest) if rest else None
+        if state is NotImplemented or x.__class__ is not np.ndarray or x.dtype is not _FLOAT64:
+            found = function.once("run", (x, *rest), lambda: linearise.at((x,), rest))
             return found
-        point = x.tobytes()
+        point = x.tobytes() if state is None else (x.tobytes(), state)
         if point == self._point:
             found = self._found
             return found
         enabled = _is_grad_enabled()
         _set_grad_enabled(False)
         try:
-            found = self._found = linearise.at((x,))
+            found = self._found = linearise.at((x,), rest)
             self._point = point
             return found
         except Exception as error:

@@ -47,9 +47,7 @@ class _Objective:
         return found
 
     def _call(self, values: Callable[..., Any], x: np.ndarray, args: tuple[Any, ...]) -> Any:
-        if not args:
-            return self.function.run(values, (x,))
-        return values(self.function.tensor(x), *self.function.extra(args))
+        return self.function.run(values, (x,), args)
 
     def plain(self, x: np.ndarray, *args: Any) -> float:
         with self.function.named():
@@ -106,7 +104,8 @@ def minimize(
     Args:
         fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``) that returns a real tensor of shape ``()``.
         x0: the first point, ``(n,)``.
-        args: further arguments; numpy arrays of floats reach ``fun`` as float64 tensors, others unchanged.
+        args: further arguments; numpy arrays of floats reach ``fun`` as float64 tensors, others unchanged. (In a replay, tensors
+            stand for floats, too, where that makes no difference.)
         method: as in SciPy. Methods without derivatives get none.
         layout: the Hessian's form: ``"dense"``, ``"operator"`` (products), or ``"sparse"`` (CSR; trust-constr alone).
             None takes what the method is made for.
@@ -133,10 +132,10 @@ def minimize(
     """
     check_absent(options, ("jac", "hess", "hessp"), "minimize")
     name = method.lower() if isinstance(method, str) else method
-    function = TorchFunction(fun, "minimize", device, allow_nan, compiled)
-    objective = _Objective(function, layout or "dense")
     if not isinstance(args, tuple):
         args = (args,)
+    function = TorchFunction(fun, "minimize", device, allow_nan, compiled, args)
+    objective = _Objective(function, layout or "dense")
     _begin(options.get("constraints"))
     if isinstance(name, str | None) and name != "trust-constr" and "constraints" in options:
         options["constraints"] = _first_order(options["constraints"])
