@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("scipy")
 
 from chainrule import scipy as solvers  # noqa: E402
+from chainrule.scipy.functions import TorchFunction  # noqa: E402
+from chainrule.scipy.linearised import Linearisation, Points  # noqa: E402
 from chainrule.scipy.replays import ATTRIBUTE, CALLS, VALUES  # noqa: E402
 
 TIMES = np.linspace(0, 2, 9)
@@ -170,9 +172,9 @@ def test_arrays_that_a_callback_changes():
 
 
 def test_an_array_that_changes_where_a_solver_stands():
-    function = solvers.functions.TorchFunction(residuals, "least_squares", None, False, None, (TIMES, data := TIMES.copy()))
-    linearise = solvers.functions.Linearisation(function, residuals, "of a test", "dense")
-    points, x = solvers.functions.Points(function, linearise), np.ones(3)
+    function = TorchFunction(residuals, "least_squares", None, False, None, (TIMES, data := TIMES.copy()))
+    linearise = Linearisation(function, residuals, "of a test", "dense")
+    points, x = Points(function, linearise), np.ones(3)
     before = points.at(x, (TIMES, data)).value
     data += 1.0
     assert np.allclose(points.at(x, (TIMES, data)).value, before - 1.0)

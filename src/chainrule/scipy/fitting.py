@@ -12,15 +12,13 @@ from scipy import optimize
 
 from chainrule.scipy.functions import (
     Device,
-    Linearisation,
-    Linearised,
-    Points,
     TorchFunction,
     check_absent,
     check_layout,
     check_real,
 )
 from chainrule.scipy.lengths import Length
+from chainrule.scipy.linearised import Linearisation, Linearised, Points
 
 
 def least_squares(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from chainrule.scipy.connection import check_connected
 from chainrule.scipy.extra_arguments import ExtraArguments, Unknown
 from chainrule.scipy.replays import CALLS, VALUES, Replayed, has_disagreed, replayed
-from chainrule.transforms.jacobian_map import linear_map
-from chainrule.transforms.jacobians import jacobian
 
 Device = torch.device | str | None
 
@@ -24,7 +22,7 @@ _from_numpy, _is_grad_enabled, _set_grad_enabled = torch.from_numpy, torch.is_gr
 LAYOUTS = ("dense", "sparse", "operator")
 
 #: Up to so many numbers go through a list of Python's, which takes fewer calls than an array that is copied and checked.
-_FEW = 64
+FEW = 64
 
 
 class TorchFunction:
@@ -57,6 +55,7 @@ class TorchFunction:
         self.checked = _checked(function, self.where)
         self._compiled = compiled
         self._extra = self._bound(args)
+        self._is_connected = False
         self._at: tuple[Any, ...] | None = None
         # As long as they are here, no other objects have their identities.
         self._objects: tuple[Any, ...] = ()
@@ -152,7 +151,7 @@ class TorchFunction:
         if result.__class__ is np.ndarray:
             self.check(result, what)
             return result  # type: ignore[no-any-return]
-        if result.dim() < 2 and result.numel() <= _FEW:
+        if result.dim() < 2 and result.numel() <= FEW:
             numbers = result.tolist()
             total = sum(numbers) if numbers.__class__ is list else numbers
             # The sum is NaN, too, where infinities of both signs meet.
@@ -168,7 +167,7 @@ class TorchFunction:
 
     def vector(self, result: Any) -> np.ndarray:
         """The same as :meth:`array`, in fewer steps for a few numbers in a row."""
-        if result.__class__ is torch.Tensor and result.dim() == 1 and result.numel() <= _FEW:
+        if result.__class__ is torch.Tensor and result.dim() == 1 and result.numel() <= FEW:
             numbers = result.tolist()
             total = sum(numbers)
             if total == total:
@@ -186,6 +185,22 @@ class TorchFunction:
 
     def _refuse_nan(self, what: str) -> NoReturn:
         raise ValueError(f"{self.where}: its {what} is NaN here (allow_nan=True passes it on to SciPy)")
+
+    def check_first(
+        self,
+        vector: Callable[..., torch.Tensor],
+        args: Sequence[Any],
+        rest: tuple[Any, ...],
+        found: Any,
+        *,
+        argnum: int = 0,
+        is_whole: bool = True,
+    ) -> None:
+        """Look at the zeros of the first derivative of a solve: see :func:`check_connected`."""
+        if not self._is_connected:
+            self._is_connected = True
+            given = (*(self.tensor(a) if isinstance(a, np.ndarray) else a for a in args), *self.extra(rest))
+            check_connected(self.function, self.where, vector, given, argnum, found, is_whole=is_whole)
 
     def named(self) -> Named:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
@@ -282,7 +297,7 @@ class TorchFunction:
                 last = known.get((x.shape,))
                 tensor = _from_numpy(x.copy())
                 found = plain(tensor) if last is not None and last[1] is None else usual([tensor])
-                if found.dim() == 1 and found.numel() <= _FEW:
+                if found.dim() == 1 and found.numel() <= FEW:
                     numbers = found.tolist()
                     total = sum(numbers)
                     if total == total:
@@ -401,174 +416,6 @@ def matrix(function: TorchFunction, found: Any, shape: tuple[int, ...], what: st
     return sparse.csr_array((values, (rows, columns)), shape=shape)
 
 
-#: A Jacobian of at most so many entries is computed along with the value: a solver that rejects a step asks for it in vain.
-_SMALL = 1 << 14
-
-
-class Linearised:
-    """A vector function at one point: its value, and its Jacobian in the layout that a solver takes, from one run.
-
-    Attributes:
-        value: the value, a float64 array ``(m,)``.
-    """
-
-    __slots__ = ("_array", "_found", "_function", "_layout", "value")
-
-    def __init__(self, function: TorchFunction, found: Any, output: Any, layout: str) -> None:
-        self._function, self._found, self._layout = function, found, layout
-        self.value = function.vector(output)
-        self._array: np.ndarray | None = None
-
-    def jacobian(self) -> Any:
-        """The Jacobian: a new array, a ``csr_array`` or a ``LinearOperator``."""
-        if self._array is not None:
-            return self._array.copy()
-        found = self._found
-        if found.__class__ is np.ndarray:
-            with self._function.named():
-                self._function.check(found, "Jacobian")
-            self._array = found
-            return found.copy()
-        if self._layout == "dense" and found.__class__ is torch.Tensor and found.dim() == 2 and found.numel() <= _FEW:
-            self._array = self._small(found)  # MINPACK asks for the first one twice
-            return self._array.copy()
-        with self._function.named():
-            if self._layout == "operator":
-                return found.scipy()
-            if not isinstance(found, torch.Tensor):
-                found = found.dense(flat=True)
-            return matrix(self._function, found, tuple(found.shape), "Jacobian")
-
-    def _small(self, found: torch.Tensor) -> np.ndarray:
-        try:
-            rows = found.tolist()
-            array = np.array(rows, dtype=np.float64)
-            if not rows or not rows[0]:
-                return array.reshape(found.shape)
-            total = sum(map(sum, rows))
-            if total != total:
-                self._function.check(array, "Jacobian")
-        except Exception as error:
-            self._function.named().note(error)
-            raise
-        return array
-
-
-class Linearisation:
-    """A vector function to be linearised at one point after the other.
-
-    Args:
-        function: the user's function, for messages.
-        vector: the function of tensors that is linearised.
-        key: tells it apart from others that are made of the user's function.
-        layout: the layout of its Jacobians.
-        argnum: the argument that it is differentiated with respect to.
-    """
-
-    def __init__(
-        self, function: TorchFunction, vector: Callable[..., torch.Tensor], key: Hashable, layout: str, argnum: int = 0
-    ) -> None:
-        self._function, self._vector, self._layout, self._argnum = function, vector, layout, argnum
-        self._entries = 0
-        self._both: Any = None
-        if layout != "operator":
-            # The patterns of `jacobian` are planned once per signature, those of maps once per map.
-            kind = "sparse_coo" if layout == "sparse" else "dense"
-            self._both = function.derived(
-                ("jacobian", key, layout), lambda: jacobian(twice(vector), argnum, has_aux=True, layout=kind), vector
-            )
-        # Small functions are mostly what is around them: for these, the call that takes fewest steps.
-        is_usual = layout == "dense" and self._both.__class__ is Replayed and function.device is None
-        self._usual: Any = self._both.usual if is_usual else None  # type: ignore[attr-defined]
-
-    def at(self, args: Sequence[Any], rest: tuple[Any, ...] = ()) -> Linearised:
-        """The function at a point that is given by arrays, with further arguments of SciPy's."""
-        if rest:
-            if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
-                found, output = self._function.run(self._both, args, rest)
-                self._entries = math.prod(found.shape)
-                return Linearised(self._function, found, output, self._layout)
-            return self._mapped((*map(self._function.tensor, args), *self._function.extra(rest)))
-        if self._usual is not None and len(args) == 1 and self._entries <= _SMALL:
-            x = args[0]
-            if x.__class__ is np.ndarray and x.dtype is _FLOAT64:
-                both = self._both.arrays(args)
-                if both is not None:
-                    found, output = both
-                    return Linearised(self._function, found, output, "dense")
-                found, output = self._usual([_from_numpy(x.copy())])
-                self._entries = found.numel()
-                return Linearised(self._function, found, output, "dense")
-        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
-            found, output = self._function.run(self._both, args)
-            self._entries = math.prod(found.shape)
-            return Linearised(self._function, found, output, self._layout)
-        return self._mapped(tuple(map(self._function.tensor, args)))
-
-    def __call__(self, *args: Any) -> Linearised:
-        """The function at a point."""
-        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
-            found, output = self._both(*args)
-            self._entries = found.numel()
-            return Linearised(self._function, found, output, self._layout)
-        return self._mapped(args)
-
-    def _mapped(self, args: tuple[Any, ...]) -> Linearised:
-        kept = linear_map(self._vector, *args, argnums=self._argnum)
-        return Linearised(self._function, kept, kept.output, self._layout)
-
-
-class Points:
-    """A linearisation that is kept as long as a solver stays at a point.
-
-    Args:
-        function: the user's function.
-        linearise: gives it at other points.
-    """
-
-    __slots__ = ("_found", "_function", "_linearise", "_point")
-
-    def __init__(self, function: TorchFunction, linearise: Linearisation) -> None:
-        self._function, self._linearise = function, linearise
-        self._point: Any = None
-        self._found: Any = None
-
-    def at(self, x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        """The function at a point, with further arguments of SciPy's."""
-        function, linearise = self._function, self._linearise
-        found: Linearised
-        state = function.state(rest) if rest else None
-        if state is NotImplemented or x.__class__ is not np.ndarray or x.dtype is not _FLOAT64:
-            found = function.once("run", (x, *rest), lambda: linearise.at((x,), rest))
-            return found
-        point = x.tobytes() if state is None else (x.tobytes(), state)
-        if point == self._point:
-            found = self._found
-            return found
-        enabled = _is_grad_enabled()
-        _set_grad_enabled(False)
-        try:
-            found = self._found = linearise.at((x,), rest)
-            self._point = point
-            return found
-        except Exception as error:
-            self._point = None
-            function.named().note(error)
-            raise
-        finally:
-            _set_grad_enabled(enabled)
-
-
-def twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """A function that returns its value twice: as what is differentiated, and beside the derivative."""
-
-    def of(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        found = vector(*args)
-        return found, found
-
-    return of
-
-
 def check_layout(layout: str, caller: str, allowed: tuple[str, ...] = LAYOUTS) -> None:
     """Raise a ValueError if a layout is not among those that a solver takes."""
     if layout not in allowed:
@@ -583,6 +430,5 @@ def check_absent(options: dict[str, Any], names: tuple[str, ...], caller: str) -
 
 
 __all__ = [
-    "LAYOUTS", "Device", "Linearisation", "Linearised", "Points", "TorchFunction", "check_absent", "check_layout", "check_real",
-    "matrix", "scalar_of", "twice", "vector_of",
+    "FEW", "LAYOUTS", "Device", "TorchFunction", "check_absent", "check_layout", "check_real", "matrix", "scalar_of", "vector_of",
 ]  # fmt: skip

@@ -76,7 +76,9 @@ def solve_ivp(
     def derivative(t: float, y: np.ndarray, *rest: Any) -> Any:
         with function.named():
             found = function.run(jacobians, (np.array(t), y), rest)
-            return matrix(function, found, (shape[0], shape[0]), "Jacobian")
+            array = matrix(function, found, (shape[0], shape[0]), "Jacobian")
+            function.check_first(vector, (np.array(t), y), rest, array, argnum=1, is_whole=False)
+            return array
 
     solver = {"radau": integrate.Radau, "bdf": integrate.BDF, "lsoda": integrate.LSODA}.get(str(method).lower(), method)
     is_implicit, is_lsoda = (

@@ -10,8 +10,6 @@ from scipy import optimize, sparse
 
 from chainrule.scipy.functions import (
     Device,
-    Linearisation,
-    Linearised,
     TorchFunction,
     check_absent,
     check_layout,
@@ -19,6 +17,7 @@ from chainrule.scipy.functions import (
     scalar_of,
 )
 from chainrule.scipy.lengths import Length
+from chainrule.scipy.linearised import Linearisation, Linearised
 from chainrule.transforms.derivatives import grad_and_value
 from chainrule.transforms.jacobians import hessian
 
@@ -41,7 +40,9 @@ class _Objective:
     def _run(self, x: np.ndarray, args: tuple[Any, ...]) -> tuple[float, np.ndarray]:
         def compute() -> tuple[float, np.ndarray]:
             gradient, value = self._call(self._both, x, args)
-            return float(self.function.array(value)), self.function.array(gradient, what="gradient")
+            slope = self.function.array(gradient, what="gradient")
+            self.function.check_first(self._scalar, (x,), args, slope)
+            return float(self.function.array(value)), slope
 
         found: tuple[float, np.ndarray] = self.function.once("run", (x, *args), compute)
         return found
@@ -122,6 +123,7 @@ def minimize(
         TypeError: if ``fun`` does not return a real tensor, or a derivative is given.
         ValueError: if ``fun`` does not return a scalar; if its value or a derivative is NaN; if the method does not take
             the layout.
+        RuntimeError: if the gradient is zero because values left torch on the way (``.item()``) or are detached.
 
     Example:
         >>> import numpy as np
