@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from chainrule.scipy.functions import FEW, TorchFunction, matrix
 from chainrule.scipy.replays import Replayed
@@ -38,14 +39,19 @@ class Linearised:
 
     def jacobian(self) -> Any:
         """The Jacobian: a new array, a ``csr_array`` or a ``LinearOperator``."""
-        if self._array is not None:
-            return self._array.copy()
         if self._check is not None:
             check, self._check = self._check, None
-            found = self.jacobian()
-            with self._function.named():
-                check(found)
-            return found
+            found = self._computed()
+            if not isinstance(found, LinearOperator):
+                with self._function.named():
+                    check(found)
+        found = self._computed()
+        return aslinearoperator(found) if self._layout == "operator" and found.__class__ is np.ndarray else found
+
+    def _computed(self) -> Any:
+        """The Jacobian; of an operator it may be the array."""
+        if self._array is not None:
+            return self._array.copy()
         found = self._found
         if found.__class__ is np.ndarray:
             with self._function.named():
@@ -56,7 +62,7 @@ class Linearised:
             self._array = self._small(found)  # MINPACK asks for the first one twice
             return self._array.copy()
         with self._function.named():
-            if self._layout == "operator":
+            if self._layout == "operator" and not isinstance(found, torch.Tensor):
                 return found.scipy()
             if not isinstance(found, torch.Tensor):
                 found = found.dense(flat=True)
@@ -94,13 +100,11 @@ class Linearisation:
         self._function, self._vector, self._layout, self._argnum = function, vector, layout, argnum
         self._entries = 0
         self._is_first = True
-        self._both: Any = None
-        if layout != "operator":
-            # The patterns of `jacobian` are planned once per signature, those of maps once per map.
-            kind = "sparse_coo" if layout == "sparse" else "dense"
-            self._both = function.derived(
-                ("jacobian", key, layout), lambda: jacobian(twice(vector), argnum, has_aux=True, layout=kind), vector
-            )
+        # The patterns of `jacobian` are planned once per signature, those of maps once per map.
+        form, kind = ("sparse", "sparse_coo") if layout == "sparse" else ("dense", "dense")
+        self._both: Any = function.derived(
+            ("jacobian", key, form), lambda: jacobian(twice(vector), argnum, has_aux=True, layout=kind), vector
+        )
         # Small functions are mostly what is around them: for these, the call that takes fewest steps.
         is_usual = layout == "dense" and self._both.__class__ is Replayed and function.device is None
         self._usual: Any = self._both.usual if is_usual else None  # type: ignore[attr-defined]
@@ -110,15 +114,24 @@ class Linearisation:
         found = self._at(args, rest)
         if self._is_first:
             self._is_first = False
-            if self._layout != "operator":
-                given = [np.array(a) if isinstance(a, np.ndarray) else a for a in args]
-                check, vector, argnum = self._function.check_first, self._vector, self._argnum
-                found._check = lambda array: check(vector, given, rest, array, argnum=argnum)
+            given = [np.array(a) if isinstance(a, np.ndarray) else a for a in args]
+            check, vector, argnum = self._function.check_first, self._vector, self._argnum
+            found._check = lambda array: check(vector, given, rest, array, argnum=argnum)
         return found
+
+    @property
+    def _is_computed(self) -> bool:
+        """Whether the Jacobian is computed along with the value.
+
+        Products with a small one are few of NumPy's calls, and as a map each of them would be a run of its own.
+        """
+        if self._layout == "operator":
+            return 0 < self._entries <= _SMALL
+        return self._layout == "sparse" or self._entries <= _SMALL
 
     def _at(self, args: Sequence[Any], rest: tuple[Any, ...]) -> Linearised:
         if rest:
-            if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
+            if self._is_computed:
                 found, output = self._function.run(self._both, args, rest)
                 self._entries = math.prod(found.shape)
                 return Linearised(self._function, found, output, self._layout)
@@ -133,7 +146,7 @@ class Linearisation:
                 found, output = self._usual([_from_numpy(x.copy())])
                 self._entries = found.numel()
                 return Linearised(self._function, found, output, "dense")
-        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
+        if self._is_computed:
             found, output = self._function.run(self._both, args)
             self._entries = math.prod(found.shape)
             return Linearised(self._function, found, output, self._layout)
@@ -141,7 +154,7 @@ class Linearisation:
 
     def __call__(self, *args: Any) -> Linearised:
         """The function at a point."""
-        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
+        if self._is_computed:
             found, output = self._both(*args)
             self._entries = found.numel()
             return Linearised(self._function, found, output, self._layout)
@@ -149,6 +162,7 @@ class Linearisation:
 
     def _mapped(self, args: tuple[Any, ...]) -> Linearised:
         kept = linear_map(self._vector, *args, argnums=self._argnum)
+        self._entries = math.prod(kept.shape)
         return Linearised(self._function, kept, kept.output, self._layout)
 
 
