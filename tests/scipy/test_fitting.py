@@ -156,3 +156,14 @@ def test_jacobians_as_operators(size):
             assert np.allclose(found @ vector, expected @ vector, atol=1e-10)
         assert np.allclose(found.T @ np.ones(2 * size - 2), expected.sum(0), atol=1e-10)
     assert isinstance(linearise._at((x,), ())._found, np.ndarray | torch.Tensor) == (size == 3)
+
+
+def test_models_with_another_number_of_values():
+    times = np.linspace(0, 1, 9)
+    with pytest.raises(ValueError, match=r"curve_fit.*must return shape \(8,\), one value for each of ydata, got \(9,\)"):
+        chainrule_scipy.curve_fit(decay, times, times[1:])
+    with pytest.raises(ValueError, match=r"must return shape \(9,\), one value for each of ydata, got \(8,\)"):
+        chainrule_scipy.curve_fit(lambda x, a, b: (a * x + b)[1:], times, times)
+    data = 2 * times
+    data[3] = np.nan
+    assert np.allclose(chainrule_scipy.curve_fit(lambda x, a: a * x, times, data, nan_policy="omit")[0], 2.0)

@@ -224,7 +224,7 @@ def curve_fit(
 
     Raises:
         TypeError: if ``f`` does not return a real tensor, or ``jac`` is given.
-        ValueError: if a value or the Jacobian is NaN, or ``f`` returns no vector.
+        ValueError: if a value or the Jacobian is NaN, or ``f`` returns no vector of as many values as there are in ``ydata``.
 
     Example:
         >>> import numpy as np, torch
@@ -247,6 +247,7 @@ def curve_fit(
         return found
 
     linearise = Linearisation(function, model, "model", "dense", 1)
+    count = None if options.get("nan_policy") == "omit" else np.size(ydata)
 
     def at(data: Any, parameters: tuple[Any, ...]) -> Linearised:
         def compute() -> Linearised:
@@ -260,7 +261,10 @@ def curve_fit(
     # SciPy reads the number of parameters off the signature.
     @functools.wraps(f)
     def value(data: Any, *parameters: Any) -> np.ndarray:
-        return at(data, parameters).value.copy()
+        found = at(data, parameters).value
+        if count is not None and found.size != count:
+            raise ValueError(f"{where} must return shape {(count,)}, one value for each of ydata, got {found.shape}")
+        return found.copy()
 
     def derivative(data: Any, *parameters: Any) -> np.ndarray:
         return at(data, parameters).jacobian()
