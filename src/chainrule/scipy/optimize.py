@@ -23,6 +23,9 @@ from chainrule.transforms.jacobians import hessian
 
 _WITHOUT_GRADIENT = frozenset({"nelder-mead", "powell", "cobyla", "cobyqa"})
 _WITH_PRODUCTS = frozenset({"newton-cg", "trust-ncg", "trust-krylov"})
+#: Products are made of Hessians of at most so many rows.
+_HELD = 128
+
 _WITH_HESSIAN = frozenset({"trust-exact", "dogleg"})
 
 
@@ -36,6 +39,9 @@ class _Objective:
         self._both = function.derived("gradient", lambda: grad_and_value(scalar), scalar)
         kind = "sparse_coo" if layout == "sparse" else "dense"
         self._hessian = function.derived(("hessian", kind), lambda: hessian(scalar, layout=kind), scalar)
+        #: How many products were asked for at the last point, and whether they are made of the Hessian itself.
+        self._asked: tuple[bytes, int] = b"", 0
+        self._is_held = False
 
     def _run(self, x: np.ndarray, args: tuple[Any, ...]) -> tuple[float, np.ndarray]:
         def compute() -> tuple[float, np.ndarray]:
@@ -67,7 +73,20 @@ class _Objective:
 
         return self.function.once("operator", (x, *args), compute)
 
+    def _holds(self, x: np.ndarray) -> bool:
+        """Whether products are made of the Hessian: it is small, and half as many as it has rows were asked for at a point.
+
+        It takes no more than a product for each of its rows, and far less where it is replayed.
+        """
+        if not self._is_held and x.size <= _HELD and self.layout != "sparse":
+            point, (last, count) = x.tobytes(), self._asked
+            self._is_held = point != last and 2 * count >= x.size
+            self._asked = point, count + 1 if point == last else 1
+        return self._is_held
+
     def product(self, x: np.ndarray, vector: np.ndarray, *args: Any) -> np.ndarray:
+        if self._holds(x):
+            return self._matrix(x, args) @ vector  # type: ignore[no-any-return]
         operator = self._operator(x, args)
         with self.function.named():
             found = operator @ vector
@@ -75,14 +94,14 @@ class _Objective:
             return found
 
     def hessian(self, x: np.ndarray, *args: Any) -> Any:
-        if self.layout == "operator":
-            return self._operator(x, args)
+        return self._operator(x, args) if self.layout == "operator" else self._matrix(x, args).copy()
 
+    def _matrix(self, x: np.ndarray, args: tuple[Any, ...]) -> Any:
         def compute() -> Any:
             found = self._call(self._hessian, x, args)
             return matrix(self.function, found, (x.size, x.size), "Hessian")
 
-        return self.function.once("hessian", (x, *args), compute).copy()
+        return self.function.once("hessian", (x, *args), compute)
 
 
 def minimize(
