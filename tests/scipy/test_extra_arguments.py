@@ -327,3 +327,31 @@ def test_read_only_arrays():
     own = copied(lambda x, p: ((x - p) ** 2).sum())
     for _ in range(CALLS):
         assert np.allclose(solvers.minimize(own, np.zeros(3), args=place).x, 1.0, atol=1e-6)
+
+
+def test_arguments_that_are_no_inputs_are_replayed_as_before():
+    own = copied(lambda x, p: ((x - p) ** 2).sum())
+    for _ in range(CALLS):
+        assert np.allclose(solvers.minimize(own, np.zeros(3), args=(np.ones(3),), device="cpu").x, 1.0, atol=1e-6)
+    assert sum(entries(own).values()) > 0
+
+    class Place:
+        value = 2.0
+
+    place = Place()
+
+    def with_object(x, p):
+        return ((x - p.value) ** 2).sum()
+
+    for _ in range(4):
+        assert np.allclose(solvers.minimize(with_object, np.zeros(3), args=(place,), compiled=True).x, 2.0, atol=1e-6)
+    compiled = [e._compiled for e in with_object.__dict__[ATTRIBUTE].entries.values() if e._compiled is not None]
+    assert [(c.cache_info().misses, c.cache_info().hits > 8) for c in compiled] == [(1, True)]
+
+
+def test_arguments_in_a_list():
+    own = copied(robertson)
+    for _ in range(12):
+        found = solvers.solve_ivp(own, (0, 1), [1.0, 0, 0], method="BDF", args=[0.04, 3e4, 1e2])
+        assert found.success
+    assert sum(entries(own).values()) > 0

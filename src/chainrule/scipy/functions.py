@@ -64,11 +64,11 @@ class TorchFunction:
 
     def _bound(self, args: Any) -> ExtraArguments | None:
         """Further arguments that a replay can take; None where there are none, or calls with them are plain."""
-        if not isinstance(args, tuple) or not args or self._compiled is False or self.device is not None:
+        if not isinstance(args, tuple | list) or not args or self._compiled is False or self.device is not None:
             return None
         try:
             # What is recorded unasked is known to be harmless where tensors stand for numbers: nothing is written to them.
-            return ExtraArguments(args, are_static=self._compiled is True or has_disagreed(self.function))
+            return ExtraArguments(tuple(args), are_static=self._compiled is True or has_disagreed(self.function))
         except Unknown:
             return None
 

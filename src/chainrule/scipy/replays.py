@@ -72,7 +72,6 @@ class Replayed:
 
     Attributes:
         plain: what is called.
-        unbound: the same with further arguments as they are, in the place of the tensors that they are made of.
         known: for usual tensors, by their shapes: the modes and the graph, None where calls stay plain; of a graph that reads
             nothing beside the arguments also how to ask whether it holds, its run, and whether its results come in a tuple.
     """
@@ -88,7 +87,8 @@ class Replayed:
         after: int = CALLS,
         form: Form | None = None,
     ) -> None:
-        self.plain = self.unbound = self._tracked = function
+        self.plain = self._tracked = function
+        self._unbound = None if form is None else function
         self._user, self._value, self._is_forced = user, value, is_forced
         self._others, self._after = others, after
         self._floats: tuple[int, ...] = ()
@@ -268,6 +268,11 @@ class Replayed:
                 del self._graphs[key]
                 self._counts[key] = -1
         return found
+
+    @property
+    def unbound(self) -> Callable[..., Any]:
+        """The same for further arguments as they are, in the place of the tensors that they are made of."""
+        return self if self._unbound is None else self._unbound
 
     @property
     def has_graphs(self) -> bool:
