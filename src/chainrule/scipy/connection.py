@@ -72,7 +72,7 @@ def check_connected(
 def _zeros(found: Any) -> tuple[np.ndarray, np.ndarray]:
     """The rows and columns that are zero."""
     if found.__class__ is np.ndarray:
-        entries = found.reshape(-1, found.shape[-1]) != 0
+        entries = (found if found.ndim == 2 else found[None]) != 0
     else:
         entries = found != 0
     return tuple(np.asarray(entries.sum(axis)).reshape(-1) == 0 for axis in (1, 0))  # type: ignore[return-value]
