@@ -8,7 +8,11 @@ import torch
 
 scipy_optimize = pytest.importorskip("scipy.optimize")
 
+from scipy.sparse.linalg import LinearOperator  # noqa: E402
+
 from chainrule import scipy as chainrule_scipy  # noqa: E402
+from chainrule.scipy.functions import TorchFunction  # noqa: E402
+from chainrule.scipy.linearised import Linearisation  # noqa: E402
 from tests.scipy.problems import decay, numpy_of, rosenbrock_residuals, trigonometric_system  # noqa: E402
 
 # Solutions agree to the solvers' default tolerances, 1e-8 in the value, which is 1e-4 in a flat direction.
@@ -135,3 +139,31 @@ def test_one_deviation_for_all_data(sigma, absolute):
     ):
         np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
         np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_jacobians_as_operators(size):
+    """Those of few entries are arrays inside; all have the products of the Jacobian, at each point."""
+    function = TorchFunction(rosenbrock_residuals, "least_squares", None, False, None)
+    linearise = Linearisation(function, rosenbrock_residuals, "of a test", "operator")
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_normal(size)
+        expected = torch.func.jacrev(rosenbrock_residuals)(torch.from_numpy(x)).numpy()
+        found = linearise.at((x,)).jacobian()
+        assert isinstance(found, LinearOperator)
+        assert found.shape == expected.shape
+        for vector in (np.arange(size) - 1.5, np.ones((size, 2))):
+            assert np.allclose(found @ vector, expected @ vector, atol=1e-10)
+        assert np.allclose(found.T @ np.ones(2 * size - 2), expected.sum(0), atol=1e-10)
+    assert isinstance(linearise._at((x,), ())._found, np.ndarray | torch.Tensor) == (size == 3)
+
+
+def test_models_with_another_number_of_values():
+    times = np.linspace(0, 1, 9)
+    with pytest.raises(ValueError, match=r"curve_fit.*must return shape \(8,\), one value for each of ydata, got \(9,\)"):
+        chainrule_scipy.curve_fit(decay, times, times[1:])
+    with pytest.raises(ValueError, match=r"must return shape \(9,\), one value for each of ydata, got \(8,\)"):
+        chainrule_scipy.curve_fit(lambda x, a, b: (a * x + b)[1:], times, times)
+    data = 2 * times
+    data[3] = np.nan
+    assert np.allclose(chainrule_scipy.curve_fit(lambda x, a: a * x, times, data, nan_policy="omit")[0], 2.0)

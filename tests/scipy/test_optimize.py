@@ -9,6 +9,8 @@ import torch
 scipy_optimize = pytest.importorskip("scipy.optimize")
 
 from chainrule import scipy as chainrule_scipy  # noqa: E402
+from chainrule.scipy.functions import TorchFunction  # noqa: E402
+from chainrule.scipy.optimize import _Objective  # noqa: E402
 from tests.scipy.problems import coupled, numpy_of, rosenbrock  # noqa: E402
 
 # Optima are compared to the square root of the solvers' tolerances on gradients (1e-5 to 1e-8), by the Hessian's size (about 1e3).
@@ -123,3 +125,18 @@ def test_callbacks_equal_torch_func():
     assert np.allclose(seen["gradient"], torch.func.grad(rosenbrock)(at).numpy(), rtol=1e-13)
     expected = torch.func.hessian(rosenbrock)(at).sum(1).numpy()
     assert np.allclose(seen["product"], expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize(("size", "count", "is_held"), [(4, 4, True), (4, 1, False), (200, 130, False)])
+def test_products_with_small_hessians(size, count, is_held):
+    """Where a solver asks for many at a point, they are made of the matrix; all are those of the Hessian at their point."""
+    function = TorchFunction(rosenbrock, "minimize", None, False, None)
+    objective = _Objective(function, "dense")
+    for seed in range(3):
+        generator = np.random.default_rng(seed)
+        x = generator.standard_normal(size)
+        expected = torch.func.hessian(rosenbrock)(torch.from_numpy(x)).numpy()
+        for _ in range(count):
+            vector = generator.standard_normal(size)
+            assert np.allclose(objective.product(x, vector), expected @ vector, rtol=1e-10, atol=1e-8)
+    assert objective._is_held == is_held

@@ -12,15 +12,13 @@ from scipy import optimize
 
 from chainrule.scipy.functions import (
     Device,
-    Linearisation,
-    Linearised,
-    Points,
     TorchFunction,
     check_absent,
     check_layout,
     check_real,
 )
 from chainrule.scipy.lengths import Length
+from chainrule.scipy.linearised import Linearisation, Linearised, Points
 
 
 def least_squares(
@@ -71,30 +69,26 @@ def least_squares(
     check_absent(options, ("jac", "jac_sparsity"), "least_squares")
     if layout != "dense":
         options.setdefault("tr_solver", "lsmr")
-    # Arguments by name are no part of what is kept for the next solve.
-    function = TorchFunction(fun, "least_squares", device, allow_nan, False if kwargs and compiled is None else compiled)
-    checked, where, named = function.checked, function.where, kwargs or {}
+    args, named = tuple(args), kwargs or {}
+    function = TorchFunction(fun, "least_squares", device, allow_nan, compiled, (*args, named) if named else args)
+    checked, where = function.checked, function.where
 
     def residuals(x: Any, *rest: Any) -> Any:
-        found = checked(x, *rest, **named)
+        found = checked(x, *rest[:-1], **rest[-1]) if named else checked(x, *rest)
         if found.dim() > 1:
             raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)
 
     length = Length(where)
-    at = Points(function, Linearisation(function, residuals, _Once() if kwargs else "residuals", layout)).at
+    at = Points(function, Linearisation(function, residuals, ("residuals", bool(named)), layout)).at
 
     def value(x: np.ndarray, *rest: Any) -> np.ndarray:
-        return length.checked(at(x, rest).value.copy())
+        return length.checked(at(x, (*rest, named) if named else rest).value.copy())
 
     def derivative(x: np.ndarray, *rest: Any) -> Any:
-        return at(x, rest).jacobian()
+        return at(x, (*rest, named) if named else rest).jacobian()
 
     return optimize.least_squares(value, x0, jac=derivative, args=args, **options)
-
-
-class _Once:
-    """A key that equals no other."""
 
 
 def root(
@@ -134,7 +128,7 @@ def root(
         array([2., 4.])
     """
     check_absent(options, ("jac",), "root")
-    function = TorchFunction(fun, "root", device, allow_nan, compiled)
+    function = TorchFunction(fun, "root", device, allow_nan, compiled, args if isinstance(args, tuple) else (args,))
     where, size, is_square = function.where, np.size(x0), method != "lm"
 
     def vector(x: Any, *rest: Any) -> Any:
@@ -179,10 +173,7 @@ def _apart(
         if first:
             first -= 1
             return at(x, rest).value.copy()
-        if not rest:
-            return call(x)
-        with function.named():
-            return function.array(values(function.tensor(x), *function.extra(rest)))
+        return function.at(values, (x,), None, rest) if rest else call(x)
 
     def derivative(x: np.ndarray, *rest: Any) -> np.ndarray:
         found: np.ndarray = at(x, rest).jacobian()
@@ -233,7 +224,7 @@ def curve_fit(
 
     Raises:
         TypeError: if ``f`` does not return a real tensor, or ``jac`` is given.
-        ValueError: if a value or the Jacobian is NaN, or ``f`` returns no vector.
+        ValueError: if a value or the Jacobian is NaN, or ``f`` returns no vector of as many values as there are in ``ydata``.
 
     Example:
         >>> import numpy as np, torch
@@ -256,6 +247,7 @@ def curve_fit(
         return found
 
     linearise = Linearisation(function, model, "model", "dense", 1)
+    count = None if options.get("nan_policy") == "omit" else np.size(ydata)
 
     def at(data: Any, parameters: tuple[Any, ...]) -> Linearised:
         def compute() -> Linearised:
@@ -269,7 +261,10 @@ def curve_fit(
     # SciPy reads the number of parameters off the signature.
     @functools.wraps(f)
     def value(data: Any, *parameters: Any) -> np.ndarray:
-        return at(data, parameters).value.copy()
+        found = at(data, parameters).value
+        if count is not None and found.size != count:
+            raise ValueError(f"{where} must return shape {(count,)}, one value for each of ydata, got {found.shape}")
+        return found.copy()
 
     def derivative(data: Any, *parameters: Any) -> np.ndarray:
         return at(data, parameters).jacobian()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -10,9 +9,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from chainrule.scipy.replays import CALLS, VALUES, Replayed, replayed
-from chainrule.transforms.jacobian_map import linear_map
-from chainrule.transforms.jacobians import jacobian
+from chainrule.scipy.connection import check_connected
+from chainrule.scipy.extra_arguments import ExtraArguments, Unknown
+from chainrule.scipy.replays import CALLS, VALUES, Replayed, has_disagreed, replayed
 
 Device = torch.device | str | None
 
@@ -23,7 +22,7 @@ _from_numpy, _is_grad_enabled, _set_grad_enabled = torch.from_numpy, torch.is_gr
 LAYOUTS = ("dense", "sparse", "operator")
 
 #: Up to so many numbers go through a list of Python's, which takes fewer calls than an array that is copied and checked.
-_FEW = 64
+FEW = 64
 
 
 class TorchFunction:
@@ -39,7 +38,13 @@ class TorchFunction:
     """
 
     def __init__(
-        self, function: Callable[..., Any], caller: str, device: Device, allow_nan: bool, compiled: bool | None = False
+        self,
+        function: Callable[..., Any],
+        caller: str,
+        device: Device,
+        allow_nan: bool,
+        compiled: bool | None = False,
+        args: Any = (),
     ) -> None:
         if not callable(function):
             raise TypeError(f"chainrule.scipy.{caller}: expected a function of tensors, got {type(function).__name__}")
@@ -49,11 +54,35 @@ class TorchFunction:
         self.where = f"chainrule.scipy.{caller}: the function {getattr(function, '__qualname__', None) or repr(function)}"
         self.checked = _checked(function, self.where)
         self._compiled = compiled
+        self._extra = self._bound(args)
+        self._is_connected = False
         self._at: tuple[Any, ...] | None = None
         # As long as they are here, no other objects have their identities.
         self._objects: tuple[Any, ...] = ()
         self._known: dict[str, Any] = {}
         self._readers: set[str] = set()
+
+    def _bound(self, args: Any) -> ExtraArguments | None:
+        """Further arguments that a replay can take; None where there are none, or calls with them are plain."""
+        if not isinstance(args, tuple | list) or not args or self._compiled is False or self.device is not None:
+            return None
+        try:
+            # What is recorded unasked is known to be harmless where tensors stand for numbers: nothing is written to them.
+            return ExtraArguments(tuple(args), are_static=self._compiled is True or has_disagreed(self.function))
+        except Unknown:
+            return None
+
+    def _known_extra(self, values: Any, args: Sequence[Any], rest: tuple[Any, ...]) -> ExtraArguments | None:
+        """Further arguments that a function made of this one can be replayed with here; None if a call has to be plain."""
+        extra = self._extra
+        if extra is None or values.__class__ is not Replayed or not extra.are(rest):
+            return None
+        if not extra.agreed and values.has_graphs:
+            extra.agreed = values.is_trusted or values.agrees([*map(self.tensor, args), *extra.tensors(are_new=True)])
+            if not extra.agreed:
+                self._extra = None
+                return None
+        return extra
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The function itself, its result checked to be one real tensor."""
@@ -81,7 +110,9 @@ class TorchFunction:
             return make()
         key = (self.caller, key)
         forced, functions = self._compiled is True, [other.function for other in others]
-        return replayed(self.function, key, make, value or self.checked, is_forced=forced, others=functions, after=after)
+        form = None if self._extra is None else self._extra.form
+        value = value or self.checked
+        return replayed(self.function, key, make, value, is_forced=forced, others=functions, after=after, form=form)
 
     def values(self, key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of tensors that only runs and checks this one, for solvers that ask for many values."""
@@ -104,6 +135,11 @@ class TorchFunction:
             return args
         return tuple(self.tensor(a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
 
+    def state(self, rest: tuple[Any, ...]) -> Any:
+        """What tells these further arguments from themselves at another time; NotImplemented if that is not known."""
+        extra = self._extra
+        return NotImplemented if extra is None or not extra.are(rest) else extra.state()
+
     def array(self, result: Any, shape: tuple[int, ...] | None = None, what: str = "value") -> np.ndarray:
         """A tensor's values as a new float64 array; or such an array itself.
 
@@ -115,7 +151,7 @@ class TorchFunction:
         if result.__class__ is np.ndarray:
             self.check(result, what)
             return result  # type: ignore[no-any-return]
-        if result.dim() < 2 and result.numel() <= _FEW:
+        if result.dim() < 2 and result.numel() <= FEW:
             numbers = result.tolist()
             total = sum(numbers) if numbers.__class__ is list else numbers
             # The sum is NaN, too, where infinities of both signs meet.
@@ -131,7 +167,7 @@ class TorchFunction:
 
     def vector(self, result: Any) -> np.ndarray:
         """The same as :meth:`array`, in fewer steps for a few numbers in a row."""
-        if result.__class__ is torch.Tensor and result.dim() == 1 and result.numel() <= _FEW:
+        if result.__class__ is torch.Tensor and result.dim() == 1 and result.numel() <= FEW:
             numbers = result.tolist()
             total = sum(numbers)
             if total == total:
@@ -150,18 +186,39 @@ class TorchFunction:
     def _refuse_nan(self, what: str) -> NoReturn:
         raise ValueError(f"{self.where}: its {what} is NaN here (allow_nan=True passes it on to SciPy)")
 
+    def check_first(
+        self,
+        vector: Callable[..., torch.Tensor],
+        args: Sequence[Any],
+        rest: tuple[Any, ...],
+        found: Any,
+        *,
+        argnum: int = 0,
+        is_whole: bool = True,
+    ) -> None:
+        """Look at the zeros of the first derivative of a solve: see :func:`check_connected`."""
+        if not self._is_connected:
+            self._is_connected = True
+            given = (*(self.tensor(a) if isinstance(a, np.ndarray) else a for a in args), *self.extra(rest))
+            check_connected(self.function, self.where, vector, given, argnum, found, is_whole=is_whole)
+
     def named(self) -> Named:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""
         return Named(self.where)
 
-    def run(self, values: Callable[..., Any], args: Sequence[Any], *, are_new: bool = False) -> Any:
+    def run(
+        self, values: Callable[..., Any], args: Sequence[Any], rest: tuple[Any, ...] = (), *, are_new: bool = False
+    ) -> Any:
         """What a function made of this one gives for arguments of SciPy's: tensors, or new arrays.
 
         Args:
             values: the function of tensors.
             args: the arguments.
+            rest: further arguments of SciPy's.
             are_new: whether nobody else has these arrays, and they are contiguous ones of float64.
         """
+        if rest:
+            return self._run_with(values, args, rest)
         if values.__class__ is Replayed and self.device is None:
             found = values.arrays(args)  # type: ignore[attr-defined]
             if found is not None:
@@ -177,18 +234,38 @@ class TorchFunction:
                 return values.usual(tensors)  # type: ignore[attr-defined]
         return values(*map(self.tensor, args))
 
-    def at(self, values: Callable[..., torch.Tensor], args: Sequence[Any], shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def _run_with(self, values: Any, args: Sequence[Any], rest: tuple[Any, ...]) -> Any:
+        extra = self._known_extra(values, args, rest)
+        if extra is None:
+            unbound = values.unbound if values.__class__ is Replayed else values
+            return unbound(*map(self.tensor, args), *self.extra(rest))
+        arrays = extra.arrays()
+        if arrays is not None:
+            found = values.arrays((*args, *arrays))
+            if found is not None:
+                return found
+        tensors = [*map(self.tensor, args), *extra.tensors(are_new=self._compiled is True)]
+        return values(*tensors) if arrays is None else values.usual(tensors)
+
+    def at(
+        self,
+        values: Callable[..., torch.Tensor],
+        args: Sequence[Any],
+        shape: tuple[int, ...] | None = None,
+        rest: tuple[Any, ...] = (),
+    ) -> np.ndarray:
         """The same as an array, for callbacks that are called many times.
 
         Args:
             values: the function of tensors.
             args: the arguments, arrays.
             shape: the shape that the array must have; None for any.
+            rest: further arguments of SciPy's.
         """
         enabled = _is_grad_enabled()
         _set_grad_enabled(False)
         try:
-            return self.array(self.run(values, args), shape)
+            return self.array(self.run(values, args, rest), shape)
         except Exception as error:
             self.named().note(error)
             raise
@@ -220,7 +297,7 @@ class TorchFunction:
                 last = known.get((x.shape,))
                 tensor = _from_numpy(x.copy())
                 found = plain(tensor) if last is not None and last[1] is None else usual([tensor])
-                if found.dim() == 1 and found.numel() <= _FEW:
+                if found.dim() == 1 and found.numel() <= FEW:
                     numbers = found.tolist()
                     total = sum(numbers)
                     if total == total:
@@ -325,6 +402,8 @@ def _value(item: Any) -> Any:
     """What tells an argument from others: the bits of an array (SciPy writes to its arrays in place), a number, an object."""
     if item.__class__ is np.ndarray and not item.dtype.hasobject:
         return item.shape, item.dtype, item.tobytes()
+    if item.__class__ is torch.Tensor:
+        return id(item), None if item.is_inference() else item._version
     return float(item) if isinstance(item, float) else (None, id(item))
 
 
@@ -335,168 +414,6 @@ def matrix(function: TorchFunction, found: Any, shape: tuple[int, ...], what: st
     rows, columns = found.indices().cpu().numpy()
     values = function.array(found.values(), what=what)
     return sparse.csr_array((values, (rows, columns)), shape=shape)
-
-
-#: A Jacobian of at most so many entries is computed along with the value: a solver that rejects a step asks for it in vain.
-_SMALL = 1 << 14
-
-
-class Linearised:
-    """A vector function at one point: its value, and its Jacobian in the layout that a solver takes, from one run.
-
-    Attributes:
-        value: the value, a float64 array ``(m,)``.
-    """
-
-    __slots__ = ("_array", "_found", "_function", "_layout", "value")
-
-    def __init__(self, function: TorchFunction, found: Any, output: Any, layout: str) -> None:
-        self._function, self._found, self._layout = function, found, layout
-        self.value = function.vector(output)
-        self._array: np.ndarray | None = None
-
-    def jacobian(self) -> Any:
-        """The Jacobian: a new array, a ``csr_array`` or a ``LinearOperator``."""
-        if self._array is not None:
-            return self._array.copy()
-        found = self._found
-        if found.__class__ is np.ndarray:
-            with self._function.named():
-                self._function.check(found, "Jacobian")
-            self._array = found
-            return found.copy()
-        if self._layout == "dense" and found.__class__ is torch.Tensor and found.dim() == 2 and found.numel() <= _FEW:
-            self._array = self._small(found)  # MINPACK asks for the first one twice
-            return self._array.copy()
-        with self._function.named():
-            if self._layout == "operator":
-                return found.scipy()
-            if not isinstance(found, torch.Tensor):
-                found = found.dense(flat=True)
-            return matrix(self._function, found, tuple(found.shape), "Jacobian")
-
-    def _small(self, found: torch.Tensor) -> np.ndarray:
-        try:
-            rows = found.tolist()
-            array = np.array(rows, dtype=np.float64)
-            if not rows or not rows[0]:
-                return array.reshape(found.shape)
-            total = sum(map(sum, rows))
-            if total != total:
-                self._function.check(array, "Jacobian")
-        except Exception as error:
-            self._function.named().note(error)
-            raise
-        return array
-
-
-class Linearisation:
-    """A vector function to be linearised at one point after the other.
-
-    Args:
-        function: the user's function, for messages.
-        vector: the function of tensors that is linearised.
-        key: tells it apart from others that are made of the user's function.
-        layout: the layout of its Jacobians.
-        argnum: the argument that it is differentiated with respect to.
-    """
-
-    def __init__(
-        self, function: TorchFunction, vector: Callable[..., torch.Tensor], key: Hashable, layout: str, argnum: int = 0
-    ) -> None:
-        self._function, self._vector, self._layout, self._argnum = function, vector, layout, argnum
-        self._entries = 0
-        self._both: Any = None
-        if layout != "operator":
-            # The patterns of `jacobian` are planned once per signature, those of maps once per map.
-            kind = "sparse_coo" if layout == "sparse" else "dense"
-            self._both = function.derived(
-                ("jacobian", key, layout), lambda: jacobian(twice(vector), argnum, has_aux=True, layout=kind), vector
-            )
-        # Small functions are mostly what is around them: for these, the call that takes fewest steps.
-        is_usual = layout == "dense" and self._both.__class__ is Replayed and function.device is None
-        self._usual: Any = self._both.usual if is_usual else None  # type: ignore[attr-defined]
-
-    def at(self, args: Sequence[Any]) -> Linearised:
-        """The function at a point that is given by arrays."""
-        if self._usual is not None and len(args) == 1 and self._entries <= _SMALL:
-            x = args[0]
-            if x.__class__ is np.ndarray and x.dtype is _FLOAT64:
-                both = self._both.arrays(args)
-                if both is not None:
-                    found, output = both
-                    return Linearised(self._function, found, output, "dense")
-                found, output = self._usual([_from_numpy(x.copy())])
-                self._entries = found.numel()
-                return Linearised(self._function, found, output, "dense")
-        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
-            found, output = self._function.run(self._both, args)
-            self._entries = math.prod(found.shape)
-            return Linearised(self._function, found, output, self._layout)
-        return self(*map(self._function.tensor, args))
-
-    def __call__(self, *args: Any) -> Linearised:
-        """The function at a point."""
-        if self._layout == "sparse" or (self._layout == "dense" and self._entries <= _SMALL):
-            found, output = self._both(*args)
-            self._entries = found.numel()
-            return Linearised(self._function, found, output, self._layout)
-        kept = linear_map(self._vector, *args, argnums=self._argnum)
-        return Linearised(self._function, kept, kept.output, self._layout)
-
-
-class Points:
-    """A linearisation that is kept as long as a solver stays at a point.
-
-    Args:
-        function: the user's function.
-        linearise: gives it at other points.
-    """
-
-    __slots__ = ("_found", "_function", "_linearise", "_point")
-
-    def __init__(self, function: TorchFunction, linearise: Linearisation) -> None:
-        self._function, self._linearise = function, linearise
-        self._point: bytes | None = None
-        self._found: Any = None
-
-    def at(self, x: np.ndarray, rest: tuple[Any, ...]) -> Linearised:
-        """The function at a point, with further arguments of SciPy's."""
-        function, linearise = self._function, self._linearise
-        found: Linearised
-        if rest or x.__class__ is not np.ndarray or x.dtype is not _FLOAT64:
-
-            def compute() -> Linearised:
-                return linearise(function.tensor(x), *function.extra(rest)) if rest else linearise.at((x,))
-
-            found = function.once("run", (x, *rest), compute)
-            return found
-        point = x.tobytes()
-        if point == self._point:
-            found = self._found
-            return found
-        enabled = _is_grad_enabled()
-        _set_grad_enabled(False)
-        try:
-            found = self._found = linearise.at((x,))
-            self._point = point
-            return found
-        except Exception as error:
-            self._point = None
-            function.named().note(error)
-            raise
-        finally:
-            _set_grad_enabled(enabled)
-
-
-def twice(vector: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """A function that returns its value twice: as what is differentiated, and beside the derivative."""
-
-    def of(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        found = vector(*args)
-        return found, found
-
-    return of
 
 
 def check_layout(layout: str, caller: str, allowed: tuple[str, ...] = LAYOUTS) -> None:
@@ -513,6 +430,5 @@ def check_absent(options: dict[str, Any], names: tuple[str, ...], caller: str) -
 
 
 __all__ = [
-    "LAYOUTS", "Device", "Linearisation", "Linearised", "Points", "TorchFunction", "check_absent", "check_layout", "check_real",
-    "matrix", "scalar_of", "twice", "vector_of",
+    "FEW", "LAYOUTS", "Device", "TorchFunction", "check_absent", "check_layout", "check_real", "matrix", "scalar_of", "vector_of",
 ]  # fmt: skip

@@ -56,7 +56,7 @@ def solve_ivp(
     """
     check_absent(options, ("jac", "jac_sparsity", "vectorized"), "solve_ivp")
     check_layout(layout, "solve_ivp", ("dense", "sparse"))
-    function = TorchFunction(fun, "solve_ivp", device, allow_nan, compiled)
+    function = TorchFunction(fun, "solve_ivp", device, allow_nan, compiled, args)
     checked, where, shape = function.checked, function.where, (int(np.size(y0)),)
     kind = "sparse_coo" if layout == "sparse" else "dense"
 
@@ -71,18 +71,14 @@ def solve_ivp(
     jacobians = function.derived(("jacobian", shape, kind), lambda: jacobian(vector, argnums=1, layout=kind), vector)
 
     def value(t: float, y: np.ndarray, *rest: Any) -> np.ndarray:
-        if not rest:
-            return function.at(values, (np.array(t), y))
-        with function.named():
-            return function.array(values(function.tensor(t), function.tensor(y), *function.extra(rest)))
+        return function.at(values, (np.array(t), y), None, rest)
 
     def derivative(t: float, y: np.ndarray, *rest: Any) -> Any:
         with function.named():
-            if rest:
-                found = jacobians(function.tensor(t), function.tensor(y), *function.extra(rest))
-            else:
-                found = function.run(jacobians, (np.array(t), y))
-            return matrix(function, found, (shape[0], shape[0]), "Jacobian")
+            found = function.run(jacobians, (np.array(t), y), rest)
+            array = matrix(function, found, (shape[0], shape[0]), "Jacobian")
+            function.check_first(vector, (np.array(t), y), rest, array, argnum=1, is_whole=False)
+            return array
 
     solver = {"radau": integrate.Radau, "bdf": integrate.BDF, "lsoda": integrate.LSODA}.get(str(method).lower(), method)
     is_implicit, is_lsoda = (

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from chainrule.scipy.functions import Device, TorchFunction, scalar_of, twice, vector_of
+from chainrule.scipy.functions import Device, TorchFunction, scalar_of, vector_of
+from chainrule.scipy.linearised import twice
 from chainrule.transforms.derivatives import grad, grad_and_value
 from chainrule.transforms.jacobians import hessian, jacobian
 from chainrule.transforms.sparsity import sparsity

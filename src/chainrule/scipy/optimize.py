@@ -10,8 +10,6 @@ from scipy import optimize, sparse
 
 from chainrule.scipy.functions import (
     Device,
-    Linearisation,
-    Linearised,
     TorchFunction,
     check_absent,
     check_layout,
@@ -19,11 +17,15 @@ from chainrule.scipy.functions import (
     scalar_of,
 )
 from chainrule.scipy.lengths import Length
+from chainrule.scipy.linearised import Linearisation, Linearised
 from chainrule.transforms.derivatives import grad_and_value
 from chainrule.transforms.jacobians import hessian
 
 _WITHOUT_GRADIENT = frozenset({"nelder-mead", "powell", "cobyla", "cobyqa"})
 _WITH_PRODUCTS = frozenset({"newton-cg", "trust-ncg", "trust-krylov"})
+#: Products are made of Hessians of at most so many rows.
+_HELD = 128
+
 _WITH_HESSIAN = frozenset({"trust-exact", "dogleg"})
 
 
@@ -37,19 +39,22 @@ class _Objective:
         self._both = function.derived("gradient", lambda: grad_and_value(scalar), scalar)
         kind = "sparse_coo" if layout == "sparse" else "dense"
         self._hessian = function.derived(("hessian", kind), lambda: hessian(scalar, layout=kind), scalar)
+        #: How many products were asked for at the last point, and whether they are made of the Hessian itself.
+        self._asked: tuple[bytes, int] = b"", 0
+        self._is_held = False
 
     def _run(self, x: np.ndarray, args: tuple[Any, ...]) -> tuple[float, np.ndarray]:
         def compute() -> tuple[float, np.ndarray]:
             gradient, value = self._call(self._both, x, args)
-            return float(self.function.array(value)), self.function.array(gradient, what="gradient")
+            slope = self.function.array(gradient, what="gradient")
+            self.function.check_first(self._scalar, (x,), args, slope)
+            return float(self.function.array(value)), slope
 
         found: tuple[float, np.ndarray] = self.function.once("run", (x, *args), compute)
         return found
 
     def _call(self, values: Callable[..., Any], x: np.ndarray, args: tuple[Any, ...]) -> Any:
-        if not args:
-            return self.function.run(values, (x,))
-        return values(self.function.tensor(x), *self.function.extra(args))
+        return self.function.run(values, (x,), args)
 
     def plain(self, x: np.ndarray, *args: Any) -> float:
         with self.function.named():
@@ -68,7 +73,20 @@ class _Objective:
 
         return self.function.once("operator", (x, *args), compute)
 
+    def _holds(self, x: np.ndarray) -> bool:
+        """Whether products are made of the Hessian: it is small, and half as many as it has rows were asked for at a point.
+
+        It takes no more than a product for each of its rows, and far less where it is replayed.
+        """
+        if not self._is_held and x.size <= _HELD and self.layout != "sparse":
+            point, (last, count) = x.tobytes(), self._asked
+            self._is_held = point != last and 2 * count >= x.size
+            self._asked = point, count + 1 if point == last else 1
+        return self._is_held
+
     def product(self, x: np.ndarray, vector: np.ndarray, *args: Any) -> np.ndarray:
+        if self._holds(x):
+            return self._matrix(x, args) @ vector  # type: ignore[no-any-return]
         operator = self._operator(x, args)
         with self.function.named():
             found = operator @ vector
@@ -76,14 +94,14 @@ class _Objective:
             return found
 
     def hessian(self, x: np.ndarray, *args: Any) -> Any:
-        if self.layout == "operator":
-            return self._operator(x, args)
+        return self._operator(x, args) if self.layout == "operator" else self._matrix(x, args).copy()
 
+    def _matrix(self, x: np.ndarray, args: tuple[Any, ...]) -> Any:
         def compute() -> Any:
             found = self._call(self._hessian, x, args)
             return matrix(self.function, found, (x.size, x.size), "Hessian")
 
-        return self.function.once("hessian", (x, *args), compute).copy()
+        return self.function.once("hessian", (x, *args), compute)
 
 
 def minimize(
@@ -106,7 +124,8 @@ def minimize(
     Args:
         fun: a function of a float64 tensor of shape ``(n,)`` (and ``args``) that returns a real tensor of shape ``()``.
         x0: the first point, ``(n,)``.
-        args: further arguments; numpy arrays of floats reach ``fun`` as float64 tensors, others unchanged.
+        args: further arguments; numpy arrays of floats reach ``fun`` as float64 tensors, others unchanged. (In a replay, tensors
+            stand for floats, too, where that makes no difference.)
         method: as in SciPy. Methods without derivatives get none.
         layout: the Hessian's form: ``"dense"``, ``"operator"`` (products), or ``"sparse"`` (CSR; trust-constr alone).
             None takes what the method is made for.
@@ -123,6 +142,7 @@ def minimize(
         TypeError: if ``fun`` does not return a real tensor, or a derivative is given.
         ValueError: if ``fun`` does not return a scalar; if its value or a derivative is NaN; if the method does not take
             the layout.
+        RuntimeError: if the gradient is zero because values left torch on the way (``.item()``) or are detached.
 
     Example:
         >>> import numpy as np
@@ -133,10 +153,10 @@ def minimize(
     """
     check_absent(options, ("jac", "hess", "hessp"), "minimize")
     name = method.lower() if isinstance(method, str) else method
-    function = TorchFunction(fun, "minimize", device, allow_nan, compiled)
-    objective = _Objective(function, layout or "dense")
     if not isinstance(args, tuple):
         args = (args,)
+    function = TorchFunction(fun, "minimize", device, allow_nan, compiled, args)
+    objective = _Objective(function, layout or "dense")
     _begin(options.get("constraints"))
     if isinstance(name, str | None) and name != "trust-constr" and "constraints" in options:
         options["constraints"] = _first_order(options["constraints"])

@@ -106,13 +106,13 @@ def only_computes(function: Any) -> bool:
     outside of the function, draws random numbers, or calls something unknown. Of augmented assignments only sums (and so on)
     that start from a constant are accepted: any other variable may be another name of a tensor from outside.
     """
-    return isinstance(function, types.FunctionType) and _function(function, set())
+    return isinstance(function, types.FunctionType) and _function(function, {})
 
 
-def _function(function: types.FunctionType, seen: set[int]) -> bool:
+def _function(function: types.FunctionType, seen: dict[int, Any]) -> bool:
     if id(function) in seen:
         return True
-    seen.add(id(function))
+    seen[id(function)] = function
     cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
     values = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     names = set(_names(function.__code__, frozenset()))
@@ -122,6 +122,20 @@ def _function(function: types.FunctionType, seen: set[int]) -> bool:
         if value is not missing:  # otherwise it raises a NameError
             values.append(value)
     return "" not in names and all(_value(value, seen) for value in values)
+
+
+def looks_at_types(function: Any) -> bool:
+    """Whether a function of which :func:`only_computes` is true, or one that it calls, may ask for the type of something."""
+    seen: dict[int, Any] = {}
+    _function(function, seen)
+    return any("isinstance" in _words(found.__code__) for found in seen.values())
+
+
+def _words(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _words(constant)
 
 
 def _is_empty(cell: Any) -> bool:
@@ -199,7 +213,7 @@ def _flat(constants: tuple[Any, ...]) -> Iterator[Any]:
             yield constant
 
 
-def _value(value: Any, seen: set[int]) -> bool:
+def _value(value: Any, seen: dict[int, Any]) -> bool:
     """Whether a value that a function reads is a constant, a tensor, or something that only computes."""
     if isinstance(value, str) and value in _WRITING_OPTIONS:
         return False
@@ -228,4 +242,4 @@ def _of_torch(value: Any) -> bool:
     return name in _ATTRIBUTES and any(getattr(space, name, None) is value for space in (torch, *_SPACES))
 
 
-__all__ = ["only_computes"]
+__all__ = ["looks_at_types", "only_computes"]

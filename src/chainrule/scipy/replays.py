@@ -12,7 +12,8 @@ import torch
 
 from chainrule.capture.whole_recorder import CompileError
 from chainrule.dispatch import LightMode
-from chainrule.scipy.plain_code import only_computes
+from chainrule.scipy.extra_arguments import Form, only_scales, same_values
+from chainrule.scipy.plain_code import looks_at_types, only_computes
 from chainrule.scipy.small_arrays import SmallArrays, small_arrays
 from chainrule.transforms.arguments import LEAF
 from chainrule.transforms.compile import Graph, OtherValues, modes
@@ -40,6 +41,15 @@ _WASTED = 3
 #: So many graphs are kept.
 _KEPT = 64
 
+#: So many transforms of one function are kept: the numbers and words among the further arguments tell them apart.
+_ENTRIES = 128
+
+#: Numbers are trusted after so many of them.
+_TRUSTED = 3
+
+#: After so many solves in which tensors in the place of numbers gave something else, the numbers themselves are recorded.
+_DISAGREED = 3
+
 #: Under this name a function keeps its replays, so that they live as long as it does.
 ATTRIBUTE = "_chainrule_replays"
 
@@ -58,6 +68,7 @@ class Replayed:
             calls repeat, where the code of ``user`` visibly does nothing but compute and its values decide no branch.
         others: further functions of the user's that ``function`` calls.
         after: how many calls of one signature are plain, unless it is forced.
+        form: how further arguments are made of the last tensors that it is given; None if there are none.
 
     Attributes:
         plain: what is called.
@@ -74,9 +85,20 @@ class Replayed:
         is_forced: bool,
         others: Sequence[Any] = (),
         after: int = CALLS,
+        form: Form | None = None,
     ) -> None:
-        self.plain, self._user, self._value, self._is_forced = function, user, value, is_forced
+        self.plain = self._tracked = function
+        self._unbound = None if form is None else function
+        self._user, self._value, self._is_forced = user, value, is_forced
         self._others, self._after = others, after
+        self._floats: tuple[int, ...] = ()
+        if form is not None:
+            self.plain, self._tracked, self._floats = form.plain(function), form.tracked(function), form.floats
+            self._value = self.plain if value is function else form.plain(value)
+            self._tracked_value = self._tracked if value is function else form.tracked(value)
+        #: Numbers among the further arguments for which tensors in their place are known to give the same.
+        self._agreed: set[Any] = set()
+        self._is_trusted: bool | None = None
         self._compiled: Any = None
         self._counts: dict[Any, int] = {}
         self._wasted: dict[Any, int] = {}
@@ -211,8 +233,14 @@ class Replayed:
         """Record a call; also again, when what the function closes over was replaced: by something that does more, perhaps."""
         if not self._is_forced and not self._only_computes():
             return self._never(key, args)
+        if self._floats:
+            self._agreed.clear()
+            self._is_trusted = None
+            if not self.agrees(args):
+                self._counts[key] = 0
+                return self.plain(*args)
         if self._compiled is None:
-            self._compiled = compile_function(self.plain)
+            self._compiled = compile_function(self._tracked)
         wasted = 0 if None in key else self._wasted.get(key, 0)
         if wasted >= _WASTED:
             if self._is_forced:
@@ -224,6 +252,8 @@ class Replayed:
         except CompileError:
             if self._is_forced:
                 raise
+            if self._floats:
+                _note_disagreed(self._user, _DISAGREED)
             return self._never(key, args)  # nothing but a result was computed until here
         if self._compiled.cache_info().misses > misses:
             self._wasted[key] = wasted + 1
@@ -238,6 +268,51 @@ class Replayed:
                 del self._graphs[key]
                 self._counts[key] = -1
         return found
+
+    @property
+    def unbound(self) -> Callable[..., Any]:
+        """The same for further arguments as they are, in the place of the tensors that they are made of."""
+        return self if self._unbound is None else self._unbound
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether some calls are replayed."""
+        return bool(self._graphs)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether :meth:`agrees` need not be asked for other numbers.
+
+        That is so after some agreed, if nothing is computed with numbers that could raise errors of Python's or depends on
+        their type.
+        """
+        if self._is_trusted is None and len(self._agreed) >= _TRUSTED:
+            graphs = self._graphs.values()
+            self._is_trusted = not any(map(looks_at_types, (self._user, *self._others))) and all(
+                graph.flat is not None and only_scales(graph.flat.program, [graph.flat.given + n for n in self._floats])
+                for graph in graphs
+            )
+        return self._is_trusted is True
+
+    def agrees(self, args: Sequence[torch.Tensor]) -> bool:
+        """Whether the function gives the same for tensors in the place of the numbers among its further arguments.
+
+        It could look at their type, compute in another precision, or raise errors that torch does not.
+        """
+        numbers = tuple([float(args[n].item()).hex() for n in self._floats])
+        if numbers in self._agreed:
+            return True
+        try:
+            agree = same_values(self._tracked_value(*args), self._value(*args))
+        except Exception:  # noqa: BLE001 - a plain call raises what it has to raise
+            agree = False
+        if not agree:
+            _note_disagreed(self._user, 1)
+            return False
+        if len(self._agreed) >= _KEPT:
+            self._agreed.clear()
+        self._agreed.add(numbers)
+        return True
 
     def _warn(self, args: tuple[Any, ...]) -> None:
         changed = self._compiled._changed(*args) or "something that it reads"
@@ -295,6 +370,8 @@ class _Store:
     def __init__(self, owner: Any) -> None:
         self.owner = owner
         self.entries: dict[Hashable, Replayed] = {}
+        #: How often tensors in the place of numbers gave something else.
+        self.disagreed = 0
 
     def __reduce__(self) -> Any:
         """Copies of the function start anew."""
@@ -310,6 +387,7 @@ def replayed(
     is_forced: bool,
     others: Sequence[Any] = (),
     after: int = CALLS,
+    form: Form | None = None,
 ) -> Replayed:
     """A transform of a user's function; where that is a Python function, the one that an earlier solve made under ``key``.
 
@@ -321,17 +399,38 @@ def replayed(
         is_forced: as for :class:`Replayed`.
         others: as for :class:`Replayed`; they are part of the key.
         after: as for :class:`Replayed`.
+        form: as for :class:`Replayed`; it is a part of the key.
     """
     if not (isinstance(user, types.FunctionType) and (not others or all(isinstance(f, types.FunctionType) for f in others))):
-        return Replayed(make(), user, value, is_forced=is_forced, others=others, after=after)
-    store = user.__dict__.get(ATTRIBUTE)
-    if store is None or store.owner is not user:  # `functools.wraps` copies attributes
+        return Replayed(make(), user, value, is_forced=is_forced, others=others, after=after, form=form)
+    store = _store_of(user)
+    if store is None:  # `functools.wraps` copies attributes
         store = user.__dict__[ATTRIBUTE] = _Store(user)
-    whole = (key, is_forced, *others)
+    whole = (key, is_forced, *others) if form is None else (key, is_forced, form, *others)
     found: Replayed | None = store.entries.get(whole)
     if found is None:
-        found = store.entries[whole] = Replayed(make(), user, value, is_forced=is_forced, others=others, after=after)
+        if len(store.entries) >= _ENTRIES:
+            del store.entries[next(iter(store.entries))]
+        found = Replayed(make(), user, value, is_forced=is_forced, others=others, after=after, form=form)
+        store.entries[whole] = found
     return found
 
 
-__all__ = ["ATTRIBUTE", "CALLS", "VALUES", "Replayed", "replayed"]
+def _store_of(user: Any) -> _Store | None:
+    store = user.__dict__.get(ATTRIBUTE) if isinstance(user, types.FunctionType) else None
+    return store if store is not None and store.owner is user else None
+
+
+def _note_disagreed(user: Any, times: int) -> None:
+    store = _store_of(user)
+    if store is not None:
+        store.disagreed += times
+
+
+def has_disagreed(user: Any) -> bool:
+    """Whether a function is known to need the numbers among its further arguments themselves, in the place of tensors."""
+    store = _store_of(user)
+    return store is not None and store.disagreed >= _DISAGREED
+
+
+__all__ = ["ATTRIBUTE", "CALLS", "VALUES", "Replayed", "has_disagreed", "replayed"]

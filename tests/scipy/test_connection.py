@@ -1,0 +1,127 @@
+"""Zero derivatives of values that left torch are errors; other zeros are not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from chainrule import scipy as solvers  # noqa: E402
+
+START = np.array([0.5, 1.5])
+
+
+def without_grad(x):
+    with torch.no_grad():
+        return (x**2).sum()
+
+
+def filled(x):
+    out = torch.zeros(2, dtype=torch.float64)
+    for n in range(2):
+        out[n] = x[n].item() ** 2
+    return out.sum()
+
+
+def helper(x):
+    return float((x**2).sum())
+
+
+class Model:
+    def loss(self, x):
+        return x.new_tensor((x**2).sum().item())
+
+    def __call__(self, x):
+        return self.loss(x)
+
+
+LEAVING = {
+    "item": lambda x: torch.tensor(sum(v.item() ** 2 for v in x)),
+    "float": lambda x: torch.tensor(float((x**2).sum()), dtype=torch.float64),
+    "helper": lambda x: torch.tensor(helper(x), dtype=torch.float64),
+    "numpy": lambda x: torch.from_numpy(np.exp(x.detach().numpy())).sum(),
+    "detach": lambda x: (x.detach() ** 2).sum(),
+    "data": lambda x: (x.data**2).sum(),
+    "tolist": lambda x: torch.tensor(x.tolist()).double().sum(),
+    "tensor": lambda x: (torch.tensor([x[0], x[1]], dtype=torch.float64) ** 2).sum(),
+    "math": lambda x: torch.tensor(math.exp(x[0]) + math.exp(x[1])),
+    "full": lambda x: torch.full((2,), x[0].item()).sum(),
+    "no_grad": without_grad,
+    "filled": filled,
+    "method": Model().loss,
+    "object": Model(),
+}
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_objectives_that_leave_torch(name):
+    for method in ("BFGS", "trust-exact", "SLSQP"):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=r"minimize.*its derivative.* is zero, but the values change"):
+                solvers.minimize(LEAVING[name], START, method=method)
+
+
+OTHERS = {
+    "constant": lambda x: torch.tensor(3.0, dtype=torch.float64),
+    "penalty": lambda x: torch.tensor(1e10, dtype=torch.float64) if x[0].item() < 1 else (x**2).sum(),
+    "round": lambda x: x.round().sum(),
+    "round at a jump": lambda x: (x + 0.5).round().sum() + (x - 0.5).round().sum(),
+    "whole": lambda x: x.long().double().sum(),
+    "compared": lambda x: (x > 0.5).double().sum() + (x == 0.5).double().sum(),
+    "argmax": lambda x: x.argmax().double(),
+    "relu": lambda x: torch.relu(x - 1.5).sum(),
+    "stationary": lambda x: ((x - torch.tensor([0.5, 1.5])) ** 2).sum(),
+    "stationary, of high order": lambda x: ((x - torch.tensor([0.5, 1.5])) ** 3).sum(),
+    "random": lambda x: torch.rand((), dtype=torch.float64),
+    "detached weights": lambda x: (x.detach() * (x - 1) ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_zeros(name):
+    for _ in range(3):
+        solvers.minimize(OTHERS[name], START, options={"maxiter": 3})
+
+
+def test_parts_that_leave_torch():
+    with pytest.raises(RuntimeError, match="derivative by number 1 of what it is given"):
+        solvers.minimize(lambda x: x[0] ** 2 + torch.tensor(x[1].item()) ** 2, START)
+    with pytest.raises(RuntimeError, match="least_squares.*derivative of its value 1"):
+        solvers.least_squares(lambda x: torch.stack([x.sum(), torch.tensor(float(x[1] ** 2)), x[0]]), START)
+    with pytest.raises(RuntimeError, match="least_squares.*derivative of its value 1"):
+        solvers.least_squares(lambda x: torch.stack([x.sum(), torch.tensor(float(x[1] ** 2)), x[0]]), START, layout="sparse")
+    with pytest.raises(RuntimeError, match="root.*derivative of its value 0"):
+        solvers.root(lambda x, k: torch.stack([torch.tensor(x[1].item() - k), x[0] - x[1]]).double(), START, args=(2.0,))
+    with pytest.raises(RuntimeError, match="curve_fit.*derivative by number 1"):
+        solvers.curve_fit(lambda t, a, b: a * torch.exp(-b.item() * t), np.linspace(0, 1, 9), np.linspace(0, 1, 9) ** 2)
+    with pytest.raises(RuntimeError, match="solve_ivp.*derivative of its value 1"):
+        solvers.solve_ivp(lambda t, y: torch.stack([-y[0], torch.tensor(-3.0 * y[1].item())]).double(), (0, 1), START, method="BDF")
+    limit = solvers.nonlinear_constraint(lambda x: torch.tensor(x.square().sum().item(), dtype=torch.float64), 0, 1)
+    with pytest.raises(RuntimeError, match="nonlinear_constraint.*its derivative is zero"):
+        solvers.minimize(lambda x: (x**2).sum(), START, method="SLSQP", constraints=limit)
+
+
+def test_parts_that_are_not_read():
+    assert np.allclose(solvers.minimize(lambda x: (x[0] - float(torch.ones(()))) ** 2, START).x, [1.0, 1.5], atol=1e-6)
+    times = np.linspace(0, 1, 5)
+    solvers.solve_ivp(lambda t, y: torch.stack([t.cos(), t * float(torch.ones(()))]), (0, 1), START, method="BDF", t_eval=times)
+    found = solvers.least_squares(lambda x: torch.stack([x[0] - 1, torch.tensor(2.0, dtype=torch.float64)]), START)
+    assert np.allclose(found.x, [1.0, 1.5], atol=1e-3)
+
+
+def test_zeros_are_looked_at_without_further_calls_where_nothing_leaves():
+    calls = []
+
+    def right(t, y):
+        calls.append(1)
+        return torch.stack([t.cos(), t.sin()])
+
+    solvers.solve_ivp(right, (0, 1), START, method="BDF")
+    before = len(calls)
+    calls.clear()
+    solvers.solve_ivp(right, (0, 1), START, method="BDF", compiled=False)
+    assert len(calls) == before
