@@ -56,7 +56,7 @@ read_taped(Handler *self, PyObject *item, PyObject *signature, PyObject *values,
     if (value != item && is_true_of(GET(item, requires_grad)))
         return PyErr_Occurred() ? -1 : 0;
     *joined |= graph;
-    int taken = signature_number(value, batch, &number, value == item && (self->below == NULL || self->below == Py_None));
+    int taken = signature_number(value, batch, &number, value == item || reads_conjugates());
     if (taken <= 0)
         return taken;
     facts |= (active ? IS_ACTIVE : 0) | (graph ? HAS_GRAPH : 0);

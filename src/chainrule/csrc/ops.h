@@ -89,7 +89,7 @@ lowered_argument(Handler *self, PyObject *item, Found *seen, PyObject **found)
     /* The sign of a zero is marked in the signature. */
     if (PyFloat_CheckExact(item) && PyFloat_AS_DOUBLE(item) == 0.0 && signbit(PyFloat_AS_DOUBLE(item)))
         return 0;
-    int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+    int plain = PyComplex_CheckExact(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
     if (plain > 0)
         *found = Py_NewRef(item);
     return plain;
@@ -146,7 +146,7 @@ view_on_level(Handler *level, PyObject *facts, PyObject *args)
     if (!is_constant_class(value))
         return Py_NewRef(Py_NotImplemented);
     int joined = 0;
-    PyObject *ndim = GET(value, ndim), *dtype = ndim == NULL ? NULL : plain_dtype(value, &joined);
+    PyObject *ndim = GET(value, ndim), *dtype = ndim == NULL ? NULL : numeric_dtype(value, &joined);
     long rank = dtype == NULL ? -1 : PyLong_AsLong(ndim) - 1 + (op == c_unsqueeze), dim = PyLong_AsLong(PyTuple_GET_ITEM(args, 1));
     Py_XDECREF(ndim);
     if (PyErr_Occurred()) {
@@ -210,8 +210,9 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             PyTuple_SET_ITEM(lowered, place, found);
     }
     /* Torch conjugates lazily only where autograd sees the call. */
-    int shown = seen.complex && alone && self->sees_views && state.exclude != NULL && SLOT(facts, with_complex) == Py_True;
-    if (seen.complex && !shown) {
+    int takes_complex = seen.complex && self->sees_views && state.exclude != NULL && SLOT(facts, with_complex) == Py_True;
+    int shown = takes_complex && alone;
+    if (seen.complex && !shown && !(takes_complex && !seen.joined && vmap_below(self) != NULL && reads_conjugates())) {
         out = Py_NewRef(Py_NotImplemented);
         goto done;
     }
@@ -413,7 +414,7 @@ is_plain_on_level(PyObject *item)
     if ((PyObject *)Py_TYPE(item) != c_tensor)
         return holds_numbers(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
     int graph = 0;
-    PyObject *dtype = plain_dtype(item, &graph);
+    PyObject *dtype = numeric_dtype(item, &graph);
     int plain = dtype == NULL ? -1 : dtype != Py_None && !graph;
     Py_XDECREF(dtype);
     return plain;
@@ -441,7 +442,7 @@ detached_on_level(Handler *level, PyObject *facts, PyObject *tensor)
     if (value == NULL || !is_constant_class(value) || PyDict_GET_SIZE(c_copies))
         return Py_NewRef(Py_NotImplemented);
     int graph = 0;
-    PyObject *dtype = plain_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
+    PyObject *dtype = numeric_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
     if (given != NULL && (dtype == Py_None || graph))
         out = Py_NewRef(Py_NotImplemented);
     else if (given != NULL) {

@@ -10,7 +10,7 @@ batch_of(Handler *self, PyObject *tensor)
     return inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched && SLOT(inner, value) != NULL ? inner : NULL;
 }
 
-/* The dtype of a stored tensor, if it is real: 1 with a new reference; 0 if it is not; -1 with an error set. `joined` is set if
+/* The dtype of a stored tensor, if it is real, or complex and not lazy: 1 with a new reference; 0 if it is not; -1 with an error set. `joined` is set if
  * it has a graph. */
 static int
 stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
@@ -20,7 +20,7 @@ stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
         *dtype = Py_NewRef(known);
         return 1;
     }
-    *dtype = plain_dtype(SLOT(batch, value), joined);
+    *dtype = numeric_dtype(SLOT(batch, value), joined);
     if (*dtype == NULL)
         return -1;
     if (*dtype != Py_None)
@@ -188,11 +188,16 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
               PyObject **stored, int *keeps, int *joined)
 {
     PyObject *value = SLOT(first, value);
-    int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True;
-    if (is_number(item)) {
+    int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True, writes = PyTuple_GET_ITEM(function, WRITES) == Py_True;
+    if (is_any_number(item)) {
         if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
             return 0;
-        int constant = PyTuple_GET_ITEM(function, NUMBERS) == Py_True && mode_below(self) == NULL;
+        int complex = PyComplex_CheckExact(item) ? 1 : PySet_Contains(c_complex, dtype);
+        if (complex < 0)
+            return -1;
+        if (complex)
+            *keeps = 0;
+        int constant = !complex && PyTuple_GET_ITEM(function, NUMBERS) == Py_True && mode_below(self) == NULL;
         *stored = constant ? constant_for(item, dtype) : Py_NewRef(item);
         return *stored == NULL ? -1 : 1;
     }
@@ -205,7 +210,9 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         Py_INCREF(batch);
         known = stored_dtype(batch, &other, joined);
         *stored = Py_NewRef(SLOT(batch, value));
-        fits = known <= 0 ? known : other == dtype;
+        fits = known <= 0 ? known : other == dtype || !writes;
+        if (other != dtype)
+            *keeps = 0;
         if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
             fits = ranks_compare(value, *stored, Py_EQ);
             *keeps = 0;
@@ -218,8 +225,11 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
             return 0;
         *keeps = 0;
         *stored = Py_NewRef(item);
-        other = plain_dtype(item, joined);
-        fits = other == NULL ? -1 : other == dtype;
+        other = numeric_dtype(item, joined);
+        fits = other == NULL ? -1 : other == dtype || (pointwise && !writes && other != Py_None);
+        /* Torch promotes tensors without dimensions otherwise, which the stored ones of samples without dimensions have. */
+        if (fits > 0 && other != dtype && (fits = rank_is(value, 1)) >= 0)
+            fits = !fits;
         /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
         if (fits > 0)
             fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : is_plain_matrix(item);

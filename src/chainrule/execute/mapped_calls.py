@@ -25,6 +25,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
 from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
+from chainrule.capture.slots import has_negative_zero
 from chainrule.dispatch import undispatched, without_handlers
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
@@ -276,9 +277,9 @@ class MappedCalls:
             return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
-            if not (joined or entry.aliases):
+            if not (joined or entry.aliases or any([value.is_complex() for value in values])):
                 return _replayed(replay, mode, values)
-            with mode.outside():  # autograd has to see views, and what has a graph
+            with mode.outside():  # autograd has to see views and what has a graph; lazy conjugation is off where handlers run
                 return _replayed(replay, mode, values)
         if not replay:
             return NotImplemented
@@ -359,6 +360,10 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
         elif kind is float:
             # No number, which might be that of a tensor; two zeros are one to a dictionary.
             signature.append(float if math.copysign(1.0, item) > 0 else "-")
+            signature.append(item)
+            continue
+        elif kind is complex:
+            signature.append("-j" if has_negative_zero(item) else complex)
             signature.append(item)
             continue
         elif kind is slice:
