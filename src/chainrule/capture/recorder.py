@@ -106,6 +106,8 @@ class Recorder(LightMode):
         out = func(*args, **kwargs)
         if func in _QUERIES:
             return out
+        if func is aten.as_strided.default and not kwargs and (windows := _windows(*args)) is not None:
+            func, args = aten.unfold.default, (args[0], *windows)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
         # Without a result: a write, or a check that raises.
@@ -285,6 +287,24 @@ class Recorder(LightMode):
             else:
                 found.append(item)
         return tuple(found)
+
+
+def _windows(
+    base: torch.Tensor, size: Sequence[int], strides: Sequence[int], offset: int | None = None
+) -> tuple[int, int, int] | None:
+    """The windows along a dimension that a view by strides is, as ``stft`` makes it: dimension, size and step; else None."""
+    own, shape = base.stride(), base.shape
+    if len(size) != len(shape) + 1 or offset not in (None, base.storage_offset()):
+        return None
+    for dim, (stride, length) in enumerate(zip(own, shape, strict=True)):
+        if stride > 0 and strides[-1] == stride and strides[dim] >= stride and strides[dim] % stride == 0 and size[-1] <= length:
+            step = strides[dim] // stride
+            count = (length - size[-1]) // step + 1
+            if [*size[:-1]] == [*shape[:dim], count, *shape[dim + 1 :]] and [*strides[:-1]] == [
+                *own[:dim], strides[dim], *own[dim + 1 :]
+            ]:
+                return dim, size[-1], step
+    return None
 
 
 def _is_gather(func: Any, args: tuple[Any, ...]) -> bool:

@@ -90,20 +90,6 @@ batch_to_write(Handler *self, PyObject *tensor, PyObject *value)
     return done < 0 ? NULL : batch_of(self, tensor);
 }
 
-/* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
-static int
-may_be_copy(PyObject *tensor)
-{
-    if (PyDict_GET_SIZE(c_copies) == 0)
-        return 0;
-    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
-    PyObject *place = storage == NULL ? NULL : PyObject_GetAttr(storage, s__cdata);
-    int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
-    Py_XDECREF(storage);
-    Py_XDECREF(place);
-    return known;
-}
-
 /* An index of a sample as one of the stored tensor; a new reference. */
 static PyObject *
 stored_index(PyObject *chosen)
@@ -277,9 +263,12 @@ static PyObject *
 view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
 {
     PyObject *batch = count == 2 ? batch_of(self, args[0]) : NULL, *out = NULL;
-    if (batch == NULL || self->guarded || self->graphs || state.exclude == NULL || PyDict_GET_SIZE(c_copies) || !chooses_view(args[1]) ||
+    if (batch == NULL || self->guarded || self->graphs || state.exclude == NULL || !chooses_view(args[1]) ||
         !is_constant_class(SLOT(batch, value)))
         return Py_NewRef(Py_NotImplemented);
+    int copy = may_be_copy(SLOT(batch, value));
+    if (copy)
+        return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int joined = 0;
     PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = numeric_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
     long rank = ndim == NULL ? -2 : joined || dtype == Py_None ? -1 : chosen_rank(args[1], PyLong_AsLong(ndim) - 1);

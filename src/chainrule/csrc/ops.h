@@ -139,13 +139,13 @@ view_on_level(Handler *level, PyObject *facts, PyObject *args)
     PyObject *op = SLOT(facts, op), *tensor = PyTuple_GET_ITEM(args, 0), *out = NULL;
     Py_ssize_t count = PyTuple_GET_SIZE(args);
     PyObject *batch = batch_of(level, tensor);
-    if (batch == NULL || level->guarded || level->graphs || count < 2 || PyDict_GET_SIZE(c_copies) ||
+    if (batch == NULL || level->guarded || level->graphs || count < 2 ||
         (op != c_select && op != c_slice && op != c_unsqueeze) || !PyLong_CheckExact(PyTuple_GET_ITEM(args, 1)))
         return Py_NewRef(Py_NotImplemented);
     PyObject *value = SLOT(batch, value);
-    if (!is_constant_class(value))
-        return Py_NewRef(Py_NotImplemented);
-    int joined = 0;
+    int joined = 0, copy = is_constant_class(value) ? may_be_copy(value) : 1;
+    if (copy)
+        return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *ndim = GET(value, ndim), *dtype = ndim == NULL ? NULL : numeric_dtype(value, &joined);
     long rank = dtype == NULL ? -1 : PyLong_AsLong(ndim) - 1 + (op == c_unsqueeze), dim = PyLong_AsLong(PyTuple_GET_ITEM(args, 1));
     Py_XDECREF(ndim);
@@ -439,8 +439,9 @@ static PyObject *
 detached_on_level(Handler *level, PyObject *facts, PyObject *tensor)
 {
     PyObject *batch = batch_of(level, tensor), *value = batch == NULL ? NULL : SLOT(batch, value), *out = NULL;
-    if (value == NULL || !is_constant_class(value) || PyDict_GET_SIZE(c_copies))
-        return Py_NewRef(Py_NotImplemented);
+    int copy = value == NULL || !is_constant_class(value) ? 1 : may_be_copy(value);
+    if (copy)
+        return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int graph = 0;
     PyObject *dtype = numeric_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
     if (given != NULL && (dtype == Py_None || graph))

@@ -29,6 +29,20 @@ stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
     return 0;
 }
 
+/* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
+static int
+may_be_copy(PyObject *tensor)
+{
+    if (PyDict_GET_SIZE(c_copies) == 0)
+        return 0;
+    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
+    PyObject *place = storage == NULL ? NULL : PyObject_GetAttr(storage, s__cdata);
+    int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
+    Py_XDECREF(storage);
+    Py_XDECREF(place);
+    return known;
+}
+
 /* Whether the ranks of two tensors compare so (Py_EQ, Py_LT): 1, 0, or -1 with an error set. */
 static int
 ranks_compare(PyObject *one, PyObject *other, int how)
@@ -298,8 +312,8 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     }
     for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
         fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
-    if (writes && (joined || PyDict_GET_SIZE(c_copies)))
-        fits = fits < 0 ? -1 : 0; /* autograd has to see it, or it may be lost in a copy that stands for a view */
+    if (writes && fits > 0 && (fits = joined ? 0 : may_be_copy(stored[0])) >= 0)
+        fits = !joined && !fits; /* autograd has to see it, or it may be lost in a copy that stands for a view */
     if (fits > 0 && joined && below == NULL) { /* the mode below shows it to autograd */
         fits = may_join();
         if (fits == 0 && !self->makes_graphs && !below_autograd) { /* no graphs are made where this level runs */
