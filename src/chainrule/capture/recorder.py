@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import LightMode, undispatched
 from chainrule.functions import Function
 from chainrule.maps.staging import Program, Staged
 
@@ -33,6 +33,9 @@ _KEPT_OPS: dict[int, tuple[Any, bool]] = {}
 _COMPOSITE_OPS: dict[int, tuple[Any, bool]] = {}
 
 _any_autocast = torch._C._is_any_autocast_enabled
+
+#: The least number of products for a matrix in a stack for which torch asks the library of the processor.
+_BY_KERNEL = 400
 
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
@@ -130,6 +133,8 @@ class Recorder(LightMode):
         if keep:
             self._on_unrepeatable(func)
         keep = keep or (out is None and not written)
+        if func is aten.bmm.default and args[0].shape[1] * args[0].shape[2] * args[1].shape[2] >= _BY_KERNEL:
+            lowered = tuple([self._as_matrices(one, item) for one, item in zip(args, lowered, strict=True)])
         two = func is aten.mul.Tensor and isinstance(args[0], torch.Tensor) and isinstance(args[1], torch.Tensor)
         if two and args[0].numel() < args[1].numel():
             lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
@@ -141,6 +146,20 @@ class Recorder(LightMode):
         else:
             slots = tuple([staged.slot for t in written if (staged := self.known.get(id(t))) is not None])
             self._append(func, lowered, named, out, slots, keep=keep)
+
+    def _as_matrices(self, tensor: torch.Tensor, staged: Staged) -> Staged:
+        """A stack of matrices, copied where torch would multiply them one by one: both their strides are other than 1."""
+        _, rows, columns = tensor.shape
+        _, down, along = tensor.stride()
+        own = tensor.__class__ is torch.Tensor and tensor.is_cpu and len(tensor) > 1
+        if not own or (along == 1 and (rows == 1 or down >= columns)) or (down == 1 and (columns == 1 or along >= rows)):
+            return staged
+        made: dict[int, Staged] = {}
+        with undispatched():
+            copy = tensor.clone(memory_format=torch.contiguous_format)
+        self.program.append(torch.clone, (staged,), {"memory_format": torch.contiguous_format}, copy, made)
+        self._alive.append(copy)
+        return made[id(copy)]
 
     def _on_read(self, func: Any, read: list[Staged]) -> None:
         """A value of the program was read into Python."""
