@@ -523,8 +523,9 @@ run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
         return Py_NewRef(Py_NotImplemented);
     if (SLOT(facts, rewrites) == Py_True)
         return run_write(self, facts, args, call, call_args, call_kwargs);
-    if (self->below != NULL && self->below != Py_None)
-        return SLOT(facts, inactive) == Py_True ? run_inactive_below(self, facts, args) : Py_NewRef(Py_NotImplemented);
+    int alone = self->below == NULL || self->below == Py_None;
+    if (!alone && SLOT(facts, inactive) == Py_True)
+        return run_inactive_below(self, facts, args);
     if (SLOT(facts, inactive) == Py_True)
         return run_inactive(self, facts, args, call, call_args, call_kwargs);
     int whole = SLOT(facts, whole) == Py_None || SLOT(facts, is_view) == Py_True ? 0 : is_whole(self, facts, args);
