@@ -145,6 +145,7 @@ configure(
     included_keys=torch._C._dispatch_tls_local_include_set,
     excluded_keys=torch._C._dispatch_tls_local_exclude_set, autocast_keys=AUTOCAST_KEYS, forward_mode=vars(forward_ad),
     set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default, converting=CONVERTING, make_tensor=torch.tensor,
+    products={aten.matmul.default: {(2, 2): aten.mm.default, (2, 1): aten.mv.default}},
 )  # fmt: skip
 
 

@@ -449,16 +449,47 @@ static PyObject *
 run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
            PyObject *call_kwargs); /* in ops.h */
 
-/* A function of complex tensors as its op, on a tape that stands alone; NotImplemented, with nothing done, for others. */
+static PyObject *
+facts_of(Handler *self, PyObject *op); /* in ops.h */
+
+static PyObject *
+vmap_below(Handler *self); /* in composites.h */
+
+/* What is known of the op that torch makes of a product of matrices and vectors, by their ranks (borrowed); NULL, maybe with an error
+ * set, for others. */
+static PyObject *
+facts_of_product(Handler *self, PyObject *facts, PyObject *args, Py_ssize_t count)
+{
+    PyObject *ranks = PyDict_GetItemWithError(c_products, SLOT(facts, op)), *op = NULL;
+    if (ranks == NULL || count != 2 || !is_argument(PyTuple_GET_ITEM(args, 1)))
+        return NULL;
+    PyObject *first = GET(PyTuple_GET_ITEM(args, 0), ndim), *second = first == NULL ? NULL : GET(PyTuple_GET_ITEM(args, 1), ndim);
+    PyObject *key = second == NULL ? NULL : PyTuple_Pack(2, first, second);
+    if (key != NULL)
+        op = PyDict_GetItemWithError(ranks, key);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    Py_XDECREF(key);
+    return op == NULL ? NULL : facts_of(self, op);
+}
+
+/* A function of complex tensors as its op, on a tape that stands alone, or a product on a level; NotImplemented, with nothing done, for
+ * others. */
 static PyObject *
 run_complex(Handler *self, PyObject *facts, PyObject *function, PyObject *args, Py_ssize_t count)
 {
-    if ((self->below != NULL && self->below != Py_None) || SLOT(facts, with_complex) != Py_True)
+    int alone = self->below == NULL || self->below == Py_None, product = 0;
+    if (SLOT(facts, with_complex) != Py_True) {
+        if ((facts = facts_of_product(self, facts, args, count)) == NULL)
+            return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+        product = 1;
+    }
+    if (!alone && !(product && vmap_below(self) != NULL && reads_conjugates()))
         return Py_NewRef(Py_NotImplemented);
     PyObject *out = NULL, *given = PyTuple_GetSlice(args, 0, count), *off = given == NULL ? NULL : exclude_python(1);
     if (off != NULL) {
         Py_DECREF(off);
-        out = run_common(self, facts, given, empty, PyTuple_GET_ITEM(function, CALL), given, NULL);
+        out = run_common(self, facts, given, empty, product ? SLOT(facts, fast) : PyTuple_GET_ITEM(function, CALL), given, NULL);
         if (include_python() < 0)
             Py_CLEAR(out);
     }
@@ -472,9 +503,6 @@ run_beneath(Handler *below, PyObject *function, PyObject *args, PyObject *const 
 {
     return below->kind == TAPE ? run_on_tape(below, function, args) : run_under_vmap(below, function, stored, count, 1);
 }
-
-static PyObject *
-vmap_below(Handler *self); /* in composites.h */
 
 static PyObject *
 run_known_call(Handler *level, PyObject *op, PyObject *args, Py_ssize_t count); /* in calls.h */
