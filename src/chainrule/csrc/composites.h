@@ -450,7 +450,8 @@ may_be_composite(PyObject *function)
 {
     if (PyFunction_Check(function))
         return 1;
-    return PyCFunction_Check(function) || Py_TYPE(function) == &PyMethodDescr_Type ? is_true_of(PyObject_GetItem(c_composed, function)) : 0;
+    int built = PyCFunction_Check(function) || Py_TYPE(function) == &PyMethodDescr_Type || Py_TYPE(function) == &_PyMethodWrapper_Type;
+    return built ? is_true_of(PyObject_GetItem(c_composed, function)) : 0;
 }
 
 /* A function that torch composes of ops, on the innermost mode, or the facts of an op that is recorded in parts (with torch's handlers
