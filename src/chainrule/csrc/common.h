@@ -77,7 +77,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
     X(alias) X(links) X(roots) X(families) X(_read_slots) X(_scanned) X(has_writes) X(kept) X(reads_values) X(_note_view)      \
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
-    X(_listen) X(_run_step) X(detach) X(is_neg) X(is_conj) X(used) X(quick) X(plain) X(batched) X(extra) \
+    X(_listen) X(_run_step) X(detach) X(is_neg) X(is_conj) X(to_real) X(used) X(quick) X(plain) X(batched) X(extra) \
     X(_current_level) X(reverse) X(_note_blocked) \
     X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
