@@ -110,8 +110,8 @@ class OpFacts:
             ``PARTS`` where it is not.
         common: whether nothing but "run it and record it" has to happen.
         plain: whether that is so for tensors that are real and have no graph.
-        with_complex: whether that is so for complex tensors: torch's autograd sees such calls, and compositions come in parts, but
-            for contractions that are recorded whole.
+        with_complex: whether that is so for complex tensors: torch's autograd sees such calls, and compositions come in parts,
+            but for contractions that are recorded whole.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
         rewrites: whether the op does nothing but give new values to its first argument, which keeps its shape.

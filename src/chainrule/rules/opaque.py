@@ -373,7 +373,8 @@ def _has_complex(call: Call) -> bool:
 
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
-    known_edges = MOVES.get(call.op) or PARTS.get(call.op) or CONTRACTIONS.get(call.op) or FUNCTIONS.get(call.op) or COMPLEX.get(call.op)
+    tables = (MOVES, PARTS, CONTRACTIONS, FUNCTIONS, COMPLEX)
+    known_edges = next((table[call.op] for table in tables if call.op in table), None)
     if known_edges is not None and _has_complex(call) and (edges := known_edges(call)) is not None:
         yield from edges
         return
