@@ -28,6 +28,7 @@ from chainrule.functions import (
     CONVERTING,
     FACTS,
     FRESH,
+    MAKERS,
     MAKING_GRAPHS,
     NEUTRAL,
     REQUIRES_GRAD,
@@ -132,7 +133,7 @@ configure(
     parameter=torch.nn.Parameter, mv=torch.mv, addmv=torch.addmv,
     real=REAL, floating=FLOATING, complex=COMPLEX, constants=CONSTANTS, shared_constant=shared_constant,
     strided=torch.strided, autocast=torch._C._is_any_autocast_enabled, grad_enabled=torch.is_grad_enabled,
-    comparisons=COMPARISONS, shaped=SHAPED,
+    comparisons=COMPARISONS, makers=MAKERS, shaped=SHAPED,
     by_schema=BySchema, named=NAMED, required=Required, getitem=torch.Tensor.__getitem__,
     select=aten.select.int, slice=aten.slice.Tensor, unsqueeze=aten.unsqueeze.default,
     index=aten.index.Tensor, long=torch.int64, bool=torch.bool, push=_push, pop=_pop, at=_at, push_function=_push_function,
@@ -144,6 +145,7 @@ configure(
     included_keys=torch._C._dispatch_tls_local_include_set,
     excluded_keys=torch._C._dispatch_tls_local_exclude_set, autocast_keys=AUTOCAST_KEYS, forward_mode=vars(forward_ad),
     set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default, converting=CONVERTING, make_tensor=torch.tensor,
+    products={aten.matmul.default: {(2, 2): aten.mm.default, (2, 1): aten.mv.default}},
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ _PYTHON = torch._C.DispatchKey.Python
 _SNAPSHOT = torch._C.DispatchKey.PythonTLSSnapshot
 _FUNCTORCH = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
+_CONJUGATE = torch._C.DispatchKey.Conjugate
 
 #: What :data:`chainrule.capture.tape.BelowAutograd` leaves out.
 _AUTOGRAD = tuple(
@@ -64,11 +65,11 @@ def find_state() -> bool:
     addresses = _addresses() if COMPILED else None
     if addresses is None:
         return False
-    keys: tuple[Any, ...] = (_PYTHON, _SNAPSHOT, _FUNCTORCH, _VIEWS)
+    keys: tuple[Any, ...] = (_PYTHON, _SNAPSHOT, _FUNCTORCH, _VIEWS, _CONJUGATE)
     use_state(*addresses, *[int(key) for key in keys], _AUTOCAST[0], _AUTOCAST[-1], _AUTOGRAD_NUMBERS)
     if _agrees():
         return True
-    use_state(*[0] * (len(_FUNCTIONS) + 6), _AUTOGRAD_NUMBERS)
+    use_state(*[0] * (len(_FUNCTIONS) + 7), _AUTOGRAD_NUMBERS)
     return False
 
 

@@ -38,6 +38,9 @@ _BUILTIN = frozenset(
     (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
 )
 
+#: Kinds of functions that stand in no other's place.
+_NEVER_REPLACED = _BUILTIN | {torch._ops.OpOverload}
+
 _Place = tuple[dict[str, Any], str, Any]
 
 
@@ -124,7 +127,7 @@ def original_of(function: Any) -> Any:
 
     The door of a function of torch in Python tells modes its name's content, which is the replacement if that is what called it.
     """
-    if function.__class__ in _BUILTIN or function.__class__ is types.FunctionType and _is_torch(function):
+    if function.__class__ in _NEVER_REPLACED or function.__class__ is types.FunctionType and _is_torch(function):
         return None
     for _, now, then in _SPACES.values():
         for name, content in now.items():

@@ -171,10 +171,9 @@ def _comparisons() -> frozenset[Any]:
 #: Functions without derivatives.
 COMPARISONS = _comparisons()
 
-_FACTORIES = (
-    torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros, torch.empty, torch.rand,
-    torch.randn, torch.randint, torch.randperm,
-)  # fmt: skip
+#: Functions that make tensors of numbers, the same in every call.
+MAKERS = frozenset({torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros})
+_FACTORIES = (*MAKERS, torch.tensor, torch.rand, torch.randn, torch.randint, torch.randperm)
 
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")

@@ -255,3 +255,35 @@ def test_a_write_through_views_is_a_graph_of_torch() -> None:
     number = torch.tensor(7.0)
     part, flat = graph(given, *[number] * (len([n for n in graph.graph.nodes if n.op == "placeholder"]) - 1))
     assert torch.equal(flat, torch.tensor([7.0, 3.0, 6.0, 9.0])) and torch.equal(part, given[1:])
+
+
+@pytest.mark.parametrize(("size", "strides", "offset", "pure"), [
+    ((2, 3, 4), (8, 2, 1), None, True), ((2, 8, 1), (8, 1, 1), 0, True), ((1, 8, 2), (8, 1, 8), None, True), ((2, 3, 3), (8, 2, 1), 1, False),
+    ((2, 2, 4), (8, 2, 1), None, False), ((3, 4), (2, 1), None, False), ((8, 2), (1, 8), None, False),
+])  # fmt: skip
+def test_views_by_strides_that_are_windows(size, strides, offset, pure):
+    """They are recorded as windows, which any strides have; other views by strides are not replayed."""
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).as_strided(size, strides, offset).sin()
+
+    x, y = torch.randn(2, 8), torch.randn(2, 8)
+    recorder, result = record(function, x, y)
+    assert recorder.pure is pure
+    torch.testing.assert_close(result, function(x, y))
+    if pure:
+        run = compile_program(recorder.program, [recorder.staged(result)])
+        x, y = torch.randn(8, 2).t(), torch.randn(8, 2).t()
+        torch.testing.assert_close(run((x, y), ())[0], function(x.contiguous(), y.contiguous()))
+
+
+def test_stacks_of_matrices_are_laid_out_for_the_library():
+    """Where both strides of the matrices are other than one, torch would multiply them one by one."""
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return torch.bmm(x.permute(2, 0, 1), y.permute(2, 0, 1))
+
+    x, y = torch.randn(8, 8, 5), torch.randn(8, 8, 5)
+    recorder, result = record(function, x, y)
+    calls = [instruction.function for instruction in recorder.program.instructions]
+    assert calls.count(torch.clone) == 2
+    run = compile_program(recorder.program, [recorder.staged(result)])
+    torch.testing.assert_close(run((y, x), ())[0], function(y, x))

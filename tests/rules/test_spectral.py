@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import chainrule
+from chainrule.transforms import nest, nest_parts, nest_records
 from tests.rules.test_layers import check, randn
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
@@ -105,3 +106,19 @@ def test_polar(sizes):
         second = torch.func.hessian(lambda *args: parts(*args).sin().sum(), argnum)(length, angle)
         found = chainrule.hessian(lambda *args: polar(*args).sin().sum(), argnum)(length, angle)
         torch.testing.assert_close(found, second)
+
+
+def test_second_derivatives_through_half_spectra_are_one_program(monkeypatch):
+    """The weights of what stands for two numbers of the whole spectrum are known to the recorder: levels are run one by one once."""
+    runs = []
+    monkeypatch.setattr(nest_records, "run_parts", lambda *args: runs.append(args) or nest_parts.run_parts(*args))
+    monkeypatch.setattr(nest, "run_parts", lambda *args: runs.append(args) or nest_parts.run_parts(*args))
+
+    def loss(x):
+        return torch.fft.irfft(torch.fft.rfft(x.sin()) * (1 + 2j), n=6).pow(3).sum()
+
+    hessian = chainrule.hessian(loss)
+    for number in range(4):
+        x = randn(6) + number
+        torch.testing.assert_close(hessian(x), torch.func.hessian(loss)(x))
+    assert len(runs) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ class Stored:
     Attributes:
         batched: whether one of them carries the batch.
         joined: whether one of them has a graph.
+        lazy: whether one of them is complex, and may be conjugated when it is read.
         refused: whether one of them is left to torch's dispatcher.
     """
 
-    __slots__ = ("batched", "joined", "mode", "refused")
+    __slots__ = ("batched", "joined", "lazy", "mode", "refused")
 
     def __init__(self, mode: Any) -> None:
         self.mode = mode
-        self.batched = self.joined = self.refused = False
+        self.batched = self.joined = self.lazy = self.refused = False
 
     def take(self, item: Tensor) -> Any:
         """What stands for a tensor."""
@@ -43,7 +44,7 @@ class Stored:
         elif item.__class__ is not Tensor and is_foreign(item.__class__):
             self.refused = True
             return item
-        self.refused = self.refused or value.is_complex()
+        self.lazy = self.lazy or value.is_complex()
         self.joined = self.joined or value.requires_grad
         return inner
 
@@ -79,14 +80,19 @@ def refuse_hidden_backward(func: Any, inner: Sequence[Any]) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def needs_guard(items: Any) -> bool:
-    """Whether calls on some items have to be seen by autograd, or by the kernels of complex tensors."""
+def has_tensor(items: Any, which: Callable[[Tensor], bool]) -> bool:
+    """Whether one of the tensors in some items is such a one: for the following two."""
     for item in items:
         if item.__class__ is Batched:
             item = item.value
         if isinstance(item, Tensor):
-            if item.requires_grad or item.is_complex():
+            if which(item):
                 return True
-        elif isinstance(item, (list, tuple)) and needs_guard(item):
+        elif isinstance(item, (list, tuple)) and has_tensor(item, which):
             return True
     return False
+
+
+def has_graph(tensor: Tensor) -> bool:
+    """Whether calls on a tensor have to be seen by autograd."""
+    return tensor.requires_grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from chainrule.batching import indexing as _indexing  # noqa: F401 - indices with mapped integers are taken there
-from chainrule.batching.arguments import Stored, needs_guard, refuse_hidden_backward
+from chainrule.batching.arguments import Stored, has_graph, has_tensor, refuse_hidden_backward
 from chainrule.batching.entries import _ENTRIES, FUNCTIONAL, INPLACE_KIND, OUT, VIEW, OpEntry, entry_of
 from chainrule.batching.fallback import loop_over_samples
 from chainrule.batching.level import Level
@@ -108,6 +108,7 @@ class VmapMode(Level):
         batched = False
         ours = False
         guarded = self._always_guard
+        lazy = False
         inner: list[Any] = []
         for arg in args:
             if arg.__class__ is BatchTensor and arg.level is self:
@@ -116,25 +117,36 @@ class VmapMode(Level):
                 if arg.__class__ is Batched:
                     batched = True
                     value = arg.value
-                    guarded = guarded or value.requires_grad or value.is_complex()
+                    guarded = guarded or value.requires_grad
+                    lazy = lazy or value.is_complex()
                 else:
-                    guarded = guarded or arg.requires_grad or arg.is_complex()
+                    guarded = guarded or arg.requires_grad
+                    lazy = lazy or arg.is_complex()
             elif isinstance(arg, Tensor):
-                guarded = guarded or arg.requires_grad or arg.is_complex()
+                guarded = guarded or arg.requires_grad
+                lazy = lazy or arg.is_complex()
             elif arg.__class__ is list or arg.__class__ is tuple:
                 arg = self._unwrap(arg)
                 batched = batched or any_batched(*arg)
-                guarded = guarded or needs_guard(arg)
+                guarded = guarded or has_tensor(arg, has_graph)
+                lazy = lazy or has_tensor(arg, Tensor.is_complex)
             inner.append(arg)
         named: dict[str, Any] = {}
         if kwargs:
             named = {key: self._unwrap(value) for key, value in kwargs.items()}
             batched = batched or any_batched(*named.values())
-            guarded = guarded or needs_guard(named.values())
+            guarded = guarded or has_tensor(named.values(), has_graph)
+            lazy = lazy or has_tensor(named.values(), Tensor.is_complex)
         if entry.aliases:
             # An alias of a tensor from outside is returned as it is: autograd has seen this op above.
             guarded = ours if args and isinstance(args[0], Tensor) else True
-        if guarded:
+            lazy = False
+        if guarded or lazy:
+            recorded = not guarded and batched and entry.strategy is not None and not entry.random
+            if recorded and self._calls is not None and not torch._C._len_torch_dispatch_stack():
+                out = self._calls.op(self, entry, args, inner, kwargs, named)
+                if out is not NotImplemented:
+                    return out
             if self._records and not torch.is_grad_enabled():
                 refuse_hidden_backward(func, inner)
             with _ForceDispatchKeyGuard(self._include, self._exclude):
@@ -277,13 +289,13 @@ class VmapMode(Level):
             elif arg.__class__ is list and arg and isinstance(arg[0], Tensor):
                 arg = [stored.take(item) if isinstance(item, Tensor) else item for item in arg]
             inner.append(arg)
-        if stored.refused:
+        if stored.refused or (stored.lazy and (self.below is not None or entry.kind == INPLACE_KIND)):
             return NotImplemented
         batched, joined = stored.batched, stored.joined
         if joined and self._records and not torch.is_grad_enabled():
             return NotImplemented
         if not batched and not joined and self.below is None and (not entry.composite or op in _PRODUCTS):
-            return self._run_constant(op, entry, args, inner)
+            return self._run_constant(op, entry, args, inner, lazy=stored.lazy)
         if not batched:
             if not joined or entry.aliases or self.below is not None:
                 return NotImplemented
@@ -306,7 +318,7 @@ class VmapMode(Level):
             out = self._calls.op(self, entry, args, inner)
             if out is not NotImplemented:
                 return out
-        if entry.aliases or joined:
+        if entry.aliases or joined or stored.lazy:
             # Autograd has to see views: a write through one is a write to the other.
             with _ForceDispatchKeyGuard(self._include, self._exclude):
                 result = strategy(op, inner, {}, self.size)
@@ -316,10 +328,11 @@ class VmapMode(Level):
             return wrap_batched(result, self)
         return result if result is NotImplemented else self._wrap(result)
 
-    def _run_constant(self, op: Any, entry: OpEntry, args: tuple[Any, ...], inner: list[Any]) -> Any:
+    def _run_constant(self, op: Any, entry: OpEntry, args: tuple[Any, ...], inner: list[Any], *, lazy: bool) -> Any:
         """Run an op of tensors that are the same for all samples and have no graph, where no other mode has to see it."""
         if entry.kind == FUNCTIONAL:
-            return self._wrap(op._op(*inner))
+            with _ForceDispatchKeyGuard(self._include, self._exclude) if lazy else nullcontext():
+                return self._wrap(op._op(*inner))
         if entry.kind != VIEW or not args:
             return NotImplemented
         with _ForceDispatchKeyGuard(self._include, self._exclude):  # autograd has to see views

@@ -327,15 +327,26 @@ class Listening(Records, LightMode):
         raise NotImplementedError
 
 
-_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType)
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType)
 
 #: Functions that torch composes itself, and of tensors of whole numbers, but by none of their values.
 _NOT_BY_VALUES = frozenset(("embedding_bag", "take_along_dim"))
 
 
+#: Attributes of tensors that are views, which are ops of the same name.
+_ATTRIBUTES = {getattr(torch.Tensor, name).__get__: name for name in ("real", "imag", "mH")}
+
+
+def _name(function: Any) -> str:
+    """The name of a function, or of the attribute of tensors that it gets."""
+    if function.__class__ is types.MethodWrapperType and function.__name__ == "__get__":
+        return _ATTRIBUTES.get(function, "_")
+    return str(function.__name__)
+
+
 def _ops_of(function: Any) -> list[Any]:
     """The ops that have the name of a function, but for those that write to an argument by the name of `out`."""
-    packet = getattr(torch.ops.aten, function.__name__, None)
+    packet = getattr(torch.ops.aten, _name(function), None)
     ops = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
     return [
         op for op in ops
@@ -361,7 +372,7 @@ class _Composed(dict[Any, bool]):
     """Whether functions of torch outside of the tables come to ops, and nothing else, by way of its dispatcher."""
 
     def __missing__(self, function: Any) -> bool:
-        if not isinstance(function, _BUILTIN) or function.__name__.startswith("_"):
+        if not isinstance(function, _BUILTIN) or _name(function).startswith("_"):
             return False
         found = self[function] = _only_computes(function)
         return found
@@ -373,7 +384,7 @@ configure(composed=_COMPOSED)
 
 def _is_by_numbers(function: Any) -> bool:
     """Whether which ops a function comes to may depend on whole numbers that torch reads in the memory of a tensor."""
-    return function.__name__ not in _NOT_BY_VALUES and any([op._can_decompose() for op in _ops_of(function)])
+    return _name(function) not in _NOT_BY_VALUES and any([op._can_decompose() for op in _ops_of(function)])
 
 
 def _may_read(item: Any) -> bool:

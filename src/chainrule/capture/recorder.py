@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainrule.dispatch import LightMode
+from chainrule.dispatch import LightMode, undispatched
 from chainrule.functions import Function
 from chainrule.maps.staging import Program, Staged
 
@@ -33,6 +33,9 @@ _KEPT_OPS: dict[int, tuple[Any, bool]] = {}
 _COMPOSITE_OPS: dict[int, tuple[Any, bool]] = {}
 
 _any_autocast = torch._C._is_any_autocast_enabled
+
+#: The least number of products for a matrix in a stack for which torch asks the library of the processor.
+_BY_KERNEL = 400
 
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
@@ -106,6 +109,8 @@ class Recorder(LightMode):
         out = func(*args, **kwargs)
         if func in _QUERIES:
             return out
+        if func is aten.as_strided.default and not kwargs and (windows := _windows(*args)) is not None:
+            func, args = aten.unfold.default, (args[0], *windows)
         lowered = self._staged(args)
         named = {name: self._staged((item,))[0] for name, item in kwargs.items()}
         # Without a result: a write, or a check that raises.
@@ -128,6 +133,8 @@ class Recorder(LightMode):
         if keep:
             self._on_unrepeatable(func)
         keep = keep or (out is None and not written)
+        if func is aten.bmm.default and args[0].shape[1] * args[0].shape[2] * args[1].shape[2] >= _BY_KERNEL:
+            lowered = tuple([self._as_matrices(one, item) for one, item in zip(args, lowered, strict=True)])
         two = func is aten.mul.Tensor and isinstance(args[0], torch.Tensor) and isinstance(args[1], torch.Tensor)
         if two and args[0].numel() < args[1].numel():
             lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
@@ -139,6 +146,20 @@ class Recorder(LightMode):
         else:
             slots = tuple([staged.slot for t in written if (staged := self.known.get(id(t))) is not None])
             self._append(func, lowered, named, out, slots, keep=keep)
+
+    def _as_matrices(self, tensor: torch.Tensor, staged: Staged) -> Staged:
+        """A stack of matrices, copied where torch would multiply them one by one: both their strides are other than 1."""
+        _, rows, columns = tensor.shape
+        _, down, along = tensor.stride()
+        own = tensor.__class__ is torch.Tensor and tensor.is_cpu and len(tensor) > 1
+        if not own or (along == 1 and (rows == 1 or down >= columns)) or (down == 1 and (columns == 1 or along >= rows)):
+            return staged
+        made: dict[int, Staged] = {}
+        with undispatched():
+            copy = tensor.clone(memory_format=torch.contiguous_format)
+        self.program.append(torch.clone, (staged,), {"memory_format": torch.contiguous_format}, copy, made)
+        self._alive.append(copy)
+        return made[id(copy)]
 
     def _on_read(self, func: Any, read: list[Staged]) -> None:
         """A value of the program was read into Python."""
@@ -285,6 +306,24 @@ class Recorder(LightMode):
             else:
                 found.append(item)
         return tuple(found)
+
+
+def _windows(
+    base: torch.Tensor, size: Sequence[int], strides: Sequence[int], offset: int | None = None
+) -> tuple[int, int, int] | None:
+    """The windows along a dimension that a view by strides is, as ``stft`` makes it: dimension, size and step; else None."""
+    own, shape = base.stride(), base.shape
+    if len(size) != len(shape) + 1 or offset not in (None, base.storage_offset()):
+        return None
+    for dim, (stride, length) in enumerate(zip(own, shape, strict=True)):
+        if stride > 0 and strides[-1] == stride and strides[dim] >= stride and strides[dim] % stride == 0 and size[-1] <= length:
+            step = strides[dim] // stride
+            count = (length - size[-1]) // step + 1
+            if [*size[:-1]] == [*shape[:dim], count, *shape[dim + 1 :]] and [*strides[:-1]] == [
+                *own[:dim], strides[dim], *own[dim + 1 :]
+            ]:
+                return dim, size[-1], step
+    return None
 
 
 def _is_gather(func: Any, args: tuple[Any, ...]) -> bool:

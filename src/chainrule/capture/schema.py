@@ -20,6 +20,9 @@ PARTS, WHOLE, LINEAR, MATMUL = range(4)
 #: Compositions of which torch's autograd keeps no values but the arguments and the result.
 _TRANSPARENT = frozenset({aten.square.default, aten.reshape.default, aten.contiguous.default})
 
+#: Contractions that are recorded whole of complex tensors, too.
+_CONTRACTIONS = frozenset({aten.einsum.default})
+
 #: Products of which that holds for some ranks (see :attr:`OpFacts.joining`).
 _PRODUCTS = {aten.linear.default: LINEAR, aten.matmul.default: MATMUL}
 
@@ -107,7 +110,8 @@ class OpFacts:
             ``PARTS`` where it is not.
         common: whether nothing but "run it and record it" has to happen.
         plain: whether that is so for tensors that are real and have no graph.
-        with_complex: whether that is so for complex tensors: torch's autograd sees such calls, and compositions come in parts.
+        with_complex: whether that is so for complex tensors: torch's autograd sees such calls, and compositions come in parts,
+            but for contractions that are recorded whole.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
         rewrites: whether the op does nothing but give new values to its first argument, which keeps its shape.
@@ -154,7 +158,7 @@ class OpFacts:
         apart = self.expansion is not None or self.writes or self.inactive or (self.is_view and not schema.arguments)
         self.plain = not apart
         self.common = self.plain and self.joined is None
-        self.with_complex = self.common and self.alone is None and not self.composite
+        self.with_complex = op in _CONTRACTIONS or (self.common and self.alone is None and not self.composite)
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:

@@ -24,11 +24,16 @@ class Slot(NamedTuple):
 #: Classes of arguments that stand in a record as they are.
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 #: Stands in the key before a record with a negative zero.
-_NEGATIVE_ZERO = ("-0.0",)
+NEGATIVE_ZERO = ("-0.0",)
 #: What the classes have whose results torch does not wrap into new objects.
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 #: Slots are made once: they stand in every record.
 SLOTS: list[Slot] = [Slot(number) for number in range(4096)]
+
+
+def has_negative_zero(number: complex) -> bool:
+    """Whether a part of a complex number is a zero below zero, which a dictionary does not tell from other zeros."""
+    return any([part == 0 and math.copysign(1.0, part) < 0 for part in (number.real, number.imag)])
 
 
 def slot_object(number: int) -> Slot:
@@ -185,7 +190,7 @@ class Slots:
     def _mark_sign(self, zero: float) -> None:
         """Zeros of either sign are equal, and the key of another plan where they divide."""
         if math.copysign(1.0, zero) < 0:
-            self.key.append(_NEGATIVE_ZERO)
+            self.key.append(NEGATIVE_ZERO)
 
     def lower(self, args: Iterable[Any]) -> tuple[Any, ...]:
         """Replace tensors by slots, lists by tuples."""
@@ -201,6 +206,10 @@ class Slots:
                     self._mark_sign(item)
             elif isinstance(item, (list, tuple)):
                 lowered.append(self.lower(item))
+            elif type(item) is complex:
+                lowered.append(item)
+                if has_negative_zero(item):
+                    self.key.append(NEGATIVE_ZERO)
             else:
                 lowered.append(item)
         return tuple(lowered)

@@ -17,7 +17,7 @@ from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
 from chainrule.capture.records import Record
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
-from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
+from chainrule.capture.slots import NEGATIVE_ZERO, PLAIN, SLOTS, Slot, meta
 from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, without_handlers
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.modes_off import modes_inside_off, without_mode
@@ -45,7 +45,7 @@ _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_local_exclude_set
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
-configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
+configure(record=Record, slot_objects=SLOTS, plain=PLAIN, negative_zero=NEGATIVE_ZERO)
 use_facts(OpFacts)
 TAKEN[torch.Tensor.__setitem__] = assign
 
@@ -226,12 +226,13 @@ class Tape(Listening):
                 self.heard.append(None)
             return self.alias.run_write(func, facts, args, kwargs or {})
         # Composite views are recorded in parts also of constants: something active may be written through them later.
-        joins = self.joins(args)
+        joins = joins_parts = self.joins(args)
         alone = facts.alone if facts.alone and joins and not kwargs and self._joins_whole(facts, args) else None
         in_parts = facts.joined is not None and alone is None and (joins or have_stored_graphs(args))
         expansion = facts.joined if in_parts else facts.expansion
-        if facts.whole is not None and not (joins and facts.composite) and facts.whole(args, self.kernels, self.is_active):
-            expansion = None
+        whole = facts.whole is not None and not (joins and facts.composite and not self._takes_complex(facts, args))
+        if whole and facts.whole(args, self.kernels, self.is_active):  # type: ignore[misc]
+            expansion, joins_parts = None, False
         if expansion is not None and (facts.is_view or self._any_active(args, kwargs)):
             outer, self._origin = self._origin, self._origin or func
             try:
@@ -243,7 +244,7 @@ class Tape(Listening):
                     return expansion(*args, **(kwargs or {}))
             finally:
                 self._origin = outer
-        if facts.composite and joins:
+        if facts.composite and joins_parts:
             with again(self):
                 return func.decompose(*args, **(kwargs or {}))
         if facts.is_view or joins:
@@ -323,6 +324,10 @@ class Tape(Listening):
             return out if out is not NotImplemented or facts.joined_direct is None else self._run_joined(facts, args)
         out = self._run_plain(facts, args, below.run_function, function)
         return out if out is not NotImplemented else self._run_plain(facts, args, self._run_below)
+
+    def _takes_complex(self, facts: OpFacts, args: tuple[Any, ...]) -> bool:
+        """Whether a contraction of complex tensors without a graph may be recorded whole."""
+        return facts.with_complex and not any([item.requires_grad for item in args[1] if isinstance(item, torch.Tensor)])
 
     def make_shaped(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Have the vmap below replay what it has made before: nothing of it is recorded."""

@@ -22,9 +22,7 @@ signature_number(PyObject *value, PyObject *batch, PyObject **number, int with_c
     int real = PySet_Contains(c_real, dtype);
     if (real == 0 && with_complex && (real = PySet_Contains(c_complex, dtype)) > 0) {
         /* What is conjugated when it is read is no part of the signature. */
-        int lazy = is_true_of(PyObject_CallMethodNoArgs(value, s_is_conj));
-        if (lazy == 0)
-            lazy = is_true_of(PyObject_CallMethodNoArgs(value, s_is_neg));
+        int lazy = is_lazy(value);
         real = lazy < 0 ? -1 : !lazy;
     }
     if (real <= 0 || layout != c_strided) {
@@ -76,6 +74,8 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
     PyObject *value, *batch, *number = NULL;
     if (!find_stored_tensor(item, (PyObject *)self, &value, &batch))
         return 0;
+    if (!reads_conjugates() && is_complex(value))
+        return PyErr_Occurred() ? -1 : 0;
     int graph = is_true_of(GET(value, requires_grad));
     /* What is the same for all samples is of the level nevertheless, where the function made it: its views are. */
     int own = batch == NULL && value != item;
@@ -85,7 +85,7 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
     for (Py_ssize_t place = 0; place < PyList_GET_SIZE(values); place++)
         if (PyList_GET_ITEM(values, place) == value)
             return append_new(signature, PyLong_FromSsize_t(-1 - place)) < 0 ? -1 : 1;
-    int taken = signature_number(value, batch, &number, 0);
+    int taken = signature_number(value, batch, &number, 1);
     if (taken <= 0)
         return taken;
     return append_new(signature, number) < 0 || PyList_Append(values, value) < 0 ? -1 : 1;
@@ -109,6 +109,11 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
         if (PyFloat_CheckExact(item)) {
             int negative = signbit(PyFloat_AS_DOUBLE(item)) != 0;
             PyObject *sign = negative ? PyUnicode_FromString("-") : Py_NewRef((PyObject *)&PyFloat_Type);
+            taken = append_new(signature, sign) < 0 || PyList_Append(signature, item) < 0 ? -1 : 1;
+            continue;
+        }
+        if (PyComplex_CheckExact(item)) {
+            PyObject *sign = has_negative_zero(item) ? PyUnicode_FromString("-j") : Py_NewRef(type);
             taken = append_new(signature, sign) < 0 || PyList_Append(signature, item) < 0 ? -1 : 1;
             continue;
         }

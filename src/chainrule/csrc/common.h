@@ -65,7 +65,7 @@ typedef struct {
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(composed) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
     X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
-    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places)
+    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(negative_zero) X(makers) X(products)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -77,7 +77,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
     X(alias) X(links) X(roots) X(families) X(_read_slots) X(_scanned) X(has_writes) X(kept) X(reads_values) X(_note_view)      \
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
-    X(_listen) X(_run_step) X(detach) X(is_neg) X(is_conj) X(used) X(quick) X(plain) X(batched) X(extra) \
+    X(_listen) X(_run_step) X(detach) X(is_neg) X(is_conj) X(to_real) X(used) X(quick) X(plain) X(batched) X(extra) \
     X(_current_level) X(reverse) X(_note_blocked) \
     X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
@@ -103,6 +103,7 @@ static struct {
     uint16_t functorch;
     uint16_t autograd[AUTOGRAD_KEYS];
     uint16_t views; /* keeps track of which tensors are views of which */
+    uint16_t conjugate; /* conjugates when values are read */
     bool (*excluded)(uint16_t key);
     bool (*grad_enabled)(void);
     uint16_t first_autocast, last_autocast; /* autocast is on for a device whose key is not excluded */
@@ -130,7 +131,8 @@ static struct {
 static PyObject *
 attribute_of(PyObject *tensor, PyGetSetDef *getter, PyObject *name)
 {
-    if (getter != NULL && ((PyObject *)Py_TYPE(tensor) == c_tensor || (PyObject *)Py_TYPE(tensor) == c_parameter))
+    PyObject *type = (PyObject *)Py_TYPE(tensor);
+    if (getter != NULL && (type == c_tensor || type == c_parameter || type == c_batch_tensor))
         return getter->get(tensor, getter->closure);
     return PyObject_GetAttr(tensor, name);
 }
@@ -168,6 +170,21 @@ static int
 is_number(PyObject *item)
 {
     return PyFloat_CheckExact(item) || PyLong_CheckExact(item);
+}
+
+/* The same, with complex numbers. */
+static int
+is_any_number(PyObject *item)
+{
+    return is_number(item) || PyComplex_CheckExact(item);
+}
+
+/* Whether a part of a complex number is a zero below zero, which a dictionary does not tell from other zeros. */
+static int
+has_negative_zero(PyObject *number)
+{
+    Py_complex parts = PyComplex_AsCComplex(number);
+    return (parts.real == 0.0 && signbit(parts.real)) || (parts.imag == 0.0 && signbit(parts.imag));
 }
 
 /* Whether an object is a list or a tuple of numbers. */
@@ -276,16 +293,48 @@ plain_dtype(PyObject *tensor, int *joined)
     return real < 0 ? NULL : Py_NewRef(Py_None);
 }
 
-/* Whether a tensor of torch's own class is complex: 1, 0, or -1 with an error set. */
+/* Whether a tensor is complex: 1, 0, or -1 with an error set. */
 static int
 is_complex(PyObject *tensor)
 {
-    if (!is_constant_class(tensor))
+    if (!is_constant_class(tensor) && (PyObject *)Py_TYPE(tensor) != c_batch_tensor)
         return 0;
     PyObject *dtype = GET(tensor, dtype);
     int found = dtype == NULL ? -1 : PySet_Contains(c_complex, dtype);
     Py_XDECREF(dtype);
     return found;
+}
+
+/* Whether the values of a tensor are conjugated or negated when they are read: 1, 0, or -1 with an error set. */
+static int
+is_lazy(PyObject *tensor)
+{
+    int lazy = is_true_of(PyObject_CallMethodNoArgs(tensor, s_is_conj));
+    return lazy ? lazy : is_true_of(PyObject_CallMethodNoArgs(tensor, s_is_neg));
+}
+
+/* Whether calls on complex tensors may be made here: what is conjugated lazily is so when it is read. */
+static int
+reads_conjugates(void)
+{
+    return state.exclude != NULL && !state.excluded(state.conjugate);
+}
+
+/* As plain_dtype, also of a complex tensor that is not lazy, where calls on such ones may be made. */
+static PyObject *
+numeric_dtype(PyObject *tensor, int *joined)
+{
+    PyObject *dtype = plain_dtype(tensor, joined);
+    if (dtype != Py_None || !reads_conjugates())
+        return dtype;
+    int complex = is_complex(tensor), lazy = complex > 0 ? is_lazy(tensor) : 0;
+    if (complex < 0 || lazy < 0) {
+        Py_DECREF(dtype);
+        return NULL;
+    }
+    if (complex && !lazy)
+        Py_SETREF(dtype, GET(tensor, dtype));
+    return dtype;
 }
 
 /* What is known of a tensor that carries a batch without asking it, borrowed: its `Batched` with dtype and shape of a sample, which

@@ -56,7 +56,7 @@ read_taped(Handler *self, PyObject *item, PyObject *signature, PyObject *values,
     if (value != item && is_true_of(GET(item, requires_grad)))
         return PyErr_Occurred() ? -1 : 0;
     *joined |= graph;
-    int taken = signature_number(value, batch, &number, value == item && (self->below == NULL || self->below == Py_None));
+    int taken = signature_number(value, batch, &number, value == item || reads_conjugates());
     if (taken <= 0)
         return taken;
     facts |= (active ? IS_ACTIVE : 0) | (graph ? HAS_GRAPH : 0);
@@ -450,7 +450,8 @@ may_be_composite(PyObject *function)
 {
     if (PyFunction_Check(function))
         return 1;
-    return PyCFunction_Check(function) || Py_TYPE(function) == &PyMethodDescr_Type ? is_true_of(PyObject_GetItem(c_composed, function)) : 0;
+    int built = PyCFunction_Check(function) || Py_TYPE(function) == &PyMethodDescr_Type || Py_TYPE(function) == &_PyMethodWrapper_Type;
+    return built ? is_true_of(PyObject_GetItem(c_composed, function)) : 0;
 }
 
 /* A function that torch composes of ops, on the innermost mode, or the facts of an op that is recorded in parts (with torch's handlers

@@ -50,6 +50,33 @@ view_outside(PyObject *args)
     return call_below(c_getitem, &PyTuple_GET_ITEM(args, 0), 2, 0);
 }
 
+/* A new tensor of numbers, which is the same for all samples of a level; NotImplemented for other calls. */
+static PyObject *
+made_on_level(Handler *level, PyObject *func, PyObject *args, PyObject *kwargs)
+{
+    int made = level->guarded || level->graphs ? 0 : PySet_Contains(c_makers, func);
+    Py_ssize_t next = 0;
+    PyObject *name, *value;
+    for (Py_ssize_t place = 0; made > 0 && place < PyTuple_GET_SIZE(args); place++) {
+        value = PyTuple_GET_ITEM(args, place);
+        made = is_any_number(value) || holds_numbers(value) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(value));
+    }
+    while (made > 0 && kwargs != NULL && PyDict_Next(kwargs, &next, &name, &value))
+        made = PyUnicode_CompareWithASCIIString(name, "requires_grad") == 0 ? 0
+               : holds_numbers(value)                                      ? 1
+                                                                           : PySet_Contains(c_plain, (PyObject *)Py_TYPE(value));
+    if (made <= 0)
+        return made < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *out = call_given_below(func, args, kwargs);
+    PyObject *layout = out == NULL ? NULL : GET(out, layout);
+    Py_XDECREF(layout);
+    if (layout == c_strided)
+        Py_SETREF(out, wrapped_constant((PyObject *)level, out));
+    else if (layout == NULL)
+        Py_CLEAR(out);
+    return out;
+}
+
 /* A call that is shown to the mode, taken here: NotImplemented, with nothing done, leaves it to the Python method. */
 static PyObject *
 take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *kwargs)
@@ -80,6 +107,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
             Py_SETREF(out, view_outside(args));
         if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
             Py_SETREF(out, run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
+        if (out == Py_NotImplemented && sorts & MAKES_NEW)
+            Py_SETREF(out, made_on_level(self, func, args, kwargs));
         if (out == Py_NotImplemented)
             Py_SETREF(out, run_known(self, func, args, kwargs));
         return out;
@@ -97,9 +126,10 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     int ignores = self->kind == TAPE && !fresh && !makes_shape && sorts & MAKES_NEW && vmap_below(self) != NULL && !is_listened(self);
     int compares = ignores && kwargs == NULL && function != NULL ? PySet_Contains(c_comparisons, func) : 0;
     int converts = ignores && kwargs == NULL && function == NULL ? PySet_Contains(c_converting, func) : 0;
-    if (compares < 0 || converts < 0)
+    int makes = ignores && function == NULL ? PySet_Contains(c_makers, func) : 0;
+    if (compares < 0 || converts < 0 || makes < 0)
         return NULL;
-    if (function == NULL && reading == NULL && !fresh && !makes_shape && !converts && !(ignores && func == c_make_tensor) && !composite && !assigns) /* conversions are among the fresh ones */
+    if (function == NULL && reading == NULL && !fresh && !makes_shape && !converts && !makes && !(ignores && func == c_make_tensor) && !composite && !assigns) /* conversions are among the fresh ones */
         return Py_NewRef(Py_NotImplemented);
     int innermost = stands_innermost(self);
     if (innermost <= 0)
@@ -115,6 +145,8 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         Py_SETREF(out, run_assign(self, args));
     if (fresh || (ignores && func == c_make_tensor)) /* a tensor made of numbers is a constant for every mode */
         Py_SETREF(out, run_ignored(self, func, args, kwargs));
+    else if (makes)
+        Py_SETREF(out, made_on_level((Handler *)self->below, func, args, kwargs));
     else if (compares || converts)
         Py_SETREF(out, run_ignored_below(self, func, compares ? function : NULL, args));
     else if (makes_shape) /* that of another tensor: nothing of it is recorded */

@@ -19,10 +19,12 @@ is_mapped_plainly(PyObject *item, long dim, long *size)
         return 0;
     PyObject *dtype = GET(item, dtype), *layout = dtype == NULL ? NULL : GET(item, layout);
     int plain = layout == NULL ? -1 : layout != c_strided ? 0 : PySet_Contains(c_real, dtype);
+    if (plain == 0 && layout == c_strided)
+        plain = PySet_Contains(c_complex, dtype);
     Py_XDECREF(dtype);
     Py_XDECREF(layout);
     if (plain > 0)
-        plain = is_true_of(PyObject_CallMethodNoArgs(item, s_is_neg)) ? 0 : PyErr_Occurred() ? -1 : 1;
+        plain = is_lazy(item) ? 0 : PyErr_Occurred() ? -1 : 1;
     PyObject *shape = plain <= 0 ? NULL : GET(item, shape);
     if (shape == NULL)
         return plain > 0 ? -1 : plain;
@@ -112,7 +114,7 @@ read_stored(Handler *mode, PyObject *value, PyObject *tensors, PyObject *parts)
     if (value == NULL || !is_constant_class(value))
         return 0;
     int joined = 0;
-    PyObject *dtype = plain_dtype(value, &joined);
+    PyObject *dtype = numeric_dtype(value, &joined);
     if (dtype == NULL)
         return -1;
     Py_DECREF(dtype);

@@ -31,7 +31,7 @@ chosen_rank(PyObject *index, long rank)
 static int
 stored_value(Handler *self, PyObject *value, long rank, PyObject **stored)
 {
-    if (is_number(value)) {
+    if (is_any_number(value)) {
         *stored = Py_NewRef(value);
         return 1;
     }
@@ -43,7 +43,7 @@ stored_value(Handler *self, PyObject *value, long rank, PyObject **stored)
         own = SLOT(value, inner);
     if (!is_constant_class(own))
         return 0;
-    dtype = plain_dtype(own, &joined);
+    dtype = numeric_dtype(own, &joined);
     PyObject *layout = dtype == NULL ? NULL : GET(own, layout), *ndim = layout == NULL ? NULL : GET(own, ndim);
     fits = ndim == NULL ? -1 : dtype != Py_None && !joined && layout == c_strided;
     long missing = ndim == NULL ? 0 : rank - PyLong_AsLong(ndim) + (batch != NULL);
@@ -90,20 +90,6 @@ batch_to_write(Handler *self, PyObject *tensor, PyObject *value)
     return done < 0 ? NULL : batch_of(self, tensor);
 }
 
-/* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
-static int
-may_be_copy(PyObject *tensor)
-{
-    if (PyDict_GET_SIZE(c_copies) == 0)
-        return 0;
-    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
-    PyObject *place = storage == NULL ? NULL : PyObject_GetAttr(storage, s__cdata);
-    int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
-    Py_XDECREF(storage);
-    Py_XDECREF(place);
-    return known;
-}
-
 /* An index of a sample as one of the stored tensor; a new reference. */
 static PyObject *
 stored_index(PyObject *chosen)
@@ -127,7 +113,7 @@ common_of(Handler *self, PyObject *tensor)
     if (inner == NULL || !is_constant_class(inner))
         return NULL;
     int joined = 0;
-    PyObject *dtype = plain_dtype(inner, &joined);
+    PyObject *dtype = numeric_dtype(inner, &joined);
     Py_XDECREF(dtype);
     return dtype == NULL || dtype == Py_None || joined ? NULL : inner;
 }
@@ -136,7 +122,7 @@ common_of(Handler *self, PyObject *tensor)
 static PyObject *
 assign_common(Handler *self, PyObject *const *args)
 {
-    PyObject *target = common_of(self, args[0]), *value = is_number(args[2]) ? args[2] : target == NULL ? NULL : common_of(self, args[2]);
+    PyObject *target = common_of(self, args[0]), *value = is_any_number(args[2]) ? args[2] : target == NULL ? NULL : common_of(self, args[2]);
     if (value == NULL && !PyErr_Occurred() && target != NULL && (PyObject *)Py_TYPE(args[2]) == c_tensor) {
         int graph = is_true_of(GET(args[2], requires_grad));
         value = graph == 0 ? args[2] : NULL;
@@ -198,7 +184,7 @@ put_mapped(Handler *self, PyObject *target, PyObject *indices, PyObject *value)
     int joined = 0, fits = 0, copy = may_be_copy(whole);
     Py_INCREF(whole);
     given = is_number(value) ? PyObject_Vectorcall(c_constant_beside, beside, 2, NULL) : Py_NewRef(value);
-    if (copy < 0 || given == NULL || (dtype = plain_dtype(whole, &joined)) == NULL || (ndim = GET(whole, ndim)) == NULL)
+    if (copy < 0 || given == NULL || (dtype = numeric_dtype(whole, &joined)) == NULL || (ndim = GET(whole, ndim)) == NULL)
         goto done;
     long rank = picked_rank(indices, PyLong_AsLong(ndim) - (batch != NULL));
     if (rank == -2)
@@ -277,11 +263,14 @@ static PyObject *
 view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
 {
     PyObject *batch = count == 2 ? batch_of(self, args[0]) : NULL, *out = NULL;
-    if (batch == NULL || self->guarded || self->graphs || state.exclude == NULL || PyDict_GET_SIZE(c_copies) || !chooses_view(args[1]) ||
+    if (batch == NULL || self->guarded || self->graphs || state.exclude == NULL || !chooses_view(args[1]) ||
         !is_constant_class(SLOT(batch, value)))
         return Py_NewRef(Py_NotImplemented);
+    int copy = may_be_copy(SLOT(batch, value));
+    if (copy)
+        return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int joined = 0;
-    PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = plain_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
+    PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = numeric_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
     long rank = ndim == NULL ? -2 : joined || dtype == Py_None ? -1 : chosen_rank(args[1], PyLong_AsLong(ndim) - 1);
     int number = PyLong_CheckExact(args[1]); /* by the shortest way, since it is the commonest */
     PyObject *index = rank < 0 ? NULL : number ? PyLong_FromLong(1) : stored_index(args[1]);

@@ -89,7 +89,7 @@ lowered_argument(Handler *self, PyObject *item, Found *seen, PyObject **found)
     /* The sign of a zero is marked in the signature. */
     if (PyFloat_CheckExact(item) && PyFloat_AS_DOUBLE(item) == 0.0 && signbit(PyFloat_AS_DOUBLE(item)))
         return 0;
-    int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
+    int plain = PyComplex_CheckExact(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
     if (plain > 0)
         *found = Py_NewRef(item);
     return plain;
@@ -139,14 +139,14 @@ view_on_level(Handler *level, PyObject *facts, PyObject *args)
     PyObject *op = SLOT(facts, op), *tensor = PyTuple_GET_ITEM(args, 0), *out = NULL;
     Py_ssize_t count = PyTuple_GET_SIZE(args);
     PyObject *batch = batch_of(level, tensor);
-    if (batch == NULL || level->guarded || level->graphs || count < 2 || PyDict_GET_SIZE(c_copies) ||
+    if (batch == NULL || level->guarded || level->graphs || count < 2 ||
         (op != c_select && op != c_slice && op != c_unsqueeze) || !PyLong_CheckExact(PyTuple_GET_ITEM(args, 1)))
         return Py_NewRef(Py_NotImplemented);
     PyObject *value = SLOT(batch, value);
-    if (!is_constant_class(value))
-        return Py_NewRef(Py_NotImplemented);
-    int joined = 0;
-    PyObject *ndim = GET(value, ndim), *dtype = ndim == NULL ? NULL : plain_dtype(value, &joined);
+    int joined = 0, copy = is_constant_class(value) ? may_be_copy(value) : 1;
+    if (copy)
+        return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *ndim = GET(value, ndim), *dtype = ndim == NULL ? NULL : numeric_dtype(value, &joined);
     long rank = dtype == NULL ? -1 : PyLong_AsLong(ndim) - 1 + (op == c_unsqueeze), dim = PyLong_AsLong(PyTuple_GET_ITEM(args, 1));
     Py_XDECREF(ndim);
     if (PyErr_Occurred()) {
@@ -210,8 +210,9 @@ run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyOb
             PyTuple_SET_ITEM(lowered, place, found);
     }
     /* Torch conjugates lazily only where autograd sees the call. */
-    int shown = seen.complex && alone && self->sees_views && state.exclude != NULL && SLOT(facts, with_complex) == Py_True;
-    if (seen.complex && !shown) {
+    int takes_complex = seen.complex && self->sees_views && state.exclude != NULL && SLOT(facts, with_complex) == Py_True;
+    int shown = takes_complex && alone;
+    if (seen.complex && !shown && !(takes_complex && !seen.joined && vmap_below(self) != NULL && reads_conjugates())) {
         out = Py_NewRef(Py_NotImplemented);
         goto done;
     }
@@ -413,7 +414,7 @@ is_plain_on_level(PyObject *item)
     if ((PyObject *)Py_TYPE(item) != c_tensor)
         return holds_numbers(item) ? 1 : PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
     int graph = 0;
-    PyObject *dtype = plain_dtype(item, &graph);
+    PyObject *dtype = numeric_dtype(item, &graph);
     int plain = dtype == NULL ? -1 : dtype != Py_None && !graph;
     Py_XDECREF(dtype);
     return plain;
@@ -438,10 +439,11 @@ static PyObject *
 detached_on_level(Handler *level, PyObject *facts, PyObject *tensor)
 {
     PyObject *batch = batch_of(level, tensor), *value = batch == NULL ? NULL : SLOT(batch, value), *out = NULL;
-    if (value == NULL || !is_constant_class(value) || PyDict_GET_SIZE(c_copies))
-        return Py_NewRef(Py_NotImplemented);
+    int copy = value == NULL || !is_constant_class(value) ? 1 : may_be_copy(value);
+    if (copy)
+        return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     int graph = 0;
-    PyObject *dtype = plain_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
+    PyObject *dtype = numeric_dtype(value, &graph), *given = dtype == NULL ? NULL : PyTuple_Pack(1, value);
     if (given != NULL && (dtype == Py_None || graph))
         out = Py_NewRef(Py_NotImplemented);
     else if (given != NULL) {
@@ -521,8 +523,9 @@ run_uncommon(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
         return Py_NewRef(Py_NotImplemented);
     if (SLOT(facts, rewrites) == Py_True)
         return run_write(self, facts, args, call, call_args, call_kwargs);
-    if (self->below != NULL && self->below != Py_None)
-        return SLOT(facts, inactive) == Py_True ? run_inactive_below(self, facts, args) : Py_NewRef(Py_NotImplemented);
+    int alone = self->below == NULL || self->below == Py_None;
+    if (!alone && SLOT(facts, inactive) == Py_True)
+        return run_inactive_below(self, facts, args);
     if (SLOT(facts, inactive) == Py_True)
         return run_inactive(self, facts, args, call, call_args, call_kwargs);
     int whole = SLOT(facts, whole) == Py_None || SLOT(facts, is_view) == Py_True ? 0 : is_whole(self, facts, args);

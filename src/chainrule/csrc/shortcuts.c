@@ -110,9 +110,9 @@ static PyObject *
 use_state(PyObject *module, PyObject *args)
 {
     unsigned long long exclude, included, dispatch_modes, function_modes, functions_shown, set_functions, get_functions, excluded, grad;
-    unsigned short python, snapshot, functorch, views, first, last, autograd[AUTOGRAD_KEYS];
-    if (!PyArg_ParseTuple(args, "KKKKKKKKKHHHHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
-                          &set_functions, &get_functions, &excluded, &grad, &python, &snapshot, &functorch, &views, &first, &last,
+    unsigned short python, snapshot, functorch, views, conjugate, first, last, autograd[AUTOGRAD_KEYS];
+    if (!PyArg_ParseTuple(args, "KKKKKKKKKHHHHHHH(HHHH)", &exclude, &included, &dispatch_modes, &function_modes, &functions_shown,
+                          &set_functions, &get_functions, &excluded, &grad, &python, &snapshot, &functorch, &views, &conjugate, &first, &last,
                           &autograd[0], &autograd[1], &autograd[2], &autograd[3]))
         return NULL;
     state.exclude = (void (*)(uint16_t, bool))(uintptr_t)exclude;
@@ -127,6 +127,7 @@ use_state(PyObject *module, PyObject *args)
     state.functorch = functorch;
     memcpy(state.autograd, autograd, sizeof(autograd));
     state.views = views;
+    state.conjugate = conjugate;
     state.excluded = (bool (*)(uint16_t))(uintptr_t)excluded;
     state.grad_enabled = (bool (*)(void))(uintptr_t)grad;
     state.first_autocast = first;

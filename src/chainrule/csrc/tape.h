@@ -329,6 +329,13 @@ typedef struct {
     int complex;
 } Found;
 
+/* Zeros of either sign are equal, and the key of another plan where a complex number has them (Slots.lower). */
+static int
+mark_sign(Handler *self, PyObject *item)
+{
+    return PyComplex_CheckExact(item) && has_negative_zero(item) ? PyList_Append(self->key, c_negative_zero) : 0;
+}
+
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of
  * lists with such tensors), which become constants. */
 static int
@@ -353,6 +360,9 @@ record_call(Handler *self, PyObject *facts, PyObject *args, PyObject *lowered, P
     }
     if (!touched)
         return notes_derived(self) ? note_derived(self, args, out) : 0;
+    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(args); place++)
+        if (mark_sign(self, PyTuple_GET_ITEM(args, place)) < 0)
+            return -1;
     for (int number = 0; number < fresh_count; number++) {
         PyObject *found = lowered_fresh(self, PyTuple_GET_ITEM(args, fresh[number]));
         if (found == NULL)
@@ -439,16 +449,47 @@ static PyObject *
 run_common(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
            PyObject *call_kwargs); /* in ops.h */
 
-/* A function of complex tensors as its op, on a tape that stands alone; NotImplemented, with nothing done, for others. */
+static PyObject *
+facts_of(Handler *self, PyObject *op); /* in ops.h */
+
+static PyObject *
+vmap_below(Handler *self); /* in composites.h */
+
+/* What is known of the op that torch makes of a product of matrices and vectors, by their ranks (borrowed); NULL, maybe with an error
+ * set, for others. */
+static PyObject *
+facts_of_product(Handler *self, PyObject *facts, PyObject *args, Py_ssize_t count)
+{
+    PyObject *ranks = PyDict_GetItemWithError(c_products, SLOT(facts, op)), *op = NULL;
+    if (ranks == NULL || count != 2 || !is_argument(PyTuple_GET_ITEM(args, 1)))
+        return NULL;
+    PyObject *first = GET(PyTuple_GET_ITEM(args, 0), ndim), *second = first == NULL ? NULL : GET(PyTuple_GET_ITEM(args, 1), ndim);
+    PyObject *key = second == NULL ? NULL : PyTuple_Pack(2, first, second);
+    if (key != NULL)
+        op = PyDict_GetItemWithError(ranks, key);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    Py_XDECREF(key);
+    return op == NULL ? NULL : facts_of(self, op);
+}
+
+/* A function of complex tensors as its op, on a tape that stands alone, or a product on a level; NotImplemented, with nothing done, for
+ * others. */
 static PyObject *
 run_complex(Handler *self, PyObject *facts, PyObject *function, PyObject *args, Py_ssize_t count)
 {
-    if ((self->below != NULL && self->below != Py_None) || SLOT(facts, with_complex) != Py_True)
+    int alone = self->below == NULL || self->below == Py_None, product = 0;
+    if (SLOT(facts, with_complex) != Py_True) {
+        if ((facts = facts_of_product(self, facts, args, count)) == NULL)
+            return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+        product = 1;
+    }
+    if (!alone && !(product && vmap_below(self) != NULL && reads_conjugates()))
         return Py_NewRef(Py_NotImplemented);
     PyObject *out = NULL, *given = PyTuple_GetSlice(args, 0, count), *off = given == NULL ? NULL : exclude_python(1);
     if (off != NULL) {
         Py_DECREF(off);
-        out = run_common(self, facts, given, empty, PyTuple_GET_ITEM(function, CALL), given, NULL);
+        out = run_common(self, facts, given, empty, product ? SLOT(facts, fast) : PyTuple_GET_ITEM(function, CALL), given, NULL);
         if (include_python() < 0)
             Py_CLEAR(out);
     }
@@ -462,9 +503,6 @@ run_beneath(Handler *below, PyObject *function, PyObject *args, PyObject *const 
 {
     return below->kind == TAPE ? run_on_tape(below, function, args) : run_under_vmap(below, function, stored, count, 1);
 }
-
-static PyObject *
-vmap_below(Handler *self); /* in composites.h */
 
 static PyObject *
 run_known_call(Handler *level, PyObject *op, PyObject *args, Py_ssize_t count); /* in calls.h */
@@ -484,7 +522,7 @@ run_constant_call(Handler *level, PyObject *function, PyObject *const *args, Py_
             if (graph)
                 return graph < 0 ? NULL : Py_NewRef(Py_NotImplemented);
         }
-        if (item == NULL || !((PyObject *)Py_TYPE(item) == c_tensor || is_number(item)))
+        if (item == NULL || !((PyObject *)Py_TYPE(item) == c_tensor || is_any_number(item)))
             return Py_NewRef(Py_NotImplemented);
     }
     PyObject *out = call_below(PyTuple_GET_ITEM(function, CALL), stored, count, 0);
@@ -505,7 +543,7 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         return autocast < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *op = PyTuple_GET_ITEM(function, OP);
     PyObject *second = count > 1 ? PyTuple_GET_ITEM(args, 1) : NULL;
-    int number = second != NULL && is_number(second);
+    int number = second != NULL && is_any_number(second);
     if (number && PyFloat_CheckExact(second) && PyFloat_AS_DOUBLE(second) == 0.0)
         return Py_NewRef(Py_NotImplemented); /* its sign is marked in the signature */
     if (PyTuple_GET_ITEM(function, NUMBER_OP) != Py_None) {
@@ -553,8 +591,11 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
         else
             Py_DECREF(dtype);
         if (!plain && (seen.complex = is_complex(item))) {
-            out = seen.complex < 0 ? NULL : run_complex(self, facts, function, args, count);
-            goto done;
+            plain = seen.complex > 0 && SLOT(facts, with_complex) == Py_True && vmap_below(self) != NULL && reads_conjugates();
+            if (!plain) {
+                out = seen.complex < 0 ? NULL : run_complex(self, facts, function, args, count);
+                goto done;
+            }
         }
         if (!plain || slot >= PyList_GET_SIZE(c_slot_objects) || (graph && (PyObject *)Py_TYPE(item) == c_batch_tensor))
             goto refuse;
@@ -567,7 +608,9 @@ run_on_tape(Handler *self, PyObject *function, PyObject *args)
             seen.touched = 1;
         PyTuple_SET_ITEM(lowered, place, Py_NewRef(PyList_GET_ITEM(c_slot_objects, slot)));
     }
-    if (number && PyTuple_GET_ITEM(function, NUMBERS) == Py_True && (PyObject *)Py_TYPE(stored[0]) == c_tensor) {
+    if (seen.complex && seen.joined)
+        goto refuse;
+    if (number && is_number(second) && PyTuple_GET_ITEM(function, NUMBERS) == Py_True && (PyObject *)Py_TYPE(stored[0]) == c_tensor) {
         constant = constant_for(second, first_dtype);
         if (constant == NULL)
             goto done;

@@ -10,7 +10,7 @@ batch_of(Handler *self, PyObject *tensor)
     return inner != NULL && (PyObject *)Py_TYPE(inner) == c_batched && SLOT(inner, value) != NULL ? inner : NULL;
 }
 
-/* The dtype of a stored tensor, if it is real: 1 with a new reference; 0 if it is not; -1 with an error set. `joined` is set if
+/* The dtype of a stored tensor, if it is real, or complex and not lazy: 1 with a new reference; 0 if it is not; -1 with an error set. `joined` is set if
  * it has a graph. */
 static int
 stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
@@ -20,13 +20,27 @@ stored_dtype(PyObject *batch, PyObject **dtype, int *joined)
         *dtype = Py_NewRef(known);
         return 1;
     }
-    *dtype = plain_dtype(SLOT(batch, value), joined);
+    *dtype = numeric_dtype(SLOT(batch, value), joined);
     if (*dtype == NULL)
         return -1;
     if (*dtype != Py_None)
         return 1;
     Py_CLEAR(*dtype);
     return 0;
+}
+
+/* Whether a tensor may share the memory of a copy that stands for a view, where a write would be lost: 1, 0, or -1 with an error set. */
+static int
+may_be_copy(PyObject *tensor)
+{
+    if (PyDict_GET_SIZE(c_copies) == 0)
+        return 0;
+    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
+    PyObject *place = storage == NULL ? NULL : PyObject_GetAttr(storage, s__cdata);
+    int known = place == NULL ? -1 : PyDict_Contains(c_copies, place);
+    Py_XDECREF(storage);
+    Py_XDECREF(place);
+    return known;
 }
 
 /* Whether the ranks of two tensors compare so (Py_EQ, Py_LT): 1, 0, or -1 with an error set. */
@@ -181,18 +195,40 @@ mode_below(Handler *self)
     return below->kind == TAPE || below->kind == VMAP ? below : NULL;
 }
 
+/* Whether torch promotes two dtypes to the same one, whether the tensors have dimensions or not: those that are equal, and a real one
+ * with that of complex numbers of its precision. 1, 0, or -1 with an error set. */
+static int
+promotes_alike(PyObject *one, PyObject *other)
+{
+    if (one == other)
+        return 1;
+    int first = PySet_Contains(c_complex, one), second = first < 0 ? -1 : PySet_Contains(c_complex, other);
+    if (second < 0 || first == second)
+        return second < 0 ? -1 : 0;
+    PyObject *real = PyObject_CallMethodNoArgs(first ? one : other, s_to_real);
+    Py_XDECREF(real);
+    return real == NULL ? -1 : real == (first ? other : one);
+}
+
 /* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
- * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph. */
+ * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph, `pads`
+ * where dimensions are missing after the batch. */
 static int
 stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtype, PyObject *item, Py_ssize_t place,
-              PyObject **stored, int *keeps, int *joined)
+              PyObject **stored, int *keeps, int *joined, int *pads)
 {
     PyObject *value = SLOT(first, value);
-    int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True;
-    if (is_number(item)) {
+    int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True, writes = PyTuple_GET_ITEM(function, WRITES) == Py_True;
+    int may_pad = pointwise && !writes && mode_below(self) == NULL;
+    if (is_any_number(item)) {
         if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
             return 0;
-        int constant = PyTuple_GET_ITEM(function, NUMBERS) == Py_True && mode_below(self) == NULL;
+        int complex = PyComplex_CheckExact(item) ? 1 : PySet_Contains(c_complex, dtype);
+        if (complex < 0)
+            return -1;
+        if (complex)
+            *keeps = 0;
+        int constant = !complex && PyTuple_GET_ITEM(function, NUMBERS) == Py_True && mode_below(self) == NULL;
         *stored = constant ? constant_for(item, dtype) : Py_NewRef(item);
         return *stored == NULL ? -1 : 1;
     }
@@ -205,9 +241,13 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         Py_INCREF(batch);
         known = stored_dtype(batch, &other, joined);
         *stored = Py_NewRef(SLOT(batch, value));
-        fits = known <= 0 ? known : other == dtype;
+        fits = known <= 0 ? known : other == dtype || !writes;
+        if (other != dtype)
+            *keeps = 0;
         if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
             fits = ranks_compare(value, *stored, Py_EQ);
+            if (fits == 0 && may_pad)
+                *pads = fits = promotes_alike(dtype, other);
             *keeps = 0;
         }
         Py_DECREF(batch);
@@ -218,11 +258,20 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
             return 0;
         *keeps = 0;
         *stored = Py_NewRef(item);
-        other = plain_dtype(item, joined);
-        fits = other == NULL ? -1 : other == dtype;
+        other = numeric_dtype(item, joined);
+        int mixed = other != NULL && other != dtype;
+        fits = other == NULL ? -1 : !mixed || (pointwise && !writes && other != Py_None);
+        if (fits > 0 && mixed) { /* torch promotes tensors without dimensions otherwise, which stored samples of none have */
+            int bare = rank_is(value, 1);
+            if (bare)
+                fits = bare < 0 ? -1 : promotes_alike(dtype, other);
+        }
         /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
-        if (fits > 0)
+        if (fits > 0) {
             fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : is_plain_matrix(item);
+            if (fits == 0 && may_pad)
+                *pads = fits = promotes_alike(dtype, other);
+        }
     }
     Py_XDECREF(other);
     if (fits <= 0)
@@ -262,6 +311,40 @@ run_stored(Handler *below, PyObject *function, PyObject *const *stored, Py_ssize
     return out;
 }
 
+/* Insert the dimensions that samples lack after the batch, so that they broadcast against the others: 1, or -1 with an error set. */
+static int
+pad_stored(Handler *self, PyObject *const *args, PyObject **stored, Py_ssize_t count)
+{
+    long ranks[3] = {0, 0, 0}, most = 0;
+    for (Py_ssize_t place = 0; place < count; place++) {
+        PyObject *ndim = is_any_number(stored[place]) ? NULL : GET(stored[place], ndim);
+        if (ndim == NULL && PyErr_Occurred())
+            return -1;
+        ranks[place] = ndim == NULL || ndim == Py_None ? 0 : PyLong_AsLong(ndim) - (batch_of(self, args[place]) != NULL);
+        Py_XDECREF(ndim);
+        most = ranks[place] > most ? ranks[place] : most;
+    }
+    for (Py_ssize_t place = 0; place < count; place++) {
+        if (ranks[place] == most || batch_of(self, args[place]) == NULL)
+            continue;
+        PyObject *parts = PyTuple_New(most - ranks[place] + 1), *whole = PySlice_New(NULL, NULL, NULL);
+        if (parts == NULL || whole == NULL) {
+            Py_XDECREF(parts);
+            Py_XDECREF(whole);
+            return -1;
+        }
+        PyTuple_SET_ITEM(parts, 0, whole);
+        for (long part = 1; part <= most - ranks[place]; part++)
+            PyTuple_SET_ITEM(parts, part, Py_NewRef(Py_None));
+        PyObject *given[] = {stored[place], parts}, *view = call_below(c_getitem, given, 2, 0);
+        Py_DECREF(parts);
+        if (view == NULL)
+            return -1;
+        Py_SETREF(stored[place], view);
+    }
+    return 1;
+}
+
 /* NotImplemented leaves the call to the Python method, with nothing done. `below_autograd`: whether autograd is off here. */
 static PyObject *
 run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssize_t count, int below_autograd)
@@ -286,10 +369,13 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         fits = rank_is(stored[0], 1); /* a product of vectors has the batch before it nowhere */
         fits = fits < 0 ? fits : !fits;
     }
+    int pads = 0;
     for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
-        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
-    if (writes && (joined || PyDict_GET_SIZE(c_copies)))
-        fits = fits < 0 ? -1 : 0; /* autograd has to see it, or it may be lost in a copy that stands for a view */
+        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined, &pads);
+    if (fits > 0 && pads)
+        fits = joined ? 0 : pad_stored(self, args, stored, count);
+    if (writes && fits > 0 && (fits = joined ? 0 : may_be_copy(stored[0])) >= 0)
+        fits = !joined && !fits; /* autograd has to see it, or it may be lost in a copy that stands for a view */
     if (fits > 0 && joined && below == NULL) { /* the mode below shows it to autograd */
         fits = may_join();
         if (fits == 0 && !self->makes_graphs && !below_autograd) { /* no graphs are made where this level runs */

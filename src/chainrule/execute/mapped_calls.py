@@ -25,6 +25,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
 from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
+from chainrule.capture.slots import has_negative_zero
 from chainrule.dispatch import undispatched, without_handlers
 from chainrule.execute.replay import Runner, compile_program
 from chainrule.execute.simplify import root
@@ -33,7 +34,7 @@ from chainrule.function_bodies import body_of
 from chainrule.function_globals import calls_torch
 from chainrule.maps.staging import Program, Staged
 from chainrule.modes_off import without_innermost, without_modes
-from chainrule.rules.batching_base import Batched, stands_for_view
+from chainrule.rules.batching_base import Batched, stand_for_views, stands_for_view
 from chainrule.shortcuts import REAL, configure
 
 #: Calls with a signature before it is recorded, which takes as long as some tens of calls.
@@ -276,9 +277,9 @@ class MappedCalls:
             return NotImplemented
         replay = self._find(key)
         if isinstance(replay, Replay):
-            if not (joined or entry.aliases):
+            if not (joined or entry.aliases or any([value.is_complex() for value in values])):
                 return _replayed(replay, mode, values)
-            with mode.outside():  # autograd has to see views, and what has a graph
+            with mode.outside():  # autograd has to see views and what has a graph; lazy conjugation is off where handlers run
                 return _replayed(replay, mode, values)
         if not replay:
             return NotImplemented
@@ -359,6 +360,10 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
         elif kind is float:
             # No number, which might be that of a tensor; two zeros are one to a dictionary.
             signature.append(float if math.copysign(1.0, item) > 0 else "-")
+            signature.append(item)
+            continue
+        elif kind is complex:
+            signature.append("-j" if has_negative_zero(item) else complex)
             signature.append(item)
             continue
         elif kind is slice:
@@ -496,6 +501,7 @@ def _replay(
         if any(root(program, producers, slot) in inputs for slot in instruction.writes):
             return None
     kinds: list[Kind] = []
+    copies: list[bool] = []
     for leaf, found in zip(leaves, staged, strict=True):
         if found is None:
             return None
@@ -503,8 +509,7 @@ def _replay(
         if source in program.constants or source in inputs and found.slot == source:
             return None
         value, batched = leaf.value, leaf.batched
-        if stands_for_view(value):
-            return None
+        copies.append(source not in inputs and stands_for_view(value))
         shares = found.slot in program.views or found.slot in program.shares
         if shares and not batched and len(leaves) == 1 and source not in inputs:
             shares = False  # with nothing but what this call has made
@@ -526,10 +531,24 @@ def _replay(
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
+    if any(copies):
+        runner, plain = _noting_copies(runner, copies), _noting_copies(plain, copies)
     several: Any = None if isinstance(result, BatchTensor) else type(result)
     if several is not None and len(leaves) < len(result):
         several = _Missing(several, tuple([leaf is None for leaf in result]))
     return Replay(runner if joined else plain, tuple(kinds), several)
+
+
+def _noting_copies(run: Runner, copies: Sequence[bool]) -> Runner:
+    """A replay some of whose results are copies where torch has views."""
+    def noting(values: Any, seeds: Any) -> tuple[Any, ...]:
+        results = run(values, seeds)
+        for result, copy in zip(results, copies, strict=True):
+            if copy:
+                stand_for_views(result)
+        return results
+
+    return noting
 
 
 def _of_its_own(recorder: Recorder, leaf: BatchTensor) -> Staged | None:

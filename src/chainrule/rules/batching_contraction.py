@@ -13,7 +13,7 @@ from torch import Tensor
 from chainrule.maps.matrix_products import many_small, products_by_columns
 from chainrule.rules.batching_base import Batched, BatchStrategy, bind, is_batched, logical_shape, physical, value_of
 from chainrule.rules.batching_pointwise import align
-from chainrule.rules.products import einsum_letters, is_plain
+from chainrule.rules.equations import einsum_letters, is_plain
 
 aten = torch.ops.aten
 

@@ -89,7 +89,7 @@ def _weighted(program: Program, rows: Staged, dim: int, size: int, weight: float
     """Half spectra of ``size`` numbers, what stands for two of these numbers times a weight."""
     half = rows.shape[dim]
     weights = torch.ones(half, dtype=rows.dtype, device=rows.device)
-    weights[1 : (size - 1) // 2 + 1] = weight
+    weights[1 : (size - 1) // 2 + 1].fill_(weight)  # an assignment of a number makes a tensor of it that no recorder has seen
     found: Staged = torch.mul(rows, program.constant(weights.reshape(half, *[1] * (rows.dim() - 1 - dim))))
     return found
 

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from chainrule.dispatch import LightMode, _functorch_level, undispatched
 from chainrule.maps.staging import Program, Staged
 from chainrule.rules.base import Call, Edge, Rule
+from chainrule.rules.complex_contractions import CONTRACTIONS
 from chainrule.rules.complex_functions import FUNCTIONS
 from chainrule.rules.complex_moves import MOVES
 from chainrule.rules.complex_parts import PARTS
@@ -372,7 +373,8 @@ def _has_complex(call: Call) -> bool:
 
 def opaque_edges(call: Call) -> Iterable[Edge]:
     """The edges of a call known only by torch's own formula."""
-    known_edges = MOVES.get(call.op) or PARTS.get(call.op) or FUNCTIONS.get(call.op) or COMPLEX.get(call.op)
+    tables = (MOVES, PARTS, CONTRACTIONS, FUNCTIONS, COMPLEX)
+    known_edges = next((table[call.op] for table in tables if call.op in table), None)
     if known_edges is not None and _has_complex(call) and (edges := known_edges(call)) is not None:
         yield from edges
         return

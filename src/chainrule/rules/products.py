@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from chainrule.maps.terms import Axis, Term, dims_of, new_axes
 from chainrule.rules.base import Call, Edge, Rule, broadcast_axes, diagonal_term, single
+from chainrule.rules.equations import are_alike, einsum_letters, is_plain_einsum
 from chainrule.rules.families import contraction, contraction_edges
 from chainrule.rules.opaque import opaque_edges
 from chainrule.rules.sparse_operands import operand_network
@@ -85,37 +85,6 @@ def _matmul(call: Call) -> Iterable[Edge]:
         yield single(call, item, [Term((*dims_of(batch), *row, *column), mine, factors, relations)])
 
 
-def einsum_letters(equation: str) -> tuple[list[str], str]:
-    """The letters of the operands and of the output."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    if not arrow:
-        output = "".join(sorted(letter for letter in set(inputs) - {","} if inputs.count(letter) == 1))
-    return inputs.split(","), output
-
-
-def is_plain_einsum(args: tuple[Any, ...]) -> bool:
-    """Whether an einsum names each dimension of each operand once, and broadcasts none."""
-    if len(args) < 2:
-        return False
-    return is_plain(args[0], tuple([operand.shape for operand in args[1]]))
-
-
-@lru_cache(maxsize=1024)
-def is_plain(equation: str, shapes: tuple[torch.Size, ...]) -> bool:
-    """Whether an equation names each dimension of operands of these shapes once, and broadcasts none."""
-    letters, output = einsum_letters(equation)
-    if len(letters) != len(shapes) or len(set(output)) != len(output):
-        return False
-    sizes: dict[str, int] = {}
-    for names, shape in zip(letters, shapes, strict=True):
-        if len(names) != len(shape) or len(set(names)) != len(names) or not (names.isalpha() or not names):
-            return False
-        for name, size in zip(names, shape, strict=True):
-            if sizes.setdefault(name, size) != size:
-                return False
-    return sizes.keys() >= set(output)
-
-
 def _einsum(call: Call) -> Iterable[Edge]:
     letters, output = einsum_letters(call.args[0])
     yield from contraction_edges(call, ",".join(letters) + "->" + output, call.args[1])
@@ -123,7 +92,7 @@ def _einsum(call: Call) -> Iterable[Edge]:
 
 #: Ops that have a rule and a composite form: whether a call is recorded whole.
 WHOLE: dict[Any, Callable[[tuple[Any, ...], bool, Callable[[Any], bool]], bool]] = {
-    aten.einsum.default: lambda args, kernels, is_active: is_plain_einsum(args)
+    aten.einsum.default: lambda args, kernels, is_active: is_plain_einsum(args) and are_alike(args[1])
 }
 
 RULES: dict[Any, Rule] = {
