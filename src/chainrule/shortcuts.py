@@ -163,6 +163,13 @@ class Method:
         raise NotImplementedError
 
 
+class Property:
+    """An attribute of `BatchTensor` for which it needs no mode; there is none in Python."""
+
+    def __init__(self, asked: Any, replayed: Any) -> None:
+        raise NotImplementedError
+
+
 def use_classes(batch_tensor: type, batched: type) -> None:
     """Give the handlers the classes of vmap; those in Python know them."""
 
@@ -231,6 +238,7 @@ if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0
         from chainrule._shortcuts import (  # noqa: F401, F811 - in their place
             Handler,
             Method,
+            Property,
             Watch,
             call_alone,
             call_mapped,

@@ -68,6 +68,8 @@ find_stored_tensor(PyObject *item, PyObject *level, PyObject **value, PyObject *
     return *value != NULL;
 }
 
+#include "seen.h"
+
 /* Write down the signature of a tensor, and the tensor among the values: 1; 0 if it is left to Python; -1 with an error set.
  * `joined` is set for one with a graph. */
 static int
@@ -138,27 +140,22 @@ wrapped_as(Handler *self, PyObject *value, PyObject *kind)
 {
     if (PyTuple_GET_ITEM(kind, BATCHED) != Py_True)
         return wrapped_constant((PyObject *)self, value);
-    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0), *tensor;
-    if (batch == NULL)
+    PyObject *offset = PyTuple_GET_ITEM(kind, SHARES) == Py_True ? ASK(value, storage_offset) : Py_NewRef(Py_None);
+    if (offset == NULL)
         return NULL;
-    SLOT(batch, value) = Py_NewRef(value);
-    SLOT(batch, signature) = Py_NewRef(PyTuple_GET_ITEM(kind, SIGNATURE));
-    PyObject *args[] = {c_batch_tensor, PyTuple_GET_ITEM(kind, SAMPLE), PyTuple_GET_ITEM(kind, STRIDES), Py_None, Py_None,
-                        PyTuple_GET_ITEM(kind, DTYPE), c_strided, PyTuple_GET_ITEM(kind, DEVICE)};
-    PyObject *offset = PyTuple_GET_ITEM(kind, SHARES) == Py_True ? PyObject_CallMethodNoArgs(value, s_storage_offset) : NULL;
-    if (offset != NULL)
-        args[3] = offset;
-    tensor = PyErr_Occurred() ? NULL : PyObject_Vectorcall(c_make_wrapper, args, args[7] == Py_None ? 6 : 8, NULL);
-    Py_XDECREF(offset);
-    if (tensor != NULL) {
-        SLOT(tensor, inner) = Py_NewRef(batch);
-        SLOT(tensor, level) = Py_NewRef((PyObject *)self);
-        if (PyTuple_GET_ITEM(kind, PLAIN) == Py_True) {
-            SLOT(batch, dtype) = Py_NewRef(PyTuple_GET_ITEM(kind, DTYPE));
-            SLOT(batch, sample) = Py_NewRef(PyTuple_GET_ITEM(kind, SAMPLE));
-        }
+    PyObject *tensor = tensor_like(PyTuple_GET_ITEM(kind, SAMPLE), PyTuple_GET_ITEM(kind, STRIDES), offset, PyTuple_GET_ITEM(kind, DTYPE),
+                                   PyTuple_GET_ITEM(kind, DEVICE)), *batch;
+    Py_DECREF(offset);
+    if (tensor == NULL || (batch = batch_for(tensor, value)) == NULL) {
+        Py_XDECREF(tensor);
+        return NULL;
     }
-    Py_DECREF(batch);
+    SLOT(tensor, level) = Py_NewRef((PyObject *)self);
+    SLOT(batch, signature) = Py_NewRef(PyTuple_GET_ITEM(kind, SIGNATURE));
+    if (PyTuple_GET_ITEM(kind, PLAIN) == Py_True) {
+        SLOT(batch, dtype) = Py_NewRef(PyTuple_GET_ITEM(kind, DTYPE));
+        SLOT(batch, sample) = Py_NewRef(PyTuple_GET_ITEM(kind, SAMPLE));
+    }
     return tensor;
 }
 
@@ -189,10 +186,11 @@ replayed(Handler *self, PyObject *replay, PyObject *values)
     return out;
 }
 
-/* What is known of a call, and the stored tensors among its arguments: 1 with new references; 0 if it is no replay; -1 with an
- * error set. */
+/* What is known of a call by its signature as an object, and the stored tensors among its arguments: 1 with new references; 0 if it is
+ * no replay; -1 with an error set. */
 static int
-find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyObject **replay, PyObject **values, int *joined)
+look_up_replay(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *kwargs, PyObject **replay,
+               PyObject **values, int *joined)
 {
     PyObject *key = NULL, *signature = PyList_New(0), *name, *item;
     Py_ssize_t place = 0;
@@ -204,7 +202,7 @@ find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyO
     if (signature == NULL || *values == NULL || PyList_Append(signature, func) < 0 ||
         append_new(signature, PyObject_CallNoArgs(c_default_dtype)) < 0)
         goto done;
-    taken = read_items(self, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), signature, *values, joined, read_tensor);
+    taken = read_items(self, args, count, signature, *values, joined, read_tensor);
     while (taken > 0 && kwargs != NULL && PyDict_Next(kwargs, &place, &name, &item))
         taken = PyList_Append(signature, name) < 0 ? -1 : read_items(self, &item, 1, signature, *values, joined, read_tensor);
     if (taken > 0 && (key = PyList_AsTuple(signature)) == NULL)
@@ -213,8 +211,6 @@ find_replay(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs, PyO
         taken = -1;
     if (taken > 0)
         taken = *replay != NULL && PyTuple_Check(*replay);
-    if (taken > 0 && *joined)
-        taken = may_join();
 done:
     if (taken > 0)
         Py_INCREF(*replay);
@@ -222,6 +218,33 @@ done:
         Py_CLEAR(*values);
     Py_XDECREF(key);
     Py_XDECREF(signature);
+    return taken;
+}
+
+/* The same by what was seen before, where it was. */
+static int
+find_replay(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *kwargs, PyObject **replay,
+            PyObject **values, int *joined)
+{
+    Words words;
+    *replay = NULL;
+    *values = PyList_New(0);
+    int taken = *values == NULL ? -1 : add_call(self, func, args, count, kwargs, &words, NULL, *values, joined), writable = taken > 0;
+    if (taken > 0 && (*replay = replay_seen(&words, hash_words(&words))) != NULL)
+        Py_INCREF(*replay);
+    else {
+        Py_CLEAR(*values);
+        if (taken >= 0)
+            taken = look_up_replay(self, func, args, count, kwargs, replay, values, joined);
+        if (taken > 0 && writable && note_seen(self, func, args, count, kwargs, *replay) < 0)
+            taken = -1;
+    }
+    if (taken > 0 && *joined)
+        taken = may_join();
+    if (taken <= 0) {
+        Py_CLEAR(*values);
+        Py_CLEAR(*replay);
+    }
     return taken;
 }
 
@@ -243,7 +266,7 @@ calls_torch(PyObject *function)
 
 /* A call under the only mode that is on; NotImplemented, with nothing done, leaves it to Python. */
 static PyObject *
-run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
+run_known(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *kwargs)
 {
     PyObject *replay, *values;
     int joined, taken = PyFunction_Check(func) ? PySet_Contains(c_written, func) : PySet_Contains(c_calls, (PyObject *)Py_TYPE(func));
@@ -254,16 +277,18 @@ run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs)
         taken = autocast < 0 ? -1 : !autocast;
     }
     if (taken > 0)
-        taken = find_replay(self, func, args, kwargs, &replay, &values, &joined);
+        taken = find_replay(self, func, args, count, kwargs, &replay, &values, &joined);
     if (taken <= 0)
         return taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *kinds = PyTuple_GET_ITEM(replay, KINDS), *out = NULL, *done = NULL;
     Py_ssize_t place = PyLong_CheckExact(kinds) ? PyLong_AsSsize_t(kinds) : -1;
     if (place >= 0) /* the argument itself */
-        out = Py_NewRef(PyTuple_GET_ITEM(args, place));
+        out = Py_NewRef(args[place]);
     else if ((done = exclude_python(1)) != NULL) {
-        int apart = PyTuple_GET_ITEM(replay, RUN) == Py_None; /* the call concerns no mapped tensor */
-        out = apart ? PyObject_Call(func, args, kwargs) : replayed(self, replay, values);
+        if (PyTuple_GET_ITEM(replay, RUN) == Py_None) /* the call concerns no mapped tensor */
+            out = PyObject_VectorcallDict(func, args, count, kwargs);
+        else
+            out = replayed(self, replay, values);
         if (include_python() < 0)
             Py_CLEAR(out);
     }
@@ -281,7 +306,7 @@ run_known_op(Handler *self, PyObject *op, PyObject *args, int is_view)
     int joined;
     if (c_known == NULL || self->guarded || self->graphs || (is_view && state.exclude == NULL))
         return Py_NewRef(Py_NotImplemented);
-    int taken = find_replay(self, op, args, NULL, &replay, &values, &joined);
+    int taken = find_replay(self, op, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), NULL, &replay, &values, &joined);
     if (taken <= 0)
         return taken < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     /* Autograd must see views, so that writes through them are counted as writes, and what has a graph. */

@@ -81,7 +81,7 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
         if (function != NULL && PyTuple_GET_SIZE(function) == FIELDS)
             Py_SETREF(out, run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));
         if (out == Py_NotImplemented)
-            Py_SETREF(out, run_known(self, func, args, kwargs));
+            Py_SETREF(out, run_known(self, func, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), kwargs));
         return out;
     }
     int fresh = self->kind == TAPE && self->depth == 1 && sorts & MAKES_NEW;
@@ -118,7 +118,7 @@ take(Handler *self, PyObject *func, PyObject *types, PyObject *args, PyObject *k
     else if (compares || converts)
         Py_SETREF(out, run_ignored_below(self, func, compares ? function : NULL, args));
     else if (makes_shape) /* that of another tensor: nothing of it is recorded */
-        Py_SETREF(out, run_known((Handler *)self->below, func, args, NULL));
+        Py_SETREF(out, run_known((Handler *)self->below, func, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), NULL));
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(function) == FIELDS && !compares)
         Py_SETREF(out, self->kind == TAPE ? run_on_tape(self, function, args)
                                           : run_under_vmap(self, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 0));

@@ -41,15 +41,12 @@ ranks_compare(PyObject *one, PyObject *other, int how)
     return outcome;
 }
 
-/* A result as a tensor of this level; takes the reference of `out`. `like` has its dtype, shape and layout, if it is given. */
+/* A result as a tensor of this level; takes the reference of `out`. `like`, the `Batched` of `source`, has its dtype, shape and
+ * layout, if it is given. */
 static PyObject *
-wrapped(Handler *self, PyObject *out, PyObject *like)
+wrapped(Handler *self, PyObject *out, PyObject *like, PyObject *source)
 {
-    PyObject *tensor = NULL, *shape = NULL, *dtype = NULL, *sample = NULL, *contiguous = NULL;
-    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
-    if (batch == NULL)
-        goto done;
-    SLOT(batch, value) = Py_NewRef(out);
+    PyObject *tensor = NULL, *shape = NULL, *dtype = NULL, *sample = NULL, *contiguous = NULL, *batch, *shelf;
     if (like != NULL) {
         dtype = Py_NewRef(SLOT(like, dtype));
         sample = Py_NewRef(SLOT(like, sample));
@@ -64,8 +61,11 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
                 goto done;
         }
         if (!plain) {
-            PyObject *args[] = {batch, (PyObject *)self};
-            tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+            if ((batch = new_batch(out)) != NULL) {
+                PyObject *args[] = {batch, (PyObject *)self};
+                tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+                Py_DECREF(batch);
+            }
             goto done;
         }
         shape = GET(out, shape);
@@ -74,22 +74,24 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
         if (sample == NULL)
             goto done;
     }
-    PyObject *args[] = {c_batch_tensor, sample, Py_None, Py_None, Py_None, dtype};
-    tensor = PyObject_Vectorcall(c_make_wrapper, args, 6, NULL);
-    if (tensor == NULL)
-        goto done;
     /* What is known of a tensor without a graph need not be asked of it when it is an argument. */
     int floating = like != NULL ? 1 : PySet_Contains(c_floating, dtype);
     if (floating > 0 && like == NULL)
         floating = !is_true_of(GET(out, requires_grad));
+    shelf = like != NULL ? whole_shelf(source) : NULL;
+    tensor = shelf != NULL ? tensor_on(shelf, sample, Py_None, Py_None, dtype, Py_None) : tensor_like(sample, Py_None, Py_None, dtype, Py_None);
+    if (tensor == NULL || (batch = batch_for(tensor, out)) == NULL) {
+        Py_CLEAR(tensor);
+        goto done;
+    }
     if (floating > 0) {
         SLOT(batch, dtype) = Py_NewRef(dtype);
         SLOT(batch, sample) = Py_NewRef(sample);
     }
-    SLOT(tensor, inner) = Py_NewRef(batch);
+    if (shelf != NULL && SLOT(like, signature) != NULL)
+        SLOT(batch, signature) = Py_NewRef(SLOT(like, signature));
     SLOT(tensor, level) = Py_NewRef(self);
 done:
-    Py_XDECREF(batch);
     Py_XDECREF(contiguous);
     Py_XDECREF(shape);
     Py_XDECREF(dtype);
@@ -121,25 +123,21 @@ wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype)
 {
     if (!batched)
         return wrapped_constant(level, value);
-    PyObject *tensor = NULL, *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
-    PyObject *shape = batch == NULL ? NULL : GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
+    PyObject *tensor = NULL, *batch, *shape = GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
     PyObject *strides = device == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_stride);
-    PyObject *offset = strides == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_storage_offset);
+    PyObject *offset = strides == NULL ? NULL : ASK(value, storage_offset);
     PyObject *sample = offset == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
     PyObject *steps = sample == NULL ? NULL : PyTuple_GetSlice(strides, 1, PyTuple_GET_SIZE(strides));
-    if (steps != NULL) {
-        SLOT(batch, value) = Py_NewRef(value);
-        PyObject *args[] = {c_batch_tensor, sample, steps, offset, Py_None, dtype, c_strided, device};
-        if ((tensor = PyObject_Vectorcall(c_make_wrapper, args, 8, NULL)) != NULL) {
-            SLOT(tensor, inner) = Py_NewRef(batch);
-            SLOT(tensor, level) = Py_NewRef(level);
-            if (PyTuple_GET_SIZE(sample) == 0 && PySet_Contains(c_floating, dtype) > 0) { /* see `wrapped`: results are laid out alike */
-                SLOT(batch, dtype) = Py_NewRef(dtype);
-                SLOT(batch, sample) = Py_NewRef(sample);
-            }
+    if (steps != NULL)
+        tensor = tensor_like(sample, steps, offset, dtype, device);
+    if (tensor != NULL && (batch = batch_for(tensor, value)) != NULL) {
+        SLOT(tensor, level) = Py_NewRef(level);
+        if (PyTuple_GET_SIZE(sample) == 0 && PySet_Contains(c_floating, dtype) > 0) { /* see `wrapped`: results are laid out alike */
+            SLOT(batch, dtype) = Py_NewRef(dtype);
+            SLOT(batch, sample) = Py_NewRef(sample);
         }
-    }
-    Py_XDECREF(batch);
+    } else
+        Py_CLEAR(tensor);
     Py_XDECREF(shape);
     Py_XDECREF(device);
     Py_XDECREF(strides);
@@ -305,7 +303,7 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         else if (out != NULL && writes)
             Py_SETREF(out, Py_NewRef(args[0]));
         else if (out != NULL)
-            out = wrapped(self, out, keeps ? first : NULL);
+            out = wrapped(self, out, keeps ? first : NULL, args[0]);
     } else if (fits == 0)
         out = Py_NewRef(Py_NotImplemented);
     Py_DECREF(first);
