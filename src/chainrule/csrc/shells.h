@@ -209,11 +209,29 @@ set_of_tensor(PyObject *tensor, PyObject *name, PyObject *value)
     return PyObject_GenericSetAttr(tensor, name, value);
 }
 
+static PyObject *no_functions = NULL; /* the class's `__torch_function__` */
+
+/* An attribute by a name in C: torch asks every tensor of a class of its own at every call whether that takes functions. */
+static PyObject *
+tensor_by_text(PyObject *tensor, char *name)
+{
+    if (strcmp(name, "__torch_function__") == 0 && (PyObject *)Py_TYPE(tensor) == c_batch_tensor)
+        return Py_NewRef(no_functions);
+    PyObject *text = PyUnicode_FromString(name), *found = text == NULL ? NULL : PyObject_GetAttr(tensor, text);
+    Py_XDECREF(text);
+    return found;
+}
+
 static void
 keep_shells(PyTypeObject *type)
 {
     if (type->tp_dealloc == let_tensor_go)
         return;
+    no_functions = PyObject_GetAttr((PyObject *)type, s___torch_function__);
+    if (no_functions == NULL)
+        PyErr_Clear();
+    else
+        type->tp_getattr = tensor_by_text;
     free_tensor = type->tp_dealloc;
     type->tp_dealloc = let_tensor_go;
     type->tp_setattro = set_of_tensor;

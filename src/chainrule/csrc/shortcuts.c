@@ -180,6 +180,8 @@ static PyMethodDef module_methods[] = {
     {"read", (PyCFunction)(void (*)(void))read_given, METH_FASTCALL, "What a reading of a call's arguments says."},
     {"call_alone", (PyCFunction)(void (*)(void))call_alone, METH_FASTCALL, "Run a transform that nothing is around."},
     {"call_mapped", (PyCFunction)(void (*)(void))call_mapped, METH_FASTCALL, "Run a vmap of a transform that nothing is around."},
+    {"handle_torch_function", (PyCFunction)(void (*)(void))handle_function, METH_FASTCALL | METH_KEYWORDS,
+     "Torch's handle_torch_function, which calls modes of this package itself."},
     {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},
