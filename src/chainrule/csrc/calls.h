@@ -1,7 +1,10 @@
 /* Calls on mapped tensors that were made before (chainrule.execute.mapped_calls), replayed. Part of shortcuts.c. */
 
 /* Fields of a replay and of what is known of one of its results, which are tuples. */
-enum { RUN, KINDS, SEVERAL, REPLAY_FIELDS };
+enum { RUN, KINDS, SEVERAL, SINGLE, REPLAY_FIELDS };
+/* Fields of a replay that is a single call, and what its arguments are. */
+enum { SINGLE_FUNCTION, SINGLE_ARGS, SINGLE_NAMES };
+enum { FIXED_ARGUMENT, VALUE_ARGUMENT, LIST_ARGUMENT, TUPLE_ARGUMENT, MOST_ARGUMENTS = 12 };
 enum { SHARES, SAMPLE, STRIDES, DTYPE, DEVICE, PLAIN, SIGNATURE, BATCHED, KIND_FIELDS };
 
 /* The number of a tensor's signature (shape, strides, dtype, device): 1 with a new reference; 0 if the tensor is left to Python;
@@ -134,6 +137,29 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
     return taken;
 }
 
+/* A tensor of a kind that begins at a place, without its level and what it stores. The shelves of kinds are found by their addresses. */
+static PyObject *
+tensor_of_kind(PyObject *kind, PyObject *offset)
+{
+    static struct {
+        PyObject *kind, *offset, *shelf;
+    } found[512], *place;
+    PyObject *sample = PyTuple_GET_ITEM(kind, SAMPLE), *strides = PyTuple_GET_ITEM(kind, STRIDES), *dtype = PyTuple_GET_ITEM(kind, DTYPE),
+             *device = PyTuple_GET_ITEM(kind, DEVICE);
+    place = &found[((uintptr_t)kind >> 4) % 512];
+    if (!uses_shelves())
+        return tensor_on(NULL, sample, strides, offset, dtype, device);
+    if (place->kind != kind || place->offset != offset) {
+        PyObject *shelf = shelf_of(sample, strides, offset, dtype, device);
+        if (shelf == NULL)
+            return NULL;
+        Py_XSETREF(place->shelf, Py_NewRef(shelf));
+        Py_XSETREF(place->kind, Py_NewRef(kind));
+        Py_XSETREF(place->offset, Py_NewRef(offset));
+    }
+    return tensor_on(place->shelf, sample, strides, offset, dtype, device);
+}
+
 /* A result of a replay as a tensor of the level. */
 static PyObject *
 wrapped_as(Handler *self, PyObject *value, PyObject *kind)
@@ -143,8 +169,7 @@ wrapped_as(Handler *self, PyObject *value, PyObject *kind)
     PyObject *offset = PyTuple_GET_ITEM(kind, SHARES) == Py_True ? ASK(value, storage_offset) : Py_NewRef(Py_None);
     if (offset == NULL)
         return NULL;
-    PyObject *tensor = tensor_like(PyTuple_GET_ITEM(kind, SAMPLE), PyTuple_GET_ITEM(kind, STRIDES), offset, PyTuple_GET_ITEM(kind, DTYPE),
-                                   PyTuple_GET_ITEM(kind, DEVICE)), *batch;
+    PyObject *tensor = tensor_of_kind(kind, offset), *batch;
     Py_DECREF(offset);
     if (tensor == NULL || (batch = batch_for(tensor, value)) == NULL) {
         Py_XDECREF(tensor);
@@ -159,13 +184,60 @@ wrapped_as(Handler *self, PyObject *value, PyObject *kind)
     return tensor;
 }
 
+/* An argument of a single call; a new reference. */
+static PyObject *
+single_argument(PyObject *argument, PyObject *values)
+{
+    PyObject *content = PyTuple_GET_ITEM(argument, 1), *made = NULL;
+    long kind = PyLong_AsLong(PyTuple_GET_ITEM(argument, 0));
+    if (kind == FIXED_ARGUMENT)
+        return Py_NewRef(content);
+    if (kind == VALUE_ARGUMENT)
+        return Py_XNewRef(PyList_GetItem(values, PyLong_AsSsize_t(content)));
+    Py_ssize_t count = PyTuple_GET_SIZE(content);
+    made = kind == LIST_ARGUMENT ? PyList_New(count) : PyTuple_New(count);
+    for (Py_ssize_t place = 0; made != NULL && place < count; place++) {
+        PyObject *item = single_argument(PyTuple_GET_ITEM(content, place), values);
+        if (item == NULL)
+            Py_CLEAR(made);
+        else if (kind == LIST_ARGUMENT)
+            PyList_SET_ITEM(made, place, item);
+        else
+            PyTuple_SET_ITEM(made, place, item);
+    }
+    return made;
+}
+
+/* The result of a single call. */
+static PyObject *
+run_single(PyObject *single, PyObject *values)
+{
+    PyObject *arguments = PyTuple_GET_ITEM(single, SINGLE_ARGS), *names = PyTuple_GET_ITEM(single, SINGLE_NAMES), *out = NULL;
+    PyObject *args[MOST_ARGUMENTS] = {NULL};
+    Py_ssize_t count = PyTuple_GET_SIZE(arguments), made = 0, named = names == Py_None ? 0 : PyTuple_GET_SIZE(names);
+    while (made < count && (args[made] = single_argument(PyTuple_GET_ITEM(arguments, made), values)) != NULL)
+        made++;
+    if (made == count)
+        out = PyObject_Vectorcall(PyTuple_GET_ITEM(single, SINGLE_FUNCTION), args, count - named, named ? names : NULL);
+    while (made)
+        Py_DECREF(args[--made]);
+    return out;
+}
+
 /* The results of a replay for stored tensors of its signature. Torch's handlers are off. */
 static PyObject *
 replayed(Handler *self, PyObject *replay, PyObject *values)
 {
     PyObject *kinds = PyTuple_GET_ITEM(replay, KINDS), *several = PyTuple_GET_ITEM(replay, SEVERAL), *out = NULL;
-    PyObject *args[] = {values, empty};
-    PyObject *found = PyObject_Vectorcall(PyTuple_GET_ITEM(replay, RUN), args, 2, NULL);
+    PyObject *args[] = {values, empty}, *single = PyTuple_GET_ITEM(replay, SINGLE), *found;
+    if (single != Py_None && PyTuple_GET_SIZE(PyTuple_GET_ITEM(single, SINGLE_ARGS)) <= MOST_ARGUMENTS && several == Py_None) {
+        found = run_single(single, values);
+        if (found != NULL)
+            out = wrapped_as(self, found, PyTuple_GET_ITEM(kinds, 0));
+        Py_XDECREF(found);
+        return out;
+    }
+    found = PyObject_Vectorcall(PyTuple_GET_ITEM(replay, RUN), args, 2, NULL);
     Py_ssize_t count = PyTuple_GET_SIZE(kinds);
     if (found != NULL && (!PyTuple_CheckExact(found) || PyTuple_GET_SIZE(found) != count))
         PyErr_SetString(PyExc_TypeError, "a replay returns a tuple of its results");
@@ -245,6 +317,68 @@ find_replay(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t cou
         Py_CLEAR(*values);
         Py_CLEAR(*replay);
     }
+    return taken;
+}
+
+/* A call that was seen, with torch's handlers on; NotImplemented, with nothing done, for others. */
+static PyObject *
+replay_if_seen(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count)
+{
+    Words words;
+    int joined;
+    PyObject *values = PyList_New(0), *replay = NULL, *out = NULL;
+    int taken = values == NULL ? -1 : add_call(self, func, args, count, NULL, &words, NULL, values, &joined);
+    if (taken > 0 && (joined || (replay = replay_seen(&words, hash_words(&words))) == NULL))
+        taken = 0;
+    if (taken == 0)
+        out = Py_NewRef(Py_NotImplemented);
+    else if (taken > 0) {
+        PyObject *off = exclude_python(1);
+        Py_INCREF(replay);
+        if (off != NULL)
+            out = replayed(self, replay, values);
+        Py_DECREF(replay);
+        if (off != NULL && include_python() < 0)
+            Py_CLEAR(out);
+        Py_XDECREF(off);
+    }
+    Py_XDECREF(values);
+    return out;
+}
+
+/* Keep a call of one tensor that carries the batch, and has no graph, the result of which is a view of it on the CPU: as a single call
+ * with these arguments after the stored tensor (their number is 1 or 2). 0, or -1 with an error set. */
+static int
+note_view(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *single, PyObject *const *given,
+          Py_ssize_t others, PyObject *view, PyObject *tensor)
+{
+    PyObject *batch = batch_of(self, tensor), *number = NULL, *strides = NULL, *shape = NULL, *dtype = NULL, *replay = NULL;
+    int taken = batch == NULL || others < 1 || others > 2 ? 0 : is_true_of(GET(view, is_cpu));
+    if (taken > 0)
+        taken = signature_number(view, batch, &number, 0);
+    if (taken <= 0)
+        return taken;
+    taken = -1;
+    if ((strides = PyObject_CallMethodNoArgs(view, s_stride)) == NULL || (shape = GET(view, shape)) == NULL || (dtype = GET(view, dtype)) == NULL)
+        goto done;
+    PyObject *sample = PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape)), *steps = PyTuple_GetSlice(strides, 1, PyTuple_GET_SIZE(strides));
+    if (sample != NULL && steps != NULL)
+        replay = others == 1 ? Py_BuildValue("(O((OOOOOOOO))O(O((ii)(iO))O))", Py_True, Py_True, sample, steps, dtype, Py_None,
+                                             SLOT(batch, sample) != NULL ? Py_True : Py_False, number, Py_True, Py_None, single,
+                                             VALUE_ARGUMENT, 0, FIXED_ARGUMENT, given[0], Py_None)
+                             : Py_BuildValue("(O((OOOOOOOO))O(O((ii)(iO)(iO))O))", Py_True, Py_True, sample, steps, dtype, Py_None,
+                                             SLOT(batch, sample) != NULL ? Py_True : Py_False, number, Py_True, Py_None, single,
+                                             VALUE_ARGUMENT, 0, FIXED_ARGUMENT, given[0], FIXED_ARGUMENT, given[1], Py_None);
+    Py_XDECREF(sample);
+    Py_XDECREF(steps);
+    if (replay != NULL)
+        taken = note_seen(self, func, args, count, NULL, replay);
+done:
+    Py_XDECREF(replay);
+    Py_XDECREF(number);
+    Py_XDECREF(strides);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
     return taken;
 }
 

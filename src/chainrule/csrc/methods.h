@@ -281,6 +281,9 @@ view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     if (batch == NULL || self->guarded || self->graphs || state.exclude == NULL || PyDict_GET_SIZE(c_copies) || !chooses_view(args[1]) ||
         !is_constant_class(SLOT(batch, value)))
         return Py_NewRef(Py_NotImplemented);
+    if ((out = replay_if_seen(self, c_getitem, args, count)) != Py_NotImplemented)
+        return out;
+    Py_SETREF(out, NULL);
     int joined = 0;
     PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = plain_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
     long rank = ndim == NULL ? -2 : joined || dtype == Py_None ? -1 : chosen_rank(args[1], PyLong_AsLong(ndim) - 1);
@@ -290,10 +293,12 @@ view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
         PyObject *given[] = {value, index, args[1]}, *view = call_below(number ? c_choose : c_getitem, given, 2 + number, 0);
         if (view != NULL && view != value)
             out = wrapped_view((PyObject *)self, view, 1, dtype);
-        else if (view == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+        if (out != NULL && note_view(self, c_getitem, args, count, number ? c_choose : c_getitem, given + 1, 1 + number, view, out) < 0)
+            Py_CLEAR(out);
+        if (view == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
             PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
             rank = -1;
-        } else if (view != NULL)
+        } else if (view != NULL && view == value)
             rank = -1;
         Py_XDECREF(view);
     }

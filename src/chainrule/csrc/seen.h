@@ -12,10 +12,12 @@ typedef struct {
 
 typedef struct {
     uint64_t hash;
-    int count;
+    int count, age;
     uint64_t *words;
     PyObject *kept, *replay;
 } Seen;
+
+enum { OLDEST = 4 }; /* so many others that find their place taken a call stays after its last use */
 
 static Seen seen[MOST_SEEN];
 static Py_ssize_t seen_known = 0; /* how many calls were known when the last one was added */
@@ -193,10 +195,11 @@ replay_seen(const Words *words, uint64_t hash)
             forget_seen(&seen[place]);
     }
     Seen *entry = &seen[hash % MOST_SEEN];
-    return entry->replay != NULL && entry->hash == hash && entry->count == words->count &&
-                   memcmp(entry->words, words->words, sizeof(uint64_t) * words->count) == 0
-               ? entry->replay
-               : NULL;
+    if (entry->replay == NULL || entry->hash != hash || entry->count != words->count ||
+        memcmp(entry->words, words->words, sizeof(uint64_t) * words->count) != 0)
+        return NULL;
+    entry->age = OLDEST;
+    return entry->replay;
 }
 
 /* Keep a call: 0, or -1 with an error set. */
@@ -215,10 +218,13 @@ note_seen(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count
         if (copy == NULL) {
             PyErr_NoMemory();
             taken = -1;
+        } else if (entry->age > 0) {
+            entry->age--;
+            PyMem_Free(copy);
         } else {
             memcpy(copy, words.words, sizeof(uint64_t) * words.count);
             forget_seen(entry);
-            *entry = (Seen){hash, words.count, copy, Py_NewRef(kept), Py_NewRef(replay)};
+            *entry = (Seen){hash, words.count, OLDEST, copy, Py_NewRef(kept), Py_NewRef(replay)};
             seen_known = PyDict_GET_SIZE(c_known);
         }
     }

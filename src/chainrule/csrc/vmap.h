@@ -179,7 +179,7 @@ mode_below(Handler *self)
     return below->kind == TAPE || below->kind == VMAP ? below : NULL;
 }
 
-/* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
+/* An argument as it stands beside the stored tensor of another one, whose dtype it has to have, if one is given: 1 with a new reference; 0 if it is left to
  * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph. */
 static int
 stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtype, PyObject *item, Py_ssize_t place,
@@ -203,7 +203,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         Py_INCREF(batch);
         known = stored_dtype(batch, &other, joined);
         *stored = Py_NewRef(SLOT(batch, value));
-        fits = known <= 0 ? known : other == dtype;
+        fits = known <= 0 ? known : dtype == NULL || other == dtype;
         if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
             fits = ranks_compare(value, *stored, Py_EQ);
             *keeps = 0;
@@ -211,13 +211,15 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         Py_DECREF(batch);
     } else {
         Handler *below = mode_below(self);
+        if ((PyObject *)Py_TYPE(item) == c_batch_tensor && SLOT(item, level) == (PyObject *)self && SLOT(item, inner) != NULL)
+            item = SLOT(item, inner); /* the same for all samples */
         int around = below != NULL && (PyObject *)Py_TYPE(item) == c_batch_tensor && SLOT(item, level) == (PyObject *)below;
         if (!around && !is_constant_class(item))
             return 0;
         *keeps = 0;
         *stored = Py_NewRef(item);
         other = plain_dtype(item, joined);
-        fits = other == NULL ? -1 : other == dtype;
+        fits = other == NULL ? -1 : dtype == NULL || other == dtype;
         /* Element by element it broadcasts against the last dimensions; of a product it is the matrix, or what is added. */
         if (fits > 0)
             fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : is_plain_matrix(item);
@@ -270,8 +272,14 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     count = given(function, args, count);
     if (refused || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
         return Py_NewRef(Py_NotImplemented);
-    PyObject *first = batch_of(self, args[0]);
-    if (first == NULL)
+    Py_ssize_t mapped = 0, from = below == NULL && PyTuple_GET_ITEM(function, CALL) == c_where; /* what a choice is made by is of a dtype of its own */
+    PyObject *first = batch_of(self, args[from]);
+    if (first != NULL)
+        mapped = from;
+    else if (PyTuple_GET_ITEM(function, POINTWISE) == Py_True && !writes && below == NULL)
+        for (mapped = from + 1; mapped < count && (first = batch_of(self, args[mapped])) == NULL; mapped++)
+            ;
+    if (first == NULL || (mapped && is_number(args[from])))
         return Py_NewRef(Py_NotImplemented);
     PyObject *stored[3] = {NULL, NULL, NULL}, *dtype = NULL, *out = NULL;
     Py_INCREF(first); /* the call may run anything, a write to the argument included */
@@ -279,13 +287,14 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     int fits = stored_dtype(first, &dtype, &joined);
     /* Whether the result has the dtype, the shape and the layout of the first argument. */
     int keeps = PyTuple_GET_ITEM(function, KEEPS) == Py_True && SLOT(first, sample) != NULL;
-    stored[0] = Py_NewRef(SLOT(first, value));
+    stored[mapped] = Py_NewRef(SLOT(first, value));
     if (fits > 0 && PyTuple_GET_ITEM(function, POINTWISE) != Py_True) {
-        fits = rank_is(stored[0], 1); /* a product of vectors has the batch before it nowhere */
+        fits = rank_is(stored[mapped], 1); /* a product of vectors has the batch before it nowhere */
         fits = fits < 0 ? fits : !fits;
     }
-    for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
-        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined);
+    for (Py_ssize_t place = 0; fits > 0 && place < count; place++)
+        if (place != mapped)
+            fits = stored_beside(self, function, first, place < from ? NULL : dtype, args[place], place, &stored[place], &keeps, &joined);
     if (writes && (joined || PyDict_GET_SIZE(c_copies)))
         fits = fits < 0 ? -1 : 0; /* autograd has to see it, or it may be lost in a copy that stands for a view */
     if (fits > 0 && joined && below == NULL) { /* the mode below shows it to autograd */
@@ -303,7 +312,7 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         else if (out != NULL && writes)
             Py_SETREF(out, Py_NewRef(args[0]));
         else if (out != NULL)
-            out = wrapped(self, out, keeps ? first : NULL, args[0]);
+            out = wrapped(self, out, keeps ? first : NULL, args[mapped]);
     } else if (fits == 0)
         out = Py_NewRef(Py_NotImplemented);
     Py_DECREF(first);
