@@ -540,7 +540,7 @@ _FIXED, _VALUE, _LIST, _TUPLE = range(4)
 
 
 def _single(source: Source, *, joined: bool) -> tuple[Any, ...] | None:
-    """A program of one call and one result, for the compiled handlers: the function, its arguments, the names of the last of them."""
+    """A program of one call and one result for the compiled handlers: the function, its arguments, the names of the last."""
     calls = source.kept if joined or source.plain is None else source.plain
     if len(calls) != 1 or source.copied or calls[0].is_tuple or list(calls[0].outputs) != source.wanted:
         return None
