@@ -293,6 +293,9 @@ done:
     return taken;
 }
 
+/* The function of an attribute that is asked for now; torch makes others of the kind for one call. */
+static PyObject *lasting = NULL;
+
 /* The same by what was seen before, where it was. */
 static int
 find_replay(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *kwargs, PyObject **replay,
@@ -301,7 +304,8 @@ find_replay(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t cou
     Words words;
     *replay = NULL;
     *values = PyList_New(0);
-    int taken = *values == NULL ? -1 : add_call(self, func, args, count, kwargs, &words, NULL, *values, joined), writable = taken > 0;
+    int taken = *values == NULL ? -1 : add_call(self, func, args, count, kwargs, &words, NULL, *values, joined);
+    int writable = taken > 0 && (Py_TYPE(func) != &_PyMethodWrapper_Type || func == lasting);
     if (taken > 0 && (*replay = replay_seen(&words, hash_words(&words))) != NULL)
         Py_INCREF(*replay);
     else {

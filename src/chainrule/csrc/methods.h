@@ -405,6 +405,7 @@ property_get(PyObject *callable, PyObject *tensor, PyObject *type)
     if (handler != NULL) {
         int disabled = state.get_functions();
         state.set_functions(2);
+        lasting = self->replayed;
         PyObject *out = self->replayed != Py_None ? replay_method(handler, self->replayed, &tensor, 1, NULL)
                                                   : Py_TYPE(self->asked)->tp_descr_get(self->asked, tensor, type);
         state.set_functions(disabled);

@@ -3,7 +3,7 @@
 
 /* A signature as numbers: what stands for each object of the call, in the order of calls.h. Objects that stand for themselves are
  * kept by an entry of the table, so that their addresses are theirs. */
-enum { MOST_WORDS = 48, MOST_SEEN = 2048 };
+enum { MOST_WORDS = 256, MOST_SEEN = 2048 };
 enum { AT_TENSOR = 1, AT_CONSTANT, AT_AGAIN, AT_INT, AT_FLOAT, AT_SLICE, AT_SEQUENCE, AT_OBJECT, AT_NAME };
 typedef struct {
     int count;
