@@ -37,7 +37,7 @@ from chainrule.functions import (
     WRITERS,
 )
 from chainrule.functions import Function as TorchFunction
-from chainrule.shortcuts import AUTOCAST_KEYS, COMPLEX, FLOATING, REAL, Handler, configure, set_excluded
+from chainrule.shortcuts import AUTOCAST_KEYS, COMPLEX, FLOATING, REAL, Handler, configure, handle_torch_function, set_excluded
 from chainrule.subclasses import is_bare
 from chainrule.uncompiled import hide_code, refusal_of_operators, run_uncompiled
 
@@ -151,6 +151,15 @@ configure(
 
 #: Whether the compiled handlers know the dispatcher's state without asking in Python.
 KNOWS_STATE = find_state()
+
+#: Where torch has functions in Python, which hand themselves to function modes; that takes longer than many of them.
+_DOORS: tuple[Any, ...] = (torch.nn.functional, torch.functional, torch._tensor)
+
+if KNOWS_STATE:
+    configure(handle=torch.overrides.handle_torch_function)
+    for _module in _DOORS:
+        if _module.handle_torch_function is torch.overrides.handle_torch_function:
+            _module.handle_torch_function = handle_torch_function
 
 
 def _without_handlers(excluded: bool) -> None:

@@ -153,6 +153,13 @@ MAKING_GRAPHS = frozenset(
 #: Says of a tensor that a graph hangs on it: for a mode that pulls cotangents back, that it depends on inputs of that.
 REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
+#: Attributes and methods that say something of a tensor, and compute nothing.
+ASKED = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_nested", "is_sparse")
+QUERIES = ("dim", "size", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex")
+
+#: Attributes that are views.
+TURNED = ("T", "mT")
+
 #: What says something of a tensor, and computes nothing.
 FACTS = frozenset(
     {

@@ -156,10 +156,22 @@ def call_mapped(route: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return NotImplemented
 
 
+def handle_torch_function(function: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:
+    """As torch's, by which its functions in Python hand themselves to function modes; calls modes of this package itself."""
+    return torch.overrides.handle_torch_function(function, asked, *args, **kwargs)
+
+
 class Method:
     """A function of the table as a method of `BatchTensor`, for which it needs no mode; there is none in Python."""
 
     def __init__(self, function: Any, otherwise: Any) -> None:
+        raise NotImplementedError
+
+
+class Property:
+    """An attribute of `BatchTensor` for which it needs no mode; there is none in Python."""
+
+    def __init__(self, asked: Any, replayed: Any) -> None:
         raise NotImplementedError
 
 
@@ -231,10 +243,12 @@ if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0
         from chainrule._shortcuts import (  # noqa: F401, F811 - in their place
             Handler,
             Method,
+            Property,
             Watch,
             call_alone,
             call_mapped,
             configure,
+            handle_torch_function,
             read_state,
             set_excluded,
             set_functions,

@@ -261,6 +261,7 @@ class Level(LightMode):
             func(*inner, **named)
             return target
         view = METADATA_INPLACE[func]
+        target.shelf = None
         if target.inner.__class__ is Batched:
             target.inner = self._run_strategy(view, inner, named)
         else:
@@ -306,6 +307,7 @@ class Level(LightMode):
                 )
             value = result.value if isinstance(result, BatchTensor) else result
             output.inner = Batched(value) if isinstance(result, BatchTensor) and result.batched else value
+            output.shelf = None
             with undispatched():
                 output.resize_(result.shape)
             return

@@ -19,9 +19,9 @@ from chainrule.batching.random import drop, run_random
 from chainrule.batching.tensor import BatchTensor, wrap_batched
 from chainrule.calls import shared_constant
 from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, again
-from chainrule.functions import FACTS, REPLAYED, Function, methods
+from chainrule.functions import ASKED, FACTS, QUERIES, REPLAYED, TURNED, Function, methods
 from chainrule.rules.batching_base import Batched, any_batched
-from chainrule.shortcuts import AUTOCAST_KEYS, Method, configure, use_classes
+from chainrule.shortcuts import AUTOCAST_KEYS, Method, Property, configure, use_classes
 from chainrule.subclasses import is_foreign
 
 _make_wrapper = Tensor._make_wrapper_subclass
@@ -34,6 +34,12 @@ if KNOWS_STATE:
         setattr(BatchTensor, _name, Method(None, getattr(Tensor, _name)))
     for _name in ("__setitem__", "copy_", "fill_", "zero_", "index_put_"):
         setattr(BatchTensor, _name, Method(None, getattr(Tensor, _name)))
+    for _name in QUERIES:
+        setattr(BatchTensor, _name, Method(True, getattr(Tensor, _name)))
+    for _name in ASKED:
+        setattr(BatchTensor, _name, Property(getattr(Tensor, _name), None))
+    for _name in TURNED:
+        setattr(BatchTensor, _name, Property(getattr(Tensor, _name), getattr(Tensor, _name).__get__))
 _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
 _DROPOUT = torch.ops.aten.dropout.default
 

@@ -24,6 +24,7 @@ class BatchTensor(Tensor):
     Attributes:
         inner: a `Batched` (batch at physical dimension 0), or a plain tensor that is the same for all samples.
         level: the `VmapMode` of the level.
+        shelf: where the compiled handlers keep it once nobody holds it, to be the next one alike; None if it may be no other.
         parent, recipe: for a view of a tensor made inside the function, what it is a view of and how to
             make it again; used when an in-place write makes the base batched.
         views: on a base, weak references to all its views, in the order of their making.
@@ -31,13 +32,14 @@ class BatchTensor(Tensor):
     """
 
     # What every such tensor has stands in its own places, which take less time than a dictionary.
-    __slots__ = ("inner", "level")
+    __slots__ = ("inner", "level", "shelf")
 
     #: To the rules, which know no more of the class.
     is_mapped = True
 
     inner: Any
     level: Any
+    shelf: Any
     parent: BatchTensor | None = None
     recipe: tuple[Any, Sequence[Any], dict[str, Any], int | None] | None = None
     views: list[weakref.ref[BatchTensor]] | None = None

@@ -65,21 +65,21 @@ typedef struct {
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(composed) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
     X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
-    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(negative_zero) X(makers) X(products)
+    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(negative_zero) X(makers) X(products) X(handle)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
 static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
 
 #define NAMES(X)                                                                                                       \
-    X(take_function) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
+    X(take_function) X(__torch_function__) X(level) X(inner) X(value) X(requires_grad) X(dtype) X(ndim) X(shape) X(is_cpu) X(is_contiguous)   \
     X(device) X(layout) X(_note_derived) X(saw_blocked) X(_any_active) X(_joins_whole) X(_slot_or_constant) X(append_record) \
     X(facts) X(run_op) X(lower) X(_run_uncommon) X(grad_fn) X(stride) X(storage_offset) X(inplace) \
     X(alias) X(links) X(roots) X(families) X(_read_slots) X(_scanned) X(has_writes) X(kept) X(reads_values) X(_note_view)      \
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
     X(_listen) X(_run_step) X(detach) X(is_neg) X(is_conj) X(to_real) X(used) X(quick) X(plain) X(batched) X(extra) \
     X(_current_level) X(reverse) X(_note_blocked) \
-    X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
+    X(_is_view) X(_use_count) X(_version) X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -111,7 +111,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, signature, common, plain, op, is_view, fast, joining, alone, direct, rewrites,
+    Py_ssize_t inner, level, shelf, value, dtype, sample, signature, common, plain, op, is_view, fast, joining, alone, direct, rewrites,
         functional, inactive, reads, numbers, random, shaped, whole, with_complex;
 } offsets;
 
@@ -119,13 +119,44 @@ static struct {
 
 /* The attributes of tensors that are read most, without the way through the attributes of an object: torch's own getters, as they
  * stand on its class; NULL where one is none. */
-#define ATTRIBUTES(X) X(dtype) X(shape) X(grad_fn) X(layout) X(ndim) X(device) X(is_cpu) X(requires_grad)
+#define ATTRIBUTES(X) X(_version) X(dtype) X(shape) X(grad_fn) X(layout) X(ndim) X(device) X(is_cpu) X(requires_grad)
 #define DECLARE_GETTER(name) PyGetSetDef *name;
 static struct {
     ATTRIBUTES(DECLARE_GETTER)
 } getters;
 
 #define GET(tensor, name) attribute_of(tensor, getters.name, s_##name)
+
+/* Methods without arguments that are called most, likewise. */
+#define CALLED(X) X(storage_offset) X(_is_view) X(_use_count)
+#define DECLARE_CALLED(name) PyCFunction name;
+static struct {
+    CALLED(DECLARE_CALLED)
+} called;
+
+#define ASK(tensor, name) called_on(tensor, called.name, s_##name)
+
+/* What a method of torch's class of tensors returns, functions not shown to modes for other classes; a new reference. */
+static PyObject *
+called_on(PyObject *tensor, PyCFunction method, PyObject *name)
+{
+    if (method != NULL)
+        return method(tensor, NULL);
+    return PyObject_CallMethodNoArgs(tensor, name);
+}
+
+/* That method; NULL, without an error, if it takes arguments or is none. */
+static PyCFunction
+called_of(PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(c_tensor, name);
+    PyCFunction method = NULL;
+    if (found != NULL && Py_TYPE(found) == &PyMethodDescr_Type && ((PyMethodDescrObject *)found)->d_method->ml_flags == METH_NOARGS)
+        method = ((PyMethodDescrObject *)found)->d_method->ml_meth;
+    Py_XDECREF(found); /* the class keeps it */
+    PyErr_Clear();
+    return method;
+}
 
 /* An attribute of a tensor; a new reference. */
 static PyObject *

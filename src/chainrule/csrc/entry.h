@@ -19,6 +19,17 @@ is_handler(PyObject *object)
     return PyObject_TypeCheck(object, &handler_type);
 }
 
+/* An attribute by a name in C, as torch asks every mode for its handler at every call: without a new string where it does. */
+static PyObject *
+attribute_by_text(PyObject *self, char *name)
+{
+    if (strcmp(name, "__torch_function__") == 0)
+        return PyObject_GetAttr(self, s___torch_function__);
+    PyObject *text = PyUnicode_FromString(name), *found = text == NULL ? NULL : PyObject_GetAttr(self, text);
+    Py_XDECREF(text);
+    return found;
+}
+
 /* An entry of one of torch's stacks of modes: a new reference. */
 static PyObject *
 mode_at(PyObject *function, int64_t place)
@@ -76,6 +87,8 @@ enter_mode(Handler *self, int covered)
 {
     if (state.exclude == NULL)
         return PyObject_CallMethodNoArgs((PyObject *)self, s__enter);
+    if (Py_TYPE(self)->tp_getattr == NULL)
+        Py_TYPE(self)->tp_getattr = attribute_by_text;
     int64_t depth = state.dispatch_modes() + 1;
     int replaces = 0;
     PyObject *under = NULL, *taken = NULL, *entry = NULL, *result = NULL;

@@ -49,7 +49,7 @@ mapped_argument(Handler *mode, PyObject *item)
     if (start < 0)
         return NULL;
     if (start == 0)
-        return wrapped(mode, Py_NewRef(item), NULL);
+        return wrapped(mode, Py_NewRef(item), NULL, NULL);
     PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
     if (batch == NULL)
         return NULL;

@@ -1,7 +1,8 @@
 /* Methods of BatchTensor. Part of shortcuts.c. */
 
 /* Method(function, otherwise): a function of the table as a method of BatchTensor, which needs no function mode under its own
- * level; with None for the function, calls that are known are replayed. Every other call goes to `otherwise`, torch's own method. */
+ * level; with None for the function, calls that are known are replayed, and with True it is a query. Every other call goes to
+ * `otherwise`, torch's own method. */
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
@@ -269,6 +270,9 @@ view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
     int copy = may_be_copy(SLOT(batch, value));
     if (copy)
         return copy < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    if ((out = replay_if_seen(self, c_getitem, args, count)) != Py_NotImplemented)
+        return out;
+    Py_SETREF(out, NULL);
     int joined = 0;
     PyObject *value = Py_NewRef(SLOT(batch, value)), *dtype = numeric_dtype(value, &joined), *ndim = dtype == NULL ? NULL : GET(value, ndim);
     long rank = ndim == NULL ? -2 : joined || dtype == Py_None ? -1 : chosen_rank(args[1], PyLong_AsLong(ndim) - 1);
@@ -278,10 +282,12 @@ view_mapped(Handler *self, PyObject *const *args, Py_ssize_t count)
         PyObject *given[] = {value, index, args[1]}, *view = call_below(number ? c_choose : c_getitem, given, 2 + number, 0);
         if (view != NULL && view != value)
             out = wrapped_view((PyObject *)self, view, 1, dtype);
-        else if (view == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+        if (out != NULL && note_view(self, c_getitem, args, count, number ? c_choose : c_getitem, given + 1, 1 + number, view, out) < 0)
+            Py_CLEAR(out);
+        if (view == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
             PyErr_Clear(); /* what torch says of the whole is not what it says of a sample */
             rank = -1;
-        } else if (view != NULL)
+        } else if (view != NULL && view == value)
             rank = -1;
         Py_XDECREF(view);
     }
@@ -300,26 +306,36 @@ replay_method(Handler *handler, PyObject *func, PyObject *const *args, Py_ssize_
 {
     if (handler->guarded || handler->graphs || c_known == NULL)
         return Py_NewRef(Py_NotImplemented);
-    PyObject *given = PyTuple_New(count), *kwargs = names == NULL ? NULL : PyDict_New(), *out = NULL;
-    if (given == NULL || (names != NULL && kwargs == NULL))
-        goto done;
-    for (Py_ssize_t place = 0; place < count; place++)
-        PyTuple_SET_ITEM(given, place, Py_NewRef(args[place]));
+    PyObject *kwargs = names == NULL ? NULL : PyDict_New(), *out;
+    if (names != NULL && kwargs == NULL)
+        return NULL;
     for (Py_ssize_t place = 0; names != NULL && place < PyTuple_GET_SIZE(names); place++)
-        if (PyDict_SetItem(kwargs, PyTuple_GET_ITEM(names, place), args[count + place]) < 0)
-            goto done;
-    out = run_known(handler, func, given, kwargs);
-done:
-    Py_XDECREF(given);
+        if (PyDict_SetItem(kwargs, PyTuple_GET_ITEM(names, place), args[count + place]) < 0) {
+            Py_DECREF(kwargs);
+            return NULL;
+        }
+    out = run_known(handler, func, args, count, kwargs);
     Py_XDECREF(kwargs);
     return out;
 }
+
+static Handler *
+lone_level(PyObject *tensor);
 
 static PyObject *
 method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject *names)
 {
     Method *self = (Method *)callable;
     Py_ssize_t count = PyVectorcall_NARGS(flagged);
+    if (self->function == Py_True) { /* a query */
+        if (count < 1 || lone_level(args[0]) == NULL)
+            return PyObject_Vectorcall(self->otherwise, args, flagged, names);
+        int disabled = state.get_functions();
+        state.set_functions(2);
+        PyObject *out = PyObject_Vectorcall(self->otherwise, args, flagged, names);
+        state.set_functions(disabled);
+        return out;
+    }
     int replayed = self->function == Py_None;
     if (count >= 1 && (replayed || (names == NULL && count <= 2)) && (PyObject *)Py_TYPE(args[0]) == c_batch_tensor) {
         Handler *handler = (Handler *)SLOT(args[0], level);
@@ -347,6 +363,96 @@ method_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject 
     }
     return PyObject_Vectorcall(self->otherwise, args, flagged, names);
 }
+
+/* The level of a tensor, if it stands alone among the functions; NULL, without an error, for others. */
+static Handler *
+lone_level(PyObject *tensor)
+{
+    Handler *handler = (PyObject *)Py_TYPE(tensor) == c_batch_tensor ? (Handler *)SLOT(tensor, level) : NULL;
+    return handler != NULL && PyObject_TypeCheck(handler, &handler_type) && handler->kind == VMAP &&
+                   (handler->below == NULL || handler->below == Py_None) && state.function_modes() == 1 && state.functions_shown() &&
+                   stands_innermost(handler) > 0
+               ? handler
+               : NULL;
+}
+
+/* Property(asked, replayed): an attribute of BatchTensor as torch has it, which needs no function mode under its own level. One that is
+ * no query is a call that is replayed, by the function as torch shows it to a mode. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *asked;
+    PyObject *replayed;
+} Property;
+
+static PyObject *
+property_get(PyObject *callable, PyObject *tensor, PyObject *type)
+{
+    Property *self = (Property *)callable;
+    if (tensor == NULL || tensor == Py_None)
+        return Py_NewRef(self->asked);
+    Handler *handler = lone_level(tensor);
+    if (handler != NULL) {
+        int disabled = state.get_functions();
+        state.set_functions(2);
+        lasting = self->replayed;
+        PyObject *out = self->replayed != Py_None ? replay_method(handler, self->replayed, &tensor, 1, NULL)
+                                                  : Py_TYPE(self->asked)->tp_descr_get(self->asked, tensor, type);
+        state.set_functions(disabled);
+        if (out != Py_NotImplemented)
+            return out;
+        Py_DECREF(out);
+    }
+    return Py_TYPE(self->asked)->tp_descr_get(self->asked, tensor, type);
+}
+
+static int
+property_set(PyObject *callable, PyObject *tensor, PyObject *value)
+{
+    PyObject *asked = ((Property *)callable)->asked;
+    return Py_TYPE(asked)->tp_descr_set(asked, tensor, value);
+}
+
+static PyObject *
+property_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *asked, *replayed;
+    if (!PyArg_ParseTuple(args, "OO", &asked, &replayed))
+        return NULL;
+    if (Py_TYPE(asked)->tp_descr_get == NULL || Py_TYPE(asked)->tp_descr_set == NULL)
+        return PyErr_Format(PyExc_TypeError, "Property: %R is no attribute", asked);
+    Property *self = (Property *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->asked = Py_NewRef(asked);
+        self->replayed = Py_NewRef(replayed);
+    }
+    return (PyObject *)self;
+}
+
+static void
+property_dealloc(Property *self)
+{
+    Py_CLEAR(self->asked);
+    Py_CLEAR(self->replayed);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyObject *
+property_attribute(PyObject *self, PyObject *name)
+{
+    return PyObject_GetAttr(((Property *)self)->asked, name); /* `__get__`, as torch shows it to modes, and its documentation */
+}
+
+static PyTypeObject property_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "chainrule._shortcuts.Property",
+    .tp_basicsize = sizeof(Property),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_dealloc = (destructor)property_dealloc,
+    .tp_descr_get = property_get,
+    .tp_descr_set = property_set,
+    .tp_getattro = property_attribute,
+    .tp_new = property_new,
+};
 
 static PyObject *
 method_bound(PyObject *self, PyObject *object, PyObject *type)
@@ -381,7 +487,7 @@ method_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *function, *otherwise;
     if (!PyArg_ParseTuple(args, "OO", &function, &otherwise))
         return NULL;
-    if (function != Py_None && (!PyTuple_Check(function) || PyTuple_GET_SIZE(function) != FIELDS))
+    if (function != Py_None && function != Py_True && (!PyTuple_Check(function) || PyTuple_GET_SIZE(function) != FIELDS))
         return PyErr_Format(PyExc_TypeError, "Method: a function of the table has %d fields", FIELDS);
     Method *self = (Method *)type->tp_alloc(type, 0);
     if (self != NULL) {

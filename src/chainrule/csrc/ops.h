@@ -403,7 +403,7 @@ run_inactive(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyO
 }
 
 static PyObject *
-run_known(Handler *self, PyObject *func, PyObject *args, PyObject *kwargs); /* in calls.h */
+run_known(Handler *self, PyObject *func, PyObject *const *args, Py_ssize_t count, PyObject *kwargs); /* in calls.h */
 
 /* Whether an argument of what is run on a level has no graph and is no list of tensors: 1, 0, or -1 with an error set. */
 static int
@@ -495,7 +495,7 @@ run_ignored_below(Handler *self, PyObject *func, PyObject *function, PyObject *a
     if (plain <= 0)
         return plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
     PyObject *out = function != NULL ? run_under_vmap(level, function, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), 1)
-                                     : run_known(level, func, args, NULL);
+                                     : run_known(level, func, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), NULL);
     if (out == Py_NotImplemented && function != NULL && PyTuple_GET_SIZE(args) == 2)
         Py_SETREF(out, run_constant_call(level, function, &PyTuple_GET_ITEM(args, 0), 2));
     if (out != NULL && out != Py_NotImplemented && note_derived(self, args, out) < 0)

@@ -18,6 +18,7 @@
 #include <structmember.h>
 
 #include "common.h"
+#include "shells.h"
 #include "vmap.h"
 #include "upgrades.h"
 #include "tape.h"
@@ -54,8 +55,10 @@ configure(PyObject *module, PyObject *args, PyObject *kwargs)
         Py_XSETREF(*where, Py_NewRef(value));
     }
 #define FIND(name) getters.name = getter_of(s_##name);
+#define FIND_CALLED(name) called.name = called_of(s_##name);
     if (c_tensor != NULL && c_parameter != NULL) {
         ATTRIBUTES(FIND)
+        CALLED(FIND_CALLED)
     }
     Py_RETURN_NONE;
 }
@@ -82,11 +85,13 @@ use_classes(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (count != 2 || !PyType_Check(args[0]) || !PyType_Check(args[1]))
         return PyErr_Format(PyExc_TypeError, "use_classes: two classes are expected");
     if ((offsets.inner = slot_offset(args[0], "inner")) < 0 || (offsets.level = slot_offset(args[0], "level")) < 0 ||
+        (offsets.shelf = slot_offset(args[0], "shelf")) < 0 ||
         (offsets.value = slot_offset(args[1], "value")) < 0 || (offsets.dtype = slot_offset(args[1], "dtype")) < 0 ||
         (offsets.sample = slot_offset(args[1], "sample")) < 0 || (offsets.signature = slot_offset(args[1], "signature")) < 0)
         return NULL;
     Py_XSETREF(c_batch_tensor, Py_NewRef(args[0]));
     Py_XSETREF(c_batched, Py_NewRef(args[1]));
+    keep_shells((PyTypeObject *)args[0]);
     Py_RETURN_NONE;
 }
 
@@ -176,6 +181,8 @@ static PyMethodDef module_methods[] = {
     {"read", (PyCFunction)(void (*)(void))read_given, METH_FASTCALL, "What a reading of a call's arguments says."},
     {"call_alone", (PyCFunction)(void (*)(void))call_alone, METH_FASTCALL, "Run a transform that nothing is around."},
     {"call_mapped", (PyCFunction)(void (*)(void))call_mapped, METH_FASTCALL, "Run a vmap of a transform that nothing is around."},
+    {"handle_torch_function", (PyCFunction)(void (*)(void))handle_function, METH_FASTCALL | METH_KEYWORDS,
+     "Torch's handle_torch_function, which calls modes of this package itself."},
     {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},
@@ -200,12 +207,14 @@ PyInit__shortcuts(void)
     NAMES(INTERN)
     empty = PyTuple_New(0);
     whole = PySlice_New(NULL, NULL, NULL);
-    if (empty == NULL || whole == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0 ||
+    shelves = PyDict_New();
+    if (shelves == NULL || PyType_Ready(&shelf_type) < 0 || empty == NULL || whole == NULL || PyType_Ready(&handler_type) < 0 || PyType_Ready(&method_type) < 0 || PyType_Ready(&property_type) < 0 ||
         PyType_Ready(&watch_type) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (made != NULL && (PyModule_AddObjectRef(made, "Handler", (PyObject *)&handler_type) < 0 ||
                          PyModule_AddObjectRef(made, "Method", (PyObject *)&method_type) < 0 ||
+                         PyModule_AddObjectRef(made, "Property", (PyObject *)&property_type) < 0 ||
                          PyModule_AddObjectRef(made, "Watch", (PyObject *)&watch_type) < 0))
         Py_CLEAR(made);
     return made;

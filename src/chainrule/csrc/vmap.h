@@ -55,15 +55,12 @@ ranks_compare(PyObject *one, PyObject *other, int how)
     return outcome;
 }
 
-/* A result as a tensor of this level; takes the reference of `out`. `like` has its dtype, shape and layout, if it is given. */
+/* A result as a tensor of this level; takes the reference of `out`. `like`, the `Batched` of `source`, has its dtype, shape and
+ * layout, if it is given. */
 static PyObject *
-wrapped(Handler *self, PyObject *out, PyObject *like)
+wrapped(Handler *self, PyObject *out, PyObject *like, PyObject *source)
 {
-    PyObject *tensor = NULL, *shape = NULL, *dtype = NULL, *sample = NULL, *contiguous = NULL;
-    PyObject *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
-    if (batch == NULL)
-        goto done;
-    SLOT(batch, value) = Py_NewRef(out);
+    PyObject *tensor = NULL, *shape = NULL, *dtype = NULL, *sample = NULL, *contiguous = NULL, *batch, *shelf;
     if (like != NULL) {
         dtype = Py_NewRef(SLOT(like, dtype));
         sample = Py_NewRef(SLOT(like, sample));
@@ -78,8 +75,11 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
                 goto done;
         }
         if (!plain) {
-            PyObject *args[] = {batch, (PyObject *)self};
-            tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+            if ((batch = new_batch(out)) != NULL) {
+                PyObject *args[] = {batch, (PyObject *)self};
+                tensor = PyObject_Vectorcall(c_wrap_batched, args, 2, NULL);
+                Py_DECREF(batch);
+            }
             goto done;
         }
         shape = GET(out, shape);
@@ -88,22 +88,24 @@ wrapped(Handler *self, PyObject *out, PyObject *like)
         if (sample == NULL)
             goto done;
     }
-    PyObject *args[] = {c_batch_tensor, sample, Py_None, Py_None, Py_None, dtype};
-    tensor = PyObject_Vectorcall(c_make_wrapper, args, 6, NULL);
-    if (tensor == NULL)
-        goto done;
     /* What is known of a tensor without a graph need not be asked of it when it is an argument. */
     int floating = like != NULL ? 1 : PySet_Contains(c_floating, dtype);
     if (floating > 0 && like == NULL)
         floating = !is_true_of(GET(out, requires_grad));
+    shelf = like != NULL ? whole_shelf(source) : NULL;
+    tensor = shelf != NULL ? tensor_on(shelf, sample, Py_None, Py_None, dtype, Py_None) : tensor_like(sample, Py_None, Py_None, dtype, Py_None);
+    if (tensor == NULL || (batch = batch_for(tensor, out)) == NULL) {
+        Py_CLEAR(tensor);
+        goto done;
+    }
     if (floating > 0) {
         SLOT(batch, dtype) = Py_NewRef(dtype);
         SLOT(batch, sample) = Py_NewRef(sample);
     }
-    SLOT(tensor, inner) = Py_NewRef(batch);
+    if (shelf != NULL && SLOT(like, signature) != NULL)
+        SLOT(batch, signature) = Py_NewRef(SLOT(like, signature));
     SLOT(tensor, level) = Py_NewRef(self);
 done:
-    Py_XDECREF(batch);
     Py_XDECREF(contiguous);
     Py_XDECREF(shape);
     Py_XDECREF(dtype);
@@ -135,25 +137,21 @@ wrapped_view(PyObject *level, PyObject *value, int batched, PyObject *dtype)
 {
     if (!batched)
         return wrapped_constant(level, value);
-    PyObject *tensor = NULL, *batch = ((PyTypeObject *)c_batched)->tp_alloc((PyTypeObject *)c_batched, 0);
-    PyObject *shape = batch == NULL ? NULL : GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
+    PyObject *tensor = NULL, *batch, *shape = GET(value, shape), *device = shape == NULL ? NULL : GET(value, device);
     PyObject *strides = device == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_stride);
-    PyObject *offset = strides == NULL ? NULL : PyObject_CallMethodNoArgs(value, s_storage_offset);
+    PyObject *offset = strides == NULL ? NULL : ASK(value, storage_offset);
     PyObject *sample = offset == NULL ? NULL : PyTuple_GetSlice(shape, 1, PyTuple_GET_SIZE(shape));
     PyObject *steps = sample == NULL ? NULL : PyTuple_GetSlice(strides, 1, PyTuple_GET_SIZE(strides));
-    if (steps != NULL) {
-        SLOT(batch, value) = Py_NewRef(value);
-        PyObject *args[] = {c_batch_tensor, sample, steps, offset, Py_None, dtype, c_strided, device};
-        if ((tensor = PyObject_Vectorcall(c_make_wrapper, args, 8, NULL)) != NULL) {
-            SLOT(tensor, inner) = Py_NewRef(batch);
-            SLOT(tensor, level) = Py_NewRef(level);
-            if (PyTuple_GET_SIZE(sample) == 0 && PySet_Contains(c_floating, dtype) > 0) { /* see `wrapped`: results are laid out alike */
-                SLOT(batch, dtype) = Py_NewRef(dtype);
-                SLOT(batch, sample) = Py_NewRef(sample);
-            }
+    if (steps != NULL)
+        tensor = tensor_like(sample, steps, offset, dtype, device);
+    if (tensor != NULL && (batch = batch_for(tensor, value)) != NULL) {
+        SLOT(tensor, level) = Py_NewRef(level);
+        if (PyTuple_GET_SIZE(sample) == 0 && PySet_Contains(c_floating, dtype) > 0) { /* see `wrapped`: results are laid out alike */
+            SLOT(batch, dtype) = Py_NewRef(dtype);
+            SLOT(batch, sample) = Py_NewRef(sample);
         }
-    }
-    Py_XDECREF(batch);
+    } else
+        Py_CLEAR(tensor);
     Py_XDECREF(shape);
     Py_XDECREF(device);
     Py_XDECREF(strides);
@@ -210,9 +208,9 @@ promotes_alike(PyObject *one, PyObject *other)
     return real == NULL ? -1 : real == (first ? other : one);
 }
 
-/* An argument after the first as it stands beside the first one's stored tensor: 1 with a new reference; 0 if it is left to
- * Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a graph, `pads`
- * where dimensions are missing after the batch. */
+/* An argument as it stands beside the stored tensor of another one, whose dtype is given where it decides: 1 with a new reference; 0 if
+ * it is left to Python; -1 with an error set. `keeps` is cleared if the result may have another shape or layout, `joined` set for a
+ * graph, `pads` where dimensions are missing after the batch. */
 static int
 stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtype, PyObject *item, Py_ssize_t place,
               PyObject **stored, int *keeps, int *joined, int *pads)
@@ -221,7 +219,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
     int pointwise = PyTuple_GET_ITEM(function, POINTWISE) == Py_True, writes = PyTuple_GET_ITEM(function, WRITES) == Py_True;
     int may_pad = pointwise && !writes && mode_below(self) == NULL;
     if (is_any_number(item)) {
-        if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None)
+        if (PyTuple_GET_ITEM(function, NUMBER_OP) == Py_None || dtype == NULL)
             return 0;
         int complex = PyComplex_CheckExact(item) ? 1 : PySet_Contains(c_complex, dtype);
         if (complex < 0)
@@ -241,25 +239,27 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         Py_INCREF(batch);
         known = stored_dtype(batch, &other, joined);
         *stored = Py_NewRef(SLOT(batch, value));
-        fits = known <= 0 ? known : other == dtype || !writes;
-        if (other != dtype)
+        fits = known <= 0 ? known : dtype == NULL || other == dtype || !writes;
+        if (dtype != NULL && other != dtype)
             *keeps = 0;
         if (fits > 0 && (SLOT(first, sample) == NULL || SLOT(first, sample) != SLOT(batch, sample))) {
             fits = ranks_compare(value, *stored, Py_EQ);
             if (fits == 0 && may_pad)
-                *pads = fits = promotes_alike(dtype, other);
+                *pads = fits = dtype == NULL ? 1 : promotes_alike(dtype, other);
             *keeps = 0;
         }
         Py_DECREF(batch);
     } else {
         Handler *below = mode_below(self);
+        if ((PyObject *)Py_TYPE(item) == c_batch_tensor && SLOT(item, level) == (PyObject *)self && SLOT(item, inner) != NULL)
+            item = SLOT(item, inner); /* the same for all samples */
         int around = below != NULL && (PyObject *)Py_TYPE(item) == c_batch_tensor && SLOT(item, level) == (PyObject *)below;
         if (!around && !is_constant_class(item))
             return 0;
         *keeps = 0;
         *stored = Py_NewRef(item);
         other = numeric_dtype(item, joined);
-        int mixed = other != NULL && other != dtype;
+        int mixed = other != NULL && dtype != NULL && other != dtype;
         fits = other == NULL ? -1 : !mixed || (pointwise && !writes && other != Py_None);
         if (fits > 0 && mixed) { /* torch promotes tensors without dimensions otherwise, which stored samples of none have */
             int bare = rank_is(value, 1);
@@ -270,7 +270,7 @@ stored_beside(Handler *self, PyObject *function, PyObject *first, PyObject *dtyp
         if (fits > 0) {
             fits = pointwise ? ranks_compare(item, value, Py_LT) : place > 1 ? 1 : is_plain_matrix(item);
             if (fits == 0 && may_pad)
-                *pads = fits = promotes_alike(dtype, other);
+                *pads = fits = dtype == NULL ? 1 : promotes_alike(dtype, other);
         }
     }
     Py_XDECREF(other);
@@ -355,8 +355,14 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     count = given(function, args, count);
     if (refused || self->graphs || count < 1 || PyTuple_GET_ITEM(function, MAPPED) != Py_True)
         return Py_NewRef(Py_NotImplemented);
-    PyObject *first = batch_of(self, args[0]);
-    if (first == NULL)
+    Py_ssize_t mapped = 0, from = below == NULL && PyTuple_GET_ITEM(function, CALL) == c_where; /* what a choice is made by is of a dtype of its own */
+    PyObject *first = batch_of(self, args[from]);
+    if (first != NULL)
+        mapped = from;
+    else if (PyTuple_GET_ITEM(function, POINTWISE) == Py_True && !writes && below == NULL)
+        for (mapped = from + 1; mapped < count && (first = batch_of(self, args[mapped])) == NULL; mapped++)
+            ;
+    if (first == NULL || (mapped && is_any_number(args[from])))
         return Py_NewRef(Py_NotImplemented);
     PyObject *stored[3] = {NULL, NULL, NULL}, *dtype = NULL, *out = NULL;
     Py_INCREF(first); /* the call may run anything, a write to the argument included */
@@ -364,14 +370,15 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
     int fits = stored_dtype(first, &dtype, &joined);
     /* Whether the result has the dtype, the shape and the layout of the first argument. */
     int keeps = PyTuple_GET_ITEM(function, KEEPS) == Py_True && SLOT(first, sample) != NULL;
-    stored[0] = Py_NewRef(SLOT(first, value));
+    stored[mapped] = Py_NewRef(SLOT(first, value));
     if (fits > 0 && PyTuple_GET_ITEM(function, POINTWISE) != Py_True) {
-        fits = rank_is(stored[0], 1); /* a product of vectors has the batch before it nowhere */
+        fits = rank_is(stored[mapped], 1); /* a product of vectors has the batch before it nowhere */
         fits = fits < 0 ? fits : !fits;
     }
     int pads = 0;
-    for (Py_ssize_t place = 1; fits > 0 && place < count; place++)
-        fits = stored_beside(self, function, first, dtype, args[place], place, &stored[place], &keeps, &joined, &pads);
+    for (Py_ssize_t place = 0; fits > 0 && place < count; place++)
+        if (place != mapped)
+            fits = stored_beside(self, function, first, place < from ? NULL : dtype, args[place], place, &stored[place], &keeps, &joined, &pads);
     if (fits > 0 && pads)
         fits = joined ? 0 : pad_stored(self, args, stored, count);
     if (writes && fits > 0 && (fits = joined ? 0 : may_be_copy(stored[0])) >= 0)
@@ -391,7 +398,7 @@ run_under_vmap(Handler *self, PyObject *function, PyObject *const *args, Py_ssiz
         else if (out != NULL && writes)
             Py_SETREF(out, Py_NewRef(args[0]));
         else if (out != NULL)
-            out = wrapped(self, out, keeps ? first : NULL);
+            out = wrapped(self, out, keeps ? first : NULL, args[mapped]);
     } else if (fits == 0)
         out = Py_NewRef(Py_NotImplemented);
     Py_DECREF(first);

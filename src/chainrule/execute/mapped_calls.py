@@ -27,12 +27,12 @@ from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
 from chainrule.capture.slots import has_negative_zero
 from chainrule.dispatch import undispatched, without_handlers
-from chainrule.execute.replay import Runner, compile_program
+from chainrule.execute.replay import Runner, Source, compile_program
 from chainrule.execute.simplify import root
 from chainrule.function_arguments import READINGS
 from chainrule.function_bodies import body_of
 from chainrule.function_globals import calls_torch
-from chainrule.maps.staging import Program, Staged
+from chainrule.maps.staging import Program, Ref, Staged
 from chainrule.modes_off import without_innermost, without_modes
 from chainrule.rules.batching_base import Batched, stand_for_views, stands_for_view
 from chainrule.shortcuts import REAL, configure
@@ -117,11 +117,13 @@ class Replay(NamedTuple):
         kinds: what the results are; without `run` the place of the argument that is the result, or -1 if the function is
             called as it is, on tensors without the batch.
         several: None for one result, else what makes the results of a list of them.
+        single: the same as `run` where that is one call (see :func:`_single`), or None.
     """
 
     run: Runner | None
     kinds: tuple[Kind, ...] | int
     several: Any
+    single: tuple[Any, ...] | None = None
 
 
 class _Missing(NamedTuple):
@@ -482,7 +484,7 @@ def _replay(
     if leaves and all([leaf.__class__ in _TENSORS for leaf in leaves]):
         own = _has_mapped(args) or _has_mapped([*(kwargs or {}).values()])
         return None if own else Replay(None, -1, None)
-    if not (kwargs or recorder.program.instructions):
+    if not recorder.program.instructions:
         place = next((place for place, item in enumerate(args) if item is result), None)
         if place is not None:
             return Replay(None, place, None)
@@ -530,13 +532,39 @@ def _replay(
     # The tensors of this run are not kept.
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
+    single = _single(runner.source_of, joined=joined)  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
     if any(copies):
         runner, plain = _noting_copies(runner, copies), _noting_copies(plain, copies)
     several: Any = None if isinstance(result, BatchTensor) else type(result)
     if several is not None and len(leaves) < len(result):
         several = _Missing(several, tuple([leaf is None for leaf in result]))
-    return Replay(runner if joined else plain, tuple(kinds), several)
+    return Replay(runner if joined else plain, tuple(kinds), several, single)
+
+
+#: What an argument of a single call is: something that stays, the value of a number, a list or a tuple of such.
+_FIXED, _VALUE, _LIST, _TUPLE = range(4)
+
+
+def _single(source: Source, *, joined: bool) -> tuple[Any, ...] | None:
+    """A program of one call and one result for the compiled handlers: the function, its arguments, the names of the last."""
+    calls = source.kept if joined or source.plain is None else source.plain
+    if len(calls) != 1 or source.copied or calls[0].is_tuple or list(calls[0].outputs) != source.wanted:
+        return None
+    numbers = {slot: key for key, slot in source.program.inputs.items() if isinstance(key, int)}
+
+    def argument(item: Any) -> tuple[int, Any]:
+        if isinstance(item, Ref):
+            return (_VALUE, numbers[item.slot]) if item.slot in numbers else (_FIXED, source.constants[item.slot])
+        if item.__class__ is list or item.__class__ is tuple:
+            parts = tuple([argument(part) for part in item])
+            if all([kind == _FIXED for kind, _ in parts]):
+                return _FIXED, item
+            return (_LIST if item.__class__ is list else _TUPLE), parts
+        return _FIXED, item
+
+    named = calls[0].kwargs
+    return calls[0].function, tuple([argument(item) for item in (*calls[0].args, *named.values())]), tuple(named) or None
 
 
 def _noting_copies(run: Runner, copies: Sequence[bool]) -> Runner:
