@@ -38,6 +38,7 @@ from chainrule.functions import (
 from chainrule.functions import Function as TorchFunction
 from chainrule.shortcuts import AUTOCAST_KEYS, COMPLEX, FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
+from chainrule.tensor_facts import find_tensor_facts
 from chainrule.uncompiled import hide_code, refusal_of_operators, run_uncompiled
 
 aten = torch.ops.aten
@@ -149,6 +150,9 @@ configure(
 
 #: Whether the compiled handlers know the dispatcher's state without asking in Python.
 KNOWS_STATE = find_state()
+
+#: Whether they know tensors without asking in Python.
+KNOWS_TENSORS = find_tensor_facts()
 
 
 def _without_handlers(excluded: bool) -> None:

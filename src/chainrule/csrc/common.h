@@ -65,7 +65,7 @@ typedef struct {
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(composed) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
     X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
-    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places)
+    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(door)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -79,7 +79,7 @@ static PyObject *c_batch_tensor = NULL, *c_batched = NULL;
     X(_save_old) X(_climb) X(kernels) X(is_active) X(_run_part_here) X(takes_functions) X(reads_data) X(_enter) X(dim) X(keepdim) \
     X(_listen) X(_run_step) X(detach) X(is_neg) X(is_conj) X(used) X(quick) X(plain) X(batched) X(extra) \
     X(_current_level) X(reverse) X(_note_blocked) \
-    X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
+    X(untyped_storage) X(_cdata) X(parent) X(views) X(new_empty) X(__torch_function__) X(_is_in_torch_dispatch_mode) X(_is_in_non_infra_torch_dispatch_mode)
 
 #define DECLARE_NAME(name) static PyObject *s_##name = NULL;
 NAMES(DECLARE_NAME)
@@ -110,7 +110,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, value, dtype, sample, signature, common, plain, op, is_view, fast, joining, alone, direct, rewrites,
+    Py_ssize_t inner, level, value, dtype, sample, signature, common, plain, op, is_view, fast, unfollowed, joining, alone, direct, rewrites,
         functional, inactive, reads, numbers, random, shaped, whole, with_complex;
 } offsets;
 
