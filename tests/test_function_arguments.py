@@ -167,6 +167,9 @@ SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
     "F.dropout": lambda x: F.dropout(x, 0.5, False) + F.dropout(x, 0.0),
     "F.mse_loss": lambda x: F.mse_loss(x, x.sin()) + F.mse_loss(x, x.cos(), reduction="sum") + F.mse_loss(x, x.exp(), reduction="none"),
     "F.l1_loss": lambda x: F.l1_loss(x, x.sin() + 9) + F.l1_loss(x, x.cos() - 9, reduction="none"),
+    "roll all by keyword": lambda x: torch.roll(x, shifts=1, dims=0) + x.roll(shifts=(1, -1), dims=(0, 2)) + x.roll(1, dims=-1),
+    "in place": lambda x: F.relu(x.clone(), inplace=True) + F.silu(x * 2, inplace=True),
+    "in place with a factor": lambda x: x.clone().add_(x.sin(), alpha=0.5).sub_(x * x, alpha=-2).add_(x.exp(), alpha=0.0),
     "F.softmax": lambda x: F.softmax(x, dim=1),
     "F.log_softmax": lambda x: F.log_softmax(x, -1),
 }

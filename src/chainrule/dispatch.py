@@ -144,7 +144,8 @@ configure(
     zero_=torch.Tensor.zero_, put_op=aten.index_put_.default, put=torch.Tensor.index_put_, setitem=torch.Tensor.__setitem__,
     included_keys=torch._C._dispatch_tls_local_include_set,
     excluded_keys=torch._C._dispatch_tls_local_exclude_set, autocast_keys=AUTOCAST_KEYS, forward_mode=vars(forward_ad),
-    set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default, converting=CONVERTING, make_tensor=torch.tensor,
+    set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default,
+    device=torch.device("cpu"), converting=CONVERTING, make_tensor=torch.tensor,
 )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from chainrule.calls import FUNCTIONS, WITH_NUMBERS, WRITING_NUMBERS
-from chainrule.norms import JOINING, UNFOLLOWED
+from chainrule.calls import FUNCTIONS, UNFOLLOWED, WITH_NUMBERS, WRITING_NUMBERS
+from chainrule.norms import JOINING
 
 aten = torch.ops.aten
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from chainrule.calls import FUNCTIONS
+from chainrule.calls import FUNCTIONS, UNFOLLOWED
 from chainrule.execute.products import DistinctRows, symmetric_product
 from chainrule.maps.assembly import assembled
 from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
-from chainrule.norms import UNFOLLOWED, layer_norm_backward
+from chainrule.norms import layer_norm_backward
 
 aten = torch.ops.aten
 
