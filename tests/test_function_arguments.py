@@ -349,3 +349,21 @@ def test_one_tensor_given_twice_is_not_two(equation: str) -> None:
         torch.testing.assert_close(value, function(x))
         torch.testing.assert_close(pull(torch.ones_like(value))[0], torch.func.vjp(function, x)[1](torch.ones_like(value))[0])
         torch.testing.assert_close(chainrule.jacrev(function)(x), torch.func.jacrev(function)(x))
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
+def test_what_was_read_is_kept_with_the_signs_of_zeros() -> None:
+    """A reading in Python is asked once for each call that differs from the others, also by the sign of a zero."""
+    from chainrule._shortcuts import read  # noqa: PLC0415 - there is none where nothing is compiled
+
+    asked: list[float] = []
+
+    def reading(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        asked.append(kwargs["p"])
+        return torch.ops.aten.dropout.default, (args[0], kwargs["p"], True)
+
+    x = value()
+    for share in (0.0, -0.0, 0.5, 0.0, -0.0, 0.5):
+        found = read(reading, (x,), {"p": share})[1][1]
+        assert str(found) == str(share)
+    assert [str(share) for share in asked] == ["0.0", "-0.0", "0.5"]
