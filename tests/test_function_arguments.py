@@ -167,6 +167,9 @@ SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
     "F.dropout": lambda x: F.dropout(x, 0.5, False) + F.dropout(x, 0.0),
     "F.mse_loss": lambda x: F.mse_loss(x, x.sin()) + F.mse_loss(x, x.cos(), reduction="sum") + F.mse_loss(x, x.exp(), reduction="none"),
     "F.l1_loss": lambda x: F.l1_loss(x, x.sin() + 9) + F.l1_loss(x, x.cos() - 9, reduction="none"),
+    "roll all by keyword": lambda x: torch.roll(x, shifts=1, dims=0) + x.roll(shifts=(1, -1), dims=(0, 2)) + x.roll(1, dims=-1),
+    "in place": lambda x: F.relu(x.clone(), inplace=True) + F.silu(x * 2, inplace=True),
+    "in place with a factor": lambda x: x.clone().add_(x.sin(), alpha=0.5).sub_(x * x, alpha=-2).add_(x.exp(), alpha=0.0),
     "F.softmax": lambda x: F.softmax(x, dim=1),
     "F.log_softmax": lambda x: F.log_softmax(x, -1),
 }
@@ -346,3 +349,21 @@ def test_one_tensor_given_twice_is_not_two(equation: str) -> None:
         torch.testing.assert_close(value, function(x))
         torch.testing.assert_close(pull(torch.ones_like(value))[0], torch.func.vjp(function, x)[1](torch.ones_like(value))[0])
         torch.testing.assert_close(chainrule.jacrev(function)(x), torch.func.jacrev(function)(x))
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
+def test_what_was_read_is_kept_with_the_signs_of_zeros() -> None:
+    """A reading in Python is asked once for each call that differs from the others, also by the sign of a zero."""
+    from chainrule._shortcuts import read  # noqa: PLC0415 - there is none where nothing is compiled
+
+    asked: list[float] = []
+
+    def reading(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        asked.append(kwargs["p"])
+        return torch.ops.aten.dropout.default, (args[0], kwargs["p"], True)
+
+    x = value()
+    for share in (0.0, -0.0, 0.5, 0.0, -0.0, 0.5):
+        found = read(reading, (x,), {"p": share})[1][1]
+        assert str(found) == str(share)
+    assert [str(share) for share in asked] == ["0.0", "-0.0", "0.5"]

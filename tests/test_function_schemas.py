@@ -215,6 +215,8 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "sign": lambda x: torch.sign(x) * x + x.sgn() * x * x + torch.sgn(x) + x.sign(),
     "take": lambda x: torch.take(x, INDEX) + x.take(index=INDEX + 4),
     "threshold": lambda x: F.threshold(x, 0.1, 0.2) + torch.threshold(x, -0.5, value=1.0),
+    "extremes of two": lambda x: torch.max(x, x.sin()) + x.min(other=x.cos() - 1) * torch.min(x, 0.3 * x) + torch.max(x.exp(), other=x),
+    "in place with a value": lambda x: x.clone().addcmul_(x, x.sin(), value=0.5).addcdiv_(x, x.exp(), value=-2.0),
     "more in place": lambda x: x.clone().sin_() + x.clone().tanh_() + x.clone().tril_() + x.clone().triu_(1),
 }  # fmt: skip
 

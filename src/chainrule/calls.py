@@ -245,6 +245,14 @@ def _table() -> dict[Any, Callable[..., Any]]:
 #: Torch's own function for an op (its ``_op``), where it takes the same positional arguments.
 FUNCTIONS = _table()
 
+#: What functions of this package that look whether something follows a call are on tensors that nothing follows.
+UNFOLLOWED: dict[Any, Callable[..., Any]] = {
+    **norms.UNFOLLOWED,
+    silu_backward: aten.silu_backward.default._op,
+    mish_backward: aten.mish_backward.default._op,
+    hardsigmoid_backward: aten.hardsigmoid_backward.default._op,
+}
+
 #: Functions of two tensors for which a tensor without dimensions is what a number is.
 WITH_NUMBERS = frozenset(
     {torch.mul, torch.add, torch.sub, torch.div, torch.rsub, torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne}

@@ -37,8 +37,9 @@ from chainrule.functions import (
     WRITERS,
 )
 from chainrule.functions import Function as TorchFunction
-from chainrule.shortcuts import AUTOCAST_KEYS, COMPLEX, FLOATING, REAL, Handler, configure, handle_torch_function, set_excluded
+from chainrule.shortcuts import AUTOCAST_KEYS, COMPLEX, FLOATING, REAL, Handler, configure, set_excluded
 from chainrule.subclasses import is_bare
+from chainrule.tensor_facts import find_tensor_facts
 from chainrule.uncompiled import hide_code, refusal_of_operators, run_uncompiled
 
 aten = torch.ops.aten
@@ -144,7 +145,8 @@ configure(
     zero_=torch.Tensor.zero_, put_op=aten.index_put_.default, put=torch.Tensor.index_put_, setitem=torch.Tensor.__setitem__,
     included_keys=torch._C._dispatch_tls_local_include_set,
     excluded_keys=torch._C._dispatch_tls_local_exclude_set, autocast_keys=AUTOCAST_KEYS, forward_mode=vars(forward_ad),
-    set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default, converting=CONVERTING, make_tensor=torch.tensor,
+    set_grad=torch._C._set_grad_enabled, detach_op=aten.detach.default, device=torch.device("cpu"),
+    converting=CONVERTING, make_tensor=torch.tensor,
     products={aten.matmul.default: {(2, 2): aten.mm.default, (2, 1): aten.mv.default}},
 )  # fmt: skip
 
@@ -152,14 +154,8 @@ configure(
 #: Whether the compiled handlers know the dispatcher's state without asking in Python.
 KNOWS_STATE = find_state()
 
-#: Where torch has functions in Python, which hand themselves to function modes; that takes longer than many of them.
-_DOORS: tuple[Any, ...] = (torch.nn.functional, torch.functional, torch._tensor)
-
-if KNOWS_STATE:
-    configure(handle=torch.overrides.handle_torch_function)
-    for _module in _DOORS:
-        if _module.handle_torch_function is torch.overrides.handle_torch_function:
-            _module.handle_torch_function = handle_torch_function
+#: Whether they know tensors without asking in Python.
+KNOWS_TENSORS = find_tensor_facts()
 
 
 def _without_handlers(excluded: bool) -> None:

@@ -126,9 +126,10 @@ def _without(reading: Reading, neutral: dict[str, Any]) -> Reading:
 def _rolled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
     """A roll along named dimensions."""
     if kwargs:
-        if len(args) != 2 or len(kwargs) != 1 or "dims" not in kwargs:
+        names = ("shifts", "dims")[len(args) - 1 :]
+        if len(kwargs) != len(names) or not kwargs.keys() <= {*names}:
             return None
-        args = (*args, kwargs["dims"])
+        args = (*args, *[kwargs[name] for name in names])
     if len(args) != 3:
         return None
     if args[1].__class__ is args[2].__class__ is int:
@@ -145,10 +146,13 @@ def _rolled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[A
 def _computed(op: Any) -> Reading:
     """A tensor computed with another one, or a number, in place."""
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
-        if kwargs or len(args) != 2 or not (args[1].__class__ in (int, float) or isinstance(args[1], torch.Tensor)):
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        if len(args) != 2 or not (args[1].__class__ in (int, float) or isinstance(args[1], torch.Tensor)):
             return None
-        return op, args
+        if not kwargs:
+            return op, args
+        factor = kwargs.get("alpha") if len(kwargs) == 1 else None
+        return (op, args, (("alpha", factor),)) if factor.__class__ in (int, float) else None
 
     return read
 
@@ -255,6 +259,11 @@ def _moments(op: Any) -> Reading:
 
 
 _MOMENTS = frozenset({"dim", "unbiased", "keepdim", "correction"})
+
+
+def _or_in_place(op: Any) -> Reading:
+    """A function of one tensor that may write its result to that."""
+    return lambda args, kwargs: (op, args) if len(args) == 1 and kwargs == {"inplace": True} else None
 
 
 def _choice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -546,6 +555,8 @@ def _table() -> dict[Any, Reading]:
         torch.tensordot: _contracted_over,
         torch.cdist: _distances,
         F.dropout: _dropped,
+        F.relu: _or_in_place(aten.relu_.default),
+        F.silu: _or_in_place(aten.silu_.default),
         F.mse_loss: _compared(aten.mse_loss.default),
         F.l1_loss: _compared(aten.l1_loss.default),
         torch.einsum: _contracted,

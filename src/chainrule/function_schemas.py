@@ -252,6 +252,10 @@ def by_schema() -> dict[Any, Any]:
         for place in _PLACES:
             if (function := getattr(place, name, None)) is not None:
                 found[function] = reading
+    for name in ("maximum", "minimum"):  # torch.max and torch.min of two tensors
+        for place in _PLACES:
+            if (function := getattr(place, name[:3], None)) is not None:
+                found[function] = BySchema((*found[function].overloads, _overload(getattr(aten, name).default)))
     for name, spelling in _OTHER_NAMES.items():
         for place in _PLACES:
             if (function := getattr(place, name, None)) is not None:

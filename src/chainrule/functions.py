@@ -166,7 +166,7 @@ FACTS = frozenset(
         *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu")),
         *(getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_nested", "is_sparse")),
         torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_contiguous,
-        torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.is_complex,
+        torch.Tensor.__len__, torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.is_complex,
     }
 )  # fmt: skip
 

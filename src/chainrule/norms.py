@@ -368,6 +368,13 @@ def batch_norm_backward(
     return _pulled(_Batch(0.0, eps), cotangent, x, mean, scale, weight, mask)
 
 
+#: What the functions above are on tensors that nothing follows.
+UNFOLLOWED: dict[Any, Callable[..., Any]] = {
+    native_layer_norm: torch.native_layer_norm,
+    native_batch_norm: torch.native_batch_norm,
+    layer_norm_backward: aten.native_layer_norm_backward.default._op,
+}
+
 __all__ = [
-    "JOINING", "batch_norm_backward", "layer_norm_backward", "may_join", "native_batch_norm", "native_layer_norm",
+    "JOINING", "UNFOLLOWED", "batch_norm_backward", "layer_norm_backward", "may_join", "native_batch_norm", "native_layer_norm",
 ]  # fmt: skip

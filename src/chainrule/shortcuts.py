@@ -122,6 +122,15 @@ def use_state(*addresses: Any) -> None:
     """Give the handlers torch's functions on the state of its dispatcher; those in Python use their bindings."""
 
 
+def use_tensor_facts(addresses: tuple[int, ...], offset: int, strided: int, real: int) -> None:
+    """Give the handlers torch's functions on a tensor; those in Python ask the tensor."""
+
+
+def read_tensor_facts(tensor: Any) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """What those functions say of a real tensor: dtype, device and its index by their numbers, sizes and strides."""
+    return None
+
+
 def read_state() -> tuple[bool, int, int, bool, bool, bool]:
     """What those functions say: functorch at work, the numbers of modes of either kind, functions shown, autocast, gradients."""
     raise NotImplementedError
@@ -156,9 +165,9 @@ def call_mapped(route: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return NotImplemented
 
 
-def handle_torch_function(function: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:
-    """As torch's, by which its functions in Python hand themselves to function modes; calls modes of this package itself."""
-    return torch.overrides.handle_torch_function(function, asked, *args, **kwargs)
+def handle_torch_function(function: Any, relevant: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hand a function that torch has in Python to the innermost mode, in C; otherwise torch's own does it."""
+    raise NotImplementedError
 
 
 class Method:
@@ -250,11 +259,13 @@ if not TYPE_CHECKING and os.environ.get("CHAINRULE_PURE_PYTHON", "0") in ("", "0
             configure,
             handle_torch_function,
             read_state,
+            read_tensor_facts,
             set_excluded,
             set_functions,
             use_classes,
             use_facts,
             use_state,
+            use_tensor_facts,
         )
     except ImportError:
         pass

@@ -127,3 +127,29 @@ def test_a_written_tensor_is_converted_as_it_is_now():
         return before * y.double() + torch.where(y > 0, y, 0.25).double()
     for _ in range(2):
         torch.testing.assert_close(chainrule.jacobian(written)(x), torch.func.jacrev(written)(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_tensor_that_is_there_already(device):
+    """Is returned as it is, by each of the transforms, and nothing is recorded."""
+    x = torch.randn(3, 2, dtype=torch.float64)
+    same = []
+
+    def function(y):
+        z = y * 2
+        same.append(z.to(device) is z)
+        return (z.to(device) ** 3).sum() * len(z)
+
+    for _ in range(3):
+        torch.testing.assert_close(chainrule.grad(function)(x), 72 * x**2)
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(lambda y: (y.to(device) ** 2).sum() * len(y)))(x), 4 * x)
+    assert all(same)
+    tape = trace(lambda y: y.sin().to(device), (x,), (0,), {}, "jacobian").tape
+    assert [record.op for record in tape.records] == [aten.sin.default]
+
+
+def test_a_device_that_is_not_there():
+    """A conversion to another device is recorded as before: to the one of tensors without memory."""
+    x = torch.randn(3, dtype=torch.float64)
+    out, _ = chainrule.vjp(lambda y: y.to("meta"), x)
+    assert out.device.type == "meta"

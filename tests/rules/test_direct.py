@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import chainrule
+from chainrule.transforms.trace import trace
 
 #: Sums of some ten float64 products of numbers near 1, in another order.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -51,3 +52,43 @@ def test_layers(nonlinearity, options):
     for _ in range(3):
         torch.testing.assert_close(chainrule.grad(function)(x), torch.func.grad(function)(x), **TOLERANCE)
         torch.testing.assert_close(chainrule.jvp(function, (x,), (x,)), torch.func.jvp(function, (x,), (x,)), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("shape", "pad"), [
+    ((2, 3, 5), (1, 2)), ((2, 3, 4, 5), (1, 2, 3, 0)), ((1, 1, 3, 4, 2), (1, 1, 0, 3, 2, 2)), ((2, 3, 5), (0, 0)), ((2, 3, 5), (5, 5)),
+    ((2, 3, 4, 5), (-1, 2, 0, 1)), ((3, 5), (1, 2)), ((1, 1, 1), (1, 0)),
+])  # fmt: skip
+def test_circular_padding(shape, pad):
+    """The last values before the first ones: as slices and joins, in every mode, and with a graph."""
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def function(x):
+        return torch.nn.functional.pad(x.sin(), pad, mode="circular").cos()
+
+    def loss(x):
+        return (function(x) ** 3).sum()
+
+    for _ in range(3):
+        out, pull = chainrule.vjp(function, x)
+        wanted, theirs = torch.func.vjp(function, x)
+        cotangent, tangent = torch.randn_like(out), torch.randn_like(x)
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(pull(cotangent), theirs(cotangent), **TOLERANCE)
+        found = chainrule.jvp(function, (x,), (tangent,))
+        torch.testing.assert_close(found, torch.func.jvp(function, (x,), (tangent,)), **TOLERANCE)
+        both = torch.stack([x, 2 * x])
+        mapped = chainrule.vmap(chainrule.grad(loss))(both)
+        torch.testing.assert_close(mapped, torch.func.vmap(torch.func.grad(loss))(both), **TOLERANCE)
+        joined = x.clone().requires_grad_()
+        torch.testing.assert_close(
+            torch.autograd.grad((chainrule.grad(loss)(joined) ** 2).sum(), joined),
+            torch.autograd.grad((torch.func.grad(loss)(joined) ** 2).sum(), joined), **TOLERANCE,
+        )  # fmt: skip
+
+
+def test_circular_padding_is_a_few_ops():
+    x = torch.randn(1, 2, 4, 5)
+    tape = trace(lambda x: torch.nn.functional.pad(x, (1, 1, 1, 0), mode="circular"), (x,), (0,), {}, "jacobian").tape
+    aten = torch.ops.aten
+    ops = [aten.slice.Tensor, aten.slice.Tensor, aten.cat.default, aten.slice.Tensor, aten.cat.default]
+    assert [record.op for record in tape.records] == ops

@@ -195,3 +195,35 @@ def test_as_strided_beyond_its_argument(item):
     wanted = torch.func.jacrev(lambda x: (x * 1)[item].as_strided((3,), (1,), 0))(x)
     for transform in (chainrule.jacobian, chainrule.jacrev, chainrule.jacfwd):
         torch.testing.assert_close(transform(lambda x: (x * 1)[item].as_strided((3,), (1,), 0))(x), wanted)
+
+
+@pytest.mark.parametrize(("shape", "shifts", "dims"), [
+    ((5,), (2,), (0,)), ((4, 6), (1,), (0,)), ((4, 6), (1, -2), (0, 1)), ((3, 1, 4), (7, 1, -3), (0, 1, 2)), ((2, 3, 4), (1,), (1,)),
+    ((0, 3), (1,), (1,)), ((4, 6), (4,), (0,)), ((3, 4), (1, 2), (1, 1)),
+])  # fmt: skip
+def test_rolls_are_pulled_back_by_reading(shape, shifts, dims):
+    """A roll back reads each element at its place: nothing is added up; in every mode, and with a graph."""
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def function(x):
+        return x.sin().roll(shifts, dims).roll(shifts, dims).cos()
+
+    def loss(x):
+        return (function(x) ** 3).sum()
+
+    for _ in range(4):
+        out, pull = chainrule.vjp(function, x)
+        cotangent = torch.randn_like(out)
+        torch.testing.assert_close(pull(cotangent), torch.func.vjp(function, x)[1](cotangent))
+        for transform in (chainrule.jacobian, chainrule.jacrev, chainrule.jacfwd):
+            torch.testing.assert_close(transform(function)(x), torch.func.jacrev(function)(x))
+        torch.testing.assert_close(chainrule.hessian(loss)(x), torch.func.hessian(loss)(x))
+        both = torch.stack([x, 2 * x])
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(loss))(both), torch.func.vmap(torch.func.grad(loss))(both))
+        joined = x.clone().requires_grad_()
+        torch.testing.assert_close(
+            torch.autograd.grad((chainrule.grad(loss)(joined) ** 2).sum(), joined),
+            torch.autograd.grad((torch.func.grad(loss)(joined) ** 2).sum(), joined),
+        )
+    calls = str(chainrule.explain(lambda x: chainrule.vjp(function, x)[1](x))(x).data)
+    assert "index_add" not in calls

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from chainrule.calls import FUNCTIONS, WITH_NUMBERS, WRITING_NUMBERS
+from chainrule.calls import FUNCTIONS, UNFOLLOWED, WITH_NUMBERS, WRITING_NUMBERS
 from chainrule.norms import JOINING
 
 aten = torch.ops.aten
@@ -114,6 +114,7 @@ class OpFacts:
             but for contractions that are recorded whole.
         call: the op without the Python layer of its overload object.
         fast: what calls it with positional arguments at the least cost.
+        unfollowed: the same where torch's autograd does not see the call.
         rewrites: whether the op does nothing but give new values to its first argument, which keeps its shape.
         random: whether the values are drawn.
         one: whether the op returns one tensor.
@@ -124,7 +125,7 @@ class OpFacts:
     __slots__ = (
         "alone", "argument_names", "call", "common", "composite", "direct", "expansion", "fast", "functional", "inactive",
         "is_out", "is_view", "joined", "joined_direct", "joining", "numbers", "one", "op", "plain", "random", "reads", "rewrites",
-        "shaped", "whole", "with_complex", "writes",
+        "shaped", "unfollowed", "whole", "with_complex", "writes",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload, policy: Policy) -> None:
@@ -133,6 +134,7 @@ class OpFacts:
         self.call = op._op
         self.alone = JOINING.get(op)
         self.fast = FUNCTIONS.get(op._op, op._op)
+        self.unfollowed = UNFOLLOWED.get(self.fast, self.fast)
         self.numbers = self.fast in WITH_NUMBERS or self.fast in WRITING_NUMBERS
         self.argument_names = tuple(a.name for a in schema.arguments)
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)

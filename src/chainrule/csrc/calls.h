@@ -18,6 +18,13 @@ signature_number(PyObject *value, PyObject *batch, PyObject **number, int with_c
     }
     if (!is_constant_class(value))
         return 0;
+    Signature written, *place = place_of_signature(value, &written);
+    if (place != NULL && place->number != NULL && same_signature(place, &written)) {
+        *number = Py_NewRef(place->number);
+        if (batch != NULL)
+            SLOT(batch, signature) = Py_NewRef(*number);
+        return 1;
+    }
     int outcome = -1;
     PyObject *layout = GET(value, layout), *dtype = NULL, *shape = NULL, *strides = NULL, *device = NULL, *key = NULL;
     if (layout == NULL || (dtype = GET(value, dtype)) == NULL)
@@ -42,6 +49,8 @@ signature_number(PyObject *value, PyObject *batch, PyObject **number, int with_c
         goto done;
     if (batch != NULL)
         SLOT(batch, signature) = Py_NewRef(*number);
+    if (place != NULL)
+        keep_signature(place, &written, *number);
     outcome = 1;
 done:
     Py_XDECREF(layout);

@@ -65,7 +65,7 @@ typedef struct {
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(composed) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
     X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
-    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(negative_zero) X(makers) X(products) X(handle)
+    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(negative_zero) X(makers) X(products) X(door) X(device)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -111,7 +111,7 @@ static struct {
 
 /* Where the slots of BatchTensor, of Batched and of OpFacts are. */
 static struct {
-    Py_ssize_t inner, level, shelf, value, dtype, sample, signature, common, plain, op, is_view, fast, joining, alone, direct, rewrites,
+    Py_ssize_t inner, level, shelf, value, dtype, sample, signature, common, plain, op, is_view, fast, unfollowed, joining, alone, direct, rewrites,
         functional, inactive, reads, numbers, random, shaped, whole, with_complex;
 } offsets;
 

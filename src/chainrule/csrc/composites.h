@@ -254,7 +254,7 @@ run_known_step(Handler *self, PyObject *step, Known *known)
         state.exclude(state.views, false);
     if (joined)
         exclude_autograd(false);
-    PyObject *call = joined && SLOT(facts, alone) != Py_None ? SLOT(facts, alone) : SLOT(facts, fast);
+    PyObject *call = !joined ? SLOT(facts, unfollowed) : SLOT(facts, alone) != Py_None ? SLOT(facts, alone) : SLOT(facts, fast);
     out = PyObject_Vectorcall(call, &PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), NULL);
     if (joined)
         exclude_autograd(true);

@@ -12,12 +12,31 @@ converted_to(PyObject *fixed, PyObject *args, PyObject *kwargs)
     return given == 1 && named == 1 ? PyDict_GetItemWithError(kwargs, s_dtype) : NULL;
 }
 
+/* Whether an argument is the device of a tensor: 1, 0, or -1 with an error set. */
+static int
+is_device_of(PyObject *item, PyObject *tensor)
+{
+    if (PyUnicode_CheckExact(item))
+        return PyUnicode_CompareWithASCIIString(item, "cpu") == 0 ? is_true_of(GET(tensor, is_cpu)) : 0;
+    if (!PyObject_TypeCheck(item, Py_TYPE(c_device)))
+        return 0;
+    PyObject *device = GET(tensor, device);
+    int same = device == NULL ? -1 : PyObject_RichCompareBool(device, item, Py_EQ);
+    Py_XDECREF(device);
+    return same;
+}
+
 /* What a conversion of an active tensor from one floating-point dtype to another is recorded as; `fixed` is the dtype that the
  * function names, or None. NotImplemented, with nothing done, leaves it to Python. */
 static PyObject *
 run_conversion(Handler *self, PyObject *func, PyObject *fixed, PyObject *args, PyObject *kwargs)
 {
     PyObject *wanted = PyTuple_GET_SIZE(args) ? converted_to(fixed, args, kwargs) : NULL;
+    if (wanted != NULL && (PyObject *)Py_TYPE(PyTuple_GET_ITEM(args, 0)) == c_tensor) {
+        int there = is_device_of(wanted, PyTuple_GET_ITEM(args, 0)); /* then it is returned as it is */
+        if (there)
+            return there < 0 ? NULL : Py_NewRef(PyTuple_GET_ITEM(args, 0));
+    }
     int fits = PyErr_Occurred() ? -1 : wanted == NULL || !PyObject_TypeCheck(wanted, Py_TYPE(c_long)) ? 0 : PySet_Contains(c_floating, wanted);
     PyObject *tensor = fits > 0 ? PyTuple_GET_ITEM(args, 0) : NULL;
     Py_ssize_t slot = fits > 0 && (PyObject *)Py_TYPE(tensor) == c_tensor ? known_slot(self, tensor) : -1;

@@ -182,65 +182,6 @@ torch_function(Handler *self, PyObject *const *args, Py_ssize_t nargs, PyObject 
     return out;
 }
 
-/* What a call of torch's handle_torch_function has that is shown to a mode: the classes with ways of their own among the arguments that
- * are asked. Torch's own tensors are, others here are not; NULL, without an error, for arguments of other classes. */
-static PyObject *
-classes_of(PyObject *asked)
-{
-    int plain = 0;
-    if (!PyTuple_CheckExact(asked))
-        return NULL;
-    for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(asked); place++) {
-        PyObject *item = PyTuple_GET_ITEM(asked, place), *type = (PyObject *)Py_TYPE(item);
-        if (type == c_tensor)
-            plain = 1;
-        else if (item != Py_None && type != c_batch_tensor && type != c_parameter)
-            return NULL;
-    }
-    return plain ? PyTuple_Pack(1, c_tensor) : Py_NewRef(empty);
-}
-
-/* handle_torch_function(function, asked, *args, **kwargs): torch's, by which its functions in Python hand themselves to function modes.
- * Where a mode of this package is the innermost, it is called from here. */
-static PyObject *
-handle_function(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
-{
-    PyObject *types = NULL, *mode = NULL, *out = NULL, *given = NULL, *kwargs = NULL;
-    if (count >= 2 && state.set_functions != NULL && state.function_modes() > 0 && state.functions_shown())
-        types = classes_of(args[1]);
-    if (types == NULL)
-        return PyErr_Occurred() ? NULL : PyObject_Vectorcall(c_handle, args, count, names);
-    mode = mode_at(c_function_at, state.function_modes() - 1);
-    if (mode != NULL && is_handler(mode)) {
-        if ((given = PyTuple_New(count - 2)) == NULL || (kwargs = PyDict_New()) == NULL)
-            goto done;
-        for (Py_ssize_t place = 2; place < count; place++)
-            PyTuple_SET_ITEM(given, place - 2, Py_NewRef(args[place]));
-        for (Py_ssize_t place = 0; names != NULL && place < PyTuple_GET_SIZE(names); place++)
-            if (PyDict_SetItem(kwargs, PyTuple_GET_ITEM(names, place), args[count + place]) < 0)
-                goto done;
-        if (call_and_drop(c_pop_function, NULL) < 0)
-            goto done;
-        PyObject *shown[] = {args[0], types, given, kwargs};
-        out = torch_function((Handler *)mode, shown, 4, NULL);
-        PyObject *kind, *error, *trace;
-        PyErr_Fetch(&kind, &error, &trace);
-        if (call_and_drop(c_push_function, mode) < 0)
-            Py_CLEAR(out);
-        if (kind != NULL)
-            PyErr_Restore(kind, error, trace);
-    } else if (mode != NULL)
-        out = Py_NewRef(Py_NotImplemented);
-    if (out == Py_NotImplemented)
-        Py_SETREF(out, PyObject_Vectorcall(c_handle, args, count, names));
-done:
-    Py_XDECREF(mode);
-    Py_XDECREF(types);
-    Py_XDECREF(given);
-    Py_XDECREF(kwargs);
-    return out;
-}
-
 static int
 handler_traverse(Handler *self, visitproc visit, void *arg)
 {

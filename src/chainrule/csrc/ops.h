@@ -363,6 +363,10 @@ static PyObject *
 run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args,
           PyObject *call_kwargs); /* in writes.h */
 
+static PyObject *
+run_named_write(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args,
+                PyObject *call_kwargs); /* likewise */
+
 /* A call that torch sees as one on tensors without a graph, with torch's own handlers off already. */
 static PyObject *
 call_seen(PyObject *call, PyObject *args, PyObject *kwargs)
@@ -539,7 +543,8 @@ static PyObject *
 run_named(Handler *self, PyObject *read)
 {
     PyObject *facts = facts_of(self, PyTuple_GET_ITEM(read, 0)), *pairs = PyTuple_GET_ITEM(read, 2), *out = NULL;
-    int plain = facts == NULL ? -1 : SLOT(facts, is_view) != Py_True && SLOT(facts, plain) == Py_True;
+    int writes = facts != NULL && SLOT(facts, rewrites) == Py_True;
+    int plain = facts == NULL ? -1 : writes || (SLOT(facts, is_view) != Py_True && SLOT(facts, plain) == Py_True);
     if (plain == 0 && SLOT(facts, is_view) != Py_True && SLOT(facts, whole) != Py_None)
         plain = is_whole(self, facts, PyTuple_GET_ITEM(read, 1));
     if (plain <= 0)
@@ -553,7 +558,8 @@ run_named(Handler *self, PyObject *read)
     if (kwargs != NULL && PyDict_MergeFromSeq2(kwargs, pairs, 1) == 0 && (off = exclude_python(1)) != NULL) {
         Py_DECREF(off);
         PyObject *args = PyTuple_GET_ITEM(read, 1);
-        out = run_common(self, facts, args, pairs, SLOT(facts, fast), args, kwargs);
+        out = writes ? run_named_write(self, facts, args, pairs, SLOT(facts, fast), args, kwargs)
+                     : run_common(self, facts, args, pairs, SLOT(facts, fast), args, kwargs);
         if (include_python() < 0)
             Py_CLEAR(out);
     }

@@ -260,8 +260,10 @@ add_to_key(PyObject *key, PyObject *item, int tensors)
             outcome = add_to_key(key, PySequence_Fast_GET_ITEM(item, place), 0);
         return outcome;
     }
-    if (PyFloat_CheckExact(item) && PyFloat_AS_DOUBLE(item) == 0.0)
-        return 0; /* zeros of either sign are equal */
+    /* Zeros of either sign are equal. */
+    if (PyFloat_CheckExact(item) && PyFloat_AS_DOUBLE(item) == 0.0 &&
+        PyList_Append(key, signbit(PyFloat_AS_DOUBLE(item)) ? Py_True : Py_False) < 0)
+        return -1;
     int plain = PySet_Contains(c_plain, (PyObject *)Py_TYPE(item));
     return plain > 0 && PyList_Append(key, item) < 0 ? -1 : plain;
 }

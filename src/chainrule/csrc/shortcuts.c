@@ -23,6 +23,7 @@
 #include "upgrades.h"
 #include "tape.h"
 #include "readings.h"
+#include "signatures.h"
 #include "calls.h"
 #include "composites.h"
 #include "ops.h"
@@ -36,6 +37,7 @@
 #include "runs.h"
 #include "mapped_runs.h"
 #include "handler.h"
+#include "doors.h"
 #include "methods.h"
 #include "watch.h"
 
@@ -106,7 +108,7 @@ use_facts(PyObject *module, PyObject *type)
         (offsets.functional = slot_offset(type, "functional")) < 0 || (offsets.inactive = slot_offset(type, "inactive")) < 0 ||
         (offsets.reads = slot_offset(type, "reads")) < 0 || (offsets.numbers = slot_offset(type, "numbers")) < 0 ||
         (offsets.random = slot_offset(type, "random")) < 0 || (offsets.shaped = slot_offset(type, "shaped")) < 0 ||
-        (offsets.whole = slot_offset(type, "whole")) < 0)
+        (offsets.whole = slot_offset(type, "whole")) < 0 || (offsets.unfollowed = slot_offset(type, "unfollowed")) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -174,15 +176,18 @@ static PyMethodDef module_methods[] = {
     {"use_facts", use_facts, METH_O, "Give OpFacts."},
     {"use_state", use_state, METH_VARARGS,
      "Give the addresses of torch's functions on the dispatcher's state, and its keys; zeros for none."},
+    {"use_tensor_facts", use_tensor_facts, METH_VARARGS,
+     "Give the addresses of torch's functions on a tensor, its place in an object, and the numbers of layout and dtypes."},
+    {"read_tensor_facts", read_tensor_facts, METH_O, "What those functions say: dtype and device by their numbers, sizes, strides."},
     {"read_state", read_state, METH_NOARGS, "What those functions say: functorch's key, the numbers of modes, functions shown, autocast and"
      " gradients on."},
     {"set_functions", set_functions, METH_O,
      "Hide functions from classes (1), from modes as well (2), or not (0); returns what it was."},
     {"read", (PyCFunction)(void (*)(void))read_given, METH_FASTCALL, "What a reading of a call's arguments says."},
+    {"handle_torch_function", (PyCFunction)(void (*)(void))handle_function, METH_FASTCALL | METH_KEYWORDS,
+     "Hand a function that torch has in Python to the innermost mode, or to a class."},
     {"call_alone", (PyCFunction)(void (*)(void))call_alone, METH_FASTCALL, "Run a transform that nothing is around."},
     {"call_mapped", (PyCFunction)(void (*)(void))call_mapped, METH_FASTCALL, "Run a vmap of a transform that nothing is around."},
-    {"handle_torch_function", (PyCFunction)(void (*)(void))handle_function, METH_FASTCALL | METH_KEYWORDS,
-     "Torch's handle_torch_function, which calls modes of this package itself."},
     {"set_excluded", set_excluded, METH_O, "Exclude the key of Python's handlers, or not."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "Give the handlers the objects that they use, by name."},

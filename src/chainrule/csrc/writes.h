@@ -301,9 +301,9 @@ with_constant(PyObject *facts, PyObject *args, PyObject *dtype)
     return changed;
 }
 
-/* A write: what is known of the op, its arguments, and what computes it with arguments of its own. */
+/* A write: what is known of the op, its arguments, those given by name (pairs), and what computes it with arguments of its own. */
 typedef struct {
-    PyObject *facts, *args, *call, *call_args, *call_kwargs;
+    PyObject *facts, *args, *named, *call, *call_args, *call_kwargs;
 } Write;
 
 /* The write itself, once its arguments are looked at; the written tensor. */
@@ -321,7 +321,9 @@ written(Handler *self, Memory *memory, const Write *write, PyObject *twin, PyObj
     int reads = reads_values(self, twin);
     if (reads < 0 || (reads && collect_slots(lowered, memory->reads) < 0) || save_old(self, memory, target) < 0)
         return NULL;
-    PyObject *level = vmap_below(self), *run = level != NULL ? NULL : with_constant(write->facts, args, dtype), *out = NULL;
+    PyObject *level = vmap_below(self), *run = NULL, *out = NULL;
+    if (level == NULL)
+        run = write->named == empty ? with_constant(write->facts, args, dtype) : Py_NewRef(args);
     if (level != NULL)
         out = run_level_write((Handler *)level, write->facts, args, write->call);
     else if (run != NULL)
@@ -330,7 +332,7 @@ written(Handler *self, Memory *memory, const Write *write, PyObject *twin, PyObj
     if (out == NULL || out == Py_NotImplemented)
         return out;
     Py_DECREF(out);
-    if (PyObject_SetAttr(memory->alias, s_has_writes, Py_True) < 0 || append_record(self, twin, lowered, empty, target, dtype) < 0 ||
+    if (PyObject_SetAttr(memory->alias, s_has_writes, Py_True) < 0 || append_record(self, twin, lowered, write->named, target, dtype) < 0 ||
         climb(self, memory, target, dtype) < 0)
         return NULL;
     return Py_NewRef(target);
@@ -354,9 +356,9 @@ may_write_to(Handler *level)
     return !level->guarded && !level->graphs && PyObject_IsTrue(level->size) > 0 && PyDict_GET_SIZE(c_copies) == 0 && c_known != NULL;
 }
 
-/* AliasTracker.write_plainly, with torch's handlers off; NotImplemented, with nothing written, leaves it to that. */
+/* A write with arguments that are given by name, where the tape stands alone; as run_write. */
 static PyObject *
-run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+run_named_write(Handler *self, PyObject *facts, PyObject *args, PyObject *named, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
 {
     Py_ssize_t count = PyTuple_GET_SIZE(args), fresh[MOST_ARGUMENTS];
     PyObject *target = count ? PyTuple_GET_ITEM(args, 0) : Py_None, *twin;
@@ -379,7 +381,7 @@ run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObje
     int fresh_count = 0;
     Found seen = {0, 0, 0};
     Memory memory = {NULL};
-    const Write write = {facts, args, call, call_args, call_kwargs};
+    const Write write = {facts, args, named, call, call_args, call_kwargs};
     if (dtype == NULL || lowered == NULL || memory_of(self, &memory) < 0 || settle_views(self, &memory) < 0)
         goto done;
     if ((fits = PySet_Contains(c_floating, dtype)) > 0 && level != NULL)
@@ -404,4 +406,11 @@ done:
     Py_XDECREF(dtype);
     Py_XDECREF(lowered);
     return out;
+}
+
+/* AliasTracker.write_plainly, with torch's handlers off; NotImplemented, with nothing written, leaves it to that. */
+static PyObject *
+run_write(Handler *self, PyObject *facts, PyObject *args, PyObject *call, PyObject *call_args, PyObject *call_kwargs)
+{
+    return run_named_write(self, facts, args, empty, call, call_args, call_kwargs);
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload
 
 from chainrule.batching.tensor import BatchTensor
 from chainrule.dispatch import undispatched
@@ -437,7 +438,7 @@ def _line(instruction: Instruction, namespace: dict[str, Any], names: dict[int, 
     name = names.get(id(function))
     if name is None:
         name = names[id(function)] = f"f{len(names)}"
-        namespace[name] = function
+        namespace[name] = function._op if function.__class__ is OpOverload else function
     parts = [_expression(item, namespace) for item in instruction.args]
     parts += [f"{key}={_expression(item, namespace)}" for key, item in instruction.kwargs.items()]
     targets = ", ".join(f"v{slot}" for slot in instruction.outputs)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from chainrule.calls import FUNCTIONS
+from chainrule.calls import FUNCTIONS, UNFOLLOWED
 from chainrule.execute.products import DistinctRows, symmetric_product
 from chainrule.maps.assembly import assembled
 from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
@@ -107,7 +107,7 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
     if program.literal:
         return None
     kept = list(kept)
-    cheaper = _in_shape(program, [_scattered(program, instruction) for instruction in instructions], kept)
+    cheaper = _in_shape(program, [_scattered(program, _unfollowed(instruction)) for instruction in instructions], kept)
     cheaper = _deferred(program, cheaper, kept)
     changed = len(cheaper) < len(instructions) or any(map(operator.is_not, cheaper, instructions))
     instructions, lives = cheaper, _Lives(program, cheaper, kept)
@@ -124,6 +124,12 @@ def reusing(program: Program, instructions: Sequence[Instruction], kept: Iterabl
         function, name = _WRITING.get(instruction.function, (instruction.function, "out"))
         found.append(instruction._replace(function=function, kwargs={**instruction.kwargs, name: place}))
     return found if lives.joined or changed else None
+
+
+def _unfollowed(instruction: Instruction) -> Instruction:
+    """Torch's own function, where another one stands in its place that looks whether something follows the call."""
+    function = UNFOLLOWED.get(instruction.function)
+    return instruction if function is None else instruction._replace(function=function)
 
 
 def _scattered(program: Program, instruction: Instruction) -> Instruction:

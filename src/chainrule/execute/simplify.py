@@ -96,6 +96,8 @@ def simplify(
     kept = with_destinations(program, _needed(fused, wanted, memory), wanted)
     kept = [_as_view(program, i) if memory.touched(i) else i for i in kept]
     cheapest, numbers = spell(program, kept) if spelled else (kept, {})
+    if numbers and not program.writes:
+        cheapest = _needed(cheapest, wanted, memory)
     return cheapest, {**folded, **made, **numbers}
 
 

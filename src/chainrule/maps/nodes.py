@@ -32,6 +32,7 @@ class Node:
         digit: for an index that is a digit of another one, ``(that index's node, stride, size, how many places it
             counts)``: ``that // stride % size``.
         distinct: for an index, those of its dimensions along which no two entries are the same (with the others held fixed).
+        inverse: for an index that is a permutation, what makes the index of the way back; None where that is not known.
         merge: a way to multiply this array with another one and sum without making this array (see
             :data:`chainrule.maps.contract.Merge`); None where there is none.
         sums: makes its sum over one of its dimensions without the rest; None where it is summed as it is.
@@ -48,8 +49,8 @@ class Node:
     """
 
     __slots__ = (
-        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "is_choice", "is_indicator",
-        "label", "mask", "merge", "numel", "running", "sizes", "slot", "staged", "sums", "zeros",
+        "_compute", "batch", "bytes", "diagonal", "digit", "distinct", "facts", "flops", "inputs", "inverse", "is_choice",
+        "is_indicator", "label", "mask", "merge", "numel", "running", "sizes", "slot", "staged", "sums", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +75,7 @@ class Node:
         self.staged: Staged | None = None
         self.digit: tuple[Node, int, int, int] | None = None
         self.distinct: frozenset[int] = frozenset()
+        self.inverse: Callable[[], Node] | None = None
         self.mask = False
         self.slot: int | None = None
         self.zeros: tuple[tuple[int, ...], Callable[[torch.device], torch.Tensor]] | None = None

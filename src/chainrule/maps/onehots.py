@@ -172,6 +172,19 @@ def scatter(
         key: object = ("pad", id(product.node), affine, extent)
         return Factor(_node(key, sizes, (product.node,), pad, memo), axes)
 
+    inverse = group[0].index.inverse if len(group) == 1 == len(sources) and not diagonal and not group[0].partial else None
+    if inverse is not None and count == extent:
+
+        def read_back(program: Program, value: Staged, index: Staged) -> Staged:
+            # As the value lies in memory: what is made then lies like it.
+            strides = value.value.stride()
+            order = tuple(sorted(range(value.ndim), key=lambda dim: -strides[dim]))
+            back = tuple([order.index(dim) for dim in range(value.ndim)])
+            return permute(torch.index_select(permute(value, order), back[-1], index), back)
+
+        key = ("read back", id(product.node), id(group[0].index))
+        return Factor(_node(key, sizes, (product.node, inverse()), read_back, memo), axes)
+
     flat = _flat_places(group)
     relations = tuple(o.index for o in group) if flat is None else (flat,)
     # Nothing has to be added where no two elements go to the same place.

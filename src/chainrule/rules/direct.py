@@ -325,9 +325,31 @@ def _sections(run: Run, input: Tensor, sizes: Sequence[int], dim: int = 0) -> An
 
 
 def _pad(run: Run, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    if mode == "circular":
+        return _pad_around(run, input, pad)
     if mode != "constant":
         return NotImplemented
     return run(aten.constant_pad_nd.default, input, pad, 0.0 if value is None else value)
+
+
+def _pad_around(run: Run, input: Tensor, pad: Sequence[int]) -> Any:
+    """The last values before the first, and the first after the last, of all dimensions but batch and channels."""
+    pairs = [*zip(pad[::2], pad[1::2], strict=True)] if len(pad) % 2 == 0 else []
+    shape = input.shape
+    if not pairs or len(shape) != len(pairs) + 2 or not input.numel():
+        return NotImplemented
+    if not all(0 <= before <= shape[-1 - n] and 0 <= after <= shape[-1 - n] for n, (before, after) in enumerate(pairs)):
+        return NotImplemented
+    for number, (before, after) in enumerate(pairs):
+        dim = len(shape) - 1 - number
+        parts = [input]
+        if before:
+            parts.insert(0, run(aten.slice.Tensor, input, dim, shape[dim] - before, shape[dim], 1))
+        if after:
+            parts.append(run(aten.slice.Tensor, input, dim, 0, after, 1))
+        if len(parts) > 1:
+            input = run(aten.cat.default, parts, dim)
+    return input if any(pad) else run(aten.clone.default, input)
 
 
 def _lstm_cell(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from chainrule.maps.nodes import selecting
+from chainrule.maps.nodes import Node, selecting
 from chainrule.maps.staging import Program, Staged
 from chainrule.maps.terms import (
     Axis,
@@ -99,7 +100,13 @@ def _roll(call: Call) -> Term:
         out_axes[d] = Axis(size)
         rolled.append(_listed(out_axes[d], axes[d], [(i - shift) % size for i in range(size)], device))
         rolled[-1].index.distinct = frozenset({0})
+        rolled[-1].index.inverse = partial(_rolled_back, size, shift, device)
     return Term(dims_of(out_axes), dims_of(axes), (), tuple(rolled))
+
+
+def _rolled_back(size: int, shift: int, device: torch.device) -> Node:
+    """Where the elements of a roll come from when it is undone."""
+    return listed_index([(i + shift) % size for i in range(size)], device)
 
 
 def _listed(source: Axis, target: Axis, positions: Sequence[int], device: torch.device) -> OneHot:

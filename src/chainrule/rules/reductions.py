@@ -125,9 +125,9 @@ def norm_slope(x: Any, norm: Any, order: float, dims: Sequence[int]) -> Any:
         taken = (torch.abs(x) == norm).to(norm.dtype)
         count = torch.sum(taken, dim=list(dims), keepdim=True) if x.shape else taken
         return torch.sgn(x) * (taken / count)
-    none = norm == 0
     if order == 2:
-        return torch.where(none, 0.0, x / _safe(norm, none))
+        return x / torch.where(norm != 0, norm, 1.0)  # of zeros that is zero
+    none = norm == 0
     if order < 2:
         origin = x == 0
         power = torch.where(origin, 0.0, torch.pow(torch.abs(_safe(x, origin)), order - 1))
