@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 import warnings
@@ -23,6 +24,9 @@ aten = torch.ops.aten
 
 #: From the values of the inputs to the results.
 Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+
+#: The same, of a list that is emptied.
+Code = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 @dataclass
@@ -128,6 +132,7 @@ class Flat:
             CompileError: if the compiler fails.
         """
         module = self.graph()
+        code: Code | None = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own, about itself
@@ -137,12 +142,13 @@ class Flat:
                 else:
                     # Examples of their own: the compiler takes tensors that are the same here for the same in each call.
                     examples = [_example(value) for value in values]
-                    called = importlib.import_module("torch._inductor").compile(module, examples)
+                    called, code = _lowered(module, examples)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CompileError(f"chainrule.compile: the inductor backend failed on this graph: {reason}") from error
         if not any(i.writes for i in self.program.instructions):
-            return lambda values: called(*values)
+            direct = None if code is None else self._direct(called, code, [*module.buffers()], values)
+            return direct or (lambda values: called(*values))
         plain = self.replay()
 
         def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -150,6 +156,36 @@ class Flat:
             apart = len({value.untyped_storage().data_ptr() for value in values}) == len(values)
             return called(*values) if apart else plain(values)
 
+        return run
+
+    def _direct(
+        self, called: Callable[..., Any], code: Code, constants: list[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> Run | None:
+        """The compiler's code without what torch puts around it; None where that does something for this graph.
+
+        It gives back views of inputs, keeps autograd off and tells profilers, and takes longer than a small kernel.
+
+        Args:
+            called: the code with what is around it.
+            code: the code.
+            constants: what it takes before the inputs.
+            values: example inputs.
+        """
+        source = Source(self.program, self.results, spelled=False)
+        if source.of_inputs() or any(i.keep for i in self.program.instructions) or any(value.requires_grad for value in values):
+            return None
+        try:
+            found, expected = code([*constants, *values]), called(*values)
+            torch.testing.assert_close(list(found), list(expected), rtol=0.0, atol=0.0, equal_nan=True, check_stride=True)
+        except Exception:
+            return None
+
+        def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            # The other one is asked with tangents of torch's own forward mode.
+            found: Sequence[torch.Tensor] = code([*constants, *values]) if forward_ad._current_level < 0 else called(*values)
+            return found
+
+        run.code, run.constants = code, constants  # type: ignore[attr-defined]
         return run
 
     def cudagraph(self, values: Sequence[torch.Tensor]) -> Run:
@@ -218,6 +254,21 @@ def run_watched(run: Run, values: Sequence[torch.Tensor], watch: Watch, *, plain
         return run(values)
     watch.add_results(results, memory)
     return results
+
+
+def _lowered(module: fx.GraphModule, examples: Sequence[torch.Tensor]) -> tuple[Callable[..., Any], Code | None]:
+    """What torch's inductor compiler makes of a graph, and the code within that, which takes its constants first."""
+    compiler = importlib.import_module("torch._inductor.compile_fx")
+    made: list[Any] = []
+
+    @functools.wraps(compiler.compile_fx_inner)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        made.append(compiler.compile_fx_inner(*args, **kwargs))
+        return made[-1]
+
+    called = compiler.compile_fx(module, examples, inner_compile=compiled)
+    code = getattr(made[0], "current_callable", None) if len(made) == 1 else None
+    return called, code
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:
