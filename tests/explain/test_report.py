@@ -167,6 +167,8 @@ def test_dense_parts() -> None:
     assert dense_parts(places[:, 0], 6) is None
     assert dense_parts(torch.cat([places[:2, :2].reshape(-1), places[3, 3:]]), 6) is None
     assert dense_parts(places[:0, 0], 6) is None
+
+
 MLP = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).requires_grad_(False)
 SWEEPS = {
     "jvp": (lambda x: chainrule.jvp(MLP, (x,), (x,)), 5 * 8 + 8 * 3),
@@ -225,3 +227,35 @@ def test_linear_maps_are_explained(name: str, tmp_path: Path) -> None:
     assert title in str(found) and found.peak > 0 and "<svg" in found._repr_html_()
     found.save(tmp_path / "plan.svg")
     assert (tmp_path / "plan.svg").stat().st_size > 0
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return MLP(x).square().sum()
+
+
+OPERATORS = {
+    "jacobian": (chainrule.jacobian(lambda x: MLP(x), layout="operator"), ["pushforward (jvp)", "pullback (vjp)"]),
+    "hessian": (chainrule.hessian(_squares, layout="operator"), ["Jacobian", "pushforward (jvp)"]),
+    "with aux": (
+        chainrule.jacobian(lambda x: (MLP(x), x), has_aux=True, layout="operator"),
+        ["pushforward (jvp)", "pullback (vjp)"],
+    ),
+    "product": (lambda x: _map(x) @ _map(x).T, ["pushforward (jvp)", "pullback (vjp)"]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_explained_by_a_product_from_each_side(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    function, titles = OPERATORS[name]
+    x = torch.randn(5)
+    found = chainrule.explain(function)(x)
+    text = str(found)
+    assert "its product with one vector" in text and "nothing was differentiated" not in text
+    assert ("that of its transpose" in text) is ("pullback (vjp)" in titles)
+    assert {title for title in ("Jacobian of", *titles) if title in text} >= set(titles)
+    assert found.peak > 0 and "<svg" in found._repr_html_()
+    found.save(tmp_path / "plan.svg")
+    vector = torch.randn(3 if name == "product" else 5)
+    made, wanted = (value[0] if isinstance(value, tuple) else value for value in (found.result, function(x)))
+    torch.testing.assert_close(made @ vector, wanted @ vector)

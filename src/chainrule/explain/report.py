@@ -8,9 +8,10 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from chainrule.capture.surroundings import Surroundings
 from chainrule.capture.whole_recorder import CompileError
@@ -45,6 +46,14 @@ _TITLES = {
 }
 
 
+@runtime_checkable
+class HasProducts(Protocol):
+    """What plans nothing before it is multiplied: a linear map."""
+
+    def explained_products(self) -> str:
+        """Make a product from each side, and tell what they are."""
+
+
 class Explanation:
     """The account of one call of a transformed function.
 
@@ -54,13 +63,15 @@ class Explanation:
         result: what the transformed function returned.
         accounts: one account per executed request; those of inner transforms come first.
         loops: names of ops that ``vmap`` ran sample by sample.
+        products: of linear maps in the result, what the accounts of their products are.
         peak: the bytes that a call with a cached plan holds at the peak, all levels of a nest together: the prediction of its
             plans, or what one such call was seen to hold where that is more (autograd's graph, code around the transforms).
     """
 
-    def __init__(self, result: Any, ledger: Ledger, peak: int = 0) -> None:
+    def __init__(self, result: Any, ledger: Ledger, peak: int = 0, products: tuple[str, ...] = ()) -> None:
         self.result = result
         self.peak = peak
+        self.products = products
         self.accounts: list[Account] = ledger.accounts
         self.loops = list(ledger.loops)
 
@@ -80,6 +91,7 @@ class Explanation:
         parts = [_account_text(account, number, len(self.accounts)) for number, account in enumerate(self.accounts, 1)]
         if not parts:
             parts.append(_NOTHING)
+        parts[:0] = self.products
         if self.peak:
             parts.append(f"the whole call holds {_number(self.peak).strip()}B at the peak")
         if self.loops:
@@ -137,7 +149,8 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
 
     Args:
         transformed: a transformed function, as ``chainrule.jacobian(f)``, or any function that uses transforms. Of a
-            generator (``jacobian_blocks``) the first item is explained.
+            generator (``jacobian_blocks``) the first item is explained. A linear map (``layout="operator"``) plans nothing
+            before it is multiplied: a product with one vector from each side is explained.
 
     Returns:
         A function of the same arguments that returns an :class:`Explanation`: the ops on the tape with their kind
@@ -154,17 +167,17 @@ def explain(transformed: Callable[..., Any]) -> Callable[..., Explanation]:
     """
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
-        def call() -> Any:
+        def call() -> tuple[Any, tuple[str, ...]]:
             found = transformed(*args, **kwargs)
-            if not isinstance(found, Generator):
-                return found
-            with closing(found):
-                return next(found, None)
+            if isinstance(found, Generator):
+                with closing(found):
+                    found = next(found, None)
+            return found, tuple(leaf.explained_products() for leaf in tree_leaves(found) if isinstance(leaf, HasProducts))
 
         with collecting() as ledger:
-            result = call()
+            result, products = call()
         with _unwritten(transformed):
-            return Explanation(result, ledger, _peak(call))
+            return Explanation(result, ledger, _peak(call), products)
 
     return explained
 

@@ -101,6 +101,20 @@ class LinearMap(ABC):
 
     # Products
 
+    def explained_products(self) -> str:
+        """Multiply zeros from each side (for :func:`chainrule.explain`), and return what was multiplied.
+
+        Example:
+            >>> import torch, chainrule
+            >>> chainrule.linear_map(torch.square, torch.ones(2)).explained_products()
+            'JacobianMap(2×2, float32, (2,) -> (2,)): its product with one vector, and that of its transpose'
+        """
+        sources, targets = self.in_space, self.out_space
+        self._push([sources.zeros(n, dtype) for n, dtype in enumerate(sources.dtypes)], None)
+        if not self.symmetric:
+            self._pull([targets.zeros(n, dtype) for n, dtype in enumerate(targets.dtypes)], None)
+        return f"{self!r}: its product with one vector" + ("" if self.symmetric else ", and that of its transpose")
+
     def matvec(self, vector: Any) -> Any:
         """The product with one element of the input space.
 
