@@ -6,8 +6,8 @@ from __future__ import annotations
 LIMITS: dict[str, str] = {
     "A1": "of a plain call the calls of the plan are a fifth; the rest is making a tape, recording two ops (3 to 5 µs each "
     "beside the kernels), looking the plan up and putting the result together. Kept: handlers, records and constants "
-    "in C, torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards, and a call "
-    "takes as long as by hand.",
+    "in C, torch's snapshots of its state left out. Compiled, arguments are compared by torch's guards (2 µs), and the "
+    "code of the inductor backend is called without what torch puts around it: a call takes 4 to 5 µs, by hand 14.",
     "A2": "beside the kernels a plain call records two ops (3 to 5 µs each). Kept: everything from the arguments to the "
     "result in one call in C (half of the time beside the kernels), one product written straight into the result. Compiled "
     "it is as fast as by hand.",
@@ -18,8 +18,8 @@ LIMITS: dict[str, str] = {
     "A5": "a third of the call is arithmetic; most of the rest is running the layer under a tape and a vmap, whose first op "
     "in a call costs 10 to 15 µs more than a further one: its code is not in the processor's cache any more. Kept: alias, "
     "tape, level, key, look-up and replay in one call in C (half of the time beside the kernels), replay on the stored "
-    "tensors with no mode active, fewer calls by `addcmul`. Compiled by the inductor backend it takes three quarters of the "
-    "time by hand (one kernel after the product): 8 of 26 µs are writing the result, 12 what a compiled call takes at all (A1).",
+    "tensors with no mode active, fewer calls by `addcmul`. Compiled by the inductor backend it takes half of the time "
+    "by hand (one kernel after the product, 18 µs): 8 are writing the result, 4 what a compiled call takes at all (A1).",
     "A6": "the kernels are those by hand (one product of the size of the result is 90 % of them); the rest of an eager call "
     "is recording through a tape and a vmap. Tried: the other order of the operands of that product (no difference). "
     "Compiled it takes no longer than by hand, that is to write 8.7 MB; the best compiled peer is bound by the same. By the "
@@ -77,8 +77,9 @@ LIMITS: dict[str, str] = {
     "compiled by mypyc.",
     "B12b": "half of the call is `functional_call`'s exchange of the parameters, for either library.",
     "B13b": "recording, some 3 µs an op; the pullback itself is two calls an op.",
-    "B14b": "by hand 2.7 times faster than torch.func; of a plain pullback a fifth is its entry: the cotangent's checks, the "
-    "look-up, putting the result together. Between runs on a shared machine the ratio was 1.8 to 2.3.",
+    "B14b": "by hand 2.5 times faster than torch.func. Kept: from its third call on, a pullback compares its cotangent with the "
+    "one before and runs the plan (22 to 7 µs beside the kernels of 57; the ratio from 1.85 to 2.15 by the time of the "
+    "processor). Between runs on a shared machine it varies by a tenth.",
     "B14c": "by hand, with each layer's share added inside its product, 1.5 times faster than torch.func: 125 million "
     "multiply-adds in three products take some 5.2 of 5.9 ms. One with weights that all tangents share runs at 34 "
     "multiply-adds a nanosecond, those of 32 rows with 100 matrices at 19 in each of six layouts tried (2.4 to 2.8 ms "
@@ -94,11 +95,17 @@ LIMITS: dict[str, str] = {
     "B16s": "as B16.",
     "B17": "a third is writing the zeros of the dense result; then one matrix product for the values around each pixel "
     "(bands) and strided copies into the result.",
-    "B19a": "three products of 62 million multiply-adds in float64 take 4.1 of 5.1 ms compiled; by hand (4.4) value, Jacobian "
-    "and Laplacian are rows of the same products, here the cotangents read the weights (10 MB) once more in three "
-    "matrix-vector products, 0.5 ms. Recording is the rest. Tried: thin products as their transposes (kept: a fifth "
-    "less time in them); of nine layouts of the operands none is faster by more than a fifth. Not tried: the Laplacian "
-    "pushed forward beside the Jacobian, which would save these three.",
+    "B19a": "three products of 62 million multiply-adds in float64 take some 3.4 of 5.4 ms; by hand (4.2) value, Jacobian and "
+    "Laplacian are rows of the same products, here the run of the function and the cotangents read the weights (10 MB) in "
+    "three matrix-vector products each, 0.5 and 0.4 ms. Recording is the rest. Kept: thin products as their transposes (a "
+    "fifth less time in them); their rows filled up with zeros to whole blocks of four (50 rows take up to a sixth longer "
+    "than 52, of which the formula by hand has as many: of 1.37 of its time 1.30 are left). Tried as hand-written calls "
+    "in place of the plan's, by the time of the processor: as planned 1.27, with filled rows 1.18, the Laplacian pushed "
+    "forward as one more row of each product 1.22 to 1.39 with 51 rows and 1.06 to 1.12 with 52 of them, recording aside. "
+    "So the pushed Laplacian gains some 0.08 where its row is joined to those of the Jacobian and the block is filled, "
+    "and nothing otherwise; it is not built in. It needs local second derivatives without cotangents (at hand for "
+    "element-wise ops), a second sweep with these as seeds, products with one matrix joined behind their operands, and a "
+    "plan that counts the bytes of a matrix once for all rows.",
     "C1": "by profile some 90 % of the call are the run of the function under the recorder in Python (41 calls), some four "
     "times the plain run; the replay of the derivative is 5 %, the sparse tensor's object and the look-up 1 % "
     "together. A call costs 3 to 4 µs more than plain. Kept: comparisons, conversions and factories of constants go "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 import warnings
@@ -23,6 +24,9 @@ aten = torch.ops.aten
 
 #: From the values of the inputs to the results.
 Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+
+#: The same, of a list that is emptied.
+Code = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 @dataclass
@@ -128,6 +132,7 @@ class Flat:
             CompileError: if the compiler fails.
         """
         module = self.graph()
+        code: Code | None = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own, about itself
@@ -137,20 +142,53 @@ class Flat:
                 else:
                     # Examples of their own: the compiler takes tensors that are the same here for the same in each call.
                     examples = [_example(value) for value in values]
-                    called = importlib.import_module("torch._inductor").compile(module, examples)
+                    called, code = _lowered(module, examples)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CompileError(f"chainrule.compile: the inductor backend failed on this graph: {reason}") from error
-        if not any(i.writes for i in self.program.instructions):
+        writes = any(i.writes for i in self.program.instructions)
+        if self.joined and not writes:
             return lambda values: called(*values)
-        plain = self.replay()
+        constants = [*module.buffers()]
+        plain = functools.cache(self.replay)
+        alone = code is not None and not writes and self._stands_alone(called, code, constants, values)
 
         def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            if forward_ad._current_level >= 0:  # the code knows nothing of tangents of torch's own forward mode
+                return plain()(values)
             # The compiled code takes it that what it writes to is seen through one input only.
-            apart = len({value.untyped_storage().data_ptr() for value in values}) == len(values)
-            return called(*values) if apart else plain(values)
+            if writes and len({value.untyped_storage().data_ptr() for value in values}) < len(values):
+                return plain()(values)
+            found: Sequence[torch.Tensor] = code([*constants, *values]) if alone else called(*values)  # type: ignore[misc]
+            return found
 
+        if alone:
+            run.code, run.constants = code, constants  # type: ignore[attr-defined]
         return run
+
+    def _stands_alone(
+        self, called: Callable[..., Any], code: Code, constants: list[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> bool:
+        """Whether the compiler's code does all of what it does with what torch puts around it.
+
+        That gives back views of inputs, keeps autograd off and tells profilers, and takes longer than a small kernel.
+
+        Args:
+            called: the code with what is around it.
+            code: the code.
+            constants: what it takes before the inputs.
+            values: example inputs.
+        """
+        source = Source(self.program, self.results, spelled=False)
+        followed = torch.is_grad_enabled() and any(value.requires_grad for value in values)
+        if followed or source.of_inputs() or any(i.keep for i in self.program.instructions):
+            return False
+        try:
+            found, expected = code([*constants, *values]), called(*values)
+            torch.testing.assert_close(list(found), list(expected), rtol=0.0, atol=0.0, equal_nan=True, check_stride=True)
+        except Exception:  # of whatever kind: there is another way
+            return False
+        return True
 
     def cudagraph(self, values: Sequence[torch.Tensor]) -> Run:
         """A CUDA graph. Arguments are copied to fixed places; what was closed over is read where it is.
@@ -218,6 +256,33 @@ def run_watched(run: Run, values: Sequence[torch.Tensor], watch: Watch, *, plain
         return run(values)
     watch.add_results(results, memory)
     return results
+
+
+def _lowered(module: fx.GraphModule, examples: Sequence[torch.Tensor]) -> tuple[Callable[..., Any], Code | None]:
+    """What torch's inductor compiler makes of a graph, and the code within that, which takes its constants first.
+
+    Shapes and strides of inputs were compared by whoever runs a graph; the code does not do it once more.
+    """
+    compiler = importlib.import_module("torch._inductor.compile_fx")
+    made: list[Any] = []
+
+    @functools.wraps(compiler.compile_fx_inner)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        made.append(compiler.compile_fx_inner(*args, **kwargs))
+        return made[-1]
+
+    called = compiler.compile_fx(module, examples, inner_compile=compiled, config_patches={"size_asserts": False})
+    if not _is_self_contained(made):  # what calls of torch's return is to be compared with what the compiler expects
+        made.clear()
+        called = compiler.compile_fx(module, examples, inner_compile=compiled)
+    code = getattr(made[0], "current_callable", None) if len(made) == 1 else None
+    return called, code
+
+
+def _is_self_contained(made: Sequence[Any]) -> bool:
+    """Whether compiled code calls nothing but kernels that write to memory of its own."""
+    texts = [str(getattr(code, "source_code", "")).partition("def call(")[2].partition("\nrunner = ")[0] for code in made]
+    return all(text and "torch.ops." not in text for text in texts)
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -128,6 +128,31 @@ def execute_known(tape: Any, request: Request) -> Sequence[torch.Tensor | None] 
     tape.forget()
     found: Sequence[torch.Tensor | None] = cached.results(values, ())
     return found
+
+
+class Known(NamedTuple):
+    """A request with seeds that was executed before on the same tape.
+
+    Attributes:
+        keys: of the results.
+        apply: from the tape's values, `known` and seeds to the results.
+        known: what does not depend on the seeds.
+    """
+
+    keys: Sequence[Any]
+    apply: Callable[[Sequence[Any], Any, Sequence[torch.Tensor]], Sequence[torch.Tensor | None]]
+    known: Any
+
+
+def repeated_request(tape: Any, request: Request, seeds: Sequence[torch.Tensor]) -> Known | None:
+    """What executes a request again that was executed with such seeds; None where it is executed otherwise."""
+    plan = tape.prepared.get((request, tuple([(seed.shape, seed.dtype) for seed in seeds])))
+    if plan is None or plan.runner is None or None in plan.runner.source_of.wanted:
+        return None
+    if plan.stages is None:
+        return Known(plan.keys, lambda values, _, seeds: plan.results(values, seeds), None)  # type: ignore[no-any-return]
+    found = tape.prepared.get((id(plan), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+    return None if found is None else Known(plan.keys, plan.stages.apply, found[1])
 
 
 def first_runs(key: Any, known: Any, sweep: Callable[[], Any], levels: int = 1) -> Any:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from chainrule.capture.joined import JoinedTape
 from chainrule.capture.tape import Tape
-from chainrule.execute.products import DistinctRows
+from chainrule.execute.products import DistinctRows, FilledRows
 from chainrule.execute.reuse import scattered, written_over
 from chainrule.execute.workspace import Saved, Space, free, mapped_observable, observable, observe, of_run, saved_by_run
 from chainrule.maps.staging import Instruction, Program, Ref, reads
@@ -39,7 +39,7 @@ _WITHOUT_WORKSPACE = frozenset(
         "arange", "empty", "zeros_like", "ones_like", "new_zeros", "new_empty", "new_full", "new_ones", "reshape", "contiguous",
         "to", "gather", "index_select", "scatter_add", "scatter", "index_add", "where", "amax", "amin", "broadcast_to",
         "__getitem__", "flatten", "outer", "diag_embed", "cumsum", "flip", "tril", "triu", "linear", "clone", "narrow",
-        "embed_diagonals", "assembled", "distinct_rows", "symmetric_product",
+        "embed_diagonals", "assembled", "distinct_rows", "filled_rows", "symmetric_product",
     }
 )  # fmt: skip
 
@@ -147,7 +147,7 @@ def predict(
         alive.update(zip(own, sizes, strict=True))
         held += sum(sizes) + sum(saved[slot].beside for slot in instruction.outputs[:1] if slot in ends)
         work = _inside(program, instruction) if space is None else space.work
-        if instruction.function.__class__ is DistinctRows:
+        if instruction.function.__class__ is DistinctRows or space is None and instruction.function.__class__ is FilledRows:
             work = instruction.function.held(_bytes(program, instruction.args[0].slot), sum(sizes))
         peak = max(peak, held + work)
         for slot in dying.get(number, ()):

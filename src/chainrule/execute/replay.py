@@ -14,6 +14,7 @@ from chainrule.dispatch import undispatched
 from chainrule.execute.memory import Memory, predict
 from chainrule.execute.renaming import renamed
 from chainrule.execute.reuse import reusing
+from chainrule.execute.row_blocks import with_filled_rows
 from chainrule.execute.simplify import root, shared_results, simplify
 from chainrule.execute.symmetry import with_symmetry
 from chainrule.execute.workspace import Saved, Space, observable, of_instructions, same_draws, saved_by_instructions
@@ -145,7 +146,8 @@ def compile_program(program: Program, results: Sequence[Staged | None], *, views
 
     runner: Runner = compiled("run", source.kept)
     halved = with_symmetry(program, source.kept)
-    source.plain = reusing(program, halved or source.kept, source.wanted) or halved
+    filled = with_filled_rows(program, halved or source.kept, source.wanted) or halved
+    source.plain = reusing(program, filled or source.kept, source.wanted) or filled
     runner.plain = runner if source.plain is None else compiled("run_plain", source.plain)  # type: ignore[attr-defined]
     runner.constants = list(source.constants.values())  # type: ignore[attr-defined]
     runner.source_of = source  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from chainrule.calls import FUNCTIONS, UNFOLLOWED
-from chainrule.execute.products import DistinctRows, symmetric_product
+from chainrule.execute.products import DistinctRows, FilledRows, symmetric_product
 from chainrule.maps.assembly import assembled
 from chainrule.maps.staging import Instruction, Program, Ref, reads, refs
 from chainrule.norms import layer_norm_backward
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 SMALLEST = 1 << 16
 
 #: Element by element, and with the argument ``out``: each operand of the result's kind may be written over.
-_POINTWISE = frozenset(
+POINTWISE = frozenset(
     {
         torch.mul, torch.add, torch.sub, torch.div, torch.addcmul, torch.addcdiv, torch.neg, torch.exp, torch.sqrt, torch.rsqrt,
         torch.reciprocal, torch.sin, torch.cos, torch.tanh, torch.sigmoid, torch.square, torch.where, torch.log, torch.log1p,
@@ -204,7 +204,7 @@ def _deferred(program: Program, instructions: list[Instruction], kept: Sequence[
     moved: set[int] = set()
     for number in reversed(range(len(instructions))):
         instruction = instructions[number]
-        if instruction.function not in _POINTWISE or len(instruction.outputs) != 1:
+        if instruction.function not in POINTWISE or len(instruction.outputs) != 1:
             continue
         if _place(program, lives, number, instruction) is not None:
             continue
@@ -252,7 +252,7 @@ def _place(program: Program, lives: _Lives, number: int, instruction: Instructio
     """The operand that may be written over."""
     if instruction.function is torch.where and not all(isinstance(item, Ref) for item in instruction.args):
         return None  # with numbers it has no argument ``out``
-    if instruction.function in _POINTWISE or instruction.function in _WRITING:
+    if instruction.function in POINTWISE or instruction.function in _WRITING:
         operands = instruction.args
     elif instruction.function in _ON_FIRST or instruction.function in _THROUGH or instruction.function in _ADDED_PRODUCTS:
         operands = instruction.args[:1]
@@ -281,7 +281,7 @@ class _Lives:
 
     def __init__(self, program: Program, instructions: Sequence[Instruction], kept: Iterable[int | None]) -> None:
         self.instructions = instructions
-        fresh = [i for i in instructions if _is_fresh(i.function) or _converts(program, i)]
+        fresh = [i for i in instructions if is_fresh(i.function) or _converts(program, i)]
         self.fresh = {slot for instruction in fresh for slot in instruction.outputs}
         self.producers = {slot: i for i in instructions for slot in i.outputs}
         self.joined: dict[int, int] = {}
@@ -328,7 +328,7 @@ class _Lives:
         root, readers = self.root(slot), reads(instruction)
         if any(self.root(r) == root and r != slot for r in readers):
             return False
-        if readers.count(slot) > 1 and instruction.function not in _POINTWISE:
+        if readers.count(slot) > 1 and instruction.function not in POINTWISE:
             return False
         producer = self.producers.get(root)
         if producer is None or root not in self.fresh or self.last.get(root) != number:
@@ -357,13 +357,14 @@ def _converts(program: Program, instruction: Instruction) -> bool:
     return one is not None and two is not None and one[1] is not two[1]
 
 
-def _is_fresh(function: Callable[..., Any]) -> bool:
+def is_fresh(function: Callable[..., Any]) -> bool:
+    """Whether the results of a function are memory that nothing else uses."""
     return (
-        function is scattered or function in _FRESH_OPS or function in _POINTWISE or function in _ON_FIRST or function in _FRESH
+        function is scattered or function in _FRESH_OPS or function in POINTWISE or function in _ON_FIRST or function in _FRESH
         or function in _THROUGH
-        or function.__class__ is DistinctRows
+        or function.__class__ in (DistinctRows, FilledRows)
         or function in _WRITING
     )
 
 
-__all__ = ["WHOLE_VIEWS", "reusing", "scattered", "written_over"]
+__all__ = ["POINTWISE", "WHOLE_VIEWS", "is_fresh", "reusing", "scattered", "written_over"]

@@ -221,8 +221,9 @@ class _Writer:
     def _called(self) -> tuple[list[str], list[str]]:
         """A call of the graph's function."""
         run: Run = self.graph.run
-        self.names["run"] = run
-        given = [f"a{number}" for number in range(len(self.given))]
+        # Behind the checks, code that a compiler has made needs no function around it.
+        self.names["run"] = getattr(run, "code", run)
+        given = [*map(self._name, getattr(run, "constants", ())), *(f"a{number}" for number in range(len(self.given)))]
         self.lines.append(f"found = run([{', '.join([*given, *map(self._name, self.graph.closed)])}])")
         total = self.graph.count
         names = [f"found[{number}]" for number in range(total)]

@@ -14,6 +14,7 @@ from chainrule.transforms.graphs import with_graph
 from chainrule.transforms.levels import Level, Linearized, mark_of
 from chainrule.transforms.nest import NO_NEST, run_level, run_nest, run_pushed_nest
 from chainrule.transforms.nest_linearized import run_linearized
+from chainrule.transforms.repeated import Repeated, repeated
 from chainrule.transforms.routes import (
     GRADIENT,
     jacobian_route,
@@ -23,6 +24,9 @@ from chainrule.transforms.routes import (
     run_route,
 )
 from chainrule.transforms.trace import Traced, trace
+
+#: In these calls of one linear function it is tried to find out what they have in common.
+_LOOKS = (2, 3, 4)
 
 
 def _zeros(result: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -177,6 +181,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         (tensor([1., 1.]),)
     """
     found = None
+    alone = False
     if mark_of(func) is not None:
         found = run_linearized(Level(func, "vjp", None, has_aux, _no_finish, ("vjp",)), primals, kwargs, _pullback)
     if found is None:
@@ -190,14 +195,19 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
                 raise RuntimeError(
                     f"vjp({function_name(func)}): all outputs must be floating-point or complex Tensors, got {leaf.dtype}"
                 )
-        found = _pullback(traced)
+        found, alone = _pullback(traced), True
     leaves, out_spec, active, pull = found.leaves, found.spec, found.active, found.call
     inputs = tuple(found.traced.in_leaves)
+    calls = 0 if alone and len(active) == len(leaves) else _LOOKS[-1]
+    again: Repeated | None = None
 
     @entry_point
     def vjp_fn(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Pull cotangents back to the primals."""
+        nonlocal again, calls
         given = leaves_of(cotangents, out_spec)
+        if again is not None and given is not None and (pulled := again(given)) is not NotImplemented:
+            return pulled
         if given is None:
             given, spec = tree_flatten(cotangents)
             if spec is not out_spec and spec != out_spec:
@@ -208,6 +218,10 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         for number, (leaf, out) in enumerate(zip(given, leaves, strict=True)):
             check_seed(leaf, out, f"vjp: cotangent {number}", "output")
         pulled = pull(tuple([_match_dtype(given[number], leaves[number]) for number in active]))
+        calls += 1
+        if again is None and calls in _LOOKS:
+            run = found.traced
+            again = repeated(run, "pull", run.out_slots, given, run.in_slots, run.in_spec)  # type: ignore[arg-type]
         return with_graph(pulled, inputs) if found.traced.grad_enabled else pulled
 
     return (found.output, vjp_fn, found.traced.aux) if has_aux else (found.output, vjp_fn)
@@ -447,6 +461,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         tensor([1., 1.])
     """
     found = None
+    alone = False
     if mark_of(func) is not None:
         level = Level(func, "linearize", None, has_aux, _no_finish, ("linearize",))
         found = run_linearized(level, primals, kwargs, _pushforward)
@@ -458,14 +473,19 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
             traced = trace(
                 func, primals, tuple(range(len(primals))), kwargs, "linearize", has_aux=has_aux, respect_no_grad=False
             )
-        found = _pushforward(traced)
+        found, alone = _pushforward(traced), True
     traced, push = found.traced, found.call
     inputs = tuple(traced.in_leaves)
+    calls = 0 if alone else _LOOKS[-1]
+    again: Repeated | None = None
 
     @entry_point
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents forward."""
+        nonlocal again, calls
         leaves = leaves_of(tangents, traced.in_spec)
+        if again is not None and leaves is not None and (pushed := again(leaves)) is not NotImplemented:
+            return pushed
         if leaves is None:
             leaves, spec = tree_flatten(tangents)
             if spec is not traced.in_spec and spec != traced.in_spec:
@@ -480,6 +500,9 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
                     )
             leaves = _checked(leaves, traced, "linearize")
         pushed = push(tuple(leaves))
+        calls += 1
+        if again is None and calls in _LOOKS:
+            again = repeated(traced, "push", traced.in_slots, leaves, traced.out_slots, traced.out_spec, "output")
         return with_graph(pushed, inputs) if traced.grad_enabled else pushed
 
     return (found.output, jvp_fn, found.traced.aux) if has_aux else (found.output, jvp_fn)

@@ -126,16 +126,21 @@ class Traced:
             cast: str = "input", outputs: list[int] | None = None,
             inputs: list[int] | None = None, last: bool = False) -> dict[Any, torch.Tensor | None]:
         """Execute a request on the tape; the last one may let go of its values."""
+        request = self.request(kind, order, seeds, cast, outputs, inputs)
+        if self.steps is not None and self.steps.records:
+            return run_in_steps(self.tape, self.steps, request, tensors)
+        return execute(self.tape, request, tensors, last=last)
+
+    def request(self, kind: str, order: str = "auto", seeds: tuple[int, ...] = (), cast: str = "input",
+                outputs: list[int] | None = None, inputs: list[int] | None = None) -> Request:
+        """What :meth:`run` asks."""
         wanted = [slot for slot in self.out_slots if slot is not None] if outputs is None else outputs
         # Under another transform, structure is worth more than a kernel.
         alone = not torch._C._len_torch_dispatch_stack()
         slots = tuple(self.in_slots if inputs is None else inputs)
         joined = alone and kind == "pull" and torch.is_grad_enabled() and any([leaf.requires_grad for leaf in self.out_leaves])
         mapped = not alone and is_only_mapped()
-        request = Request(kind, slots, tuple(wanted), order, seeds, cast, alone, joined=joined, mapped=mapped)
-        if self.steps is not None and self.steps.records:
-            return run_in_steps(self.tape, self.steps, request, tensors)
-        return execute(self.tape, request, tensors, last=last)
+        return Request(kind, slots, tuple(wanted), order, seeds, cast, alone, joined=joined, mapped=mapped)
 
     def known_block(self, order: str, cast: str = "input") -> torch.Tensor | None:
         """The Jacobian of one output with respect to one argument, if its plan is known; nothing else is asked of the run then.
