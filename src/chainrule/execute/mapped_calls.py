@@ -532,7 +532,8 @@ def _replay(
     # The tensors of this run are not kept.
     program._input_values.clear()
     plain = runner.plain  # type: ignore[attr-defined]
-    single = _single(runner.source_of, joined=joined)  # type: ignore[attr-defined]
+    # A single call would not note that its result is a copy.
+    single = None if any(copies) else _single(runner.source_of, joined=joined)  # type: ignore[attr-defined]
     del runner.source_of  # type: ignore[attr-defined]
     if any(copies):
         runner, plain = _noting_copies(runner, copies), _noting_copies(plain, copies)
