@@ -252,3 +252,12 @@ def test_targets_that_are_the_same_for_all_samples_are_written_in_each_call(func
     for _ in range(7):
         x = torch.rand(2, 3)
         torch.testing.assert_close(mapped(x), torch.stack([function(row) for row in x]))
+
+
+def test_lists_of_constants_alone_are_replayed() -> None:
+    """Indices of a tensor that is the same for all samples."""
+    pictures = torch.randn(1, 2, 4)
+    for _ in range(6):
+        x = torch.randn(3)
+        found = chainrule.vmap(lambda x: x * F.interpolate(pictures, scale_factor=2).sum())(x)
+        torch.testing.assert_close(found, x * F.interpolate(pictures, scale_factor=2).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("scipy")
 
 from chainrule import scipy as solvers  # noqa: E402
+from chainrule.scipy import connection  # noqa: E402
 
 START = np.array([0.5, 1.5])
 
@@ -113,15 +115,76 @@ def test_parts_that_are_not_read():
     assert np.allclose(found.x, [1.0, 1.5], atol=1e-3)
 
 
-def test_zeros_are_looked_at_without_further_calls_where_nothing_leaves():
-    calls = []
+def test_zeros_are_looked_at_without_further_calls_where_nothing_leaves(monkeypatch):
+    asked = []
+    monkeypatch.setattr(connection, "_missing", lambda *args: asked.append(args) or "")
 
     def right(t, y):
-        calls.append(1)
         return torch.stack([t.cos(), t.sin()])
 
+    def leaving(t, y):
+        return torch.stack([t.cos(), y[1] * float(t)])
+
     solvers.solve_ivp(right, (0, 1), START, method="BDF")
-    before = len(calls)
-    calls.clear()
-    solvers.solve_ivp(right, (0, 1), START, method="BDF", compiled=False)
-    assert len(calls) == before
+    assert not asked
+    solvers.solve_ivp(leaving, (0, 1), START, method="BDF")
+    assert asked
+
+
+def weighted(x, weight):
+    return (x[0] - 1) ** 2 + weight * (x[1].item() - 2) ** 2
+
+
+def test_zeros_are_looked_at_for_other_arguments_too():
+    """A weight of zero hides what another one shows."""
+    assert solvers.minimize(weighted, np.zeros(2), args=(0.0,)).success
+    with pytest.raises(RuntimeError, match="values change with it"):
+        solvers.minimize(weighted, np.zeros(2), args=(1.0,))
+
+
+class Parent:
+    def helper(self, value):
+        return value.item()
+
+    def __call__(self, x):
+        return (x[0] - 1) ** 2 + (self.helper(x[1]) - 2) ** 2
+
+
+class Child(Parent):
+    pass
+
+
+class Network(torch.nn.Module):
+    def forward(self, x):
+        return (x[0] - 1) ** 2 + (x[1].item() - 2) ** 2
+
+
+def given_by(x, goal):
+    return (x[0] - 1) ** 2 + (x[1].item() - goal) ** 2
+
+
+HELPERS = {"leave": lambda value: value.item()}
+
+PARTLY = {
+    "partial": functools.partial(given_by, goal=2.0),
+    "object": Child(),
+    "method": Child().__call__,
+    "module": Network(),
+    "helper in a dictionary": lambda x: (x[0] - 1) ** 2 + (HELPERS["leave"](x[1]) - 2) ** 2,
+    "numpy": lambda x: (x[0] - 1) ** 2 + (np.float64(x[1]) - 2) ** 2,
+    "full": lambda x: (x[0] - 1) ** 2 + (torch.full((1,), x[1], dtype=torch.float64)[0] - 2) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_one_of_two_unknowns_leaves_torch_somewhere_else(name):
+    with pytest.raises(RuntimeError, match="derivative by number 1"):
+        solvers.minimize(PARTLY[name], np.zeros(2))
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse", "operator"])
+def test_small_jacobians_of_any_layout_are_looked_at(layout):
+    with pytest.raises(RuntimeError, match="values change with it"):
+        solvers.least_squares(
+            lambda x: torch.stack([x[0] - 1, torch.tensor(x[1].item() - 2.0, dtype=torch.float64)]), np.zeros(2), layout=layout
+        )

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("scipy")
 
 from chainrule import scipy as solvers  # noqa: E402
+from chainrule.scipy.extra_arguments import ExtraArguments, Keywords  # noqa: E402
 from chainrule.scipy.functions import TorchFunction  # noqa: E402
 from chainrule.scipy.linearised import Linearisation, Points  # noqa: E402
 from chainrule.scipy.replays import ATTRIBUTE, CALLS, VALUES  # noqa: E402
@@ -42,8 +43,8 @@ def robertson(t, y, k1, k2, k3):
     return torch.stack([r3 - r1, r1 - r2 - r3, r2])
 
 
-def nested(x, rates, named, power):
-    return (rates[0] * (x - named["place"]) ** power + rates[1] * x.cos()).sum()
+def nested(x, rates, places, power):
+    return (rates[0] * (x - places[0]) ** power + rates[1] * x.cos()).sum()
 
 
 def with_tensor(x, weight, number):
@@ -77,7 +78,7 @@ CASES = {
         rosenbrock, lambda g: (1.0, g.uniform(2, 4)),
         lambda f, a, **k: solvers.minimize(f, np.full(2, 0.4), args=a, method="Nelder-Mead", tol=1e-10, **k).x),
     "minimize-nested": (
-        nested, lambda g: ((2.0, g.uniform(0, 1)), {"place": g.uniform(-1, 1)}, 2),
+        nested, lambda g: ((2.0, g.uniform(0, 1)), (g.uniform(-1, 1),), 2),
         lambda f, a, **k: solvers.minimize(f, np.full(3, 0.4), args=a, tol=1e-10, **k).x),
     "minimize-tensor": (
         with_tensor, lambda g: (torch.from_numpy(g.standard_normal((2, 3))), g.uniform(0, 1)),
@@ -355,3 +356,63 @@ def test_arguments_in_a_list():
         found = solvers.solve_ivp(own, (0, 1), [1.0, 0, 0], method="BDF", args=[0.04, 3e4, 1e2])
         assert found.success
     assert sum(entries(own).values()) > 0
+
+
+def in_a_set(x, k):
+    return ((x - (5.0 if k in {1.0, 3.0} else 2.0)) ** 2).sum() + k * (x**2).sum()
+
+
+def in_a_dictionary(x, k):
+    table = {1.0: 5.0, 3.0: 7.0}
+    return ((x - (table[k] if k in table else 2.0)) ** 2).sum() + k * (x**2).sum()
+
+
+def of_a_type(x, k):
+    return ((x - 3) ** 2).sum() + (k * (x**2).sum() if isinstance(k, float) else (k * x.abs()).sum())
+
+
+def no_tensor(x, k):
+    return ((x - 3) ** 2).sum() + ((k * x.abs()).sum() if torch.is_tensor(k) else k * (x**2).sum())
+
+
+@pytest.mark.parametrize("function", [in_a_set, in_a_dictionary, of_a_type, no_tensor])
+def test_numbers_that_are_looked_up_or_asked_for_their_type_are_numbers(function):
+    """Where all branches agree at the first point, comparing them there says nothing."""
+    for k in [*np.linspace(0.05, 0.95, 2 * CALLS + 20).tolist(), 1.0, 3.0]:
+        for _ in range(2):
+            found = solvers.minimize(function, np.zeros(2), args=(k,), method="L-BFGS-B").x
+        goal = {in_a_set: 5.0 if k in {1.0, 3.0} else 2.0, in_a_dictionary: {1.0: 5.0, 3.0: 7.0}.get(k, 2.0)}.get(function, 3.0)
+        np.testing.assert_allclose(found, goal / (1 + k), rtol=1e-4)
+
+
+def test_dictionaries_reach_the_function_themselves():
+    """What a callback or the function itself writes to them is seen."""
+    def objective(x, options):
+        options["runs"] = options.get("runs", 0) + 1
+        return (options["weight"] * (x - 1) ** 2).sum() + (x**2).sum() * (1 - options["weight"])
+
+    for _ in range(4):
+        options = {"weight": 0.2}
+
+        def callback(intermediate_result, options=options):
+            options["weight"] = 0.9
+
+        found = solvers.minimize(objective, np.full(3, 5.0), args=(options,), callback=callback, method="BFGS")
+        np.testing.assert_allclose(found.x, 0.9, rtol=1e-4)
+        assert options["runs"] >= 3
+
+
+def test_arguments_by_name_that_change_are_not_those_of_before():
+    named = {"scale": 3.0, "goal": 1.0}
+    given = (Keywords(named),)
+    extra = ExtraArguments(given, are_static=False)
+    assert extra.are(given)
+    named["goal"] = 2.0
+    assert not extra.are(given)
+
+    def differences(x, scale, goal):
+        return scale * (x - goal)
+
+    for goal in range(CALLS + 4):
+        found = solvers.least_squares(differences, np.zeros(2), kwargs={"scale": 3.0, "goal": float(goal)})
+        np.testing.assert_allclose(found.x, goal, atol=1e-8)

@@ -90,6 +90,11 @@ class AliasTracker:
         self.roots[id(view)] = root
         self.families.setdefault(id(root), []).append(view)
 
+    def note_same(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Note that a tensor of another class is a value: writes to either are writes to both."""
+        if tensor is not value and id(tensor) not in self.links and id(tensor) not in self.families:
+            self._link(tensor, value, aten.alias.default, (), {})
+
     def resolve(self, tensor: torch.Tensor) -> int | None:
         """The slot of a view whose memory was written through another tensor: read it anew from its parent."""
         slot = self.tape.slots.get(id(tensor))

@@ -141,6 +141,8 @@ class Slots:
         elif tensor.__class__ is not torch.Tensor and tensor.__class__.__torch_function__ is not _NO_FUNCTIONS:
             if tensor.grad_fn is None:
                 slot = self._other_objects().by_memory(tensor, self.values)
+                if slot is not None:
+                    self.alias.note_same(tensor, self.values[slot])
         if slot is None and self.expects_views and self._alias is not None and tensor.__class__ is torch.Tensor:
             place = self._other_objects().by_view(tensor, self.values)
             slot = None if place is None else self._alias.kept_view(tensor, *place)

@@ -560,7 +560,7 @@ def _single(source: Source, *, joined: bool) -> tuple[Any, ...] | None:
         if item.__class__ is list or item.__class__ is tuple:
             parts = tuple([argument(part) for part in item])
             if all([kind == _FIXED for kind, _ in parts]):
-                return _FIXED, item
+                return _FIXED, item.__class__([content for _, content in parts])
             return (_LIST if item.__class__ is list else _TUPLE), parts
         return _FIXED, item
 

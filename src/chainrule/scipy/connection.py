@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from chainrule.capture.code_reading import code_names
+from chainrule.scipy.plain_code import only_computes
 from chainrule.transforms.sparsity import sparsity
 
 #: What code names that takes values out of torch, or out of derivatives.
 _LEAVING = frozenset(
     {
         "item", "tolist", "numpy", "float", "int", "complex", "detach", "data", "no_grad", "inference_mode", "set_grad_enabled",
-        "tensor", "as_tensor", "asarray", "Tensor", "FloatTensor", "DoubleTensor", "new_tensor", "from_numpy", "math", "array",
+        "full", "new_full", "full_like", "fill", "linspace", "logspace", "arange", "scalar_tensor", "tensor", "as_tensor",
+        "asarray", "Tensor", "FloatTensor", "DoubleTensor", "new_tensor", "from_numpy", "math", "array",
     }
 )  # fmt: skip
 
@@ -28,8 +30,9 @@ _RATIO = 0.1
 #: Differences that are smaller than this, relative to the values, may be rounding errors.
 _LEAST = 1e-8
 
-#: Functions whose zeros were looked at.
-_SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
+#: Functions whose zeros were looked at, and with which further arguments; so many are kept.
+_SEEN: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+_KEPT = 256
 
 
 def check_connected(
@@ -57,7 +60,9 @@ def check_connected(
     if not (rows.any() or columns.any()) or not (rows.size and columns.size):
         return
     is_function = isinstance(user, types.FunctionType)
-    if (is_function and user in _SEEN) or not ((is_whole and rows.all()) or _may_leave(user)):
+    # The zeros of one weight say nothing about those of another.
+    others = tuple([_value(item) for number, item in enumerate(args) if number != argnum])
+    if (is_function and others in _SEEN.get(user, ())) or not ((is_whole and rows.all()) or _may_leave(user)):
         return
     message = _missing(vector, args, argnum, rows, columns)
     if message:
@@ -66,7 +71,19 @@ def check_connected(
             "torch.tensor([x[0]])), or are detached, have no derivative: compute with the tensors themselves."
         )
     if is_function:
-        _SEEN.add(user)
+        seen = _SEEN.setdefault(user, set())
+        if len(seen) >= _KEPT:
+            seen.clear()
+        seen.add(others)
+
+
+def _value(item: Any) -> Any:
+    """What tells a value from others; of an object that could change, nothing does."""
+    if isinstance(item, torch.Tensor) and item.layout is torch.strided and not item.is_complex():
+        return item.shape, item.dtype, item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(item, (int, float, str, bytes, type(None))):
+        return item.__class__, item
+    return object()
 
 
 def _zeros(found: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +96,9 @@ def _zeros(found: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _may_leave(user: Any) -> bool:
-    """Whether the code of a function, or of one that it reads, names something by which values leave torch."""
+    """Whether the code of a function, or of one that it calls, names something by which values leave torch, or is not known."""
+    if not only_computes(user):
+        return True
     pending, seen = [user], set[int]()
     while pending:
         item = pending.pop()
@@ -98,6 +117,8 @@ def _may_leave(user: Any) -> bool:
                 read.append(cell.cell_contents)
             except ValueError:
                 continue
+        if any(value is np for value in read):  # it takes numbers out of tensors by many names
+            return True
         own = (types.FunctionType, types.MethodType)
         pending += [f for f in read if isinstance(f, own) and not f.__module__.startswith(("torch.", "chainrule."))]
     return False

@@ -27,6 +27,15 @@ class Unknown(Exception):  # noqa: N818 - never reaches a user
     """An argument is none that a replay could take."""
 
 
+class Keywords:
+    """Arguments by name, as one further argument."""
+
+    __slots__ = ("given",)
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = given
+
+
 class Form:
     """How further arguments are made of numbers, arrays and tensors; equal forms take the same.
 
@@ -86,8 +95,8 @@ def _rebuilt(node: Any, leaves: Iterator[Any]) -> Any:
     kind, value, parts = node
     if kind is tuple:
         return tuple([_rebuilt(part, leaves) for part in parts])
-    if kind is dict:
-        return dict(zip(value, [_rebuilt(part, leaves) for part in parts], strict=True))
+    if kind is Keywords:
+        return Keywords(dict(zip(value, [_rebuilt(part, leaves) for part in parts], strict=True)))
     return value
 
 
@@ -107,11 +116,13 @@ class ExtraArguments:
         agreed: whether the function is known to give the same for tensors in the place of numbers; True without any.
     """
 
-    __slots__ = ("_arrays", "_items", "agreed", "args", "form")
+    __slots__ = ("_arrays", "_items", "_named", "agreed", "args", "form")
 
     def __init__(self, args: tuple[Any, ...], *, are_static: bool) -> None:
         self.args = args
         self._items: list[tuple[str, Any]] = []
+        #: Arguments by name, and the dictionary that they may be changed in.
+        self._named: tuple[dict[str, Any], tuple[Any, ...]] | None = None
         node = tuple, None, tuple([self._node(item, are_static=are_static, is_outermost=True) for item in args])
         self.form = Form(node, tuple([kind for kind, _ in self._items]))
         self.agreed = not self.form.floats
@@ -131,8 +142,9 @@ class ExtraArguments:
             return self._leaf(_ARRAY, item)
         if kind is tuple:
             return tuple, None, tuple([self._node(part, are_static=are_static) for part in item])
-        if kind is dict and all(key.__class__ in (str, int) for key in item):
-            return dict, tuple(item), tuple([self._node(part, are_static=are_static) for part in item.values()])
+        if kind is Keywords and all(key.__class__ is str for key in item.given):
+            self._named = item.given, (*item.given.keys(), *item.given.values())
+            return kind, tuple(item.given), tuple([self._node(part, are_static=are_static) for part in item.given.values()])
         if kind in _STATIC:
             return kind, item, ()
         raise Unknown
@@ -144,6 +156,11 @@ class ExtraArguments:
     def are(self, args: tuple[Any, ...]) -> bool:
         """Whether arguments are these, each the same object."""
         mine = self.args
+        if self._named is not None:
+            given, items = self._named
+            now = (*given.keys(), *given.values())
+            if len(now) != len(items) or not all([a is b for a, b in zip(now, items, strict=True)]):
+                return False
         if args is mine:
             return True
         return len(args) == len(mine) and all([a is b for a, b in zip(args, mine, strict=True)])
@@ -248,4 +265,4 @@ def same_values(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-10, atol=1e-12 * scale, equal_nan=True)
 
 
-__all__ = ["ExtraArguments", "Form", "Unknown", "same_values"]
+__all__ = ["ExtraArguments", "Form", "Keywords", "Unknown", "same_values"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy import optimize
 
+from chainrule.scipy.extra_arguments import Keywords
 from chainrule.scipy.functions import (
     Device,
     TorchFunction,
@@ -69,12 +70,12 @@ def least_squares(
     check_absent(options, ("jac", "jac_sparsity"), "least_squares")
     if layout != "dense":
         options.setdefault("tr_solver", "lsmr")
-    args, named = tuple(args), kwargs or {}
+    args, named = tuple(args), Keywords(kwargs) if kwargs else None
     function = TorchFunction(fun, "least_squares", device, allow_nan, compiled, (*args, named) if named else args)
     checked, where = function.checked, function.where
 
     def residuals(x: Any, *rest: Any) -> Any:
-        found = checked(x, *rest[:-1], **rest[-1]) if named else checked(x, *rest)
+        found = checked(x, *rest[:-1], **rest[-1].given) if named else checked(x, *rest)
         if found.dim() > 1:
             raise ValueError(f"{where} must return a vector, got shape {tuple(found.shape)}")
         return found.reshape(-1)

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from chainrule.scipy.connection import check_connected
 from chainrule.scipy.extra_arguments import ExtraArguments, Unknown
+from chainrule.scipy.plain_code import looks_at_types
 from chainrule.scipy.replays import CALLS, VALUES, Replayed, has_disagreed, replayed
 
 Device = torch.device | str | None
@@ -68,7 +69,10 @@ class TorchFunction:
             return None
         try:
             # What is recorded unasked is known to be harmless where tensors stand for numbers: nothing is written to them.
-            return ExtraArguments(tuple(args), are_static=self._compiled is True or has_disagreed(self.function))
+            extra = ExtraArguments(tuple(args), are_static=self._compiled is True or has_disagreed(self.function))
+            if extra.form.floats and looks_at_types(self.function):
+                extra = ExtraArguments(tuple(args), are_static=True)
+            return extra
         except Unknown:
             return None
 

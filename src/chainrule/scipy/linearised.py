@@ -42,8 +42,10 @@ class Linearised:
         if self._check is not None:
             check, self._check = self._check, None
             found = self._computed()
-            if not isinstance(found, LinearOperator):
-                with self._function.named():
+            with self._function.named():
+                if isinstance(found, LinearOperator) and math.prod(found.shape) <= _SMALL:
+                    found = matrix(self._function, self._found.dense(flat=True), found.shape, "Jacobian")
+                if not isinstance(found, LinearOperator):
                     check(found)
         found = self._computed()
         return aslinearoperator(found) if self._layout == "operator" and found.__class__ is np.ndarray else found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import inspect
 import math
 import types
@@ -21,6 +22,10 @@ _INSTRUCTIONS = (
     "NOT_TAKEN", "COPY", "SWAP", "JUMP_", "POP_JUMP_", "FOR_ITER", "GET_ITER", "END_FOR", "UNPACK_", "MAKE_",
     "SET_FUNCTION_ATTRIBUTE", "LIST_", "DICT_", "MAP_ADD", "EXTENDED_ARG", "CACHE", "RAISE_VARARGS", "TO_BOOL", "RERAISE",
 )  # fmt: skip
+#: Instructions that may look for an object by its hash or its identity.
+_LOOKS = ("CONTAINS_OP", "IS_OP", "BUILD_SET", "BUILD_MAP", "SET_ADD", "MAP_ADD", "BUILD_CONST_KEY_MAP", "DICT_", "SET_UPDATE")
+#: Functions that tell tensors from numbers.
+_ASKING = frozenset({"isinstance", "is_tensor", "is_storage", "isscalar", "is_nonzero", "result_type", "can_cast"})
 _OF_GENERATORS = ("YIELD_VALUE", "RETURN_GENERATOR")
 _CONSTANT = ("LOAD_CONST", "LOAD_SMALL_INT")
 _REFUSED = frozenset({"LOAD_BUILD_CLASS", "LOAD_NAME", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_LOCALS"})
@@ -125,17 +130,20 @@ def _function(function: types.FunctionType, seen: dict[int, Any]) -> bool:
 
 
 def looks_at_types(function: Any) -> bool:
-    """Whether a function of which :func:`only_computes` is true, or one that it calls, may ask for the type of something."""
+    """Whether a function of which :func:`only_computes` is true, or one that it calls, may ask for the type of something.
+
+    Or for the identity, which tensors are looked up by in sets and dictionaries.
+    """
     seen: dict[int, Any] = {}
     _function(function, seen)
-    return any("isinstance" in _words(found.__code__) for found in seen.values())
+    return any(_looks(found.__code__) for found in seen.values())
 
 
-def _words(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _words(constant)
+@functools.lru_cache(maxsize=1 << 8)
+def _looks(code: types.CodeType) -> bool:
+    if not _ASKING.isdisjoint(code.co_names) or any(i.opname.startswith(_LOOKS) for i in dis.get_instructions(code)):
+        return True
+    return any(_looks(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
 
 
 def _is_empty(cell: Any) -> bool:
