@@ -1,7 +1,15 @@
 """Function transforms for PyTorch that cost what the structure of the function costs."""
 
 from chainrule.explain import Explanation, explain
-from chainrule.transforms import array_conversions, autograd_bridge, function_doors, mapped_levels, sparse, tensor_hooks
+from chainrule.transforms import (
+    array_conversions,
+    autograd_bridge,
+    function_doors,
+    mapped_levels,
+    sparse,
+    subclass_views,
+    tensor_hooks,
+)
 from chainrule.transforms.blocks import RowBlock, jacobian_blocks
 from chainrule.transforms.compile import CompileError, compile  # noqa: A004 - torch's name
 from chainrule.transforms.derivatives import grad, grad_and_value, hvp, jvp, linearize, vhp, vjp
@@ -24,6 +32,7 @@ from chainrule.uncompiled import hide_from_dynamo
 autograd_bridge.install()
 function_doors.install()
 mapped_levels.install()
+subclass_views.install()
 tensor_hooks.install()
 array_conversions.install()
 sparse.install()
