@@ -574,7 +574,6 @@ def _table() -> dict[Any, Reading]:
         "squeeze": _squeezed,
         "t": _turned,
         "flatten": _flattened,
-        "ravel": _flattened,
         "roll": _rolled,
         "softmax": _along(aten._softmax.default, False),
         "log_softmax": _along(aten._log_softmax.default, False),

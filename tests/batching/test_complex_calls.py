@@ -161,3 +161,46 @@ def test_known_calls_on_a_tape_do_not_reach_python():
 
     z, w = torch.randn(4, 3, 3, dtype=C128), torch.randn(3, 3, dtype=C128)
     assert _complex_ops_seen_in_python(chainrule.vmap(chainrule.grad(loss), (0, None)), z, w) == []
+
+
+def test_writes_through_lazy_conjugation_are_refused_in_nests():
+    def function(z):
+        y = z.clone()
+        y.mH.mul_(0)
+        return y
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="writes through a conjugated view"):
+            chainrule.vmap(chainrule.vmap(function))(torch.randn(2, 3, 3, 3, dtype=C128))
+
+
+def test_numbers_that_differ_in_the_sign_of_a_zero():
+    """They are equal to a dictionary."""
+    x = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+    for number in (complex(0.0, -0.0), complex(-0.0, 0.0), complex(-0.0, -0.0), complex(0.0, 0.0)):
+        def function(v, number=number):
+            return torch.where(v > 0, number, v + 0j).angle()
+
+        def quotient(v, number=number):
+            return (number / v).imag.reciprocal()
+
+        for _ in range(4):
+            for f in (function, quotient):
+                expected = torch.stack([f(sample) for sample in x])
+                found = chainrule.vmap(f)(x)
+                assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("number", [1j, 2.0, True, complex(-0.0, 0.0)])
+def test_numbers_are_written_to_places_that_are_picked(number):
+    constant = torch.randn(2, 2, dtype=C128)
+
+    def function(x):
+        z = constant.clone()
+        z[torch.tensor([0])] = number
+        z[1] = number
+        return z * x
+
+    for _ in range(4):
+        x = torch.randn(3, 2, 2, dtype=C128)
+        torch.testing.assert_close(chainrule.vmap(function)(x), torch.stack([function(sample) for sample in x]))

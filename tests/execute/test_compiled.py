@@ -142,3 +142,17 @@ def test_code_that_calls_torch_compares_what_it_gets(monkeypatch: pytest.MonkeyP
     x = torch.randn(4, dtype=torch.float64)
     torch.testing.assert_close(compiled(x), function(x))
     assert seen == [False]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_was_closed_over_may_be_negated_when_it_is_read(requires_grad: bool) -> None:
+    """Generated code reads memory, in which the sign is not."""
+    complex_values = torch.randn(4, dtype=torch.complex128)
+    negated, replaced = complex_values.conj().imag, torch.randn(4, dtype=torch.float64)
+    assert negated.is_neg()
+    compiled = chainrule.compile(chainrule.grad(lambda x: (x.sin() * negated * replaced).sum()), backend="inductor")
+    for number in range(5):
+        if number == 3:
+            replaced.data = complex_values.conj().imag
+        x = torch.randn(4, dtype=torch.float64, requires_grad=requires_grad)
+        torch.testing.assert_close(compiled(x), x.cos() * negated * replaced)

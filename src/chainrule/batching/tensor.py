@@ -110,6 +110,22 @@ class BatchTensor(Tensor):
             raise RuntimeError("chainrule: several rows at once have no address of their own")
         return self.value.data_ptr()
 
+    def apply_(self, callable: Any) -> Tensor:  # noqa: A002 - torch's name
+        """Refused: what stores the values of all samples has other memory."""
+        raise _without_memory("apply_")
+
+    def map_(self, tensor: Any, callable: Any) -> Tensor:  # noqa: A002 - torch's name
+        """Refused, as :meth:`apply_`."""
+        raise _without_memory("map_")
+
+    def map2_(self, x: Any, y: Any, callable: Any) -> Tensor:  # noqa: A002 - torch's name
+        """Refused, as :meth:`apply_`."""
+        raise _without_memory("map2_")
+
+    def share_memory_(self) -> Any:
+        """Refused: a sample has no memory of its own."""
+        raise _without_memory("share_memory_")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.detach().clone()
 
@@ -124,6 +140,13 @@ class BatchTensor(Tensor):
             )
         inner: Tensor = self.inner
         return inner
+
+
+def _without_memory(method: str) -> RuntimeError:
+    return RuntimeError(
+        f"vmap: .{method}() was called on a tensor of a vmapped function, whose samples have no memory of their own. Compute "
+        "with torch's functions, or return the tensor from the function and call it outside of vmap."
+    )
 
 
 def _plain_repr(value: Tensor) -> str:

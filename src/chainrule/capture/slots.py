@@ -36,6 +36,12 @@ def has_negative_zero(number: complex) -> bool:
     return any([part == 0 and math.copysign(1.0, part) < 0 for part in (number.real, number.imag)])
 
 
+def signs_of(number: complex) -> str:
+    """The signs of both parts: zeros of either sign are equal, and lie on different sides of a cut."""
+    parts = ["-" if math.copysign(1.0, part) < 0 else "+" for part in (number.real, number.imag)]
+    return f"{parts[0]}{parts[1]}j"
+
+
 def slot_object(number: int) -> Slot:
     """The slot of a number."""
     return SLOTS[number] if number < 4096 else Slot(number)
@@ -142,7 +148,7 @@ class Slots:
             if tensor.grad_fn is None:
                 slot = self._other_objects().by_memory(tensor, self.values)
                 if slot is not None:
-                    self.alias.note_same(tensor, self.values[slot])
+                    self._note_same(tensor, self.values[slot])
         if slot is None and self.expects_views and self._alias is not None and tensor.__class__ is torch.Tensor:
             place = self._other_objects().by_view(tensor, self.values)
             slot = None if place is None else self._alias.kept_view(tensor, *place)
@@ -150,6 +156,10 @@ class Slots:
             self.kept.append(tensor)
             self.slots[id(tensor)] = slot
         return slot
+
+    def _note_same(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Note that a tensor of another class is a value."""
+        raise NotImplementedError
 
     def _other_objects(self) -> OtherObjects:
         if self._others is None:
@@ -211,7 +221,7 @@ class Slots:
             elif type(item) is complex:
                 lowered.append(item)
                 if has_negative_zero(item):
-                    self.key.append(NEGATIVE_ZERO)
+                    self.key.append(signs_of(item))
             else:
                 lowered.append(item)
         return tuple(lowered)

@@ -17,7 +17,7 @@ from chainrule.capture.other_objects import OtherObjects
 from chainrule.capture.plain_calls import are_plain, have_stored_graphs, is_elsewhere, run_alone, run_function_alone
 from chainrule.capture.records import Record
 from chainrule.capture.schema import LINEAR, PARTS, WHOLE, OpFacts, Policy, are_stacked_alike, linear_of_vector
-from chainrule.capture.slots import NEGATIVE_ZERO, PLAIN, SLOTS, Slot, meta
+from chainrule.capture.slots import PLAIN, SLOTS, Slot, meta
 from chainrule.dispatch import DATA_UNDER_VMAP, KNOWS_STATE, TAKEN, again, without_handlers
 from chainrule.functions import COMPARISONS, SHAPED, Function
 from chainrule.modes_off import modes_inside_off, without_mode
@@ -45,7 +45,7 @@ _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_local_exclude_set
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
-configure(record=Record, slot_objects=SLOTS, plain=PLAIN, negative_zero=NEGATIVE_ZERO)
+configure(record=Record, slot_objects=SLOTS, plain=PLAIN)
 use_facts(OpFacts)
 TAKEN[torch.Tensor.__setitem__] = assign
 
@@ -118,6 +118,9 @@ class Tape(Listening):
         if self._alias is None:
             self._alias = AliasTracker(self)
         return self._alias
+
+    def _note_same(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        self.alias.note_same(tensor, value)
 
     def add_input(self, tensor: torch.Tensor) -> int:
         """Make ``tensor`` (a fresh alias that nobody else holds) an input of the tape."""

@@ -127,7 +127,7 @@ read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *si
             continue;
         }
         if (PyComplex_CheckExact(item)) {
-            PyObject *sign = has_negative_zero(item) ? PyUnicode_FromString("-j") : Py_NewRef(type);
+            PyObject *sign = has_negative_zero(item) ? signs_of(item) : Py_NewRef(type);
             taken = append_new(signature, sign) < 0 || PyList_Append(signature, item) < 0 ? -1 : 1;
             continue;
         }

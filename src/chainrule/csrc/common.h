@@ -65,7 +65,7 @@ typedef struct {
     X(where) X(where_op) X(to_copy) X(to_op) X(conversions) X(constant_beside) X(entries) X(joined) \
     X(over) X(composites) X(composed) X(always_views) X(scatters) X(link) X(clone) X(expand_op) X(fill_op) X(copy_op) X(zero_op) X(copy_) X(fill_) X(zero_) X(put_op) X(put)  \
     X(setitem) X(included_keys) X(excluded_keys) X(autocast_keys) X(forward_mode) X(ledger) X(watch) X(lengths) X(numbered) X(spent)        \
-    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(negative_zero) X(makers) X(products) X(door) X(device)
+    X(complex) X(set_grad) X(detach_op) X(converting) X(make_tensor) X(vmap_mode) X(unflatten) X(written) X(copies) X(places) X(makers) X(products) X(door) X(device)
 
 #define DECLARE(name) static PyObject *c_##name = NULL;
 CONFIGURED(DECLARE)
@@ -216,6 +216,14 @@ has_negative_zero(PyObject *number)
 {
     Py_complex parts = PyComplex_AsCComplex(number);
     return (parts.real == 0.0 && signbit(parts.real)) || (parts.imag == 0.0 && signbit(parts.imag));
+}
+
+/* The signs of both parts of a complex number, as `chainrule.capture.slots.signs_of` writes them. */
+static PyObject *
+signs_of(PyObject *number)
+{
+    Py_complex parts = PyComplex_AsCComplex(number);
+    return PyUnicode_FromFormat("%s%sj", signbit(parts.real) ? "-" : "+", signbit(parts.imag) ? "-" : "+");
 }
 
 /* Whether an object is a list or a tuple of numbers. */

@@ -176,6 +176,8 @@ put_mapped(Handler *self, PyObject *target, PyObject *indices, PyObject *value)
 {
     if (self->guarded || self->graphs || state.exclude == NULL || (!PyTuple_CheckExact(indices) && !PyList_CheckExact(indices)))
         return Py_NewRef(Py_NotImplemented);
+    if (value != Py_None && !is_number(value) && !is_constant_class(value) && (PyObject *)Py_TYPE(value) != c_batch_tensor)
+        return Py_NewRef(Py_NotImplemented); /* a number of another class, or a tensor of another */
     PyObject *batch = batch_to_write(self, target, value), *whole = batch != NULL ? SLOT(batch, value) : NULL, *beside[] = {value, target};
     if (batch == NULL && !PyErr_Occurred())
         whole = common_of(self, target);

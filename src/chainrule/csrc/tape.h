@@ -333,7 +333,7 @@ typedef struct {
 static int
 mark_sign(Handler *self, PyObject *item)
 {
-    return PyComplex_CheckExact(item) && has_negative_zero(item) ? PyList_Append(self->key, c_negative_zero) : 0;
+    return PyComplex_CheckExact(item) && has_negative_zero(item) ? append_new(self->key, signs_of(item)) : 0;
 }
 
 /* Record what ran, if an argument is active: 0, or -1 with an error set. `fresh` are places of tensors without a slot (or of

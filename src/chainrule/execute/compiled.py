@@ -147,14 +147,20 @@ class Flat:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CompileError(f"chainrule.compile: the inductor backend failed on this graph: {reason}") from error
         writes = any(i.writes for i in self.program.instructions)
+        plain, given = functools.cache(self.replay), self.given
+
+        def reads_memory(values: Sequence[torch.Tensor]) -> bool:
+            # Of what was closed over, the code reads memory that may be negated or conjugated only when it is read.
+            return all([not (value.is_neg() or value.is_conj()) for value in values[given:]])
+
         if self.joined and not writes:
-            return lambda values: called(*values)
+            return lambda values: called(*values) if reads_memory(values) else plain()(values)
         constants = [*module.buffers()]
-        plain = functools.cache(self.replay)
-        alone = code is not None and not writes and self._stands_alone(called, code, constants, values)
+        alone = code is not None and not writes and reads_memory(values) and self._stands_alone(called, code, constants, values)
 
         def run(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            if forward_ad._current_level >= 0:  # the code knows nothing of tangents of torch's own forward mode
+            # The code knows nothing of tangents of torch's own forward mode.
+            if forward_ad._current_level >= 0 or not reads_memory(values):
                 return plain()(values)
             # The compiled code takes it that what it writes to is seen through one input only.
             if writes and len({value.untyped_storage().data_ptr() for value in values}) < len(values):

@@ -25,7 +25,7 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
 from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
-from chainrule.capture.slots import has_negative_zero
+from chainrule.capture.slots import has_negative_zero, signs_of
 from chainrule.dispatch import undispatched, without_handlers
 from chainrule.execute.replay import Runner, Source, compile_program
 from chainrule.execute.simplify import root
@@ -365,7 +365,7 @@ def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: li
             signature.append(item)
             continue
         elif kind is complex:
-            signature.append("-j" if has_negative_zero(item) else complex)
+            signature.append(signs_of(item) if has_negative_zero(item) else complex)
             signature.append(item)
             continue
         elif kind is slice:

@@ -37,19 +37,28 @@ def _forget_expired() -> None:
     _WRITES[0] = len(_COPIES)
 
 
+def _innermost(tensor: Tensor) -> Tensor:
+    """What stores a tensor of several levels."""
+    while getattr(tensor, "is_mapped", False):
+        inner: Any = tensor.inner  # type: ignore[attr-defined]
+        tensor = inner.value if inner.__class__ is Batched else inner
+    return tensor
+
+
 def stand_for_views(copy: Tensor) -> Tensor:
     """Note that a tensor is a copy where torch has a view: what is written to it would be lost."""
     if len(_COPIES) > _MOST_COPIES:
         _forget_expired()
-    if copy.__class__ is Tensor and copy.layout is torch.strided:
-        storage = copy.untyped_storage()
+    stored = _innermost(copy)
+    if stored.__class__ is Tensor and stored.layout is torch.strided:
+        storage = stored.untyped_storage()
         _COPIES[storage._cdata] = StorageWeakRef(storage)
     return copy
 
 
 def stands_for_view(value: Tensor) -> bool:
     """Whether a tensor shares the memory of such a copy."""
-    if not _COPIES or value.__class__ is not Tensor or value.layout is not torch.strided:
+    if not _COPIES or (value := _innermost(value)).__class__ is not Tensor or value.layout is not torch.strided:
         return False
     known = _COPIES.get(value.untyped_storage()._cdata)
     return known is not None and not known.expired()

@@ -38,7 +38,7 @@ def tensor_kind(tensor: torch.Tensor) -> Any:
     memory: Any = tensor.stride() if layout is torch.strided else layout
     if layout in _SPARSE:
         memory = layout, tensor._nnz(), tensor.dense_dim()
-    return (tensor.shape, tensor.dtype, tensor.device, memory, tensor.requires_grad)
+    return (tensor.shape, tensor.dtype, tensor.device, memory, tensor.requires_grad, tensor.is_neg() or tensor.is_conj())
 
 
 def gradient_kind(tensor: torch.Tensor) -> Any:

@@ -27,7 +27,7 @@ def _as_subclass(tensor: torch.Tensor, cls: Any) -> Any:
 
 def install() -> None:
     """Put the method in the place of torch's own."""
-    torch.Tensor.as_subclass = _as_subclass  # type: ignore[method-assign]
+    torch.Tensor.as_subclass = _as_subclass  # type: ignore[method-assign, assignment]
 
 
 __all__ = ["install"]
