@@ -4,6 +4,7 @@ from chainrule.explain import Explanation, explain
 from chainrule.transforms import (
     array_conversions,
     autograd_bridge,
+    deep_copies,
     function_doors,
     mapped_levels,
     sparse,
@@ -30,6 +31,7 @@ from chainrule.transforms.vmap import vmap
 from chainrule.uncompiled import hide_from_dynamo
 
 autograd_bridge.install()
+deep_copies.install()
 function_doors.install()
 mapped_levels.install()
 subclass_views.install()

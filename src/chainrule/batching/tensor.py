@@ -127,7 +127,8 @@ class BatchTensor(Tensor):
         raise _without_memory("share_memory_")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.detach().clone()
+        found = memo[id(self)] = self.clone()
+        return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError("vmap: a tensor of a vmapped function cannot be pickled; return it from the function")
