@@ -69,7 +69,7 @@ LIMITS: dict[str, str] = {
     "only where autograd may bring what it has kept. Tried and dropped: one node for the replay, whose graph is made on "
     "backward; it takes 220 µs in place of 280 here and makes small networks slower.",
     "B10": "as B7, three times (the model, the loss, the gradient of the loss); the calls themselves take as long as by hand.",
-    "B11": "as B2: the formula by hand is itself only 2.4 to 3 times faster than torch.func. The planner's search compares "
+    "B11": "as B2: the formula by hand is itself only 2 to 3 times faster than torch.func. The planner's search compares "
     "the orders of the products and takes the one of the formula.",
     "B12a": "a wrapper tensor per op takes 1.0 µs and freeing it 0.5, as much as the whole overhead of torch.vmap's C++ per "
     "op. Kept: operators and methods of mapped tensors are C functions that need no function mode (8 to 2 µs an op "

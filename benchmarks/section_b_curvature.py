@@ -201,21 +201,21 @@ def gauss_newton_row(widths: Sequence[int], batch: int) -> Workload:
     )
 
 
-def factorisation_row(rows: int, rank: int, chunks: Sequence[int | None]) -> Workload:
-    """B15, dense."""
+def factorisation_row(rows: int, rank: int, chunks: Sequence[int | None], key: str = "B15") -> Workload:
+    """B15, dense; where peers have no room, without them (no chunks)."""
 
     def make() -> tuple[Tensor, ...]:
         mask = torch.bernoulli(torch.full((rows, rows), 0.1))
         return tuple(t.double() for t in (torch.randn(rows, rank), torch.randn(rows, rank), torch.randn(rows, rows), mask))
 
     return Workload(
-        key="B15",
+        key=key,
         title=f"Hessian wrt U of Σ Ω∘(T − U Vᵀ)², n=m={rows}, k={rank}, float64, dense",
         inputs=make,
         ours={"hessian": chainrule.hessian(factorisation_loss)},
-        peers=hessians(factorisation_loss, chunks=chunks),
+        peers=hessians(factorisation_loss, chunks=chunks) if chunks else {},
         hand=hand_factorisation_hessian,
-        jax=_jax_factorisation,
+        jax=_jax_factorisation if chunks else None,
         targets=Targets(10, 2),
         dtype=torch.float64,
     )
@@ -245,6 +245,7 @@ WORKLOADS: tuple[Workload, ...] = (
     logistic_row(1000, 300, sizes={n: logistic_row(1000, n) for n in (200, 400, 800, 1600)}),
     gauss_newton_row((32, 128, 128, 10), 128),
     factorisation_row(300, 5, (None, 32, 128)),
+    factorisation_row(1000, 5, (), key="B15l"),
     deep_row(10, 64, 64, (64, 256, 1024)),
 )
 
