@@ -514,3 +514,16 @@ def test_products_of_any_memory_layout_with_a_constant_sparse_matrix(layout, dim
         for _ in range(2):
             torch.testing.assert_close(chainrule.vmap(chainrule.jacobian(product), in_dims=dim)(x), expected)
             torch.testing.assert_close(chainrule.vmap(chainrule.jacfwd(product), in_dims=dim)(x), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"offset": 1}, {"offset": -2, "dim1": 0, "dim2": -1}, {"dim1": -1, "dim2": 0}, {"dim1": 1, "dim2": 0}]
+)
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0,), (2, 2, 2)])
+def test_diag_embed(shape, options):
+    for _ in range(4):
+        x = torch.randn(4, *shape, dtype=torch.float64)
+        expected = torch.stack([torch.diag_embed(sample, **options) for sample in x])
+        found = chainrule.vmap(lambda x: torch.diag_embed(x, **options))
+        torch.testing.assert_close(found(x), expected)
+        torch.testing.assert_close(chainrule.vmap(found)(x[None])[0], expected)

@@ -126,6 +126,14 @@ def shift_view(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int
     return mark(_call(func, plan, values))
 
 
+def diag_embed(func: Any, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Batched:
+    """diag_embed: its dimensions are those of the result."""
+    values = bind(func, args, kwargs)
+    rank = args[0].rank + 1
+    dims = [wrap_dim(values.get(name, default), rank) + 1 for name, default in (("dim1", -2), ("dim2", -1))]
+    return Batched(func(args[0].value, values.get("offset", 0), *dims))
+
+
 # --- views whose arguments are not just dimensions ---------------------------------------------------------------
 
 
@@ -423,6 +431,7 @@ VIEWS: dict[Any, BatchStrategy] = {
     aten.squeeze.dims: squeeze,
     aten.unsqueeze.default: unsqueeze,
     aten.diagonal.default: shift_view,
+    aten.diag_embed.default: diag_embed,
     aten.unfold.default: unfold,
     aten.split.Tensor: split,
     aten.split_with_sizes.default: split,
