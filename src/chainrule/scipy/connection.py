@@ -38,7 +38,7 @@ _EVEN = 1e-3
 _LEAST = 1e-8
 
 #: How many groups of columns are looked at that change values otherwise than by a slope.
-_GROUPS = 8
+_GROUPS = 16
 
 
 def check_connected(
@@ -154,29 +154,39 @@ _Values = Callable[[np.ndarray], tuple[np.ndarray, bool]]
 
 def _missing_column(at: _Values, point: np.ndarray, numbers: np.ndarray) -> int | None:
     """One of some numbers by which values change in proportion; None if none is found by halving a bounded number of groups."""
-    groups, left = deque([numbers]), _GROUPS
+    groups, left, here = deque([numbers]), _GROUPS, at(point)
     while groups and left:
         group = groups.popleft()
         if not group.size:
             continue
         direction = np.zeros(point.size)
         direction[group] = 1
-        slopes, moves = _changes(at, point, direction)
+        slopes, moves = _changes(at, point, direction, here)
         halves = (group[: group.size // 2], group[group.size // 2 :])
         if slopes.any():
-            if group.size == 1:
+            if group.size > 1:
+                groups.extendleft(halves)
+            elif _changes(at, point, direction)[0].any():
                 return int(group[0])
-            groups.extendleft(halves)
         elif moves and group.size > 1:  # some may have a slope, and others a kink
             left -= 1
             groups.extend(halves)
     return None
 
 
-def _changes(at: _Values, point: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Which values have a slope, the same to both sides and for steps of all sizes; and whether any changes otherwise."""
+def _changes(
+    at: _Values, point: np.ndarray, direction: np.ndarray, known: tuple[np.ndarray, bool] | None = None
+) -> tuple[np.ndarray, bool]:
+    """Which values have a slope, the same to both sides and for steps of all sizes; and whether any changes otherwise.
+
+    Args:
+        at: the values at a point, and whether they are computed finely.
+        point: where.
+        direction: the direction of the steps.
+        known: what ``at`` gives here. The values are not looked at for more than kinks and jumps then.
+    """
     step = _STEP * np.maximum(1.0, np.abs(point)) * direction * (1 + np.arange(point.size) * 0.618 % 1) / 2
-    here, is_fine = at(point)
+    here, is_fine = known or at(point)
     least = _LEAST * np.maximum(np.abs(here), _STEP)
 
     def sides(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,16 +197,17 @@ def _changes(at: _Values, point: np.ndarray, direction: np.ndarray) -> tuple[np.
     moved = np.abs(forward + backward) > np.maximum(least, _EVEN * np.maximum(np.abs(forward), np.abs(backward)))
     if not moved.any():
         return moved, False
-    moved &= at(point + step)[0] - here == forward  # it is not random
-    if not moved.any():
-        return moved, False
+    if known is None:
+        moved &= at(point + step)[0] - here == forward  # it is not random
+        if not moved.any():
+            return moved, False
     half_forward, half_backward = sides(step / 2)
     whole, half = forward + backward, half_forward + half_backward
     moved &= np.abs(whole) < 4 * np.abs(half)  # of higher order it is eight times as much
     with np.errstate(all="ignore"):
         slopes = moved & (np.abs(half) > least) & (np.abs(whole / half - 2) < _RATIO)
         slopes &= np.abs(half_forward - half_backward) < _RATIO * np.abs(half) / 2
-        if is_fine and slopes.any():
+        if known is None and is_fine and slopes.any():
             fine = sum(sides(step * _FINE))
             is_rounding = np.abs(whole) * _FINE < 1e3 * np.finfo(np.float64).eps * np.abs(here)
             slopes &= is_rounding | (np.abs(fine / (whole * _FINE) - 1) < _FINE_RATIO)
