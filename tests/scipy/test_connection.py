@@ -306,3 +306,11 @@ def test_zeros_that_do_not_last_take_no_further_runs():
     function = counted_in(calls, lambda x: (x[0] - 1) ** 2 + (x[1] - x[0] ** 2) ** 2 + 0 * float(1))
     found = solvers.minimize(function, np.zeros(2), compiled=False)
     assert len(calls) == found.nfev
+
+
+def test_functions_without_a_module():
+    space = {"torch": torch, "__name__": None}
+    exec("def helper(v): return v.item()\ndef some(x): return (x[0] - 1) ** 2 + (helper(x[1]) - 2) ** 2", space)
+    assert space["helper"].__module__ is None
+    with pytest.raises(RuntimeError, match="derivative by number 1"):
+        solvers.minimize(space["some"], np.zeros(2))

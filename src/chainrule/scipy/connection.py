@@ -87,8 +87,6 @@ def _zeros(found: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _may_leave(user: Any) -> bool:
     """Whether the code of a function, or of one that it calls, names something by which values leave torch, or is not known."""
-    if not only_computes(user):
-        return True
     pending, seen = [user], set[int]()
     while pending:
         item = pending.pop()
@@ -110,8 +108,8 @@ def _may_leave(user: Any) -> bool:
         if any(value is np for value in read):  # it takes numbers out of tensors by many names
             return True
         own = (types.FunctionType, types.MethodType)
-        pending += [f for f in read if isinstance(f, own) and not f.__module__.startswith(("torch.", "chainrule."))]
-    return False
+        pending += [f for f in read if isinstance(f, own) and not (f.__module__ or "").startswith(("torch.", "chainrule."))]
+    return not only_computes(user)
 
 
 def _missing(
