@@ -188,3 +188,129 @@ def test_small_jacobians_of_any_layout_are_looked_at(layout):
         solvers.least_squares(
             lambda x: torch.stack([x[0] - 1, torch.tensor(x[1].item() - 2.0, dtype=torch.float64)]), np.zeros(2), layout=layout
         )
+
+
+def zero():
+    return torch.zeros((), dtype=torch.float64)
+
+
+def looped(x):
+    total = x.new_zeros(())
+    for v in x:
+        if v > 0:
+            total = total + v
+    return total + 3.0
+
+
+def counted_in(calls, function):
+    def counted(*args):
+        calls.append(1)
+        return function(*args)
+
+    return counted
+
+
+KINKS = {
+    "branch": lambda x: (x[0] - 1) ** 2 + (2 * x[1] if x[1] > 0 else zero()),
+    "max": lambda x: (x[0] - 1) ** 2 + max(zero(), x[1]),
+    "whole": lambda x: sum([v if v > 0 else zero() for v in x], zero()),
+    "float": lambda x: sum([v if float(v) > 0 else zero() for v in x], zero()),
+    "loop": looped,
+    "both sides": lambda x: (x[0] - 1) ** 2 + (3 * x[1] if x[1] > 0 else zero() if x[1] == 0 else x[1]),
+    "fine rounding": lambda x: ((x * 1e6).round() / 1e6 - 3).pow(2).sum(),
+    "fine rounding of a part": lambda x: (x[0] - 1) ** 2 + ((x[1] * 1e6).round() / 1e6 - 3).pow(2) * float(1),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("compiled", [False, None])
+def test_kinks_and_rounding_are_no_missing_derivatives(name, compiled):
+    for _ in range(3):
+        solvers.minimize(KINKS[name], np.zeros(2), compiled=compiled, options={"maxiter": 3})
+
+
+def test_kinks_of_vector_functions():
+    """A contact and a diode, at the points where they begin."""
+
+    def contact(t, y):
+        return torch.stack([y[1], -100 * y[0] if y[0] < 0 else zero()])
+
+    def diode(v):
+        return torch.stack([v[0] - 1, 2 * v[1] if v[1] > 0 else zero(), 0.1 * (v[1] - 1)])
+
+    found = solvers.solve_ivp(contact, (0, 0.2), [0.0, -1.0], method="Radau", rtol=1e-8, atol=1e-10)
+    assert np.allclose(found.y[:, -1], [-np.sin(2.0) / 10, -np.cos(2.0)], atol=1e-5)
+    assert np.allclose(solvers.least_squares(diode, np.zeros(2)).x, [1.0, 0.1 * 0.1 / 4.01], atol=1e-6)
+    limit = solvers.nonlinear_constraint(lambda x: torch.stack([x[0] - x[1], x[1] if x[1] > 0 else zero()]), -1, 0.5)
+    found = solvers.minimize(lambda x: ((x - 1) ** 2).sum(), np.zeros(2), method="SLSQP", constraints=limit)
+    assert np.allclose(found.x, [1.0, 0.5], atol=1e-5)
+
+
+def test_a_missing_derivative_beside_kinks_is_found():
+    def some(x):
+        kinks = sum([v if v > 0 else zero() for v in x[:4]], zero())
+        return kinks + (x[4] - 1) ** 2 + (x[7].item() - 2) ** 2
+
+    with pytest.raises(RuntimeError, match="derivative by number 7"):
+        solvers.minimize(some, np.zeros(9))
+
+
+def hidden(x):
+    return (x[0] - 1) ** 2 + max(x[1].item() - 3.0, 0.0) ** 2 + max(x[1].item() - 3.0, 0.0)
+
+
+def test_each_start_is_looked_at():
+    assert solvers.minimize(hidden, np.array([0.0, 0.0])).success
+    with pytest.raises(RuntimeError, match="derivative by number 1"):
+        solvers.minimize(hidden, np.array([0.0, 9.0]))
+    limit = solvers.nonlinear_constraint(lambda x: torch.stack([x[0], zero() + max(x[1].item() - 3.0, 0.0)]), -1, 9)
+    for start in (0.0, 9.0):
+
+        def solve(start=start):
+            return solvers.minimize(lambda x: ((x - start) ** 2).sum(), np.full(2, start), method="SLSQP", constraints=limit)
+
+        if start:
+            with pytest.raises(RuntimeError, match="nonlinear_constraint.*derivative of its value 1"):
+                solve()
+        else:
+            solve()
+
+
+def test_a_solve_that_ends_at_its_first_point_is_looked_at():
+    with pytest.raises(RuntimeError, match="derivative by number 1"):
+        solvers.minimize(lambda x: (x[0] - 1) ** 2 + 1e-7 * x[0] + (x[1].item() - 2) ** 2, np.array([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("n", [30, 3000])
+def test_many_unused_unknowns_take_few_runs(n):
+    calls = []
+    function = counted_in(calls, lambda x: torch.relu(x[:10]).sum() + (x[:10] ** 2).sum())
+    found = solvers.minimize(function, np.zeros(n), method="L-BFGS-B", compiled=False)
+    assert len(calls) < found.nfev + 40
+    calls.clear()
+    function = counted_in(calls, lambda x: sum([v if v > 0 else zero() for v in x], zero()))  # kinks alone
+    solvers.minimize(function, np.zeros(n), method="L-BFGS-B", compiled=False, options={"maxiter": 0})
+    assert len(calls) < 100
+
+
+def test_one_missing_of_many():
+    calls = []
+    function = counted_in(calls, lambda x: ((x[:10] - 1) ** 2).sum() + (x[2000].item() - 2) ** 2)
+    with pytest.raises(RuntimeError, match="derivative by number 2000"):
+        solvers.minimize(function, np.zeros(3000), method="L-BFGS-B", compiled=False)
+    assert len(calls) < 250
+
+
+def test_zeros_that_do_not_last_take_no_further_runs():
+    calls = []
+    function = counted_in(calls, lambda x: (x[0] - 1) ** 2 + (x[1] - x[0] ** 2) ** 2 + 0 * float(1))
+    found = solvers.minimize(function, np.zeros(2), compiled=False)
+    assert len(calls) == found.nfev
+
+
+def test_functions_without_a_module():
+    space = {"torch": torch, "__name__": None}
+    exec("def helper(v): return v.item()\ndef some(x): return (x[0] - 1) ** 2 + (helper(x[1]) - 2) ** 2", space)
+    assert space["helper"].__module__ is None
+    with pytest.raises(RuntimeError, match="derivative by number 1"):
+        solvers.minimize(space["some"], np.zeros(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,16 +23,22 @@ _LEAVING = frozenset(
     }
 )  # fmt: skip
 
-#: The step of a difference, relative to a value; and how far the ratio of differences may be from that of their steps.
+#: The step of a difference, relative to a value; and how far ratios of differences may be from those of their steps.
 _STEP = 1e-4
 _RATIO = 0.1
+
+#: A far smaller step, relative to the other, that tells slopes from values that are rounded; and how far it may be off.
+_FINE = 3e-3
+_FINE_RATIO = 0.5
+
+#: A central difference that is smaller than this, relative to those to one side, is that of a square.
+_EVEN = 1e-3
 
 #: Differences that are smaller than this, relative to the values, may be rounding errors.
 _LEAST = 1e-8
 
-#: Functions whose zeros were looked at, and with which further arguments; so many are kept.
-_SEEN: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
-_KEPT = 256
+#: How many groups of columns are looked at that change values otherwise than by a slope.
+_GROUPS = 16
 
 
 def check_connected(
@@ -42,7 +48,8 @@ def check_connected(
 
     Zero rows and columns are looked at: of a derivative that is zero as a whole, and otherwise where the function's code names
     something that takes values out of torch. They have to be empty in the structural pattern, too, and differences of the
-    values have to be there and in proportion to their steps: jumps and random numbers are no derivatives.
+    values have to be there, in proportion to their steps and the same forward and backward: jumps, kinks (where torch's
+    derivative is that of one side) and random numbers are no missing derivatives.
 
     Args:
         user: the user's function.
@@ -59,10 +66,7 @@ def check_connected(
     rows, columns = _zeros(found)
     if not (rows.any() or columns.any()) or not (rows.size and columns.size):
         return
-    is_function = isinstance(user, types.FunctionType)
-    # The zeros of one weight say nothing about those of another.
-    others = tuple([_value(item) for number, item in enumerate(args) if number != argnum])
-    if (is_function and others in _SEEN.get(user, ())) or not ((is_whole and rows.all()) or _may_leave(user)):
+    if not ((is_whole and rows.all()) or _may_leave(user)):
         return
     message = _missing(vector, args, argnum, rows, columns)
     if message:
@@ -70,20 +74,6 @@ def check_connected(
             f"{where}: {message} is zero, but the values change with it. Values that leave torch (.item(), float(), .tolist(), "
             "torch.tensor([x[0]])), or are detached, have no derivative: compute with the tensors themselves."
         )
-    if is_function:
-        seen = _SEEN.setdefault(user, set())
-        if len(seen) >= _KEPT:
-            seen.clear()
-        seen.add(others)
-
-
-def _value(item: Any) -> Any:
-    """What tells a value from others; of an object that could change, nothing does."""
-    if isinstance(item, torch.Tensor) and item.layout is torch.strided and not item.is_complex():
-        return item.shape, item.dtype, item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(item, (int, float, str, bytes, type(None))):
-        return item.__class__, item
-    return object()
 
 
 def _zeros(found: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +87,6 @@ def _zeros(found: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _may_leave(user: Any) -> bool:
     """Whether the code of a function, or of one that it calls, names something by which values leave torch, or is not known."""
-    if not only_computes(user):
-        return True
     pending, seen = [user], set[int]()
     while pending:
         item = pending.pop()
@@ -120,8 +108,8 @@ def _may_leave(user: Any) -> bool:
         if any(value is np for value in read):  # it takes numbers out of tensors by many names
             return True
         own = (types.FunctionType, types.MethodType)
-        pending += [f for f in read if isinstance(f, own) and not f.__module__.startswith(("torch.", "chainrule."))]
-    return False
+        pending += [f for f in read if isinstance(f, own) and not (f.__module__ or "").startswith(("torch.", "chainrule."))]
+    return not only_computes(user)
 
 
 def _missing(
@@ -130,11 +118,12 @@ def _missing(
     """Which derivative is missing, in words; empty if none is known to be."""
     x = args[argnum].detach()
 
-    def at(place: np.ndarray) -> np.ndarray:
+    def at(place: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Values, and whether they are computed finely."""
         given = list(args)
         given[argnum] = torch.from_numpy(place).to(x.device)
-        value: np.ndarray = vector(*given).detach().cpu().double().numpy().reshape(-1)
-        return value
+        value = vector(*given).detach()
+        return value.cpu().double().numpy().reshape(-1), value.dtype == torch.float64
 
     def without_path(axis: int) -> np.ndarray:
         """The rows or columns that torch can have no path for."""
@@ -145,27 +134,82 @@ def _missing(
     try:
         point = x.cpu().numpy().copy()
         # The pattern of a long function takes longer than some calls of it.
-        changed = _changes(at, point, np.ones(point.size)) & rows if rows.any() else rows
+        changed = _changes(at, point, np.ones(point.size))[0] & rows if rows.any() else rows
         if changed.any():
             changed &= without_path(0)
             if changed.any():
                 return "its derivative" if changed.all() else f"the derivative of its value {int(changed.argmax())}"
-        if columns.any() and _changes(at, point, columns.astype(np.float64)).any():
-            for number in np.flatnonzero(columns & without_path(1)):
-                if _changes(at, point, np.eye(point.size)[number]).any():
-                    return f"its derivative by number {number} of what it is given"
+        if columns.any() and _changes(at, point, columns.astype(np.float64))[1]:
+            number = _missing_column(at, point, np.flatnonzero(columns & without_path(1)))
+            return "" if number is None else f"its derivative by number {number} of what it is given"
     except Exception:  # noqa: BLE001 - a solver does not ask at these points
         return ""
     return ""
 
 
-def _changes(at: Callable[[np.ndarray], np.ndarray], point: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Which values change in proportion to small steps."""
+_Values = Callable[[np.ndarray], tuple[np.ndarray, bool]]
+
+
+def _missing_column(at: _Values, point: np.ndarray, numbers: np.ndarray) -> int | None:
+    """One of some numbers by which values change in proportion; None if none is found by halving a bounded number of groups."""
+    groups, left, here = deque([numbers]), _GROUPS, at(point)
+    while groups and left:
+        group = groups.popleft()
+        if not group.size:
+            continue
+        direction = np.zeros(point.size)
+        direction[group] = 1
+        slopes, moves = _changes(at, point, direction, here)
+        halves = (group[: group.size // 2], group[group.size // 2 :])
+        if slopes.any():
+            if group.size > 1:
+                groups.extendleft(halves)
+            elif _changes(at, point, direction)[0].any():
+                return int(group[0])
+        elif moves and group.size > 1:  # some may have a slope, and others a kink
+            left -= 1
+            groups.extend(halves)
+    return None
+
+
+def _changes(
+    at: _Values, point: np.ndarray, direction: np.ndarray, known: tuple[np.ndarray, bool] | None = None
+) -> tuple[np.ndarray, bool]:
+    """Which values have a slope, the same to both sides and for steps of all sizes; and whether any changes otherwise.
+
+    Args:
+        at: the values at a point, and whether they are computed finely.
+        point: where.
+        direction: the direction of the steps.
+        known: what ``at`` gives here. The values are not looked at for more than kinks and jumps then.
+    """
     step = _STEP * np.maximum(1.0, np.abs(point)) * direction * (1 + np.arange(point.size) * 0.618 % 1) / 2
-    whole, again, half = (at(point + s) - at(point - s) for s in (step, step, step / 2))
-    least = _LEAST * np.maximum(np.abs(at(point)), _STEP)
+    here, is_fine = known or at(point)
+    least = _LEAST * np.maximum(np.abs(here), _STEP)
+
+    def sides(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return at(point + step)[0] - here, here - at(point - step)[0]
+
+    forward, backward = sides(step)
+    # At a minimum, where zeros are most common, both sides change alike.
+    moved = np.abs(forward + backward) > np.maximum(least, _EVEN * np.maximum(np.abs(forward), np.abs(backward)))
+    if not moved.any():
+        return moved, False
+    if known is None:
+        moved &= at(point + step)[0] - here == forward  # it is not random
+        if not moved.any():
+            return moved, False
+    half_forward, half_backward = sides(step / 2)
+    whole, half = forward + backward, half_forward + half_backward
+    moved &= np.abs(whole) < 4 * np.abs(half)  # of higher order it is eight times as much
     with np.errstate(all="ignore"):
-        return (np.abs(half) > least) & (np.abs(whole / half - 2) < _RATIO) & (whole == again)
+        slopes = moved & (np.abs(half) > least) & (np.abs(whole / half - 2) < _RATIO)
+        slopes &= np.abs(half_forward - half_backward) < _RATIO * np.abs(half) / 2
+        if known is None and is_fine and slopes.any():
+            fine = sum(sides(step * _FINE))
+            is_rounding = np.abs(whole) * _FINE < 1e3 * np.finfo(np.float64).eps * np.abs(here)
+            slopes &= is_rounding | (np.abs(fine / (whole * _FINE) - 1) < _FINE_RATIO)
+    return slopes, bool(moved.any())
 
 
 __all__ = ["check_connected"]

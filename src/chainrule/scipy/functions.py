@@ -57,6 +57,8 @@ class TorchFunction:
         self._compiled = compiled
         self._extra = self._bound(args)
         self._is_connected = False
+        #: The first zeros of a solve, and what looks at them.
+        self._pending: tuple[np.ndarray, Callable[[], None]] | None = None
         self._at: tuple[Any, ...] | None = None
         # As long as they are here, no other objects have their identities.
         self._objects: tuple[Any, ...] = ()
@@ -205,6 +207,38 @@ class TorchFunction:
             self._is_connected = True
             given = (*(self.tensor(a) if isinstance(a, np.ndarray) else a for a in args), *self.extra(rest))
             check_connected(self.function, self.where, vector, given, argnum, found, is_whole=is_whole)
+
+    def check_gradient(
+        self, vector: Callable[..., torch.Tensor], x: np.ndarray, rest: tuple[Any, ...], found: np.ndarray
+    ) -> None:
+        """The same for gradients; one that is zero in part is looked at if the part is zero at the next point, too."""
+        if not self._is_connected:
+            if found.all():
+                self._is_connected = True
+            elif not found.any():
+                self.check_first(vector, (x,), rest, found)
+            else:
+                self._is_connected = True
+                given, first = (self.tensor(x), *self.extra(rest)), found.copy()
+                self._pending = (
+                    found == 0,
+                    lambda: check_connected(self.function, self.where, vector, given, 0, first, is_whole=True),
+                )
+        elif self._pending is not None:
+            if (self._pending[0] & (found == 0)).any():
+                self.check_pending()
+            self._pending = None
+
+    def check_pending(self) -> None:
+        """Look at zeros of a first derivative that no other one followed."""
+        if self._pending is not None:
+            check, self._pending = self._pending[1], None
+            with self.named():
+                check()
+
+    def begin(self) -> None:
+        """Look at the zeros of the next derivative as those of the first one of a solve."""
+        self._is_connected = False
 
     def named(self) -> Named:
         """Leaves exceptions as they are, with a note that names the function; without autograd."""

@@ -121,6 +121,11 @@ class Linearisation:
             found._check = lambda array: check(vector, given, rest, array, argnum=argnum)
         return found
 
+    def begin(self) -> None:
+        """Look at the zeros of the next Jacobian as those of the first one of a solve."""
+        self._is_first = True
+        self._function.begin()
+
     @property
     def _is_computed(self) -> bool:
         """Whether the Jacobian is computed along with the value.

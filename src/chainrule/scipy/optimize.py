@@ -47,7 +47,7 @@ class _Objective:
         def compute() -> tuple[float, np.ndarray]:
             gradient, value = self._call(self._both, x, args)
             slope = self.function.array(gradient, what="gradient")
-            self.function.check_first(self._scalar, (x,), args, slope)
+            self.function.check_gradient(self._scalar, x, args, slope)
             return float(self.function.array(value)), slope
 
         found: tuple[float, np.ndarray] = self.function.once("run", (x, *args), compute)
@@ -177,14 +177,17 @@ def minimize(
         derivatives["hess"] = objective.hessian
     elif layout is not None:
         raise ValueError(f"chainrule.scipy.minimize: method {method!r} uses no Hessian, so layout={layout!r} has no meaning")
-    return optimize.minimize(objective.value, x0, args=args, method=method, **derivatives, **options)
+    found = optimize.minimize(objective.value, x0, args=args, method=method, **derivatives, **options)
+    function.check_pending()
+    return found
 
 
 def _begin(constraints: Any) -> None:
-    """Let constraints forget of earlier solves how many values they have."""
+    """Let constraints forget of earlier solves how many values they have, and look at the zeros of their derivatives again."""
     for constraint in constraints if isinstance(constraints, list | tuple) else (constraints,):
         if isinstance(constraint, _Constraint):
             constraint.length.forget()
+            constraint.linearise.begin()
 
 
 def _first_order(constraints: Any) -> Any:
@@ -208,9 +211,11 @@ class _Constraint(optimize.NonlinearConstraint):  # type: ignore[misc]
 
     Attributes:
         length: how many values it has.
+        linearise: gives its values and Jacobians.
     """
 
     length: Length
+    linearise: Linearisation
 
 
 def nonlinear_constraint(
@@ -290,7 +295,7 @@ def nonlinear_constraint(
             return matrix(function, found, (x.size, x.size), "Hessian")
 
     made = _Constraint(value, lb, ub, jac=jacobian, hess=curvature, keep_feasible=keep_feasible)
-    made.length = length
+    made.length, made.linearise = length, linearise
     return made
 
 

@@ -120,7 +120,7 @@ def _function(function: types.FunctionType, seen: dict[int, Any]) -> bool:
     seen[id(function)] = function
     cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
     values = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    names = set(_names(function.__code__, frozenset()))
+    names = _all_names(function.__code__)
     missing = object()
     for name in names - {""}:
         value = function.__globals__.get(name, getattr(builtins, name, missing))
@@ -151,6 +151,11 @@ def _is_empty(cell: Any) -> bool:
         return cell.cell_contents is None
     except ValueError:
         return True
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _all_names(code: types.CodeType) -> frozenset[str]:
+    return frozenset(_names(code, frozenset()))
 
 
 def _names(code: types.CodeType, outer: frozenset[str]) -> Iterator[str]:
