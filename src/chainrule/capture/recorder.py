@@ -32,6 +32,9 @@ _OF_OWN_LAYOUT = frozenset({
     aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
 })  # fmt: skip
 
+#: Ops whose result is their argument.
+_ALIASES = frozenset({aten.detach.default, aten.alias.default})
+
 #: Whether an op has to run in each run of the program, by its identity (see :func:`_is_kept`).
 _KEPT_OPS: dict[int, tuple[Any, bool]] = {}
 
@@ -150,14 +153,15 @@ class Recorder(LightMode):
         if two and args[0].numel() < args[1].numel():
             lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
         if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
-            same = func is aten.detach.default or func is aten.alias.default
+            same = func in _ALIASES
             self.known[id(out)] = staged = lowered[0] if same else self.program.constant(out)
             if func.is_view and not same:
                 self._recipes[staged.slot] = (func, lowered, named)
         else:
             slots = tuple([staged.slot for t in written if (staged := self.known.get(id(t))) is not None])
             self._append(func, lowered, named, out, slots, keep=keep)
-        if func in _OF_OWN_LAYOUT and out.__class__ is torch.Tensor and out.is_contiguous():
+        laid_out = func in _OF_OWN_LAYOUT or (func in _ALIASES and lowered[0].slot in self._laid_out)
+        if laid_out and out.__class__ is torch.Tensor and out.is_contiguous():
             self._laid_out.add(self.known[id(out)].slot)
 
     def _as_matrices(self, tensor: torch.Tensor, staged: Staged) -> Staged:
@@ -244,6 +248,8 @@ class Recorder(LightMode):
                 self._identities.setdefault(staged.slot, []).append(identity)
         self._identified = len(self.known)
         for slot, copy in copies.items():
+            if slot in self._laid_out:
+                self._laid_out.add(copy.slot)
             for identity in self._identities.pop(slot, ()):
                 if self.known[identity].slot == slot:
                     self.known[identity] = copy
