@@ -276,6 +276,37 @@ def test_views_by_strides_that_are_windows(size, strides, offset, pure):
         torch.testing.assert_close(run((x, y), ())[0], function(x.contiguous(), y.contiguous()))
 
 
+@pytest.mark.parametrize("size", [4, 40])
+@pytest.mark.parametrize("kept", [True, False])
+def test_views_by_strides_of_memory_of_the_program(size: int, kept: bool):
+    """What the program lays out itself lies alike in each run, a small constant among it: writes to its diagonals are replayed."""
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = torch.zeros(size, size) if kept else (x * y).new_zeros((size, size))
+        made.as_strided((size,), (size + 1,), 0).copy_(x * y)
+        made.as_strided((size - 1,), (size + 1,), 1).copy_(x[1:])
+        return made
+
+    x, y = torch.randn(size), torch.randn(size)
+    recorder, result = record(function, x, y)
+    assert recorder.pure
+    run = compile_program(recorder.program, [recorder.staged(result)])
+    found = []
+    for _ in range(3):
+        x, y = torch.randn(size, 2).unbind(1)
+        found.append((run((x, y), ())[0], function(x, y)))
+    for one, wanted in found:
+        assert torch.equal(one, wanted)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x, y: x.as_strided((2,), (1,), 1) * y[0], lambda x, y: torch.zeros_like(x).as_strided((2,), (1,), 1) + y[0],
+    lambda x, y: torch.zeros(3)[1:].as_strided((2,), (1,), 0) + y[0], lambda x, y: torch.zeros(3).as_strided((2,), (1,)) + y[0],
+])  # fmt: skip
+def test_views_by_strides_of_other_memory_are_not_replayed(function):
+    recorder, _ = record(function, torch.randn(3), torch.randn(3))
+    assert not recorder.pure
+
+
 def test_stacks_of_matrices_are_laid_out_for_the_library():
     """Where both strides of the matrices are other than one, torch would multiply them one by one."""
     def function(x: Tensor, y: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import chainrule
+from chainrule.execute import engine
 from chainrule.maps.band_entries import embed_bands
 
 Tensor = torch.Tensor
@@ -76,6 +77,62 @@ def test_under_vmap(name: str) -> None:
     wanted = torch.stack([torch.func.jacrev(function)(one) for one in x])
     for _ in range(2):
         torch.testing.assert_close(chainrule.vmap(chainrule.jacobian(function))(x), wanted, atol=1e-10, rtol=1e-8)
+
+
+SMALL: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "two dimensions": (lambda x: F.conv2d(F.conv2d(x[None], FIRST[:, :1], padding=1).tanh(), SECOND[:1], padding=1)[0], (1, 7, 6)),
+    "one dimension": (
+        lambda x: F.conv1d(F.conv1d(x[None], FIRST[:, :1, 0], padding=1).sin(), SECOND[:1, :, 1], padding=2, dilation=2)[0], (1, 13),
+    ),
+    "one place": (lambda x: F.conv1d(F.conv1d(x[None], FIRST[:, :1, 0], padding=1).sin(), SECOND[:1, :, 1], padding=1)[0], (1, 1)),
+    "groups": (lambda x: F.conv2d(F.conv2d(x[None], GROUPED, padding=1, groups=2).sin(), GROUPED, padding=1, groups=2)[0], (4, 5, 4)),
+    "three dimensions": (
+        lambda x: F.conv3d(F.conv3d(x[None], FIRST[:, :1, ..., None], padding=(1, 1, 0)).sin(), SECOND[:1, ..., None], padding=1)[0],
+        (1, 4, 3, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("batch", [0, 1, 4])
+@pytest.mark.parametrize("transform", ["jacobian", "jacfwd"])
+def test_small_ones_under_vmap(name: str, batch: int, transform: str) -> None:
+    """Each call takes a way of its own; results are the caller's."""
+    function, shape = SMALL[name]
+    mapped = chainrule.vmap(getattr(chainrule, transform)(function))
+    for _ in range(5):
+        x = torch.randn(batch, *shape, dtype=torch.float64)
+        found = mapped(x)
+        if not batch:
+            assert found.shape == (0, *function(torch.zeros(shape, dtype=torch.float64)).shape, *shape)
+            continue
+        wanted = torch.func.vmap(torch.func.jacrev(function))(x)
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-8)
+        found.fill_(1.0)
+
+
+def test_bands_are_written_into_the_stored_result() -> None:
+    """A replay under vmap runs on stored tensors: no call of it is taken by the mode."""
+    function, shape = SMALL["two dimensions"]
+    engine.CACHE.clear()
+    mapped = chainrule.vmap(chainrule.jacobian(function))
+    for _ in range(4):
+        mapped(torch.randn(3, *shape, dtype=torch.float64))
+    plans = [plan for plan in engine.CACHE.plans.values() if plan.batched]
+    assert plans
+    assert all(runner is not None for plan in plans for runner, _ in plan.batched.values())
+
+
+@pytest.mark.parametrize("name", ["two dimensions", "one dimension"])
+def test_results_under_vmap_have_graphs(name: str) -> None:
+    function, shape = SMALL[name]
+    mapped = chainrule.vmap(chainrule.jacobian(function))
+    for _ in range(4):
+        x = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+        found, wanted = mapped(x), torch.func.vmap(torch.func.jacrev(function))(x)
+        seed = torch.randn_like(wanted)
+        (one,), (other,) = torch.autograd.grad(found, x, seed), torch.autograd.grad(wanted, x, seed)
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)
 
 
 def test_nested() -> None:

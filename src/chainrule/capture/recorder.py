@@ -26,6 +26,15 @@ _QUERIES = frozenset({aten.cudnn_is_acceptable.default})
 #: Where the share of the values that an op drops at random stands among its arguments.
 _DROPPING = {aten._scaled_dot_product_flash_attention_for_cpu.default: 3}
 
+#: Ops whose results are contiguous and start their memory, whatever the layouts of their arguments.
+_OF_OWN_LAYOUT = frozenset({
+    aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+})  # fmt: skip
+
+#: Ops whose result is their argument.
+_ALIASES = frozenset({aten.detach.default, aten.alias.default})
+
 #: Whether an op has to run in each run of the program, by its identity (see :func:`_is_kept`).
 _KEPT_OPS: dict[int, tuple[Any, bool]] = {}
 
@@ -58,6 +67,8 @@ class Recorder(LightMode):
     """
 
     takes_functions = True
+    # Whether a view by strides of memory that the program lays out itself is a view like any other.
+    knows_layouts = True
 
     def __init__(self, find: Callable[[Program, torch.Tensor], Staged | None]) -> None:
         super().__init__()
@@ -74,6 +85,8 @@ class Recorder(LightMode):
         # The identities of the tensors that are constants, by slot, as far as ``known`` was looked at.
         self._identities: dict[int, list[int]] = {}
         self._identified = 0
+        # Slots of values that have the same layout in each run.
+        self._laid_out: set[int] = set()
         # The identities in ``known`` must stay taken.
         self._alive: list[Any] = []
 
@@ -129,6 +142,7 @@ class Recorder(LightMode):
         """Write down an op that ran: as a call, or its result as a constant."""
         keep = _is_kept(func) and not (
             _is_gather(func, args) or _draws_nothing(func, args) or self._has_fixed_shape(func, lowered, named)
+            or self._has_fixed_layout(func, lowered)
         )
         if keep:
             self._on_unrepeatable(func)
@@ -139,13 +153,16 @@ class Recorder(LightMode):
         if two and args[0].numel() < args[1].numel():
             lowered = lowered[::-1]  # the larger one first decides how torch walks through the result
         if not (keep or written) and isinstance(out, torch.Tensor) and self._is_fixed(out, lowered, named):
-            same = func is aten.detach.default or func is aten.alias.default
+            same = func in _ALIASES
             self.known[id(out)] = staged = lowered[0] if same else self.program.constant(out)
             if func.is_view and not same:
                 self._recipes[staged.slot] = (func, lowered, named)
         else:
             slots = tuple([staged.slot for t in written if (staged := self.known.get(id(t))) is not None])
             self._append(func, lowered, named, out, slots, keep=keep)
+        laid_out = func in _OF_OWN_LAYOUT or (func in _ALIASES and lowered[0].slot in self._laid_out)
+        if laid_out and out.__class__ is torch.Tensor and out.is_contiguous():
+            self._laid_out.add(self.known[id(out)].slot)
 
     def _as_matrices(self, tensor: torch.Tensor, staged: Staged) -> Staged:
         """A stack of matrices, copied where torch would multiply them one by one: both their strides are other than 1."""
@@ -231,6 +248,8 @@ class Recorder(LightMode):
                 self._identities.setdefault(staged.slot, []).append(identity)
         self._identified = len(self.known)
         for slot, copy in copies.items():
+            if slot in self._laid_out:
+                self._laid_out.add(copy.slot)
             for identity in self._identities.pop(slot, ()):
                 if self.known[identity].slot == slot:
                     self.known[identity] = copy
@@ -270,6 +289,13 @@ class Recorder(LightMode):
         if torch.Tag.dynamic_output_shape not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
             return False
         return all(staged.slot in self.program.constants for staged in _staged_in((args, tuple(kwargs.values()))))
+
+    def _has_fixed_layout(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether an op is a view by strides of memory that is laid out alike in each run, at a place that is given."""
+        return (
+            self.knows_layouts and func is aten.as_strided.default and len(args) == 4 and args[3] is not None
+            and args[0].slot in self._laid_out
+        )
 
     def _is_fixed(self, out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a result is an index, a mask or a small number that is the same in every run: it is kept."""

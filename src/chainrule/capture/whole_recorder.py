@@ -61,6 +61,7 @@ class WholeRecorder(Recorder):
 
     supports_higher_order_operators = True
     takes_functions = False
+    knows_layouts = False
 
     def __init__(
         self, leaves: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = (), closed: Sequence[torch.Tensor] = ()
