@@ -153,7 +153,7 @@ def test_known_calls_do_not_reach_python(function):
     assert _complex_ops_seen_in_python(chainrule.vmap(function), *args) == []
 
 
-@pytest.mark.skipif(not KNOWS_STATE, reason="what the compiled handlers take")
+@pytest.mark.skipif(not KNOWS_STATE or torch.__version__ < "2.13", reason="what the compiled handlers take, of these parts of einsum")
 def test_known_calls_on_a_tape_do_not_reach_python():
     def loss(z, w):
         mixed = torch.einsum("ij,jk->ik", z * 2j, w) + z.conj() @ w
