@@ -157,3 +157,20 @@ def test_complex_inputs() -> None:
         torch.testing.assert_close(pull(bar), torch.func.vjp(function, z, w)[1](bar))
         pushed = chainrule.jvp(function, (z, w), tangents)
         torch.testing.assert_close(pushed, torch.func.jvp(function, (z, w), tangents))
+
+
+@pytest.mark.parametrize("write", [lambda y: y.zero_(), lambda y: y.fill_(2.0), lambda y: y[1:].zero_()])
+def test_complex_values_that_are_written_over(write):
+    def function(x):
+        z = torch.complex(x, x.sin())
+        y = z * 2
+        write(y)
+        y[0].mul_(z[2])
+        return (y * y.conj()).real.sum() + z.abs().sum()
+
+    for _ in range(3):
+        x = torch.randn(4, 3, dtype=torch.float64)
+        expected = torch.stack([torch.autograd.functional.jacobian(function, row) for row in x])
+        torch.testing.assert_close(chainrule.grad(function)(x[0]), expected[0])
+        torch.testing.assert_close(chainrule.jacfwd(function)(x[0]), expected[0])
+        torch.testing.assert_close(chainrule.vmap(chainrule.grad(function))(x), expected)

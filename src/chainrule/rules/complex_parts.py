@@ -393,6 +393,11 @@ def component_edges(call: Call, inputs: Sequence[int]) -> Edges:
     return [complex_edge(call, item, (push, pull))]
 
 
+def _nothing(call: Call) -> Edges:
+    """What is written over everything depends on nothing that was there."""
+    return []
+
+
 #: How complex calls are linearised; None for a call that is left to torch's own formula.
 PARTS: dict[Any, Callable[[Call], Edges]] = {
     aten.slice.Tensor: _slice,
@@ -417,6 +422,7 @@ PARTS: dict[Any, Callable[[Call], Edges]] = {
     aten.where.self: _where,
     aten.masked_fill.Scalar: _masked,
     aten.rsub.Scalar: _from_number,
+    **dict.fromkeys((aten.zero.default, aten.fill.Scalar), _nothing),
 }
 
 __all__ = ["PARTS", "component_edges"]
