@@ -254,5 +254,6 @@ SMALL: tuple[Workload, ...] = (
     logistic_row(20, 6),
     gauss_newton_row((5, 8, 7, 4), 6),
     factorisation_row(7, 2, (None, 4)),
+    factorisation_row(9, 2, (), key="B15l"),
     deep_row(4, 5, 6, (None, 4)),
 )
