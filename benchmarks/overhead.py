@@ -53,6 +53,7 @@ def overhead_budget(threads: int, seconds: float = 0.3) -> dict[str, float]:
     x = torch.randn(16)
     plain, recorded = timed(chain, x), timed(plain_record, x)
     found[f"chain of {OPS} pointwise ops, n=16: plain call"] = plain
+    found["  one of its ops by itself (torch.sin)"] = timed(torch.sin, x)
     found["  recorded on a tape"] = recorded
     found["  recording, per op"] = (recorded - plain) / OPS
     found["  its Jacobian, the whole call"] = timed(chainrule.jacobian(chain), x)
@@ -79,10 +80,13 @@ def _pieces(
     cached = engine.CACHE.get(key)
     assert cached is not None
     cached.run(traced.tape.values, ())
+    replay = timed(lambda: cached.run(traced.tape.values, ()))
+    calls = len(chainrule.explain(chainrule.jacobian(function))(*args).accounts[-1].calls)
     return {
         f"{prefix} recording, arguments checked": timed(record),
         f"{prefix} signature and plan lookup": timed(lambda: engine.CACHE.get(planning.key_of(traced.tape, request, ()))),
-        f"{prefix} replay": timed(lambda: cached.run(traced.tape.values, ())),
+        f"{prefix} replay": replay,
+        f"{prefix} replay, per ATen call ({calls} of them), its kernel included": replay / calls,
     }
 
 

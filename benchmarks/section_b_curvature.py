@@ -216,7 +216,7 @@ def factorisation_row(rows: int, rank: int, chunks: Sequence[int | None], key: s
         peers=hessians(factorisation_loss, chunks=chunks) if chunks else {},
         hand=hand_factorisation_hessian,
         jax=_jax_factorisation if chunks else None,
-        targets=Targets(10, 2),
+        targets=Targets(10 if chunks else None, 2),
         dtype=torch.float64,
     )
 
