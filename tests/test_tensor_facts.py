@@ -7,7 +7,7 @@ import torch
 
 import chainrule
 from chainrule.dispatch import KNOWS_TENSORS
-from chainrule.execute import mapped_calls
+from chainrule.execute import mapped_signatures
 from chainrule.shortcuts import REAL, read_tensor_facts
 
 known_only = pytest.mark.skipif(not KNOWS_TENSORS, reason="torch's functions on tensors are not known here")
@@ -82,4 +82,4 @@ def test_numbers_that_are_given_up():
             torch.testing.assert_close(found, torch.func.jvp(function, (x,), (tangent,)))
             mapped = chainrule.vmap(function)(x)
             torch.testing.assert_close(mapped, torch.func.vmap(function)(x))
-        mapped_calls._NUMBERS.clear()
+        mapped_signatures.NUMBERS.clear()

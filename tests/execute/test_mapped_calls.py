@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import chainrule
 from chainrule.batching.mode import VmapMode
-from chainrule.execute import mapped_calls
+from chainrule.execute import mapped_calls, mapped_signatures
 from chainrule.execute.mapped_calls import CALLS, Replay
 
 Tensor = torch.Tensor
@@ -221,7 +221,7 @@ def test_a_number_is_not_taken_for_a_tensor() -> None:
     x, y = draw(3, 7), draw(3, 7).exp() + 1
     for _ in range(CALLS_UNTIL_REPLAYED + 1):
         torch.testing.assert_close(chainrule.vmap(lambda x, y: torch.fmod(x, y))(x, y), torch.fmod(x, y))
-    number = float(mapped_calls._NUMBERS[(y.shape, y.dtype, y.stride(), y.device)])
+    number = float(mapped_signatures.NUMBERS[(y.shape, y.dtype, y.stride(), y.device)])
     expected = torch.fmod(x, number)
     for _ in range(CALLS_UNTIL_REPLAYED + 1):
         found = chainrule.vmap(lambda x: torch.fmod(x, number))(x)
@@ -261,3 +261,13 @@ def test_lists_of_constants_alone_are_replayed() -> None:
         x = torch.randn(3)
         found = chainrule.vmap(lambda x: x * F.interpolate(pictures, scale_factor=2).sum())(x)
         torch.testing.assert_close(found, x * F.interpolate(pictures, scale_factor=2).sum())
+
+
+def test_zeros_without_memory_are_not_what_is_recorded() -> None:
+    constant = torch.randn(3, dtype=torch.float64)
+    function = chainrule.vmap(lambda x: torch.cat([constant, x, constant]))
+    for _ in range(5):
+        assert torch.equal(function(torch._efficientzerotensor((2, 3), dtype=torch.float64))[:, 3:6], torch.zeros(2, 3, dtype=torch.float64))
+    for _ in range(5):
+        x = torch.randn(2, 3, dtype=torch.float64)
+        assert torch.equal(function(x)[:, 3:6], x)

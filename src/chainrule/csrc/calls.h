@@ -108,7 +108,7 @@ read_tensor(Handler *self, PyObject *item, PyObject *signature, PyObject *values
 /* How a tensor is written down. */
 typedef int (*TensorReader)(Handler *self, PyObject *item, PyObject *signature, PyObject *values, int *joined);
 
-/* Write down the signature of some arguments, as `chainrule.execute.mapped_calls._read` does, with the same results. */
+/* Write down the signature of some arguments, as `chainrule.execute.mapped_signatures._read` does, with the same results. */
 static int
 read_items(Handler *self, PyObject *const *items, Py_ssize_t count, PyObject *signature, PyObject *values, int *joined,
            TensorReader read)

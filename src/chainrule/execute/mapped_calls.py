@@ -8,8 +8,6 @@ and from there on they are replayed. The compiled handlers (``csrc/calls.h``) lo
 
 from __future__ import annotations
 
-import itertools
-import math
 import operator
 import sys
 import types
@@ -25,8 +23,8 @@ from chainrule.batching.mode import VmapMode
 from chainrule.batching.tensor import BatchTensor, _make_wrapper, wrap_batched, wrap_constant
 from chainrule.capture.composites import warnings_noted
 from chainrule.capture.recorder import Recorder
-from chainrule.capture.slots import has_negative_zero, signs_of
 from chainrule.dispatch import undispatched, without_handlers
+from chainrule.execute.mapped_signatures import TENSORS, signature_number, signature_of
 from chainrule.execute.replay import Runner, Source, compile_program
 from chainrule.execute.simplify import root
 from chainrule.function_arguments import READINGS
@@ -35,7 +33,7 @@ from chainrule.function_globals import calls_torch
 from chainrule.maps.staging import Program, Ref, Staged
 from chainrule.modes_off import without_innermost, without_modes
 from chainrule.rules.batching_base import Batched, stand_for_views, stands_for_view
-from chainrule.shortcuts import REAL, configure
+from chainrule.shortcuts import configure
 
 #: Calls with a signature before it is recorded, which takes as long as some tens of calls.
 _UNRECORDED = 2
@@ -46,22 +44,10 @@ _MOST = 4096
 #: The kinds of functions that are calls of torch. What torch has in Python is one call, too; other functions are entered.
 _CALLS = frozenset({types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType})
 
-#: What stands for itself in a signature.
-_CONSTANTS = frozenset({bool, int, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format})
-
-#: Classes of tensors of which no more is known than what a signature says.
-_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-
 #: Which memory is viewed is not in a signature; ``data`` has meanings of its own.
 _OTHERS = frozenset(
     {torch.as_strided, Tensor.as_strided, torch.as_strided_scatter, Tensor.as_strided_scatter, Tensor.data.__get__}  # type: ignore[attr-defined]
 )
-
-#: Numbers for what a signature says of a tensor: shape, dtype, strides, device.
-_NUMBERS: dict[Any, int] = {}
-_FREE_NUMBERS = itertools.count()
-
-_NUMERIC = (*REAL, torch.complex64, torch.complex128)
 
 #: Signatures of tensors with a graph are recorded on copies of them; of what is larger than this, in bytes, none are made.
 _LARGEST_COPY = 1 << 24
@@ -72,17 +58,9 @@ _DETACH = torch.ops.aten.detach.default._op
 #: Calls that stop derivatives inside, which a record of what they run does not say.
 _STOPPING = frozenset({torch.cosine_similarity})
 
-_strided = torch.strided
 _grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
-_default_dtype = torch.get_default_dtype
 
-
-def _new_number(key: Any) -> int:
-    if len(_NUMBERS) > _MOST:
-        _NUMBERS.clear()  # numbers are not given twice
-    number = _NUMBERS[key] = next(_FREE_NUMBERS)
-    return number
 
 
 class Kind(NamedTuple):
@@ -175,7 +153,7 @@ class MappedCalls:
         if kwargs and kwargs.get("out") is not None:  # a target that is the same for all samples gets other memory
             return NotImplemented
         values: list[Tensor] = []
-        key = _signature(function, mode, args, kwargs, values)
+        key = signature_of(function, mode, args, kwargs, values)
         if key is None:
             return NotImplemented
         joined = _have_graphs(values)
@@ -183,7 +161,7 @@ class MappedCalls:
             return NotImplemented
         if written and self.known.get(key, 0) is not None and not calls_torch(function):
             return NotImplemented
-        replay = self._find(key)
+        replay = self._find(key, values)
         if isinstance(replay, Replay):
             if replay.kinds.__class__ is int and replay.kinds >= 0:
                 return args[replay.kinds]
@@ -209,7 +187,7 @@ class MappedCalls:
             self._never.add(function)
         elif len(mode.fallbacks) == loops:
             after: list[Tensor] = []
-            _signature(function, mode, args, kwargs, after)
+            signature_of(function, mode, args, kwargs, after)
             same = len(after) == len(values) and all(map(operator.is_, after, values))  # else an argument was written
             if written:
                 self.written.add(function)
@@ -271,13 +249,13 @@ class MappedCalls:
             named: the same as its strategy takes them.
         """
         values: list[Tensor] = []
-        key = _signature(entry.op, mode, args, kwargs, values)
+        key = signature_of(entry.op, mode, args, kwargs, values)
         if key is None or entry.strategy is None:
             return NotImplemented
         joined = _have_graphs(values)
         if joined and not _grad_enabled():
             return NotImplemented
-        replay = self._find(key)
+        replay = self._find(key, values)
         if isinstance(replay, Replay):
             if not (joined or entry.aliases or any([value.is_complex() for value in values])):
                 return _replayed(replay, mode, values)
@@ -306,14 +284,15 @@ class MappedCalls:
         self.known[key] = found
         return wrapped
 
-    def _find(self, key: Any) -> Replay | bool:
+    def _find(self, key: Any, values: Sequence[Tensor]) -> Replay | bool:
         """What replays a signature, or whether it is to be recorded now."""
         found = self.known.get(key, 0)
         if found is None or isinstance(found, Replay):
             return found or False
         if len(self.known) > _MOST:
             self.known.clear()
-        record = found >= _UNRECORDED
+        # Torch leaves out what it computes of tensors of zeros that have no memory.
+        record = found >= _UNRECORDED and not any([value._is_zerotensor() for value in values])
         self.known[key] = None if record else found + 1
         return record
 
@@ -329,86 +308,6 @@ def _recorder(values: Sequence[Tensor]) -> Recorder:
     return Recorder(find)
 
 
-def _signature(
-    function: Any, mode: VmapMode, args: Sequence[Any], kwargs: dict[str, Any] | None, values: list[Tensor]
-) -> tuple[Any, ...] | None:
-    """What a call depends on but for the values of the tensors; None for one that is left to its own way."""
-    signature: list[Any] = [function, _default_dtype()]  # which numbers take
-    if not _read(args, mode, signature, values):
-        return None
-    for name, item in (kwargs or {}).items():
-        signature.append(name)
-        if not _read((item,), mode, signature, values):
-            return None
-    return tuple(signature)
-
-
-def _read(items: Sequence[Any], mode: VmapMode, signature: list[Any], values: list[Tensor]) -> bool:
-    """Write down the signature of some arguments, and the tensors among them; whether they can be replayed."""
-    for item in items:
-        kind = item.__class__
-        if kind is BatchTensor:
-            if item.level is not mode or item.requires_grad:
-                return False
-            value, batch = item.inner, None
-            if value.__class__ is Batched:
-                batch, value = value, value.value
-        elif kind in _TENSORS:
-            value, batch = item, None
-        elif kind in _CONSTANTS:
-            signature.append(kind)
-            signature.append(item)
-            continue
-        elif kind is float:
-            # No number, which might be that of a tensor; two zeros are one to a dictionary.
-            signature.append(float if math.copysign(1.0, item) > 0 else "-")
-            signature.append(item)
-            continue
-        elif kind is complex:
-            signature.append(signs_of(item) if has_negative_zero(item) else complex)
-            signature.append(item)
-            continue
-        elif kind is slice:
-            signature.append(slice)
-            if not _read((item.start, item.stop, item.step), mode, signature, values):
-                return False
-            continue
-        elif kind is list or kind is tuple or kind is torch.Size:
-            signature.append(kind)
-            signature.append(len(item))
-            if not _read(item, mode, signature, values):
-                return False
-            continue
-        else:
-            return False
-        # What is the same for all samples is of the level nevertheless, where the function made it: its views are.
-        own = batch is None and value is not item
-        signature.append((batch is not None) + 2 * value.requires_grad + 4 * own)
-        for place, other in enumerate(values):
-            if other is value:
-                signature.append(-1 - place)
-                break
-        else:
-            number = _signature_number(value) if batch is None or not hasattr(batch, "signature") else batch.signature
-            if number is None:
-                return False
-            if batch is not None:
-                batch.signature = number
-            signature.append(number)
-            values.append(value)
-    return True
-
-
-def _signature_number(value: Tensor) -> int | None:
-    """The number of what a signature says of a tensor; None for one that is left to its own way."""
-    dtype = value.dtype
-    if value.__class__ not in _TENSORS or dtype not in _NUMERIC or value.layout is not _strided or value.is_conj():
-        return None
-    key = (value.shape, dtype, value.stride(), value.device)
-    found = _NUMBERS.get(key)
-    return _new_number(key) if found is None else found
-
-
 def _writes(function: Any) -> bool:
     """Whether a function by its name writes to its first argument."""
     name = function.__name__
@@ -417,7 +316,7 @@ def _writes(function: Any) -> bool:
 
 def _is_tensors(result: Any) -> bool:
     """Whether a result is a plain tensor, or some tensors."""
-    return result.__class__ in _TENSORS or isinstance(result, (tuple, list))
+    return result.__class__ in TENSORS or isinstance(result, (tuple, list))
 
 
 def _have_graphs(values: Sequence[Tensor]) -> bool:
@@ -448,7 +347,7 @@ def _bare(item: Any, mode: VmapMode, copies: dict[int, Tensor]) -> Any:
         return wrap_constant(copies[id(inner)], mode)
     if kind is Batched:
         return Batched(copies[id(item.value)])
-    if kind in _TENSORS:
+    if kind in TENSORS:
         return copies[id(item)]
     if kind is slice:
         return slice(*[_bare(part, mode, copies) for part in (item.start, item.stop, item.step)])
@@ -481,7 +380,7 @@ def _replay(
         return None
     if not recorder.pure and not (leaves and function is torch.tensor):  # the recorder has not seen where its values come from
         return None
-    if leaves and all([leaf.__class__ in _TENSORS for leaf in leaves]):
+    if leaves and all([leaf.__class__ in TENSORS for leaf in leaves]):
         own = _has_mapped(args) or _has_mapped([*(kwargs or {}).values()])
         return None if own else Replay(None, -1, None)
     if not recorder.program.instructions:
@@ -517,7 +416,7 @@ def _replay(
             shares = False  # with nothing but what this call has made
         if not batched and (shares or joined or value.__class__ is not Tensor or value.requires_grad):
             return None
-        number = _signature_number(value)
+        number = signature_number(value)
         if number is None:
             return None
         whole, cpu = value.is_contiguous(), value.device.type == "cpu"
@@ -609,7 +508,7 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
     batched.signature = kind.number
     offset = value.storage_offset() if kind.shares else None
     tensor: BatchTensor = _make_wrapper(
-        BatchTensor, kind.sample, kind.strides, offset, None, kind.dtype, _strided, kind.device or torch.device("cpu")
+        BatchTensor, kind.sample, kind.strides, offset, None, kind.dtype, torch.strided, kind.device or torch.device("cpu")
     )
     tensor.inner = batched
     tensor.level = mode
@@ -620,7 +519,4 @@ def _wrapped(value: Tensor, kind: Kind, mode: VmapMode) -> BatchTensor:
 
 #: What all levels use.
 CALLS = MappedCalls()
-configure(
-    wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, numbers=_NUMBERS, new_number=_new_number, size=torch.Size,
-    constants_of_calls=_CONSTANTS, default_dtype=_default_dtype, written=CALLS.written,
-)
+configure(wrap_constant=wrap_constant, calls=_CALLS, known=CALLS.known, size=torch.Size, written=CALLS.written)
