@@ -162,3 +162,21 @@ def test_empty_sums() -> None:
 def test_single_precision() -> None:
     x = _values(2, 3).float()
     torch.testing.assert_close(chainrule.jacrev(torch.std)(x), torch.func.jacrev(torch.std)(x))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.norm(dim=1).sum(), lambda x: torch.linalg.vector_norm(x, dim=1).sum(), lambda x: x.norm(),
+    lambda x: (x / (1 + x.norm(dim=1, keepdim=True))).pow(2).sum(),
+])  # fmt: skip
+def test_second_derivatives_of_norms_of_zeros(function) -> None:
+    """Zero where the norm is, as in torch's forward over reverse mode."""
+    zeros, mixed = torch.zeros(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    mixed[1] = 0
+    for x in (zeros, mixed):
+        ones = torch.ones_like(x)
+        expected = torch.func.hessian(function)(x)
+        for _ in range(3):
+            torch.testing.assert_close(chainrule.hessian(function)(x), expected)
+            torch.testing.assert_close(chainrule.jacrev(chainrule.jacrev(function))(x), expected)
+            product = chainrule.jvp(chainrule.grad(function), (x,), (ones,))[1]
+            torch.testing.assert_close(product, torch.func.jvp(torch.func.grad(function), (x,), (ones,))[1])

@@ -126,7 +126,7 @@ def norm_slope(x: Any, norm: Any, order: float, dims: Sequence[int]) -> Any:
         count = torch.sum(taken, dim=list(dims), keepdim=True) if x.shape else taken
         return torch.sgn(x) * (taken / count)
     if order == 2:
-        return x / torch.where(norm != 0, norm, 1.0)  # of zeros that is zero
+        return x / torch.where(norm != 0, norm, math.inf)  # of zeros that is zero, and so are its derivatives
     none = norm == 0
     if order < 2:
         origin = x == 0
